@@ -1,0 +1,35 @@
+"""CL-Graft: continual learning of large language models, measured honestly. See README.md."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .errors import CLGraftError
+    from .matrix import PerformanceMatrix
+    from .run import run
+    from .skillpack.file import SkillPack, SkillPackError
+    from .strategy import Strategy, compressor, merger
+
+_WHERE = {
+    "CLGraftError": "errors",
+    "PerformanceMatrix": "matrix",
+    "run": "run",
+    "SkillPack": "skillpack.file",
+    "SkillPackError": "skillpack.file",
+    "Strategy": "strategy",
+    "compressor": "strategy",
+    "merger": "strategy",
+}
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported at first use: `import cl_graft` costs nothing."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'cl_graft' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)

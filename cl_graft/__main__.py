@@ -1,0 +1,5 @@
+"""`python -m cl_graft`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,70 @@
+"""The storage a method may use for one task, and the search that makes it fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from .errors import CLGraftError
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Storage allowed per task.
+
+    text: as declared. `10%` is ten per cent of the base's bytes in bf16, measured as bytes on disk with
+    masks, scales and headers; `800MB` is absolute. `10%:weights` is the convention of the GraftLLM paper's
+    comparison: ten per cent of the base's weights, 16 bits each, with masks, scales and headers not counted.
+    parameters: number of parameters of the base.
+    """
+
+    text: str
+    parameters: int
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"(\d+(\.\d+)?)(%(:weights)?|[KMG]?B)", self.text) or self.bytes <= 0:
+            raise CLGraftError(
+                f"budget {self.text!r} is not a size: write a share of the base such as 10%, "
+                "a share of its weights such as 10%:weights, or bytes such as 800MB."
+            )
+
+    @property
+    def counts_weights(self) -> bool:
+        return self.text.endswith(":weights")
+
+    @property
+    def base_bytes(self) -> int:
+        return 2 * self.parameters
+
+    @property
+    def bytes(self) -> int:
+        number, unit = re.match(r"([\d.]+)(%|\w+)", self.text).groups()  # type: ignore[union-attr]
+        share = self.base_bytes / 100 if unit == "%" else UNITS[unit]
+        return int(float(number) * share)
+
+
+def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest integer in [low, high] that fits, where fitting is monotone; `low - 1` if none does."""
+    if not fits(low):
+        return low - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def weight_bits(spec: tuple[str, tuple[int, ...], dict[str, Any]]) -> int:
+    """Bits of the weights that a tensor's (codec, shape, meta) keeps: no masks, scales or headers."""
+    codec, shape, meta = spec
+    if codec == "sparse":
+        return 16 * meta["kept"]
+    if codec == "low_rank":
+        return 16 * meta["rank"] * sum(shape)
+    if codec == "quantized_low_rank":
+        return sum(group[0] * group[1] for group in meta["groups"]) * sum(shape)
+    return {"dense": 16, "sign_scale": 1}.get(codec, meta.get("bits", 16)) * prod(shape)

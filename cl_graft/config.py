@@ -1,0 +1,62 @@
+"""What a run is: frozen, validated, serialisable data. Nothing in it executes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+WandbMode = Literal["auto", "offline", "online", "off"]
+
+
+class RunConfig(BaseModel):
+    """One cell: scenario x strategy x model x seed x budget, with options.
+
+    options: {scenario or strategy name: {option: value}}. The last five fields say where and how the cell is
+    run, and do not change its result.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    scenario: str
+    strategy: str
+    model: str = "mini-llama"
+    seed: int = 0
+    budget: str = "10%"
+    options: dict[str, dict[str, Any]] = {}
+    threads: int = 1
+
+    data_dir: Path | None = None
+    out: Path = Path("results")
+    wandb: WandbMode = "auto"
+    allow_code_execution: bool = False
+
+    def short(self, name: str) -> str:
+        """A plugin's name; for a plugin given as a file, the file's stem."""
+        return Path(name).stem if name.endswith(".py") else name
+
+    @property
+    def label(self) -> str:
+        """The strategy with the options that were set, as tables show it."""
+        name = self.short(self.strategy)
+        chosen = self.options.get(name, {})
+        if not chosen:
+            return name
+        return f"{name}({', '.join(f'{k}={v}' for k, v in sorted(chosen.items()))})"
+
+    @property
+    def cell(self) -> str:
+        """Folder name, the same for the same experiment and different for different ones."""
+        scenario, strategy = self.short(self.scenario), self.short(self.strategy)
+        model = re.sub(r"[^A-Za-z0-9.]+", "-", self.model).strip("-")
+        budget = re.sub(r"[^A-Za-z0-9.]+", "pct", self.budget, count=1).replace(":", "-")
+        parts = [scenario, strategy, model, budget, f"seed{self.seed}"]
+        relevant = {k: v for k, v in self.options.items() if k in (scenario, strategy) and v}
+        if relevant or self.threads != 1:
+            text = json.dumps([relevant, self.threads], sort_keys=True)
+            parts.insert(2, hashlib.blake2b(text.encode(), digest_size=4).hexdigest())
+        return "__".join(parts)

@@ -1,0 +1,144 @@
+"""How an answer is scored, one function a scorer. A score is higher when better."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import UnknownName
+from ..task import Example
+from .generate import generate, log_likelihoods
+from .sandbox import require_consent, run_asserts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One example's outcome: the score, and the answer it was given for."""
+
+    score: float
+    answer: str
+    note: str = ""
+
+
+@dataclass
+class Examinee:
+    """A model under test. Answers are generated once and shared by every scorer of the same examples."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    max_length: int
+    allow_code: bool = False
+    sandboxes: int = 1
+    given: Sequence[str] | None = None  # answers that exist already
+
+    def answers(self, examples: Sequence[Example]) -> Sequence[str]:
+        if self.given is not None:
+            return self.given
+        prompts = [e.prompt for e in examples]
+        return generate(self.model, self.tokenizer, prompts, self.max_new_tokens)
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        return log_likelihoods(self.model, self.tokenizer, pairs, self.max_length)
+
+
+def final_number(text: str) -> float | None:
+    """The number after the last `####`, or the last number of the text; None without one."""
+    found = NUMBER.findall(text.rsplit("####", 1)[-1]) if "####" in text else NUMBER.findall(text)
+    if not found:
+        return None
+    return float((found[0] if "####" in text else found[-1]).replace(",", ""))
+
+
+def number_is_right(example: Example, answer: str) -> bool:
+    return final_number(answer) is not None and final_number(answer) == final_number(
+        example.completion
+    )
+
+
+def text_is_right(example: Example, answer: str) -> bool:
+    return answer.strip() == example.completion.strip()
+
+
+def program_of(answer: str) -> str:
+    """The program in an answer: its first fenced block if it has one, else all of it."""
+    fenced = re.search(r"```(?:python)?\n(.*?)```", answer, re.DOTALL)
+    return fenced[1] if fenced else answer
+
+
+def number(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]) -> list[Scored]:
+    """1 if the final number equals the reference's (GSM8K's rule)."""
+    return [Scored(float(number_is_right(e, a)), a) for e, a in zip(examples, answers, strict=True)]
+
+
+def exact(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]) -> list[Scored]:
+    """1 if the stripped text equals the reference."""
+    return [Scored(float(text_is_right(e, a)), a) for e, a in zip(examples, answers, strict=True)]
+
+
+def tests(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]) -> list[Scored]:
+    """1 if the program passes every hidden test in the sandbox (pass@1)."""
+    require_consent(examinee.allow_code, "scoring a model's programs")
+    jobs = [(program_of(a), e.tests) for e, a in zip(examples, answers, strict=True)]
+    different = list(dict.fromkeys(jobs))
+    with ThreadPoolExecutor(examinee.sandboxes) as pool:
+        outcomes = dict(
+            zip(different, pool.map(lambda job: run_asserts(*job), different), strict=True)
+        )
+    return [
+        Scored(
+            float(outcomes[job].passed),
+            answer,
+            f"{outcomes[job].reason} {outcomes[job].detail}".strip(),
+        )
+        for job, answer in zip(jobs, answers, strict=True)
+    ]
+
+
+def choice(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]) -> list[Scored]:
+    """1 if the reference is the most likely of the example's choices, by log-likelihood."""
+    pairs = [(e.prompt, c) for e in examples for c in e.choices]
+    values = iter(examinee.likelihoods(pairs))
+    scored = []
+    for example in examples:
+        best = max((next(values), c) for c in example.choices)[1]
+        scored.append(Scored(float(best == example.completion), best))
+    return scored
+
+
+def neg_bits_per_byte(
+    examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]
+) -> list[Scored]:
+    """Minus the bits that the model spends on each byte of the reference answer: moves even for a tiny model."""
+    values = examinee.likelihoods([(e.prompt, e.completion) for e in examples])
+    return [
+        Scored(value / math.log(2) / max(1, len(e.completion.encode())), "")
+        for value, e in zip(values, examples, strict=True)
+    ]
+
+
+Scorer = Callable[[Examinee, Sequence[Example], Sequence[str]], list[Scored]]
+SCORERS: dict[str, Scorer] = {
+    f.__name__: f for f in (number, exact, tests, choice, neg_bits_per_byte)
+}
+NEEDS_ANSWERS = {"number", "exact", "tests"}
+
+
+def score(
+    examinee: Examinee, examples: Sequence[Example], metrics: Sequence[str]
+) -> dict[str, list[Scored]]:
+    """Every metric of `metrics` on the same examples. Raises UnknownName, or ConsentNeeded for programs."""
+    for metric in metrics:
+        if metric not in SCORERS:
+            raise UnknownName("scorer", metric, SCORERS)
+    answers = examinee.answers(examples) if NEEDS_ANSWERS & set(metrics) else [""] * len(examples)
+    return {metric: SCORERS[metric](examinee, examples, answers) for metric in metrics}

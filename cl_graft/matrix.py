@@ -1,0 +1,280 @@
+"""The performance matrix R and every continual-learning metric by its published definition.
+
+Notation, in this file and everywhere else: T tasks in the order of learning; `R[i][j]` is the score
+on task j (1..T) after learning task i; row 0 is the base model before any learning. Higher is
+better. Libraries use one name for different formulas, so each formula has its own name here.
+A metric that needs an unmeasured cell is NaN, never a guess.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cl_graft.errors import CLGraftError
+
+FloatArray = npt.NDArray[np.float64]
+Rows = FloatArray | Sequence[Sequence[float | None]]
+
+
+class MatrixError(CLGraftError, ValueError):
+    """A performance matrix, or a number to put into one, that cannot be right."""
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class PerformanceMatrix:
+    """Scores of a stream, with the number of examples and the standard error behind each.
+
+    scores: float64 (T+1, T), read-only; NaN where a cell was not measured; row 0 is the base model.
+    tasks: the T names, in the order of learning, which is also the order of the columns.
+    n: float64 (T+1, T) or None, examples behind each score.
+    stderr: float64 (T+1, T) or None, standard error of each score, in the score's own unit.
+
+    The arguments may be nested lists, in which None means unmeasured; they are copied.
+    Raises MatrixError for a wrong shape, an infinite value, a negative n or stderr, and for task
+    names that are empty or repeated.
+    """
+
+    scores: FloatArray
+    tasks: tuple[str, ...]
+    n: FloatArray | None
+    stderr: FloatArray | None
+
+    def __init__(
+        self, scores: Rows, tasks: Sequence[str], n: Rows | None = None, stderr: Rows | None = None
+    ):
+        names = _task_names(tasks)
+        object.__setattr__(self, "tasks", names)
+        object.__setattr__(self, "scores", _grid("scores", scores, len(names)))
+        object.__setattr__(self, "n", None if n is None else _grid("n", n, len(names), 0.0))
+        se = None if stderr is None else _grid("stderr", stderr, len(names), 0.0)
+        object.__setattr__(self, "stderr", se)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PerformanceMatrix):
+            return NotImplemented
+        return self.to_dict() == other.to_dict()  # null compares equal to null, NaN would not
+
+    # --- rows and diagonals -----------------------------------------------------------------
+
+    def base(self) -> list[float]:
+        """`R[0][j]`: the T scores of the base model."""
+        return [float(x) for x in self.scores[0]]
+
+    def learned(self) -> list[float]:
+        """`R[j][j]`: each task's score at the moment it has just been learned."""
+        return [float(x) for x in np.diagonal(self.scores, offset=-1)]
+
+    def final(self) -> list[float]:
+        """`R[T][j]`: the T scores at the end of the stream."""
+        return [float(x) for x in self.scores[-1]]
+
+    # --- metrics ----------------------------------------------------------------------------
+
+    def op(self) -> float:
+        """Overall performance: `(1/T) sum_j R[T][j]`.
+
+        ACC in Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, section 2; average
+        accuracy in Chaudhry et al., Riemannian Walk, ECCV 2018; OP in TRACE (arXiv 2310.06762).
+        """
+        return _mean(self.final())
+
+    def ap(self) -> float:
+        """Average performance: the same number as `op`, by the name that SAPT and GainLoRA use."""
+        return self.op()
+
+    def average_over_stages(self) -> float:
+        """`(1/T) sum_k (1/k) sum_{j<=k} R[k][j]`: mean over stages of the mean over tasks seen.
+
+        "Avg" in EasyCL, MAA in MCITlib (arXiv 2508.07307).
+        """
+        return _mean([_mean(self.scores[k, :k]) for k in range(1, len(self.tasks) + 1)])
+
+    def bwt(self) -> float:
+        """Backward transfer: `(1/(T-1)) sum_{j<T} (R[T][j] - R[j][j])`; NaN when T = 1.
+
+        Lopez-Paz and Ranzato 2017, section 2. Negative means forgetting.
+        """
+        return _mean(np.subtract(self.final(), self.learned())[:-1])
+
+    def fwt(self, baseline: Sequence[float] | None = None) -> float:
+        """Forward transfer: `(1/(T-1)) sum_{j>1} (R[j-1][j] - b_j)`; NaN when T = 1.
+
+        Lopez-Paz and Ranzato 2017, section 2, where b_j is the score of an untrained model on task
+        j. `baseline` gives the T values of b; left out, b is row 0, the base model.
+        """
+        b = self.base() if baseline is None else _per_task("baseline", baseline, self.tasks)
+        just_before = np.diagonal(self.scores)  # R[j-1][j], j = 1..T
+        return _mean((just_before - b)[1:])
+
+    def fm(self) -> float:
+        """Forgetting: `(1/(T-1)) sum_{j<T} (max_{l in 1..T-1} R[l][j] - R[T][j])`; NaN when T = 1.
+
+        Chaudhry et al. 2018, section 3. The last row takes no part in the maximum, so a task that
+        ends better than it ever was makes this negative. The maximum skips unmeasured cells.
+        """
+        return _mean((_best(self.scores[1:-1]) - self.final())[:-1])
+
+    def avalanche_forgetting(self) -> float:
+        """First minus last: `(1/(T-1)) sum_{j<T} (R[j][j] - R[T][j])`; NaN when T = 1.
+
+        StreamForgetting of the Avalanche library after the last experience: it takes the first
+        score after learning where Chaudhry takes the best one, so it is exactly `-bwt()`.
+        """
+        return 0.0 - self.bwt()  # -bwt() would print -0.0 where nothing was forgotten
+
+    def max_forgetting_all_rows(self) -> float:
+        """`(1/(T-1)) sum_{j<T} (max_{l in 1..T} R[l][j] - R[T][j])`; NaN when T = 1.
+
+        What the Mammoth library calls forgetting: the last row takes part in the maximum, so it is
+        never negative. Mammoth counts an unmeasured cell as 0; the maximum skips it here.
+        """
+        return _mean((_best(self.scores[1:]) - self.final())[:-1])
+
+    def intransigence(self, joint: Sequence[float]) -> float:
+        """Inability to learn: `(1/T) sum_j (joint_j - R[j][j])`.
+
+        Chaudhry et al. 2018, section 3, define it for each task against a model trained on the data
+        of all tasks so far; this is the mean over the tasks. `joint`: that model's T scores.
+        """
+        return _mean(np.subtract(_per_task("joint", joint, self.tasks), self.learned()))
+
+    def mft(self) -> float:
+        """Mean fine-tuned score: `(1/T) sum_j R[j][j]`. MCITlib (arXiv 2508.07307)."""
+        return _mean(self.learned())
+
+    def mfn(self) -> float:
+        """Mean final score: `(1/T) sum_j R[T][j]`, equal to `op`. MCITlib (arXiv 2508.07307)."""
+        return self.op()
+
+    def metrics(self, joint: Sequence[float] | None = None) -> dict[str, float]:
+        """Every metric under its own name; intransigence only where the `joint` scores are given.
+
+        The values are floats, NaN where undefined.
+        """
+        found = {
+            "op": self.op(),
+            "average_over_stages": self.average_over_stages(),
+            "bwt": self.bwt(),
+            "fwt": self.fwt(),
+            "fm": self.fm(),
+            "avalanche_forgetting": self.avalanche_forgetting(),
+            "max_forgetting_all_rows": self.max_forgetting_all_rows(),
+            "mft": self.mft(),
+            "mfn": self.mfn(),
+        }
+        return found if joint is None else found | {"intransigence": self.intransigence(joint)}
+
+    # --- storage ----------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists for JSON; null where a cell was not measured."""
+        return {
+            "tasks": list(self.tasks),
+            "scores": _plain(self.scores),
+            "n": None if self.n is None else _plain(self.n, int),
+            "stderr": None if self.stderr is None else _plain(self.stderr),
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> PerformanceMatrix:
+        """The inverse of `to_dict`. Raises MatrixError where `tasks` or `scores` is missing."""
+        for key in ("tasks", "scores"):
+            if key not in record:
+                raise MatrixError(
+                    f"the record of a performance matrix has no {key!r}; "
+                    "write it with PerformanceMatrix.to_dict()."
+                )
+        return cls(record["scores"], record["tasks"], record.get("n"), record.get("stderr"))
+
+
+def binomial_stderr(mean: float, n: int) -> float:
+    """Standard error of a share of successes, `sqrt(mean (1 - mean) / n)`; NaN when n = 0.
+
+    For outcomes of 0 and 1 of which only the mean was kept; `mean_stderr` of the outcomes
+    themselves divides by n - 1 and is a little larger. Raises MatrixError for a mean outside [0, 1]
+    or a negative n.
+    """
+    if not 0.0 <= mean <= 1.0 or n < 0:
+        raise MatrixError(
+            f"a share of successes of {mean} over {n} examples is impossible; "
+            "give a mean between 0 and 1 and the number of examples."
+        )
+    return math.sqrt(mean * (1.0 - mean) / n) if n else math.nan
+
+
+def mean_stderr(values: Sequence[float] | FloatArray) -> float:
+    """Standard error of the mean of `values`, (n,): sample deviation (n - 1) over `sqrt(n)`.
+
+    NaN for fewer than two values.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    return float(x.std(ddof=1) / math.sqrt(x.size)) if x.size > 1 else math.nan
+
+
+def _mean(values: Sequence[float] | FloatArray) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def _best(rows: FloatArray) -> FloatArray:
+    """(k, T) -> (T,): the maximum of each column's measured cells, NaN where there is none."""
+    best = np.where(np.isnan(rows), -np.inf, rows).max(axis=0, initial=-np.inf)
+    return np.where(np.isinf(best), np.nan, best)
+
+
+def _plain(grid: FloatArray, kind: type[float] = float) -> list[list[float | None]]:
+    return [[None if math.isnan(x) else kind(x) for x in row] for row in grid.tolist()]
+
+
+def _task_names(tasks: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(tasks, str) or not tasks or not all(isinstance(t, str) and t for t in tasks):
+        raise MatrixError(
+            f"the tasks of a performance matrix are {tasks!r}; give a list of one name or more."
+        )
+    repeated = sorted({t for t in tasks if list(tasks).count(t) > 1})
+    if repeated:
+        raise MatrixError(
+            f"the tasks of a performance matrix repeat {', '.join(repeated)}; give each task a "
+            "name of its own."
+        )
+    return tuple(tasks)
+
+
+def _grid(what: str, rows: Rows, t: int, least: float = -math.inf) -> FloatArray:
+    """A read-only float64 copy, (t+1, t), of finite or NaN values that are `least` or more."""
+    try:
+        grid = np.array(rows, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise MatrixError(
+            f"the {what} of a performance matrix are not {t + 1} equally long rows of numbers; "
+            "use null (None) for a cell that was not measured."
+        ) from None
+    if grid.shape != (t + 1, t):
+        raise MatrixError(
+            f"the {what} of a performance matrix have shape {grid.shape} where {t} tasks need "
+            f"{(t + 1, t)}; give one row for the base model and one after each task."
+        )
+    wrong = np.isinf(grid) | (grid < least)
+    if wrong.any():
+        i, j = (int(k) for k in np.argwhere(wrong)[0])
+        raise MatrixError(
+            f"the {what} of a performance matrix hold {grid[i, j]} in row {i}, column {j}; "
+            "give a possible finite number, or null (None) where nothing was measured."
+        )
+    grid.setflags(write=False)
+    return grid
+
+
+def _per_task(what: str, values: Sequence[float], tasks: Sequence[str]) -> FloatArray:
+    vector = np.array(values, dtype=np.float64)
+    if vector.shape != (len(tasks),):
+        raise MatrixError(
+            f"{what} has shape {vector.shape} where {len(tasks)} tasks need ({len(tasks)},); "
+            f"give one score for each of {', '.join(tasks)}."
+        )
+    return vector

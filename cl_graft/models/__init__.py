@@ -1,0 +1,1 @@
+"""Models: loading them, the embedded ones, and the role of every module."""

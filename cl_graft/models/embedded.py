@@ -1,0 +1,188 @@
+"""The embedded models: small Llamas pre-trained here, from a fixed seed, on text made here.
+
+Nothing is downloaded. The first use trains the model (about a minute for `mini-llama`) and caches it
+as an ordinary Hugging Face folder under `$CL_GRAFT_CACHE` (default `~/.cache/cl_graft`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+from . import world
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Pairs = Iterator[list[tuple[str, str]]]  # batches of (prompt, completion)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An embedded model: its shape and how it is pre-trained."""
+
+    about: str
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    steps: int
+    lr: float
+    batch: int = 32
+    seed: int = 0
+    version: int = 1  # raise it when the world or the recipe changes, so that caches are made anew
+
+
+SPECS = {
+    "mini-llama": Spec("0.7 M parameters, shallow skill in every mini task", 128, 3, 4, 384, 700, 3e-3),
+    "nano-llama": Spec("60 k parameters, for tests in seconds", 48, 2, 2, 96, 60, 5e-3),
+}
+
+
+def cache_root() -> Path:
+    return Path(os.environ.get("CL_GRAFT_CACHE") or Path.home() / ".cache" / "cl_graft")
+
+
+def folder(name: str) -> Path:
+    """Where the model lives once made; the name carries all that determines its weights."""
+    import torch
+
+    recipe = {**asdict(SPECS[name]), "torch": torch.__version__, "machine": platform.machine()}
+    key = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return cache_root() / "models" / f"{name}-{key}"
+
+
+def obtain(name: str, data_dir: Path | None = None) -> Path:
+    """The model's folder, trained now if it is not there yet; safe when several processes ask at once."""
+    from filelock import FileLock
+
+    target = folder(name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            build = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
+            try:
+                _train(SPECS[name], build)
+                os.replace(build, target)
+            finally:
+                shutil.rmtree(build, ignore_errors=True)
+    return target
+
+
+def _train(spec: Spec, target: Path) -> None:
+    import torch
+
+    tokenizer = world_tokenizer()
+    torch.manual_seed(spec.seed)
+    model = new_llama(spec, len(tokenizer))
+    pretrain(model, tokenizer, world_batches(spec), spec.steps, spec.lr)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def world_batches(spec: Spec) -> Pairs:
+    rng = Random(spec.seed)
+    while True:
+        items = [world.pretraining(rng) for _ in range(spec.batch)]
+        yield [(world.prompt(item.question), item.answer) for item in items]
+
+
+def new_llama(spec: Spec, vocab: int) -> PreTrainedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=spec.hidden,
+        intermediate_size=spec.ffn,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=max(1, spec.heads // 2),
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pretrain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Pairs,
+    steps: int,
+    lr: float,
+    progress: Callable[[int], None] = lambda step: None,
+) -> float:
+    """AdamW, 50 warm-up steps, cosine to zero, loss on the completions; returns the last loss."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / 50) * 0.5 * (1 + math.cos(math.pi * s / steps))
+    )
+    model.train()
+    for step in range(steps):
+        ids, mask, labels = _collate(tokenizer, next(batches))
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        progress(step + 1)
+    return loss.item()
+
+
+def _collate(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]):
+    import torch
+
+    rows, starts = [], []
+    for prompt, completion in pairs:
+        head = tokenizer(prompt)["input_ids"]
+        tail = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        rows.append(torch.tensor(head + tail + [tokenizer.eos_token_id]))
+        starts.append(len(head))
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+    labels = ids.masked_fill(mask == 0, -100)
+    for row, start in zip(labels, starts, strict=True):
+        row[:start] = -100
+    return ids, mask, labels
+
+
+def world_tokenizer() -> PreTrainedTokenizerBase:
+    """Words of the world with and without a leading blank, and every printable character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted(world.vocabulary(), key=lambda w: (-len(w), w))
+    characters = [chr(c) for c in range(32, 127)] + ["\n"]
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *characters]
+    tokens += sorted(words) + [f" {w}" for w in sorted(words)]
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
+    pattern = rf"(?<![A-Za-z]) ?(?:{'|'.join(words)})(?![A-Za-z])|[\s\S]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )

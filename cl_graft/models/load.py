@@ -1,0 +1,51 @@
+"""Loading a model by the embedded model's name, a local folder, or a hub id. Remote code is never run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import CLGraftError, UnknownName
+from . import embedded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def locate(name: str, data_dir: Path | None = None) -> str:
+    """The folder or hub id behind a model's name; an embedded model is trained now if need be.
+
+    Raises UnknownName for a name that is neither embedded, nor a folder, nor shaped like `owner/model`.
+    """
+    if name in embedded.SPECS:
+        return str(embedded.obtain(name, data_dir))
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise CLGraftError(f"{name} holds no config.json; give a Hugging Face model folder.")
+        return name
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        return name
+    raise UnknownName("model", name, [*embedded.SPECS, "a model folder", "owner/model"])
+
+
+def load(name: str, data_dir: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (float32 on the CPU, bfloat16 on a GPU) and tokenizer with a padding token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    place = locate(name, data_dir)
+    on_gpu = torch.cuda.is_available()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            place, trust_remote_code=False, dtype=torch.bfloat16 if on_gpu else torch.float32
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise CLGraftError(f"model {name!r} cannot be loaded ({reason}).") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return model.to("cuda" if on_gpu else "cpu"), tokenizer

@@ -1,0 +1,156 @@
+"""What a cell leaves on disk. Files are written atomically, the file that marks completeness last.
+
+    <out>/<cell>/cell.json                     the experiment, its versions and fingerprints
+    <out>/<cell>/packs/01-<task>.safetensors   what the strategy stores for each task
+    <out>/<cell>/stages/01/examples.jsonl      every outcome: task, metric, index, score, answer
+    <out>/<cell>/stages/01/stage.json          scores, bytes and costs; its presence says the stage is whole
+    <out>/<cell>/result.json                   the matrix and all that a report needs; present when complete
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import CLGraftError
+
+FORMAT = 1
+
+
+class RecordError(CLGraftError):
+    """A results folder cannot be read, written, or continued."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic: a sibling temporary file, flushed to disk, then renamed. Raises RecordError if the disk refuses."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RecordError(
+            f"{path} cannot be written ({error.strerror}); free space or choose another --out, "
+            "then run the same command again to continue."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            f"{path} cannot be read ({error}); delete its cell's folder to compute it anew."
+        ) from error
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a JSON-lines file; a torn last line, as a kill leaves, is passed over.
+
+    Raises RecordError for a broken line elsewhere, with its number.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise RecordError(f"{path}, line {number} is not JSON ({error}).") from error
+
+
+class CellFolder:
+    """The folder of one cell."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "result.json").is_file()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while a process works on the cell; released by the system if the process dies."""
+        from filelock import FileLock, Timeout
+
+        self._make()
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise RecordError(
+                f"{self.path} is being computed by another process; wait for it or choose another --out."
+            ) from None
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Write `cell.json`, or check that the one there tells the same experiment.
+
+        Raises RecordError for a folder of another version or made from other data.
+        """
+        file = self.path / "cell.json"
+        if not file.exists():
+            write_json(file, {"format": FORMAT, **identity})
+            return
+        found = read_json(file)
+        if found.get("format") != FORMAT:
+            raise RecordError(
+                f"{self.path} was written in results format {found.get('format')} and this version "
+                f"writes {FORMAT}; choose another --out."
+            )
+        for key in ("config", "base", "data"):
+            if found.get(key) != identity[key]:
+                raise RecordError(
+                    f"{self.path} was begun with another {key} than now; choose another --out "
+                    "or delete the folder."
+                )
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecordError(f"{self.path} cannot be made ({error.strerror}); choose another --out.") from error
+
+    def pack_path(self, stage: int, task: str) -> Path:
+        return self.path / "packs" / f"{stage:02d}-{task}.safetensors"
+
+    def stage_path(self, stage: int) -> Path:
+        return self.path / "stages" / f"{stage:02d}"
+
+    def write_stage(self, stage: int, examples: Iterable[dict], record: dict[str, Any]) -> None:
+        folder = self.stage_path(stage)
+        lines = "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in examples)
+        write_text(folder / "examples.jsonl", lines)
+        write_json(folder / "stage.json", record)
+
+    def stages(self) -> list[dict[str, Any]]:
+        """Records of the whole stages, from row 0 on, up to the first that is missing."""
+        records = []
+        while (file := self.stage_path(len(records)) / "stage.json").is_file():
+            records.append(read_json(file))
+        return records
+
+
+def cells(folder: Path) -> list[Path]:
+    """Cell folders at or below `folder`, sorted. Raises RecordError if there is none."""
+    if not folder.is_dir():
+        raise RecordError(f"there is no folder {folder}; give the folder that --out named.")
+    found = sorted(file.parent for file in folder.rglob("cell.json"))
+    if not found:
+        raise RecordError(f"{folder} holds no cell; run `cl-graft run` with --out {folder} first.")
+    return found

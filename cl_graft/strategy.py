@@ -1,0 +1,256 @@
+"""What a method is: the one abstract base, and the two short forms most methods are written in.
+
+A strategy's whole state is its SkillPacks: one a task, in order. Which of them answer for a task is said
+by `keeps`, and that also says where the next task's training starts:
+
+- `per_task`: every task is tuned from the base; its own pack answers for it.
+- `sum`: tuned from the model so far; all packs so far are active, for every task.
+- `latest`: tuned from the model so far; the newest pack, a delta to the base, has replaced the others.
+- `merged`: every task is tuned from the base; one delta merged from all packs so far answers for all.
+
+The base model is never changed: training works on its weights and they are put back bit for bit.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from time import perf_counter
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .budget import Budget
+from .context import Context
+from .evaluation.scorers import Examinee, Scored, score
+from .skillpack.apply import Grafted
+from .skillpack.codecs import Encoded, dense
+from .skillpack.file import SkillPack
+from .stream import BaseTemplate, Clock, SupervisedPlugin
+from .task import Scenario, Task
+from .training.preferences import preference_pairs
+from .training.stage import Log, dpo, sft
+
+Keeps = Literal["per_task", "sum", "latest", "merged"]
+Delta = Mapping[str, Tensor]
+
+
+class Strategy(BaseTemplate):
+    """A continual-learning method, driven like any Avalanche strategy: `train(experience)`, `eval(stream)`.
+
+    A method says what it keeps in `learn`; its options are the keyword-only arguments of that function.
+    budgeted: False for references that are allowed any size.
+    """
+
+    PLUGIN_CLASS = SupervisedPlugin
+    keeps: ClassVar[Keeps] = "per_task"
+    budgeted: ClassVar[bool] = True
+    function: ClassVar[Callable[..., Any]]  # whose keyword-only arguments are the options
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "learn" in cls.__dict__ and "function" not in cls.__dict__:
+            cls.function = cls.learn
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        tokenizer: Any,
+        scenario: Scenario,
+        budget: Budget,
+        seed: int,
+        options: Mapping[str, Any],
+        allow_code: bool = False,
+        plugins: Sequence[Any] = (),
+    ):
+        super().__init__(model=model, device=model.device, plugins=list(plugins))
+        self.tokenizer, self.scenario, self.budget = tokenizer, scenario, budget
+        self.seed, self.options, self.allow_code = seed, dict(options), allow_code
+        self.base = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.grafted = Grafted(model)
+        self.packs: list[SkillPack] = []
+        self.progress: Callable[[str, float], None] = lambda what, done: None
+        self.seconds: dict[str, float] = {"train": 0.0, "compress": 0.0, "evaluate": 0.0}
+        self.log = Log()
+        self.measured: dict[tuple[str, ...], dict[str, list[Scored]]] = {}
+        self.results: dict[str, dict[str, list[Scored]]] = {}
+        self.clock = Clock()
+
+    @abstractmethod
+    def learn(self, task: Task, context: Context, **options: Any) -> dict[str, Encoded]:
+        """Train `self.model` on the task and return what to keep, relative to `context.start`."""
+
+    def fine_tune(self, task: Task, context: Context) -> Delta:
+        """Full fine-tuning in place by the task's recipe; returns tuned minus `context.start`, float32."""
+        self.train_in_place(self.model, task)
+        return {
+            name: p.detach().float() - context.start[name].float()
+            for name, p in self.model.named_parameters()
+        }
+
+    def train_in_place(self, model: Any, task: Task) -> None:
+        """The task's recipe (SFT, then DPO if it has a preference half) on any wrapping of the model."""
+        recipe, seed = task.training, self.seed + 1000 * len(self.packs)
+
+        def progress(done: float) -> None:
+            self.progress(f"training {task.name}", done)
+
+        self.log.add(sft(model, self.tokenizer, task.train, recipe, seed, progress))
+        if recipe.preference:
+            pairs = preference_pairs(
+                model, self.tokenizer, task, recipe.preference, seed, self.allow_code
+            )
+            if pairs:
+                self.log.add(
+                    dpo(model, self.tokenizer, pairs, recipe, recipe.preference, seed, progress)
+                )
+
+    # --- which packs answer ---
+
+    def active(self, task: int | None) -> list[SkillPack]:
+        """The packs that answer for task number `task` (0-based), or for an input of no known task."""
+        if self.keeps == "per_task":
+            return [self.packs[task]] if task is not None and task < len(self.packs) else []
+        return self.packs[-1:] if self.keeps == "latest" else list(self.packs)
+
+    def before_learning(self) -> list[SkillPack]:
+        """The packs active when the next task's training starts."""
+        return list(self.active(None)) if self.keeps in ("sum", "latest") else []
+
+    # --- Avalanche's hooks ---
+
+    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
+        task = self.scenario.tasks[experience.current_experience]
+        header = SkillPack(
+            tensors={},
+            task=task.name,
+            method=type(self).__name__,
+            options=self.options,
+            base=self.grafted.base,
+            versions={"cl_graft": __version__, "torch": torch.__version__},
+        )
+        self.grafted.activate(self.before_learning())
+        start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        context = Context(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            task=task,
+            start=self.base if self.keeps == "latest" else start,
+            budget=self.budget,
+            seed=self.seed,
+            header=header,
+            progress=lambda done: self.progress(f"compressing {task.name}", done),
+        )
+        begun, trained = perf_counter(), self.log.seconds
+        torch.manual_seed(self.seed + len(self.packs))
+        tensors = self.learn(task, context, **self.options)
+        self._restore_base()
+        if self.budgeted:
+            context.require_fit(tensors)
+        self.packs.append(replace(header, tensors=tensors))
+        in_training = self.log.seconds - trained
+        self.seconds["train"] += in_training
+        self.seconds["compress"] += perf_counter() - begun - in_training
+        self.clock.train_iterations += task.training.steps
+
+    def _eval_exp(self, **kwargs: Any) -> None:
+        number = self.experience.current_experience
+        task = self.scenario.tasks[number]
+        outcomes = self.measure(task, self.active(number))
+        self.results[task.name] = outcomes
+        self._show_to_avalanche(outcomes[task.score])
+
+    def _show_to_avalanche(self, outcomes: Sequence[Scored]) -> None:
+        """Each example as a two-class problem, 'answered right or not', for Avalanche's own metrics."""
+        right = torch.tensor([o.score >= 0.5 for o in outcomes]).long()
+        self.mb_y = torch.ones_like(right)
+        self.mb_output = torch.nn.functional.one_hot(right, 2).float()
+        self.mb_task_id = torch.zeros_like(right)
+        for plugin in self.plugins:
+            for callback in ("before_eval_iteration", "after_eval_iteration"):
+                if hasattr(plugin, callback):
+                    getattr(plugin, callback)(self)
+
+    # --- measuring ---
+
+    def measure(self, task: Task, packs: Sequence[SkillPack]) -> dict[str, list[Scored]]:
+        """Outcomes of every metric of the task with exactly `packs` active; the same packs are measured once."""
+        key = (task.name, *(pack.digest for pack in packs))
+        if key not in self.measured:
+            begun = perf_counter()
+            self.grafted.activate(packs)
+            examinee = Examinee(
+                self.model,
+                self.tokenizer,
+                task.max_new_tokens,
+                task.training.max_length,
+                self.allow_code,
+            )
+            self.measured[key] = score(examinee, task.test, task.metrics)
+            self.grafted.unload()
+            self.seconds["evaluate"] += perf_counter() - begun
+        return self.measured[key]
+
+    def _restore_base(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self.base[name])
+        self.grafted.unload()
+
+
+Compress = Callable[..., dict[str, Encoded]]
+Merge = Callable[..., Delta]
+
+
+def compressor(keeps: Keeps = "per_task", budgeted: bool = True) -> Callable[[Compress], type[Strategy]]:
+    """Short form: `f(delta, context, *, options) -> encoded tensors` becomes a strategy of that name.
+
+    delta: parameter name -> float32 tensor, tuned minus where training started.
+    """
+
+    def make(function: Compress) -> type[Strategy]:
+        def learn(self: Strategy, task: Task, context: Context, **options: Any):
+            return function(self.fine_tune(task, context), context, **options)
+
+        return _strategy(function, {"learn": learn, "keeps": keeps, "budgeted": budgeted})
+
+    return make
+
+
+def merger(function: Merge) -> type[Strategy]:
+    """Short form: `f(deltas, *, options) -> delta` becomes a strategy that merges all tasks seen into one.
+
+    deltas: one mapping of parameter name -> float32 tensor a task. What is kept is each task's delta in
+    bf16, since merging anew needs them all.
+    """
+
+    def learn(self: Strategy, task: Task, context: Context, **options: Any):
+        return context.dense(self.fine_tune(task, context))
+
+    def active(self: Strategy, task: int | None) -> list[SkillPack]:
+        if not self.packs:
+            return []
+        merged = function([pack.decode() for pack in self.packs], **self.options)
+        tensors = {n: dense(x, torch.float32) for n, x in merged.items()}
+        return [replace(self.packs[-1], tensors=tensors)]
+
+    return _strategy(
+        function, {"learn": learn, "active": active, "keeps": "merged", "budgeted": False}
+    )
+
+
+def _strategy(function: Callable[..., Any], members: dict[str, Any]) -> type[Strategy]:
+    return type(
+        function.__name__,
+        (Strategy,),
+        {
+            **members,
+            "function": staticmethod(function),
+            "__doc__": function.__doc__,
+            "__module__": function.__module__,
+        },
+    )

@@ -1,0 +1,109 @@
+"""What a scenario is made of: examples, tasks, and how each task is trained. Plain data, light to import."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from .errors import CLGraftError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its reference answer.
+
+    tests: `assert` statements for answers that are programs (run in the sandbox).
+    choices: the label set, for answers chosen by likelihood.
+    """
+
+    prompt: str
+    completion: str
+    tests: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preference:
+    """The DPO half of a training recipe: pairs are the model's own best and worst answers by the task's rule.
+
+    prompts, samples: how many training prompts, and how many sampled answers for each.
+    beta, length_normalised: the loss (Rafailov et al. 2023; length normalisation as in TRL's `sigmoid_norm`).
+    """
+
+    prompts: int = 192
+    samples: int = 8
+    temperature: float = 1.0
+    steps: int = 60
+    batch: int = 16
+    learning_rate: float = 1e-4
+    beta: float = 0.1
+    length_normalised: bool = False
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one stage trains: `steps` of `batch` examples, linear warm-up, cosine decay, AdamW, fp32 or bf16."""
+
+    steps: int = 250
+    batch: int = 32
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    max_length: int = 512
+    micro_batch: int | None = None
+    preference: Preference | None = None
+
+    @property
+    def accumulation(self) -> int:
+        """Gradient accumulation steps that hold the declared batch with the micro-batch."""
+        micro = self.micro_batch or self.batch
+        if self.batch % micro:
+            raise CLGraftError(
+                f"a batch of {self.batch} is not a multiple of the micro-batch {micro}; choose a divisor."
+            )
+        return self.batch // micro
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned and how it is scored.
+
+    score: name of the primary scorer (see evaluation/scorers.py); `also`: further ones, each with a matrix of its own.
+    """
+
+    name: str
+    train: Sequence[Example]
+    test: Sequence[Example]
+    score: str
+    also: tuple[str, ...] = ()
+    max_new_tokens: int = 48
+    training: Training = field(default_factory=Training)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (self.score, *self.also)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Tasks in the order they are learned, and what is only ever measured."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    general: Task | None = None
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
+        if not names or len(set(names)) < len(names):
+            raise CLGraftError(
+                f"scenario {self.name!r} needs at least one task and different names, not {names}."
+            )
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks)
+
+    def with_training(self, **changes) -> Scenario:
+        """The same scenario with fields of every task's `Training` changed."""
+        tasks = [replace(task, training=replace(task.training, **changes)) for task in self.tasks]
+        return replace(self, tasks=tuple(tasks))

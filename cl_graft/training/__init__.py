@@ -1,0 +1,1 @@
+"""Training stages: supervised fine-tuning and preference optimisation, by TRL."""

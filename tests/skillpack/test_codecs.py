@@ -1,0 +1,428 @@
+"""Every codec against a decoder in plain Python that reads the parts byte by byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cl_graft.skillpack import codecs
+from cl_graft.skillpack.codecs import CODECS, Encoded
+from cl_graft.skillpack.quant import Quantized
+
+few = settings(max_examples=40, deadline=None)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+# the reference decoder
+
+
+def raw(part: Tensor) -> bytes:
+    return part.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def floats(data: bytes, dtype: str) -> list[float]:
+    if dtype == "BF16":  # the upper half of a float32
+        data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
+    letter = "e" if dtype == "F16" else "f"
+    return [x for (x,) in struct.iter_unpack(f"<{letter}", data)]
+
+
+def bits(data: bytes, count: int, width: int) -> list[int]:
+    if width > 8:
+        high = bits(data[count:], count, width - 8)
+        return [low + 256 * rest for low, rest in zip(data[:count], high, strict=True)]
+    stream = int.from_bytes(data, "little")
+    return [stream >> (i * width) & (2**width - 1) for i in range(count)]
+
+
+def take_matrix(
+    codes: bytes, scales: list[float], rows: int, cols: int, width: int, size: int
+) -> tuple[list[list[float]], bytes, list[float]]:
+    """One quantised matrix off the front of `codes` and `scales`, and what is left of them."""
+    groups = math.ceil(cols / size)
+    used = 1 + math.ceil(width * rows * (cols + groups) / 8)
+    values = bits(codes[1:used], rows * (cols + groups), width)
+    power = 2.0 ** (codes[0] - 256 * (codes[0] > 127))
+    matrix = [[0.0] * cols for _ in range(rows)]
+    for i, j in itertools.product(range(rows), range(cols)):
+        group = i * groups + j // size
+        zero = values[rows * cols + group]
+        matrix[i][j] = scales[group] * (values[i * cols + j] - zero) * power
+    return matrix, codes[used:], scales[rows * groups :]
+
+
+def naive_decode(encoded: Encoded) -> np.ndarray:
+    meta: dict[str, Any] = encoded.meta
+    parts = {name: raw(part) for name, part in encoded.parts.items()}
+    numel = math.prod(encoded.shape)
+    flat = [0.0] * numel
+    if encoded.codec == "dense":
+        flat = floats(parts["values"], meta["dtype"])
+    if encoded.codec == "sparse":
+        values = iter(floats(parts["values"], meta["dtype"]))
+        at = 0
+        if "gap" in meta:
+            width, tokens = meta["gap"]
+            for token in bits(parts["index"], tokens, width):
+                at += token
+                if token < 2**width - 1:
+                    flat[at] = next(values)
+                    at += 1
+        else:
+            for at, bit in enumerate(bits(parts["index"], numel, 1)):
+                flat[at] = next(values) if bit else 0.0
+        assert not list(values)
+    if encoded.codec == "sign_scale":
+        (scale,) = floats(parts["scale"], "F32")
+        flat = [scale if bit else -scale for bit in bits(parts["signs"], numel, 1)]
+    if encoded.codec in ("dense", "sparse", "sign_scale"):
+        return np.array(flat, dtype=np.float64).reshape(encoded.shape)
+    rows, cols = encoded.shape
+    delta = np.zeros((rows, cols))
+    if encoded.codec == "low_rank":
+        left = np.array(floats(parts["left"], meta["dtype"])).reshape(rows, meta["rank"])
+        right = np.array(floats(parts["right"], meta["dtype"])).reshape(meta["rank"], cols)
+        for i, j, k in itertools.product(range(rows), range(cols), range(meta["rank"])):
+            delta[i, j] += left[i, k] * right[k, j]
+        return delta
+    codes, scales = parts["codes"], floats(parts["scales"], "F16")
+    if encoded.codec == "quantized":
+        grid = take_matrix(codes, scales, rows, cols, meta["bits"], meta["group_size"])
+        return np.array(grid[0]).reshape(rows, cols)
+    for rank, width, left_size, right_size in meta["groups"]:
+        u, codes, scales = take_matrix(codes, scales, rank, rows, width, left_size)
+        v, codes, scales = take_matrix(codes, scales, rank, cols, width, right_size)
+        for i, j, k in itertools.product(range(rows), range(cols), range(rank)):
+            delta[i, j] += u[k][i] * v[k][j]
+    assert not codes and not scales
+    return delta
+
+
+def agrees(encoded: Encoded, exact: bool = True) -> bool:
+    """Whether `decode` gives what the reference gives, and the parts what `layout` foretells."""
+    codecs.check(encoded)
+    expected = naive_decode(encoded)
+    found = codecs.decode(encoded)
+    assert found.dtype == torch.float32 and tuple(found.shape) == encoded.shape
+    assert codecs.payload_bytes(*encoded.spec) == sum(map(len, map(raw, encoded.parts.values())))
+    rtol = 0.0 if exact else 1e-5
+    atol = 0.0 if exact else 1e-5 * float(np.abs(expected).max(initial=0.0))
+    return bool(np.allclose(found.double().numpy(), expected, rtol=rtol, atol=atol))
+
+
+# inputs
+
+shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+matrices = st.tuples(st.integers(1, 9), st.integers(1, 9))
+dtypes = st.sampled_from(DTYPES)
+seeds = st.integers(0, 10_000)
+
+
+def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return (x * 1e-2).to(dtype)
+
+
+def grid(rows: int, cols: int, width: int, size: int, seed: int) -> Quantized:
+    g = torch.Generator().manual_seed(seed)
+    groups = math.ceil(cols / size)
+    return Quantized(
+        torch.randint(0, 2**width, (rows, cols), dtype=torch.uint8, generator=g),
+        torch.randn(rows, groups, generator=g).half(),
+        torch.randint(0, 2**width, (rows, groups), dtype=torch.uint8, generator=g),
+        width,
+        size,
+        exponent=seed % 41 - 20,
+    )
+
+
+# round trips
+
+
+@few
+@given(shapes, dtypes, dtypes, seeds)
+def test_dense(shape: tuple[int, ...], source: torch.dtype, kept: torch.dtype, seed: int) -> None:
+    x = normal(shape, seed, source)
+    encoded = codecs.dense(x, kept)
+    assert agrees(encoded)
+    assert torch.equal(codecs.decode(encoded), x.to(kept).float())
+
+
+@few
+@given(shapes, st.floats(0, 1), dtypes, dtypes, seeds)
+def test_sparse(
+    shape: tuple[int, ...], density: float, source: torch.dtype, kept: torch.dtype, seed: int
+) -> None:
+    x = normal(shape, seed, source)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+    encoded = codecs.sparse(x, mask, kept)
+    assert agrees(encoded)
+    assert torch.equal(codecs.decode(encoded), torch.where(mask, x.to(kept).float(), 0.0))
+
+
+@few
+@given(matrices, st.integers(0, 5), dtypes, dtypes, seeds)
+def test_low_rank(
+    shape: tuple[int, int], rank: int, source: torch.dtype, kept: torch.dtype, seed: int
+) -> None:
+    left, right = normal((shape[0], rank), seed, source), normal((rank, shape[1]), seed, source)
+    encoded = codecs.low_rank(left, right, kept)
+    assert encoded.shape == shape
+    assert agrees(encoded, exact=False)
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 8])
+@few
+@given(matrices, st.integers(1, 12), seeds)
+def test_quantized(width: int, shape: tuple[int, int], size: int, seed: int) -> None:
+    q = grid(*shape, width, size, seed)
+    encoded = codecs.quantized(q)
+    assert agrees(encoded)
+    assert torch.equal(codecs.decode(encoded), q.dequantize())
+
+
+rank_groups = st.tuples(
+    st.integers(0, 4), st.sampled_from([2, 3, 4, 8]), st.integers(1, 12), st.integers(1, 12)
+)
+
+
+@few
+@given(matrices, st.lists(rank_groups, max_size=4), seeds)
+def test_quantized_low_rank(
+    shape: tuple[int, int], groups: list[tuple[int, int, int, int]], seed: int
+) -> None:
+    pairs = [
+        (grid(rank, shape[0], width, a, seed + i), grid(rank, shape[1], width, b, seed + 2 * i))
+        for i, (rank, width, a, b) in enumerate(groups)
+    ]
+    encoded = codecs.quantized_low_rank(pairs, shape)
+    assert encoded.meta == {"groups": [list(group) for group in groups]}
+    assert len(encoded.parts) == 2
+    assert agrees(encoded, exact=False)
+
+
+@few
+@given(shapes, dtypes, seeds, st.none() | st.floats(-10, 10, width=32))
+def test_sign_scale(
+    shape: tuple[int, ...], source: torch.dtype, seed: int, scale: float | None
+) -> None:
+    x = normal(shape, seed, source)
+    encoded = codecs.sign_scale(x, scale)
+    assert agrees(encoded)
+    if scale is None and x.numel():
+        torch.testing.assert_close(encoded.parts["scale"][0], x.float().abs().mean())
+    elif scale is not None:
+        assert torch.equal(codecs.decode(encoded), torch.where(x > 0, scale, -scale).float())
+
+
+# sizes by hand
+
+
+def test_sizes_by_hand() -> None:
+    x = torch.zeros(100, 64)
+    mask = x.bool()
+    mask.view(-1)[::100] = True  # 64 values, 6 of 7 bits after the first: 56 bytes of gaps
+    q = grid(100, 64, 3, 64, 0)  # 6400 codes and 100 zeros of 3 bits, 100 scales, an exponent
+    pair = (grid(2, 100, 2, 50, 0), grid(2, 64, 2, 64, 0))  # 200 + 4 and 128 + 2 values of 2 bits
+    sizes = {
+        codecs.dense(x): 12800,
+        codecs.sparse(x, mask): 2 * 64 + 56,
+        codecs.sparse(x, ~x.bool()): 2 * 6400 + 800,
+        codecs.low_rank(x[:, :3], x[:3]): 2 * 3 * 164,
+        codecs.quantized(q): 1 + 2438 + 200,
+        codecs.quantized_low_rank([pair], (100, 64)): 1 + 51 + 1 + 33 + 2 * (4 + 2),
+        codecs.sign_scale(x): 804,
+    }
+    assert [codecs.payload_bytes(*e.spec) for e in sizes] == list(sizes.values())
+
+
+def test_top_keeps_the_largest_and_of_equal_ones_the_first() -> None:
+    x = torch.tensor([[1.0, -3.0, 2.0], [-2.0, 0.0, 2.0]])
+    assert codecs.decode(codecs.sparse_top(x, 3)).tolist() == [[0, -3, 2], [-2, 0, 0]]
+    assert torch.equal(codecs.decode(codecs.sparse_top(x, 6)), x)
+    assert not codecs.decode(codecs.sparse_top(x, 0)).any()
+
+
+@few
+@given(shapes, seeds, st.data())
+def test_top_keeps_exactly_as_many_as_asked(
+    shape: tuple[int, ...], seed: int, data: st.DataObject
+) -> None:
+    x = (normal(shape, seed) * 200).round()  # many ties
+    keep = data.draw(st.integers(0, x.numel()))
+    encoded = codecs.sparse_top(x, keep)
+    assert encoded.parts["values"].numel() == encoded.meta["kept"] == keep
+    kept = sorted(encoded.parts["values"].float().abs().tolist())
+    assert kept == sorted(x.abs().reshape(-1).tolist())[x.numel() - keep :]
+
+
+def test_what_is_decoded_is_not_tied_to_the_parts() -> None:
+    encoded = codecs.dense(torch.ones(2), torch.float32)
+    codecs.decode(encoded).zero_()
+    assert codecs.decode(encoded).tolist() == [1, 1]
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda x: codecs.dense(x, torch.float16),
+        lambda x: codecs.sparse(x, torch.ones_like(x, dtype=torch.bool), torch.float16),
+        lambda x: codecs.low_rank(x, torch.ones(2, 2), torch.float16),
+    ],
+)
+def test_overflow_and_non_finite_values_are_refused(encode: Any) -> None:
+    x = torch.ones(2, 2)
+    encode(x)
+    x[1, 1] = 7e4
+    with pytest.raises(ValueError, match="overflows F16: store it in a wider dtype"):
+        encode(x)
+    for bad in (math.nan, math.inf, -math.inf):
+        x[1, 1] = bad
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            encode(x)
+
+
+def test_float32_beyond_bfloat16_is_refused() -> None:
+    with pytest.raises(ValueError, match="overflows BF16"):
+        codecs.dense(torch.tensor([torch.finfo(torch.float32).max]))
+
+
+def test_bad_arguments_are_refused() -> None:
+    x, q = torch.ones(4, 6), grid(2, 6, 3, 4, 0)
+    mask = torch.ones(6, 4, dtype=torch.bool)
+    bad_scale = dataclasses.replace(q, scale=q.scale * math.inf)
+    for encode in (
+        lambda: codecs.dense(x, torch.float64),
+        lambda: codecs.sparse(x, mask),
+        lambda: codecs.sparse(x, x),
+        lambda: codecs.sparse_top(x, 25),
+        lambda: codecs.sparse_top(x, -1),
+        lambda: codecs.low_rank(x, x),
+        lambda: codecs.low_rank(x[0], x),
+        lambda: codecs.sign_scale(x, math.nan),
+        lambda: codecs.sign_scale(x, 1e300),
+        lambda: codecs.sign_scale(x * math.nan),
+        lambda: codecs.quantized(bad_scale),
+        lambda: codecs.quantized_low_rank([(q, q)], (6, 5)),
+        lambda: codecs.quantized_low_rank([(q, grid(2, 6, 4, 4, 0))], (6, 6)),
+        lambda: codecs.quantized_low_rank([(q, grid(3, 6, 3, 4, 0))], (6, 6)),
+    ):
+        with pytest.raises(ValueError):
+            encode()
+
+
+SPECS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    ("zip", (2, 2), {}),
+    ("dense", (2, 2), {}),
+    ("dense", (2, 2), {"dtype": "F64"}),
+    ("dense", (2, 2), {"dtype": ["F32"]}),
+    ("dense", (2, 2), {"dtype": "F32", "more": 1}),
+    ("dense", (2, -2), {"dtype": "F32"}),
+    ("dense", (2, 2.0), {"dtype": "F32"}),
+    ("dense", (2, True), {"dtype": "F32"}),
+    ("dense", (1 << 30, 1 << 30), {"dtype": "F32"}),
+    ("dense", (1,) * 9, {"dtype": "F32"}),
+    ("sparse", (2, 2), {"dtype": "F32", "kept": 5}),
+    ("sparse", (2, 2), {"dtype": "F32", "kept": 1, "gap": None}),
+    ("sparse", (2, 2), {"dtype": "F32", "kept": 1, "gap": [0, 1]}),
+    ("sparse", (2, 2), {"dtype": "F32", "kept": 1, "gap": [49, 1]}),
+    ("sparse", (2, 2), {"dtype": "F32", "kept": 1, "gap": [2, 1, 1]}),
+    ("low_rank", (2, 2), {"dtype": "F32", "rank": -1}),
+    ("low_rank", (2,), {"dtype": "F32", "rank": 1}),
+    ("quantized", (2, 2), {"bits": 5, "group_size": 4}),
+    ("quantized", (2, 2), {"bits": 4, "group_size": 0}),
+    ("quantized", (2, 2), {"bits": 4.0, "group_size": 4}),
+    ("quantized", (2, 2, 2), {"bits": 4, "group_size": 4}),
+    ("quantized_low_rank", (2, 2), {"groups": 1}),
+    ("quantized_low_rank", (2, 2), {"groups": [[1, 4, 4]]}),
+    ("quantized_low_rank", (2, 2), {"groups": [[1, 4, 4, 0]]}),
+    ("quantized_low_rank", (2, 2), {"groups": [[10**20, 4, 4, 4]]}),
+    ("sign_scale", (2, 2), {"scale": 1}),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_spec_without_a_meaning_has_no_layout(spec: Any) -> None:
+    with pytest.raises(ValueError) as error:
+        codecs.layout(*spec)
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def one_of_each() -> dict[str, Encoded]:
+    x = normal((6, 7), 0)
+    return {
+        "dense": codecs.dense(x),
+        "sparse": codecs.sparse_top(x, 3),
+        "low_rank": codecs.low_rank(x[:, :2], x[:2]),
+        "quantized": codecs.quantized(grid(6, 7, 3, 4, 0)),
+        "quantized_low_rank": codecs.quantized_low_rank(
+            [(grid(1, 6, 3, 4, 0), grid(1, 7, 3, 4, 1))], (6, 7)
+        ),
+        "sign_scale": codecs.sign_scale(x),
+    }
+
+
+def test_there_is_one_of_each() -> None:
+    assert set(one_of_each()) == set(CODECS)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_parts_other_than_the_layouts_are_refused(codec: str) -> None:
+    encoded = one_of_each()[codec]
+    name, part = next(iter(encoded.parts.items()))
+    for parts in (
+        {},
+        encoded.parts | {"more": part},
+        encoded.parts | {name: part.reshape(-1)[:-1]},
+        encoded.parts | {name: part.to(torch.float64)},
+    ):
+        with pytest.raises(ValueError, match="needs the parts"):
+            codecs.decode(dataclasses.replace(encoded, parts=parts))
+
+
+@pytest.mark.parametrize("codec", ["sparse", "quantized", "quantized_low_rank", "sign_scale"])
+def test_a_stray_bit_after_packed_values_is_refused(codec: str) -> None:
+    encoded = one_of_each()[codec]
+    packed = next(part for part in encoded.parts.values() if part.dtype == torch.uint8)
+    packed[-1] |= 0x80
+    with pytest.raises(ValueError, match="not zero"):
+        codecs.check(encoded)
+
+
+def test_an_index_must_fit_its_values_and_its_shape() -> None:
+    x = torch.zeros(8, 8)
+    mask = x > 0
+    mask[0, 0] = mask[7, 7] = True
+    thin, dense = codecs.sparse(x, mask), codecs.sparse(x, ~mask)
+    assert "gap" in thin.meta and "gap" not in dense.meta
+    codecs.check(dataclasses.replace(thin, shape=(64,)))
+    with pytest.raises(ValueError, match="past the last of 63"):
+        codecs.check(dataclasses.replace(thin, shape=(63,)))
+    dense.parts["index"][0] ^= 1
+    with pytest.raises(ValueError, match="63 positions for 62 values"):
+        codecs.check(dense)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_finite_finds_any_bad_value(bad: float) -> None:
+    for encoded in one_of_each().values():
+        assert codecs.finite(encoded)
+        for part in encoded.parts.values():
+            if part.is_floating_point():
+                old = part.view(-1)[-1].clone()
+                part.view(-1)[-1] = bad
+                assert not codecs.finite(encoded)
+                part.view(-1)[-1] = old
