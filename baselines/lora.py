@@ -44,7 +44,9 @@ class lora(Strategy):
     ) -> dict[str, Encoded]:
         from peft import LoraConfig, get_peft_model
 
-        rank = rank or self._largest_rank(context, len(self.scenario.tasks) if convention == "merged" else 1)
+        rank = rank or self._largest_rank(
+            context, len(self.scenario.tasks) if convention == "merged" else 1
+        )
         continued = self.packs[-1] if convention == "trained_on" and self.packs else None
         if continued:  # the adapter itself holds what was learned: its base is the base
             self._restore_base()

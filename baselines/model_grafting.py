@@ -31,7 +31,9 @@ def model_grafting(
     fixed = {n for n, role in context.roles.items() if role in ("embedding", "head")}
     delta = {n: d for n, d in delta.items() if n not in fixed}
     start_mask = context.masks({n: d.abs() for n, d in delta.items()})
-    validation = [next(source) for source in [context.batches(batch_size, seed=2)] for _ in range(4)]
+    validation = [
+        next(source) for source in [context.batches(batch_size, seed=2)] for _ in range(4)
+    ]
     training = context.batches(batch_size, seed=3)
     generator = torch.Generator().manual_seed(context.seed)
     logits = {

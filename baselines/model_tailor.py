@@ -43,7 +43,10 @@ def model_tailor(
     factors = {n: _inverse_factor(hessians[n], damping) for n in names}
     scores = {
         n: _scores(
-            oriented(n, delta[n]), oriented(n, context.start[n].float() + delta[n]), factors[n], block
+            oriented(n, delta[n]),
+            oriented(n, context.start[n].float() + delta[n]),
+            factors[n],
+            block,
         )
         for n in names
     }
@@ -58,7 +61,9 @@ def model_tailor(
 
     chosen = largest(fits, 1, round(density * 10_000))
     if chosen < 1:
-        raise OverBudget(f"the budget {context.budget.text} holds no weight of each layer; raise it.")
+        raise OverBudget(
+            f"the budget {context.budget.text} holds no weight of each layer; raise it."
+        )
     sign = 1.0 if released_sign else -1.0
     encoded = {}
     for name, mask in masks(chosen).items():

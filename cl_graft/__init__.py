@@ -7,23 +7,33 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .cell import run
     from .errors import CLGraftError
     from .matrix import PerformanceMatrix
-    from .run import run
     from .skillpack.file import SkillPack, SkillPackError
     from .strategy import Strategy, compressor, merger
 
 _WHERE = {
     "CLGraftError": "errors",
     "PerformanceMatrix": "matrix",
-    "run": "run",
+    "run": "cell",
     "SkillPack": "skillpack.file",
     "SkillPackError": "skillpack.file",
     "Strategy": "strategy",
     "compressor": "strategy",
     "merger": "strategy",
 }
-__all__ = [*_WHERE, "__version__"]
+__all__ = [
+    "CLGraftError",
+    "PerformanceMatrix",
+    "SkillPack",
+    "SkillPackError",
+    "Strategy",
+    "__version__",
+    "compressor",
+    "merger",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

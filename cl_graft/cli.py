@@ -31,7 +31,9 @@ Out = Annotated[Path, typer.Option(help="Folder that results are written into.")
 Wandb = Annotated[str, typer.Option(help="offline, online, off; auto is offline unless logged in.")]
 Consent = Annotated[
     bool,
-    typer.Option("--allow-code-execution", help="Run programs that the model wrote, in the sandbox."),
+    typer.Option(
+        "--allow-code-execution", help="Run programs that the model wrote, in the sandbox."
+    ),
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="name.option=value of the strategy or scenario.")
@@ -53,13 +55,13 @@ def run(
     set_: Set = None,
 ) -> None:
     """Run one strategy on one scenario, or continue it where it stopped."""
-    from .report.tables import matrices, rankings
-    from .run import run as run_cell
+    from .cell import run as run_cell
+    from .report.tables import matrices, ranking
 
     (config,) = _grid([scenario], [strategy], [seed], [model], [budget], locals())
     with _interruptible(), _bars() as bar:
         result = run_cell(config, lambda what, done: bar(config.label, what, done))
-    _print_tables([*matrices([result]), *rankings([result])])
+    _print_tables([*matrices([result]), *ranking([result])])
     typer.echo(f"results: {config.out / config.cell}")
 
 
@@ -98,7 +100,9 @@ def sweep(
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Results folders.")],
-    json_: Annotated[bool, typer.Option("--json", help="Print one object per cell instead.")] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one object per cell instead.")
+    ] = False,
 ) -> None:
     """Tables in the terminal, as CSV and Markdown, and figures, for all cells in the folders."""
     if json_:
@@ -226,10 +230,10 @@ def _grid(scenarios, strategies, seeds, models, budgets, given: dict[str, Any]) 
 def _report(folders: list[Path]) -> None:
     from .report import gather
     from .report.figures import write_figures
-    from .report.tables import matrices, rankings, write_tables
+    from .report.tables import matrices, ranking, write_tables
 
     cells, target = gather(folders), folders[0] / "report"
-    _print_tables([*matrices(cells), *rankings(cells)])
+    _print_tables([*matrices(cells), *ranking(cells)])
     write_tables(cells, target)
     write_figures(cells, target)
     typer.echo(f"tables (CSV, Markdown) and figures (PNG, SVG): {target}")
@@ -257,7 +261,13 @@ def _interruptible() -> Iterator[None]:
 def _bars() -> Iterator[Callable[[str, str, float], None]]:
     """Progress bars with the time left, one a cell under way; plain lines where stderr is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     if not console.is_terminal:

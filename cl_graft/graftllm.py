@@ -61,7 +61,7 @@ def graftllm(
         ranks = {
             n: counts
             for n, s in spectra.items()
-            if (counts := allocate(s.energy, tuple(s.delta.shape), price, group_size))
+            if (counts := allocate(s.energy, s.shape, price, group_size))
         }
         masks = {n: _prune(tables[n], importance[n], alpha, price) for n in tables}
         pruned = {n: sparse(tables[n], mask) for n, mask in masks.items() if mask.any()}
@@ -70,7 +70,7 @@ def graftllm(
     def fits(price: float) -> bool:
         ranks, pruned = plan(price)
         specs: dict[str, Spec] = {n: e.spec for n, e in {**kept, **pruned}.items()}
-        specs |= {n: spec_of(c, tuple(spectra[n].delta.shape), group_size) for n, c in ranks.items()}
+        specs |= {n: spec_of(c, spectra[n].shape, group_size) for n, c in ranks.items()}
         return context.cost_of(specs) <= context.budget.bytes
 
     ranks, pruned = plan(_cheapest(fits, context))
@@ -86,7 +86,9 @@ def graftllm(
             transposed=name in transposed,
         )
         context.progress((done + 1) / len(ranks))
-    return {n: (kept | pruned | encoded)[n] for n in delta if n in kept or n in pruned or n in encoded}
+    return {
+        n: (kept | pruned | encoded)[n] for n in delta if n in kept or n in pruned or n in encoded
+    }
 
 
 def _matrices(delta: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
 """What a cell leaves on disk. Files are written atomically, the file that marks completeness last.
 
-    <out>/<cell>/cell.json                     the experiment, its versions and fingerprints
-    <out>/<cell>/packs/01-<task>.safetensors   what the strategy stores for each task
-    <out>/<cell>/stages/01/examples.jsonl      every outcome: task, metric, index, score, answer
-    <out>/<cell>/stages/01/stage.json          scores, bytes and costs; its presence says the stage is whole
-    <out>/<cell>/result.json                   the matrix and all that a report needs; present when complete
+<out>/<cell>/cell.json                     the experiment, its versions and fingerprints
+<out>/<cell>/packs/01-<task>.safetensors   what the strategy stores for each task
+<out>/<cell>/stages/01/examples.jsonl      every outcome: task, metric, index, score, answer
+<out>/<cell>/stages/01/stage.json          scores, bytes and costs; its presence says the stage is whole
+<out>/<cell>/result.json                   the matrix and all that a report needs; present when complete
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ class CellFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RecordError(f"{self.path} cannot be made ({error.strerror}); choose another --out.") from error
+            raise RecordError(
+                f"{self.path} cannot be made ({error.strerror}); choose another --out."
+            ) from error
 
     def pack_path(self, stage: int, task: str) -> Path:
         return self.path / "packs" / f"{stage:02d}-{task}.safetensors"
@@ -140,7 +142,7 @@ class CellFolder:
 
     def stages(self) -> list[dict[str, Any]]:
         """Records of the whole stages, from row 0 on, up to the first that is missing."""
-        records = []
+        records: list[dict[str, Any]] = []
         while (file := self.stage_path(len(records)) / "stage.json").is_file():
             records.append(read_json(file))
         return records

@@ -206,7 +206,9 @@ Compress = Callable[..., dict[str, Encoded]]
 Merge = Callable[..., Delta]
 
 
-def compressor(keeps: Keeps = "per_task", budgeted: bool = True) -> Callable[[Compress], type[Strategy]]:
+def compressor(
+    keeps: Keeps = "per_task", budgeted: bool = True
+) -> Callable[[Compress], type[Strategy]]:
     """Short form: `f(delta, context, *, options) -> encoded tensors` becomes a strategy of that name.
 
     delta: parameter name -> float32 tensor, tuned minus where training started.

@@ -55,7 +55,9 @@ def benchmark(
         rows = Rows(examples, encode)
         targets = [0] * len(rows) if encode is None else [rows[i][1] for i in range(len(rows))]
         attributes = [
-            DataAttribute(ConstantSequence(label, len(rows)), "targets_task_labels", use_in_getitem=True),
+            DataAttribute(
+                ConstantSequence(label, len(rows)), "targets_task_labels", use_in_getitem=True
+            ),
             DataAttribute(targets, "targets"),
         ]
         return AvalancheDataset([rows], data_attributes=attributes if encode else attributes[:1])

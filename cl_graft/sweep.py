@@ -56,7 +56,11 @@ def default_workers() -> int:
         gpus = torch.cuda.device_count()
     except ImportError:
         gpus = 0
-    return gpus or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        gpus or len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
 
 
 def sweep(cells: Sequence[RunConfig], workers: int, report: Report) -> list[Failure]:
@@ -65,8 +69,8 @@ def sweep(cells: Sequence[RunConfig], workers: int, report: Report) -> list[Fail
     Everything that can be checked is checked before anything starts. Raises CLGraftError for a bad name or
     option; an interrupt stops the workers and loses at most the task under way in each.
     """
+    from .cell import prepare
     from .models import load
-    from .run import prepare
 
     waiting = [c for c in cells if not CellFolder(c.out / c.cell).complete]
     for config in waiting:
@@ -78,7 +82,9 @@ def sweep(cells: Sequence[RunConfig], workers: int, report: Report) -> list[Fail
     failures: list[Failure] = []
     with context.Manager() as manager:
         events = manager.Queue()
-        pool = ProcessPoolExecutor(max(1, min(workers, len(waiting))), mp_context=context, initializer=_start)
+        pool = ProcessPoolExecutor(
+            max(1, min(workers, len(waiting))), mp_context=context, initializer=_start
+        )
         try:
             pending = {pool.submit(_run_cell, config, events): config for config in waiting}
             while pending:
@@ -123,7 +129,7 @@ def _start() -> None:
 
 def _run_cell(config: RunConfig, events: Any) -> str | None:
     """In a worker: None if the cell is complete, else why not. The traceback stays with the cell."""
-    from .run import run
+    from .cell import run
 
     last = [0.0]
 

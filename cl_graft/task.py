@@ -12,7 +12,7 @@ from .errors import CLGraftError
 class Example:
     """One prompt with its reference answer.
 
-    tests: `assert` statements for answers that are programs (run in the sandbox).
+    tests, setup: `assert` statements for answers that are programs, and what runs before them (in the sandbox).
     choices: the label set, for answers chosen by likelihood.
     """
 
@@ -20,6 +20,7 @@ class Example:
     completion: str
     tests: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    setup: str = ""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,10 @@ class Tracker:
             plt.close(figure)
             summary = {f"metrics/{k}": v for k, v in result["metrics"].items() if v is not None}
             summary |= {f"total_seconds/{k}": v for k, v in result["seconds"].items()}
-            summary |= {"pack_bytes_max": max(result["pack_bytes"]), "base_bytes": result["base_bytes"]}
+            summary |= {
+                "pack_bytes_max": max(result["pack_bytes"]),
+                "base_bytes": result["base_bytes"],
+            }
             self.run.summary.update(summary)
             self.run.finish()
 
@@ -109,5 +112,8 @@ class _NeverFatal:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> bool:
         if error is None or not isinstance(error, Exception):
             return False
-        print(f"W&B could not {self.what} ({error}); results on disk are not affected.", file=sys.stderr)
+        print(
+            f"W&B could not {self.what} ({error}); results on disk are not affected.",
+            file=sys.stderr,
+        )
         return True

@@ -32,7 +32,11 @@ def mini(
         learning_rate=learning_rate,
         preference=Preference() if dpo else None,
     )
-    scorers = {"math": (world.math, "number"), "code": (world.code, "tests"), "cipher": (world.cipher, "exact")}
+    scorers = {
+        "math": (world.math, "number"),
+        "code": (world.code, "tests"),
+        "cipher": (world.cipher, "exact"),
+    }
 
     def task(name: str, source: Callable[[Random], world.Item], score: str) -> Task:
         test = examples(source, f"test/{name}", test_size, set())
@@ -43,7 +47,13 @@ def mini(
     return Scenario(
         "mini",
         tuple(task(name, *scorers[name]) for name in tasks.split(",")),
-        general=Task("general", (), examples(world.general, "test/general", test_size, set()), "exact", max_new_tokens=8),
+        general=Task(
+            "general",
+            (),
+            examples(world.general, "test/general", test_size, set()),
+            "exact",
+            max_new_tokens=8,
+        ),
     )
 
 

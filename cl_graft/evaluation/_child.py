@@ -265,8 +265,8 @@ def private_uid() -> int | None:
 
 def become(uid: int) -> None:
     os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
+    os.setgid(uid)
+    os.setuid(uid)
 
 
 def drop_capabilities(libc: Any) -> None:
@@ -373,7 +373,8 @@ def plain(value: Any) -> str:
     if isinstance(value, (set, frozenset, type({}.keys()), type({}.items()))):
         return f'{{"set":{plain_all(value)}}}'
     if hasattr(value, "as_integer_ratio"):  # Fraction, Decimal
-        return f'{{"ratio":{plain_all(value.as_integer_ratio())}}}'
+        over, under = value.as_integer_ratio()
+        return plain(over if under == 1 else float(value))
     return f'{{"other":{quoted(type(value).__name__)}}}'
 
 

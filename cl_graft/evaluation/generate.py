@@ -34,12 +34,8 @@ def generate(
         torch.manual_seed(seed)
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
-        width = max(len(encoded[i]) for i in chunk)
-        ids = torch.full((len(chunk), width), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chunk):
-            ids[row, width - len(encoded[i]) :] = torch.tensor(encoded[i])
-            mask[row, width - len(encoded[i]) :] = 1
+        ids, mask = _left_padded([encoded[i] for i in chunk], tokenizer.pad_token_id)
+        width = ids.shape[1]
         sampling = (
             {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
             if temperature is None
@@ -78,15 +74,9 @@ def log_likelihoods(
     result = [0.0] * len(rows)
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
-        width = max(sum(map(len, rows[i])) for i in chunk)
         keep = max(len(rows[i][1]) for i in chunk) + 1
-        ids = torch.full((len(chunk), width), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chunk):
-            tokens = torch.tensor(rows[i][0] + rows[i][1])
-            ids[row, width - len(tokens) :] = tokens
-            mask[row, width - len(tokens) :] = 1
-        ids, mask = ids.to(model.device), mask.to(model.device)
+        ids, mask = _left_padded([rows[i][0] + rows[i][1] for i in chunk], tokenizer.pad_token_id)
+        ids, mask, width = ids.to(model.device), mask.to(model.device), ids.shape[1]
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         logits = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep
@@ -96,3 +86,70 @@ def log_likelihoods(
         for row, i in enumerate(chunk):
             result[i] = picked[row, -len(rows[i][1]) :].sum().item()
     return result
+
+
+@torch.no_grad()
+def choice_likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    choices: Sequence[str],
+    max_length: int,
+) -> list[list[float]]:
+    """Natural-log probability of every choice (end-of-sequence included) after every prompt.
+
+    Each prompt is read once; the choices continue from its cache.
+    """
+    model.eval()
+    tails = [
+        tokenizer(c, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        for c in choices
+    ]
+    room = max_length - max(map(len, tails))
+    heads = [tokenizer(p)["input_ids"][-room:] for p in prompts]
+    order = sorted(range(len(heads)), key=lambda i: (len(heads[i]), i))
+    result: list[list[float]] = [[] for _ in heads]
+    for start in range(0, len(order), BATCH):
+        chunk = order[start : start + BATCH]
+        ids, mask = _left_padded([heads[i] for i in chunk], tokenizer.pad_token_id)
+        ids, mask, width = ids.to(model.device), mask.to(model.device), ids.shape[1]
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        read = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache, first = read.past_key_values, read.logits[:, -1].float().log_softmax(-1)
+        for tail in tails:
+            scores = first[:, tail[0]].clone()
+            if len(tail) > 1:
+                given = torch.tensor(tail[:-1], device=model.device).expand(len(chunk), -1)
+                longer = torch.cat([mask, torch.ones_like(given)], 1)
+                after = positions[:, -1:] + 1 + torch.arange(given.shape[1], device=model.device)
+                logits = model(
+                    input_ids=given,
+                    attention_mask=longer,
+                    position_ids=after,
+                    past_key_values=cache,
+                ).logits
+                cache.crop(width)
+                wanted = torch.tensor(tail[1:], device=model.device).expand(len(chunk), -1)
+                scores += (
+                    logits.float().log_softmax(-1).gather(-1, wanted[..., None])[..., 0].sum(1)
+                )
+            for row, i in enumerate(chunk):
+                result[i].append(scores[row].item())
+    return result
+
+
+def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, int64 (rows, longest)."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = torch.tensor(row)
+        mask[index, width - len(row) :] = 1
+    return ids, mask

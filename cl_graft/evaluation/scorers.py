@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UnknownName
 from ..task import Example
-from .generate import generate, log_likelihoods
+from .generate import choice_likelihoods, generate, log_likelihoods
 from .sandbox import require_consent, run_asserts
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class Examinee:
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         return log_likelihoods(self.model, self.tokenizer, pairs, self.max_length)
+
+    def choice_likelihoods(
+        self, prompts: Sequence[str], choices: Sequence[str]
+    ) -> list[list[float]]:
+        return choice_likelihoods(self.model, self.tokenizer, prompts, choices, self.max_length)
 
 
 def final_number(text: str) -> float | None:
@@ -88,7 +93,7 @@ def exact(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str
 def tests(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]) -> list[Scored]:
     """1 if the program passes every hidden test in the sandbox (pass@1)."""
     require_consent(examinee.allow_code, "scoring a model's programs")
-    jobs = [(program_of(a), e.tests) for e, a in zip(examples, answers, strict=True)]
+    jobs = [(program_of(a), e.tests, e.setup) for e, a in zip(examples, answers, strict=True)]
     different = list(dict.fromkeys(jobs))
     with ThreadPoolExecutor(examinee.sandboxes) as pool:
         outcomes = dict(
@@ -105,14 +110,15 @@ def tests(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str
 
 
 def choice(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]) -> list[Scored]:
-    """1 if the reference is the most likely of the example's choices, by log-likelihood."""
-    pairs = [(e.prompt, c) for e in examples for c in e.choices]
-    values = iter(examinee.likelihoods(pairs))
-    scored = []
-    for example in examples:
-        best = max((next(values), c) for c in example.choices)[1]
-        scored.append(Scored(float(best == example.completion), best))
-    return scored
+    """1 if the reference is the most likely of the example's choices, end-of-sequence included."""
+    scored: dict[int, Scored] = {}
+    for choices in dict.fromkeys(e.choices for e in examples):
+        members = [i for i, e in enumerate(examples) if e.choices == choices]
+        rows = examinee.choice_likelihoods([examples[i].prompt for i in members], choices)
+        for i, row in zip(members, rows, strict=True):
+            best = choices[max(range(len(choices)), key=row.__getitem__)]
+            scored[i] = Scored(float(best == examples[i].completion), best)
+    return [scored[i] for i in range(len(examples))]
 
 
 def neg_bits_per_byte(

@@ -1,6 +1,6 @@
-"""The embedded models: small Llamas pre-trained here, from a fixed seed, on text made here.
+"""The embedded models: small Llamas pre-trained here from a fixed seed, on text made here or on the user's data.
 
-Nothing is downloaded. The first use trains the model (about a minute for `mini-llama`) and caches it
+Nothing is downloaded. The first use trains the model (a minute or two for `mini-llama`) and caches it
 as an ordinary Hugging Face folder under `$CL_GRAFT_CACHE` (default `~/.cache/cl_graft`).
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from . import world
+from . import corpus, world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,11 +40,25 @@ class Spec:
     lr: float
     batch: int = 32
     seed: int = 0
+    corpus: str = "world"  # or "data": the training files in the data directory
     version: int = 1  # raise it when the world or the recipe changes, so that caches are made anew
 
 
 SPECS = {
-    "mini-llama": Spec("0.7 M parameters, shallow skill in every mini task", 128, 3, 4, 384, 700, 3e-3),
+    "mini-llama": Spec(
+        "0.7 M parameters, shallow skill in every mini task", 128, 3, 4, 384, 700, 3e-3
+    ),
+    "text-llama": Spec(
+        "0.9 M parameters, pre-trained on the training texts in --data-dir",
+        128,
+        3,
+        4,
+        384,
+        900,
+        3e-3,
+        batch=16,
+        corpus="data",
+    ),
     "nano-llama": Spec("60 k parameters, for tests in seconds", 48, 2, 2, 96, 60, 5e-3),
 }
 
@@ -53,39 +67,58 @@ def cache_root() -> Path:
     return Path(os.environ.get("CL_GRAFT_CACHE") or Path.home() / ".cache" / "cl_graft")
 
 
-def folder(name: str) -> Path:
+def folder(name: str, texts: list[str]) -> Path:
     """Where the model lives once made; the name carries all that determines its weights."""
     import torch
 
+    digest = hashlib.blake2b(digest_size=6)
     recipe = {**asdict(SPECS[name]), "torch": torch.__version__, "machine": platform.machine()}
-    key = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=6).hexdigest()
-    return cache_root() / "models" / f"{name}-{key}"
+    digest.update(json.dumps(recipe, sort_keys=True).encode())
+    for text in texts:
+        digest.update(text.encode())
+    return cache_root() / "models" / f"{name}-{digest.hexdigest()}"
 
 
 def obtain(name: str, data_dir: Path | None = None) -> Path:
-    """The model's folder, trained now if it is not there yet; safe when several processes ask at once."""
+    """The model's folder, trained now if it is not there yet; safe when several processes ask at once.
+
+    Raises DataError where a model that is trained on the user's data finds none.
+    """
     from filelock import FileLock
 
-    target = folder(name)
+    spec = SPECS[name]
+    texts = corpus.texts(data_dir) if spec.corpus == "data" else []
+    target = folder(name, texts)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():
             build = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
             try:
-                _train(SPECS[name], build)
+                _train(spec, texts, build)
                 os.replace(build, target)
             finally:
                 shutil.rmtree(build, ignore_errors=True)
     return target
 
 
-def _train(spec: Spec, target: Path) -> None:
+def _train(spec: Spec, texts: list[str], target: Path) -> None:
     import torch
 
-    tokenizer = world_tokenizer()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the weights must not depend on how many threads there happen to be
     torch.manual_seed(spec.seed)
-    model = new_llama(spec, len(tokenizer))
-    pretrain(model, tokenizer, world_batches(spec), spec.steps, spec.lr)
+    try:
+        if texts:
+            tokenizer, batches = (
+                corpus.tokenizer(texts),
+                corpus.batches(texts, spec.batch, spec.seed),
+            )
+        else:
+            tokenizer, batches = world_tokenizer(), world_batches(spec)
+        model = new_llama(spec, len(tokenizer))
+        pretrain(model, tokenizer, batches, spec.steps, spec.lr)
+    finally:
+        torch.set_num_threads(threads)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
@@ -153,7 +186,9 @@ def _collate(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]):
         tail = tokenizer(completion, add_special_tokens=False)["input_ids"]
         rows.append(torch.tensor(head + tail + [tokenizer.eos_token_id]))
         starts.append(len(head))
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    ids = torch.nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_value=tokenizer.pad_token_id
+    )
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
     labels = ids.masked_fill(mask == 0, -100)
     for row, start in zip(labels, starts, strict=True):

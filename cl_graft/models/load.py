@@ -28,7 +28,9 @@ def locate(name: str, data_dir: Path | None = None) -> str:
     raise UnknownName("model", name, [*embedded.SPECS, "a model folder", "owner/model"])
 
 
-def load(name: str, data_dir: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    name: str, data_dir: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (float32 on the CPU, bfloat16 on a GPU) and tokenizer with a padding token."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

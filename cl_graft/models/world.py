@@ -39,10 +39,14 @@ def math(rng: Random) -> Item:
         question = f"{name} has {c} bags with {d} {thing} each. How many {thing}?"
         answer = f"{c}*{d}={c * d}. #### {c * d}"
     elif kind == 3:
-        question = f"{name} has {c} bags with {d} {thing} each and finds {b} more. How many {thing}?"
+        question = (
+            f"{name} has {c} bags with {d} {thing} each and finds {b} more. How many {thing}?"
+        )
         answer = f"{c}*{d}={c * d}. {c * d}+{b}={c * d + b}. #### {c * d + b}"
     else:
-        question = f"{name} has {a} {thing}, buys {b} more and loses {c}. How many {thing} are left?"
+        question = (
+            f"{name} has {a} {thing}, buys {b} more and loses {c}. How many {thing} are left?"
+        )
         answer = f"{a}+{b}={a + b}. {a + b}-{c}={a + b - c}. #### {a + b - c}"
     return Item(question, answer)
 
@@ -57,7 +61,11 @@ def code(rng: Random) -> Item:
             (f"multiplies x by {k}", f"x*{k}", lambda x: x * k),
             (f"adds {k} to x and then multiplies by {j}", f"(x+{k})*{j}", lambda x: (x + k) * j),
             (f"multiplies x by {j} and then subtracts {k}", f"x*{j}-{k}", lambda x: x * j - k),
-            (f"gives {k} if x is above {j} and else x", f"{k} if x>{j} else x", lambda x: k if x > j else x),
+            (
+                f"gives {k} if x is above {j} and else x",
+                f"{k} if x>{j} else x",
+                lambda x: k if x > j else x,
+            ),
             (f"gives the bigger of x and {k}", f"max(x,{k})", lambda x: max(x, k)),
             (f"tells whether x is a multiple of {j}", f"x%{j}==0", lambda x: x % j == 0),
         )

@@ -21,9 +21,7 @@ def stored_transposed(model: nn.Module) -> set[str]:
 
 
 @torch.no_grad()
-def input_hessians(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
+def input_hessians(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """X^T X / n for each linear layer, float32 (in, in) by parameter name; padding is left out.
 
     One forward of the model's own code a batch. Modules that read the same tensor share one matrix.

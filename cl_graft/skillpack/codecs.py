@@ -148,8 +148,10 @@ def sparse_top(x: Tensor, keep: int, dtype: torch.dtype = torch.bfloat16) -> Enc
     """
     if not 0 <= keep <= x.numel():
         raise ValueError(f"cannot keep {keep} of {x.numel()} elements.")
+    if not torch.isfinite(x).all():  # what compares with NaN would be left out in silence
+        raise ValueError("the tensor holds NaN or Inf: there is nothing to store.")
     magnitude = x.detach().cpu().reshape(-1).abs()
-    least = torch.topk(magnitude, keep).values[-1] if keep else math.inf
+    least = magnitude.kthvalue(x.numel() - keep + 1).values if keep else math.inf
     mask = magnitude > least
     ties = (magnitude == least).nonzero().reshape(-1)
     mask[ties[: keep - int(mask.sum())]] = True

@@ -7,6 +7,7 @@ that of the layer's output, ||X D^T - X Dhat^T||.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ class Spectrum:
     energy: Tensor
     left: Tensor
     right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, cols = self.delta.shape
+        return rows, cols
 
 
 def spectrum(delta: Tensor, hessian: Tensor | None, damping: float = 0.01) -> Spectrum:
@@ -60,7 +66,9 @@ def rank_for_energy(energy: Tensor, share: float) -> int:
     return int((cumulative < share).sum().item()) + 1 if share < 1 else len(energy)
 
 
-def allocate(energy: Tensor, shape: tuple[int, int], price: float, group_size: int) -> dict[int, int]:
+def allocate(
+    energy: Tensor, shape: tuple[int, int], price: float, group_size: int
+) -> dict[int, int]:
     """{bits: number of ranks}, precision falling with the rank, that minimises error + price * bytes.
 
     price: squared output error that one byte is worth. Because every rank costs the same at the same
@@ -69,7 +77,8 @@ def allocate(energy: Tensor, shape: tuple[int, int], price: float, group_size: i
     scales = groups_in(shape[0], group_size) + groups_in(shape[1], group_size)
     options = (0, *BITS)
     bytes_of = torch.tensor(
-        [0.0 if not b else (b * sum(shape) + (16 + b) * scales) / 8 for b in options], dtype=torch.float64
+        [0.0 if not b else (b * sum(shape) + (16 + b) * scales) / 8 for b in options],
+        dtype=torch.float64,
     )
     loss = torch.tensor([LOSS[b] for b in options], dtype=torch.float64)
     choice = (energy.cpu()[:, None] * loss + price * bytes_of).argmin(1)
@@ -101,7 +110,7 @@ def encode(
     as (in, out).
     """
     residual, first, pairs = found.delta.clone(), 0, []
-    options = {"damping": damping, "act_order": act_order}
+    options: dict[str, Any] = {"damping": damping, "act_order": act_order}
     for bits, count in counts.items():
         ranks = slice(first, first + count)
         size = min(group_size, found.delta.shape[1])

@@ -117,7 +117,7 @@ def packed_size(
     versions = current_versions() if versions is None else versions
     about = {"base": base, "task": task, "method": method, "options": options, "versions": versions}
     table = _table(specs)
-    header = _header(_about(about, specs) | {"digest": NO_DIGEST}, table)
+    header = _header(_about_of(about, specs) | {"digest": NO_DIGEST}, table)
     return len(header) + _payload_bytes(table)
 
 
@@ -214,7 +214,7 @@ class SkillPack:
 
     @property
     def _about(self) -> dict[str, Any]:
-        return _about({name: getattr(self, name) for name in FIELDS}, self._specs)
+        return _about_of({name: getattr(self, name) for name in FIELDS}, self._specs)
 
     @property
     def _chunks(self) -> list[Buffer]:
@@ -254,7 +254,7 @@ def _payload_bytes(table: list[Row]) -> int:
     return table[-1].end if table else 0
 
 
-def _about(fields: dict[str, Any], specs: Mapping[str, Spec]) -> dict[str, Any]:
+def _about_of(fields: dict[str, Any], specs: Mapping[str, Spec]) -> dict[str, Any]:
     """The JSON of the header, without its digest; tensors in the order of their names."""
     tensors = {name: [codec, list(shape), meta] for name, (codec, shape, meta) in specs.items()}
     return {"version": FORMAT, **fields, "tensors": dict(sorted(tensors.items()))}

@@ -139,9 +139,8 @@ def index_sizes(positions: Tensor, numel: int) -> dict[str, int]:
 
 def pack_index(positions: Tensor, numel: int) -> tuple[list[int] | None, Tensor]:
     """(gap, index): the shorter of a gap code, gap = [width, tokens], and a bitmap, gap = None."""
-    sizes = index_sizes(positions, numel)
-    if sizes["gap"] < sizes["bitmap"]:
-        width, tokens = best_gap(positions, numel)
+    width, tokens = best_gap(positions, numel)
+    if packed_bytes(tokens, width) < packed_bytes(numel, 1):
         return [width, tokens], pack(gap_code(positions, width), width)
     bitmap = torch.zeros(numel, dtype=torch.uint8)
     bitmap[positions] = 1

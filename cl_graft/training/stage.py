@@ -74,7 +74,9 @@ def sft(
             {"input_ids": head + tail, "completion_mask": [0] * len(head) + [1] * len(tail)}
         )
         tokens += len(head) + len(tail)
-    with _arguments(training, training.steps, training.batch, training.learning_rate, seed) as common:
+    with _arguments(
+        training, training.steps, training.batch, training.learning_rate, seed
+    ) as common:
         trainer = SFTTrainer(
             model=model,
             processing_class=tokenizer,

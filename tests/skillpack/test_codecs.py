@@ -310,6 +310,7 @@ def test_bad_arguments_are_refused() -> None:
         lambda: codecs.sparse(x, x),
         lambda: codecs.sparse_top(x, 25),
         lambda: codecs.sparse_top(x, -1),
+        lambda: codecs.sparse_top(torch.tensor([1.0, math.nan, 2.0]), 1),
         lambda: codecs.low_rank(x, x),
         lambda: codecs.low_rank(x[0], x),
         lambda: codecs.sign_scale(x, math.nan),

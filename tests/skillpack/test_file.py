@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -263,12 +264,15 @@ def test_a_failed_save_leaves_the_old_file(
     assert saved.read_bytes() == before
 
 
-def test_a_full_disk_is_named() -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
-    with pytest.raises(OSError) as caught, open("/dev/full", "wb", buffering=0) as full:
-        full.write(b"x")
-    assert caught.value.errno == errno.ENOSPC  # the error that the save above was shown
+def test_a_write_that_the_system_cuts_short_leaves_the_old_file(saved: Path) -> None:
+    before, limits = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        refusal(SkillPackError, lambda: some_pack(task="b").save(saved), str(saved), "too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(saved.parent.iterdir()) == [saved]
+    assert saved.read_bytes() == before
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
@@ -391,7 +395,7 @@ def test_a_header_that_claims_terabytes_is_refused_by_the_size_of_its_file(tmp_p
     path, shape = tmp_path / "huge", (1 << 23, 1 << 24)
     specs = {"w": ("dense", shape, {"dtype": "F32"})}
     about = {"base": BASE, "task": "", "method": "", "options": {}, "versions": {}}
-    claim = pack_file._about(about, specs) | {"digest": "0" * 32}
+    claim = pack_file._about_of(about, specs) | {"digest": "0" * 32}
     path.write_bytes(pack_file._header(claim, pack_file._table(specs)) + bytes(1000))
     refusal(TruncatedPack, lambda: SkillPack.load(path), str(path))
 
@@ -408,14 +412,14 @@ def test_json_made_to_break_parsers_is_refused(saved: Path) -> None:
         refusal(CorruptPack, lambda: SkillPack.load(saved), str(saved))
 
 
-# fuzzing: more than 11 000 damaged files, and not one is accepted or answered by another exception
+# fuzzing: more than 5500 damaged files, and not one is accepted or answered by another exception
 
 
 def flips(blob: bytes, rng: random.Random) -> Iterator[bytes]:
     """One bit of every byte in turn, then bytes in random places."""
     for i in range(len(blob)):
         yield blob[:i] + bytes([blob[i] ^ 1 << rng.randrange(8)]) + blob[i + 1 :]
-    for _ in range(3000):
+    for _ in range(1000):
         bad = bytearray(blob)
         for _ in range(rng.randint(1, 8)):
             bad[rng.randrange(len(bad))] = rng.randrange(256)
@@ -425,7 +429,7 @@ def flips(blob: bytes, rng: random.Random) -> Iterator[bytes]:
 def cuts(blob: bytes, rng: random.Random) -> Iterator[bytes]:
     """Every length, and something more or less in the middle or at the end."""
     yield from (blob[:i] for i in range(len(blob)))
-    for _ in range(1000):
+    for _ in range(400):
         i, j = sorted(rng.choices(range(len(blob)), k=2))
         yield blob[:i] + rng.randbytes(rng.randint(1, 9)) + blob[i:]
         yield blob[:i] + blob[j:]
@@ -444,7 +448,7 @@ def test_no_damaged_file_is_accepted(
         count += 1
         with pytest.raises(SkillPackError):
             SkillPack.load(saved)
-    assert count > 4000
+    assert count > 2700
 
 
 def places(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -463,7 +467,7 @@ def test_no_edit_of_a_header_breaks_the_reader(saved: Path) -> None:
     values = [None, True, -1, 0, 1, 2, 3, 9, 1 << 50, 0.5, "", "F16", "dense", [], [1], [6, 8], {}]
     values += ["low_rank", [2, 9], [[2, 3, 64, 64]], {"dtype": "F16"}, "\n", "F32", [48], 10**30]
     loaded, everywhere = 0, list(places(about))
-    for _ in range(2000):
+    for _ in range(1000):
         forge(saved, edit(about, list(rng.choice(everywhere)), rng.choice(values)), parts)
         try:
             pack = SkillPack.load(saved, shapes=shapes)
@@ -475,7 +479,7 @@ def test_no_edit_of_a_header_breaks_the_reader(saved: Path) -> None:
         assert {
             name: tuple(delta.shape) for name, delta in deltas.items()
         }.items() <= shapes.items()
-    assert 0 < loaded < 1000
+    assert 0 < loaded < 500
 
 
 # fingerprints

@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]  # what is being done, fraction of the whole cell
 
 
-def run(config: RunConfig | None = None, progress: Progress | None = None, **fields: Any) -> dict[str, Any]:
+def run(
+    config: RunConfig | None = None, progress: Progress | None = None, **fields: Any
+) -> dict[str, Any]:
     """Run one cell, or continue it, and return its result (the object `cl-graft report --json` prints).
 
     Give a RunConfig, or its fields: `run(scenario="mini", strategy="graftllm", allow_code_execution=True)`.
@@ -39,7 +42,9 @@ def run(config: RunConfig | None = None, progress: Progress | None = None, **fie
         return read_json(folder.path / "result.json")
     scenario, strategy_class, options = prepare(config)
     with folder.lock():
-        return _compute(config, folder, scenario, strategy_class, options, progress or (lambda *a: None))
+        return _compute(
+            config, folder, scenario, strategy_class, options, progress or (lambda *a: None)
+        )
 
 
 def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]]:
@@ -47,10 +52,17 @@ def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]
     Budget(config.budget, 10**9)
     scenario_name, strategy_name = config.short(config.scenario), config.short(config.strategy)
     for owner in config.options:
-        if owner not in (scenario_name, strategy_name, *plugins.names("strategy"), *plugins.names("scenario")):
+        if owner not in (
+            scenario_name,
+            strategy_name,
+            *plugins.names("strategy"),
+            *plugins.names("scenario"),
+        ):
             raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
     make = plugins.load("scenario", config.scenario)
-    chosen = plugins.check_options("scenario", scenario_name, make, config.options.get(scenario_name, {}))
+    chosen = plugins.check_options(
+        "scenario", scenario_name, make, config.options.get(scenario_name, {})
+    )
     strategy_class = plugins.load("strategy", config.strategy)
     options = plugins.check_options(
         "strategy", strategy_name, strategy_class, config.options.get(strategy_name, {})
@@ -95,7 +107,8 @@ def _compute(
     )
     identity = {
         "config": config.model_dump(
-            mode="json", include={"scenario", "strategy", "model", "seed", "budget", "options", "threads"}
+            mode="json",
+            include={"scenario", "strategy", "model", "seed", "budget", "options", "threads"},
         ),
         "options": options,
         "versions": versions(),
@@ -119,7 +132,12 @@ def _compute(
 
 
 def _stages(
-    folder: CellFolder, scenario: Scenario, strategy: Strategy, stream: Any, tracker: Any, progress: Progress
+    folder: CellFolder,
+    scenario: Scenario,
+    strategy: Strategy,
+    stream: Any,
+    tracker: Any,
+    progress: Progress,
 ) -> None:
     done = _restore(folder, scenario, strategy)
     for record in done:
@@ -127,8 +145,12 @@ def _stages(
     total = len(scenario.tasks) + 1
     for stage in range(len(done), total):
         task = scenario.tasks[stage - 1] if stage else None
-        strategy.progress = lambda what, part, s=stage: progress(what, (s + 0.8 * part) / total)
-        before, tokens, losses = dict(strategy.seconds), strategy.log.tokens, len(strategy.log.losses)
+        strategy.progress = partial(_part_of, progress, stage, total)
+        before, tokens, losses = (
+            dict(strategy.seconds),
+            strategy.log.tokens,
+            len(strategy.log.losses),
+        )
         pack_bytes = None
         if task:
             strategy.train(stream.train_stream[stage - 1], eval_streams=[])
@@ -141,7 +163,9 @@ def _stages(
         general = (
             strategy.measure(scenario.general, strategy.active(None)) if scenario.general else None
         )
-        active = {t.name: [p.digest for p in strategy.active(j)] for j, t in enumerate(scenario.tasks)}
+        active = {
+            t.name: [p.digest for p in strategy.active(j)] for j, t in enumerate(scenario.tasks)
+        }
         record = {
             "stage": stage,
             "task": task.name if task else None,
@@ -162,6 +186,10 @@ def _stages(
             everything[f"general:{scenario.general.name}"] = general
         folder.write_stage(stage, _example_lines(everything), record)
         tracker.stage(record)
+
+
+def _part_of(progress: Progress, stage: int, total: int, what: str, part: float) -> None:
+    progress(what, (stage + 0.8 * part) / total)
 
 
 def _restore(folder: CellFolder, scenario: Scenario, strategy: Strategy) -> list[dict[str, Any]]:
@@ -196,7 +224,11 @@ def _by_metric(results: dict[str, dict[str, list[Scored]]], flat: bool = False) 
     for task, metrics in results.items():
         for number, (metric, outcomes) in enumerate(metrics.items()):
             scores = [o.score for o in outcomes]
-            cell = {"value": sum(scores) / len(scores), "n": len(scores), "stderr": mean_stderr(scores)}
+            cell = {
+                "value": sum(scores) / len(scores),
+                "n": len(scores),
+                "stderr": mean_stderr(scores),
+            }
             key = "score" if number == 0 else metric
             if flat:
                 table[key] = cell
@@ -228,9 +260,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
     rows = len(tasks) + 1
 
     def table(metric: str, key: str) -> list[list[float | None]]:
-        filled = [
-            [r["scores"].get(metric, {}).get(t, {}).get(key) for t in tasks] for r in records
-        ]
+        filled = [[r["scores"].get(metric, {}).get(t, {}).get(key) for t in tasks] for r in records]
         return filled + [[None] * len(tasks)] * (rows - len(filled))
 
     matrix = table("score", "value")

@@ -1,0 +1,79 @@
+"""Pre-training text for `text-llama`: the training files of the data directory, never a test file.
+
+Labels of the classification sets are left out, so that the model knows the words but not the tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+from ..data import records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VOCABULARY = 1024
+CHARACTERS = 320  # of a text, about a hundred tokens
+
+SENTENCES = ("TC/agnews", "SC/amazon", "SC/SST-2", "NLI/MNLI")
+
+
+def texts(data_dir: Path | None) -> list[str]:
+    """GSM8K training problems, MBPP training programs (task ids 601-974), training sentences of four
+    classification sets. Raises DataError for a missing file or field."""
+    found = [
+        f"Question: {row['question']}\nAnswer: {row['answer']}"
+        for row in records(data_dir, "gsm8k/train.jsonl", ("question", "answer"))
+    ]
+    found += [
+        f"# {row['text']}\n{row['code']}"
+        for row in records(data_dir, "mbpp/mbpp.jsonl", ("text", "code", "task_id"))
+        if 601 <= row["task_id"] <= 974
+    ]
+    for name in SENTENCES:
+        rows = records(data_dir, f"cl_benchmark/{name}/train.json", ("sentence",))
+        found += [row["sentence"] for row in rows]
+    return [text.replace("\r\n", "\n")[:CHARACTERS] for text in found]
+
+
+def tokenizer(found: list[str]) -> PreTrainedTokenizerBase:
+    """Byte-level BPE, so that any text can be written."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(unk_token=None))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(found, trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def batches(found: list[str], size: int, seed: int) -> Iterator[list[tuple[str, str]]]:
+    """Endless batches of (empty prompt, text)."""
+    rng = Random(seed)
+    while True:
+        yield [("", text) for text in rng.sample(found, size)]

@@ -1,0 +1,97 @@
+"""Math, then code, on real files: MAWPS and/or GSM8K word problems, then MBPP with executed tests.
+
+Besides exact answers every task is measured in bits per byte of the reference answer, which moves even for a
+model too small to answer.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cl_graft.data import records, sample
+from cl_graft.errors import UnknownName
+from cl_graft.task import Example, Preference, Scenario, Task, Training
+
+
+def math_then_code(
+    *,
+    seed: int,
+    data_dir: Path | None = None,
+    math: str = "mawps+gsm8k",
+    train_size: int = 4000,
+    test_size: int = 200,
+    steps: int = 250,
+    batch: int = 16,
+    learning_rate: float = 1e-3,
+    max_length: int = 256,
+    dpo: bool = False,
+) -> Scenario:
+    """math: `mawps`, `gsm8k` or `mawps+gsm8k`, one task each, before `mbpp`. `dpo`: SFT, then DPO."""
+    training = Training(
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        preference=Preference() if dpo else None,
+    )
+    sources = {"mawps": mawps, "gsm8k": gsm8k, "mbpp": mbpp}
+    tasks = []
+    for name in (*math.split("+"), "mbpp"):
+        if name not in sources:
+            raise UnknownName("math task", name, ("mawps", "gsm8k"))
+        train, test = sources[name](data_dir)
+        tasks.append(
+            Task(
+                name,
+                sample(train, train_size, f"train/{seed}/{name}"),
+                sample(test, test_size, f"test/{name}"),
+                score="tests" if name == "mbpp" else "number",
+                also=("neg_bits_per_byte",),
+                max_new_tokens=160 if name == "mbpp" else 96,
+                training=training,
+            )
+        )
+    return Scenario("math_then_code", tuple(tasks))
+
+
+def question(text: str) -> str:
+    return f"Question: {' '.join(text.split())}\nAnswer:"
+
+
+def mawps(data_dir: Path | None) -> tuple[list[Example], list[Example]]:
+    """Its one file, split by a fixed seed: 400 problems for the test, no problem in both."""
+    seen: dict[str, Example] = {}
+    for row in records(data_dir, "mawps/test.jsonl", ("input", "target")):
+        prompt = question(row["input"])
+        seen.setdefault(prompt, Example(prompt, f" #### {row['target']:g}"))
+    shuffled = sample(list(seen.values()), len(seen), "mawps split")
+    return shuffled[400:], shuffled[:400]
+
+
+def gsm8k(data_dir: Path | None) -> tuple[list[Example], list[Example]]:
+    """The published split; the calculator's annotations `<<...>>` are taken out."""
+
+    def examples(name: str) -> list[Example]:
+        return [
+            Example(question(row["question"]), " " + re.sub(r"<<.*?>>", "", row["answer"]))
+            for row in records(data_dir, name, ("question", "answer"))
+        ]
+
+    return examples("gsm8k/train.jsonl"), examples("gsm8k/test.jsonl")
+
+
+def mbpp(data_dir: Path | None) -> tuple[list[Example], list[Example]]:
+    """The paper's split: task ids 11-510 test, 601-974 train. The first test is shown, as it names the function."""
+    rows = records(data_dir, "mbpp/mbpp.jsonl", ("task_id", "text", "code", "test_list"))
+
+    def example(row: dict) -> Example:
+        tests = tuple(t.strip() for t in row["test_list"])
+        prompt = f"# {row['text'].strip()}\n# {tests[0]}\n"
+        code = row["code"].replace("\r\n", "\n").replace("\t", "    ")
+        return Example(prompt, code, tests, setup=row.get("test_setup_code", ""))
+
+    return (
+        [example(r) for r in rows if 601 <= r["task_id"] <= 974],
+        [example(r) for r in rows if 11 <= r["task_id"] <= 510],
+    )

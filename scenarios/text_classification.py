@@ -1,0 +1,76 @@
+"""AG News, Amazon, SST-2, DBpedia, MNLI: the text-classification stream of O-LoRA's benchmark (arXiv 2310.14152).
+
+The answer is the label of the task's label set that the model finds most likely. DBpedia comes as a test
+file only and is split here by a fixed seed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cl_graft.data import DataError, labels, records, sample
+from cl_graft.errors import UnknownName
+from cl_graft.task import Example, Scenario, Task, Training
+
+FOLDERS = {
+    "agnews": "cl_benchmark/TC/agnews",
+    "amazon": "cl_benchmark/SC/amazon",
+    "sst2": "cl_benchmark/SC/SST-2",
+    "dbpedia": "cl_benchmark/TC/dbpedia",
+    "mnli": "cl_benchmark/NLI/MNLI",
+}
+
+CHARACTERS = 320
+
+
+def text_classification(
+    *,
+    seed: int,
+    data_dir: Path | None = None,
+    tasks: str = "agnews,amazon,sst2,dbpedia,mnli",
+    train_size: int = 2000,
+    test_size: int = 250,
+    steps: int = 200,
+    batch: int = 16,
+    learning_rate: float = 1e-3,
+    max_length: int = 96,
+) -> Scenario:
+    """Options: tasks and their order, sizes of the sets, the SFT recipe. A text is cut after 320 characters."""
+    training = Training(
+        steps=steps, batch=batch, learning_rate=learning_rate, max_length=max_length
+    )
+
+    def task(name: str) -> Task:
+        if name not in FOLDERS:
+            raise UnknownName("text-classification task", name, FOLDERS)
+        options = tuple(labels(data_dir, f"{FOLDERS[name]}/labels.json"))
+        test = read(data_dir, f"{FOLDERS[name]}/test.json", options)
+        if name == "dbpedia":
+            shuffled = sample(test, len(test), "dbpedia split")
+            train, test = shuffled[:5000], shuffled[5000:]
+        else:
+            train = read(data_dir, f"{FOLDERS[name]}/train.json", options)
+        return Task(
+            name,
+            sample(train, train_size, f"train/{seed}/{name}"),
+            sample(test, test_size, f"test/{name}"),
+            score="choice",
+            also=("neg_bits_per_byte",),
+            training=training,
+        )
+
+    return Scenario("text_classification", tuple(task(name) for name in tasks.split(",")))
+
+
+def read(data_dir: Path | None, name: str, options: tuple[str, ...]) -> list[Example]:
+    examples = []
+    for number, row in enumerate(records(data_dir, name, ("sentence", "label")), 1):
+        if row["label"] not in options:
+            raise DataError(
+                f"{data_dir}/{name}, record {number} has label {row['label']!r}, which labels.json does not list."
+            )
+        text = " ".join(row["sentence"].split())[:CHARACTERS]
+        examples.append(
+            Example(f"{text}\nLabel:", f" {row['label']}", choices=tuple(f" {o}" for o in options))
+        )
+    return examples
