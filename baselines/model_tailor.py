@@ -32,7 +32,7 @@ def model_tailor(
     released_sign: add the correction as the released code does, where OBS subtracts it (SparseGPT; measured to
     double the output error).
     """
-    hessians = context.hessians(calibration_batches)
+    hessians = context.moments(calibration_batches, gradients=False).inputs
     head = context.model.get_output_embeddings()
     names = [f"{n}.weight" for n, m in linear_layers(context.model).items() if m is not head]
     transposed = stored_transposed(context.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 from typing import Any
 
@@ -44,13 +45,13 @@ class Budget:
     @property
     def bytes(self) -> int:
         number, unit = re.match(r"([\d.]+)(%|\w+)", self.text).groups()  # type: ignore[union-attr]
-        share = self.base_bytes / 100 if unit == "%" else UNITS[unit]
-        return int(float(number) * share)
+        share = Fraction(self.base_bytes, 100) if unit == "%" else UNITS[unit]
+        return int(Fraction(number) * share)  # in floats, 50% of 58 bytes would be 28
 
 
 def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
     """The largest integer in [low, high] that fits, where fitting is monotone; `low - 1` if none does."""
-    if not fits(low):
+    if low > high or not fits(low):
         return low - 1
     while low < high:
         middle = (low + high + 1) // 2

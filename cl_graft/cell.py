@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import resource
 import sys
@@ -18,7 +19,8 @@ from . import __version__, plugins
 from .budget import Budget
 from .config import RunConfig
 from .errors import CLGraftError, UnknownName
-from .record import CellFolder, read_json, read_jsonl, write_json
+from .models.load import locate
+from .record import CellFolder, RecordError, read_json, read_jsonl, write_json
 from .task import Scenario, Task
 
 if TYPE_CHECKING:
@@ -37,19 +39,40 @@ def run(
     Raises CLGraftError in one sentence for whatever the user can mend.
     """
     config = config or RunConfig(**fields)
-    folder = CellFolder(config.out / config.cell)
-    if folder.complete:
-        return read_json(folder.path / "result.json")
+    if (result := finished(config)) is not None:
+        return result
     scenario, strategy_class, options = prepare(config)
+    report = _forwards(progress or (lambda what, done: None))
+    report("loading the model", 0.0)
+    locate(config.model, config.data_dir)
+    folder = CellFolder(config.out / config.cell)
     with folder.lock():
-        return _compute(
-            config, folder, scenario, strategy_class, options, progress or (lambda *a: None)
-        )
+        return _compute(config, folder, scenario, strategy_class, options, report)
+
+
+def finished(config: RunConfig) -> dict[str, Any] | None:
+    """The result on disk, or None if there is something left to compute.
+
+    Raises RecordError where the folder holds another version's result, or another experiment's.
+    """
+    folder = CellFolder(config.out / config.cell)
+    if not folder.complete:
+        return None
+    folder.check({"config": _experiment(config)})
+    return read_json(folder.path / "result.json")
+
+
+def _experiment(config: RunConfig) -> dict[str, Any]:
+    """The fields of a config that decide its result."""
+    fields = {"scenario", "strategy", "model", "seed", "budget", "options", "threads"}
+    return config.model_dump(mode="json", include=fields)
 
 
 def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]]:
     """Find and check everything a run names, before anything is computed."""
     Budget(config.budget, 10**9)
+    if not 0 <= config.seed < 2**31:
+        raise CLGraftError(f"seed {config.seed} is out of range; choose one from 0 to {2**31 - 1}.")
     scenario_name, strategy_name = config.short(config.scenario), config.short(config.strategy)
     for owner in config.options:
         if owner not in (
@@ -60,6 +83,10 @@ def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]
         ):
             raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
     make = plugins.load("scenario", config.scenario)
+    if not callable(make):
+        raise CLGraftError(
+            f"{config.scenario} is not a scenario: {scenario_name!r} in it is no function."
+        )
     chosen = plugins.check_options(
         "scenario", scenario_name, make, config.options.get(scenario_name, {})
     )
@@ -67,13 +94,29 @@ def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]
     options = plugins.check_options(
         "strategy", strategy_name, strategy_class, config.options.get(strategy_name, {})
     )
+    _require_strategy(strategy_class, config.strategy)
     scenario = make(seed=config.seed, data_dir=config.data_dir, **chosen)
+    if not isinstance(scenario, Scenario):
+        raise CLGraftError(
+            f"{config.scenario} is not a scenario: its function returns {type(scenario).__name__}; "
+            "return a cl_graft.task.Scenario."
+        )
     programs = [t for t in scenario.tasks if "tests" in t.metrics]
     if programs:
         from .evaluation.sandbox import require_consent
 
         require_consent(config.allow_code_execution, f"scoring task {programs[0].name!r}")
     return scenario, strategy_class, options
+
+
+def _require_strategy(found: Any, name: str) -> None:
+    from .strategy import Strategy
+
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise CLGraftError(
+            f"{name} is not a strategy; decorate its function with @compressor or @merger, "
+            "or make it a subclass of cl_graft.Strategy."
+        )
 
 
 def _compute(
@@ -92,7 +135,6 @@ def _compute(
     from .tracking import Tracker
 
     torch.set_num_threads(config.threads)
-    progress("loading the model", 0.0)
     model, tokenizer = load(config.model, config.data_dir)
     set_seed(config.seed)
     budget = Budget(config.budget, sum(p.numel() for p in model.parameters()))
@@ -106,10 +148,7 @@ def _compute(
         allow_code=True,
     )
     identity = {
-        "config": config.model_dump(
-            mode="json",
-            include={"scenario", "strategy", "model", "seed", "budget", "options", "threads"},
-        ),
+        "config": _experiment(config),
         "options": options,
         "versions": versions(),
         "base": strategy.grafted.base,
@@ -119,10 +158,10 @@ def _compute(
         "base_bytes": budget.base_bytes,
     }
     folder.begin(json.loads(json.dumps(identity)))
-    tracker = Tracker(config, folder.path / "tracking", versions())
+    tracker = Tracker(config, folder.path / "tracking", identity)
     try:
         _stages(folder, scenario, strategy, benchmark(scenario), tracker, progress)
-        result = summarise(config, folder, budget)
+        result = collect(folder.path)
         write_json(folder.path / "result.json", result)
         tracker.finish(result)
     except BaseException:
@@ -154,10 +193,9 @@ def _stages(
         pack_bytes = None
         if task:
             strategy.train(stream.train_stream[stage - 1], eval_streams=[])
-            pack_path = folder.pack_path(stage, task.name)
-            pack_path.parent.mkdir(exist_ok=True)
-            pack_bytes = strategy.packs[-1].save(pack_path)
-        progress(f"evaluating after {task.name if task else 'no task'}", (stage + 0.8) / total)
+            pack_bytes = strategy.packs[-1].save(folder.new_pack_path(stage, task.name))
+        what = f"evaluating after {task.name}" if task else "evaluating the base model"
+        progress(what, (stage + 0.8) / total)
         known = set(strategy.measured)
         strategy.eval(stream.test_stream)
         general = (
@@ -189,7 +227,20 @@ def _stages(
 
 
 def _part_of(progress: Progress, stage: int, total: int, what: str, part: float) -> None:
-    progress(what, (stage + 0.8 * part) / total)
+    share = 0.6 + 0.2 * part if what.startswith("compressing") else 0.6 * part
+    progress(what, (stage + share) / total)
+
+
+def _forwards(progress: Progress) -> Progress:
+    """The same, never going back: a stage may train twice (SFT, then DPO)."""
+    furthest = 0.0
+
+    def report(what: str, done: float) -> None:
+        nonlocal furthest
+        furthest = max(furthest, done)
+        progress(what, furthest)
+
+    return report
 
 
 def _restore(folder: CellFolder, scenario: Scenario, strategy: Strategy) -> list[dict[str, Any]]:
@@ -203,17 +254,37 @@ def _restore(folder: CellFolder, scenario: Scenario, strategy: Strategy) -> list
             pack = SkillPack.load(
                 folder.pack_path(record["stage"], record["task"]), base=strategy.grafted.base
             )
+            if pack.digest != record["pack"]:
+                raise RecordError(
+                    f"{folder.path}: the pack of stage {record['stage']} is not the one that its stage.json "
+                    "names; delete that stage's folder and the later ones to compute them anew."
+                )
             strategy.packs.append(pack)
-        outcomes: dict[str, dict[str, list[Scored]]] = {}
-        for line in read_jsonl(folder.stage_path(record["stage"]) / "examples.jsonl"):
-            scored = Scored(line["score"], line["answer"], line["note"])
-            outcomes.setdefault(line["task"], {}).setdefault(line["metric"], []).append(scored)
+        outcomes = _outcomes(folder, record)
         for name, digests in record["active"].items():
             strategy.measured[(name, *digests)] = outcomes[name]
         if scenario.general and record["general"]:
             key = (scenario.general.name, *record["general_active"])
             strategy.measured[key] = outcomes[f"general:{scenario.general.name}"]
     return records
+
+
+def _outcomes(folder: CellFolder, record: dict[str, Any]) -> dict[str, dict[str, list[Scored]]]:
+    """{task: {metric: outcomes}} of a whole stage. Raises RecordError where some are missing."""
+    from .evaluation.scorers import Scored
+
+    file = folder.stage_path(record["stage"]) / "examples.jsonl"
+    outcomes: dict[str, dict[str, list[Scored]]] = {}
+    for line in read_jsonl(file):
+        scored = Scored(line["score"], line["answer"], line["note"])
+        outcomes.setdefault(line["task"], {}).setdefault(line["metric"], []).append(scored)
+    own = {task: metrics for task, metrics in outcomes.items() if not task.startswith("general:")}
+    if _by_metric(own) != record["scores"]:
+        raise RecordError(
+            f"{file} does not hold the outcomes that its stage.json was made of; "
+            "delete that stage's folder and the later ones to compute them anew."
+        )
+    return outcomes
 
 
 def _by_metric(results: dict[str, dict[str, list[Scored]]], flat: bool = False) -> dict[str, Any]:
@@ -224,10 +295,11 @@ def _by_metric(results: dict[str, dict[str, list[Scored]]], flat: bool = False) 
     for task, metrics in results.items():
         for number, (metric, outcomes) in enumerate(metrics.items()):
             scores = [o.score for o in outcomes]
+            spread = mean_stderr(scores)
             cell = {
                 "value": sum(scores) / len(scores),
                 "n": len(scores),
-                "stderr": mean_stderr(scores),
+                "stderr": None if math.isnan(spread) else spread,
             }
             key = "score" if number == 0 else metric
             if flat:
@@ -246,12 +318,6 @@ def _example_lines(results: dict[str, dict[str, list[Scored]]]) -> list[dict[str
     ]
 
 
-def summarise(config: RunConfig, folder: CellFolder, budget: Budget) -> dict[str, Any]:
-    """The cell's result, from what is on disk; works for a cell that is still under way, too."""
-    identity, records = read_json(folder.path / "cell.json"), folder.stages()
-    return result_object(identity, records)
-
-
 def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The object of one cell: matrix with row 0 the base, null where unmeasured, and everything beside it."""
     from .matrix import PerformanceMatrix
@@ -268,7 +334,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
     metrics = PerformanceMatrix(matrix, tasks=tasks).metrics()
     kinds = records[0]["seconds"] if records else {}
     return {
-        "scenario": config.short(config.scenario),
+        "scenario": config.scenario_label,
         "strategy": config.short(config.strategy),
         "label": config.label,
         "model": config.model,
@@ -295,13 +361,8 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
 
 def collect(path: Path) -> dict[str, Any]:
     """The result of the cell in `path`, complete or not."""
-    identity = read_json(path / "cell.json")
-    if identity.get("format") != 1:
-        raise CLGraftError(
-            f"{path} was written in results format {identity.get('format')} and this version reads 1; "
-            "report it with the version that wrote it."
-        )
-    return result_object(identity, CellFolder(path).stages())
+    folder = CellFolder(path)
+    return result_object(folder.identity(), folder.stages())
 
 
 def data_fingerprint(scenario: Scenario) -> str:

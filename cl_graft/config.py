@@ -42,11 +42,16 @@ class RunConfig(BaseModel):
     @property
     def label(self) -> str:
         """The strategy with the options that were set, as tables show it."""
-        name = self.short(self.strategy)
-        chosen = self.options.get(name, {})
-        if not chosen:
-            return name
-        return f"{name}({', '.join(f'{k}={v}' for k, v in sorted(chosen.items()))})"
+        return self._with_options(self.short(self.strategy))
+
+    @property
+    def scenario_label(self) -> str:
+        """The scenario with the options that were set."""
+        return self._with_options(self.short(self.scenario))
+
+    def _with_options(self, name: str) -> str:
+        chosen = ", ".join(f"{k}={v}" for k, v in sorted(self.options.get(name, {}).items()))
+        return f"{name}({chosen})" if chosen else name
 
     @property
     def cell(self) -> str:

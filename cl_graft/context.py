@@ -14,7 +14,7 @@ from torch import Tensor
 from .budget import Budget, largest, weight_bits
 from .errors import CLGraftError
 from .models.roles import Role, roles
-from .skillpack.calibrate import input_hessians
+from .skillpack.calibrate import Moments, moments
 from .skillpack.codecs import Encoded, Spec, dense, sparse
 from .skillpack.file import SkillPack, packed_size
 from .task import Task
@@ -133,7 +133,7 @@ class Context:
             batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
             yield {key: value.to(self.model.device) for key, value in batch.items()}
 
-    def hessians(self, batches: int = 8, size: int = 32) -> dict[str, Tensor]:
-        """Second moment of each linear layer's inputs, X^T X / n, float32 (in, in), by parameter name."""
+    def moments(self, batches: int = 8, size: int = 32, gradients: bool = True) -> Moments:
+        """Second moments of the layers' inputs and output gradients on the task's training text."""
         source = self.batches(size, seed=1)
-        return input_hessians(self.model, (next(source) for _ in range(batches)))
+        return moments(self.model, [next(source) for _ in range(batches)], gradients)

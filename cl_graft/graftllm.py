@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .context import Context, OverBudget
-from .skillpack.calibrate import linear_layers, stored_transposed
+from .skillpack.calibrate import Moments, linear_layers, stored_transposed
 from .skillpack.codecs import Encoded, Spec, dense, sparse
 from .skillpack.factorise import Spectrum, allocate, encode, rank_for_energy, spec_of, spectrum
 from .strategy import compressor
@@ -43,18 +43,19 @@ def graftllm(
     Within those limits bits go where they buy the most: one price of a byte, shared by all tensors, decides
     for each rank between 8, 4, 3, 2 bits and none, and is set so that the pack just fits the budget.
     """
-    hessians = context.hessians(calibration_batches)
+    moments = context.moments(calibration_batches)
     matrices = _matrices(delta, context)
     spectra = {
         n: _limited(
-            spectrum(d, hessians[n] if activation_aware else None, damping),
+            spectrum(d, moments.inputs[n] if activation_aware else None, damping),
             rank if context.roles[n] == "attention" else None,
             beta if context.roles[n] == "mlp" else 1.0,
+            moments.outputs[n].mean(),
         )
         for n, d in matrices.items()
     }
     tables = {n: d for n, d in delta.items() if n not in matrices and d.ndim >= 2}
-    importance = {n: _importance(n, context, hessians) for n in tables}
+    importance = {n: _importance(n, context, moments) for n in tables}
     kept = {n: dense(d) for n, d in delta.items() if d.ndim < 2}
 
     def plan(price: float) -> tuple[dict[str, dict[int, int]], dict[str, Encoded]]:
@@ -102,33 +103,26 @@ def _matrices(delta: Mapping[str, Tensor], context: Context) -> dict[str, Tensor
     }
 
 
-def _limited(found: Spectrum, rank: int | None, share: float) -> Spectrum:
-    """Energy beyond the limits counts as nothing, so that no bits are spent on it."""
+def _limited(found: Spectrum, rank: int | None, share: float, weight: Tensor) -> Spectrum:
+    """Energy in units of the loss; beyond the limits it counts as nothing, so that no bits are spent there."""
     keep = min(rank or len(found.energy), rank_for_energy(found.energy, share))
-    energy = found.energy.clone()
+    energy = found.energy * weight.double()
     energy[keep:] = 0.0
     return Spectrum(found.delta, found.hessian, energy, found.left, found.right)
 
 
-def _importance(name: str, context: Context, hessians: Mapping[str, Tensor]) -> Tensor:
-    """What a squared unit of an entry costs in squared output error, broadcastable to the tensor.
+def _importance(name: str, context: Context, moments: Moments) -> Tensor:
+    """What a squared unit of an entry costs in squared loss, broadcastable to the tensor.
 
-    For a head the second moment of each input; for an embedding how often its token is read.
+    For a head the second moment of each input; for an embedding how often its token is read; both times the
+    mean square of the gradient at the output.
     """
-    if name in hessians:
-        diagonal = hessians[name].diagonal()
-        return diagonal[:, None] if name in stored_transposed(context.model) else diagonal[None, :]
-    table = dict(context.model.named_parameters())[name]
-    counts = torch.zeros(len(table), device=table.device)
-    source = context.batches(32, seed=1)
-    for _ in range(8):
-        batch = next(source)
-        ids = batch["input_ids"][batch["attention_mask"].bool()]
-        if table is context.model.get_input_embeddings().weight:
-            counts += torch.bincount(ids, minlength=len(table)).to(counts)
-    if not counts.any():
-        counts += 1.0
-    return (counts / counts.sum()).view(-1, *[1] * (table.ndim - 1))
+    inputs, outputs = moments.inputs[name], moments.outputs[name]
+    if inputs.ndim == 1:  # an embedding: (tokens, width)
+        return inputs[:, None] * outputs[None, :]
+    if name in stored_transposed(context.model):
+        return inputs.diagonal()[:, None] * outputs[None, :]
+    return outputs[:, None] * inputs.diagonal()[None, :]
 
 
 def _prune(delta: Tensor, importance: Tensor, alpha: float | None, price: float) -> Tensor:

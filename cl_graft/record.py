@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def write_text(path: Path, text: str) -> None:
             "then run the same command again to continue."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none after a success, or where no file can be
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -60,9 +61,14 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Records of a JSON-lines file; a torn last line, as a kill leaves, is passed over.
 
-    Raises RecordError for a broken line elsewhere, with its number.
+    Raises RecordError for a broken line elsewhere, with its number, and for a file that cannot be read.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RecordError(
+            f"{path} cannot be read ({error.strerror}); delete its cell's folder to compute it anew."
+        ) from error
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -71,7 +77,9 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 return
-            raise RecordError(f"{path}, line {number} is not JSON ({error}).") from error
+            raise RecordError(
+                f"{path}, line {number} is not JSON ({error}); delete its cell's folder to compute it anew."
+            ) from error
 
 
 class CellFolder:
@@ -89,54 +97,84 @@ class CellFolder:
         """Held while a process works on the cell; released by the system if the process dies."""
         from filelock import FileLock, Timeout
 
-        self._make()
+        self._make(self.path)
+        lock = FileLock(self.path / ".lock")
         try:
-            with FileLock(self.path / ".lock", timeout=0):
-                yield
+            lock.acquire(timeout=0)
         except Timeout:
             raise RecordError(
                 f"{self.path} is being computed by another process; wait for it or choose another --out."
             ) from None
+        except OSError as error:
+            raise RecordError(
+                f"{self.path} cannot be locked ({error.strerror}); choose another --out."
+            ) from error
+        try:
+            for left in self.path.rglob(".*.tmp"):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Write `cell.json`, or check that the one there tells the same experiment.
 
         Raises RecordError for a folder of another version or made from other data.
         """
-        file = self.path / "cell.json"
-        if not file.exists():
-            write_json(file, {"format": FORMAT, **identity})
-            return
-        found = read_json(file)
-        if found.get("format") != FORMAT:
-            raise RecordError(
-                f"{self.path} was written in results format {found.get('format')} and this version "
-                f"writes {FORMAT}; choose another --out."
-            )
-        for key in ("config", "base", "data"):
-            if found.get(key) != identity[key]:
-                raise RecordError(
-                    f"{self.path} was begun with another {key} than now; choose another --out "
-                    "or delete the folder."
-                )
+        if not (self.path / "cell.json").exists():
+            write_json(self.path / "cell.json", {"format": FORMAT, **identity})
+        self.check({key: identity.get(key) for key in ("config", "options", "base", "data")})
 
-    def _make(self) -> None:
+    def identity(self) -> dict[str, Any]:
+        """What `cell.json` says. Raises RecordError for a folder of another version."""
+        found = read_json(self.path / "cell.json")
+        version = found.get("format") if isinstance(found, dict) else None
+        if version != FORMAT:
+            raise RecordError(
+                f"{self.path} was written in results format {version} and this version knows {FORMAT}; "
+                "choose another --out, or the version that wrote it."
+            )
+        return found
+
+    def check(self, part: dict[str, Any]) -> None:
+        """Raises RecordError where `cell.json` differs from this part of an identity."""
+        found = self.identity()
+        for key, now in part.items():
+            then = found.get(key)
+            if then == now:
+                continue
+            if key == "config" and isinstance(then, dict):
+                key = " and ".join(k for k in now if then.get(k) != now[k]) or key
+            raise RecordError(
+                f"{self.path} was begun with another {key} than now; choose another --out "
+                "or delete the folder."
+            )
+
+    def _make(self, path: Path) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RecordError(
-                f"{self.path} cannot be made ({error.strerror}); choose another --out."
+                f"{path} cannot be made ({error.strerror}); choose another --out."
             ) from error
 
     def pack_path(self, stage: int, task: str) -> Path:
         return self.path / "packs" / f"{stage:02d}-{task}.safetensors"
+
+    def new_pack_path(self, stage: int, task: str) -> Path:
+        """`pack_path`, in a folder that is there now. Raises RecordError if the disk refuses it."""
+        path = self.pack_path(stage, task)
+        self._make(path.parent)
+        return path
 
     def stage_path(self, stage: int) -> Path:
         return self.path / "stages" / f"{stage:02d}"
 
     def write_stage(self, stage: int, examples: Iterable[dict], record: dict[str, Any]) -> None:
         folder = self.stage_path(stage)
-        lines = "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in examples)
+        lines = "".join(
+            json.dumps(e) + "\n" for e in examples
+        )  # ASCII: a program's note may be no Unicode
         write_text(folder / "examples.jsonl", lines)
         write_json(folder / "stage.json", record)
 

@@ -9,8 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+from cl_graft.errors import UnknownName
 from cl_graft.models import world
 from cl_graft.task import Example, Preference, Scenario, Task, Training
+
+# Source, scorer, and the share of `steps` that the task takes.
+TASKS: dict[str, tuple[Callable[[Random], world.Item], str, float]] = {
+    "math": (world.math, "number", 1.2),
+    "code": (world.code, "tests", 0.8),
+    "cipher": (world.cipher, "exact", 0.8),
+}
 
 
 def mini(
@@ -21,39 +29,33 @@ def mini(
     test_size: int = 200,
     steps: int = 250,
     batch: int = 32,
-    learning_rate: float = 1.5e-3,
+    learning_rate: float = 2e-3,
     dpo: bool = False,
     tasks: str = "math,code,cipher",
 ) -> Scenario:
     """Options: sizes of the sets, the SFT recipe, and `dpo` to follow SFT by preference optimisation."""
-    training = Training(
-        steps=steps,
-        batch=batch,
-        learning_rate=learning_rate,
-        preference=Preference() if dpo else None,
-    )
-    scorers = {
-        "math": (world.math, "number"),
-        "code": (world.code, "tests"),
-        "cipher": (world.cipher, "exact"),
-    }
+    preference = Preference() if dpo else None
 
-    def task(name: str, source: Callable[[Random], world.Item], score: str) -> Task:
+    def task(name: str) -> Task:
+        if name not in TASKS:
+            raise UnknownName("task of mini", name, TASKS)
+        source, score, share = TASKS[name]
         test = examples(source, f"test/{name}", test_size, set())
         seen = {e.prompt for e in test}
         train = examples(source, f"train/{seed}/{name}", train_size, seen)
-        return Task(name, train, test, score, max_new_tokens=32, training=training)
+        recipe = Training(
+            steps=max(1, round(share * steps)),
+            batch=batch,
+            learning_rate=learning_rate,
+            preference=preference,
+        )
+        return Task(name, train, test, score, max_new_tokens=32, training=recipe)
 
+    general = examples(world.general, "test/general", test_size, set())
     return Scenario(
         "mini",
-        tuple(task(name, *scorers[name]) for name in tasks.split(",")),
-        general=Task(
-            "general",
-            (),
-            examples(world.general, "test/general", test_size, set()),
-            "exact",
-            max_new_tokens=8,
-        ),
+        tuple(task(name) for name in tasks.split(",")),
+        general=Task("general", (), general, "exact", max_new_tokens=8),
     )
 
 

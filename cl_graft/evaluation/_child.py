@@ -30,17 +30,11 @@ except ImportError:
     from json.encoder import py_encode_basestring_ascii as quoted  # type: ignore[no-redef]
 
 CUT_OFF, TIMED_OUT, SIGNALLED = 10, 11, 128  # the keeper's exit codes; SIGNALLED + signal number
-NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
-    1 << 17,
-    1 << 26,
-    1 << 27,
-    1 << 28,
-    1 << 29,
-    1 << 30,
-)
+NEWNS, NEWUTS, NEWIPC = 1 << 17, 1 << 26, 1 << 27
+NEWUSER, NEWPID, NEWNET = 1 << 28, 1 << 29, 1 << 30
 SIGKILL, SIGXCPU = 9, 24
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
-MS_REC, MS_PRIVATE, MNT_DETACH = 1 << 14, 1 << 18, 2
+MS_REC, MS_PRIVATE = 1 << 14, 1 << 18
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # alike on every architecture
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store", sys.base_prefix + "/lib")
@@ -52,7 +46,7 @@ def main(job: dict[str, Any]) -> None:
     uid = private_uid() if "user" in job["walls"] else None
     given = {"user_namespace": False, "pid_namespace": False}
     if "namespaces" in job["walls"]:
-        if os.geteuid() != 0:
+        if uid is None:
             given["user_namespace"] = attempt(enter_user_namespace, libc)
         given["pid_namespace"] = attempt(call, libc, "unshare", NEWPID)
     attempt(call, libc, "prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -126,23 +120,24 @@ def sweep(uid: int | None) -> None:
 
 def confine(job: dict[str, Any], libc: Any, uid: int | None, given: dict[str, bool]) -> None:
     """Raise every wall the kernel grants, in the one order that works; note each in `given`."""
-    folder, walls = job["work"], job["walls"]
+    walls = job["walls"]
     spaces = {"mount_namespace": NEWNS, "network_cut": NEWNET, "ipc_namespace": NEWIPC | NEWUTS}
     for name, flag in spaces.items():
         given[name] = "namespaces" in walls and attempt(call, libc, "unshare", flag)
-    jailed = given["mount_namespace"] and attempt(enter_jail, libc, folder, job["file_kb"])
+    jailed = given["mount_namespace"] and attempt(enter_jail, libc, job["file_kb"])
     given["private_files"] = jailed
     if not jailed:
-        attempt(call, libc, "umount2", folder.encode(), MNT_DETACH)
-        if uid is not None:
-            os.chown(folder, uid, uid)
-            keep_library_in_reach()
-        os.chdir(folder)
+        enter_folder(job["folder"], uid)
     os.environ.clear()  # what is left of it: the variables the interpreter needed to start
     os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd())
     rules, abi = build_rules(libc) if "landlock" in walls else (-1, 0)
-    given["own_user"] = uid is not None and attempt(become, uid)
-    attempt(drop_capabilities, libc)
+    given["own_user"] = uid is not None
+    if uid is not None:
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
+    if libc is not None:
+        drop_capabilities(libc)  # no attempt: a jail is none for one who may undo it
     # After the change of user, which clears it.
     attempt(call, libc, "prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     given["no_new_privileges"] = attempt(call, libc, "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -160,17 +155,18 @@ def enter_user_namespace(libc: Any) -> None:
     """Become all-powerful in a namespace that holds one user: ourselves, under the same number."""
     uid, gid = os.getuid(), os.getgid()
     call(libc, "unshare", NEWUSER)
-    for name, text in (
-        ("setgroups", "deny"),
-        ("uid_map", f"{uid} {uid} 1"),
-        ("gid_map", f"{gid} {gid} 1"),
-    ):
+    maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
+    for name, text in maps.items():
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
 
 
-def enter_jail(libc: Any, top: str, file_kb: int) -> None:
-    """A root that holds the interpreter's libraries, read-only, a small /tmp, and nothing else."""
+def enter_jail(libc: Any, file_kb: int) -> None:
+    """A root that holds the interpreter's libraries, read-only, a small /tmp, and nothing else.
+
+    Only this process sees it.  It is built upon /sys: every Linux has that folder, no library
+    lives there, and nothing misses it if the building fails halfway; so nothing is ever undone.
+    """
 
     def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
         words = (source, target, kind)
@@ -182,8 +178,8 @@ def enter_jail(libc: Any, top: str, file_kb: int) -> None:
         kept = os.statvfs(path).f_flag & MS_NOEXEC  # a flag that may not be taken away here
         mount("none", jail + path, None, MS_REMOUNT | MS_BIND | flags | kept)
 
-    jail = top + "/jail"
-    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    top, jail = "/sys", "/sys/jail"
+    mount("none", "/", None, MS_REC | MS_PRIVATE)  # first: no later mount may reach the machine
     mount("none", top, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755,size=256k")
     for name in ("/dev", "/tmp"):
         os.makedirs(jail + name)
@@ -203,6 +199,16 @@ def enter_jail(libc: Any, top: str, file_kb: int) -> None:
     # and the kernel refuses a new user namespace (which would give it back) to the chrooted.
     os.chroot(jail)
     os.chdir("/tmp")
+
+
+def enter_folder(path: str, uid: int | None) -> None:
+    """Work in path/work; `path` is the caller's, so that a program cannot move its folder away."""
+    os.mkdir(path, 0o711)
+    os.mkdir(path + "/work", 0o700)
+    if uid is not None:
+        os.chown(path + "/work", uid, uid)
+        keep_library_in_reach()
+    os.chdir(path + "/work")
 
 
 def build_rules(libc: Any) -> tuple[int, int]:
@@ -251,22 +257,27 @@ def keep_library_in_reach() -> None:
 
 
 def private_uid() -> int | None:
-    """A random user number that nobody holds, where we are root; else None."""
+    """A random user number that nobody holds, if we are root; None if we are an ordinary user.
+
+    Root in a user namespace that holds one user is ordinary; real root that may not change its
+    user is refused (PermissionError), for neither files nor fork bombs could be held off.
+    """
     if os.geteuid() != 0:
         return None
-    start, count = 0, 1 << 31
+    rows, rights = [[0, 0, 1 << 31]], -1
     if os.path.exists("/proc/self/uid_map"):
         with open("/proc/self/uid_map") as file:
             rows = [[int(word) for word in line.split()] for line in file]
-        start, _, count = max(rows, key=lambda row: row[2])
+        with open("/proc/self/status") as file:
+            rights = [int(line.split()[1], 16) for line in file if line.startswith("CapEff")][0]
+    start, _, count = max(rows, key=lambda row: row[2])
     half = min(count, 1 << 31) // 2
-    return start + half + int.from_bytes(os.urandom(4), "big") % half if half > 1000 else None
-
-
-def become(uid: int) -> None:
-    os.setgroups([])
-    os.setgid(uid)
-    os.setuid(uid)
+    needed = 1 << 0 | 1 << 6 | 1 << 7  # CAP_CHOWN, CAP_SETGID, CAP_SETUID
+    if half > 1000 and rights & needed == needed:
+        return start + half + int.from_bytes(os.urandom(4), "big") % half
+    if any(first == outside == 0 for first, outside, _ in rows):
+        raise PermissionError("root that may not change its user; run as an ordinary user")
+    return None
 
 
 def drop_capabilities(libc: Any) -> None:
@@ -291,7 +302,7 @@ def set_limits(job: dict[str, Any], given: dict[str, bool]) -> None:
     }
     done = {name: attempt(limit, name, *pair) for name, pair in wanted.items()}
     given["memory_limit"] = done["RLIMIT_AS"]
-    given["process_limit"] = done["RLIMIT_NPROC"] and os.getuid() != 0
+    given["process_limit"] = done["RLIMIT_NPROC"]
 
 
 def limit(name: str, soft: int, hard: int) -> None:

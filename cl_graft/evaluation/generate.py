@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,21 +99,23 @@ def choice_likelihoods(
 ) -> list[list[float]]:
     """Natural-log probability of every choice (end-of-sequence included) after every prompt.
 
-    Each prompt is read once; the choices continue from its cache.
+    Each prompt is read once; the choices continue from its cache. A prompt that leaves no room for the longest
+    choice within `max_length` tokens loses its start, the same for all choices.
     """
     model.eval()
     tails = [
         tokenizer(c, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         for c in choices
     ]
-    room = max_length - max(map(len, tails))
+    tails = [tail[: max(1, max_length - 1)] for tail in tails]
+    room = max(1, max_length - max(map(len, tails)))
     heads = [tokenizer(p)["input_ids"][-room:] for p in prompts]
     order = sorted(range(len(heads)), key=lambda i: (len(heads[i]), i))
     result: list[list[float]] = [[] for _ in heads]
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
         ids, mask = _left_padded([heads[i] for i in chunk], tokenizer.pad_token_id)
-        ids, mask, width = ids.to(model.device), mask.to(model.device), ids.shape[1]
+        ids, mask = ids.to(model.device), mask.to(model.device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         read = model(
             input_ids=ids,
@@ -132,9 +135,8 @@ def choice_likelihoods(
                     input_ids=given,
                     attention_mask=longer,
                     position_ids=after,
-                    past_key_values=cache,
+                    past_key_values=deepcopy(cache),  # a sliding window cannot be cropped back
                 ).logits
-                cache.crop(width)
                 wanted = torch.tensor(tail[1:], device=model.device).expand(len(chunk), -1)
                 scores += (
                     logits.float().log_softmax(-1).gather(-1, wanted[..., None])[..., 0].sum(1)

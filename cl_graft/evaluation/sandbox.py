@@ -21,9 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -272,12 +272,12 @@ def _frames(raw: _Raw) -> list[dict[str, Any]]:
     mark = raw.nonce + b" "
     if len(lines) < 3 or not all(line.startswith(mark) for line in lines[:2]):
         last = raw.report.decode(errors="replace").strip().rpartition("\n")[2]
-        raise SandboxError(f"the sandbox could not start its child: {last or raw.code}; try again.")
+        raise SandboxError(f"the sandbox could not start its child: {last or raw.code}.")
     if lines.pop() or not all(line.startswith(mark) for line in lines):
         raise ValueError("a line without the nonce")
     frames = [json.loads(line[len(mark) :]) for line in lines]
     if "broken" in frames[1]:
-        raise SandboxError(f"the sandbox could not be set up: {frames[1]['broken']}; report this.")
+        raise SandboxError(f"the sandbox could not be set up: {frames[1]['broken']}.")
     if not all(isinstance(frame, dict) for frame in frames):
         raise ValueError("a frame is no object")
     return frames
@@ -335,29 +335,31 @@ def _exchange(program: str, setup: str, steps: Sequence[tuple[str, str]], limits
     if os.name != "posix":
         raise SandboxError("the sandbox needs Linux or macOS; run the evaluation there.")
     nonce = secrets.token_hex(16)
-    with _folder() as folder:
-        job = {"nonce": nonce, "work": folder, "walls": _WALLS, "setup": setup, "program": program}
-        body = marshal.dumps((_child_code(), {**job, "steps": steps, **vars(limits)}))
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", _START],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd="/",
-            env={k: v for k, v in os.environ.items() if k.endswith("LD_LIBRARY_PATH")},
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + limits.seconds + _GRACE
-        report, flooded = bytearray(), True
-        try:
-            _write(child, body)
-            flooded = _drain(child, report, limits, deadline)
-            if not flooded:
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(max(0.0, deadline - time.monotonic()))
-        finally:
-            code = _reap(child, report)
+    folder = os.path.join(tempfile.gettempdir(), f"cl-graft-sandbox-{secrets.token_hex(8)}")
+    job = {"nonce": nonce, "folder": folder, "walls": _WALLS, **vars(limits)}
+    job |= {"setup": setup, "program": program, "steps": steps}
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-B", "-c", _START],
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd="/",
+        env={k: v for k, v in os.environ.items() if k.endswith("LD_LIBRARY_PATH")},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + limits.seconds + _GRACE
+    report, flooded = bytearray(), True
+    try:
+        _write(child, marshal.dumps((_child_code(), job)))
+        flooded = _drain(child, report, limits, deadline)
+        if not flooded:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        code = _reap(child, report)
+        if os.path.isdir(folder):  # made by the child where it had no better place
+            _wipe(folder)
     return _Raw(nonce.encode(), bytes(report), code, flooded)
 
 
@@ -409,18 +411,6 @@ def _reap(child: subprocess.Popen[bytes], report: bytearray) -> int:
             os.kill(int(json.loads(hello)["worker"]), signal.SIGKILL)
         child.kill()
         return child.wait(_GRACE)
-
-
-@contextmanager
-def _folder() -> Iterator[str]:
-    """An empty folder inside one that only we can change, so that it cannot be moved away."""
-    top = tempfile.mkdtemp(prefix="cl-graft-")
-    try:
-        os.chmod(top, 0o711)
-        os.mkdir(os.path.join(top, "work"))
-        yield os.path.join(top, "work")
-    finally:
-        _wipe(top)
 
 
 def _wipe(top: str) -> None:

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING
 
 from ..errors import UnknownName
 from ..task import Example
+from ..training.stage import encode
 from .generate import choice_likelihoods, generate, log_likelihoods
 from .sandbox import require_consent, run_asserts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# 1,234.5 and .5; a minus right after a digit or a bracket is an operator, a comma elsewhere ends the number
+NUMBER = re.compile(
+    r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ def text_is_right(example: Example, answer: str) -> bool:
 
 
 def program_of(answer: str) -> str:
-    """The program in an answer: its first fenced block if it has one, else all of it."""
-    fenced = re.search(r"```(?:python)?\n(.*?)```", answer, re.DOTALL)
+    """The program in an answer: its first fenced block, closed or cut off, if it has one, else all of it."""
+    fenced = re.search(r"```\w*[ \t]*\r?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
     return fenced[1] if fenced else answer
 
 
@@ -124,12 +128,22 @@ def choice(examinee: Examinee, examples: Sequence[Example], answers: Sequence[st
 def neg_bits_per_byte(
     examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]
 ) -> list[Scored]:
-    """Minus the bits that the model spends on each byte of the reference answer: moves even for a tiny model."""
+    """Minus the bits that the model spends on each byte of the reference answer: moves even for a tiny model.
+
+    Of an answer longer than `max_length` the part that is read counts, bits and bytes.
+    """
     values = examinee.likelihoods([(e.prompt, e.completion) for e in examples])
     return [
-        Scored(value / math.log(2) / max(1, len(e.completion.encode())), "")
+        Scored(value / math.log(2) / max(1, len(_read(examinee, e).encode())), "")
         for value, e in zip(values, examples, strict=True)
     ]
+
+
+def _read(examinee: Examinee, example: Example) -> str:
+    tokenizer = examinee.tokenizer
+    _, tail = encode(tokenizer, example.prompt, example.completion, examinee.max_length)
+    whole = tail[-1] == tokenizer.eos_token_id
+    return example.completion if whole else tokenizer.decode(tail)
 
 
 Scorer = Callable[[Examinee, Sequence[Example], Sequence[str]], list[Scored]]

@@ -46,7 +46,7 @@ class Spec:
 
 SPECS = {
     "mini-llama": Spec(
-        "0.7 M parameters, shallow skill in every mini task", 128, 3, 4, 384, 700, 3e-3
+        "0.6 M parameters, shallow skill in every mini task", 128, 3, 4, 384, 900, 3e-3
     ),
     "text-llama": Spec(
         "0.9 M parameters, pre-trained on the training texts in --data-dir",

@@ -1,11 +1,25 @@
-"""Second moments of what the linear layers read, from the model's own forward pass."""
+"""Second moments of what each layer reads and of the loss's gradient at what it writes, from the model's own code."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass
+class Moments:
+    """By parameter name, float32, per token of the calibration text.
+
+    inputs: (in, in), X^T X / n of a linear layer's inputs; for an embedding (vocabulary,), how often each
+    row is read. outputs: (out,), mean square of the loss's gradient with respect to each output, so that
+    `outputs[i] * (squared error of output i)` is the squared change of the loss to first order.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -20,42 +34,68 @@ def stored_transposed(model: nn.Module) -> set[str]:
     return {f"{n}.weight" for n, m in linear_layers(model).items() if not isinstance(m, nn.Linear)}
 
 
-@torch.no_grad()
-def input_hessians(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """X^T X / n for each linear layer, float32 (in, in) by parameter name; padding is left out.
+def moments(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], gradients: bool = True
+) -> Moments:
+    """One forward (and backward) of the model's own code a batch, each with input_ids, attention_mask, labels.
 
-    One forward of the model's own code a batch. Modules that read the same tensor share one matrix.
+    Padding is left out. Modules that read the same tensor share one matrix. The model's parameters and
+    their gradients are left as they were found.
     """
-    sums: dict[str, Tensor] = {}
-    shares: dict[str, str] = {}
+    layers = linear_layers(model)
+    layers |= {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    sums, shares, grads = dict[str, Tensor](), dict[str, str](), dict[str, Tensor]()
     seen: dict[int, tuple[Tensor, str]] = {}
-    counted, keep = 0, torch.empty(0)
+    keep, counted = torch.empty(0), 0
+
+    def reads(name: str, module: nn.Module, x: Tensor) -> None:
+        if id(x) in seen:
+            shares[name] = seen[id(x)][1]
+            return
+        seen[id(x)] = (x, name)  # holding x keeps its id from being used again in this pass
+        shares[name] = name
+        rows = x.detach().reshape(-1, *x.shape[2:])
+        rows = rows[keep] if len(rows) == len(keep) else rows
+        if isinstance(module, nn.Embedding):
+            found = torch.bincount(rows, minlength=module.num_embeddings).float()
+        else:
+            found = rows.float().T @ rows.float()
+        sums[name] = sums[name] + found if name in sums else found
+
+    def writes(name: str, grad: Tensor) -> None:
+        rows = grad.detach().reshape(-1, grad.shape[-1])
+        found = rows.float().square().sum(0)
+        grads[name] = grads[name] + found if name in grads else found
 
     def hook_for(name: str):
-        def hook(module, inputs, output):
-            x = inputs[0]
-            if id(x) in seen:
-                shares[name] = seen[id(x)][1]
-                return
-            seen[id(x)] = (x, name)  # holding x keeps its id from being used again in this pass
-            shares[name] = name
-            rows = x.reshape(-1, x.shape[-1])
-            rows = rows[keep].float() if len(rows) == len(keep) else rows.float()
-            sums[name] = sums.get(name, 0) + rows.T @ rows
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            reads(name, module, inputs[0])
+            if gradients:
+                output.register_hook(lambda grad: writes(name, grad))
 
         return hook
 
-    hooks = [m.register_forward_hook(hook_for(n)) for n, m in linear_layers(model).items()]
+    hooks = [module.register_forward_hook(hook_for(name)) for name, module in layers.items()]
     was_training = model.training
     model.eval()
     try:
         for batch in batches:
             keep = batch["attention_mask"].reshape(-1).bool()
             counted += int(keep.sum())
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            with torch.set_grad_enabled(gradients):
+                loss = model(**batch).loss
+                if (
+                    gradients
+                ):  # the sum over tokens, so that a token's gradient does not depend on the batch
+                    (loss * (batch["labels"] != -100).sum()).backward()
             seen.clear()
     finally:
+        model.zero_grad(set_to_none=True)
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return {f"{name}.weight": sums[shares[name]] / max(1, counted) for name in shares}
+    n = max(1, counted)
+    return Moments(
+        {f"{name}.weight": sums[shares[name]] / n for name in shares},
+        {f"{name}.weight": total / n for name, total in grads.items()},
+    )

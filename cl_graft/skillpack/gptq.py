@@ -114,7 +114,8 @@ def gptq_many(
 
     scaled = [normalised(weight) for weight in weights]
     columns = torch.cat([_padded(x.T, tall) for x, _ in scaled], 1)
-    hessian = hessian.detach().to(columns.device)
+    precision = torch.promote_types(hessian.dtype, torch.float32)
+    hessian = hessian.detach().to(columns.device, precision)
     order = torch.arange(len(hessian), device=columns.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -216,18 +217,16 @@ def _factorised(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     With H = R R^T, R upper triangular (the Cholesky factor of H with its order reversed), U is
     R^-1: the inverse itself, in which rounding errors grow squared, is never formed.
     """
-    h = hessian.float()
-    h = h / (float(h.diagonal().double().abs().mean()) or 1.0)
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    h = hessian / (float(hessian.diagonal().double().abs().mean()) or 1.0)
+    eye = torch.eye(len(h), dtype=torch.float32, device=h.device)
     for _ in range(12):
-        damped = h + damping * eye
         for dtype in (torch.float32, torch.float64):
-            lower, failed = torch.linalg.cholesky_ex(damped.to(dtype).flip(0, 1))
+            damped, one = h.to(dtype) + damping * eye, eye.to(dtype)
+            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
             if not failed:
-                factor, one = lower.flip(0, 1), eye.to(dtype)
-                upper = torch.linalg.solve_triangular(factor, one, upper=True).float()
+                upper = torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True).float()
                 if upper.isfinite().all():
-                    return damped, upper
+                    return damped.float(), upper
         damping = 10 * max(damping, 1e-7)
     raise ValueError("the Hessian is far from positive semi-definite; pass X^T X / n in float32.")
 

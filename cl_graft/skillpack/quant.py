@@ -52,10 +52,10 @@ def groups_in(cols: int, group_size: int) -> int:
 def normalised(weight: Tensor) -> tuple[Tensor, int]:
     """`weight` as `(x, exponent)`, x * 2**exponent, x float32, largest magnitude in [2**10, 2**11).
 
-    Nothing is rounded, and how small `weight` is as a whole stops to matter: a group's scale is a
+    Nothing is rounded, and how small `weight` is as a whole does not matter: a group's scale is a
     normal float16 while the group's range is above 2e-5 (8 bits; 2e-7 at 2 bits) of the largest
-    magnitude in the matrix. Below that its precision fades bit by bit; some 10 binades lower the
-    group becomes zeros, as does a matrix that lies below 2**-140 altogether. A matrix of zeros has
+    magnitude in the matrix. Below that its precision fades bit by bit, and some 10 binades lower
+    the group becomes zeros. A matrix below 2**-130 altogether fades likewise; one of zeros has
     exponent 0. Raises ValueError where `weight` is not finite in float32.
     """
     x = weight.detach().float()
@@ -102,7 +102,8 @@ def fit_grid(
     shifts = x.new_tensor([0.0] if symmetric else [0.0, -1.0, 1.0])
     scales = _storable(shrinks[:, None] * scale).repeat(len(shifts), 1)
     zeros = (zero + shifts.repeat_interleave(SHRINKS)[:, None]).clamp_(0, top)
-    size = max(1, CHUNK // (len(scales) * x.shape[1]))
+    room = CHUNK if x.device.type == "cpu" else 128 * CHUNK
+    size = max(1, room // (len(scales) * x.shape[1]))
     best = []
     for start in range(0, len(x), size):
         part = slice(start, start + size)

@@ -1,0 +1,103 @@
+"""The three LoRA conventions, and that the pack is the adapter that PEFT trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cl_graft import plugins
+from cl_graft.errors import UnknownName
+from cl_graft.stream import benchmark
+
+
+def learn(strategy, scenario, experiences=2):
+    for experience in list(benchmark(scenario).train_stream)[:experiences]:
+        strategy.train(experience, eval_streams=[])
+    return strategy
+
+
+def test_the_pack_is_the_merged_adapter_of_peft(build, tiny_scenario, monkeypatch):
+    """PEFT's own merge of what it trained, against base + decoded pack, to bf16 of the factors."""
+    from peft import PeftModel
+
+    strategy, merged = build("lora", rank=4), {}
+    original = PeftModel.unload
+
+    def merge_then_unload(self):
+        for name, module in self.named_modules():
+            if hasattr(module, "get_delta_weight") and "default" in module.lora_A:
+                key = name.removeprefix("base_model.model.") + ".weight"
+                merged[key] = module.get_delta_weight("default").detach().clone()
+        return original(self)
+
+    monkeypatch.setattr(PeftModel, "unload", merge_then_unload, raising=False)
+    # `unload` is reached by attribute forwarding to the tuner; patch that too where PEFT forwards.
+    from peft.tuners.lora import LoraModel
+
+    tuner_unload = LoraModel.unload
+
+    def tuner(self):
+        for name, module in self.named_modules():
+            if hasattr(module, "get_delta_weight") and "default" in module.lora_A:
+                merged[name.removeprefix("model.") + ".weight"] = (
+                    module.get_delta_weight("default").detach().clone()
+                )
+        return tuner_unload(self)
+
+    monkeypatch.setattr(LoraModel, "unload", tuner)
+    learn(strategy, tiny_scenario, 1)
+    decoded = strategy.packs[0].decode()
+    assert decoded
+    for name, delta in decoded.items():
+        match = [v for k, v in merged.items() if k.endswith(name)]
+        assert match, name
+        assert torch.allclose(
+            delta, match[0], rtol=0.02, atol=2e-2 * match[0].abs().max().item()
+        ), name
+
+
+def test_trained_on_replaces_summed_appends_and_merged_accumulates(build, tiny_scenario):
+    one = learn(build("lora", convention="trained_on", rank=2), tiny_scenario)
+    assert one.active(0) == [one.packs[1]]
+    assert {e.meta["rank"] for e in one.packs[1].tensors.values()} == {2}
+    two = learn(build("lora", convention="summed", rank=2), tiny_scenario)
+    assert two.active(0) == two.packs
+    three = learn(build("lora", convention="merged", rank=2), tiny_scenario)
+    assert three.active(0) == [three.packs[1]]
+    assert {e.meta["rank"] for e in three.packs[1].tensors.values()} == {4}
+    # What one stores as two packs the other stores as one: the same model.
+    for name in three.packs[1].tensors:
+        summed = sum(pack.decode()[name] for pack in two.packs)
+        assert torch.allclose(three.packs[1].decode()[name], summed, atol=1e-5), name
+
+
+def test_trained_on_starts_from_the_adapter_it_had(build, tiny_scenario):
+    """With no learning at all the second pack decodes to the first."""
+    strategy = build("lora", rank=2, learning_rate_scale=1e-12, scenario=tiny_scenario)
+    warm = build("lora", rank=2, scenario=tiny_scenario)
+    learn(warm, tiny_scenario, 1)
+    strategy.packs = list(warm.packs)
+    strategy.train(benchmark(tiny_scenario).train_stream[1], eval_streams=[])
+    first, second = (pack.decode() for pack in strategy.packs)
+    for name in first:
+        assert torch.allclose(first[name], second[name], atol=1e-7), name
+
+
+def test_without_a_rank_the_largest_that_fits_is_taken(build, tiny_scenario):
+    strategy = learn(build("lora"), tiny_scenario, 1)
+    rank = next(iter(strategy.packs[0].tensors.values())).meta["rank"]
+    bigger = build("lora", rank=rank + 1)
+    assert strategy.packs[0].nbytes <= strategy.budget.bytes
+    with pytest.raises(Exception, match="needs"):
+        learn(bigger, tiny_scenario, 1)
+
+
+def test_an_unknown_convention_is_answered_with_the_nearest(build, tiny_scenario):
+    with pytest.raises(UnknownName, match="did you mean trained_on"):
+        learn(build("lora", convention="trained-on"), tiny_scenario, 1)
+
+
+def test_embeddings_and_head_have_no_adapter(build, tiny_scenario):
+    strategy = learn(build("lora", rank=1), tiny_scenario, 1)
+    assert not [n for n in strategy.packs[0].tensors if "embed" in n or "lm_head" in n]
+    assert plugins.options(plugins.load("strategy", "lora"))["rank"] is None

@@ -1,0 +1,63 @@
+"""Shared pieces: a tiny scenario and the smallest embedded model, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cl_graft import plugins
+from cl_graft.budget import Budget
+from cl_graft.models.load import load
+from cl_graft.task import Scenario
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Same numbers whatever the machine's number of cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def nano() -> tuple[Any, Any]:
+    """A fresh nano-llama and its tokenizer."""
+    return load("nano-llama")
+
+
+@pytest.fixture
+def tiny_scenario() -> Scenario:
+    """`mini` in seconds: two tasks that need no sandbox, six steps each."""
+    make = plugins.load("scenario", "mini")
+    return make(
+        seed=0,
+        train_size=48,
+        test_size=16,
+        steps=6,
+        batch=8,
+        tasks="math,cipher",
+        learning_rate=3e-3,
+    )
+
+
+@pytest.fixture
+def build(nano: tuple[Any, Any], tiny_scenario: Scenario) -> Callable[..., Any]:
+    """Make a strategy by name on the tiny scenario; keyword arguments are its options."""
+
+    def make(
+        name: str, budget: str = "10%", scenario: Scenario = tiny_scenario, **options: Any
+    ) -> Any:
+        model, tokenizer = nano
+        found = plugins.load("strategy", name)
+        return found(
+            model=model,
+            tokenizer=tokenizer,
+            scenario=scenario,
+            budget=Budget(budget, sum(p.numel() for p in model.parameters())),
+            seed=0,
+            options=plugins.check_options("strategy", name, found, options),
+            allow_code=False,
+        )
+
+    return make

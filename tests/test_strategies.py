@@ -1,0 +1,175 @@
+"""What holds for every strategy: the base is never touched, packs fit, exactly the named packs are active."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cl_graft import plugins
+from cl_graft.context import OverBudget
+from cl_graft.skillpack.file import SkillPack, fingerprint
+from cl_graft.stream import benchmark
+
+EVERY = plugins.names("strategy")
+
+
+def play(strategy, scenario):
+    """The loop every Avalanche user knows; returns the scores after each experience."""
+    stream, rows = benchmark(scenario), []
+    for experience in stream.train_stream:
+        strategy.train(experience, eval_streams=[])
+        strategy.eval(stream.test_stream)
+        rows.append(
+            {
+                t: [o.score for o in r[scenario_score(scenario, t)]]
+                for t, r in strategy.results.items()
+            }
+        )
+    return rows
+
+
+def scenario_score(scenario, name):
+    return next(t.score for t in scenario.tasks if t.name == name)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_strategy_leaves_the_base_bit_for_bit_and_keeps_its_budget(
+    name, build, tiny_scenario, tmp_path
+):
+    strategy = build(name)
+    before = fingerprint(strategy.model.named_parameters())
+    structure = str(strategy.model)
+    play(strategy, tiny_scenario)
+    assert fingerprint(strategy.model.named_parameters()) == before
+    assert str(strategy.model) == structure
+    assert len(strategy.packs) == len(tiny_scenario.tasks)
+    for task, pack in zip(tiny_scenario.tasks, strategy.packs, strict=True):
+        size = pack.save(tmp_path / f"{task.name}.safetensors")
+        assert size == pack.nbytes == (tmp_path / f"{task.name}.safetensors").stat().st_size
+        if strategy.budgeted:
+            assert size <= strategy.budget.bytes
+        assert pack.task == task.name and pack.base == before
+        assert (
+            SkillPack.load(tmp_path / f"{task.name}.safetensors", base=before).digest == pack.digest
+        )
+    assert any(delta.abs().max() > 0 for delta in strategy.packs[0].decode().values())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_strategy_given_its_packs_back_goes_on_as_if_never_stopped(
+    name, build, tiny_scenario, tmp_path
+):
+    whole = build(name)
+    play(whole, tiny_scenario)
+    whole.packs[0].save(tmp_path / "first.safetensors")
+    resumed = build(name)
+    resumed.packs = [SkillPack.load(tmp_path / "first.safetensors")]
+    stream = benchmark(tiny_scenario)
+    resumed.train(stream.train_stream[1], eval_streams=[])
+    assert resumed.packs[1].digest == whole.packs[1].digest
+    assert [p.digest for p in resumed.active(0)] == [p.digest for p in whole.active(0)]
+
+
+@pytest.mark.parametrize("name", ["graftllm", "individual", "magnitude"])
+def test_a_forget_free_strategy_answers_old_tasks_with_the_very_same_pack(
+    name, build, tiny_scenario
+):
+    strategy = build(name)
+    rows = play(strategy, tiny_scenario)
+    assert rows[1]["math"] == rows[0]["math"]
+    assert strategy.active(0) == [strategy.packs[0]] and strategy.active(None) == []
+
+
+def test_sequential_answers_with_the_newest_weights_and_sum_with_all_packs(build, tiny_scenario):
+    sequential, grafting = build("sequential"), build("model_grafting", epochs=1, batches=1)
+    play(sequential, tiny_scenario)
+    assert sequential.active(0) == sequential.active(1) == [sequential.packs[1]]
+    play(grafting, tiny_scenario)
+    assert grafting.active(0) == grafting.packs
+
+
+def test_a_tasks_weights_are_base_plus_exactly_the_active_deltas(build, tiny_scenario):
+    strategy = build("model_grafting", epochs=1, batches=1)
+    play(strategy, tiny_scenario)
+    expected = {n: w.clone() for n, w in strategy.base.items()}
+    for name in expected:
+        for pack in strategy.packs:
+            if name in pack.tensors:
+                expected[name] = expected[name] + pack.decode()[name]
+    strategy.grafted.activate(strategy.active(0))
+    for name, parameter in strategy.model.named_parameters():
+        assert torch.allclose(parameter, expected[name], atol=1e-7), name
+    strategy.grafted.unload()
+
+
+def test_individual_after_training_is_the_fine_tuned_model_to_bf16(build, tiny_scenario):
+    """The pack of `individual` stands for the weights that the trainer left, not for something else."""
+    strategy = build("individual")
+    seen = {}
+    original = type(strategy).fine_tune
+
+    def spy(self, task, context):
+        delta = original(self, task, context)
+        seen.update({n: d.clone() for n, d in delta.items()})
+        return delta
+
+    strategy.fine_tune = spy.__get__(strategy)
+    strategy.train(benchmark(tiny_scenario).train_stream[0], eval_streams=[])
+    decoded = strategy.packs[0].decode()
+    for name, delta in seen.items():
+        assert torch.equal(decoded[name], delta.bfloat16().float()), name
+
+
+def test_a_budget_that_holds_nothing_is_refused_in_one_sentence(build, tiny_scenario):
+    for name in ("graftllm", "lora", "model_tailor", "model_grafting", "magnitude"):
+        strategy = build(name, budget="200B")
+        with pytest.raises(OverBudget, match="raise") as caught:
+            strategy.train(benchmark(tiny_scenario).train_stream[0], eval_streams=[])
+        assert str(caught.value).count("\n") == 0
+
+
+def test_the_papers_convention_counts_kept_weights_and_not_their_masks(build, tiny_scenario):
+    by_bytes, by_weights = build("magnitude"), build("magnitude", budget="10%:weights")
+    total = sum(p.numel() for p in by_bytes.model.parameters())
+    for strategy in (by_bytes, by_weights):
+        strategy.train(benchmark(tiny_scenario).train_stream[0], eval_streams=[])
+    kept = sum(e.meta["kept"] for e in by_weights.packs[0].tensors.values())
+    assert kept == int(0.1 * total) and by_weights.packs[0].nbytes > by_weights.budget.bytes
+    assert sum(e.meta["kept"] for e in by_bytes.packs[0].tensors.values()) < kept
+
+
+def test_merging_methods_answer_with_one_merged_delta(build, tiny_scenario):
+    strategy = build("task_arithmetic", scale=0.5)
+    play(strategy, tiny_scenario)
+    (merged,) = strategy.active(0)
+    first, second = (pack.decode() for pack in strategy.packs)
+    for name, delta in merged.decode().items():
+        assert torch.allclose(delta, 0.5 * (first[name] + second[name]), atol=1e-6)
+
+
+def test_ties_keeps_the_elected_sign_and_the_mean_of_those_that_agree():
+    ties = plugins.load("strategy", "ties").function
+    deltas = [{"w": torch.tensor([3.0, -2.0, 0.1, 4.0])}, {"w": torch.tensor([1.0, 5.0, 0.2, 2.0])}]
+    # Three of four survive trimming: 0.1 and 0.2 go. Second entry: the sum is positive, so -2 has no say.
+    merged = ties(deltas, density=0.75, scale=1.0)["w"]
+    assert torch.allclose(merged, torch.tensor([2.0, 5.0, 0.0, 3.0]))
+
+
+def test_sft_then_dpo_trains_on_pairs_that_the_model_itself_sampled(build, tiny_scenario):
+    from dataclasses import replace
+
+    from cl_graft.task import Preference
+
+    preference = Preference(prompts=16, samples=8, steps=3, batch=4, temperature=1.5)
+    tasks = tuple(
+        replace(t, training=replace(t.training, steps=60, preference=preference))
+        for t in tiny_scenario.tasks[:1]
+    )
+    scenario = replace(tiny_scenario, tasks=tasks)
+    with_dpo = build("individual", scenario=scenario)
+    with_dpo.train(benchmark(scenario).train_stream[0], eval_streams=[])
+    plain = build("individual", scenario=scenario.with_training(preference=None))
+    plain.train(benchmark(scenario).train_stream[0], eval_streams=[])
+    accuracies = [x for x in with_dpo.log.losses if "rewards/accuracies" in x]
+    assert accuracies, "no preference pair was found"
+    assert with_dpo.packs[0].digest != plain.packs[0].digest
