@@ -91,10 +91,10 @@ def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]
         "scenario", scenario_name, make, config.options.get(scenario_name, {})
     )
     strategy_class = plugins.load("strategy", config.strategy)
+    _require_strategy(strategy_class, config.strategy)
     options = plugins.check_options(
         "strategy", strategy_name, strategy_class, config.options.get(strategy_name, {})
     )
-    _require_strategy(strategy_class, config.strategy)
     scenario = make(seed=config.seed, data_dir=config.data_dir, **chosen)
     if not isinstance(scenario, Scenario):
         raise CLGraftError(
@@ -245,7 +245,6 @@ def _forwards(progress: Progress) -> Progress:
 
 def _restore(folder: CellFolder, scenario: Scenario, strategy: Strategy) -> list[dict[str, Any]]:
     """Give the strategy its packs and outcomes back; returns the records of the stages that are whole."""
-    from .evaluation.scorers import Scored
     from .skillpack.file import SkillPack
 
     records = folder.stages()
@@ -278,8 +277,10 @@ def _outcomes(folder: CellFolder, record: dict[str, Any]) -> dict[str, dict[str,
     for line in read_jsonl(file):
         scored = Scored(line["score"], line["answer"], line["note"])
         outcomes.setdefault(line["task"], {}).setdefault(line["metric"], []).append(scored)
-    own = {task: metrics for task, metrics in outcomes.items() if not task.startswith("general:")}
-    if _by_metric(own) != record["scores"]:
+    of_tasks = {t: metrics for t, metrics in outcomes.items() if not t.startswith("general:")}
+    general = [metrics for t, metrics in outcomes.items() if t.startswith("general:")]
+    found = _by_metric(of_tasks), _by_metric({"": general[0]}, flat=True) if general else None
+    if found != (record["scores"], record["general"]):
         raise RecordError(
             f"{file} does not hold the outcomes that its stage.json was made of; "
             "delete that stage's folder and the later ones to compute them anew."

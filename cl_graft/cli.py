@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def run(
     scenario: Annotated[str, typer.Option(help="Name, or path of a .py file.")],
     strategy: Annotated[str, typer.Option(help="Name, or path of a .py file.")],
     model: Model = "mini-llama",
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the data and the training.")] = 0,
     budget: Budget = "10%",
     data_dir: DataDir = None,
     out: Out = Path("results"),
@@ -63,6 +64,7 @@ def run(
         result = run_cell(config, lambda what, done: bar(config.label, what, done))
     _print_tables([*matrices([result]), *ranking([result])])
     typer.echo(f"results: {config.out / config.cell}")
+    typer.echo(f"figures: cl-graft report {config.out}")
 
 
 @app.command()
@@ -77,7 +79,9 @@ def sweep(
     wandb: Wandb = "auto",
     allow_code_execution: Consent = False,
     set_: Set = None,
-    workers: Annotated[int, typer.Option(help="Processes; 0 means one a core, or one a GPU.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes; 0 means one a core, or one a GPU.")
+    ] = 0,
 ) -> None:
     """Run every combination; run it again to continue what was stopped."""
     from .sweep import default_workers
@@ -89,10 +93,12 @@ def sweep(
     )
     with _interruptible(), _bars() as bar:
         failures = run_sweep(cells, workers or default_workers(), bar)
-    if any((c.out / c.cell / "result.json").is_file() for c in cells):
-        _report([out])
-    for failure in failures:
-        typer.echo(f"failed: {failure.cell}: {failure.reason}", err=True)
+    try:
+        if len(failures) < len(cells):
+            _report([out])
+    finally:
+        for failure in failures:
+            typer.echo(f"failed: {failure.cell}: {failure.reason}", err=True)
     if failures:
         raise typer.Exit(1)
 
@@ -173,18 +179,21 @@ def inspect(file: Path) -> None:
 def verify(
     file: Path,
     model: Annotated[str | None, typer.Option(help="Check that the pack is for this base.")] = None,
+    data_dir: DataDir = None,
 ) -> None:
     """Check everything about a pack: digest, shapes, values, and its base if one is named."""
-    from .skillpack.file import SkillPack, fingerprint
+    from .skillpack.file import SkillPack, WrongBase, fingerprint
 
-    if model is None:
-        found = SkillPack.load(file)
-    else:
+    found = SkillPack.load(file)
+    if model is not None:
         from .models.load import load
 
-        parameters = dict(load(model)[0].named_parameters())
+        parameters = dict(load(model, data_dir)[0].named_parameters())
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        found = SkillPack.load(file, base=fingerprint(parameters.items()), shapes=shapes)
+        try:
+            SkillPack.load(file, base=fingerprint(parameters.items()), shapes=shapes)
+        except WrongBase as error:
+            raise WrongBase(f"model {model!r} is not the base of this pack: {error}") from error
     found.decode()
     against = f", for base {model}" if model else ""
     typer.echo(f"{file} is whole: {len(found.tensors)} tensors of task {found.task!r}{against}.")
@@ -206,7 +215,11 @@ def main() -> None:
 
 
 def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """The different parts of a comma-separated list, in order. Raises CLGraftError if there is none."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise CLGraftError(f"{text!r} names nothing to run; write names separated by commas.")
+    return list(dict.fromkeys(names))
 
 
 def _integer(text: str) -> int:
@@ -224,6 +237,10 @@ def _grid(scenarios, strategies, seeds, models, budgets, given: dict[str, Any]) 
         raise UnknownName("W&B mode", given["wandb"], ["auto", "offline", "online", "off"])
     common = {key: given[key] for key in ("data_dir", "out", "wandb", "allow_code_execution")}
     options = options_from([parse_set(text) for text in given["set_"] or []])
+    owners = [Path(n).stem if n.endswith(".py") else n for n in (*scenarios, *strategies)]
+    for owner in options:
+        if owner not in owners:
+            raise UnknownName("scenario or strategy in this command", owner, owners)
     return grid(scenarios, strategies, seeds, models, budgets, options=options, **common)
 
 
@@ -234,8 +251,13 @@ def _report(folders: list[Path]) -> None:
 
     cells, target = gather(folders), folders[0] / "report"
     _print_tables([*matrices(cells), *ranking(cells)])
-    write_tables(cells, target)
-    write_figures(cells, target)
+    try:
+        write_tables(cells, target)
+        write_figures(cells, target)
+    except OSError as error:
+        raise CLGraftError(
+            f"{target} cannot be written ({error.strerror or error}); free space or copy the results elsewhere."
+        ) from error
     typer.echo(f"tables (CSV, Markdown) and figures (PNG, SVG): {target}")
 
 
@@ -249,12 +271,15 @@ def _print_tables(tables: list[Any]) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C says how to go on, and exits with 130."""
+    """Ctrl-C, or SIGTERM, says how to go on and exits with 130."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
         typer.echo("stopped; run the same command again to continue.", err=True)
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 WandbMode = Literal["auto", "offline", "online", "off"]
+PLAIN = re.compile(r"[A-Za-z0-9.-]+(_[A-Za-z0-9.-]+)*")  # what a folder's name shows as it is
 
 
 class RunConfig(BaseModel):
@@ -55,13 +56,21 @@ class RunConfig(BaseModel):
 
     @property
     def cell(self) -> str:
-        """Folder name, the same for the same experiment and different for different ones."""
+        """Folder name, the same for the same experiment and different for different ones.
+
+        What cannot be told from names made of letters, digits, `-`, `.` and single `_` is told by a digest.
+        """
         scenario, strategy = self.short(self.scenario), self.short(self.strategy)
         model = re.sub(r"[^A-Za-z0-9.]+", "-", self.model).strip("-")
-        budget = re.sub(r"[^A-Za-z0-9.]+", "pct", self.budget, count=1).replace(":", "-")
-        parts = [scenario, strategy, model, budget, f"seed{self.seed}"]
+        budget = re.sub(r"[^A-Za-z0-9.]+", "pct", self.budget, count=1)
+        readable = [re.sub(r"[^A-Za-z0-9._-]+", "-", name) for name in (scenario, strategy)]
+        parts = [*readable, model, budget, f"seed{self.seed}"]
         relevant = {k: v for k, v in self.options.items() if k in (scenario, strategy) and v}
-        if relevant or self.threads != 1:
-            text = json.dumps([relevant, self.threads], sort_keys=True)
+        told: list[Any] = [relevant, self.threads]
+        names = [self.scenario, self.strategy, self.model]
+        if [*readable, model] != names or not all(map(PLAIN.fullmatch, names)):
+            told.append(names)
+        if told != [{}, 1]:
+            text = json.dumps(told, sort_keys=True)
             parts.insert(2, hashlib.blake2b(text.encode(), digest_size=4).hexdigest())
         return "__".join(parts)

@@ -13,7 +13,9 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -67,7 +69,9 @@ def load(kind: str, name: str) -> Any:
     if path.is_file():
         return _object(_import(path, f"{FOLDERS[kind]}.{name}"), kind, name)
     for entry in metadata.entry_points(group=f"cl_graft.{FOLDERS[kind]}", name=name):
-        return entry.load()
+        with _importing(f"{kind} {name!r} of an installed package ({entry.value})"):
+            found = entry.load()
+        return _checked(found, kind, name, entry.value)
     raise UnknownName(kind, name, names(kind))
 
 
@@ -79,13 +83,23 @@ def _import(path: Path, module_name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
-        spec.loader.exec_module(module)
+        with _importing(str(path)):
+            spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(module_name, None)  # half a module must not be found the next time
+        raise
+    return module
+
+
+@contextmanager
+def _importing(what: str) -> Iterator[None]:
+    try:
+        yield
     except CLGraftError:
         raise
-    except Exception as error:
-        del sys.modules[module_name]
-        raise CLGraftError(f"{path} does not import ({type(error).__name__}: {error}).") from error
-    return module
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}".strip().split("\n", 1)[0]
+        raise CLGraftError(f"{what} does not import ({reason}); mend it.") from error
 
 
 def _object(module: ModuleType, kind: str, name: str) -> Any:
@@ -94,38 +108,89 @@ def _object(module: ModuleType, kind: str, name: str) -> Any:
         raise CLGraftError(
             f"{module.__file__} defines no {name!r}: name its {kind} after the file, so that it can be found."
         )
+    return _checked(found, kind, name, module.__file__)
+
+
+def _checked(found: Any, kind: str, name: str, where: str | None) -> Any:
+    """`found`, if it is what the harness can use as a scenario or strategy."""
+    if kind == "scenario":
+        try:
+            inspect.signature(found).bind(seed=0, data_dir=None)
+        except TypeError as error:
+            raise CLGraftError(
+                f"{where}: {name!r} is no scenario ({error}); make it a function with the keyword-only "
+                "arguments seed and data_dir, and with defaults for the others."
+            ) from error
+    elif not inspect.isclass(found) or inspect.isabstract(found):
+        raise CLGraftError(
+            f"{where}: {name!r} is no strategy; make it one by @compressor or @merger, or as a subclass "
+            "of Strategy with a `learn`."
+        )
     return found
 
 
 def options(plugin: Callable[..., Any]) -> dict[str, Any]:
-    """Option -> default, read off the keyword-only arguments of the plugin's signature."""
-    parameters = inspect.signature(getattr(plugin, "function", plugin)).parameters.values()
+    """Option -> default, read off the keyword-only arguments of the plugin's signature.
+
+    Raises CLGraftError for an option without a default.
+    """
+    function = getattr(plugin, "function", plugin)
     given = {"seed", "data_dir"}  # filled in by the harness, not by the user
-    return {
-        p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given
+    found = {
+        p.name: p.default
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name not in given
     }
+    for option, default in found.items():
+        if default is inspect.Parameter.empty:
+            raise CLGraftError(
+                f"option {option!r} of {plugin.__name__} has no default; give it one in the signature."
+            )
+    return found
 
 
 def check_options(kind: str, name: str, plugin: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """`chosen` over the defaults. Raises UnknownName for an option the plugin does not have."""
-    known = options(plugin)
+    """`chosen` over the defaults.
+
+    Raises UnknownName for an option the plugin does not have, CLGraftError for a value of another type than
+    the signature says.
+    """
+    known, types = options(plugin), _types(plugin)
     for option, value in chosen.items():
         if option not in known:
             raise UnknownName(f"option of {kind} {name}", option, known)
-        default = known[option]
-        if isinstance(default, (bool, int, float, str)) and not _same_kind(value, default):
+        if not _fits(value, types[option]):
+            wanted = inspect.formatannotation(types[option])
             raise CLGraftError(
-                f"{name}.{option}={value!r} should be {type(default).__name__} like its default {default!r}."
+                f"{name}.{option}={value!r} should be {wanted}, as its default {known[option]!r} is."
             )
     return {**known, **chosen}
 
 
-def _same_kind(value: Any, default: Any) -> bool:
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    if isinstance(default, (int, float)):
-        return isinstance(value, int if isinstance(default, int) else (int, float))
-    return isinstance(value, str)
+def _types(plugin: Any) -> dict[str, Any]:
+    """Option -> its annotation, or else the type of a default that is a bool, number or text, or else Any."""
+    try:
+        hints = typing.get_type_hints(getattr(plugin, "function", plugin))
+    except Exception:  # annotations that only a type checker can read
+        hints = {}
+    plain = (bool, int, float, str)
+    return {
+        option: hints.get(option, type(default) if isinstance(default, plain) else Any)
+        for option, default in options(plugin).items()
+    }
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a JSON value is of the type: 8 is a float, but 8.0 no int, True no number, NaN nothing."""
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(wanted).validate_json(json.dumps(value, allow_nan=False), strict=True)
+    except PydanticUserError:  # a type that only the plugin understands
+        return True
+    except (ValidationError, TypeError, ValueError):
+        return False
+    return True
 
 
 def parse_set(text: str) -> tuple[str, str, Any]:
@@ -135,6 +200,10 @@ def parse_set(text: str) -> tuple[str, str, Any]:
     if not (equals and dot and owner and option):
         raise CLGraftError(f"--set {text!r} should read name.option=value, such as lora.rank=8.")
     try:
-        return owner, option, json.loads(value)
-    except json.JSONDecodeError:
+        return owner, option, json.loads(value, parse_constant=_no_number)
+    except (ValueError, RecursionError):
         return owner, option, value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is a word here")

@@ -172,9 +172,8 @@ class CellFolder:
 
     def write_stage(self, stage: int, examples: Iterable[dict], record: dict[str, Any]) -> None:
         folder = self.stage_path(stage)
-        lines = "".join(
-            json.dumps(e) + "\n" for e in examples
-        )  # ASCII: a program's note may be no Unicode
+        # in ASCII, because what a program says of itself may hold halves of surrogate pairs
+        lines = "".join(json.dumps(e) + "\n" for e in examples)
         write_text(folder / "examples.jsonl", lines)
         write_json(folder / "stage.json", record)
 

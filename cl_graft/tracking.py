@@ -9,6 +9,8 @@ from typing import Any
 
 from .config import RunConfig, WandbMode
 
+LOGGED = ("options", "versions", "tasks", "base", "data", "budget_bytes", "base_bytes")
+
 
 def resolve(mode: WandbMode) -> str:
     """`auto` is online where somebody is logged in, offline elsewhere."""
@@ -26,27 +28,31 @@ def resolve(mode: WandbMode) -> str:
 class Tracker:
     """A W&B run of one cell: config, scores as they come, then matrix, heatmap, metrics and costs."""
 
-    def __init__(self, config: RunConfig, folder: Path, versions: dict[str, str]):
+    def __init__(self, config: RunConfig, folder: Path, identity: dict[str, Any]):
+        """folder: what W&B writes goes there. identity: what the cell's `cell.json` says."""
         self.run: Any = None
         mode = resolve(config.wandb)
         if mode == "off":
             return
         with self._never_fatal("start"):
-            os.environ.setdefault("WANDB_SILENT", "true")
             import wandb
 
             folder.mkdir(parents=True, exist_ok=True)
             self.run = wandb.init(
                 project="cl-graft",
-                name=folder.name,
-                group=f"{config.scenario}/{config.model}",
+                name=config.cell,
+                group=f"{config.short(config.scenario)}/{config.model}"[:128],
                 dir=str(folder),
                 mode=mode,  # type: ignore[arg-type]
-                config={**config.model_dump(mode="json"), "versions": versions},
+                config=config.model_dump(mode="json")
+                | {f"resolved_{k}" if k == "options" else k: identity[k] for k in LOGGED},
+                settings=wandb.Settings(silent=True, console="off"),
             )
+            for stepped in ("score/*", "general/*", "seconds/*", "pack_bytes", "tokens"):
+                self.run.define_metric(stepped, step_metric="stage")
 
     def stage(self, record: dict[str, Any]) -> None:
-        """Scores and costs of one stage, at step = the stage's number."""
+        """Training curve, scores and costs of one stage; `stage` is the scores' x-axis."""
         if self.run is None:
             return
         with self._never_fatal("log a stage"):
@@ -67,25 +73,24 @@ class Tracker:
         if self.run is None:
             return
         with self._never_fatal("finish"):
-            import matplotlib.pyplot as plt
             import wandb
 
             from .report.figures import heatmaps
 
             rows = [[stage, *row] for stage, row in enumerate(result["matrix"])]
-            figure = heatmaps([result])
             self.run.log(
                 {
                     "matrix": wandb.Table(columns=["stage", *result["tasks"]], data=rows),
-                    "heatmap": wandb.Image(figure),
+                    "heatmap": wandb.Image(heatmaps([result])),
                 }
             )
-            plt.close(figure)
             summary = {f"metrics/{k}": v for k, v in result["metrics"].items() if v is not None}
             summary |= {f"total_seconds/{k}": v for k, v in result["seconds"].items()}
             summary |= {
                 "pack_bytes_max": max(result["pack_bytes"]),
                 "base_bytes": result["base_bytes"],
+                "total_tokens": result["tokens"],
+                "peak_memory_mb_max": result["peak_memory_mb"],
             }
             self.run.summary.update(summary)
             self.run.finish()

@@ -62,9 +62,9 @@ def question(text: str) -> str:
 def mawps(data_dir: Path | None) -> tuple[list[Example], list[Example]]:
     """Its one file, split by a fixed seed: 400 problems for the test, no problem in both."""
     seen: dict[str, Example] = {}
-    for row in records(data_dir, "mawps/test.jsonl", ("input", "target")):
+    for row in records(data_dir, "mawps/test.jsonl", {"input": str, "target": (int, float)}):
         prompt = question(row["input"])
-        seen.setdefault(prompt, Example(prompt, f" #### {row['target']:g}"))
+        seen.setdefault(prompt, Example(prompt, f" #### {row['target']:.12g}"))
     shuffled = sample(list(seen.values()), len(seen), "mawps split")
     return shuffled[400:], shuffled[:400]
 
@@ -75,7 +75,7 @@ def gsm8k(data_dir: Path | None) -> tuple[list[Example], list[Example]]:
     def examples(name: str) -> list[Example]:
         return [
             Example(question(row["question"]), " " + re.sub(r"<<.*?>>", "", row["answer"]))
-            for row in records(data_dir, name, ("question", "answer"))
+            for row in records(data_dir, name, {"question": str, "answer": str})
         ]
 
     return examples("gsm8k/train.jsonl"), examples("gsm8k/test.jsonl")
@@ -83,7 +83,8 @@ def gsm8k(data_dir: Path | None) -> tuple[list[Example], list[Example]]:
 
 def mbpp(data_dir: Path | None) -> tuple[list[Example], list[Example]]:
     """The paper's split: task ids 11-510 test, 601-974 train. The first test is shown, as it names the function."""
-    rows = records(data_dir, "mbpp/mbpp.jsonl", ("task_id", "text", "code", "test_list"))
+    fields = {"task_id": int, "text": str, "code": str, "test_list": list}
+    rows = records(data_dir, "mbpp/mbpp.jsonl", fields)
 
     def example(row: dict) -> Example:
         tests = tuple(t.strip() for t in row["test_list"])

@@ -6,9 +6,10 @@ embedded model `mini-llama`, whose tokenizer knows its words.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from random import Random
 
+from cl_graft.data import DataError
 from cl_graft.errors import UnknownName
 from cl_graft.models import world
 from cl_graft.task import Example, Preference, Scenario, Task, Training
@@ -40,7 +41,7 @@ def mini(
         if name not in TASKS:
             raise UnknownName("task of mini", name, TASKS)
         source, score, share = TASKS[name]
-        test = examples(source, f"test/{name}", test_size, set())
+        test = examples(source, f"test/{name}", test_size)
         seen = {e.prompt for e in test}
         train = examples(source, f"train/{seed}/{name}", train_size, seen)
         recipe = Training(
@@ -51,7 +52,7 @@ def mini(
         )
         return Task(name, train, test, score, max_new_tokens=32, training=recipe)
 
-    general = examples(world.general, "test/general", test_size, set())
+    general = examples(world.general, "test/general", test_size)
     return Scenario(
         "mini",
         tuple(task(name) for name in tasks.split(",")),
@@ -60,14 +61,28 @@ def mini(
 
 
 def examples(
-    source: Callable[[Random], world.Item], seed: str, size: int, excluded: set[str]
+    source: Callable[[Random], world.Item],
+    seed: str,
+    size: int,
+    excluded: Container[str] = frozenset(),
 ) -> tuple[Example, ...]:
-    """Items of the source whose prompts are not excluded; the training set never holds a test prompt."""
+    """Items of the source whose prompts are not excluded; the training set never holds a test prompt.
+
+    Raises DataError for a size below 1, and where a large test set leaves too little of a small source.
+    """
+    if size < 1:
+        raise DataError(
+            f"{seed!r} of mini would be empty; ask for a size of at least 1, not {size}."
+        )
     rng, found = Random(seed), []
-    while len(found) < size:
+    for _ in range(100 * size + 1000):
         item = source(rng)
         prompt = world.prompt(item.question)
         if prompt not in excluded:
             tests = tuple(f"assert {call} == {expected}" for call, expected in item.tests)
             found.append(Example(prompt, item.answer, tests))
-    return tuple(found)
+        if len(found) == size:
+            return tuple(found)
+    raise DataError(
+        f"the test set leaves too few prompts for {seed!r} of mini; lower mini.test_size."
+    )

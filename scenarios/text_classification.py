@@ -21,6 +21,7 @@ FOLDERS = {
 }
 
 CHARACTERS = 320
+NO_CONSENSUS = "-"  # MNLI's mark for pairs on which its annotators did not agree; left out
 
 
 def text_classification(
@@ -64,7 +65,9 @@ def text_classification(
 
 def read(data_dir: Path | None, name: str, options: tuple[str, ...]) -> list[Example]:
     examples = []
-    for number, row in enumerate(records(data_dir, name, ("sentence", "label")), 1):
+    for number, row in enumerate(records(data_dir, name, {"sentence": str, "label": str}), 1):
+        if row["label"] == NO_CONSENSUS:
+            continue
         if row["label"] not in options:
             raise DataError(
                 f"{data_dir}/{name}, record {number} has label {row['label']!r}, which labels.json does not list."

@@ -26,15 +26,15 @@ def texts(data_dir: Path | None) -> list[str]:
     classification sets. Raises DataError for a missing file or field."""
     found = [
         f"Question: {row['question']}\nAnswer: {row['answer']}"
-        for row in records(data_dir, "gsm8k/train.jsonl", ("question", "answer"))
+        for row in records(data_dir, "gsm8k/train.jsonl", {"question": str, "answer": str})
     ]
     found += [
         f"# {row['text']}\n{row['code']}"
-        for row in records(data_dir, "mbpp/mbpp.jsonl", ("text", "code", "task_id"))
+        for row in records(data_dir, "mbpp/mbpp.jsonl", {"text": str, "code": str, "task_id": int})
         if 601 <= row["task_id"] <= 974
     ]
     for name in SENTENCES:
-        rows = records(data_dir, f"cl_benchmark/{name}/train.json", ("sentence",))
+        rows = records(data_dir, f"cl_benchmark/{name}/train.json", {"sentence": str})
         found += [row["sentence"] for row in rows]
     return [text.replace("\r\n", "\n")[:CHARACTERS] for text in found]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+from ..errors import CLGraftError
 from . import corpus, world
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Spec:
     batch: int = 32
     seed: int = 0
     corpus: str = "world"  # or "data": the training files in the data directory
-    version: int = 1  # raise it when the world or the recipe changes, so that caches are made anew
+    version: int = 1  # raise it when the recipe in this file changes, so that caches are made anew
 
 
 SPECS = {
@@ -74,6 +75,7 @@ def folder(name: str, texts: list[str]) -> Path:
     digest = hashlib.blake2b(digest_size=6)
     recipe = {**asdict(SPECS[name]), "torch": torch.__version__, "machine": platform.machine()}
     digest.update(json.dumps(recipe, sort_keys=True).encode())
+    digest.update(Path(world.__file__).read_bytes() if not texts else b"")
     for text in texts:
         digest.update(text.encode())
     return cache_root() / "models" / f"{name}-{digest.hexdigest()}"
@@ -82,22 +84,29 @@ def folder(name: str, texts: list[str]) -> Path:
 def obtain(name: str, data_dir: Path | None = None) -> Path:
     """The model's folder, trained now if it is not there yet; safe when several processes ask at once.
 
-    Raises DataError where a model that is trained on the user's data finds none.
+    Raises DataError where a model that is trained on the user's data finds none, CLGraftError where the
+    cache cannot be written.
     """
     from filelock import FileLock
 
     spec = SPECS[name]
     texts = corpus.texts(data_dir) if spec.corpus == "data" else []
     target = folder(name, texts)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.exists():
-            build = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
-            try:
-                _train(spec, texts, build)
-                os.replace(build, target)
-            finally:
-                shutil.rmtree(build, ignore_errors=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.exists():
+                build = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
+                try:
+                    _train(spec, texts, build)
+                    os.replace(build, target)
+                finally:
+                    shutil.rmtree(build, ignore_errors=True)
+    except OSError as error:
+        raise CLGraftError(
+            f"{name} cannot be cached in {target.parent} ({error.strerror or error}); free space there or set "
+            "CL_GRAFT_CACHE to another folder."
+        ) from error
     return target
 
 

@@ -44,9 +44,16 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(
             place, trust_remote_code=False, dtype=torch.bfloat16 if on_gpu else torch.float32
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise CLGraftError(f"model {name!r} cannot be loaded ({reason}).") from error
+    except Exception as error:  # torn weights, no network, ...: each library has errors of its own
+        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+        raise CLGraftError(
+            f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); give an embedded model's "
+            "name, a complete Hugging Face folder, or a hub id."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise CLGraftError(
+            f"the tokenizer of {name!r} has no end-of-sequence token; set eos_token in its tokenizer_config.json."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

@@ -1,9 +1,9 @@
 """The role of every parameter of a causal LM: embedding, head, attention, mlp or norm.
 
 Told from the structure of the model object, not from a list of known names: the embeddings are what the
-model itself calls its input and output embeddings; the decoder layers are its longest list of equal
-modules; inside a layer, attention is the child whose class says so, every other child with matrices is
-the MLP; one-dimensional parameters are norms and biases.
+model itself calls its input and output embeddings; the decoder layers are its largest list of modules;
+inside a layer, attention is the child whose class says so, every other child with matrices is the MLP, and
+a layer without attention is in doubt; one-dimensional parameters are norms and biases.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Role = Literal["embedding", "head", "attention", "mlp", "norm"]
+OTHER_MIXERS = ("mixer", "mamba", "rwkv")  # of tokens, beside or in place of attention
 
 
 class UnclearRoles(CLGraftError):
@@ -26,14 +27,14 @@ class UnclearRoles(CLGraftError):
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the longest list of modules of one class, by parameters.
+    """Name and modules of the largest list of modules, by parameters.
 
     Raises UnclearRoles where the model has none.
     """
     lists = [
         (sum(p.numel() for p in module.parameters()), name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+        if isinstance(module, nn.ModuleList) and len(module)
     ]
     if not lists:
         raise UnclearRoles(
@@ -51,7 +52,8 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     modules = dict(model.named_modules())
-    prefix, _ = decoder_layers(model)
+    prefix, layers = decoder_layers(model)
+    attending = {f"{prefix}.{i}" for i, layer in enumerate(layers) if _attends(layer)}
     result: dict[str, Role] = {}
     doubtful: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
@@ -66,7 +68,7 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
         elif isinstance(owner, nn.Embedding):
             result[name] = "embedding"  # learned positions
         elif owner_name.startswith(f"{prefix}."):
-            role = _role_in_layer(modules, prefix, owner_name)
+            role = _role_in_layer(modules, prefix, owner_name, attending)
             if role:
                 result[name] = role
             else:
@@ -81,19 +83,29 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
     return result
 
 
-def _role_in_layer(modules: dict[str, nn.Module], prefix: str, owner: str) -> Role | None:
+def _role_in_layer(
+    modules: dict[str, nn.Module], prefix: str, owner: str, attending: set[str]
+) -> Role | None:
     """Role from the classes of the modules between a decoder layer and the parameter's owner."""
-    index, _, inner = owner[len(prefix) + 1 :].partition(".")
-    path = [f"{prefix}.{index}"]
-    for part in inner.split("."):
-        path.append(f"{path[-1]}.{part}")
-    classes = [type(modules[step]).__name__.lower() for step in path[1:]]
-    if any("attention" in c or "attn" in c for c in classes):
+    index, *inner = owner[len(prefix) + 1 :].split(".")
+    layer = f"{prefix}.{index}"
+    steps = [".".join([layer, *inner[: n + 1]]) for n in range(len(inner))]
+    if any(_is_attention(modules[step]) for step in steps):
         return "attention"
-    if any(word in c for c in classes for word in ("mixer", "mamba", "rwkv", "ssm")):
-        return None
-    return "mlp"
+    other = any(
+        word in type(modules[step]).__name__.lower() for step in steps for word in OTHER_MIXERS
+    )
+    return "mlp" if steps and layer in attending and not other else None
+
+
+def _is_attention(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name
+
+
+def _attends(layer: nn.Module) -> bool:
+    return any(_is_attention(module) for module in layer.modules() if module is not layer)
 
 
 def _layerless(owner: str, prefix: str) -> str:
-    return f"{prefix}.*.{owner[len(prefix) + 1 :].partition('.')[2]}"
+    return ".".join([prefix, "*", *owner[len(prefix) + 1 :].split(".")[1:]])

@@ -54,6 +54,8 @@ def moments(
             return
         seen[id(x)] = (x, name)  # holding x keeps its id from being used again in this pass
         shares[name] = name
+        if len(x) == 1:  # positions, the same for every sequence of the batch
+            x = x.expand(len(batch["input_ids"]), *x.shape[1:])
         rows = x.detach().reshape(-1, *x.shape[2:])
         rows = rows[keep] if len(rows) == len(keep) else rows
         if isinstance(module, nn.Embedding):
@@ -76,7 +78,8 @@ def moments(
         return hook
 
     hooks = [module.register_forward_hook(hook_for(name)) for name, module in layers.items()]
-    was_training = model.training
+    was_training, gradients_found = model.training, [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
     model.eval()
     try:
         for batch in batches:
@@ -84,18 +87,18 @@ def moments(
             counted += int(keep.sum())
             with torch.set_grad_enabled(gradients):
                 loss = model(**batch).loss
-                if (
-                    gradients
-                ):  # the sum over tokens, so that a token's gradient does not depend on the batch
-                    (loss * (batch["labels"] != -100).sum()).backward()
+                if gradients:  # of the sum, so that no token's depends on how many the batch has
+                    (loss * (batch["labels"][:, 1:] != -100).sum()).backward()
             seen.clear()
     finally:
-        model.zero_grad(set_to_none=True)
+        for parameter, found in zip(model.parameters(), gradients_found, strict=True):
+            parameter.grad = found
         model.train(was_training)
         for hook in hooks:
             hook.remove()
     n = max(1, counted)
+    means = {name: total / n for name, total in sums.items()}
     return Moments(
-        {f"{name}.weight": sums[shares[name]] / n for name in shares},
+        {f"{name}.weight": means[shared] for name, shared in shares.items()},
         {f"{name}.weight": total / n for name, total in grads.items()},
     )

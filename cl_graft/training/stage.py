@@ -81,7 +81,12 @@ def sft(
             model=model,
             processing_class=tokenizer,
             train_dataset=Dataset.from_list(rows),
-            args=SFTConfig(**common, max_length=training.max_length, packing=False),
+            args=SFTConfig(
+                **common,
+                max_length=training.max_length,
+                packing=False,
+                completion_only_loss=True,  # rows already tokenised: the default would be the whole text
+            ),
             callbacks=[_progress_callback(progress)],
         )
         log = _train(trainer)
