@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import platform
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -46,7 +48,8 @@ def run(
     report("loading the model", 0.0)
     locate(config.model, config.data_dir)
     folder = CellFolder(config.out / config.cell)
-    with folder.lock():
+    with folder.lock(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries to each other
         return _compute(config, folder, scenario, strategy_class, options, report)
 
 
@@ -151,6 +154,8 @@ def _compute(
         "config": _experiment(config),
         "options": options,
         "versions": versions(),
+        "machine": machine(),
+        "reads_data_dir": config.data_dir is not None,
         "base": strategy.grafted.base,
         "data": data_fingerprint(scenario),
         "tasks": scenario.task_names,
@@ -356,6 +361,9 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "peak_memory_mb": max((r["peak_memory_mb"] for r in records), default=None),
         "options": identity["options"],
         "versions": identity["versions"],
+        "machine": identity["machine"],
+        "reads_data_dir": identity["reads_data_dir"],
+        "config": identity["config"],
         "complete": len(records) == rows,
     }
 
@@ -388,6 +396,23 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in names},
     }
+
+
+def machine() -> dict[str, str]:
+    """What the times of a cell depend on."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().split("\n") if Path("/proc/cpuinfo").is_file() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    found = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": models[0] if models else platform.processor() or "unknown",
+        "cores": str(os.cpu_count()),
+        "threads a run": str(torch.get_num_threads()),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def peak_memory_mb() -> float:

@@ -95,7 +95,7 @@ def sweep(
         failures = run_sweep(cells, workers or default_workers(), bar)
     try:
         if len(failures) < len(cells):
-            _report([out])
+            _report([out], out / "report")
     finally:
         for failure in failures:
             typer.echo(f"failed: {failure.cell}: {failure.reason}", err=True)
@@ -109,6 +109,9 @@ def report(
     json_: Annotated[
         bool, typer.Option("--json", help="Print one object per cell instead.")
     ] = False,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder for tables and figures; FOLDER/report if not given.")
+    ] = None,
 ) -> None:
     """Tables in the terminal, as CSV and Markdown, and figures, for all cells in the folders."""
     if json_:
@@ -116,7 +119,7 @@ def report(
 
         typer.echo(json.dumps(gather(folders), indent=1))
     else:
-        _report(folders)
+        _report(folders, to or folders[0] / "report")
 
 
 @app.command("list")
@@ -244,21 +247,23 @@ def _grid(scenarios, strategies, seeds, models, budgets, given: dict[str, Any]) 
     return grid(scenarios, strategies, seeds, models, budgets, options=options, **common)
 
 
-def _report(folders: list[Path]) -> None:
+def _report(folders: list[Path], target: Path) -> None:
     from .report import gather
     from .report.figures import write_figures
+    from .report.provenance import write_provenance
     from .report.tables import matrices, ranking, write_tables
 
-    cells, target = gather(folders), folders[0] / "report"
+    cells = gather(folders)
     _print_tables([*matrices(cells), *ranking(cells)])
     try:
         write_tables(cells, target)
         write_figures(cells, target)
+        write_provenance(cells, target)
     except OSError as error:
         raise CLGraftError(
             f"{target} cannot be written ({error.strerror or error}); free space or copy the results elsewhere."
         ) from error
-    typer.echo(f"tables (CSV, Markdown) and figures (PNG, SVG): {target}")
+    typer.echo(f"tables (CSV, Markdown), figures (PNG, SVG) and provenance: {target}")
 
 
 def _print_tables(tables: list[Any]) -> None:

@@ -54,16 +54,6 @@ class Training:
     micro_batch: int | None = None
     preference: Preference | None = None
 
-    @property
-    def accumulation(self) -> int:
-        """Gradient accumulation steps that hold the declared batch with the micro-batch."""
-        micro = self.micro_batch or self.batch
-        if self.batch % micro:
-            raise CLGraftError(
-                f"a batch of {self.batch} is not a multiple of the micro-batch {micro}; choose a divisor."
-            )
-        return self.batch // micro
-
 
 @dataclass(frozen=True)
 class Task:

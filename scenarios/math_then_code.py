@@ -90,7 +90,9 @@ def mbpp(data_dir: Path | None) -> tuple[list[Example], list[Example]]:
         tests = tuple(t.strip() for t in row["test_list"])
         prompt = f"# {row['text'].strip()}\n# {tests[0]}\n"
         code = row["code"].replace("\r\n", "\n").replace("\t", "    ")
-        return Example(prompt, code, tests, setup=row.get("test_setup_code", ""))
+        # the setup comes between program and tests: it builds what they ask about of the program's own classes
+        setup = (row["test_setup_code"],) if row.get("test_setup_code") else ()
+        return Example(prompt, code, setup + tests)
 
     return (
         [example(r) for r in rows if 601 <= r["task_id"] <= 974],

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parent.parent / "README.md"
-SMALL = ["--model", "nano-llama", "--wandb", "off", "--set", "mini.steps=6", "--set", "mini.train_size=48"]
+SMALL = [
+    "--model",
+    "nano-llama",
+    "--wandb",
+    "off",
+    "--set",
+    "mini.steps=6",
+    "--set",
+    "mini.train_size=48",
+]
 
 
 def listing(containing: str) -> str:
@@ -23,8 +32,24 @@ def test_the_baseline_listing_is_under_40_lines_and_runs_from_a_path(tmp_path):
     text = listing("def bitdelta")
     assert len(text.strip().split("\n")) < 40
     (tmp_path / "bitdelta.py").write_text(text)
-    command = [sys.executable, "-m", "cl_graft", "run", "--scenario", "mini", "--strategy", "./bitdelta.py"]
-    command += [*SMALL, "--set", "mini.test_size=8", "--set", "bitdelta.norms=false", "--allow-code-execution"]
+    command = [
+        sys.executable,
+        "-m",
+        "cl_graft",
+        "run",
+        "--scenario",
+        "mini",
+        "--strategy",
+        "./bitdelta.py",
+    ]
+    command += [
+        *SMALL,
+        "--set",
+        "mini.test_size=8",
+        "--set",
+        "bitdelta.norms=false",
+        "--allow-code-execution",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     packs = sorted(tmp_path.glob("results/*/packs/*.safetensors"))
@@ -47,12 +72,16 @@ def test_the_python_listing_runs(tmp_path):
     assert len(done.stdout.split()) == 3
 
 
-@pytest.mark.parametrize("line", re.findall(r"^cl-graft (?:list|report|pack|run|sweep).*$", README.read_text(), re.M))
+@pytest.mark.parametrize(
+    "line", re.findall(r"^cl-graft (?:list|report|pack|run|sweep).*$", README.read_text(), re.M)
+)
 def test_every_command_line_of_the_readme_parses(line):
     """Options and commands exist: `--help` after the command is answered without an error."""
     words = line.split("#")[0].split()
     command = words[1:3] if words[1] == "pack" else words[1:2]
-    done = subprocess.run([sys.executable, "-m", "cl_graft", *command, "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "cl_graft", *command, "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0
     for option in (w for w in words if w.startswith("--")):
         assert option in done.stdout, option

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..errors import CLGraftError
 from ..task import Example, Preference, Training
 
 if TYPE_CHECKING:
@@ -137,12 +138,16 @@ def _arguments(
 
     on_gpu = torch.cuda.is_available()
     micro = min(training.micro_batch or batch, batch)
+    if batch % micro:
+        raise CLGraftError(
+            f"a batch of {batch} is not a multiple of the micro-batch {micro}; choose a divisor."
+        )
     with tempfile.TemporaryDirectory(prefix="cl-graft-") as folder, _quiet():
         yield {
             "output_dir": folder,
             "max_steps": steps,
             "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": -(-batch // micro),
+            "gradient_accumulation_steps": batch // micro,
             "learning_rate": learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_steps": round(training.warmup * steps),

@@ -1,0 +1,133 @@
+"""What a declared budget means in bytes, what a stored tensor costs, and the search between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cl_graft.budget import Budget, largest, weight_bits
+from cl_graft.errors import CLGraftError
+from cl_graft.skillpack.codecs import (
+    CODECS,
+    Encoded,
+    dense,
+    low_rank,
+    quantized,
+    quantized_low_rank,
+    sign_scale,
+    sparse_top,
+)
+from cl_graft.skillpack.quant import Quantized
+
+BASE = 1_000_000  # parameters, so 2,000,000 bytes in bf16
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("10%", 200_000),
+        ("2.5%", 50_000),
+        ("100%", 2_000_000),
+        ("250%", 5_000_000),
+        ("10%:weights", 200_000),
+        ("512B", 512),
+        ("20KB", 20_000),
+        ("800MB", 800_000_000),
+        ("1.5GB", 1_500_000_000),
+    ],
+)
+def test_a_budget_in_bytes(text: str, size: int) -> None:
+    assert Budget(text, BASE).bytes == size
+    assert Budget(text, BASE).base_bytes == 2_000_000
+
+
+def test_only_the_papers_convention_counts_weights_alone() -> None:
+    assert Budget("10%:weights", BASE).counts_weights
+    assert not Budget("10%", BASE).counts_weights
+    assert not Budget("800MB", BASE).counts_weights
+
+
+REFUSED = ["", "ten", "10", "-1", "-1%", "0%", "0MB", "10 %", "%", "1e3MB", "10%%", "10mb"]
+REFUSED += ["10.%", ".5%", "1.2.3%", "10%:", "10%:bytes", "5MB:weights", "10%\n", "nan%", "5TB"]
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_is_no_size_is_refused_in_one_sentence(text: str) -> None:
+    with pytest.raises(CLGraftError) as refused:
+        Budget(text, BASE)
+    message = str(refused.value)
+    assert repr(text) in message and "10%" in message and "800MB" in message
+    assert "\n" not in message and message.endswith(".")
+
+
+def test_a_share_that_rounds_to_no_byte_is_refused() -> None:
+    assert Budget("10%", 5).bytes == 1
+    with pytest.raises(CLGraftError):
+        Budget("10%", 4)
+
+
+@given(st.integers(1, 10**12), st.integers(1, 100))
+def test_a_share_is_exact_in_integers(parameters: int, share: int) -> None:
+    """In floats 50% of 58 bytes would be 28."""
+    wanted = 2 * parameters * share // 100
+    if wanted:
+        assert Budget(f"{share}%", parameters).bytes == wanted
+
+
+@given(st.integers(-5, 30), st.integers(-5, 30), st.integers(-10, 40))
+def test_largest_agrees_with_a_linear_scan(low: int, high: int, limit: int) -> None:
+    asked: list[int] = []
+
+    def fits(n: int) -> bool:
+        asked.append(n)
+        return n <= limit
+
+    scan = low - 1
+    for n in range(low, high + 1):
+        if n <= limit:
+            scan = n
+    assert largest(fits, low, high) == scan
+    assert all(low <= n <= high for n in asked)
+
+
+def test_largest_asks_a_logarithmic_number_of_times() -> None:
+    asked: list[int] = []
+    assert largest(lambda n: asked.append(n) or n <= 654_321, 1, 10**6) == 654_321  # type: ignore[func-returns-value]
+    assert len(asked) <= 22
+
+
+def grid(rows: int, cols: int, bits: int, group_size: int) -> Quantized:
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(0, 2**bits, (rows, cols), generator=generator, dtype=torch.uint8)
+    scale = torch.ones(rows, -(-cols // group_size))
+    return Quantized(codes, scale, torch.zeros_like(scale, dtype=torch.uint8), bits, group_size)
+
+
+X = torch.arange(1.0, 13.0).view(3, 4)
+STORED: dict[str, tuple[Encoded, int]] = {  # by codec: a tensor, and the bits of its weights
+    "dense": (dense(X), 16 * 12),
+    "sparse": (sparse_top(X, 5), 16 * 5),
+    "low_rank": (low_rank(torch.ones(3, 2), torch.ones(2, 4)), 16 * 2 * (3 + 4)),
+    "quantized": (quantized(grid(3, 4, 3, 4)), 3 * 12),
+    "quantized_low_rank": (
+        quantized_low_rank(
+            [(grid(1, 3, 8, 4), grid(1, 4, 8, 4)), (grid(2, 3, 2, 4), grid(2, 4, 2, 4))], (3, 4)
+        ),
+        1 * 8 * (3 + 4) + 2 * 2 * (3 + 4),
+    ),
+    "sign_scale": (sign_scale(X), 12),
+}
+
+
+def test_every_codec_is_counted() -> None:
+    assert STORED.keys() == CODECS.keys()
+
+
+@pytest.mark.parametrize("codec", STORED)
+def test_the_bits_of_the_weights_alone(codec: str) -> None:
+    """No masks, positions, scales, zeros or headers: what the paper's comparison counts."""
+    encoded, bits = STORED[codec]
+    assert encoded.codec == codec
+    assert weight_bits(encoded.spec) == bits
