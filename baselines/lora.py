@@ -55,7 +55,7 @@ class lora(Strategy):
             r=rank,
             lora_alpha=alpha_over_rank * rank,
             lora_dropout=dropout,
-            target_modules="all-linear",
+            target_modules=sorted(self._targets()),
             task_type="CAUSAL_LM",
         )
         adapted: Any = get_peft_model(self.model, config, autocast_adapter_dtype=True)
@@ -73,12 +73,13 @@ class lora(Strategy):
             factors = {n: _joined(earlier[n], left, right) for n, (left, right) in factors.items()}
         return {name: low_rank(left, right) for name, (left, right) in factors.items()}
 
+    def _targets(self) -> dict[str, Any]:
+        """Every linear layer but the head."""
+        head = self.model.get_output_embeddings()
+        return {n: m for n, m in linear_layers(self.model).items() if m is not head}
+
     def _largest_rank(self, context: Context, shares: int) -> int:
-        shapes = {
-            f"{name}.weight": module.weight.shape
-            for name, module in linear_layers(self.model).items()
-            if module is not self.model.get_output_embeddings()
-        }
+        shapes = {f"{n}.weight": m.weight.shape for n, m in self._targets().items()}
 
         def fits(rank: int) -> bool:
             blank = {

@@ -134,11 +134,13 @@ def _compute(
     from transformers import set_seed
 
     from .models.load import load
+    from .models.roles import roles
     from .stream import benchmark
     from .tracking import Tracker
 
     torch.set_num_threads(config.threads)
     model, tokenizer = load(config.model, config.data_dir)
+    roles(model)  # refuses, before anything is computed, a model whose modules cannot be told apart
     set_seed(config.seed)
     budget = Budget(config.budget, sum(p.numel() for p in model.parameters()))
     strategy = strategy_class(
@@ -148,7 +150,7 @@ def _compute(
         budget=budget,
         seed=config.seed,
         options=options,
-        allow_code=True,
+        allow_code=config.allow_code_execution,
     )
     identity = {
         "config": _experiment(config),

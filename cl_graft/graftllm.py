@@ -115,8 +115,13 @@ def _importance(name: str, context: Context, moments: Moments) -> Tensor:
     """What a squared unit of an entry costs in squared loss, broadcastable to the tensor.
 
     For a head the second moment of each input; for an embedding how often its token is read; both times the
-    mean square of the gradient at the output.
+    mean square of the gradient at the output. For what is neither (the stacked matrices of experts, say) the
+    average over the layers that are.
     """
+    if name not in moments.inputs:
+        known = [n for n in moments.inputs if moments.inputs[n].ndim == 2]
+        each = [moments.inputs[n].diagonal().mean() * moments.outputs[n].mean() for n in known]
+        return torch.stack(each).mean()
     inputs, outputs = moments.inputs[name], moments.outputs[name]
     if inputs.ndim == 1:  # an embedding: (tokens, width)
         return inputs[:, None] * outputs[None, :]

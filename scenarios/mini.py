@@ -28,7 +28,7 @@ def mini(
     data_dir=None,
     train_size: int = 4000,
     test_size: int = 200,
-    steps: int = 250,
+    steps: int = 200,
     batch: int = 32,
     learning_rate: float = 2e-3,
     dpo: bool = False,

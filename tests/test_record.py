@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cl_graft import record
@@ -35,6 +35,12 @@ def refusal(action: Callable[[], Any]) -> str:
     message = str(refused.value)
     assert "\n" not in message and message.endswith(".")
     return message
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all that hypothesis tries."""
+    return tmp_path_factory.mktemp("scratch")
 
 
 # --- writing ---
@@ -165,25 +171,14 @@ LINES = [{"a": 1, "text": "é"}, {"b": "two\nlines\u2028"}, {"c": [None, 0.5]}]
 
 
 @given(st.integers(0, 200), st.booleans())
-def test_a_torn_last_line_is_passed_over(cut: int, ascii_only: bool) -> None:
+def test_a_torn_last_line_is_passed_over(scratch: Path, cut: int, ascii_only: bool) -> None:
     """Wherever a kill cut the file, also within a character, the whole lines before it are read."""
     whole = [json.dumps(line, ensure_ascii=ascii_only).encode() for line in LINES]
     data = b"".join(line + b"\n" for line in whole)[:cut]
-    file = scratch("torn.jsonl")
+    file = scratch / "torn.jsonl"
     file.write_bytes(data)
     complete = data.count(b"\n") + (data.rpartition(b"\n")[2] in whole)
     assert list(read_jsonl(file)) == LINES[:complete]
-
-
-def scratch(name: str) -> Path:
-    """A file of this process; hypothesis and function-scoped folders do not go together."""
-    import tempfile
-
-    return Path(tempfile.gettempdir()) / f"cl-graft-{os.getpid()}-{name}"
-
-
-def teardown_module() -> None:
-    scratch("torn.jsonl").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("broken", ['{"b": ', "{'b': 2}", "junk", "\ufffd"])
@@ -288,7 +283,7 @@ def test_a_folder_of_another_version_is_refused(tmp_path: Path, content: Any) ->
     assert read_json(tmp_path / "cell.json") == content
 
 
-def example(task: str, index: int, **changed: Any) -> dict[str, Any]:
+def outcome(task: str, index: int, **changed: Any) -> dict[str, Any]:
     return {
         "task": task,
         "metric": "exact",
@@ -303,26 +298,21 @@ def example(task: str, index: int, **changed: Any) -> dict[str, Any]:
 def test_a_stage_counts_once_its_record_is_there(tmp_path: Path) -> None:
     folder = CellFolder(tmp_path)
     for stage in (0, 1, 3):
-        folder.write_stage(stage, [example("math", i) for i in range(3)], {"stage": stage})
+        folder.write_stage(stage, [outcome("math", i) for i in range(3)], {"stage": stage})
     assert folder.stages() == [{"stage": 0}, {"stage": 1}]
     (folder.stage_path(1) / "stage.json").unlink()  # as if killed between its two files
     assert folder.stages() == [{"stage": 0}]
     assert len(list(read_jsonl(folder.stage_path(1) / "examples.jsonl"))) == 3
 
 
-@given(st.text(alphabet=st.characters(codec=None)))
-def test_any_answer_and_note_can_be_recorded(text: str) -> None:
+@settings(max_examples=30)
+@given(st.text(alphabet=st.characters()))
+@example("\ud800")
+def test_any_answer_and_note_can_be_recorded(scratch: Path, text: str) -> None:
     """A program that raises an error about half a surrogate pair must not end the run that scores it."""
-    line = example("code", 0, answer=text, note=text)
-    file = scratch("torn.jsonl")
-    folder = CellFolder(file.parent / f"{file.name}-cell")
+    folder, line = CellFolder(scratch), outcome("code", 0, answer=text, note=text)
     folder.write_stage(0, [line], {})
-    try:
-        assert list(read_jsonl(folder.stage_path(0) / "examples.jsonl")) == [line]
-    finally:
-        import shutil
-
-        shutil.rmtree(folder.path)
+    assert list(read_jsonl(folder.stage_path(0) / "examples.jsonl")) == [line]
 
 
 def test_cells_are_found_below_a_folder(tmp_path: Path) -> None:

@@ -34,6 +34,11 @@ def stored_transposed(model: nn.Module) -> set[str]:
     return {f"{n}.weight" for n, m in linear_layers(model).items() if not isinstance(m, nn.Linear)}
 
 
+def _reads_tokens(module: nn.Module, model: nn.Module) -> bool:
+    """Whether an embedding's input is its row numbers; subclasses (OPT's positions) may read something else."""
+    return type(module) is nn.Embedding or module is model.get_input_embeddings()  # type: ignore[operator]
+
+
 def moments(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], gradients: bool = True
 ) -> Moments:
@@ -43,7 +48,7 @@ def moments(
     their gradients are left as they were found.
     """
     layers = linear_layers(model)
-    layers |= {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    layers |= {n: m for n, m in model.named_modules() if _reads_tokens(m, model)}
     sums, shares, grads = dict[str, Tensor](), dict[str, str](), dict[str, Tensor]()
     seen: dict[int, tuple[Tensor, str]] = {}
     keep, counted = torch.empty(0), 0

@@ -1,0 +1,253 @@
+"""How answers are scored: the number, the program and the label that count, on cases worked by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cl_graft.errors import UnknownName
+from cl_graft.evaluation.sandbox import CONSENT_VARIABLE, ConsentNeeded
+from cl_graft.evaluation.scorers import (
+    NEEDS_ANSWERS,
+    SCORERS,
+    Examinee,
+    final_number,
+    number_is_right,
+    program_of,
+    score,
+    text_is_right,
+)
+from cl_graft.task import Example
+
+# --- the final number ---
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", None),
+        ("none at all", None),
+        ("-", None),
+        ("7", 7),
+        ("The answer is 42.", 42),
+        ("3 apples and 4 pears make 7 fruits", 7),
+        ("-7", -7),
+        ("it falls to -3 degrees", -3),
+        ("(-3)", -3),
+        ("x=-2.5", -2.5),
+        ("$-5", -5),
+        ("2.5", 2.5),
+        ("0.10", 0.1),
+        ("costs $.75", 0.75),
+        ("-.5", -0.5),
+        ("ends with 12.", 12),
+        ("1,234", 1234),
+        ("1,234,567.89 dollars", 1234567.89),
+        ("-1,000", -1000),
+        ("1,2,3", 3),
+        ("12,34", 34),
+        ("in 2010, 5 of them", 5),
+        ("5 - 3", 3),
+        ("5-3", 3),
+        ("a range of 10-12", 12),
+        ("x1-2", 2),
+        ("(1+2)-3", 3),
+        ("50%", 50),
+        ("1/2", 2),
+        ("007", 7),
+        ("3+4=7. #### 7", 7),
+        ("#### 7", 7),
+        ("####7", 7),
+        ("#### -7.50", -7.5),
+        ("#### 1,000", 1000),
+        ("#### $18 of the 20", 18),
+        ("9 then #### 3 and then 8", 3),
+        ("#### 1 no: #### 2", 2),
+        ("7 ####", None),
+        ("7 #### unknown", None),
+        ("7 ###", 7),
+        ("3+4=7.\n#### 7\n", 7),
+    ],
+)
+def test_the_final_number(text: str, value: float | None) -> None:
+    assert final_number(text) == value
+
+
+@given(st.integers(-(10**12), 10**12), st.text(alphabet="abc .\n"), st.text(alphabet="abc \n"))
+def test_a_number_is_found_among_words(n: int, before: str, after: str) -> None:
+    assert final_number(f"{before} {n} {after}") == n
+    assert final_number(f"{before} {n:,} {after}") == n
+    assert final_number(f"17 {before} #### {n:,} {after} 4") == n
+
+
+@given(st.floats(-1e6, 1e6).map(lambda x: round(x, 4)))
+def test_decimals_are_read_exactly(x: float) -> None:
+    assert final_number(f"so {x:.4f} it is") == x
+    assert final_number(f"so {x:,.4f} it is") == x
+
+
+@given(st.text())
+def test_no_text_breaks_the_reader(text: str) -> None:
+    found = final_number(text)
+    assert found is None or isinstance(found, float)
+
+
+def test_right_numbers() -> None:
+    reference = Example("?", "12*10=120. #### 120")
+    assert number_is_right(reference, "#### 120")
+    assert number_is_right(reference, "it is 120.0")
+    assert number_is_right(reference, "worked out otherwise: 60+60=120. #### 120")
+    assert not number_is_right(reference, "#### 12")
+    assert not number_is_right(reference, "120, or rather 121")
+    assert not number_is_right(reference, "")
+    assert not number_is_right(Example("?", "no number"), "no number")
+
+
+def test_right_texts() -> None:
+    assert text_is_right(Example("?", "dog"), " dog\n")
+    assert not text_is_right(Example("?", "dog"), "Dog")
+    assert not text_is_right(Example("?", "dog"), "dog.")
+    assert not text_is_right(Example("?", "dog"), "")
+
+
+# --- the program ---
+
+BODY = "def f(x):\n    return x"
+
+
+@pytest.mark.parametrize(
+    ("answer", "program"),
+    [
+        (BODY, BODY),
+        ("", ""),
+        (f"```python\n{BODY}\n```", BODY + "\n"),
+        (f"```\n{BODY}\n```", BODY + "\n"),
+        (f"```py\n{BODY}\n```", BODY + "\n"),
+        (f"```Python3 \r\n{BODY}\n```", BODY + "\n"),
+        (f"Here it is:\n```python\n{BODY}\n```\nIt returns x.", BODY + "\n"),
+        (f"```python\n{BODY}\n```\nor\n```python\nother\n```", BODY + "\n"),
+        (f"Cut off:\n```python\n{BODY}", BODY),
+        ("```python\n```", ""),
+        ("x = '```'", "x = '```'"),
+    ],
+)
+def test_the_program_of_an_answer(answer: str, program: str) -> None:
+    assert program_of(answer) == program
+
+
+# --- scorers on answers that exist already ---
+
+
+def examinee(answers: Sequence[str], **changed: Any) -> Examinee:
+    return Examinee(None, None, 32, 128, given=answers, **changed)  # type: ignore[arg-type]
+
+
+def scores(metric: str, examples: Sequence[Example], answers: Sequence[str], **changed: Any):
+    return [o.score for o in score(examinee(answers, **changed), examples, [metric])[metric]]
+
+
+def test_number_and_exact() -> None:
+    examples = [Example("a", "1+1=2. #### 2"), Example("b", "#### 3"), Example("c", "#### 4")]
+    answers = ["#### 2", " #### 3 ", "no idea"]
+    found = score(examinee(answers), examples, ["number", "exact"])
+    assert [o.score for o in found["number"]] == [1, 1, 0]
+    assert [o.score for o in found["exact"]] == [0, 1, 0]
+    assert [o.answer for o in found["number"]] == answers
+    assert list(found) == ["number", "exact"]
+
+
+CODE = [
+    Example("double", "", ("assert f(2) == 4", "assert f(-3) == -6")),
+    Example("double", "", ("assert f(2) == 4", "assert f(-3) == -6")),
+    Example("double", "", ("assert f(2) == 4",)),
+    Example("double", "", ("assert f(2) == 4",)),
+    Example("double", "", ("assert f(2) == K",), setup="K = 4"),
+]
+ANSWERS = [
+    "```python\ndef f(x): return 2*x\n```",
+    "def f(x): return x*x",
+    "def f(x): return x*x",
+    "print('all tests passed')",
+    "def f(x): return K",
+]
+
+
+def test_programs_pass_every_hidden_test_or_fail() -> None:
+    found = score(examinee(ANSWERS, allow_code=True, sandboxes=2), CODE, ["tests"])["tests"]
+    assert [o.score for o in found] == [1, 0, 1, 0, 1]
+    assert [o.answer for o in found] == ANSWERS
+    assert [o.note.split()[0] for o in found] == ["passed", "wrong", "passed", "error", "passed"]
+    assert "f(-3)" in found[1].note and "NameError" in found[3].note
+
+
+def test_programs_are_not_run_without_consent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CONSENT_VARIABLE, raising=False)
+    with pytest.raises(ConsentNeeded, match="--allow-code-execution"):
+        scores("tests", CODE, ANSWERS)
+    monkeypatch.setenv(CONSENT_VARIABLE, "1")
+    assert scores("tests", CODE[2:3], ANSWERS[2:3]) == [1]
+
+
+def test_a_scorer_that_does_not_exist_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UnknownName, match="no scorer named 'numbers'; did you mean number"):
+        score(examinee(["1"]), [Example("a", "1")], ["exact", "numbers"])
+
+
+def test_answers_and_examples_must_be_as_many() -> None:
+    for metric in ("number", "exact"):
+        with pytest.raises(ValueError):
+            scores(metric, [Example("a", "1")], [])
+
+
+# --- scorers that ask the model ---
+
+
+def test_choice_is_the_most_likely_label(nano: tuple[Any, Any]) -> None:
+    """Examples of two label sets, mixed; the model is asked for no answer in words."""
+    model, tokenizer = nano
+    sets = [("dog", "cat", "a"), (" 3", " 4")]
+    examples = [
+        Example(prompt, choices[0], choices=choices)
+        for prompt in ("Q: one?\nA: ", "Q: and two more?\nA: ", "Q: x\nA: ")
+        for choices in sets
+    ]
+    asked = Examinee(model, tokenizer, 0, 128)
+    outcomes = score(asked, examples, ["choice"])["choice"]
+    for example, outcome in zip(examples, outcomes, strict=True):
+        likely = asked.likelihoods([(example.prompt, c) for c in example.choices])
+        best = example.choices[max(range(len(likely)), key=likely.__getitem__)]
+        assert outcome.answer == best
+        assert outcome.score == float(best == example.completion)
+
+
+def test_bits_per_byte(nano: tuple[Any, Any]) -> None:
+    """log2 of the probability over bytes, not characters; a longer text is not worse for its length."""
+    model, tokenizer = nano
+    examples = [Example("Q: Copy ab.\nA: ", "ab"), Example("Q: x\nA: ", "3+4=7. #### 7")]
+    asked = Examinee(model, tokenizer, 0, 128)
+    found = [o.score for o in score(asked, examples, ["neg_bits_per_byte"])["neg_bits_per_byte"]]
+    likely = asked.likelihoods([(e.prompt, e.completion) for e in examples])
+    sizes = [2, 13]
+    assert found == pytest.approx([x / math.log(2) / n for x, n in zip(likely, sizes, strict=True)])
+    assert all(x < 0 for x in found)
+
+
+def test_bits_per_byte_of_a_cut_answer_counts_what_was_read(nano: tuple[Any, Any]) -> None:
+    """Three letters of five fit beside one token of the prompt, and no end-of-sequence: their bits, their bytes."""
+    model, tokenizer = nano
+    long = "qzxjk"  # one token a letter
+    cut = Examinee(model, tokenizer, 0, 4)
+    (found,) = score(cut, [Example("Q", long)], ["neg_bits_per_byte"])["neg_bits_per_byte"]
+    (likely,) = cut.likelihoods([("Q", long)])
+    assert found.score == pytest.approx(likely / math.log(2) / 3)
+
+
+def test_what_needs_an_answer_is_declared() -> None:
+    """Where no scorer needs one, none is generated: the model may be as slow as it likes."""
+    assert NEEDS_ANSWERS == {"number", "exact", "tests"} < SCORERS.keys()
+    assert set(SCORERS) - NEEDS_ANSWERS == {"choice", "neg_bits_per_byte"}
