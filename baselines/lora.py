@@ -61,10 +61,10 @@ class lora(Strategy):
         adapted: Any = get_peft_model(self.model, config, autocast_adapter_dtype=True)
         if continued:
             _load_factors(adapted, continued.tensors, transposed, alpha_over_rank)
-        recipe = task.training
-        faster = replace(recipe, learning_rate=recipe.learning_rate * learning_rate_scale)
+        rate = task.training.learning_rate * learning_rate_scale
+        faster = replace(task, training=replace(task.training, learning_rate=rate))
         try:
-            self.train_in_place(adapted, replace(task, training=faster))
+            self.book_training(lambda: self.train_in_place(adapted, faster))
             factors = _factors(adapted, transposed, alpha_over_rank)
         finally:
             adapted.unload()

@@ -152,6 +152,7 @@ def _compute(
         options=options,
         allow_code=config.allow_code_execution,
     )
+    strategy.stages = config.out / "stages"
     identity = {
         "config": _experiment(config),
         "options": options,

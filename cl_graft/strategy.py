@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar, Literal
 
@@ -32,6 +33,7 @@ from .skillpack.file import SkillPack
 from .stream import BaseTemplate, Clock, SupervisedPlugin
 from .task import Scenario, Task
 from .training.preferences import preference_pairs
+from .training.shared import train_or_recall
 from .training.stage import Log, dpo, sft
 
 Keeps = Literal["per_task", "sum", "latest", "merged"]
@@ -73,41 +75,65 @@ class Strategy(BaseTemplate):
         self.base = {name: p.detach().clone() for name, p in model.named_parameters()}
         self.grafted = Grafted(model)
         self.packs: list[SkillPack] = []
+        self.stages: Path | None = None  # where training is shared, if it is
         self.progress: Callable[[str, float], None] = lambda what, done: None
         self.seconds: dict[str, float] = {"train": 0.0, "compress": 0.0, "evaluate": 0.0}
         self.log = Log()
         self.measured: dict[tuple[str, ...], dict[str, list[Scored]]] = {}
         self.results: dict[str, dict[str, list[Scored]]] = {}
         self.clock = Clock()
+        self._training_wall = 0.0
 
     @abstractmethod
     def learn(self, task: Task, context: Context, **options: Any) -> dict[str, Encoded]:
         """Train `self.model` on the task and return what to keep, relative to `context.start`."""
 
     def fine_tune(self, task: Task, context: Context) -> Delta:
-        """Full fine-tuning in place by the task's recipe; returns tuned minus `context.start`, float32."""
-        self.train_in_place(self.model, task)
+        """Full fine-tuning in place by the task's recipe; returns tuned minus `context.start`, float32.
+
+        Strategies of one sweep that do the very same training share it (training/shared.py).
+        """
+        seed = self._stage_seed
+        self.book_training(
+            lambda: train_or_recall(
+                self.stages, self.model, task, seed, lambda: self.train_in_place(self.model, task)
+            )
+        )
+        torch.manual_seed(
+            seed
+        )  # what follows must not depend on whether training drew random numbers
         return {
             name: p.detach().float() - context.start[name].float()
             for name, p in self.model.named_parameters()
         }
 
-    def train_in_place(self, model: Any, task: Task) -> None:
+    def book_training(self, train: Callable[[], Log]) -> None:
+        """Run a training, and enter what it cost."""
+        begun = perf_counter()
+        self.log.add(train())
+        self._training_wall += perf_counter() - begun
+
+    def train_in_place(self, model: Any, task: Task) -> Log:
         """The task's recipe (SFT, then DPO if it has a preference half) on any wrapping of the model."""
-        recipe, seed = task.training, self.seed + 1000 * len(self.packs)
+        recipe, seed = task.training, self._stage_seed
 
         def progress(done: float) -> None:
             self.progress(f"training {task.name}", done)
 
-        self.log.add(sft(model, self.tokenizer, task.train, recipe, seed, progress))
+        log = sft(model, self.tokenizer, task.train, recipe, seed, progress)
         if recipe.preference:
             pairs = preference_pairs(
                 model, self.tokenizer, task, recipe.preference, seed, self.allow_code
             )
             if pairs:
-                self.log.add(
+                log.add(
                     dpo(model, self.tokenizer, pairs, recipe, recipe.preference, seed, progress)
                 )
+        return log
+
+    @property
+    def _stage_seed(self) -> int:
+        return self.seed + 1000 * len(self.packs)
 
     # --- which packs answer ---
 
@@ -145,16 +171,15 @@ class Strategy(BaseTemplate):
             header=header,
             progress=lambda done: self.progress(f"compressing {task.name}", done),
         )
-        begun, trained = perf_counter(), self.log.seconds
+        begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
         torch.manual_seed(self.seed + len(self.packs))
         tensors = self.learn(task, context, **self.options)
         self._restore_base()
         if self.budgeted:
             context.require_fit(tensors)
         self.packs.append(replace(header, tensors=tensors))
-        in_training = self.log.seconds - trained
-        self.seconds["train"] += in_training
-        self.seconds["compress"] += perf_counter() - begun - in_training
+        self.seconds["train"] += self.log.seconds - trained
+        self.seconds["compress"] += perf_counter() - begun - self._training_wall
         self.clock.train_iterations += task.training.steps
 
     def _eval_exp(self, **kwargs: Any) -> None:

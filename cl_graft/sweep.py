@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -18,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import util
 from typing import Any
 
 from .config import RunConfig
@@ -158,6 +160,7 @@ def _start(events: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 def _end_with(worker: int) -> None:
@@ -181,9 +184,10 @@ def _run_cell(config: RunConfig) -> str | None:
     try:
         return _attempt(config, progress)
     except KeyboardInterrupt:
-        os._exit(1)  # to return would begin the next cell
+        util._exit_function()  # what the end of any process runs; to return would begin the next cell
+        os._exit(1)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 def _unwind(*_: Any) -> None:

@@ -52,9 +52,13 @@ def tiny(kind):
 
 @pytest.mark.parametrize("name", ["graftllm", "lora"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_pack_of_any_architecture_fits_applies_and_comes_off(kind, name, nano, tiny_scenario, tmp_path):
+def test_a_pack_of_any_architecture_fits_applies_and_comes_off(
+    kind, name, nano, tiny_scenario, tmp_path
+):
     model, (_, tokenizer) = tiny(kind), nano
-    task = replace(tiny_scenario.tasks[0], training=replace(tiny_scenario.tasks[0].training, steps=3))
+    task = replace(
+        tiny_scenario.tasks[0], training=replace(tiny_scenario.tasks[0].training, steps=3)
+    )
     scenario = replace(tiny_scenario, tasks=(task,), general=None)
     found = plugins.load("strategy", name)
     options = {"calibration_batches": 1} if name == "graftllm" else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_graft.budget import Budget, largest, weight_bits
@@ -68,6 +68,7 @@ def test_a_share_that_rounds_to_no_byte_is_refused() -> None:
         Budget("10%", 4)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**12), st.integers(1, 100))
 def test_a_share_is_exact_in_integers(parameters: int, share: int) -> None:
     """In floats 50% of 58 bytes would be 28."""
@@ -76,6 +77,7 @@ def test_a_share_is_exact_in_integers(parameters: int, share: int) -> None:
         assert Budget(f"{share}%", parameters).bytes == wanted
 
 
+@settings(deadline=None)
 @given(st.integers(-5, 30), st.integers(-5, 30), st.integers(-10, 40))
 def test_largest_agrees_with_a_linear_scan(low: int, high: int, limit: int) -> None:
     asked: list[int] = []

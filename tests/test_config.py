@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -79,6 +79,7 @@ def experiment(c: RunConfig) -> tuple[Any, ...]:
     return c.scenario, c.strategy, c.model, c.seed, c.budget, c.threads, frozenset(chosen)
 
 
+@settings(deadline=None)
 @given(EXPERIMENTS, EXPERIMENTS, st.sets(st.sampled_from(["model", "seed", "budget", "options"])))
 @example({**BASE, "model": "o/m_x"}, {**BASE, "model": "o/m-x"}, set())
 @example({**BASE, "strategy": "x/a.py"}, {**BASE, "strategy": "y/a.py"}, set())
@@ -92,6 +93,7 @@ def test_cells_are_equal_iff_the_experiments_are(
     assert (first.cell == second.cell) == (experiment(first) == experiment(second))
 
 
+@settings(deadline=None)
 @given(EXPERIMENTS, st.sampled_from(["off", "online"]), st.booleans())
 def test_where_and_how_a_cell_is_run_does_not_rename_it(
     fields: dict[str, Any], wandb: Any, consent: bool
@@ -101,6 +103,7 @@ def test_where_and_how_a_cell_is_run_does_not_rename_it(
     assert there.cell == RunConfig(**fields).cell
 
 
+@settings(deadline=None)
 @given(EXPERIMENTS)
 def test_a_cell_is_the_name_of_one_folder(fields: dict[str, Any]) -> None:
     """A model's or a plugin's name must not lead out of the results folder."""
@@ -180,6 +183,7 @@ def test_defaults_are_not_shared() -> None:
     assert config().options == {}
 
 
+@settings(deadline=None)
 @given(EXPERIMENTS)
 def test_a_config_survives_json(fields: dict[str, Any]) -> None:
     made = RunConfig(**fields, data_dir=Path("d"), wandb="off", allow_code_execution=True)

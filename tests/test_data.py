@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_graft import plugins
@@ -191,6 +191,7 @@ def test_real_scenarios_ask_for_the_data_folder() -> None:
 # --- sampling ---
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(), min_size=1), st.integers(1, 20), st.text(max_size=5))
 def test_a_sample_is_part_of_the_items_and_the_seeds_alone(
     items: list[int], size: int, seed: str

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_graft import plugins
@@ -372,6 +372,7 @@ def test_set_that_does_not_name_an_option_is_refused(text: str) -> None:
         plugins.parse_set(text)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_set_never_fails_otherwise(value: str) -> None:
     assert plugins.parse_set(f"a.b={value}")[:2] == ("a", "b")

@@ -170,6 +170,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 LINES = [{"a": 1, "text": "é"}, {"b": "two\nlines\u2028"}, {"c": [None, 0.5]}]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), st.booleans())
 def test_a_torn_last_line_is_passed_over(scratch: Path, cut: int, ascii_only: bool) -> None:
     """Wherever a kill cut the file, also within a character, the whole lines before it are read."""
@@ -305,7 +306,7 @@ def test_a_stage_counts_once_its_record_is_there(tmp_path: Path) -> None:
     assert len(list(read_jsonl(folder.stage_path(1) / "examples.jsonl"))) == 3
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.text(alphabet=st.characters()))
 @example("\ud800")
 def test_any_answer_and_note_can_be_recorded(scratch: Path, text: str) -> None:

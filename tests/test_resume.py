@@ -37,7 +37,7 @@ def moving(*, seed, data_dir=None, train_size: int = 32):
 '''
 
 # Dies once, where the file `die` says, when one pack is there already.
-MORTAL = '''
+MORTAL = """
 import os
 from pathlib import Path
 from cl_graft import Strategy
@@ -64,7 +64,7 @@ class mortal(Strategy):
         if len(self.packs) == 2:
             die("packed")
         return super().measure(task, packs)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +269,9 @@ def refused(made: RunConfig, error: type[Exception], *words: str) -> None:
 def test_a_truncated_pack(halfway: RunConfig) -> None:
     pack = cell(halfway) / "packs" / "01-math.safetensors"
     pack.write_bytes(pack.read_bytes()[:-1])
-    refused(halfway, TruncatedPack, str(pack), f"{pack.stat().st_size} of {pack.stat().st_size + 1}")
+    refused(
+        halfway, TruncatedPack, str(pack), f"{pack.stat().st_size} of {pack.stat().st_size + 1}"
+    )
 
 
 def test_a_pack_of_another_base(halfway: RunConfig) -> None:

@@ -53,7 +53,7 @@ def math(rng: Random) -> Item:
 
 def code(rng: Random) -> Item:
     """A Python function asked for in a sentence, with hidden unit tests."""
-    k, j = rng.randint(2, 20), rng.randint(2, 9)
+    k, j = rng.randint(2, 99), rng.randint(2, 9)
     sentence, body, function = rng.choice(
         (
             (f"adds {k} to x", f"x+{k}", lambda x: x + k),

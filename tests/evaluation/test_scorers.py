@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_graft.errors import UnknownName
@@ -78,6 +78,7 @@ def test_the_final_number(text: str, value: float | None) -> None:
     assert final_number(text) == value
 
 
+@settings(deadline=None)
 @given(st.integers(-(10**12), 10**12), st.text(alphabet="abc .\n"), st.text(alphabet="abc \n"))
 def test_a_number_is_found_among_words(n: int, before: str, after: str) -> None:
     assert final_number(f"{before} {n} {after}") == n
@@ -85,12 +86,14 @@ def test_a_number_is_found_among_words(n: int, before: str, after: str) -> None:
     assert final_number(f"17 {before} #### {n:,} {after} 4") == n
 
 
+@settings(deadline=None)
 @given(st.floats(-1e6, 1e6).map(lambda x: round(x, 4)))
 def test_decimals_are_read_exactly(x: float) -> None:
     assert final_number(f"so {x:.4f} it is") == x
     assert final_number(f"so {x:,.4f} it is") == x
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_no_text_breaks_the_reader(text: str) -> None:
     found = final_number(text)

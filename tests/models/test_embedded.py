@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_graft.data import DataError
@@ -74,37 +74,42 @@ def test_a_model_is_cached_where_the_variable_says(made: Path, cache: Path) -> N
 
 TRAINER = """
 import sys
-from pathlib import Path
+from dataclasses import replace
 from cl_graft.models import embedded
 train = embedded._train
-def counted(spec, texts, target):
+def counted(*given):
     print("training", flush=True)
-    train(spec, texts, target)
+    train(*given)
 embedded._train = counted
-print(embedded.obtain(sys.argv[1]))
+embedded.SPECS["nano-llama"] = replace(embedded.SPECS["nano-llama"], steps=5)
+print(embedded.obtain("nano-llama"))
 """
 
 
-def test_two_processes_train_it_once_and_bit_for_bit_as_here(made: Path, caches: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_train_it_once_and_bit_for_bit_as_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In another folder, in processes that allow themselves two threads."""
-    environment = {**os.environ, "CL_GRAFT_CACHE": str(caches / "two"), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "CL_GRAFT_CACHE": str(tmp_path / "there"), "OMP_NUM_THREADS": "2"}
     both = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", TRAINER, NAME],
+            [sys.executable, "-W", "ignore", "-c", TRAINER],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
         )
         for _ in range(2)
     ]
+    monkeypatch.setenv("CL_GRAFT_CACHE", str(tmp_path / "here"))
+    monkeypatch.setitem(embedded.SPECS, NAME, replace(embedded.SPECS[NAME], steps=5))
+    here = embedded.obtain(NAME)
     said = [process.communicate()[0].split("\n") for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum(lines.count("training") for lines in said) == 1
-    folders = {lines[-2] for lines in said}
-    assert len(folders) == 1
-    there = Path(folders.pop())
-    assert there.name == made.name and there != made
-    assert digests(there) == digests(made)
+    (there,) = {Path(lines[-2]) for lines in said}
+    assert there == tmp_path / "there" / "models" / here.name
+    assert digests(there) == digests(here)
 
 
 def test_a_training_that_fails_leaves_nothing(
@@ -144,13 +149,13 @@ def test_the_folders_name_tells_all_that_makes_the_weights(
     assert len(names) == len(embedded.SPECS) + 6
 
 
-def test_making_a_model_does_not_change_the_callers_threads(made: Path) -> None:
-    assert torch.get_num_threads() == 1
+def test_making_a_model_leaves_the_callers_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CL_GRAFT_CACHE", str(tmp_path))
+    monkeypatch.setitem(embedded.SPECS, NAME, replace(embedded.SPECS[NAME], steps=1))
     torch.set_num_threads(2)
-    try:
-        embedded._train(replace(embedded.SPECS[NAME], steps=1), [], Path(os.devnull).parent / "shm")
-    except Exception:
-        pass  # wherever it ends, the setting is back
+    embedded.obtain(NAME)
     assert torch.get_num_threads() == 2
 
 
@@ -191,41 +196,44 @@ def test_it_has_learned_something(made: Path, cache: Path) -> None:
 # --- its tokenizer ---
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return embedded.world_tokenizer()
+TOKENIZER = embedded.world_tokenizer()
 
 
-def test_text_of_the_world_survives_the_tokenizer(tokenizer: Any) -> None:
+def test_text_of_the_world_survives_the_tokenizer() -> None:
     rng = Random(5)
     for source in WORLD:
         for _ in range(200):
             item = source(rng)
             text = world.prompt(item.question) + item.answer
-            ids = tokenizer(text)["input_ids"]
-            assert ids[0] == tokenizer.bos_token_id and tokenizer.unk_token_id not in ids
-            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+            ids = TOKENIZER(text)["input_ids"]
+            assert ids[0] == TOKENIZER.bos_token_id and TOKENIZER.unk_token_id not in ids
+            assert TOKENIZER.decode(ids, skip_special_tokens=True) == text
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126) | st.just("\n")))
 def test_any_plain_text_survives_the_tokenizer(text: str) -> None:
-    tokenizer = TOKENIZER
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids) == text
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    assert TOKENIZER.unk_token_id not in ids
+    assert TOKENIZER.decode(ids) == text
 
 
-TOKENIZER = embedded.world_tokenizer()
-
-
-def test_words_of_the_world_are_one_token_and_others_are_letters(tokenizer: Any) -> None:
-    def tokens(text: str) -> list[str]:
-        return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    assert tokens("Tom has 12 apples.") == ["Tom", " has", " ", "1", "2", " apples", "."]
-    assert tokens("applesauce") == list("applesauce")
-    assert tokens("def f(x): return x") == ["def", " ", "f", "(", "x", ")", ":", " return", " ", "x"]
-    assert tokens("é") == ["<unk>"]
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Tom has 12 apples.", ["Tom", "has", "1", "2", "apples", "."]),
+        ("applesauce", list("applesauce")),
+        ("f(x): return x+3", ["f", "(", "x", ")", ":", "return", "x", "+", "3"]),
+        ("é", ["<unk>"]),
+    ],
+)
+def test_words_of_the_world_are_tokens_and_other_words_are_letters(
+    text: str, tokens: list[str]
+) -> None:
+    """Blanks left out: they go with the word or stand alone."""
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    found = [token.strip() for token in TOKENIZER.convert_ids_to_tokens(ids)]
+    assert [token for token in found if token] == tokens
 
 
 # --- the model that is trained on the user's data ---
@@ -284,7 +292,8 @@ def test_text_llama_asks_for_the_data_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typo", "meant"), [("mini-lama", "mini-llama"), ("nanollama", NAME), ("text_llama", "text-llama")]
+    ("typo", "meant"),
+    [("mini-lama", "mini-llama"), ("nanollama", NAME), ("text_llama", "text-llama")],
 )
 def test_an_unknown_model_is_answered_with_the_nearest(typo: str, meant: str) -> None:
     assert f"no model named {typo!r}; did you mean {meant}" in refusal(

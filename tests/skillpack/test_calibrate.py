@@ -1,0 +1,280 @@
+"""Second moments of inputs and of output gradients, against a forward pass written out by hand and against autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from cl_graft.skillpack.calibrate import linear_layers, moments, stored_transposed
+
+SPECIAL = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def llama(layers: int = 2, **changed: Any) -> Any:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        **SPECIAL,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        **changed,
+    )
+    return hf.LlamaForCausalLM(config)
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(**SPECIAL, n_embd=16, n_layer=2, n_head=4, n_positions=32)
+    )
+
+
+def batch(seed: int, lengths: tuple[int, ...], prompt: int = 2) -> dict[str, Tensor]:
+    """Padded on the right, with junk under the padding; labels only after the prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 40, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.stack([torch.arange(max(lengths)) < n for n in lengths]).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :prompt] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+BATCHES = [batch(1, (7, 4, 5)), batch(2, (3, 6))]
+TOKENS = 7 + 4 + 5 + 3 + 6
+
+
+def rows(model: Any) -> list[Tensor]:
+    """Every sequence alone, without its padding: the text that is to be counted."""
+    return [
+        ids[mask.bool()]
+        for b in BATCHES
+        for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
+    ]
+
+
+def mean_square(inputs: list[Tensor]) -> Tensor:
+    x = torch.cat(inputs)
+    assert len(x) == TOKENS
+    return x.T @ x / TOKENS
+
+
+# --- what is read ---
+
+
+@torch.no_grad()
+def test_inputs_of_a_llama_worked_out_without_hooks() -> None:
+    """One layer, its own submodules called one after the other on each sequence alone."""
+    model = llama(layers=1).eval()
+    core, (layer,) = model.model, model.model.layers
+    read: dict[str, list[Tensor]] = {}
+
+    def note(name: str, x: Tensor) -> Tensor:
+        read.setdefault(name, []).append(x[0])
+        return x
+
+    for ids in rows(model):
+        h = core.embed_tokens(ids[None])
+        positions = torch.arange(len(ids))[None]
+        x = note("self_attn.q_proj", layer.input_layernorm(h))
+        q, k, v = (
+            proj(x).view(1, len(ids), -1, 4).transpose(1, 2)
+            for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+        )
+        q, k = hf.models.llama.modeling_llama.apply_rotary_pos_emb(
+            q, k, *core.rotary_emb(h, positions)
+        )
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        scores = q @ k.transpose(2, 3) / 4**0.5
+        seen = torch.ones(len(ids), len(ids)).tril().bool()
+        mixed = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+        x = note("self_attn.o_proj", mixed.transpose(1, 2).reshape(1, len(ids), -1))
+        h = h + layer.self_attn.o_proj(x)
+        x = note("mlp.up_proj", layer.post_attention_layernorm(h))
+        gated = nn.functional.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)
+        h = h + layer.mlp.down_proj(note("mlp.down_proj", gated))
+        note("lm_head", core.norm(h))
+    found = moments(model, BATCHES, gradients=False).inputs
+    for name, inputs in read.items():
+        full = f"{name}.weight" if name == "lm_head" else f"model.layers.0.{name}.weight"
+        torch.testing.assert_close(found[full], mean_square(inputs), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_padding_and_batching_change_nothing(make: Any) -> None:
+    """One sequence at a time, unpadded, gives the same moments."""
+    model = make()
+    alone = []
+    for b in BATCHES:
+        for i, mask in enumerate(b["attention_mask"].bool()):
+            alone.append({k: v[i : i + 1, mask] for k, v in b.items()})
+    together, apart = moments(model, BATCHES), moments(model, alone)
+    assert together.inputs.keys() == apart.inputs.keys()
+    for name in together.inputs:
+        torch.testing.assert_close(
+            together.inputs[name], apart.inputs[name], rtol=1e-4, atol=1e-6, msg=name
+        )
+    for name in together.outputs:
+        if (
+            "wpe" not in name
+        ):  # positions are written once a batch, so their gradient is the batch's
+            torch.testing.assert_close(
+                together.outputs[name], apart.outputs[name], rtol=1e-3, atol=1e-7, msg=name
+            )
+
+
+def test_modules_that_read_the_same_tensor_share_one_matrix() -> None:
+    found = moments(llama(), BATCHES, gradients=False).inputs
+    for layer in (0, 1):
+        q, k, v, o, gate, up, down = (
+            found[f"model.layers.{layer}.{name}_proj.weight"]
+            for name in (
+                *(f"self_attn.{p}" for p in "qkvo"),
+                *(f"mlp.{p}" for p in ("gate", "up", "down")),
+            )
+        )
+        assert q is k and k is v and gate is up
+        assert len({id(x) for x in (q, o, gate, down)}) == 4
+    assert (
+        found["model.layers.0.mlp.up_proj.weight"] is not found["model.layers.1.mlp.up_proj.weight"]
+    )
+
+
+def test_embeddings_count_how_often_a_row_is_read() -> None:
+    counts = torch.bincount(torch.cat(rows(None)), minlength=40) / TOKENS
+    found = moments(gpt2(), BATCHES, gradients=False).inputs
+    torch.testing.assert_close(found["transformer.wte.weight"], counts)
+    positions = torch.zeros(32)
+    for ids in rows(None):
+        positions[: len(ids)] += 1 / TOKENS
+    torch.testing.assert_close(found["transformer.wpe.weight"], positions)
+
+
+def test_moments_are_symmetric_float32_and_cover_every_matrix() -> None:
+    for model in (llama().bfloat16(), gpt2()):
+        found = moments(model, BATCHES)
+        matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2}
+        assert matrices.keys() <= found.inputs.keys() & found.outputs.keys()
+        transposed = stored_transposed(model)
+        for name, p in matrices.items():
+            inputs, outputs = found.inputs[name], found.outputs[name]
+            assert inputs.dtype == outputs.dtype == torch.float32
+            if inputs.ndim == 1:
+                assert (len(inputs), len(outputs)) == tuple(p.shape)
+                continue
+            width, height = p.shape if name in transposed else p.shape[::-1]
+            assert inputs.shape == (width, width) and outputs.shape == (height,)
+            torch.testing.assert_close(inputs, inputs.T)
+            assert torch.linalg.eigvalsh(inputs.double()).min() > -1e-4
+            assert (outputs >= 0).all()
+
+
+# --- what is written ---
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_outputs_equal_a_gradient_per_layer(make: Any) -> None:
+    """For each layer alone: shift its output by a tensor of zeros and ask for the loss's gradient by that."""
+    model = make().eval()
+    found = moments(model, BATCHES).outputs
+    for name, module in linear_layers(model).items():
+        total = torch.zeros(found[f"{name}.weight"].shape)
+        for b in BATCHES:
+            shift: list[Tensor] = []
+
+            def add(module: nn.Module, inputs: Any, output: Tensor, shift=shift) -> Tensor:
+                shift.append(torch.zeros_like(output, requires_grad=True))
+                return output + shift[0]
+
+            hook = module.register_forward_hook(add)
+            logits = model(b["input_ids"], attention_mask=b["attention_mask"]).logits
+            hook.remove()
+            loss = nn.functional.cross_entropy(
+                logits[:, :-1].reshape(-1, 40), b["labels"][:, 1:].reshape(-1), reduction="sum"
+            )
+            (gradient,) = torch.autograd.grad(loss, shift)
+            total += gradient.square().sum((0, 1))
+        torch.testing.assert_close(
+            found[f"{name}.weight"], total / TOKENS, rtol=1e-4, atol=1e-9, msg=name
+        )
+
+
+def test_a_label_on_the_first_token_weighs_nothing() -> None:
+    """No position predicts it, so the mean loss does not count it, and neither may the sum."""
+    with_first = [batch(1, (7, 4, 5), prompt=0)]
+    without = [{**with_first[0], "labels": with_first[0]["labels"].clone()}]
+    without[0]["labels"][:, 0] = -100
+    model = llama()
+    one, two = moments(model, with_first).outputs, moments(model, without).outputs
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
+
+
+def test_outputs_predict_the_change_of_the_loss() -> None:
+    """To first order: the mean square of d(loss) for random shifts of one output, as the docstring promises."""
+    model, name, size, tries = llama().eval(), "model.layers.1.mlp.down_proj", 1e-3, 2000
+    b = batch(3, (6, 6))
+    found = moments(model, [b]).outputs[f"{name}.weight"]
+    generator = torch.Generator().manual_seed(0)
+    shifts = size * torch.randn(tries * 2, 6, 16, generator=generator)
+
+    @torch.no_grad()
+    def losses(shift: Tensor) -> Tensor:
+        """Summed over the batch, for every try."""
+        hook = model.get_submodule(name).register_forward_hook(lambda m, i, output: output + shift)
+        logits = model(b["input_ids"].repeat(tries, 1)).logits[:, :-1].transpose(1, 2)
+        hook.remove()
+        target = b["labels"][:, 1:].repeat(tries, 1)
+        return nn.functional.cross_entropy(logits, target, reduction="none").view(tries, -1).sum(1)
+
+    changes = losses(shifts) - losses(torch.zeros_like(shifts))
+    predicted = (found * size**2).sum() * b["attention_mask"].sum()
+    assert changes.square().mean().item() == pytest.approx(predicted.item(), rel=0.15)
+
+
+# --- what is left behind ---
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was_found(gradients: bool, training: bool) -> None:
+    """Also the gradients that a caller has collected, and also where a batch makes it fail."""
+    model = llama().train(training)
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, float(i)) if i % 2 else None
+    held = {n: (p.detach().clone(), p.grad) for n, p in model.named_parameters()}
+    broken = {**BATCHES[1], "labels": BATCHES[1]["labels"][:, :-2]}
+    for batches in (BATCHES, [BATCHES[0], broken]):
+        try:
+            moments(model, batches, gradients)
+        except (ValueError, RuntimeError):
+            assert batches[-1] is broken
+        else:
+            assert batches is BATCHES
+        for i, (name, p) in enumerate(model.named_parameters()):
+            assert torch.equal(p, held[name][0]) and p.grad is held[name][1]
+            assert p.grad is None or (p.grad == i).all()
+        assert model.training is training
+        assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_without_gradients_there_are_no_output_moments_and_the_same_input_moments() -> None:
+    model = llama()
+    without, with_ = moments(model, BATCHES, gradients=False), moments(model, BATCHES)
+    assert without.outputs == {} and with_.outputs
+    for name, x in without.inputs.items():
+        torch.testing.assert_close(x, with_.inputs[name], rtol=1e-5, atol=1e-7)
+
+
+def test_layers_that_are_stored_transposed() -> None:
+    names = stored_transposed(gpt2())
+    assert "transformer.h.0.attn.c_attn.weight" in names and "lm_head.weight" not in names
+    assert len(names) == 2 * 4
+    assert stored_transposed(llama()) == set()
+    assert len(linear_layers(llama())) == 2 * 7 + 1
