@@ -14,11 +14,12 @@ from torch import Tensor
 from .budget import Budget, largest, weight_bits
 from .errors import CLGraftError
 from .models.roles import Role, roles
+from .models.text import encode
 from .skillpack.calibrate import Moments, moments
 from .skillpack.codecs import Encoded, Spec, dense, sparse
 from .skillpack.file import SkillPack, packed_size
 from .task import Task
-from .training.stage import Progress, encode
+from .training.stage import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -184,8 +184,8 @@ def _run_cell(config: RunConfig) -> str | None:
     try:
         return _attempt(config, progress)
     except KeyboardInterrupt:
-        util._exit_function()  # what the end of any process runs; to return would begin the next cell
-        os._exit(1)
+        util._exit_function()  # type: ignore[attr-defined]  # as at the end of any process
+        os._exit(1)  # to return would begin the next cell
     finally:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 

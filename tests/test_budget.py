@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cl_graft.budget import Budget, largest, weight_bits
@@ -70,6 +70,7 @@ def test_a_share_that_rounds_to_no_byte_is_refused() -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 10**12), st.integers(1, 100))
+@example(29, 50)
 def test_a_share_is_exact_in_integers(parameters: int, share: int) -> None:
     """In floats 50% of 58 bytes would be 28."""
     wanted = 2 * parameters * share // 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -16,6 +17,7 @@ from cl_graft.data import DataError, records
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.evaluation.sandbox import run_asserts
 from cl_graft.evaluation.scorers import SCORERS, Examinee, final_number, number
+from cl_graft.models import world
 from cl_graft.task import Example, Scenario, Task
 
 
@@ -142,9 +144,17 @@ def test_empty_sets_are_refused(sizes: dict[str, int]) -> None:
 
 
 def test_a_test_set_that_leaves_nothing_to_train_on_is_refused() -> None:
-    """There are only some hundreds of different code prompts; drawing must not go on for ever."""
+    """A source may have few different prompts; drawing must not go on for ever."""
+    examples = sys.modules[plugins.load("scenario", "mini").__module__].examples
+
+    def narrow(rng: Random) -> world.Item:
+        return world.Item(f"Copy {rng.randrange(10)}.", "")
+
+    test = examples(narrow, "test/narrow", 9)
+    train = examples(narrow, "train/narrow", 50, prompts(test))
+    assert len(train) == 50 and not prompts(train) & prompts(test)
     with pytest.raises(DataError, match="lower mini.test_size"):
-        made("mini", tasks="code", test_size=20_000, train_size=100)
+        examples(narrow, "train/narrow", 50, prompts(examples(narrow, "test/narrow", 200)))
 
 
 # --- real data ---

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..models.text import encode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -67,8 +69,6 @@ def log_likelihoods(
 
     A prompt too long for `max_length` tokens loses its start.
     """
-    from ..training.stage import encode
-
     model.eval()
     rows = [encode(tokenizer, prompt, completion, max_length) for prompt, completion in pairs]
     order = sorted(range(len(rows)), key=lambda i: (sum(map(len, rows[i])), i))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import UnknownName
+from ..models.text import encode
 from ..task import Example
-from ..training.stage import encode
 from .generate import choice_likelihoods, generate, log_likelihoods
 from .sandbox import require_consent, run_asserts
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CLGraftError
+from ..models.text import encode
 from ..task import Example, Preference, Training
 
 if TYPE_CHECKING:
@@ -43,17 +44,6 @@ class Pair:
 
 
 Progress = Callable[[float], None]  # fraction of the job done
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int):
-    """Token ids of prompt and completion, the completion closed by end-of-sequence.
-
-    An example longer than `max_length` loses the start of its prompt, never its answer's start.
-    """
-    head = tokenizer(prompt)["input_ids"]
-    tail = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    tail = tail[: max(1, max_length - 1)]
-    return head[-(max_length - len(tail)) :], tail
 
 
 def sft(
