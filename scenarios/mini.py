@@ -16,9 +16,9 @@ from cl_graft.task import Example, Preference, Scenario, Task, Training
 
 # Source, scorer, and the share of `steps` that the task takes.
 TASKS: dict[str, tuple[Callable[[Random], world.Item], str, float]] = {
-    "math": (world.math, "number", 1.2),
-    "code": (world.code, "tests", 0.8),
-    "cipher": (world.cipher, "exact", 0.8),
+    "math": (world.math, "number", 2.0),
+    "code": (world.code, "tests", 1.0),
+    "cipher": (world.cipher, "exact", 2.0),
 }
 
 

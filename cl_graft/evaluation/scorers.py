@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..errors import UnknownName
 from ..models.text import encode
 from ..task import Example
 from .generate import choice_likelihoods, generate, log_likelihoods
-from .sandbox import require_consent, run_asserts
+from .sandbox import Outcome, require_consent, run_asserts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +42,6 @@ class Examinee:
     max_new_tokens: int
     max_length: int
     allow_code: bool = False
-    sandboxes: int = 1
     given: Sequence[str] | None = None  # answers that exist already
 
     def answers(self, examples: Sequence[Example]) -> Sequence[str]:
@@ -94,23 +93,21 @@ def exact(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str
     return [Scored(float(text_is_right(e, a)), a) for e, a in zip(examples, answers, strict=True)]
 
 
+@lru_cache(maxsize=100_000)
+def _verdict(program: str, asserts: tuple[str, ...], setup: str) -> Outcome:
+    """The sandbox's outcome; the same program with the same tests is run once a process."""
+    return run_asserts(program, asserts, setup)
+
+
 def tests(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]) -> list[Scored]:
     """1 if the program passes every hidden test in the sandbox (pass@1)."""
     require_consent(examinee.allow_code, "scoring a model's programs")
-    jobs = [(program_of(a), e.tests, e.setup) for e, a in zip(examples, answers, strict=True)]
-    different = list(dict.fromkeys(jobs))
-    with ThreadPoolExecutor(examinee.sandboxes) as pool:
-        outcomes = dict(
-            zip(different, pool.map(lambda job: run_asserts(*job), different), strict=True)
-        )
-    return [
-        Scored(
-            float(outcomes[job].passed),
-            answer,
-            f"{outcomes[job].reason} {outcomes[job].detail}".strip(),
-        )
-        for job, answer in zip(jobs, answers, strict=True)
-    ]
+    scored = []
+    for example, answer in zip(examples, answers, strict=True):
+        outcome = _verdict(program_of(answer), example.tests, example.setup)
+        note = f"{outcome.reason} {outcome.detail}".strip()
+        scored.append(Scored(float(outcome.passed), answer, note))
+    return scored
 
 
 def choice(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]) -> list[Scored]:

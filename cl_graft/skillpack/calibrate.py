@@ -59,9 +59,12 @@ def moments(
             return
         seen[id(x)] = (x, name)  # holding x keeps its id from being used again in this pass
         shares[name] = name
-        if len(x) == 1:  # positions, the same for every sequence of the batch
-            x = x.expand(len(batch["input_ids"]), *x.shape[1:])
-        rows = x.detach().reshape(-1, *x.shape[2:])
+        if isinstance(module, nn.Embedding):
+            if len(x) == 1:  # positions, the same for every sequence of the batch
+                x = x.expand(len(batch["input_ids"]), -1)
+            rows = x.reshape(-1)
+        else:
+            rows = x.detach().reshape(-1, x.shape[-1])
         rows = rows[keep] if len(rows) == len(keep) else rows
         if isinstance(module, nn.Embedding):
             found = torch.bincount(rows, minlength=module.num_embeddings).float()
