@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import platform
-import resource
-import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, plugins
+from . import plugins
 from .budget import Budget
 from .config import RunConfig
 from .errors import CLGraftError, UnknownName
+from .identity import data_fingerprint, machine, peak_memory_mb, versions
 from .models.load import locate
 from .record import CellFolder, RecordError, read_json, read_jsonl, write_json
-from .task import Scenario, Task
+from .result import collect
+from .task import Scenario
 
 if TYPE_CHECKING:
     from .evaluation.scorers import Scored
@@ -325,100 +320,3 @@ def _example_lines(results: dict[str, dict[str, list[Scored]]]) -> list[dict[str
         for metric, outcomes in metrics.items()
         for i, outcome in enumerate(outcomes)
     ]
-
-
-def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The object of one cell: matrix with row 0 the base, null where unmeasured, and everything beside it."""
-    from .matrix import PerformanceMatrix
-
-    config, tasks = RunConfig(**identity["config"]), list(identity["tasks"])
-    rows = len(tasks) + 1
-
-    def table(metric: str, key: str) -> list[list[float | None]]:
-        filled = [[r["scores"].get(metric, {}).get(t, {}).get(key) for t in tasks] for r in records]
-        return filled + [[None] * len(tasks)] * (rows - len(filled))
-
-    matrix = table("score", "value")
-    further = sorted({m for r in records for m in r["scores"]} - {"score"})
-    metrics = PerformanceMatrix(matrix, tasks=tasks).metrics()
-    kinds = records[0]["seconds"] if records else {}
-    return {
-        "scenario": config.scenario_label,
-        "strategy": config.short(config.strategy),
-        "label": config.label,
-        "model": config.model,
-        "seed": config.seed,
-        "budget": config.budget,
-        "budget_bytes": identity["budget_bytes"],
-        "tasks": tasks,
-        "matrix": matrix,
-        "n": table("score", "n"),
-        "stderr": table("score", "stderr"),
-        "metrics": {k: None if v != v else v for k, v in metrics.items()},
-        "extra_matrices": {m: table(m, "value") for m in further},
-        "general": [r["general"]["score"]["value"] if r["general"] else None for r in records],
-        "pack_bytes": [r["pack_bytes"] for r in records if r["pack_bytes"] is not None],
-        "base_bytes": identity["base_bytes"],
-        "seconds": {kind: sum(r["seconds"][kind] for r in records) for kind in kinds},
-        "tokens": sum(r["tokens"] for r in records),
-        "peak_memory_mb": max((r["peak_memory_mb"] for r in records), default=None),
-        "options": identity["options"],
-        "versions": identity["versions"],
-        "machine": identity["machine"],
-        "reads_data_dir": identity["reads_data_dir"],
-        "config": identity["config"],
-        "complete": len(records) == rows,
-    }
-
-
-def collect(path: Path) -> dict[str, Any]:
-    """The result of the cell in `path`, complete or not."""
-    folder = CellFolder(path)
-    return result_object(folder.identity(), folder.stages())
-
-
-def data_fingerprint(scenario: Scenario) -> str:
-    """Digest of every example and recipe of the scenario."""
-    digest = hashlib.blake2b(digest_size=16)
-
-    def add(task: Task) -> None:
-        digest.update(json.dumps([task.name, task.metrics, asdict(task.training)]).encode())
-        for example in (*task.train, *task.test):
-            digest.update(json.dumps(asdict(example)).encode())
-
-    for task in scenario.tasks + ((scenario.general,) if scenario.general else ()):
-        add(task)
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    names = ("torch", "transformers", "trl", "peft", "avalanche-lib", "safetensors")
-    return {
-        "cl_graft": __version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in names},
-    }
-
-
-def machine() -> dict[str, str]:
-    """What the times of a cell depend on."""
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().split("\n") if Path("/proc/cpuinfo").is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    found = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": models[0] if models else platform.processor() or "unknown",
-        "cores": str(os.cpu_count()),
-        "threads a run": str(torch.get_num_threads()),
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def peak_memory_mb() -> float:
-    """Peak resident memory of this process so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

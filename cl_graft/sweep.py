@@ -169,6 +169,8 @@ def _end_with(worker: int) -> None:
     if parent is not None:
         parent.join()
         os.kill(worker, signal.SIGTERM)
+        time.sleep(10)
+        os._exit(1)
 
 
 def _run_cell(config: RunConfig) -> str | None:

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 import cl_graft
-from cl_graft.cell import collect, run
+from cl_graft.cell import run
 from cl_graft.config import RunConfig
 from cl_graft.record import CellFolder, RecordError
+from cl_graft.result import collect
 from cl_graft.skillpack.file import SkillPack, TruncatedPack, WrongBase
 
 pytestmark = pytest.mark.xdist_group("resume")

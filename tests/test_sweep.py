@@ -167,7 +167,7 @@ def story(plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
         litter = [*out.rglob("*.tmp"), *out.rglob("traceback.txt")]
         stops[how] = Stop(process.returncode, stderr, whole_stages(out), litter, strays)
     more = command(plugins, out, f"graftllm,lora,{plugins / 'unlucky.py'}", "0,1")
-    last = subprocess.run(more, capture_output=True, text=True, timeout=300, check=False)
+    last = subprocess.run(more, capture_output=True, text=True, timeout=240, check=False)
     return Story(out, words, stops, last)
 
 

@@ -1,0 +1,63 @@
+"""What a cell's numbers depend on beside its config: data, versions, machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import sys
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+from . import __version__
+from .task import Scenario, Task
+
+
+def data_fingerprint(scenario: Scenario) -> str:
+    """Digest of every example and recipe of the scenario."""
+    digest = hashlib.blake2b(digest_size=16)
+
+    def add(task: Task) -> None:
+        digest.update(json.dumps([task.name, task.metrics, asdict(task.training)]).encode())
+        for example in (*task.train, *task.test):
+            digest.update(json.dumps(asdict(example)).encode())
+
+    for task in scenario.tasks + ((scenario.general,) if scenario.general else ()):
+        add(task)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    names = ("torch", "transformers", "trl", "peft", "avalanche-lib", "safetensors")
+    return {
+        "cl_graft": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in names},
+    }
+
+
+def machine() -> dict[str, str]:
+    """What the times of a cell depend on."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().split("\n") if Path("/proc/cpuinfo").is_file() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    found = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": models[0] if models else platform.processor() or "unknown",
+        "cores": str(os.cpu_count()),
+        "threads a run": str(torch.get_num_threads()),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
