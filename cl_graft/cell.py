@@ -81,10 +81,6 @@ def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]
         ):
             raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
     make = plugins.load("scenario", config.scenario)
-    if not callable(make):
-        raise CLGraftError(
-            f"{config.scenario} is not a scenario: {scenario_name!r} in it is no function."
-        )
     chosen = plugins.check_options(
         "scenario", scenario_name, make, config.options.get(scenario_name, {})
     )
