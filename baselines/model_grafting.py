@@ -31,6 +31,7 @@ def model_grafting(
     fixed = {n for n, role in context.roles.items() if role in ("embedding", "head")}
     delta = {n: d for n, d in delta.items() if n not in fixed}
     start_mask = context.masks({n: d.abs() for n, d in delta.items()})
+    budget = sum(int(mask.sum()) for mask in start_mask.values())
     validation = [
         next(source) for source in [context.batches(batch_size, seed=2)] for _ in range(4)
     ]
@@ -50,7 +51,7 @@ def model_grafting(
         largest = max(g.abs().max() for g in gradient.values()).clamp_min(1e-30)
         for n in delta:
             logits[n] -= learning_rate * gradient[n] / largest
-        mask = context.masks({n: _soft(start_mask[n], logits[n]) for n in delta})
+        mask = context.masks({n: _soft(start_mask[n], logits[n]) for n in delta}, at_most=budget)
         loss = _loss(context, delta, mask, validation)
         if loss < best_loss:
             best_loss, best_mask = loss, mask

@@ -86,8 +86,11 @@ class Context:
         """The masked entries, sparse; a tensor with none is left out."""
         return {name: sparse(delta[name], masks[name]) for name in delta if masks[name].any()}
 
-    def masks(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Boolean masks of the best-scored entries, as many over all together as the budget holds."""
+    def masks(self, scores: Mapping[str, Tensor], at_most: int | None = None) -> dict[str, Tensor]:
+        """Boolean masks of the best-scored entries, as many over all together as the budget holds.
+
+        at_most: a count known to fit about so; if it fits here it is taken, and no more is looked for.
+        """
         flat = torch.cat([s.flatten().float() for s in scores.values()])
         order = flat.argsort(descending=True, stable=True)
 
@@ -100,7 +103,8 @@ class Context:
         def fits(count: int) -> bool:
             return self.cost(self.keep(scores, chosen(count))) <= self.budget.bytes
 
-        count = largest(fits, 1, flat.numel())
+        most = min(at_most or flat.numel(), flat.numel())
+        count = most if at_most and fits(most) else largest(fits, 1, most)
         if count < 1:
             raise OverBudget(
                 f"the budget {self.budget.text} ({self.budget.bytes} bytes) does not hold one weight; raise it."

@@ -124,10 +124,19 @@ def _importance(name: str, context: Context, moments: Moments) -> Tensor:
         return torch.stack(each).mean()
     inputs, outputs = moments.inputs[name], moments.outputs[name]
     if inputs.ndim == 1:  # an embedding: (tokens, width)
-        return inputs[:, None] * outputs[None, :]
+        return inputs[:, None] * outputs[None, :] + _as_head(name, context, moments)
     if name in stored_transposed(context.model):
         return inputs.diagonal()[:, None] * outputs[None, :]
     return outputs[:, None] * inputs.diagonal()[None, :]
+
+
+def _as_head(name: str, context: Context, moments: Moments) -> Tensor | float:
+    """What a tied embedding's entries cost where they are used as the head; 0 where they are not tied."""
+    head = context.model.get_output_embeddings()
+    if head is None or head.weight is not dict(context.model.named_parameters())[name]:
+        return 0.0
+    used = next(f"{n}.weight" for n, module in context.model.named_modules() if module is head)
+    return moments.outputs[used][:, None] * moments.inputs[used].diagonal()[None, :]
 
 
 def _prune(delta: Tensor, importance: Tensor, alpha: float | None, price: float) -> Tensor:

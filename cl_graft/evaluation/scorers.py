@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..errors import UnknownName
@@ -93,10 +92,21 @@ def exact(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str
     return [Scored(float(text_is_right(e, a)), a) for e, a in zip(examples, answers, strict=True)]
 
 
-@lru_cache(maxsize=100_000)
 def _verdict(program: str, asserts: tuple[str, ...], setup: str) -> Outcome:
-    """The sandbox's outcome; the same program with the same tests is run once a process."""
-    return run_asserts(program, asserts, setup)
+    """The sandbox's outcome; the same program with the same tests is run once a process.
+
+    A time-out may be the machine's fault rather than the program's, so it is never remembered.
+    """
+    job = (program, asserts, setup)
+    if job not in _VERDICTS:
+        outcome = run_asserts(program, asserts, setup)
+        if outcome.reason == "timeout":
+            return outcome
+        _VERDICTS[job] = outcome
+    return _VERDICTS[job]
+
+
+_VERDICTS: dict[tuple[str, tuple[str, ...], str], Outcome] = {}
 
 
 def tests(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]) -> list[Scored]:

@@ -16,4 +16,5 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max
     head = tokenizer(prompt)["input_ids"]
     tail = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     tail = tail[: max(1, max_length - 1)]
-    return head[-(max_length - len(tail)) :], tail
+    room = max(0, max_length - len(tail))
+    return head[max(0, len(head) - room) :], tail

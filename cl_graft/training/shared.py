@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..models import text
 from ..record import RecordError
 from ..skillpack.file import fingerprint
 from ..task import Example, Task
@@ -41,7 +42,7 @@ def stage_key(model: nn.Module, task: Task, seed: int) -> str:
         versions,
     ]
     digest.update(json.dumps(rest, sort_keys=True).encode())
-    for module in (stage, preferences):
+    for module in (stage, preferences, text):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 
