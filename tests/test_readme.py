@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def test_the_python_listing_runs(tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
-        env={**__import__("os").environ, "WANDB_MODE": "disabled"},
+        env={**os.environ, "WANDB_MODE": "disabled"},
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 3
@@ -80,7 +81,10 @@ def test_every_command_line_of_the_readme_parses(line):
     words = line.split("#")[0].split()
     command = words[1:3] if words[1] == "pack" else words[1:2]
     done = subprocess.run(
-        [sys.executable, "-m", "cl_graft", *command, "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "cl_graft", *command, "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},  # so that no option's name is cut
     )
     assert done.returncode == 0
     for option in (w for w in words if w.startswith("--")):

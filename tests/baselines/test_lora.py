@@ -20,7 +20,7 @@ def test_the_pack_is_the_merged_adapter_of_peft(build, tiny_scenario, monkeypatc
     """PEFT's own delta of what it trained, against the decoded pack, to bf16 of the factors."""
     from peft.tuners.lora import LoraModel
 
-    strategy, trained = build("lora", rank=4), {}
+    strategy, trained = build("lora", budget="50%", rank=4), {}
     unload = LoraModel.unload
 
     def look_then_unload(self):
@@ -42,12 +42,12 @@ def test_the_pack_is_the_merged_adapter_of_peft(build, tiny_scenario, monkeypatc
 
 
 def test_trained_on_replaces_summed_appends_and_merged_accumulates(build, tiny_scenario):
-    one = learn(build("lora", convention="trained_on", rank=2), tiny_scenario)
+    one = learn(build("lora", budget="50%", convention="trained_on", rank=2), tiny_scenario)
     assert one.active(0) == [one.packs[1]]
     assert {e.meta["rank"] for e in one.packs[1].tensors.values()} == {2}
-    two = learn(build("lora", convention="summed", rank=2), tiny_scenario)
+    two = learn(build("lora", budget="50%", convention="summed", rank=2), tiny_scenario)
     assert two.active(0) == two.packs
-    three = learn(build("lora", convention="merged", rank=2), tiny_scenario)
+    three = learn(build("lora", budget="50%", convention="merged", rank=2), tiny_scenario)
     assert three.active(0) == [three.packs[1]]
     assert {e.meta["rank"] for e in three.packs[1].tensors.values()} == {4}
     # What one stores as two packs the other stores as one: the same model.
