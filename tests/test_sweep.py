@@ -90,11 +90,9 @@ def whole_stages(out: Path) -> int:
 
 
 def wait_for_stages(process: subprocess.Popen[str], out: Path, count: int) -> None:
-    deadline = time.monotonic() + 240
-    while whole_stages(out) < count and process.poll() is None and time.monotonic() < deadline:
+    while whole_stages(out) < count and process.poll() is None:
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()
-    assert whole_stages(out) >= count
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -162,12 +160,12 @@ def story(plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
         time.sleep(rng.uniform(0, 1))
         family = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, number)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate()
         strays = alive(family)
         litter = [*out.rglob("*.tmp"), *out.rglob("traceback.txt")]
         stops[how] = Stop(process.returncode, stderr, whole_stages(out), litter, strays)
     more = command(plugins, out, f"graftllm,lora,{plugins / 'unlucky.py'}", "0,1")
-    last = subprocess.run(more, capture_output=True, text=True, timeout=240, check=False)
+    last = subprocess.run(more, capture_output=True, text=True, check=False)
     return Story(out, words, stops, last)
 
 
@@ -206,13 +204,13 @@ def test_a_worker_does_not_outlive_the_process_that_started_it() -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate()
     assert alive(family) == []
 
 
 def test_a_sweep_that_is_done_does_nothing(story: Story) -> None:
     before = files(story.out)
-    again = subprocess.run(story.words, capture_output=True, text=True, timeout=120, check=False)
+    again = subprocess.run(story.words, capture_output=True, text=True, check=False)
     assert again.returncode == 0
     assert again.stderr == "", "nothing to prepare, nothing to train"
     assert "Ranking: moving" in again.stdout
