@@ -74,13 +74,14 @@ def command(plugins: Path, out: Path, strategies: str, seeds: str = "0") -> list
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
-    """In a process group of its own, as a terminal starts it."""
+    """In a process group of its own and with Ctrl-C heard, as a terminal starts it."""
     return subprocess.Popen(
         words,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` ignores it
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
