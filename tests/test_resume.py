@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -149,8 +148,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
-        ("graftllm", {}),  # each task from the base
-        ("sequential", {}),  # from the last pack
+        ("sequential", {}),  # trained on from the last pack
         ("lora", {"convention": "trained_on"}),  # from the factors of the last pack
         ("lora", {"convention": "summed"}),  # from all packs
         ("model_grafting", {"epochs": 2, "batches": 2}),
@@ -203,22 +201,20 @@ def assert_whole(folder: Path) -> None:
 def test_sigkill_at_any_time_changes_no_number(
     plugin: dict[str, Path], graftllm: Path, server: ForkServerContext, tmp_path: Path
 ) -> None:
-    made, rng, killed = config(plugin, "graftllm", tmp_path), random.Random(0), 0
-    for seed in (1, 2):  # the first waits for the server's imports
-        begun = time.monotonic()
-        begin(server, config(plugin, "graftllm", tmp_path / "timed", seed=seed)).join(120)
-        whole = time.monotonic() - begun
-    for _ in range(6):
+    made = config(plugin, "graftllm", tmp_path)
+    begin(server, config(plugin, "magnitude", tmp_path)).join()  # waits for the server's imports
+    rng, killed = random.Random(0), 0
+    for _ in range(5):
         process = begin(server, made)
-        process.join(rng.uniform(0.1, 0.5) * whole)
+        process.join(rng.uniform(0.3, 2.5))
         killed += process.is_alive()
         process.kill()
-        process.join(30)
+        process.join()
         if (cell(made) / "cell.json").exists():
             assert_whole(cell(made))
-    assert killed >= 2, "the kills should come before the end"
+    assert killed, "a kill should come before the end"
     process = begin(server, made)
-    process.join(120)
+    process.join()
     assert process.exitcode == 0
     assert numbers(cell(made)) == numbers(graftllm)
     assert not list(cell(made).rglob("*.tmp"))
@@ -234,7 +230,7 @@ def test_death_between_training_and_the_record_of_the_stage(
     run(spared)
     plugin["mortal"].with_name("die").write_text(where)
     process = begin(server, made)
-    process.join(120)
+    process.join()
     assert process.exitcode == 9
     stages = sorted(f.parent.name for f in cell(made).glob("stages/*/stage.json"))
     packs = sorted(f.name[:2] for f in (cell(made) / "packs").iterdir())

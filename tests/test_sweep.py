@@ -67,10 +67,10 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(plugins: Path, out: Path, strategies: str, seeds: str = "0") -> list[str]:
+def command(plugins: Path, out: Path, strategies: str, workers: int) -> list[str]:
     words = [sys.executable, "-m", "cl_graft", "sweep", "--scenarios", str(plugins / "moving.py")]
-    words += ["--strategies", strategies, "--seeds", seeds, "--models", "nano-llama"]
-    return [*words, "--out", str(out), "--wandb", "off", "--workers", "2"]
+    words += ["--strategies", strategies, "--seeds", "0,1", "--models", "nano-llama"]
+    return [*words, "--out", str(out), "--wandb", "off", "--workers", str(workers)]
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
@@ -153,7 +153,7 @@ class Story:
 def story(plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Stopped by Ctrl-C and by SIGKILL, which both reach all of its processes."""
     out, rng = tmp_path_factory.mktemp("stopped"), random.Random(0)
-    words = command(plugins, out, "graftllm,lora", "0,1")  # four cells of three stages
+    words = command(plugins, out, "graftllm,lora", 2)  # four cells of three stages
     stops = {}
     for how, number in (("ctrl-c", signal.SIGINT), ("kill", signal.SIGKILL)):
         process = start(words)
@@ -165,7 +165,7 @@ def story(plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
         strays = alive(family)
         litter = [*out.rglob("*.tmp"), *out.rglob("traceback.txt")]
         stops[how] = Stop(process.returncode, stderr, whole_stages(out), litter, strays)
-    more = command(plugins, out, f"graftllm,lora,{plugins / 'unlucky.py'}", "0,1")
+    more = command(plugins, out, f"graftllm,lora,{plugins / 'unlucky.py'}", 1)
     last = subprocess.run(more, capture_output=True, text=True, check=False)
     return Story(out, words, stops, last)
 
