@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .budget import Budget, largest, weight_bits
-from .errors import CLGraftError
+from .errors import OverBudget
 from .models.roles import Role, roles
 from .models.text import encode
 from .skillpack.calibrate import Moments, moments
@@ -23,10 +23,6 @@ from .training.stage import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-class OverBudget(CLGraftError):
-    """A method's artefact does not fit the storage declared for a task."""
 
 
 @dataclass

@@ -19,3 +19,7 @@ class UnknownName(CLGraftError):
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}."
         super().__init__(f"there is no {kind} named {name!r}; {hint}")
         self.kind, self.name, self.known = kind, name, known
+
+
+class OverBudget(CLGraftError):
+    """A method's artefact does not fit the storage declared for a task."""

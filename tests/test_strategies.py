@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cl_graft import plugins
-from cl_graft.context import OverBudget
+from cl_graft.errors import OverBudget
 from cl_graft.skillpack.file import SkillPack, fingerprint
 from cl_graft.stream import benchmark
 

@@ -1,61 +1,85 @@
 """A matrix delta as quantised low-rank factors: how many ranks at which precision, and the factors themselves.
 
 Notation of the reference recipe: delta D (out, in), H = X^T X / n of the layer's inputs. The error that matters is
-that of the layer's output, ||X D^T - X Dhat^T||.
+that of the layer's output, ||X D^T - X Dhat^T||^2 / n = trace((D - Dhat) H (D - Dhat)^T).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .codecs import Encoded, Spec, quantized_low_rank
-from .gptq import gptq
-from .quant import BITS, groups_in
+from .gptq import gptq_many, gptq_runs
+from .quant import BITS, Quantized, groups_in, round_to_nearest
 
 # Share of a rank's energy that is lost at b bits; 0 bits drops the rank. Rate-distortion slope 4^-b.
 LOSS = {0: 1.0, **{bits: min(1.0, 2.8 * 4.0**-bits) for bits in BITS}}
 
+Counts = dict[int, int]  # {bits: number of ranks}, precision falling
+
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular triplets of one delta, and what is needed to quantise them.
+    """Singular directions of one delta, from the eigenvectors of its smaller Gram matrix.
 
     energy: float64 (r,), falling: what dropping a rank costs in squared output error.
-    right: float32 (r, in), unquantised right factors. left: float32 (out, r), delta = left @ right.
+    basis: float32; where out <= in (out, r), orthonormal left factors U: right factors are U^T D.
+        Else (r, in), the right factors themselves, from the eigenvectors of L^T D^T D L, H = L L^T.
     """
 
-    delta: Tensor
-    hessian: Tensor
     energy: Tensor
-    left: Tensor
-    right: Tensor
+    basis: Tensor
+    wide: bool  # out <= in
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, cols = self.delta.shape
-        return rows, cols
+    def right(self, delta: Tensor, first: int) -> Tensor:
+        """float32 (first, in): the leading right factors, unquantised."""
+        return self.basis[:, :first].T @ delta if self.wide else self.basis[:first]
+
+    def left(self, delta: Tensor, hessian: Tensor | None, first: int) -> Tensor:
+        """float32 (out, first): what the right factors are multiplied by."""
+        if self.wide:
+            return self.basis[:, :first]
+        read = self.basis[:first] if hessian is None else self.basis[:first] @ hessian
+        return delta @ read.T
 
 
-def spectrum(delta: Tensor, hessian: Tensor | None, damping: float = 0.01) -> Spectrum:
-    """Activation-aware factors: SVD of D L with H + damping = L L^T, so that truncation is optimal for the output.
-
-    delta: (out, in). hessian: (in, in), or None for the plain SVD of D, optimal for ||D||.
-    """
-    delta = delta.float()
-    eye = torch.eye(delta.shape[1], device=delta.device)
-    if hessian is None:
-        left, values, right = torch.linalg.svd(delta, full_matrices=False)
-        return Spectrum(delta, eye, values.double() ** 2, left * values, right)
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """H plus `damping` times its mean diagonal; what the spectrum and the least squares are taken under."""
     mean = hessian.diagonal().mean().clamp_min(1e-12)
-    damped = hessian + damping * mean * eye
-    root = torch.linalg.cholesky(damped.double())
-    left, values, right = torch.linalg.svd((delta.double() @ root), full_matrices=False)
-    right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
-    return Spectrum(delta, damped, values**2, (left * values).float(), right.float())
+    return hessian + damping * mean * torch.eye(len(hessian), device=hessian.device)
+
+
+def spectrum(delta: Tensor, hessian: Tensor | None) -> Spectrum:
+    """Activation-aware directions: SVD of D L with H = L L^T, so that truncation is optimal for the output.
+
+    delta: float32 (out, in). hessian: (in, in), positive definite (`damped`), or None for the plain SVD of D,
+    optimal for ||D||. The Gram route: mostly matrix products, and one symmetric eigenproblem of the order of
+    the smaller side, exact where the spectrum spans fewer than some three decades.
+    """
+    rows, cols = delta.shape
+    if rows <= cols:
+        read = delta if hessian is None else delta @ hessian
+        values, vectors = _eigh(read @ delta.T)
+        return Spectrum(values, vectors, True)
+    if hessian is None:
+        values, vectors = _eigh(delta.T @ delta)
+        return Spectrum(values, vectors.T.contiguous(), False)
+    root = torch.linalg.cholesky(hessian)
+    read = delta @ root
+    values, vectors = _eigh(read.T @ read)
+    right = torch.linalg.solve_triangular(root.T, vectors, upper=True).T
+    return Spectrum(values, right.contiguous(), False)
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, float64, falling, not below 0; eigenvectors in the columns, float32."""
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    return values.flip(0).double().clamp_min(0.0), vectors.flip(1)
 
 
 def rank_for_energy(energy: Tensor, share: float) -> int:
@@ -66,10 +90,8 @@ def rank_for_energy(energy: Tensor, share: float) -> int:
     return int((cumulative < share).sum().item()) + 1 if share < 1 else len(energy)
 
 
-def allocate(
-    energy: Tensor, shape: tuple[int, int], price: float, group_size: int
-) -> dict[int, int]:
-    """{bits: number of ranks}, precision falling with the rank, that minimises error + price * bytes.
+def allocate(energy: Tensor, shape: tuple[int, int], price: float, group_size: int) -> Counts:
+    """The ranks at each precision that minimise error + price * bytes.
 
     price: squared output error that one byte is worth. Because every rank costs the same at the same
     bits, each chooses for itself, and bits never rise along the falling spectrum.
@@ -86,48 +108,82 @@ def allocate(
     return {b: counts[b] for b in sorted(BITS, reverse=True) if counts[b]}
 
 
-def spec_of(counts: dict[int, int], shape: tuple[int, int], group_size: int) -> Spec:
+def spec_of(counts: Counts, shape: tuple[int, int], group_size: int) -> Spec:
     """Codec, shape and meta that `encode` will give, to know its bytes beforehand."""
     blank = [[k, bits, *(min(group_size, size) for size in shape)] for bits, k in counts.items()]
     return "quantized_low_rank", shape, {"groups": blank}
 
 
+class Factored(NamedTuple):
+    """One matrix to encode: its delta (out, in), directions, and ranks at each precision."""
+
+    delta: Tensor
+    spectrum: Spectrum
+    counts: Counts
+    transposed: bool = False  # stored as (in, out)
+
+
 def encode(
-    found: Spectrum,
-    counts: dict[int, int],
+    matrices: Sequence[Factored],
+    hessian: Tensor | None,
     *,
     group_size: int = 128,
     damping: float = 0.01,
     act_order: bool = False,
+    aware: bool = True,
     refit: bool = True,
-    transposed: bool = False,
-) -> Encoded:
-    """Quantise the ranks, the most precise group first.
+    polish: int = 0,
+) -> list[Encoded]:
+    """Quantise the factors of matrices that read the same inputs, of second moment `hessian` (in, in).
 
-    Right factors by GPTQ under H; left factors by GPTQ under the second moment of what they read. With
-    `refit` each left factor is first solved anew, by least squares, against the residual that is left:
-    that absorbs the right factor's rounding and the earlier groups' errors. `transposed` encodes the delta
-    as (in, out).
+    All right factors go through one GPTQ solve under H, each rank at its own precision; without H they are rounded
+    to nearest. Then, matrix by matrix, the left factor is solved anew by least squares against the delta (`refit`),
+    which absorbs the right factor's rounding, and goes through a GPTQ solve under the second moment of what it
+    reads, the most precise ranks first, so that what they leave is taken up by those after them. aware: whether
+    the spectra were taken under H. polish: sweeps of coordinate descent (gptq.py); after the refit they gain nothing
+    that could be measured.
     """
-    residual, first, pairs = found.delta.clone(), 0, []
-    options: dict[str, Any] = {"damping": damping, "act_order": act_order}
-    for bits, count in counts.items():
-        ranks = slice(first, first + count)
-        size = min(group_size, found.delta.shape[1])
-        right = gptq(found.right[ranks], found.hessian, bits, group_size=size, **options)
-        read = right.dequantize()
-        moment = read @ found.hessian @ read.T
-        left = found.left[:, ranks]
-        if refit:
-            eye = torch.eye(count, device=moment.device) * moment.diagonal().mean().clamp_min(1e-20)
-            target = residual @ found.hessian @ read.T
-            left = torch.linalg.solve((moment + 1e-6 * eye).double(), target.T.double()).T.float()
-        size = min(group_size, found.delta.shape[0])
-        stored = gptq(left, moment, bits, group_size=size, group_axis="rows", **options)
-        residual -= stored.dequantize().T @ read
-        pairs.append((stored, right))
-        first += count
-    rows, cols = found.delta.shape
-    if transposed:
+    options: dict[str, Any] = {"damping": damping, "polish": polish}
+    pieces = [
+        part
+        for m in matrices
+        for part in m.spectrum.right(m.delta, sum(m.counts.values())).split([*m.counts.values()])
+    ]
+    bits = [b for m in matrices for b in m.counts]
+    size = min(group_size, matrices[0].delta.shape[1])
+    if hessian is None:
+        rights = [round_to_nearest(x, b, size) for x, b in zip(pieces, bits, strict=True)]
+    else:
+        rights = gptq_many(pieces, hessian, bits, group_size=size, act_order=act_order, **options)
+        hessian = damped(hessian, damping)
+    results = []
+    for m in matrices:
+        mine, rights = rights[: len(m.counts)], rights[len(m.counts) :]
+        found = m.spectrum.left(m.delta, hessian if aware else None, sum(m.counts.values()))
+        results.append(_with_left(m, mine, found, hessian, group_size, refit, options))
+    return results
+
+
+def _with_left(
+    m: Factored,
+    rights: list[Quantized],
+    left: Tensor,
+    hessian: Tensor | None,
+    group_size: int,
+    refit: bool,
+    options: dict[str, Any],
+) -> Encoded:
+    read = torch.cat([right.dequantize() for right in rights])
+    seen = read if hessian is None else read @ hessian
+    moment = seen @ read.T
+    if refit:
+        ridge = 1e-6 * moment.diagonal().double().mean().clamp_min(1e-30)
+        eye = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+        root = torch.linalg.cholesky((moment.double() + moment.T.double()) / 2 + ridge * eye)
+        left = torch.cholesky_solve((seen @ m.delta.T).double(), root).T.float()
+    rows, cols = m.delta.shape
+    lefts = gptq_runs(left, moment, m.counts, group_size=min(group_size, rows), **options)
+    pairs = list(zip(lefts, rights, strict=True))
+    if m.transposed:
         return quantized_low_rank([pair[::-1] for pair in pairs], (cols, rows))
     return quantized_low_rank(pairs, (rows, cols))

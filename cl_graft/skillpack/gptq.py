@@ -1,10 +1,12 @@
 """GPTQ: quantise a weight matrix so that its outputs, not its entries, change least.
 
 `||X W^T - X What^T||^2 = n trace(D H D^T)` with D = W - What and H = X^T X / n. Columns are rounded
-one after another, and the error of each is pushed onto the columns still to come through the upper
-Cholesky factor of H^-1 (Frantar et al. 2023, "GPTQ", section 3, after OBS). Then coordinate descent
-revisits each entry with all the others fixed (Behdin et al. 2023, "QuantEase"): it can only lower
-the error, and at 2 bits takes off a fifth of it.
+one after another, and the error of each is pushed onto the columns still to come (Frantar et al. 2023,
+"GPTQ", section 3, after OBS). The same steps are taken here without the inverse of H: with H = R R^T,
+R upper triangular, the error is the sum over j of |sum_{i <= j} D_i R_ij|^2, so that column j is best
+where it cancels what the columns before it have left in its term (Babai's nearest plane; Chen et al.
+2025, arXiv 2507.18553, show that the two are one). Then coordinate descent revisits each entry with
+all the others fixed (Behdin et al. 2023, "QuantEase"): it can only lower the error.
 
 Inside, a weight is stored as (cols, rows), so that a column is contiguous, and a grid belongs to a
 tile, `wide` columns by `tall` rows: (group_size, 1) for groups along the columns, (1, group_size)
@@ -14,9 +16,9 @@ for groups down the rows. One solver does both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,13 +28,13 @@ from cl_graft.skillpack.quant import (
     check,
     fit_grid,
     groups_in,
-    nearest_codes,
     normalised,
 )
 
 Axis = Literal["cols", "rows"]
 Grid = tuple[Tensor, Tensor]  # scale, zero of one tile column: each float32 (rows / tall,)
-Fit = Callable[[Tensor, Tensor], Grid]  # (tile columns (wide, rows), importance (wide,)) -> Grid
+Fit = Callable[[int, Tensor, Tensor], Grid]  # (tile, its columns (wide, rows), importance (wide,))
+Top = float | Tensor  # the largest code: of a whole column, or of each of its groups (rows / tall,)
 
 
 def gptq(
@@ -86,7 +88,7 @@ def gptq(
 def gptq_many(
     weights: list[Tensor],
     hessian: Tensor,
-    bits: int,
+    bits: int | list[int],
     *,
     group_size: int = 64,
     group_axis: Axis = "cols",
@@ -100,38 +102,94 @@ def gptq_many(
     """`gptq` of matrices (rows_i, cols) that read the same inputs (q, k, v): one solve for all.
 
     Rows do not interact, so the results are those of separate calls up to the rounding of float32
-    sums. Arguments and errors as in `gptq`.
+    sums. bits: of all, or one number for each matrix. Arguments and errors as in `gptq`.
     """
-    _check(weights, hessian, bits, group_size, group_axis, damping, block)
+    each = [bits] * len(weights) if isinstance(bits, int) else list(bits)
+    _check(weights, hessian, each, group_size, group_axis, damping, block)
     wide, tall = group_size, 1
     if group_axis == "rows":
         wide, tall = 1, min(group_size, max(len(weight) for weight in weights))
-
-    def fit(tile: Tensor, importance: Tensor) -> Grid:
-        vectors = tile.reshape(len(tile), -1, tall).transpose(0, 1).flatten(1)
-        weighting = importance.repeat_interleave(tall)
-        return fit_grid(vectors, bits, symmetric=symmetric, search=search, importance=weighting)
-
     scaled = [normalised(weight) for weight in weights]
-    columns = torch.cat([_padded(x.T, tall) for x, _ in scaled], 1)
-    precision = torch.promote_types(hessian.dtype, torch.float32)
-    hessian = hessian.detach().to(columns.device, precision)
-    order = torch.arange(len(hessian), device=columns.device)
-    if act_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-    damped, upper = _factorised(hessian[order][:, order], damping)
-    job = _Job(columns[order], damped, upper, (order // wide).tolist(), wide, bits, block)
-    solved = _quantise(job, order.argsort(), fit, static=act_order and wide > 1, polish=polish)
+    groups = [groups_in(len(weight), tall) for weight in weights]
+    tops = torch.tensor([2.0**b - 1 for b in each]).repeat_interleave(torch.tensor(groups))
+    options: dict[str, Any] = {"symmetric": symmetric, "search": search}
 
+    def fit(tile: int, columns: Tensor, importance: Tensor) -> Grid:
+        vectors = columns.reshape(len(columns), -1, tall).transpose(0, 1).flatten(1)
+        weighting, parts = importance.repeat_interleave(tall), _runs(each, groups)
+        grids = [fit_grid(vectors[i], b, importance=weighting, **options) for b, i in parts]
+        return torch.cat([g[0] for g in grids]), torch.cat([g[1] for g in grids])
+
+    columns = torch.cat([_padded(x.T, tall) for x, _ in scaled], 1)
+    one = each[0] if len(set(each)) == 1 else 0
+    top: Top = 2.0**one - 1 if one else tops.to(columns.device)
+    job = _job(columns, hessian, damping, act_order, wide, [top] * columns.shape[0], block)
+    codes, scale, zero = _quantise(job, fit, static=act_order and wide > 1, polish=polish)
     results, start = [], 0
-    for weight, (_, exponent) in zip(weights, scaled, strict=True):
-        groups = slice(start // tall, start // tall + groups_in(len(weight), tall))
-        ranges = slice(start, start + len(weight)), groups, groups
-        parts = [part[:, i] for part, i in zip(solved, ranges, strict=True)]
-        codes, scale, zero = ((t.T if group_axis == "cols" else t).contiguous() for t in parts)
-        results.append(Quantized(codes, scale, zero, bits, group_size, exponent))
-        start = groups.stop * tall
+    for weight, (_, exponent), b in zip(weights, scaled, each, strict=True):
+        span = slice(start // tall, start // tall + groups_in(len(weight), tall))
+        mine = codes[:, start : start + len(weight)], scale[:, span], zero[:, span]
+        parts = [(t.T if group_axis == "cols" else t).contiguous() for t in mine]
+        results.append(Quantized(parts[0], parts[1], parts[2], b, group_size, exponent))
+        start = span.stop * tall
     return results
+
+
+def gptq_runs(
+    weight: Tensor,
+    hessian: Tensor,
+    runs: Mapping[int, int],
+    *,
+    group_size: int = 64,
+    damping: float = 0.01,
+    symmetric: bool = False,
+    search: bool = True,
+    block: int = 128,
+    polish: int = 2,
+) -> list[Quantized]:
+    """One matrix (rows, cols) whose columns change precision: `runs` is {bits: columns}, in order.
+
+    Groups lie down the rows. The error of a column is fed back to all the columns after it, of
+    whatever precision. Returns, for each run, the result of its columns, transposed as `gptq` with
+    group_axis "rows" does. Arguments and errors as in `gptq`.
+    """
+    _check([weight], hessian, list(runs), group_size, "rows", damping, block)
+    tall = min(group_size, len(weight))
+    scaled = [normalised(part) for part in weight.split(list(runs.values()), 1)]
+    powers = [torch.full((x.shape[1],), 2.0**exponent) for x, exponent in scaled]
+    unit = torch.cat(powers).to(weight.device)  # exact: powers of two
+    bits = [b for b, count in runs.items() for _ in range(count)]
+
+    def fit(tile: int, columns: Tensor, importance: Tensor) -> Grid:
+        vectors = columns.reshape(-1, tall)
+        weighting = importance.repeat_interleave(tall)
+        return fit_grid(
+            vectors, bits[tile], symmetric=symmetric, search=search, importance=weighting
+        )
+
+    columns = _padded(torch.cat([x for x, _ in scaled], 1).T, tall)
+    tops: list[Top] = [2.0**b - 1 for b in bits]
+    job = _job(columns, unit[:, None] * hessian * unit, damping, False, 1, tops, block)
+    codes, scale, zero = _quantise(job, fit, static=False, polish=polish)
+    results, start = [], 0
+    for (_, exponent), (b, count) in zip(scaled, runs.items(), strict=True):
+        run = slice(start, start + count)
+        parts = codes[run, : len(weight)].contiguous(), scale[run], zero[run]
+        results.append(Quantized(*parts, b, group_size, exponent))
+        start = run.stop
+    return results
+
+
+def _runs(bits: list[int], sizes: list[int]) -> list[tuple[int, slice]]:
+    """(bits, where) of neighbouring matrices of equal bits, so that they are fitted together."""
+    found: list[tuple[int, slice]] = []
+    for b, size in zip(bits, sizes, strict=True):
+        start = found[-1][1].stop if found else 0
+        if found and found[-1][0] == b:
+            found[-1] = b, slice(found[-1][1].start, start + size)
+        else:
+            found.append((b, slice(start, start + size)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -140,52 +198,76 @@ class _Job:
 
     columns: Tensor  # float32 (cols, rows)
     damped: Tensor  # float32 (cols, cols), the Hessian + damping
-    upper: Tensor  # float32 (cols, cols), upper triangular, U^T U the inverse of `damped`
+    root: Tensor  # float32 (cols, cols), upper triangular, R R^T = damped
+    order: Tensor  # int64 (cols,), the original column of each
     tiles: list[int]  # the tile each column belongs to
+    tops: list[Top]  # of each column
     wide: int  # columns of a tile
-    bits: int
     block: int
 
 
-def _quantise(
-    job: _Job, place: Tensor, fit: Fit, *, static: bool, polish: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _job(
+    columns: Tensor,
+    hessian: Tensor,
+    damping: float,
+    act_order: bool,
+    wide: int,
+    tops: list[Top],
+    block: int,
+) -> _Job:
+    precision = torch.promote_types(hessian.dtype, torch.float32)
+    hessian = hessian.detach().to(columns.device, precision)
+    order = torch.arange(len(hessian), device=columns.device)
+    if act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        columns, hessian = columns[order], hessian[order][:, order]
+    damped, root = _factorised(hessian, damping)
+    return _Job(columns, damped, root, order, (order // wide).tolist(), tops, wide, block)
+
+
+def _quantise(job: _Job, fit: Fit, *, static: bool, polish: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (cols, rows), scale and zero (tiles, rows / tall) in the types they are stored in and
-    in the original order; `place` (cols,) is where each original column comes in solving order."""
+    in the original order."""
     grids: dict[int, Grid] = {}
+    place = job.order.argsort()  # where each original column comes in solving order
     if static:  # the turns of a tile's columns come far apart: fit every grid before the first
-        share = job.upper.diagonal() ** -2
+        share = job.root.diagonal() ** 2
         for k, members in enumerate(torch.split(place, job.wide)):
-            grids[k] = fit(job.columns[members], share[members])
+            grids[k] = fit(k, job.columns[members], share[members])
     values = _solve(job, grids, fit)
     for _ in range(polish):
         _sweep(job, grids, values)
+    codes = torch.empty_like(values, dtype=torch.uint8)
+    for j, (tile, top) in enumerate(zip(job.tiles, job.tops, strict=True)):
+        codes[j] = _steps(values[j], grids[tile], top).flatten().byte()
     scale, zero = (torch.stack([grids[k][i] for k in range(len(grids))]) for i in (0, 1))
-    tile = torch.arange(len(values), device=values.device) // job.wide
-    shaped = values[place].view(len(values), scale.shape[1], -1)
-    codes = nearest_codes(shaped, scale[tile, :, None], zero[tile, :, None], job.bits)
-    return codes.flatten(1).byte(), scale.half(), zero.byte()
+    return codes[place], scale.half(), zero.byte()
 
 
 def _solve(job: _Job, grids: dict[int, Grid], fit: Fit) -> Tensor:
     """GPTQ: the quantised columns (cols, rows). `grids` is by tile; a tile that has none gets one
     when the turn comes to its first column, fitted to its columns as the feedback left them."""
-    left = job.columns.clone()
-    values, errors = torch.empty_like(left), torch.empty_like(left)
-    # An error in a column, fed back to the columns after it, costs its square times this share.
-    share, pivots = job.upper.diagonal() ** -2, job.upper.diagonal().tolist()
-    for start in range(0, len(left), job.block):
-        stop = min(start + job.block, len(left))
-        for j in range(start, stop):
-            done = slice(start, j)  # of this block; the blocks before it are fed back already
-            if job.tiles[j] not in grids:
-                tile = slice(j, j + job.wide)
-                fed = left[tile] - job.upper[done, tile].T @ errors[done]
-                grids[job.tiles[j]] = fit(fed, share[tile])
-            x = left[j] - job.upper[done, j] @ errors[done]
-            values[j] = _rounded(x, grids[job.tiles[j]], job.bits)
-            errors[j] = (x - values[j]) / pivots[j]
-        left[stop:] -= job.upper[start:stop, stop:].T @ errors[start:stop]
+    columns, root = job.columns, job.root
+    values, missing = torch.empty_like(columns), torch.empty_like(columns)
+    share, pivots = root.diagonal() ** 2, root.diagonal().tolist()
+    terms = torch.zeros_like(columns)  # what the columns of earlier blocks left in each one's term
+    for start in range(0, len(columns), job.block):
+        stop = min(start + job.block, len(columns))
+        inner, mine = root[start:stop, start:stop].T.contiguous(), missing[start:stop]
+        for i, j in enumerate(range(start, stop)):
+            tile, left = job.tiles[j], terms[j]
+            if tile not in grids:
+                span = slice(j, j + job.wide)
+                pushed = terms[span] + root[start:j, span].T @ mine[:i]
+                lower = root[span, span].T
+                fed = columns[span] + torch.linalg.solve_triangular(lower, pushed, upper=False)
+                grids[tile] = fit(tile, fed, share[span])
+            if i:  # columns of this block
+                left = torch.addmv(left, mine[:i].T, inner[i, :i])
+            best = torch.add(columns[j], left, alpha=1 / pivots[j])
+            values[j] = _rounded(best, grids[tile], job.tops[j])
+            torch.sub(columns[j], values[j], out=missing[j])
+        terms[stop:].addmm_(root[start:stop, stop:].T, mine)
     return values
 
 
@@ -194,39 +276,50 @@ def _sweep(job: _Job, grids: dict[int, Grid], values: Tensor) -> None:
     minimum of trace(D H D^T) over that column alone, which is at value + (H D^T)_j / H_jj."""
     diagonal, missing = job.damped.diagonal().tolist(), job.columns - values
     for start in range(0, len(values), job.block):
-        span = slice(start, start + job.block)
-        slope, before = job.damped[span] @ missing, values[span].clone()
-        moved = torch.zeros_like(before)
-        for i, j in enumerate(range(start, start + len(before))):
-            change = slope[i] - job.damped[j, start:j] @ moved[:i]
-            values[j] = _rounded(values[j] + change / diagonal[j], grids[job.tiles[j]], job.bits)
-            moved[i] = values[j] - before[i]
-        missing[span] -= moved
+        stop = min(start + job.block, len(values))
+        slope, moved = job.damped[start:stop] @ missing, torch.zeros_like(values[start:stop])
+        inner = job.damped[start:stop, start:stop].contiguous()
+        for i, j in enumerate(range(start, stop)):
+            change = torch.addmv(slope[i], moved[:i].T, inner[i, :i], alpha=-1) if i else slope[0]
+            target = torch.add(values[j], change, alpha=1 / diagonal[j])
+            new = _rounded(target, grids[job.tiles[j]], job.tops[j])
+            torch.sub(new, values[j], out=moved[i])
+            values[j] = new
+        missing[start:stop] -= moved
 
 
-def _rounded(x: Tensor, grid: Grid, bits: int) -> Tensor:
+def _steps(x: Tensor, grid: Grid, top: Top) -> Tensor:
+    """Codes, as floats (groups, tall), of the grid points nearest to `x` (rows,)."""
+    scale, zero = grid
+    if len(scale) != len(x):
+        x, scale, zero = x.view(len(scale), -1), scale[:, None], zero[:, None]
+        top = top[:, None] if isinstance(top, Tensor) else top
+    steps = torch.div(x, scale).add_(zero).round_()
+    return steps.clamp_(0, top) if not isinstance(top, Tensor) else steps.clamp_(min=0).minimum(top)
+
+
+def _rounded(x: Tensor, grid: Grid, top: Top) -> Tensor:
     """`x` (rows,) on the nearest points of its grids."""
-    scale, zero = (part[:, None] for part in grid)
-    steps = nearest_codes(x.view(len(scale), -1), scale, zero, bits) - zero
-    return (scale * steps).flatten()
+    scale, zero = grid
+    steps = _steps(x, grid, top)
+    if len(scale) != len(x):
+        scale, zero = scale[:, None], zero[:, None]
+    return steps.sub_(zero).mul_(scale).flatten()
 
 
 def _factorised(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """`(damped, upper)`: the Hessian, mean diagonal 1, plus damping; U with U^T U its inverse.
+    """`(damped, root)`: the Hessian, mean diagonal 1, plus damping; R upper triangular, R R^T = damped.
 
-    With H = R R^T, R upper triangular (the Cholesky factor of H with its order reversed), U is
-    R^-1: the inverse itself, in which rounding errors grow squared, is never formed.
+    R is the Cholesky factor of the Hessian with its order reversed, reversed.
     """
-    h = hessian / (float(hessian.diagonal().double().abs().mean()) or 1.0)
-    eye = torch.eye(len(h), dtype=torch.float32, device=h.device)
+    scale = float(hessian.diagonal().double().abs().mean()) or 1.0
     for _ in range(12):
         for dtype in (torch.float32, torch.float64):
-            damped, one = h.to(dtype) + damping * eye, eye.to(dtype)
+            damped = hessian.to(dtype, copy=True).div_(scale)
+            damped.diagonal().add_(damping)
             lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if not failed:
-                upper = torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True).float()
-                if upper.isfinite().all():
-                    return damped.float(), upper
+            if not failed and lower.diagonal().isfinite().all():
+                return damped.float(), lower.flip(0, 1).float()
         damping = 10 * max(damping, 1e-7)
     raise ValueError("the Hessian is far from positive semi-definite; pass X^T X / n in float32.")
 
@@ -239,7 +332,7 @@ def _padded(columns: Tensor, tall: int) -> Tensor:
 def _check(
     weights: list[Tensor],
     hessian: Tensor,
-    bits: int,
+    bits: list[int],
     group_size: int,
     group_axis: str,
     damping: float,
@@ -254,8 +347,8 @@ def _check(
         raise ValueError(f"block is {block}; pass 1 or more.")
     if not weights:
         raise ValueError("the list of weights is empty; pass at least one matrix.")
-    for weight in weights:
-        check(weight, bits, group_size)
+    for weight, b in zip(weights * (len(bits) if len(weights) == 1 else 1), bits, strict=True):
+        check(weight, b, group_size)
         if tuple(hessian.shape) != (weight.shape[1], weight.shape[1]):
             raise ValueError(
                 f"the Hessian has shape {tuple(hessian.shape)} for a weight of shape "

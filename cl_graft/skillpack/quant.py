@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 
-SHRINKS = 10  # candidate ranges of one group, from the full one down to SMALLEST_SHRINK of it
-SMALLEST_SHRINK = 0.35
+# Candidate ranges of one group, as shares of the full one, and moves of its zero: at few bits it pays
+# to clip, at many a least-squares scale is all that can be gained (measured on low-rank factors).
+SHRINKS = {2: (1.0, 0.85, 0.7, 0.6, 0.5), 3: (1.0, 0.85, 0.7), 4: (1.0, 0.9, 0.7, 0.45)}
+SHIFTS = {2: (0.0, -1.0, 1.0), 3: (0.0, -1.0, 1.0)}
 SCALE_MIN, SCALE_MAX = 2.0**-24, 65504.0  # smallest positive and largest finite float16
 AMAX_LOG2 = 11  # `normalised` brings the largest magnitude into [2**10, 2**11)
 CHUNK = 1 << 17  # elements of one search step: small enough to stay in a core's cache
@@ -98,10 +100,10 @@ def fit_grid(
     if not search:
         return _storable(scale), zero
     importance = x.new_ones(x.shape[1]) if importance is None else importance
-    shrinks = torch.linspace(1, SMALLEST_SHRINK, SHRINKS, dtype=x.dtype, device=x.device)
-    shifts = x.new_tensor([0.0] if symmetric else [0.0, -1.0, 1.0])
+    shrinks = x.new_tensor(SHRINKS.get(bits, (1.0,)))
+    shifts = x.new_tensor((0.0,) if symmetric else SHIFTS.get(bits, (0.0,)))
     scales = _storable(shrinks[:, None] * scale).repeat(len(shifts), 1)
-    zeros = (zero + shifts.repeat_interleave(SHRINKS)[:, None]).clamp_(0, top)
+    zeros = (zero + shifts.repeat_interleave(len(shrinks))[:, None]).clamp_(0, top)
     room = CHUNK if x.device.type == "cpu" else 128 * CHUNK
     size = max(1, room // (len(scales) * x.shape[1]))
     best = []

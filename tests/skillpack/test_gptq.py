@@ -321,7 +321,7 @@ def test_the_search_never_loses_to_min_and_max(seed: int, bits: int, symmetric: 
 
 
 def test_the_search_is_close_to_the_best_grid() -> None:
-    """At 2 bits, of all zeros and 400 scales: the mean square is within 0.1 % of that of the best,
+    """At 2 bits, of all zeros and 400 scales: the mean square is within 0.5 % of that of the best,
     where the grid from minimum to maximum leaves 54 % more."""
     x = random(200, 32)
     fine = torch.linspace(0.02, 1, 400)[:, None] * (x.amax(1) - x.amin(1))
@@ -333,7 +333,7 @@ def test_the_search_is_close_to_the_best_grid() -> None:
         return (scale[..., None] * (codes - zero[..., None]) - x).square().mean(-1)
 
     best = torch.stack([cost(s, z) for s, z in zip(scales, zeros, strict=True)]).amin(0).mean()
-    assert cost(*fit_grid(x, 2)).mean() < 1.002 * best
+    assert cost(*fit_grid(x, 2)).mean() < 1.005 * best
     assert cost(*fit_grid(x, 2, search=False)).mean() > 1.5 * best
 
 
@@ -377,17 +377,16 @@ def test_a_singular_hessian_moves_no_weight_far(samples: int, damping: float) ->
 
 
 @pytest.mark.parametrize("cols", [1, 12])
-def test_the_factor_is_of_the_inverse(cols: int) -> None:
-    """U^T U = (H + damping)^-1, also for a Hilbert matrix too ill-conditioned for float32."""
+def test_the_factor_is_upper_triangular(cols: int) -> None:
+    """R R^T = H + damping, also for a Hilbert matrix too ill-conditioned for float32."""
     places = torch.arange(cols, dtype=torch.float64)
     hilbert = 1 / (places[:, None] + places + 1)
     hilbert /= hilbert.diagonal().mean()
-    damped, upper = _factorised(hilbert, 1e-8)
-    exact = hilbert + 1e-8 * torch.eye(cols)
-    assert torch.equal(upper, upper.triu())
-    assert torch.allclose(damped, exact.float())
-    expected = torch.linalg.cholesky(torch.linalg.inv(exact), upper=True).float()
-    assert (upper - expected).norm() < 1e-5 * expected.norm()
+    damped, root = _factorised(hilbert, 1e-8)
+    exact = (hilbert + 1e-8 * torch.eye(cols)).float()
+    assert torch.equal(root, root.triu())
+    assert torch.allclose(damped, exact)
+    assert (root @ root.T - exact).norm() < 1e-6 * exact.norm()
 
 
 def test_an_indefinite_hessian_is_damped_or_refused() -> None:
@@ -417,7 +416,7 @@ def test_powers_of_two_only_move_the_exponent(power: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_small_deltas_keep_their_precision(magnitude: float, bits: int) -> None:
     weight, x = magnitude * random(16, 128), inputs(128)
-    bound = {2: 0.4, 3: 0.15, 4: 0.07, 8: 0.005}[bits]
+    bound = {2: 0.4, 3: 0.15, 4: 0.07, 5: 0.04, 6: 0.02, 8: 0.005}[bits]
     assert output_error(weight, gptq(weight, moment(x), bits).dequantize(), x) < bound
 
 
@@ -454,7 +453,7 @@ def test_any_float_type(dtype: torch.dtype) -> None:
         ({"weight": torch.zeros(8)}, "pass a matrix"),
         ({"hessian": torch.full((8, 8), math.inf)}, "Hessian holds NaN or infinity"),
         ({"hessian": torch.eye(7)}, r"\(7, 7\).*\(2, 8\)"),
-        ({"bits": 5}, "bits is 5; choose one of 2, 3, 4, 8"),
+        ({"bits": 7}, "bits is 7; choose one of 2, 3, 4, 5, 6, 8"),
         ({"group_size": -1}, "group_size is -1"),
         ({"group_axis": "columns"}, "'cols' or 'rows'"),
         ({"damping": -0.1}, "damping is -0.1"),

@@ -1,0 +1,310 @@
+"""From deltas to encoded tensors that fit a budget: measure every tensor, find one plan for all, encode.
+
+Nothing here holds more than the tensors that read one input, and their Hessian, at a time: deltas are asked for
+when their turn comes, and what is finished goes onto a shelf (shelf.py), where a killed run finds it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..errors import OverBudget
+from .calibrate import Moments
+from .codecs import Encoded, Spec, dense, sparse, sparse_top
+from .factorise import Factored, Spectrum, damped, encode, spec_of, spectrum
+from .policy import Kind, Plan, Policy, Profile, bins, kept_above, sparse_bytes
+from .shelf import Item, Shelf
+
+Progress = Callable[[str, float], None]
+SMALLEST_SIDE = 4  # a matrix narrower than this has nothing to factorise
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a delta. delta: gives it, float32 and finite, when its turn comes.
+
+    transposed: a matrix stored (in, out). head: name of the head that this embedding also serves as.
+    whole: kept as it is, in bf16. present: in the pack even where nothing of it is worth keeping.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    delta: Callable[[], Tensor]
+    transposed: bool = False
+    head: str | None = None
+    whole: bool = False
+    present: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        if len(self.shape) < 2 or self.whole:
+            return "vector"
+        inner = self.role in ("attention", "mlp", "other")
+        matrix = inner and len(self.shape) == 2 and min(self.shape) >= SMALLEST_SIDE
+        return "matrix" if matrix else "table"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What may be used: `cost` of {name: (codec, shape, meta)}, in bytes, must not exceed `limit`."""
+
+    cost: Callable[[Mapping[str, Spec]], int]
+    limit: int
+    text: str  # as the user wrote it
+
+
+def compress(
+    pieces: Sequence[Piece],
+    moments: Moments,
+    policy: Policy,
+    room: Room,
+    shelf: Shelf,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda what, done: None,
+) -> dict[str, Spec]:
+    """Encode every piece; the results are on the shelf (`fetch`), their specs are returned, in the order of pieces.
+
+    A tensor of which nothing is worth keeping is left out. Raises OverBudget.
+    """
+    work = _Work(list(pieces), moments, policy, shelf, torch.device(device), progress)
+    profiles = measure(work)
+    fixed: dict[str, Spec] = {}
+    for piece in work.pieces:
+        if piece.kind == "vector":
+            fixed[piece.name] = _kept(work, piece, partial(_whole, piece))
+    tables = _tables(work, profiles, fixed, room)
+    matrices = {name: p for name, p in profiles.items() if p.kind == "matrix"}
+    specs = fixed | tables
+    specs |= _matrices(work, _fitting(policy, matrices, specs, room))
+    return {piece.name: specs[piece.name] for piece in work.pieces if piece.name in specs}
+
+
+def fetch(shelf: Shelf, name: str) -> Encoded:
+    """An encoded tensor, from the shelf."""
+    tensors, about = shelf[f"encoded/{name}"]
+    return Encoded(about["codec"], tuple(about["shape"]), about["meta"], tensors)
+
+
+@dataclass(frozen=True)
+class _Work:
+    pieces: list[Piece]
+    moments: Moments
+    policy: Policy
+    shelf: Shelf
+    device: torch.device
+    progress: Progress
+
+    def delta(self, piece: Piece) -> Tensor:
+        """Of a matrix, as (out, in)."""
+        delta = piece.delta().to(self.device, torch.float32)
+        return delta.T.contiguous() if piece.transposed else delta
+
+    def hessian(self, piece: Piece) -> Tensor | None:
+        found = self.moments.hessian(piece.name)
+        return None if found is None or found.ndim != 2 else found.to(self.device, torch.float32)
+
+
+def measure(work: _Work) -> dict[str, Profile]:
+    """What every tensor's ranks or entries are worth."""
+    profiles: dict[str, Profile] = {}
+    total, done = sum(prod(p.shape) for p in work.pieces), 0
+    for group in _groups(work):
+        hessian = None
+        for piece in group:
+            key = f"measured/{piece.name}"
+            if piece.kind == "vector":
+                continue
+            if key not in work.shelf:
+                if piece.kind == "matrix" and work.policy.activation_aware and hessian is None:
+                    hessian = work.hessian(piece)
+                    hessian = None if hessian is None else damped(hessian, work.policy.damping)
+                work.shelf[key] = _measured(work, piece, hessian)
+            shape = piece.shape[::-1] if piece.transposed else piece.shape
+            worth = work.shelf[key].tensors["worth"]
+            profiles[piece.name] = Profile(piece.kind, piece.role, shape, worth)
+        done += sum(prod(piece.shape) for piece in group)
+        work.progress("measuring", done / total)
+    return {piece.name: profiles[piece.name] for piece in work.pieces if piece.name in profiles}
+
+
+def _measured(work: _Work, piece: Piece, hessian: Tensor | None) -> Item:
+    if piece.kind == "table":
+        delta = piece.delta().to(work.device)
+        worth = delta.float().square_().mul_(importance(piece, delta, work.moments))
+        return Item({"worth": bins(worth).cpu()}, {})
+    found = spectrum(work.delta(piece), hessian)
+    scale = _slope(work.moments, piece.name)
+    if scale is None:
+        scale = torch.tensor(1.0) if not work.moments.reads else _alike(found.energy)
+    tensors = {"worth": (found.energy * scale.to(found.energy.device)).cpu(), "basis": found.basis}
+    return Item(tensors, {"wide": found.wide})
+
+
+def importance(piece: Piece, delta: Tensor, moments: Moments) -> Tensor:
+    """What a squared unit of a table's entry costs in squared loss, broadcastable to the table.
+
+    For a head the second moment of each input; for an embedding how often its token is read; both times the mean
+    square of the gradient at the output. For what is neither (the stacked matrices of experts, say) the average
+    gradient of the layers that are. Without gradients every tensor's delta counts the same, and without any data
+    every entry of every delta.
+    """
+    if not moments.outputs:
+        return _alike(delta.square()) if moments.reads else torch.ones((), device=delta.device)
+    read, written = moments.hessian(piece.name), moments.outputs.get(piece.name)
+    if read is None or written is None or len(piece.shape) != 2:
+        reads = torch.tensor(1.0) if read is None or read.ndim != 2 else read.diagonal().mean()
+        slope = _slope(moments, piece.name)
+        return reads.to(delta.device) if slope is None else (reads.cpu() * slope).to(delta)
+    diagonal = read.diagonal() if read.ndim == 2 else read
+    if read.ndim == 1:  # an embedding: (tokens, width)
+        found = diagonal[:, None] * written[None, :]
+        head = moments.hessian(piece.head) if piece.head else None
+        if head is not None and piece.head is not None:
+            found = found + moments.outputs[piece.head][:, None] * head.diagonal()[None, :]
+    elif piece.transposed:
+        found = diagonal[:, None] * written[None, :]
+    else:
+        found = written[:, None] * diagonal[None, :]
+    return found.to(delta.device)
+
+
+def _alike(energy: Tensor) -> Tensor:
+    """The factor that makes the sum of these one."""
+    return (1 / energy.sum(dtype=torch.float64).clamp_min(1e-300)).to(energy)
+
+
+def _slope(moments: Moments, name: str) -> Tensor | None:
+    """Mean squared gradient at a tensor's output, float64; of one that is not known, the average of all."""
+    if not moments.outputs:
+        return None
+    if name in moments.outputs:
+        return moments.outputs[name].double().mean().cpu()
+    return torch.stack([g.double().mean().cpu() for g in moments.outputs.values()]).mean()
+
+
+def _groups(work: _Work) -> list[list[Piece]]:
+    """Matrices that read the same input, together; every other tensor by itself."""
+    groups: dict[str, list[Piece]] = {}
+    for piece in work.pieces:
+        key = work.moments.reads.get(piece.name) if piece.kind == "matrix" else None
+        groups.setdefault(piece.name if key is None else f"reads {key}", []).append(piece)
+    return list(groups.values())
+
+
+def _fitting(
+    policy: Policy, profiles: Mapping[str, Profile], fixed: Mapping[str, Spec], room: Room
+) -> Plan:
+    """The largest plan that, with what is fixed, fits the room; a table's bytes are estimated."""
+
+    def fits(knob: float) -> bool:
+        plan, specs, about = policy.plan(profiles, knob), dict(fixed), 0
+        for name, profile in profiles.items():
+            if profile.kind == "matrix" and plan.counts[name]:
+                rows, cols = profile.shape
+                specs[name] = spec_of(plan.counts[name], (rows, cols), policy.group_size)
+            elif profile.kind == "table":
+                least = plan.least.get(name)
+                kept = plan.top[name] if least is None else kept_above(profile.worth, least)
+                about += sparse_bytes(kept, prod(profile.shape))
+        return room.cost(specs) + about <= room.limit
+
+    low, high = policy.start
+    if fits(low):
+        return policy.plan(profiles, low)
+    if not fits(high):
+        raise OverBudget(
+            f"the budget {room.text} ({room.limit} bytes) holds not even what the policy must keep; "
+            "raise it, or lower the policy's alpha, beta or rank."
+        )
+    while high - low > 1e-5 * (policy.start[1] - policy.start[0]):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return policy.plan(profiles, high)
+
+
+def _tables(
+    work: _Work, profiles: Mapping[str, Profile], fixed: Mapping[str, Spec], room: Room
+) -> dict[str, Spec]:
+    """Embeddings, heads and the like, at the price that all tensors share."""
+    allowed = room.limit
+    while True:
+        plan = _fitting(work.policy, profiles, fixed, replace(room, limit=allowed))
+        specs = {
+            piece.name: _kept(work, piece, partial(_pruned, piece, plan, work.moments))
+            for piece in work.pieces
+            if piece.kind == "table"
+        }
+        needed = {piece.name for piece in work.pieces if piece.present}
+        specs = {n: spec for n, spec in specs.items() if spec[2]["kept"] or n in needed}
+        over = room.cost({**fixed, **specs}) - room.limit
+        if over <= 0:
+            return specs
+        allowed -= over + 64  # the estimate of their bytes was too low
+        for name in specs:
+            del work.shelf[f"encoded/{name}"]
+
+
+def _whole(piece: Piece) -> Encoded:
+    return dense(piece.delta())
+
+
+def _pruned(piece: Piece, plan: Plan, moments: Moments) -> Encoded:
+    delta = piece.delta()
+    if piece.name in plan.top:
+        return sparse_top(delta, plan.top[piece.name])
+    worth = delta.square() * importance(piece, delta, moments)
+    return sparse(delta, worth > plan.least[piece.name])
+
+
+def _kept(work: _Work, piece: Piece, make: Callable[[], Encoded]) -> Spec:
+    """The spec of an encoded tensor, from the shelf or made now."""
+    key = f"encoded/{piece.name}"
+    if key not in work.shelf:
+        found = make()
+        about = {"codec": found.codec, "shape": list(found.shape), "meta": found.meta}
+        work.shelf[key] = Item(found.parts, about)
+    return fetch(work.shelf, piece.name).spec
+
+
+def _matrices(work: _Work, plan: Plan) -> dict[str, Spec]:
+    specs: dict[str, Spec] = {}
+    total, done = sum(prod(p.shape) for p in work.pieces if p.name in plan.counts) or 1, 0
+    for group in _groups(work):
+        wanted = [p for p in group if plan.counts.get(p.name)]
+        if any(f"encoded/{p.name}" not in work.shelf for p in wanted):
+            for piece, found in zip(wanted, _encoded(work, wanted, plan), strict=True):
+                _kept(work, piece, partial(_same, found))
+        specs |= {p.name: fetch(work.shelf, p.name).spec for p in wanted}
+        done += sum(prod(p.shape) for p in group if p.name in plan.counts)
+        work.progress("compressing", done / total)
+    return specs
+
+
+def _same(found: Encoded) -> Encoded:
+    return found
+
+
+def _encoded(work: _Work, group: list[Piece], plan: Plan) -> list[Encoded]:
+    """Matrices that read the same input, in one solve."""
+    items = []
+    for piece in group:
+        tensors, about = work.shelf[f"measured/{piece.name}"]
+        found = Spectrum(tensors["worth"], tensors["basis"].to(work.device), about["wide"])
+        items.append(Factored(work.delta(piece), found, plan.counts[piece.name], piece.transposed))
+    return encode(
+        items,
+        work.hessian(group[0]),
+        group_size=work.policy.group_size,
+        damping=work.policy.damping,
+        act_order=work.policy.act_order,
+        aware=work.policy.activation_aware,
+        refit=work.policy.refit,
+    )
