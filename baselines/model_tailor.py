@@ -32,7 +32,7 @@ def model_tailor(
     released_sign: add the correction as the released code does, where OBS subtracts it (SparseGPT; measured to
     double the output error).
     """
-    hessians = context.moments(calibration_batches, gradients=False).inputs
+    moments = context.moments(calibration_batches, gradients=False)
     head = context.model.get_output_embeddings()
     names = [f"{n}.weight" for n, m in linear_layers(context.model).items() if m is not head]
     transposed = stored_transposed(context.model)
@@ -40,7 +40,7 @@ def model_tailor(
     def oriented(name: str, x: Tensor) -> Tensor:
         return x.T if name in transposed else x
 
-    factors = {n: _inverse_factor(hessians[n], damping) for n in names}
+    factors = {n: _inverse_factor(moments.hessian(n), damping) for n in names}
     scores = {
         n: _scores(
             oriented(n, delta[n]),

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from . import cli_pack
 from .errors import CLGraftError, UnknownName
+from .progress import bars, interruptible
 
 app = typer.Typer(
     help="Continual learning of language models: run strategies on task streams, measure forgetting.",
@@ -21,8 +20,9 @@ app = typer.Typer(
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-pack = typer.Typer(help="Look into SkillPack files.", no_args_is_help=True)
-app.add_typer(pack, name="pack")
+app.add_typer(cli_pack.app, name="pack")
+bench = typer.Typer(help="Measure this machine and this code.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Option(help="Embedded model's name, local folder, or hub id.")]
 DataDir = Annotated[
@@ -60,7 +60,7 @@ def run(
     from .report.tables import matrices, ranking
 
     (config,) = _grid([scenario], [strategy], [seed], [model], [budget], locals())
-    with _interruptible(), _bars() as bar:
+    with interruptible(), bars() as bar:
         result = run_cell(config, lambda what, done: bar(config.label, what, done))
     _print_tables([*matrices([result]), *ranking([result])])
     typer.echo(f"results: {config.out / config.cell}")
@@ -91,7 +91,7 @@ def sweep(
     cells = _grid(
         _names(scenarios), _names(strategies), numbers, _names(models), _names(budgets), locals()
     )
-    with _interruptible(), _bars() as bar:
+    with interruptible(), bars() as bar:
         failures = run_sweep(cells, workers or default_workers(), bar)
     try:
         if len(failures) < len(cells):
@@ -149,57 +149,24 @@ def list_(
             typer.echo("    " + " ".join((plugin.__doc__ or "").split()))
 
 
-@pack.command()
-def inspect(file: Path) -> None:
-    """What is in a pack: header, and codec and bytes of every tensor."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from .skillpack.codecs import payload_bytes
-    from .skillpack.file import SkillPack
-
-    found = SkillPack.load(file)
-    header = {
-        "task": found.task,
-        "method": found.method,
-        "options": json.dumps(found.options),
-        "base": found.base,
-        "versions": json.dumps(found.versions),
-        "digest": found.digest,
-        "bytes on disk": f"{file.stat().st_size:,}",
-    }
-    for key, value in header.items():
-        typer.echo(f"{key:14} {value}")
-    table = Table("tensor", "shape", "codec", "bytes", "stored as")
-    for name, encoded in found.tensors.items():
-        size = payload_bytes(*encoded.spec)
-        meta = json.dumps(encoded.meta, separators=(",", ":"))
-        table.add_row(name, "x".join(map(str, encoded.shape)), encoded.codec, f"{size:,}", meta)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-@pack.command()
-def verify(
-    file: Path,
-    model: Annotated[str | None, typer.Option(help="Check that the pack is for this base.")] = None,
+@bench.command("pack")
+def bench_pack(
     data_dir: DataDir = None,
+    only: Annotated[
+        str, typer.Option(help="Parts, comma-separated: error, time, memory, merge, bytes.")
+    ] = "error,time,memory,merge,bytes",
+    threads: Annotated[int, typer.Option(min=1, help="Of the computations.")] = 2,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    to: Annotated[Path | None, typer.Option(help="Folder for the table, with provenance.")] = None,
 ) -> None:
-    """Check everything about a pack: digest, shapes, values, and its base if one is named."""
-    from .skillpack.file import SkillPack, WrongBase, fingerprint
+    """The pack engine beside a textbook implementation of the paper's scheme: ratios within one run."""
+    from .bench.pack import bench_pack as measure
+    from .bench.table import markdown, write
 
-    found = SkillPack.load(file)
-    if model is not None:
-        from .models.load import load
-
-        parameters = dict(load(model, data_dir)[0].named_parameters())
-        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        try:
-            SkillPack.load(file, base=fingerprint(parameters.items()), shapes=shapes)
-        except WrongBase as error:
-            raise WrongBase(f"model {model!r} is not the base of this pack: {error}") from error
-    found.decode()
-    against = f", for base {model}" if model else ""
-    typer.echo(f"{file} is whole: {len(found.tensors)} tensors of task {found.task!r}{against}.")
+    found = measure(_names(only), data_dir, threads, lambda what: typer.echo(what, err=True))
+    typer.echo(json.dumps(found, indent=1) if json_ else markdown(found))
+    if to is not None:
+        write(found, to)
 
 
 def main() -> None:
@@ -272,62 +239,3 @@ def _print_tables(tables: list[Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     for table in tables:
         console.print(table.rich())
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C, or SIGTERM, says how to go on and exits with 130."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("stopped; run the same command again to continue.", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _bars() -> Iterator[Callable[[str, str, float], None]]:
-    """Progress bars with the time left, one a cell under way; plain lines where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[what]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    known: dict[str, Any] = {}
-    with Progress(*columns, console=console) as progress:
-
-        def bar(cell: str, what: str, done: float) -> None:
-            if cell not in known:
-                known[cell] = progress.add_task(cell, total=1.0, what=what)
-            progress.update(known[cell], completed=done, what=what)
-            if what == "done":
-                progress.update(known[cell], visible=False)
-
-        yield bar
-
-
-_last_line: dict[str, str] = {}
-
-
-def _lines(cell: str, what: str, done: float) -> None:
-    if _last_line.get(cell) != what:
-        _last_line[cell] = what
-        typer.echo(f"[{done:4.0%}] {cell}: {what}", err=True)

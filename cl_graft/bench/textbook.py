@@ -9,7 +9,7 @@ released code is Delta-CoMe's: 20/180/800 of 1000 ranks at 8/4/2 bits, groups of
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +40,20 @@ def stored(shape: tuple[int, int], rank: int, bits: int, group: int = GROUP) -> 
     return (bits * rank * (rows + cols) + (16 + bits) * groups) / 8
 
 
-def calibrate(layer: nn.Module, samples: Iterable[Tensor], names: list[str]) -> dict[str, Tensor]:
+def calibrate(
+    layer: nn.Module, samples: Sequence[Tensor], names: list[str], passes: int
+) -> dict[str, Tensor]:
     """H = X^T X / n of each named linear layer's inputs, one forward a sample, one sum a matrix.
 
-    samples: (1, tokens, width) each. Returns {name: float32 (in, in)}.
+    samples: (1, tokens, width) each. passes: as the released code does, everything anew for each bit group.
+    Returns {name: float32 (in, in)}.
     """
+    for _ in range(passes):
+        sums = _calibrate(layer, samples, names)
+    return sums
+
+
+def _calibrate(layer: nn.Module, samples: Sequence[Tensor], names: list[str]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     counted = 0
 

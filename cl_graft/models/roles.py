@@ -1,35 +1,39 @@
-"""The role of every parameter of a causal LM: embedding, head, attention, mlp or norm.
+"""The role of every parameter of a causal LM: embedding, head, attention, mlp, norm or other.
 
-Told from the structure of the model object, not from a list of known names: the embeddings are what the
-model itself calls its input and output embeddings; the decoder layers are its largest list of modules;
-inside a layer, attention is the child whose class says so, every other child with matrices is the MLP, and
-a layer without attention is in doubt; one-dimensional parameters are norms and biases.
+Told from the structure of the model object, not from a list of known architectures: the embeddings are what
+the model itself calls its input and output embeddings; the decoder layers are its largest list of modules;
+one-dimensional parameters are norms and biases. A decoder layer mixes tokens, then channels: what its class
+calls attention is attention; a mixer of tokens that is none (it holds a convolution, or it comes first in a
+layer that has no attention: state spaces, linear attention, recurrences) is other; the rest of the layer is
+its MLP, routers and experts included. Matrices outside the layers are other. Values are not looked at, so a
+model on the meta device will do.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import CLGraftError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Role = Literal["embedding", "head", "attention", "mlp", "norm"]
-OTHER_MIXERS = ("mixer", "mamba", "rwkv")  # of tokens, beside or in place of attention
+Role = Literal["embedding", "head", "attention", "mlp", "norm", "other"]
+ATTENTION = ("attention", "attn")  # what classes say of themselves
+CHANNELS = ("mlp", "moe", "feedforward", "experts")
 
 
 class UnclearRoles(CLGraftError):
-    """A model has matrices whose role its structure does not tell."""
+    """A model has no list of decoder layers, so the role of its matrices cannot be told."""
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and modules of the largest list of modules, by parameters.
 
-    Raises UnclearRoles where the model has none.
+    Raises UnclearRoles, listing the modules with matrices, where the model has none.
     """
     lists = [
         (sum(p.numel() for p in module.parameters()), name, module)
@@ -37,25 +41,29 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module)
     ]
     if not lists:
+        doubtful = [
+            f"{type(module).__name__} {name}".strip()
+            for name, module in model.named_modules()
+            if any(p.ndim > 1 for p in module.parameters(recurse=False))
+        ]
         raise UnclearRoles(
-            f"{type(model).__name__} has no list of decoder layers, so its modules cannot be told apart; "
-            "use a causal LM made of repeated layers."
+            f"{type(model).__name__} has no list of decoder layers, so these modules cannot be told apart: "
+            f"{', '.join(doubtful) or 'none with matrices'}; use a causal LM made of repeated layers."
         )
     _, name, layers = max(lists, key=lambda entry: entry[0])
     return name, layers
 
 
 def roles(model: PreTrainedModel) -> dict[str, Role]:
-    """Parameter name -> role, for every name of `model.named_parameters()`.
+    """Parameter name -> role, for every name of `model.named_parameters()`; tied weights by their first name.
 
-    Raises UnclearRoles, listing the modules in doubt.
+    Raises UnclearRoles for a model without a list of decoder layers.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     modules = dict(model.named_modules())
     prefix, layers = decoder_layers(model)
-    attending = {f"{prefix}.{i}" for i, layer in enumerate(layers) if _attends(layer)}
+    inside = {f"{prefix}.{i}": _children(layer) for i, layer in enumerate(layers)}
     result: dict[str, Role] = {}
-    doubtful: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         owner_name = name.rpartition(".")[0]
         owner = modules[owner_name]
@@ -63,49 +71,57 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
             result[name] = "embedding"
         elif owner is head:
             result[name] = "head"
-        elif parameter.ndim < 2:
+        elif parameter.ndim < 2 or (_is_vector(parameter) and not _multiplies(owner)):
             result[name] = "norm"
         elif isinstance(owner, nn.Embedding):
             result[name] = "embedding"  # learned positions
         elif owner_name.startswith(f"{prefix}."):
-            role = _role_in_layer(modules, prefix, owner_name, attending)
-            if role:
-                result[name] = role
-            else:
-                doubtful[type(owner).__name__ + " " + _layerless(owner_name, prefix)] += 1
+            index, _, rest = owner_name[len(prefix) + 1 :].partition(".")
+            result[name] = _role_in_layer(modules, f"{prefix}.{index}", rest, inside)
         else:
-            doubtful[f"{type(owner).__name__} {owner_name}"] += 1
-    if doubtful:
-        raise UnclearRoles(
-            f"{type(model).__name__} has modules whose role is in doubt: {', '.join(doubtful)}; "
-            "attention and MLP must be children of the decoder layers."
-        )
+            result[name] = "other"
     return result
 
 
 def _role_in_layer(
-    modules: dict[str, nn.Module], prefix: str, owner: str, attending: set[str]
-) -> Role | None:
-    """Role from the classes of the modules between a decoder layer and the parameter's owner."""
-    index, *inner = owner[len(prefix) + 1 :].split(".")
-    layer = f"{prefix}.{index}"
-    steps = [".".join([layer, *inner[: n + 1]]) for n in range(len(inner))]
-    if any(_is_attention(modules[step]) for step in steps):
-        return "attention"
-    other = any(
-        word in type(modules[step]).__name__.lower() for step in steps for word in OTHER_MIXERS
-    )
-    return "mlp" if steps and layer in attending and not other else None
+    modules: dict[str, nn.Module], layer: str, rest: str, inside: dict[str, dict[str, Role]]
+) -> Role:
+    """From the outermost attention on the way to the owner, else from the layer's child that it is in."""
+    steps = rest.split(".") if rest else []
+    for n in range(len(steps)):
+        if _is_attention(module := modules[".".join([layer, *steps[: n + 1]])]):
+            return "other" if _convolves(module) else "attention"
+    return inside[layer][steps[0]] if steps else "other"
+
+
+def _children(layer: nn.Module) -> dict[str, Role]:
+    """Role of the matrices in each child of a decoder layer, those in its attention aside."""
+    mixes = any(_is_attention(m) or isinstance(m, _ConvNd) for m in layer.modules())
+    found: dict[str, Role] = {}
+    for name, child in layer.named_children():
+        matrices = any(not _is_vector(p) for p in child.parameters())
+        first = matrices and not mixes and not _says(child, CHANNELS)
+        mixes = mixes or first
+        found[name] = "other" if first or _convolves(child) else "mlp"
+    return found
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    return sum(size > 1 for size in parameter.shape) < 2
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a weight of one row is a matrix all the same, as that of a gate."""
+    return isinstance(module, nn.Linear)
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(isinstance(inner, _ConvNd) for inner in module.modules())
 
 
 def _is_attention(module: nn.Module) -> bool:
-    name = type(module).__name__.lower()
-    return "attention" in name or "attn" in name
+    return _says(module, ATTENTION)
 
 
-def _attends(layer: nn.Module) -> bool:
-    return any(_is_attention(module) for module in layer.modules() if module is not layer)
-
-
-def _layerless(owner: str, prefix: str) -> str:
-    return ".".join([prefix, "*", *owner[len(prefix) + 1 :].split(".")[1:]])
+def _says(module: nn.Module, words: tuple[str, ...]) -> bool:
+    return any(word in type(module).__name__.lower() for word in words)

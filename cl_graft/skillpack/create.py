@@ -140,7 +140,7 @@ def _pieces(pairing: Pairing, bones: Skeleton) -> list[Piece]:
             transposed=bones.is_transposed(change.source),
             head=_tied_head(bones, change.source),
             whole=change.base_shape is None,
-            present=change.base_shape != change.shape,
+            present=bones.role_of(change.source) in ("embedding", "head"),
         )
         for change in pairing.changes
     ]
@@ -164,7 +164,7 @@ def _by_key(moments: Moments, pairing: Pairing, bones: Skeleton) -> Moments:
         name = bones.parameter_of(change.source)
         if name in moments.reads:
             reads[change.name] = moments.reads[name]
-        if name in moments.outputs:
+        if name in moments.outputs and bones.key_of(name) is not None:  # not one of several parts
             outputs[change.name] = moments.outputs[name]
     return Moments(moments.inputs, reads, outputs)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from cl_graft.skillpack.quant import BITS, Quantized, groups_in
 
 MAX_WIDTH = 48
+TILE = 1 << 13  # words unpacked at a time: they stay in a core's cache
 EXPONENTS = range(-126, 118)  # of Quantized
 
 
@@ -58,17 +59,41 @@ def unpack(packed: Tensor, count: int, width: int) -> Tensor:
     check_packed(packed, count, width)
     if width > 8:
         return packed[:count].long() | (unpack(packed[count:], count, width - 8).long() << 8)
+    return unpack_part(packed, 0, count, width)
+
+
+def unpack_part(packed: Tensor, first: int, count: int, width: int) -> Tensor:
+    """Values `first` to `first + count` of a stream of 1 to 8 bits a value that was checked: uint8."""
     if width == 8:
-        return packed.clone()
-    padded = np.zeros(-(-count // 8) * width, dtype=np.uint8)
-    padded[: packed.numel()] = packed.numpy()
-    eights = np.zeros((len(padded) // width, 8), dtype=np.uint8)
-    eights[:, :width] = padded.reshape(-1, width)
-    words = eights.reshape(-1).view("<u8")
-    values = np.empty((len(words), 8), dtype=np.uint8)
-    for i in range(8):
-        values[:, i] = (words >> np.uint64(i * width)) & np.uint64((1 << width) - 1)
-    return torch.from_numpy(values.reshape(-1)[:count])
+        return packed[first : first + count].clone()
+    skip, eights = first % 8, -(-(first % 8 + count) // 8)  # eight values fill `width` whole bytes
+    found = packed[first // 8 * width :][: eights * width].numpy()
+    padded = np.empty(eights * width + 8, dtype=np.uint8)  # a word is read 8 bytes at a time
+    padded[: len(found)] = found
+    padded[len(found) :] = 0
+    starts = np.ndarray((eights,), "<u8", padded, strides=(width,))
+    words = np.empty(eights, dtype="<u8")
+    for tile in range(0, eights, TILE):
+        _spread(starts[tile : tile + TILE], words[tile : tile + TILE], width)
+    return torch.from_numpy(words.view(np.uint8)[skip : skip + count])
+
+
+def _spread(starts: np.ndarray, words: np.ndarray, width: int) -> None:
+    """The lowest 8 values of `width` bits in each of `starts`, one to a byte of each of `words`.
+
+    Eight values are parted into two halves of a word, each half into two quarters, those into bytes.
+    """
+    np.bitwise_and(starts, np.uint64((1 << 8 * width) - 1), out=words)
+    moved = np.empty_like(words)
+    for values in (4, 2, 1):
+        field = (1 << width * values) - 1
+        low = sum(field << at for at in range(0, 64, 16 * values))
+        np.left_shift(words, np.uint64((8 - width) * values), out=moved)
+        if width > 4:  # the halves still lie across each other
+            words &= np.uint64(low)
+            moved &= np.uint64(low << 8 * values)
+        words |= moved
+        words &= np.uint64(low | low << 8 * values)
 
 
 def check_packed(packed: Tensor, count: int, width: int) -> None:

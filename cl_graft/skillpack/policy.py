@@ -6,16 +6,19 @@ budget: `Plan = policy.plan(profiles, knob)`.
 
 from __future__ import annotations
 
+import json
 import math
+import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import CLGraftError
+from ..errors import CLGraftError, UnknownName
 from .factorise import Counts, allocate, rank_for_energy
 from .quant import BITS
 
@@ -199,3 +202,28 @@ def sparse_bytes(kept: int, numel: int) -> int:
         return 0
     positions = min(numel, kept * (math.log2(numel / kept) + 1.9))
     return math.ceil(2 * kept + positions / 8)
+
+
+def read_policy(method: str, file: Path | None = None) -> Policy:
+    """The policy of a method with the options of a JSON or TOML file, or its defaults.
+
+    Raises UnknownName for a method or an option that does not exist, BadPolicy for a file or a value that makes no
+    sense.
+    """
+    if method not in METHODS:
+        raise UnknownName("method", method, METHODS)
+    given: dict[str, Any] = {}
+    if file is not None:
+        try:
+            text = file.read_text("utf-8")
+            given = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
+        except (OSError, ValueError) as error:
+            raise BadPolicy(f"{file} cannot be read as a policy ({error}).") from error
+    known = [option.name for option in fields(METHODS[method])]
+    for name in given if isinstance(given, dict) else [str(given)]:
+        if name not in known:
+            raise UnknownName(f"option of {method}", name, known)
+    try:
+        return METHODS[method](**given)
+    except (TypeError, ValueError) as error:
+        raise BadPolicy(f"{file}: a value has the wrong type ({error}).") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cl_graft.bench.merge import bench_merge
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.apply import Grafted
 from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.decode import factors, sparse_entries, sparse_rows
 from cl_graft.skillpack.file import (
+    CorruptPack,
     NonFinite,
     ShapeMismatch,
     SkillPack,
@@ -22,6 +26,7 @@ from cl_graft.skillpack.file import (
     WrongBase,
     fingerprint,
 )
+from cl_graft.skillpack.quant import round_to_nearest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -215,3 +220,118 @@ def test_deltas_that_round_away_one_by_one_count_together() -> None:
     assert model.weight.item() == 1  # the nearest even
     grafted.activate([pack, pack])
     assert model.weight.item() == 1 + math.ldexp(1.0, -7)
+
+
+def low_rank_pack(model: nn.Module, task: str, *names: str, seed: int = 0) -> SkillPack:
+    """Quantised factors in groups of 8, 4, 3 and 2 bits; each delta is a tenth of its weight's size."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in names:
+        weight = dict(model.named_parameters())[name]
+        size = (0.1 * weight.float().std().item() / math.sqrt(22)) ** 0.5
+        pairs = []
+        for bits, rank in ((8, 2), (4, 4), (3, 6), (2, 10)):
+            sides = [torch.randn(rank, n, generator=generator) * size for n in weight.shape]
+            pairs.append(tuple(round_to_nearest(side, bits, 20, search=False) for side in sides))
+        tensors[name] = codecs.quantized_low_rank(pairs, tuple(weight.shape))
+    return SkillPack(tensors, task, "test", {}, fingerprint(model.named_parameters()))
+
+
+def large(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(200, 2100, bias=False).to(dtype)  # more rows than one tile of a product
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_are_those_that_the_codec_decodes(dtype: torch.dtype) -> None:
+    pack = low_rank_pack(large(torch.float32), "a", "weight")
+    encoded = pack.tensors["weight"]
+    left, right = factors([encoded])
+    assert left.shape == (2100, 22) and right.shape == (22, 200)
+    exact = left.double() @ right.double()
+    assert torch.allclose(
+        exact, pack.delta("weight").double(), rtol=0, atol=1e-6 * exact.abs().max()
+    )
+    rounded = factors([encoded, encoded], dtype)
+    assert torch.equal(rounded[0], torch.cat([left, left], 1).to(dtype))
+    assert torch.equal(rounded[1], torch.cat([right, right]).to(dtype))
+    plain = codecs.low_rank(torch.randn(3, 2), torch.randn(2, 5))
+    assert torch.equal(torch.mm(*factors([plain])), codecs.decode(plain))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_rank_deltas_are_added_to_within_the_stated_tolerance(dtype: torch.dtype) -> None:
+    model = large(dtype)
+    packs = [low_rank_pack(model, task, "weight", seed=n) for n, task in enumerate("ab")]
+    base = model.weight.detach().double()
+    left, right = factors([pack.tensors["weight"] for pack in packs])
+    exact = base + left.double() @ right.double()
+    reference = (base.float() + packs[0].delta("weight") + packs[1].delta("weight")).to(dtype)
+    Grafted(model).activate(packs)
+    missed, allowed = (model.weight - exact).abs(), (reference - exact).abs()
+    sizes = left.abs().double() @ right.abs().double()
+    of_factors = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-20
+    about = torch.finfo(dtype)
+    own = about.eps * exact.abs().clamp(min=about.smallest_normal)
+    assert (missed <= own + of_factors * sizes).all()
+    # the weights' own rounding is what matters: what the factors' adds to it is below a twentieth
+    assert missed.square().mean().sqrt() < 1.05 * allowed.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merging_anew_gives_the_same_bits(dtype: torch.dtype) -> None:
+    model = large(dtype)
+    before, grafted = snapshot(model), Grafted(model)
+    a, b = (low_rank_pack(model, task, "weight", seed=n) for n, task in enumerate("ab"))
+    grafted.activate([a])
+    merged = snapshot(model)
+    assert not identical(model, before)
+    for packs in ([a], [b], [a, b], []):  # in place of, after and beside others
+        grafted.activate(packs)
+        grafted.activate([a])
+        assert identical(model, merged)
+    grafted.unload()
+    assert identical(model, before)
+    grafted.activate([a])
+    assert identical(model, merged)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sparse_delta_changes_only_what_it_names(dtype: torch.dtype) -> None:
+    model = large(dtype)
+    before = model.weight.detach().clone()
+    encoded = codecs.sparse_top(torch.randn(2100, 200), 3000)
+    pack = SkillPack({"weight": encoded}, "a", "test", {}, fingerprint(model.named_parameters()))
+    Grafted(model).activate([pack])
+    assert torch.equal(model.weight, (before.float() + pack.delta("weight")).to(dtype))
+    assert int((model.weight != before).sum()) <= 3000
+    ids = torch.tensor([2099, 0, 7, 7])
+    assert torch.equal(sparse_rows(sparse_entries(encoded), 200, ids), pack.delta("weight")[ids])
+
+
+@pytest.mark.parametrize("fields", [{"added": [Q]}, {"grown": {Q: [8, 32]}}])
+def test_packs_with_tensors_or_rows_that_the_base_lacks_are_for_folders(fields: dict) -> None:
+    model = tiny()
+    pack = replace(pack_for(model, "vision", Q), **fields)
+    refusal(
+        ShapeMismatch, lambda: Grafted(model).activate([pack]), "'vision'", "cl-graft pack apply"
+    )
+
+
+def test_parts_that_fit_no_codec_are_refused_and_the_base_is_back() -> None:
+    model = large(torch.bfloat16)
+    before, good = snapshot(model), low_rank_pack(model, "a", "weight")
+    encoded = good.tensors["weight"]
+    for codes in (encoded.parts["codes"][:-1], encoded.parts["codes"] | 128):
+        parts = {**encoded.parts, "codes": codes}
+        bad = replace(good, tensors={"weight": replace(encoded, parts=parts)})
+        refusal(CorruptPack, lambda bad=bad: Grafted(model).activate([bad]), "'weight'", "'a'")
+        assert identical(model, before)
+
+
+def test_the_benchmark_runs_and_counts_the_packs_bytes() -> None:
+    for dtype in ("float32", "bfloat16"):
+        found = bench_merge(0.1, dtype, shapes=((256, 384), (384, 256)), repeats=3)
+        assert found["share"] == pytest.approx(0.1, rel=0.1) and found["dtype"] == dtype
+        assert found["merge_over_copy"] == pytest.approx(found["merge_ms"] / found["copy_ms"])
+        assert all(set(ranks) == {8, 4, 3, 2} for ranks in found["ranks"])

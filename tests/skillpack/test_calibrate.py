@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from cl_graft.skillpack.calibrate import linear_layers, moments, stored_transposed
+from cl_graft.skillpack.calibrate import Sums, Text, linear_layers, moments, stored_transposed
 
 SPECIAL = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -115,10 +115,10 @@ def test_inputs_of_a_llama_worked_out_without_hooks() -> None:
         gated = nn.functional.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)
         h = h + layer.mlp.down_proj(note("mlp.down_proj", gated))
         note("lm_head", core.norm(h))
-    found = moments(model, BATCHES, gradients=False).inputs
+    found = moments(model, BATCHES, gradients=False)
     for name, inputs in read.items():
         full = f"{name}.weight" if name == "lm_head" else f"model.layers.0.{name}.weight"
-        torch.testing.assert_close(found[full], mean_square(inputs), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.hessian(full), mean_square(inputs), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, opt])
@@ -145,10 +145,12 @@ def test_padding_and_batching_change_nothing(make: Any) -> None:
 
 
 def test_modules_that_read_the_same_tensor_share_one_matrix() -> None:
-    found = moments(llama(), BATCHES, gradients=False).inputs
+    found = moments(llama(), BATCHES, gradients=False)
+    assert len(found.inputs) == 1 + 2 * 4 + 1 and set(found.reads.values()) == set(found.inputs)
     for layer in (0, 1):
+        assert found.reads[f"model.layers.{layer}.self_attn.v_proj.weight"].endswith("q_proj")
         q, k, v, o, gate, up, down = (
-            found[f"model.layers.{layer}.{name}_proj.weight"]
+            found.hessian(f"model.layers.{layer}.{name}_proj.weight")
             for name in (
                 *(f"self_attn.{p}" for p in "qkvo"),
                 *(f"mlp.{p}" for p in ("gate", "up", "down")),
@@ -157,18 +159,20 @@ def test_modules_that_read_the_same_tensor_share_one_matrix() -> None:
         assert q is k and k is v and gate is up
         assert len({id(x) for x in (q, o, gate, down)}) == 4
     assert (
-        found["model.layers.0.mlp.up_proj.weight"] is not found["model.layers.1.mlp.up_proj.weight"]
+        found.reads["model.layers.0.mlp.up_proj.weight"]
+        != found.reads["model.layers.1.mlp.up_proj.weight"]
     )
 
 
 def test_embeddings_count_how_often_a_row_is_read() -> None:
     counts = torch.bincount(torch.cat(rows(None)), minlength=40) / TOKENS
-    found = moments(gpt2(), BATCHES, gradients=False).inputs
-    torch.testing.assert_close(found["transformer.wte.weight"], counts)
+    found = moments(gpt2(), BATCHES, gradients=False)
+    torch.testing.assert_close(found.hessian("transformer.wte.weight"), counts)
     positions = torch.zeros(32)
     for ids in rows(None):
         positions[: len(ids)] += 1 / TOKENS
-    torch.testing.assert_close(found["transformer.wpe.weight"], positions)
+    torch.testing.assert_close(found.hessian("transformer.wpe.weight"), positions)
+    assert found.hessian("lm_head.weight").shape == (16, 16)  # tied, but reads something else
 
 
 def test_moments_are_symmetric_float32_and_cover_every_matrix() -> None:
@@ -177,10 +181,10 @@ def test_moments_are_symmetric_float32_and_cover_every_matrix() -> None:
         found = moments(model, BATCHES)
         matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2}
         matrices.pop("model.decoder.embed_positions.weight", None)
-        assert matrices.keys() <= found.inputs.keys() & found.outputs.keys()
+        assert matrices.keys() <= found.reads.keys() & found.outputs.keys()
         transposed = stored_transposed(model)
         for name, p in matrices.items():
-            inputs, outputs = found.inputs[name], found.outputs[name]
+            inputs, outputs = found.hessian(name), found.outputs[name]
             assert inputs.dtype == outputs.dtype == torch.float32
             if inputs.ndim == 1:
                 assert (len(inputs), len(outputs)) == tuple(p.shape)
@@ -190,6 +194,60 @@ def test_moments_are_symmetric_float32_and_cover_every_matrix() -> None:
             torch.testing.assert_close(inputs, inputs.T)
             assert torch.linalg.eigvalsh(inputs.double()).min() > -1e-4
             assert (outputs >= 0).all()
+
+
+def experts(kind: Any, **extra: Any) -> Any:
+    torch.manual_seed(0)
+    config = kind(
+        **SPECIAL,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=32,
+        **extra,
+    )
+    return hf.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "router", "extra"),
+    [(hf.MixtralConfig, "gate", {}), (hf.GptOssConfig, "router", {"head_dim": 4})],
+    ids=["mixtral", "gpt-oss"],
+)
+def test_stacked_experts_share_their_input_with_the_router(
+    kind: Any, router: str, extra: Any
+) -> None:
+    """Also where experts are square, so that shapes do not tell what reads from what writes."""
+    model = experts(kind, **extra)
+    read: list[Tensor] = []
+    mlp = model.model.layers[0].mlp
+    hook = mlp.register_forward_pre_hook(lambda m, args: read.append(args[0].detach()))
+    found = moments(model, BATCHES)
+    hook.remove()
+    masks = [b["attention_mask"].bool() for b in BATCHES]
+    wanted = mean_square([x[mask] for x, mask in zip(read, masks, strict=True)])
+    name = "model.layers.0.mlp"
+    up = found.hessian(f"{name}.experts.gate_up_proj")
+    torch.testing.assert_close(up, wanted, rtol=1e-4, atol=1e-6)
+    assert found.hessian(f"{name}.{router}.weight") is up
+    for unknown in ("experts.down_proj", "experts.down_proj_bias", "experts.gate_up_proj_bias"):
+        assert found.hessian(f"{name}.{unknown}") is None
+    assert f"{name}.experts.gate_up_proj" not in found.outputs
+
+
+def test_sums_are_float32_though_activations_are_not() -> None:
+    """Widened before they are multiplied: 257 has no bfloat16, 256 + 1 summed in bfloat16 stays 256."""
+    model = nn.Linear(1, 1, bias=False)
+    sums = Sums(text=Text(1, 257, None))
+    sums.read("x", model, torch.ones(1, 257, 1, dtype=torch.bfloat16))
+    assert sums.inputs["x"].dtype == torch.float32 and sums.inputs["x"].item() == 257
+    total = sums.inputs["x"]
+    sums.read("x", model, torch.ones(1, 3, 1, dtype=torch.bfloat16))
+    assert sums.inputs["x"] is total and total.item() == 260
 
 
 # --- what is written ---
@@ -265,8 +323,9 @@ def test_the_model_is_left_as_it_was_found(gradients: bool, training: bool) -> N
     model = llama().train(training)
     for i, p in enumerate(model.parameters()):
         p.grad = torch.full_like(p, float(i)) if i % 2 else None
+    model.lm_head.weight.requires_grad_(False)
     held = {n: (p.detach().clone(), p.grad) for n, p in model.named_parameters()}
-    broken = {**BATCHES[1], "labels": BATCHES[1]["labels"][:, :-2]}
+    broken = {**BATCHES[1], "attention_mask": BATCHES[1]["attention_mask"][:, :-2]}
     for batches in (BATCHES, [BATCHES[0], broken]):
         try:
             moments(model, batches, gradients)
@@ -277,16 +336,21 @@ def test_the_model_is_left_as_it_was_found(gradients: bool, training: bool) -> N
         for i, (name, p) in enumerate(model.named_parameters()):
             assert torch.equal(p, held[name][0]) and p.grad is held[name][1]
             assert p.grad is None or (p.grad == i).all()
+            assert p.requires_grad is (name != "lm_head.weight")
         assert model.training is training
-        assert not any(m._forward_hooks for m in model.modules())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert "forward" not in model.lm_head.__dict__
 
 
 def test_without_gradients_there_are_no_output_moments_and_the_same_input_moments() -> None:
     model = llama()
     without, with_ = moments(model, BATCHES, gradients=False), moments(model, BATCHES)
     assert without.outputs == {} and with_.outputs
+    assert without.reads == with_.reads
     for name, x in without.inputs.items():
         torch.testing.assert_close(x, with_.inputs[name], rtol=1e-5, atol=1e-7)
+    unlabelled = [{k: v for k, v in b.items() if k != "labels"} for b in BATCHES]
+    assert moments(model, unlabelled, gradients=False).reads == without.reads
 
 
 def test_layers_that_are_stored_transposed() -> None:

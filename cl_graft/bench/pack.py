@@ -1,0 +1,80 @@
+"""All figures of the pack engine: `cl-graft bench pack`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UnknownName
+from ..models.embedded import cache_root
+from .error import bench_error, tasks
+from .layer import bench_layer
+from .memory import bench_memory
+from .merge import bench_merge
+from .size import bytes_over_theory
+
+PARTS = ("error", "time", "memory", "merge", "bytes")
+
+
+def bench_pack(
+    parts: Sequence[str] = PARTS,
+    data_dir: Path | None = None,
+    threads: int = 2,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """{part: figures with their conditions}, every comparison a ratio within this run.
+
+    Raises UnknownName for a part that does not exist.
+    """
+    found: dict[str, Any] = {}
+    for part in parts:
+        if part not in PARTS:
+            raise UnknownName("part of the benchmark", part, PARTS)
+    torch.set_num_threads(threads)
+    for part in parts:
+        tell(part)
+        found[part] = _MEASURES[part](data_dir)
+    return found
+
+
+def _error(data_dir: Path | None) -> dict[str, Any]:
+    cache = cache_root() / "stages"
+    rows = [bench_error(model, task, 0, cache, data_dir) for model, task in tasks(data_dir)]
+    return {
+        "error_ratio": max(row["error_ratio"] for row in rows),
+        "deltas": rows,
+        "conditions": {
+            "bytes": "10% of the matrices in bf16, for both",
+            "error": "relative, of each layer's output on held-out text, mean over matrices",
+        },
+    }
+
+
+def _merge(data_dir: Path | None) -> dict[str, Any]:
+    runs = [bench_merge(share, dtype) for dtype in ("bfloat16", "float32") for share in (0.05, 0.1)]
+    return {"merge_over_copy": min(run["merge_over_copy"] for run in runs), "runs": runs}
+
+
+def _bytes(data_dir: Path | None) -> dict[str, Any]:
+    from ..skillpack.create import create
+    from .memory import write_random
+
+    with tempfile.TemporaryDirectory(prefix="cl-graft-bench-") as folder:
+        here = Path(folder)
+        write_random(here / "base", 1, seed=0)
+        write_random(here / "tuned", 1, seed=1)
+        create(here / "base", here / "tuned", here / "pack.safetensors", budget="5%")
+        return bytes_over_theory(here / "pack.safetensors")
+
+
+_MEASURES: dict[str, Callable[[Path | None], dict[str, Any]]] = {
+    "error": _error,
+    "time": lambda data_dir: bench_layer(),
+    "memory": lambda data_dir: bench_memory(),
+    "merge": _merge,
+    "bytes": _bytes,
+}

@@ -1,0 +1,96 @@
+"""The benchmark's figures as Markdown, and on disk with what made them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..identity import machine, versions
+
+HEADINGS = ("figure", "value", "conditions")
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """One row a figure; a part that was not measured has none."""
+    rows = [row for part in found for row in _ROWS[part](found[part])]
+    lines = [HEADINGS, ("---", "--:", "---"), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def write(found: dict[str, Any], folder: Path) -> None:
+    """pack.md, pack.json and provenance in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {**versions(), **machine()}
+    (folder / "pack.json").write_text(json.dumps({**found, "made_by": about}, indent=1) + "\n")
+    lines = [
+        "# The pack engine beside a textbook implementation of the paper's scheme",
+        "",
+        markdown(found),
+        "",
+        "Made by `cl-graft bench pack`; every comparison is a ratio within one run.",
+        "",
+        *(f"- {key}: {value}" for key, value in about.items()),
+    ]
+    (folder / "pack.md").write_text("\n".join(lines) + "\n")
+
+
+def _error_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (
+            f"error_ratio, {row['delta']}",
+            f"{row['error_ratio']:.2f}",
+            f"{row['matrices']} matrices, error {row['textbook_error']:.3f} -> {row['error']:.3f}; "
+            f"{row['error_ratio_same_bytes_each']:.2f} at the same bytes in every matrix",
+        )
+        for row in part["deltas"]
+    ]
+
+
+def _time_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    about, mean = part["conditions"], part["mean_error"]
+    told = f"{about['matrices']}; {about['threads']} threads, {about['dtype']}"
+    return [
+        (
+            "time_ratio",
+            f"{part['time_ratio']:.1f}",
+            f"{told}; calibration on {about['calibration']}; "
+            f"error {mean['textbook']:.3f} -> {mean['ours']:.3f}",
+        ),
+        ("time_ratio, no calibration", f"{part['time_ratio_without_calibration']:.1f}", told),
+    ]
+
+
+def _memory_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    runs = ", ".join(
+        f"{r['layers']} layers ({r['checkpoint_mb']:,.0f} MB): {r['extra_mb']:,.0f} MB"
+        for r in part["runs"]
+    )
+    told = f"beyond the largest tensor ({part['largest_tensor_mb']:,.0f} MB in float32); {runs}"
+    return [("peak_extra_mb", f"{part['peak_extra_mb']:,.0f}", told)]
+
+
+def _merge_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (
+            "merge_over_copy",
+            f"{run['merge_over_copy']:.1f}",
+            f"{run['dtype']}, pack of {run['share']:.0%}; "
+            f"the bare matrix product alone {run['product_over_copy']:.1f}",
+        )
+        for run in part["runs"]
+    ]
+
+
+def _bytes_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    told = f"{part['bytes']:,} bytes, {part['theory_bytes']:,} in theory"
+    return [("bytes_over_theory", f"{part['bytes_over_theory']:.4f}", told)]
+
+
+_ROWS = {
+    "error": _error_rows,
+    "time": _time_rows,
+    "memory": _memory_rows,
+    "merge": _merge_rows,
+    "bytes": _bytes_rows,
+}

@@ -1,0 +1,343 @@
+"""`cl-graft pack`: commands on SkillPack files. Parse, call, print; heavy imports wait."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import CLGraftError, UnknownName
+
+if TYPE_CHECKING:
+    from .skillpack.checkpoint import Checkpoint
+    from .skillpack.file import SkillPack
+
+app = typer.Typer(help="Look into SkillPack files, and put them on models.", no_args_is_help=True)
+
+BaseDir = Annotated[Path, typer.Option(help="Hugging Face folder that the pack was made on.")]
+MaybeBase = Annotated[
+    Path | None, typer.Option(help="Hugging Face folder of the base; tells the tensors' roles.")
+]
+PackFile = Annotated[Path, typer.Option(help="SkillPack file.")]
+OutDir = Annotated[Path, typer.Option(help="New folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+@app.command()
+def create(
+    base: BaseDir,
+    tuned: Annotated[Path, typer.Option(help="Hugging Face folder of the tuned model.")],
+    out: Annotated[Path, typer.Option(help="SkillPack file to write.")],
+    method: Annotated[
+        str, typer.Option(help="graftllm-adaptive, or graftllm: the paper's fixed split.")
+    ] = "graftllm-adaptive",
+    budget: Annotated[str, typer.Option(help="Share of the base in bf16, or bytes: 5%, 800MB.")] = (
+        "5%"
+    ),
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of {text} or {prompt, completion} rows; none: data-free."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Rows of the calibration file.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Most tokens of a row.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Rows that go through a layer together.")] = 8,
+    prefix: Annotated[
+        str, typer.Option(help="Layers read what the tuned or the compressed model feeds them.")
+    ] = "tuned",
+    policy: Annotated[
+        Path | None, typer.Option(help="JSON or TOML file with options of the method.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="Name of the skill, for the header.")] = "delta",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Two checkpoint folders to one pack; run it again to continue what was stopped."""
+    from .identity import peak_memory_mb
+    from .progress import bars, interruptible
+    from .skillpack.create import Calibration
+    from .skillpack.create import create as create_pack
+    from .skillpack.policy import read_policy
+    from .skillpack.stream import calibration_batches
+
+    options = read_policy(method, policy)
+    if prefix not in ("tuned", "compressed"):
+        raise UnknownName("prefix", prefix, ["tuned", "compressed"])
+    text = None
+    if calibration is not None:
+        rows = {"samples": samples, "length": length, "batch": batch}
+        text = Calibration(calibration_batches(tuned, calibration, **rows), prefix=prefix)  # type: ignore[arg-type]
+    with interruptible(), bars() as bar:
+        found = create_pack(
+            base,
+            tuned,
+            out,
+            budget=budget,
+            method=method,
+            policy=options,
+            calibration=text,
+            task=task,
+            device=device,
+            progress=lambda what, done: bar(out.name, what, done),
+        )
+    for note in found.notes:
+        typer.echo(note)
+    seconds = ", ".join(f"{kind} {value:.0f} s" for kind, value in found.seconds.items())
+    typer.echo(
+        f"{out}: {found.bytes:,} bytes of {found.limit:,} ({found.bytes / found.limit:.1%})."
+    )
+    typer.echo(f"{seconds}; peak memory {peak_memory_mb():,.0f} MiB.")
+
+
+@app.command()
+def inspect(file: Path, base: MaybeBase = None, json_: Json = False) -> None:
+    """What is in a pack: header, bytes by role, and codec and bytes of every tensor."""
+    found, checkpoint = _load(file, base)
+    roles = _roles(checkpoint)
+    header = {
+        "task": found.task,
+        "method": found.method,
+        "options": found.options,
+        "base": found.base,
+        "versions": found.versions,
+        "digest": found.digest,
+        "added": found.added,
+        "grown": found.grown,
+        "bytes": file.stat().st_size,
+    }
+    tensors = _tensor_rows(found, roles)
+    totals = _role_rows(tensors) if roles else []
+    if json_:
+        typer.echo(json.dumps({**header, "roles": totals, "tensors": tensors}, indent=1))
+        return
+    for key, value in header.items():
+        if value or key not in ("added", "grown"):
+            typer.echo(f"{'bytes on disk' if key == 'bytes' else key:14} {_cell(value)}")
+    if totals:
+        _print(totals, "Bytes by role")
+    _print(tensors if roles else [{k: v for k, v in t.items() if k != "role"} for t in tensors])
+
+
+@app.command()
+def verify(
+    file: Path,
+    base: MaybeBase = None,
+    model: Annotated[
+        str | None, typer.Option(help="Check that the pack is for this base, by name or hub id.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the data an embedded model is trained on.")
+    ] = None,
+) -> None:
+    """Check everything about a pack: checksums, shapes, values, and its base if one is named."""
+    found, checkpoint = _load(file, base)
+    if checkpoint is not None:
+        from .skillpack.folder import check_base
+
+        check_base(checkpoint, found)
+    if model is not None:
+        _check_model(file, model, data_dir)
+    for name in found.tensors:
+        found.delta(name)
+    against = "".join(f", for base {named}" for named in (base, model) if named)
+    typer.echo(f"{file} is whole: {len(found.tensors)} tensors of task {found.task!r}{against}.")
+
+
+@app.command()
+def diff(a: Path, b: Path, base: MaybeBase = None, json_: Json = False) -> None:
+    """Two packs side by side: codec, bytes, and how alike their deltas are."""
+    from .skillpack.compare import compare
+
+    (one, checkpoint), (other, _) = _load(a, base), _load(b, base)
+    found = compare(one, other, _roles(checkpoint))
+    rows, totals = ([row._asdict() for row in part] for part in (found.rows, found.totals))
+    if json_:
+        whole = {"same_base": found.same_base, "totals": totals, "tensors": rows}
+        typer.echo(json.dumps(whole, indent=1))
+        return
+    if not found.same_base:
+        typer.echo("the packs are for different bases; their deltas start from different weights.")
+    unused = {"codec_a", "codec_b", "role"}
+    _print([{k: v for k, v in row.items() if k not in unused} for row in totals], "Totals")
+    _print([{k: v for k, v in row.items() if v or k != "role"} for row in rows])
+
+
+@app.command()
+def apply(base: BaseDir, pack: PackFile, out: OutDir) -> None:
+    """Write base + pack as a Hugging Face folder."""
+    from .skillpack.folder import apply_pack
+
+    found, _ = _load(pack, base)
+    for note in apply_pack(base, found, out):
+        typer.echo(note)
+    typer.echo(f"{out}: {base} with task {found.task!r}.")
+
+
+@app.command()
+def remove(
+    grafted: Annotated[Path, typer.Option(help="Folder that `pack apply` wrote.")],
+    pack: PackFile,
+    base: BaseDir,
+    out: Annotated[Path | None, typer.Option(help="New folder for the base's tensors.")] = None,
+) -> None:
+    """Check bit for bit that a folder is base + pack; with --out, write the base again."""
+    from .skillpack.folder import remove_pack
+
+    found, _ = _load(pack, base)
+    count = remove_pack(grafted, found, base, out)
+    typer.echo(f"{grafted} is {base} with task {found.task!r}: {count} tensors, bit for bit.")
+    if out is not None:
+        typer.echo(f"{out}: the base again, without the pack.")
+
+
+@app.command()
+def export(
+    pack: PackFile,
+    base: BaseDir,
+    out: OutDir,
+    to: Annotated[str, typer.Option(help="peft (a LoRA adapter) or hf (a whole model).")],
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Most ranks of a module; peft only.")
+    ] = None,
+) -> None:
+    """Write a pack in a form that other programs read, and tell what that costs."""
+    if to not in ("peft", "hf"):
+        raise UnknownName("form to export to", to, ["peft", "hf"])
+    if to == "hf":
+        if rank is not None:
+            raise CLGraftError("--rank is for adapters; leave it out, or export --to peft.")
+        return apply(base, pack, out)
+    from .skillpack.export import export_peft
+
+    rows = export_peft(_load(pack, base)[0], base, out, rank)
+    _print([row._asdict() for row in rows])
+    kept = sum(row.rank is not None for row in rows)
+    typer.echo(f"{out}: a LoRA adapter with {kept} of {len(rows)} tensors.")
+    if kept < len(rows):
+        typer.echo("What was left out is in no adapter; --to hf writes all of the pack.")
+    return None
+
+
+# what the commands share
+
+
+def _load(file: Path, base: Path | None) -> tuple[SkillPack, Checkpoint | None]:
+    """The pack and, if a folder is given, its base; only shapes are held against each other."""
+    from .skillpack.checkpoint import Checkpoint
+    from .skillpack.file import SkillPack
+
+    checkpoint = None if base is None else Checkpoint(base)
+    tensors = None if checkpoint is None else checkpoint.tensors
+    shapes = None if tensors is None else {name: info.shape for name, info in tensors.items()}
+    return SkillPack.load(file, shapes=shapes), checkpoint
+
+
+def _roles(checkpoint: Checkpoint | None) -> dict[str, str]:
+    """{tensor of the folder: role}; none without a folder, or where the model does not tell."""
+    if checkpoint is None:
+        return {}
+    from .models.roles import UnclearRoles
+    from .models.skeleton import skeleton
+
+    bones = skeleton(checkpoint.folder)
+    try:
+        return {name: bones.role_of(name) for name in checkpoint.tensors}
+    except UnclearRoles as error:
+        typer.echo(f"no roles: {error}", err=True)
+        return {}
+
+
+def _check_model(file: Path, model: str, data_dir: Path | None) -> None:
+    from .models.load import load
+    from .skillpack.file import SkillPack, WrongBase, fingerprint
+
+    parameters = dict(load(model, data_dir)[0].named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    try:
+        SkillPack.load(file, base=fingerprint(parameters.items()), shapes=shapes)
+    except WrongBase as error:
+        raise WrongBase(f"model {model!r} is not the base of this pack: {error}") from error
+
+
+def _tensor_rows(pack: SkillPack, roles: Mapping[str, str]) -> list[dict[str, Any]]:
+    from .skillpack.codecs import payload_bytes
+
+    sizes = {name: payload_bytes(*encoded.spec) for name, encoded in pack.tensors.items()}
+    total = sum(sizes.values()) or 1
+    rows = []
+    for name, encoded in pack.tensors.items():
+        elements = 1
+        for size in encoded.shape:
+            elements *= size
+        rows.append(
+            {
+                "tensor": name,
+                "role": roles.get(name, ""),
+                "shape": list(encoded.shape),
+                "codec": encoded.codec,
+                "rank": _rank(encoded.meta),
+                "bits": round(8 * sizes[name] / max(elements, 1), 3),
+                "bytes": sizes[name],
+                "share": sizes[name] / total,
+                "elements": elements,
+                "stored as": encoded.meta,
+            }
+        )
+    return rows
+
+
+def _rank(meta: Mapping[str, Any]) -> int | None:
+    if "groups" in meta:
+        return sum(group[0] for group in meta["groups"])
+    return meta.get("rank")
+
+
+def _role_rows(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for role in sorted({tensor["role"] for tensor in tensors}):
+        those = [tensor for tensor in tensors if tensor["role"] == role]
+        ranks = [tensor["rank"] for tensor in those if tensor["rank"] is not None]
+        size, elements = (sum(t[key] for t in those) for key in ("bytes", "elements"))
+        rows.append(
+            {
+                "role": role or "(none)",
+                "tensors": len(those),
+                "codec": ", ".join(sorted({tensor["codec"] for tensor in those})),
+                "ranks": sorted({min(ranks), max(ranks)}) if ranks else [],
+                "bits": round(8 * size / max(elements, 1), 3),
+                "bytes": size,
+                "share": sum(tensor["share"] for tensor in those),
+            }
+        )
+    return rows
+
+
+def _print(rows: list[dict[str, Any]], title: str | None = None) -> None:
+    """A table whose columns are the keys of the rows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = [key for key in keys if key != "elements"]
+    table = Table(*(key.replace("_", " ") for key in keys), title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(_cell(row.get(key), key) for key in keys))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _cell(value: object, key: str = "") -> str:
+    if value is None:
+        return "-"
+    if key == "share":
+        return f"{value:.1%}"
+    if key == "shape" and isinstance(value, Iterable):
+        return "x".join(map(str, value))
+    if key == "ranks" and isinstance(value, list):
+        return " to ".join(map(str, value)) or "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

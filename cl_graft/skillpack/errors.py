@@ -1,0 +1,45 @@
+"""What can be wrong with a SkillPack, each by its own name."""
+
+from __future__ import annotations
+
+from cl_graft.errors import CLGraftError
+
+
+class SkillPackError(CLGraftError):
+    """A pack that cannot be written, read or used."""
+
+
+class PackNotFound(SkillPackError):
+    """There is no such file."""
+
+
+class NotASkillPack(SkillPackError):
+    """A file of another kind."""
+
+
+class TruncatedPack(SkillPackError):
+    """The file ends too early."""
+
+
+class CorruptPack(SkillPackError):
+    """The file is not what `save` wrote."""
+
+
+class UnsupportedVersion(SkillPackError):
+    """A format that this code does not read."""
+
+
+class UnknownCodec(SkillPackError):
+    """A tensor is stored in a way that this code does not know."""
+
+
+class ShapeMismatch(SkillPackError):
+    """A tensor that the base does not have, or not in this shape."""
+
+
+class WrongBase(SkillPackError):
+    """A delta of another base."""
+
+
+class NonFinite(SkillPackError):
+    """NaN or Inf among the values."""

@@ -1,0 +1,290 @@
+"""Packs beside a model: each sample of a batch gets the answers of its own packs, the base stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from cl_graft.skillpack import codecs
+from cl_graft.skillpack.apply import Grafted
+from cl_graft.skillpack.attach import Attached, AttachError, Choice, find_spots
+from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.file import ShapeMismatch, SkillPack, WrongBase, fingerprint
+from cl_graft.skillpack.quant import round_to_nearest
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+END = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **END, tie_word_embeddings=False)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **END, tie_word_embeddings=True)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, **END)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, **END, num_local_experts=4)),
+}
+# beside the largest logit; bfloat16 rounds a layer's base and delta apart, Grafted their sum
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 0.03, torch.float16: 4e-3}
+MIXED: list[int | None | Choice] = [0, 2, None, 1, (0, 2), 0]
+
+
+def make(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[kind]().to(dtype).eval()
+    if (
+        dtype != torch.float32
+    ):  # of two experts about as good, rounding would pick the one or the other
+        for module in model.modules():
+            vars(module).update({"top_k": 4} if hasattr(module, "top_k") else {})
+    return model
+
+
+def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator) * 0.05
+
+
+def some_delta(shape: tuple[int, ...], kind: int, generator: torch.Generator) -> Encoded:
+    """Matrices in each of the five codecs in turn, all else dense: norms, biases, stacked experts."""
+    if len(shape) != 2:
+        return codecs.dense(noise(shape, generator), torch.float32)
+    rows, cols = shape
+    left, right = noise((4, rows), generator), noise((4, cols), generator) * 20
+    if kind == 0:
+        return codecs.low_rank(left.T, right)
+    if kind == 1:
+        sides = [(round_to_nearest(f[:2], 8), round_to_nearest(f[2:], 3)) for f in (left, right)]
+        pairs = list(zip(*sides, strict=True))
+        return codecs.quantized_low_rank(pairs, (rows, cols))
+    if kind == 2:
+        return codecs.sparse_top(noise(shape, generator), rows * cols // 5)
+    if kind == 3:
+        return codecs.sign_scale(noise(shape, generator))
+    return codecs.dense(noise(shape, generator))
+
+
+def packs_for(model: nn.Module, count: int = 3) -> list[SkillPack]:
+    """Packs that touch every parameter, each parameter by another codec in each pack."""
+    base, packs = fingerprint(model.named_parameters()), []
+    for task in range(count):
+        generator = torch.Generator().manual_seed(task)
+        tensors = {
+            name: some_delta(tuple(p.shape), (n + 2 * task) % 5, generator)
+            for n, (name, p) in enumerate(model.named_parameters())
+        }
+        packs.append(SkillPack(tensors, f"task {task}", "test", {}, base))
+    return packs
+
+
+def chosen(packs: list[SkillPack], entry: int | None | Choice) -> list[SkillPack]:
+    return [
+        packs[k] for k in (() if entry is None else entry if isinstance(entry, tuple) else (entry,))
+    ]
+
+
+def batch(rows: int, tokens: int = 7) -> Tensor:
+    return torch.randint(3, 64, (rows, tokens), generator=torch.Generator().manual_seed(9))
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits.float()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", MODELS)
+def test_each_sample_of_a_mixed_batch_gets_what_its_packs_give_in_the_weights(
+    kind: str, dtype: torch.dtype
+) -> None:
+    model = make(kind, dtype)
+    packs, ids = packs_for(model), batch(len(MIXED))
+    base, grafted, expected = logits(model, ids), Grafted(model), []
+    for row, entry in enumerate(MIXED):
+        grafted.activate(chosen(packs, entry))
+        expected.append(logits(model, ids)[row])
+    grafted.unload()
+    with Attached(model, packs) as attached:
+        assert torch.equal(logits(model, ids), base)  # nothing chosen
+        attached.choose(MIXED)
+        mixed = logits(model, ids)
+        for row, entry in enumerate(MIXED):
+            limit = TOLERANCE[dtype] * expected[row].abs().max()
+            assert (mixed[row] - expected[row]).abs().max() <= limit
+            attached.choose(entry)  # one for all: any difference is of a product's batch
+            assert (logits(model, ids)[row] - mixed[row]).abs().max() <= limit
+            if entry is not None:
+                assert (expected[row] - base[row]).abs().max() > 10 * limit
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_detached_modules_are_what_they_were(kind: str) -> None:
+    model, ids = make(kind), batch(2)
+    packs, before = packs_for(model), logits(model, ids)
+    states = {name: dict(m.__dict__) for name, m in model.named_modules()}
+    parameters = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    attached = Attached(model, packs)
+    attached.choose([1, (0, 2)])
+    assert not torch.allclose(logits(model, ids), before)
+    attached.detach()
+    attached.detach()
+    for name, module in model.named_modules():
+        assert "forward" not in module.__dict__
+        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert not module._forward_hooks_always_called and not module._forward_hooks_with_kwargs
+        assert not module._forward_pre_hooks_with_kwargs
+        assert {k: id(v) for k, v in module.__dict__.items()} == {
+            k: id(v) for k, v in states[name].items()
+        }
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name][0] and torch.equal(parameter, parameters[name][1])
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_generation_of_a_mixed_batch_equals_the_separate_ones(kind: str) -> None:
+    """With left padding and a cache; the first sample is the shortest."""
+    model = make(kind)
+    packs, ids = packs_for(model), batch(4, 6)
+    mask = torch.ones_like(ids)
+    ids[0, :3], mask[0, :3] = 0, 0
+    entries: list[int | None | Choice] = [0, None, 2, (1, 2)]
+
+    def generate(rows: slice, beams: int) -> Tensor:
+        more = {"attention_mask": mask[rows], "max_new_tokens": 6, "do_sample": False}
+        return model.generate(ids[rows], num_beams=beams, **more)
+
+    with Attached(model, packs) as attached:
+        for beams in (1, 3):
+            attached.choose(entries, beams=beams)
+            mixed, separate = generate(slice(None), beams), []
+            for row, entry in enumerate(entries):
+                attached.choose(entry)
+                separate.append(generate(slice(row, row + 1), beams))
+            assert mixed.shape == (4, 12)
+            assert torch.equal(mixed, torch.cat(separate))
+        attached.choose(None)
+        assert not torch.equal(generate(slice(None), 1), mixed)
+
+
+def test_the_lowest_module_with_the_samples_apart_is_taken() -> None:
+    tied, experts = make("llama-tied"), make("mixtral")
+    name = "model.embed_tokens.weight"
+    spots = find_spots(tied, {name: dict(tied.named_parameters())[name]})
+    assert {spot.module for spot in spots} == {tied.lm_head, tied.model.embed_tokens}
+    weights = {n: p for n, p in experts.named_parameters() if "layers.0.mlp" in n}
+    assert len(weights) == 3  # a router and two stacks, of which none gets a batch
+    assert [spot.module for spot in find_spots(experts, weights)] == [experts.model.layers[0].mlp]
+
+
+def test_the_base_is_neither_copied_nor_decoded_in_full() -> None:
+    model = make("llama")
+    names = [n for n, p in model.named_parameters() if p.ndim == 2]
+    pack = packs_for(model, 1)[0]
+    low = {
+        n: codecs.low_rank(torch.ones(p.shape[0], 2), torch.ones(2, p.shape[1]))
+        for n, p in model.named_parameters()
+        if n in names
+    }
+    attached = Attached(model, [SkillPack(low, "low", "test", {}, pack.base)])
+    held = [tuple(t.shape) for pair in attached._held[0].values() for t in pair]
+    assert len(held) == 2 * len(names) and all(2 in shape for shape in held)
+
+
+class Pooled(nn.Module):
+    """Reads a parameter where the samples are already summed up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.last(self.table(input_ids).sum((0, 1)))
+
+
+def one_pack(model: nn.Module, name: str, **fields: object) -> SkillPack:
+    shape = dict(model.named_parameters())[name].shape
+    base = fingerprint(model.named_parameters())
+    tensors = {name: codecs.dense(torch.ones(shape))}
+    return SkillPack(
+        **{"tensors": tensors, "task": "a", "method": "m", "options": {}, "base": base, **fields}
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        (AttachError, {}, ("'last.weight'", "cannot be told apart", "Grafted")),
+        (WrongBase, {"base": "f" * 32}, ("'a'", "load the base")),
+        (ShapeMismatch, {"added": ["last.weight"]}, ("cl-graft pack apply",)),
+        (ShapeMismatch, {"grown": {"last.weight": [1, 4]}}, ("cl-graft pack apply",)),
+    ],
+)
+def test_refused_packs_leave_the_model_alone(
+    kind: type[Exception], fields: dict[str, object], words: tuple[str, ...]
+) -> None:
+    model = Pooled()
+    with pytest.raises(kind) as caught:
+        Attached(model, [one_pack(model, "last.weight", **fields)])
+    assert type(caught.value) is kind
+    assert str(caught.value).endswith(".") and all(word in str(caught.value) for word in words)
+    assert all("forward" not in m.__dict__ and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_choices_that_fit_no_pack_or_no_batch_are_refused() -> None:
+    model = make("llama")
+    with Attached(model, packs_for(model, 2)) as attached:
+        for bad in (2, -1, [0, 2], (0, 5), True):
+            with pytest.raises(AttachError, match="no pack has the index"):
+                attached.choose(bad)
+        with pytest.raises(AttachError, match="chooses nothing"):
+            attached.choose([])
+        attached.choose([0, 1])
+        for rows in (1, 3, 4):
+            with pytest.raises(
+                AttachError, match=f"has {rows} samples, but packs were chosen for 2"
+            ):
+                logits(model, batch(rows))
+        attached.choose([0])
+        with pytest.raises(AttachError, match="chosen for 1"):
+            logits(model, batch(2))
+
+
+def test_an_error_within_a_call_leaves_the_weights() -> None:
+    model = make("llama")
+    before = {name: p for name, p in model.named_parameters()}
+    with Attached(model, packs_for(model, 2)) as attached:
+        attached.choose([0, 1])
+        with pytest.raises(IndexError):
+            logits(model, torch.full((2, 3), 64))  # no such token
+        assert all(p is before[name] for name, p in model.named_parameters())
+
+
+def test_a_model_that_needs_another_call_is_given_an_example() -> None:
+    class Scored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(4, 2)
+
+        def forward(self, features: Tensor) -> Tensor:
+            return self.score(features)
+
+    model, x = Scored(), torch.randn(2, 3, 4)
+    pack = one_pack(model, "score.weight")
+    with pytest.raises(AttachError, match="does not run on the example"):
+        Attached(model, [pack])
+    with Attached(model, [pack], example={"features": torch.zeros(3, 2, 4)}) as attached:
+        attached.choose([None, 0])
+        plain = nn.functional.linear(x, model.score.weight, model.score.bias)
+        assert torch.allclose(
+            model(x),
+            plain + torch.tensor([0.0, 1.0])[:, None, None] * x.sum(-1, keepdim=True),
+            atol=1e-6,
+        )

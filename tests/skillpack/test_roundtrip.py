@@ -1,0 +1,325 @@
+"""Every codec against a slow decoder: plain Python that walks the parts bit by bit.
+
+Whatever is encoded (float32, bfloat16, float16; one row, one column, nothing at all), `decode` must
+give what the format says, whether or not the encoder and the decoder agree with each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cl_graft.skillpack import codecs
+from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.quant import BITS, Quantized, round_to_nearest
+
+few = settings(max_examples=40, deadline=None)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+# the reference decoder: whole numbers and fractions only, so that nothing rounds
+
+FORMATS = {"F32": (4, 8, 23), "BF16": (2, 8, 7), "F16": (2, 5, 10)}  # bytes, exponent, mantissa
+
+
+def octets(part: Tensor) -> list[int]:
+    return part.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def bits_of(data: list[int]) -> list[int]:
+    """The lowest bit of the first byte first."""
+    return [byte >> i & 1 for byte in data for i in range(8)]
+
+
+def number(bits: list[int]) -> int:
+    return sum(bit << i for i, bit in enumerate(bits))
+
+
+def floats(data: list[int], dtype: str) -> list[Fraction]:
+    """IEEE 754 by its definition; -0 is 0 here."""
+    size, exponents, mantissas = FORMATS[dtype]
+    found = []
+    for start in range(0, len(data), size):
+        bits = bits_of(data[start : start + size])
+        mantissa, exponent = number(bits[:mantissas]), number(bits[mantissas:-1])
+        assert exponent < 2**exponents - 1, "NaN or Inf"
+        bias = 2 ** (exponents - 1) - 1
+        steps = mantissa + (2**mantissas if exponent else 0)
+        power = max(exponent, 1) - bias - mantissas
+        found.append((-1) ** bits[-1] * steps * Fraction(2) ** power)
+    return found
+
+
+def packed(data: list[int], count: int, width: int) -> list[int]:
+    """`count` values of `width` bits; of wide ones first the low bytes of all, then the rest."""
+    if width > 8:
+        high = packed(data[count:], count, width - 8)
+        return [low + 256 * rest for low, rest in zip(data[:count], high, strict=True)]
+    bits = bits_of(data)
+    assert len(data) == math.ceil(count * width / 8) and not any(bits[count * width :])
+    return [number(bits[i * width : (i + 1) * width]) for i in range(count)]
+
+
+def positions(index: list[int], gap: list[int] | None, numel: int) -> list[int]:
+    if gap is None:
+        return [at for at, bit in enumerate(packed(index, numel, 1)) if bit]
+    width, tokens = gap
+    found, at = [], 0
+    for token in packed(index, tokens, width):
+        at += token
+        if token < 2**width - 1:
+            found.append(at)
+            at += 1
+    return found
+
+
+def take_matrix(
+    codes: list[int], scales: list[Fraction], rows: int, cols: int, width: int, size: int
+) -> dict[tuple[int, int], Fraction]:
+    """{(i, j): value} of one quantised matrix off the front of `codes` and `scales`."""
+    groups = math.ceil(cols / size)
+    used = 1 + math.ceil(width * rows * (cols + groups) / 8)
+    values = packed(codes[1:used], rows * (cols + groups), width)
+    power = Fraction(2) ** (codes[0] - 256 * (codes[0] > 127))
+    found = {}
+    for i, j in itertools.product(range(rows), range(cols)):
+        group = i * groups + j // size
+        found[i, j] = scales[group] * (values[i * cols + j] - values[rows * cols + group]) * power
+    del codes[:used], scales[: rows * groups]
+    return found
+
+
+def reference(encoded: Encoded) -> list[Fraction]:
+    """The delta in row-major order."""
+    meta: dict[str, Any] = encoded.meta
+    parts = {name: octets(part) for name, part in encoded.parts.items()}
+    numel = math.prod(encoded.shape)
+    if encoded.codec == "dense":
+        return floats(parts["values"], meta["dtype"])
+    if encoded.codec == "sparse":
+        where = positions(parts["index"], meta.get("gap"), numel)
+        kept = dict(zip(where, floats(parts["values"], meta["dtype"]), strict=True))
+        return [kept.get(at, Fraction(0)) for at in range(numel)]
+    if encoded.codec == "sign_scale":
+        (scale,) = floats(parts["scale"], "F32")
+        return [scale if bit else -scale for bit in packed(parts["signs"], numel, 1)]
+    rows, cols = encoded.shape
+    places = list(itertools.product(range(rows), range(cols)))
+    if encoded.codec == "low_rank":
+        rank = meta["rank"]
+        left, right = (floats(parts[side], meta["dtype"]) for side in ("left", "right"))
+        return [
+            sum((left[i * rank + k] * right[k * cols + j] for k in range(rank)), Fraction(0))
+            for i, j in places
+        ]
+    codes, scales = parts["codes"], floats(parts["scales"], "F16")
+    delta = dict.fromkeys(places, Fraction(0))
+    if encoded.codec == "quantized":
+        delta |= take_matrix(codes, scales, rows, cols, meta["bits"], meta["group_size"])
+    for rank, width, left_size, right_size in meta.get("groups", []):
+        u = take_matrix(codes, scales, rank, rows, width, left_size)
+        v = take_matrix(codes, scales, rank, cols, width, right_size)
+        for (i, j), k in itertools.product(places, range(rank)):
+            delta[i, j] += u[k, i] * v[k, j]
+    assert not codes and not scales
+    return [delta[place] for place in places]
+
+
+def agrees(encoded: Encoded, exact: bool = True) -> bool:
+    """Whether `decode` gives what the reference gives, and the parts what `layout` foretells.
+
+    Sums of products are rounded to float32 in some order, everything else not at all.
+    """
+    expected = [float(value) for value in reference(encoded)]
+    found = codecs.decode(encoded)
+    assert found.dtype == torch.float32 and tuple(found.shape) == encoded.shape
+    assert codecs.payload_bytes(*encoded.spec) == sum(map(len, map(octets, encoded.parts.values())))
+    if exact:
+        return found.reshape(-1).tolist() == expected
+    slack = 1e-5 * max(map(abs, expected), default=0.0)
+    pairs = zip(found.reshape(-1).tolist(), expected, strict=True)
+    return all(math.isclose(a, b, rel_tol=1e-5, abs_tol=slack) for a, b in pairs)
+
+
+# inputs
+
+ragged = [(1, 1), (1, 9), (9, 1), (5, 7), (8, 8), (0, 4), (4, 0), (0, 0)]
+shapes = st.sampled_from([(), (0,), (1,), (7,), (2, 1, 3), (3, 0, 2), *ragged])
+matrices = st.sampled_from(ragged) | st.tuples(st.integers(1, 9), st.integers(1, 9))
+filled = st.tuples(st.integers(1, 9), st.integers(1, 9))
+dtypes = st.sampled_from(DTYPES)
+seeds = st.integers(0, 10_000)
+widths = pytest.mark.parametrize("width", BITS)
+
+
+def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return (x * 1e-2).to(dtype)
+
+
+def grid(rows: int, cols: int, width: int, size: int, seed: int) -> Quantized:
+    """Any codes, zeros and scales, also those that no quantiser would choose."""
+    g = torch.Generator().manual_seed(seed)
+    groups = math.ceil(cols / size)
+    return Quantized(
+        torch.randint(0, 2**width, (rows, cols), dtype=torch.uint8, generator=g),
+        torch.randn(rows, groups, generator=g).half(),
+        torch.randint(0, 2**width, (rows, groups), dtype=torch.uint8, generator=g),
+        width,
+        size,
+        exponent=seed % 41 - 20,
+    )
+
+
+def test_the_reference_by_hand() -> None:
+    x = torch.tensor([1.5, -0.09375, 2.0**-24, 65504.0])
+    assert floats(octets(x), "F32") == [Fraction(v) for v in x.tolist()]
+    assert floats(octets(x.half()), "F16") == [Fraction(v) for v in x.tolist()]
+    assert floats([0xC0, 0x3F, 0x01, 0x80], "BF16") == [Fraction(3, 2), -(Fraction(2) ** -133)]
+    assert packed([0b11010001, 0b1], 3, 3) == [1, 2, 7]
+    assert positions([0b11110100, 0b00], [2, 5], 10) == [0, 2, 9]  # 0, 1, skip 3, skip 3, 0
+
+
+# round trips
+
+
+@few
+@given(shapes, dtypes, dtypes, seeds)
+def test_dense(shape: tuple[int, ...], source: torch.dtype, kept: torch.dtype, seed: int) -> None:
+    x = normal(shape, seed, source)
+    encoded = codecs.dense(x, kept)
+    assert agrees(encoded)
+    assert torch.equal(codecs.decode(encoded), x.to(kept).float())
+
+
+@few
+@given(shapes, st.sampled_from([0.0, 0.05, 0.5, 1.0]), dtypes, dtypes, seeds)
+def test_sparse(
+    shape: tuple[int, ...], density: float, source: torch.dtype, kept: torch.dtype, seed: int
+) -> None:
+    x = normal(shape, seed, source)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+    encoded = codecs.sparse(x, mask, kept)
+    assert agrees(encoded)
+    assert torch.equal(codecs.decode(encoded), torch.where(mask, x.to(kept).float(), 0.0))
+
+
+def test_sparse_with_both_indices_and_gaps_wider_than_a_byte() -> None:
+    x = normal((50, 40), 0)
+    for step, widest in ((2, 0), (90, 8), (1999, 16)):
+        mask = torch.zeros(2000, dtype=torch.bool)
+        mask[::step] = True
+        encoded = codecs.sparse(x, mask.reshape(x.shape))
+        assert encoded.meta.get("gap", [0])[0] <= widest
+        assert agrees(encoded)
+    wide = {"dtype": "F32", "kept": 2, "gap": [12, 2]}  # tokens 700 and 1000, low bytes first
+    parts = {
+        "values": torch.tensor([1.0, 2.0]),
+        "index": torch.tensor([700 & 255, 1000 & 255, 700 >> 8 | (1000 >> 8) << 4]).byte(),
+    }
+    assert agrees(Encoded("sparse", (2000,), wide, parts))
+
+
+@few
+@given(matrices, st.integers(0, 5), dtypes, dtypes, seeds)
+def test_low_rank(
+    shape: tuple[int, int], rank: int, source: torch.dtype, kept: torch.dtype, seed: int
+) -> None:
+    left, right = normal((shape[0], rank), seed, source), normal((rank, shape[1]), seed, source)
+    encoded = codecs.low_rank(left, right, kept)
+    assert encoded.shape == shape
+    assert agrees(encoded, exact=False)
+
+
+@widths
+@few
+@given(matrices, st.integers(1, 12), seeds)
+def test_quantized(width: int, shape: tuple[int, int], size: int, seed: int) -> None:
+    q = grid(*shape, width, size, seed)
+    encoded = codecs.quantized(q)
+    assert agrees(encoded)
+    assert torch.equal(codecs.decode(encoded), q.dequantize())
+
+
+@widths
+@few
+@given(filled, st.integers(1, 12), dtypes, seeds)
+def test_quantized_weights(
+    width: int, shape: tuple[int, int], size: int, source: torch.dtype, seed: int
+) -> None:
+    """From the weights on: what comes back is near them, half a step of the group at most."""
+    x = normal(shape, seed, source)
+    encoded = codecs.quantized(round_to_nearest(x, width, size, search=False))
+    assert agrees(encoded)
+    miss = (codecs.decode(encoded) - x.float()).abs()
+    for group in range(0, shape[1], size):
+        part = x[:, group : group + size].float()
+        span = part.amax(1).clamp(min=0) - part.amin(1).clamp(max=0)
+        assert (miss[:, group : group + size].amax(1) <= 0.51 * span / (2**width - 1) * 1.01).all()
+
+
+rank_groups = st.tuples(
+    st.integers(0, 3), st.sampled_from(BITS), st.integers(1, 12), st.integers(1, 12)
+)
+
+
+@few
+@given(matrices, st.lists(rank_groups, max_size=3), seeds)
+def test_quantized_low_rank(
+    shape: tuple[int, int], groups: list[tuple[int, int, int, int]], seed: int
+) -> None:
+    pairs = [
+        (grid(rank, shape[0], width, a, seed + i), grid(rank, shape[1], width, b, seed + 2 * i))
+        for i, (rank, width, a, b) in enumerate(groups)
+    ]
+    encoded = codecs.quantized_low_rank(pairs, shape)
+    assert encoded.meta == {"groups": [list(group) for group in groups]}
+    assert len(encoded.parts) == 2
+    assert agrees(encoded, exact=False)
+
+
+@widths
+@few
+@given(filled, st.integers(1, 4), st.integers(1, 12), dtypes, seeds)
+def test_quantized_factors(
+    width: int, shape: tuple[int, int], rank: int, size: int, source: torch.dtype, seed: int
+) -> None:
+    pair = tuple(round_to_nearest(normal((rank, n), seed + n, source), width, size) for n in shape)
+    encoded = codecs.quantized_low_rank([pair], shape)
+    assert agrees(encoded, exact=False)
+    product = pair[0].dequantize().T @ pair[1].dequantize()
+    torch.testing.assert_close(codecs.decode(encoded), product)
+
+
+@few
+@given(shapes, dtypes, seeds, st.none() | st.floats(-10, 10, width=32))
+def test_sign_scale(
+    shape: tuple[int, ...], source: torch.dtype, seed: int, scale: float | None
+) -> None:
+    x = normal(shape, seed, source)
+    encoded = codecs.sign_scale(x, scale)
+    assert agrees(encoded)
+    if scale is None and x.numel():
+        torch.testing.assert_close(encoded.parts["scale"][0], x.float().abs().mean())
+    elif scale is not None:
+        assert torch.equal(codecs.decode(encoded), torch.where(x > 0, scale, -scale).float())
+
+
+@pytest.mark.parametrize("codec", ["dense", "sparse", "sign_scale"])
+def test_extreme_values_come_back_as_they_are(codec: str) -> None:
+    top, small = torch.finfo(torch.float32).max, 2.0**-149
+    x = torch.tensor([[top, -top, small, -small, 2.0**-126, 0.0]])
+    encode = {
+        "dense": lambda: codecs.dense(x, torch.float32),
+        "sparse": lambda: codecs.sparse(x, x != 0, torch.float32),
+        "sign_scale": lambda: codecs.sign_scale(x, top),
+    }
+    assert agrees(encode[codec]())
