@@ -50,8 +50,9 @@ class Spectrum:
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """H plus `damping` times its mean diagonal; what the spectrum and the least squares are taken under."""
-    mean = hessian.diagonal().mean().clamp_min(1e-12)
-    return hessian + damping * mean * torch.eye(len(hessian), device=hessian.device)
+    found = hessian.clone()
+    found.diagonal().add_(damping * hessian.diagonal().mean().clamp_min(1e-12))
+    return found
 
 
 def spectrum(delta: Tensor, hessian: Tensor | None) -> Spectrum:
@@ -159,24 +160,25 @@ def encode(
     results = []
     for m in matrices:
         mine, rights = rights[: len(m.counts)], rights[len(m.counts) :]
-        found = m.spectrum.left(m.delta, hessian if aware else None, sum(m.counts.values()))
-        results.append(_with_left(m, mine, found, hessian, group_size, refit, options))
+        under = hessian if aware else None
+        left = None if refit else m.spectrum.left(m.delta, under, sum(m.counts.values()))
+        results.append(_with_left(m, mine, left, hessian, group_size, options))
     return results
 
 
 def _with_left(
     m: Factored,
     rights: list[Quantized],
-    left: Tensor,
+    left: Tensor | None,
     hessian: Tensor | None,
     group_size: int,
-    refit: bool,
     options: dict[str, Any],
 ) -> Encoded:
+    """left: unquantised, float32 (out, ranks); solved for where it is None."""
     read = torch.cat([right.dequantize() for right in rights])
     seen = read if hessian is None else read @ hessian
     moment = seen @ read.T
-    if refit:
+    if left is None:
         ridge = 1e-6 * moment.diagonal().double().mean().clamp_min(1e-30)
         eye = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
         root = torch.linalg.cholesky((moment.double() + moment.T.double()) / 2 + ridge * eye)

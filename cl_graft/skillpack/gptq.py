@@ -124,7 +124,12 @@ def gptq_many(
     one = each[0] if len(set(each)) == 1 else 0
     top: Top = 2.0**one - 1 if one else tops.to(columns.device)
     job = _job(columns, hessian, damping, act_order, wide, [top] * columns.shape[0], block)
-    codes, scale, zero = _quantise(job, fit, static=act_order and wide > 1, polish=polish)
+    grids: dict[int, Grid] = {}
+    if act_order and wide > 1:  # the turns of a tile's columns come far apart: fit every grid first
+        share, place = job.root.diagonal() ** 2, job.order.argsort()
+        for k, members in enumerate(torch.split(place, wide)):
+            grids[k] = fit(k, job.columns[members], share[members])
+    codes, scale, zero = _quantise(job, grids, fit, polish)
     results, start = [], 0
     for weight, (_, exponent), b in zip(weights, scaled, each, strict=True):
         span = slice(start // tall, start // tall + groups_in(len(weight), tall))
@@ -158,19 +163,15 @@ def gptq_runs(
     scaled = [normalised(part) for part in weight.split(list(runs.values()), 1)]
     powers = [torch.full((x.shape[1],), 2.0**exponent) for x, exponent in scaled]
     unit = torch.cat(powers).to(weight.device)  # exact: powers of two
-    bits = [b for b, count in runs.items() for _ in range(count)]
-
-    def fit(tile: int, columns: Tensor, importance: Tensor) -> Grid:
-        vectors = columns.reshape(-1, tall)
-        weighting = importance.repeat_interleave(tall)
-        return fit_grid(
-            vectors, bits[tile], symmetric=symmetric, search=search, importance=weighting
-        )
-
     columns = _padded(torch.cat([x for x, _ in scaled], 1).T, tall)
-    tops: list[Top] = [2.0**b - 1 for b in bits]
+    options: dict[str, Any] = {"symmetric": symmetric, "search": search}
+    found: list[Grid] = []  # of all columns before the first is rounded: feedback moves them little
+    for b, part in zip(runs, columns.split(list(runs.values())), strict=True):
+        scales, zeros = fit_grid(part.reshape(-1, tall), b, **options)
+        found += zip(scales.view(len(part), -1), zeros.view(len(part), -1), strict=True)
+    tops: list[Top] = [2.0**b - 1 for b, count in runs.items() for _ in range(count)]
     job = _job(columns, unit[:, None] * hessian * unit, damping, False, 1, tops, block)
-    codes, scale, zero = _quantise(job, fit, static=False, polish=polish)
+    codes, scale, zero = _quantise(job, dict(enumerate(found)), None, polish)
     results, start = [], 0
     for (_, exponent), (b, count) in zip(scaled, runs.items(), strict=True):
         run = slice(start, start + count)
@@ -225,15 +226,11 @@ def _job(
     return _Job(columns, damped, root, order, (order // wide).tolist(), tops, wide, block)
 
 
-def _quantise(job: _Job, fit: Fit, *, static: bool, polish: int) -> tuple[Tensor, Tensor, Tensor]:
+def _quantise(
+    job: _Job, grids: dict[int, Grid], fit: Fit | None, polish: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (cols, rows), scale and zero (tiles, rows / tall) in the types they are stored in and
-    in the original order."""
-    grids: dict[int, Grid] = {}
-    place = job.order.argsort()  # where each original column comes in solving order
-    if static:  # the turns of a tile's columns come far apart: fit every grid before the first
-        share = job.root.diagonal() ** 2
-        for k, members in enumerate(torch.split(place, job.wide)):
-            grids[k] = fit(k, job.columns[members], share[members])
+    in the original order. grids: by tile; those that are missing are made by `fit`."""
     values = _solve(job, grids, fit)
     for _ in range(polish):
         _sweep(job, grids, values)
@@ -241,12 +238,12 @@ def _quantise(job: _Job, fit: Fit, *, static: bool, polish: int) -> tuple[Tensor
     for j, (tile, top) in enumerate(zip(job.tiles, job.tops, strict=True)):
         codes[j] = _steps(values[j], grids[tile], top).flatten().byte()
     scale, zero = (torch.stack([grids[k][i] for k in range(len(grids))]) for i in (0, 1))
-    return codes[place], scale.half(), zero.byte()
+    return codes[job.order.argsort()], scale.half(), zero.byte()
 
 
-def _solve(job: _Job, grids: dict[int, Grid], fit: Fit) -> Tensor:
-    """GPTQ: the quantised columns (cols, rows). `grids` is by tile; a tile that has none gets one
-    when the turn comes to its first column, fitted to its columns as the feedback left them."""
+def _solve(job: _Job, grids: dict[int, Grid], fit: Fit | None) -> Tensor:
+    """GPTQ: the quantised columns (cols, rows). A tile that has no grid yet gets one when the turn
+    comes to its first column, fitted to its columns as the feedback left them."""
     columns, root = job.columns, job.root
     values, missing = torch.empty_like(columns), torch.empty_like(columns)
     share, pivots = root.diagonal() ** 2, root.diagonal().tolist()
@@ -256,7 +253,7 @@ def _solve(job: _Job, grids: dict[int, Grid], fit: Fit) -> Tensor:
         inner, mine = root[start:stop, start:stop].T.contiguous(), missing[start:stop]
         for i, j in enumerate(range(start, stop)):
             tile, left = job.tiles[j], terms[j]
-            if tile not in grids:
+            if fit is not None and tile not in grids:
                 span = slice(j, j + job.wide)
                 pushed = terms[span] + root[start:j, span].T @ mine[:i]
                 lower = root[span, span].T

@@ -170,10 +170,15 @@ def _best_grid(
         miss = exact.round().clamp_(0, 2**bits - 1).sub_(exact)
         return miss.square_() @ importance * scale.square()
 
-    costs = cost(scales, zeros)
-    choice = costs.argmin(0, keepdim=True)
-    scale, zero, least = (t.gather(0, choice)[0] for t in (scales, zeros, costs))
+    if len(scales) == 1:
+        scale, zero = scales[0], zeros[0]
+    else:
+        costs = cost(scales, zeros)
+        choice = costs.argmin(0, keepdim=True)
+        scale, zero, least = (t.gather(0, choice)[0] for t in (scales, zeros, costs))
     steps = nearest_codes(x, scale[:, None], zero[:, None], bits) - zero[:, None]
     fitted = (x * steps) @ importance / (steps.square() @ importance)  # NaN where all steps are 0
     fitted = _storable(torch.where(fitted > 0, fitted, scale))
+    if len(scales) == 1:  # at many bits: better but for the rounding of the scale
+        return fitted, zero
     return torch.where(cost(fitted, zero) < least, fitted, scale), zero
