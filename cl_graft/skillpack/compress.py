@@ -18,6 +18,7 @@ from ..errors import OverBudget
 from .calibrate import Moments
 from .codecs import Encoded, Spec, dense, sparse, sparse_top
 from .factorise import Factored, Spectrum, damped, encode, spec_of, spectrum
+from .memory import release
 from .policy import Kind, Plan, Policy, Profile, bins, kept_above, sparse_bytes
 from .shelf import Item, Shelf
 
@@ -131,6 +132,7 @@ def measure(work: _Work) -> dict[str, Profile]:
             worth = work.shelf[key].tensors["worth"]
             profiles[piece.name] = Profile(piece.kind, piece.role, shape, worth)
         done += sum(prod(piece.shape) for piece in group)
+        release()
         work.progress("measuring", done / total)
     return {piece.name: profiles[piece.name] for piece in work.pieces if piece.name in profiles}
 
@@ -284,6 +286,7 @@ def _matrices(work: _Work, plan: Plan) -> dict[str, Spec]:
                 _kept(work, piece, partial(_same, found))
         specs |= {p.name: fetch(work.shelf, p.name).spec for p in wanted}
         done += sum(prod(p.shape) for p in group if p.name in plan.counts)
+        release()
         work.progress("compressing", done / total)
     return specs
 
