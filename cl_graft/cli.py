@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -173,6 +174,8 @@ def main() -> None:
     """Entry point: errors meant for the user are one sentence on stderr and exit code 1."""
     from pydantic import ValidationError
 
+    # Of torchvision, which wants an image library that nothing here uses.
+    warnings.filterwarnings("ignore", message="Failed to load image Python extension")
     try:
         app()
     except CLGraftError as error:

@@ -19,7 +19,7 @@ from .calibrate import Moments
 from .codecs import Encoded, Spec, dense, sparse, sparse_top
 from .factorise import Factored, Spectrum, damped, encode, spec_of, spectrum
 from .memory import release
-from .policy import Kind, Plan, Policy, Profile, bins, kept_above, sparse_bytes
+from .policy import Kind, Plan, Policy, Profile, bins, finer, kept_above, sparse_bytes
 from .shelf import Item, Shelf
 
 Progress = Callable[[str, float], None]
@@ -206,8 +206,8 @@ def _fitting(
 ) -> Plan:
     """The largest plan that, with what is fixed, fits the room; a table's bytes are estimated."""
 
-    def fits(knob: float) -> bool:
-        plan, specs, about = policy.plan(profiles, knob), dict(fixed), 0
+    def left(plan: Plan) -> int:
+        specs, about = dict(fixed), 0
         for name, profile in profiles.items():
             if profile.kind == "matrix" and plan.counts[name]:
                 rows, cols = profile.shape
@@ -216,20 +216,39 @@ def _fitting(
                 least = plan.least.get(name)
                 kept = plan.top[name] if least is None else kept_above(profile.worth, least)
                 about += sparse_bytes(kept, prod(profile.shape))
-        return room.cost(specs) + about <= room.limit
+        return room.limit - room.cost(specs) - about
 
     low, high = policy.start
-    if fits(low):
+    if left(policy.plan(profiles, low)) >= 0:
         return policy.plan(profiles, low)
-    if not fits(high):
+    if left(policy.plan(profiles, high)) < 0:
         raise OverBudget(
             f"the budget {room.text} ({room.limit} bytes) holds not even what the policy must keep; "
             "raise it, or lower the policy's alpha, beta or rank."
         )
     while high - low > 1e-5 * (policy.start[1] - policy.start[0]):
         middle = (low + high) / 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return policy.plan(profiles, high)
+        fits = left(policy.plan(profiles, middle)) >= 0
+        low, high = (low, middle) if fits else (middle, high)
+    return _topped_up(policy, profiles, policy.plan(profiles, high), left, room.limit // 200)
+
+
+def _topped_up(
+    policy: Policy,
+    profiles: Mapping[str, Profile],
+    plan: Plan,
+    left: Callable[[Plan], int],
+    enough: int,
+) -> Plan:
+    """Half a rank here and there, until no more than `enough` bytes are left over."""
+    for name in policy.may_grow(profiles):
+        while left(plan) > enough:
+            before = plan.counts[name]
+            plan.counts[name] = finer(before)
+            if plan.counts[name] == before or left(plan) < 0:
+                plan.counts[name] = before
+                break
+    return plan
 
 
 def _tables(

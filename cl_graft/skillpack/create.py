@@ -80,13 +80,13 @@ def create(
     """
     seconds: dict[str, float] = {}
     policy = policy or METHODS[method]()
+    before, after = Checkpoint(base), Checkpoint(tuned)
+    allowed = Budget(budget, sum(prod(before.tensors[n].shape) for n in before.floating))
     with _timed(seconds, "pair"):
         progress("comparing the checkpoints", 0.0)
-        pairing, bones = pair(Checkpoint(base), Checkpoint(tuned)), skeleton(tuned)
-        fingerprint = pairing.base.fingerprint()
+        pairing, bones = pair(before, after), skeleton(tuned)
+        fingerprint = before.fingerprint()
     notes = list(pairing.notes)
-    parameters = sum(prod(pairing.base.tensors[n].shape) for n in pairing.base.floating)
-    allowed = Budget(budget, parameters)
     options = {"budget": budget, "calibrated": calibration is not None, **_plain(policy)}
     fields: dict[str, Any] = {
         "task": task,
@@ -152,7 +152,8 @@ def _tied_head(bones: Skeleton, key: str) -> str | None:
     embedding = bones.model.get_input_embeddings()
     if head is None or embedding is None or head.weight is not embedding.weight:
         return None
-    if bones.role_of(key) != "embedding":
+    name = bones.parameter_of(key)
+    if name is None or bones.model.get_parameter(name) is not embedding.weight:
         return None
     return next(f"{n}.weight" for n, module in bones.model.named_modules() if module is head)
 

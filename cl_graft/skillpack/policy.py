@@ -89,6 +89,10 @@ class Policy(ABC):
     def plan(self, profiles: Mapping[str, Profile], knob: float) -> Plan:
         """What is kept of every tensor; the pack only gets smaller as the knob rises."""
 
+    def may_grow(self, profiles: Mapping[str, Profile]) -> list[str]:
+        """Matrices that may have what is left over, the smallest first; none for a fixed policy."""
+        return []
+
 
 @dataclass(frozen=True)
 class Adaptive(Policy):
@@ -112,6 +116,10 @@ class Adaptive(Policy):
             elif p.kind == "table":
                 plan.top[name] = int((self.alpha or 0) * math.prod(p.shape))
         return plan
+
+    def may_grow(self, profiles: Mapping[str, Profile]) -> list[str]:
+        free = [n for n, p in profiles.items() if p.kind == "matrix" and p.worth.sum() > 0]
+        return sorted(free, key=lambda name: math.prod(profiles[name].shape))
 
     def _limited(self, p: Profile) -> Tensor:
         """Beyond the limits a rank counts as worthless, so that no bits are spent there."""
@@ -166,8 +174,7 @@ class Paper(Policy):
 
     def _divided(self, ranks: int) -> Counts:
         ends = torch.tensor(list(self.split.values())).cumsum(0).mul(ranks).round().int().tolist()
-        if ranks and not ends[0]:
-            ends[0] = 1  # the first rank is never one of the cheapest
+        ends = [max(end, min(1, ranks)) for end in ends]  # the first is never one of the cheapest
         counts = {b: max(0, e - s) for b, s, e in zip(self.split, [0, *ends], ends, strict=False)}
         return {b: k for b, k in counts.items() if k}
 
@@ -178,6 +185,16 @@ def _require(right: bool, name: str, value: object, wanted: str) -> None:
 
 
 METHODS: dict[str, type[Policy]] = {"graftllm-adaptive": Adaptive, "graftllm": Paper}
+
+
+def finer(counts: Counts) -> Counts:
+    """The first of the least precise ranks raised to the next precision; the same where there is none to raise."""
+    for bits in sorted(counts):
+        above = min((b for b in BITS if b > bits), default=None)
+        if above is not None:
+            changed = {**counts, bits: counts[bits] - 1, above: counts.get(above, 0) + 1}
+            return {b: k for b, k in sorted(changed.items(), reverse=True) if k}
+    return counts or {min(BITS): 1}
 
 
 def bins(worth: Tensor) -> Tensor:

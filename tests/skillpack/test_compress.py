@@ -1,0 +1,147 @@
+"""One budget for all tensors: met from below, spent where it buys the most, the same after a kill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cl_graft.errors import OverBudget
+from cl_graft.skillpack.calibrate import Moments
+from cl_graft.skillpack.codecs import decode, payload_bytes
+from cl_graft.skillpack.compress import Piece, Room, compress, fetch
+from cl_graft.skillpack.policy import Adaptive, Paper
+
+SHAPES = {
+    "embed.weight": ((96, 32), "embedding"),
+    "q.weight": ((32, 32), "attention"),
+    "k.weight": ((16, 32), "attention"),
+    "up.weight": ((64, 32), "mlp"),
+    "down.weight": ((32, 64), "mlp"),
+    "experts": ((4, 16, 32), "mlp"),
+    "norm.weight": ((32,), "norm"),
+    "head.weight": ((96, 32), "head"),
+}
+READS = {"q.weight": "x", "k.weight": "x", "up.weight": "y", "down.weight": "z"}
+
+
+def deltas(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        n: torch.randn(shape, generator=g) * torch.logspace(0, -1.5, shape[-1]) * 1e-2
+        for n, (shape, _) in SHAPES.items()
+    }
+
+
+def pieces(found):
+    return [Piece(n, tuple(x.shape), SHAPES[n][1], x.clone) for n, x in found.items()]
+
+
+def moments(gradients=True):
+    g = torch.Generator().manual_seed(1)
+    inputs = {}
+    for name, width in (("x", 32), ("y", 32), ("z", 64), ("h", 32)):
+        x = torch.randn(256, width, generator=g) * torch.logspace(0, -1, width)
+        inputs[name] = x.T @ x / len(x)
+    inputs["tokens"] = torch.rand(96, generator=g) / 96
+    reads = {**READS, "head.weight": "h", "embed.weight": "tokens"}
+    outputs = {}
+    if gradients:
+        outputs = {n: torch.full((SHAPES[n][0][0],), 1e-3) for n in READS}
+        outputs |= {"head.weight": torch.full((96,), 1e-4), "embed.weight": torch.full((32,), 1e-3)}
+    return Moments(inputs, reads, outputs)
+
+
+def room(limit):
+    return Room(lambda specs: sum(payload_bytes(*s) for s in specs.values()), limit, f"{limit}B")
+
+
+WHOLE = 2 * sum(x.numel() for x in deltas().values())
+
+
+@pytest.mark.parametrize("policy", [Adaptive(), Paper(), Adaptive(alpha=0.02), Adaptive(rank=4)])
+@pytest.mark.parametrize("known", ["nothing", "inputs", "gradients"])
+@pytest.mark.parametrize("share", [0.08, 0.3])
+def test_the_budget_is_met_from_below(policy, known, share):
+    known = {"nothing": Moments(), "inputs": moments(False), "gradients": moments()}[known]
+    limit, shelf = int(share * WHOLE), {}
+    specs = compress(pieces(deltas()), known, policy, room(limit), shelf)
+    used = sum(payload_bytes(*fetch(shelf, name).spec) for name in specs)
+    assert used <= limit
+    if policy == Adaptive():
+        assert used >= 0.99 * limit
+    assert list(specs) == [name for name in SHAPES if name in specs]  # in the order given
+    assert specs["norm.weight"][0] == "dense"
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.4])
+def test_a_matrix_alone_meets_it_within_a_hundredth(share):
+    delta = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    limit, shelf = int(share * 2 * delta.numel()), {}
+    specs = compress(
+        [Piece("w", (256, 256), "mlp", delta.clone)], Moments(), Adaptive(), room(limit), shelf
+    )
+    assert 0.99 * limit <= payload_bytes(*specs["w"]) <= limit
+
+
+def test_more_bytes_less_error():
+    found, errors = deltas(), []
+    for share in (0.05, 0.1, 0.2, 0.4):
+        shelf = {}
+        specs = compress(pieces(found), Moments(), Adaptive(), room(int(share * WHOLE)), shelf)
+        rebuilt = {n: decode(fetch(shelf, n)) if n in specs else 0 * x for n, x in found.items()}
+        errors.append(sum((found[n] - rebuilt[n]).square().sum().item() for n in found))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2 * errors[0]
+
+
+def test_bytes_go_to_the_matrix_whose_output_matters_more():
+    first, last = moments(), moments()
+    last.outputs["down.weight"] = 100 * last.outputs["down.weight"]
+    used = []
+    for known in (first, last):
+        specs = compress(pieces(deltas()), known, Adaptive(), room(int(0.15 * WHOLE)), {})
+        used.append(payload_bytes(*specs["down.weight"]))
+    assert used[1] > used[0]
+
+
+def test_a_budget_that_holds_nothing_is_refused():
+    with pytest.raises(OverBudget, match="10B"):
+        compress(pieces(deltas()), moments(), Adaptive(), room(10), {})
+    with pytest.raises(OverBudget, match="lower the policy's"):
+        compress(pieces(deltas()), moments(), Paper(rank=16, beta=1.0), room(2000), {})
+
+
+class Mortal(dict):
+    """A shelf that dies after so many items."""
+
+    def __init__(self, lives):
+        super().__init__()
+        self.lives = lives
+
+    def __setitem__(self, key, item):
+        if self.lives == 0:
+            raise KeyboardInterrupt
+        self.lives -= 1
+        super().__setitem__(key, item)
+
+
+@pytest.mark.parametrize("policy", [Adaptive(), Paper()])
+def test_a_kill_at_any_point_changes_no_byte_and_finished_work_is_not_done_again(policy):
+    whole = {}
+    specs = compress(pieces(deltas()), moments(), policy, room(int(0.12 * WHOLE)), whole)
+    for lives in range(len(whole)):
+        shelf = Mortal(lives)
+        with pytest.raises(KeyboardInterrupt):
+            compress(pieces(deltas()), moments(), policy, room(int(0.12 * WHOLE)), shelf)
+        shelf.lives = len(whole)
+        again = compress(pieces(deltas()), moments(), policy, room(int(0.12 * WHOLE)), shelf)
+        assert again == specs
+        for name in specs:
+            one, other = fetch(whole, name).parts, fetch(shelf, name).parts
+            assert all(torch.equal(one[part], other[part]) for part in one)
+    touched = []
+    watched = [
+        Piece(p.name, p.shape, p.role, lambda p=p: touched.append(p.name) or p.delta())
+        for p in pieces(deltas())
+    ]
+    compress(watched, moments(), policy, room(int(0.12 * WHOLE)), whole)
+    assert not touched
