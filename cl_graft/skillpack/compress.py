@@ -28,7 +28,7 @@ SMALLEST_SIDE = 4  # a matrix narrower than this has nothing to factorise
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of a delta. delta: gives it, float32 and finite, when its turn comes.
+    """One tensor of a delta. delta: gives it, float32 and finite, when its turn comes; it is not written to.
 
     transposed: a matrix stored (in, out). head: name of the head that this embedding also serves as.
     whole: kept as it is, in bf16. present: in the pack even where nothing of it is worth keeping.
@@ -139,8 +139,8 @@ def measure(work: _Work) -> dict[str, Profile]:
 
 def _measured(work: _Work, piece: Piece, hessian: Tensor | None) -> Item:
     if piece.kind == "table":
-        delta = piece.delta().to(work.device)
-        worth = delta.float().square_().mul_(importance(piece, delta, work.moments))
+        delta = piece.delta().to(work.device, torch.float32)
+        worth = delta.square().mul_(importance(piece, delta, work.moments))
         return Item({"worth": bins(worth).cpu()}, {})
     found = spectrum(work.delta(piece), hessian)
     scale = _slope(work.moments, piece.name)

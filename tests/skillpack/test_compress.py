@@ -83,6 +83,22 @@ def test_a_matrix_alone_meets_it_within_a_hundredth(share):
     assert 0.99 * limit <= payload_bytes(*specs["w"]) <= limit
 
 
+def test_the_deltas_are_left_as_they_are():
+    found, before = deltas(), deltas()
+    own = [Piece(n, tuple(x.shape), SHAPES[n][1], lambda x=x: x) for n, x in found.items()]
+    for policy in (Adaptive(), Paper()):
+        compress(own, moments(), policy, room(int(0.2 * WHOLE)), {})
+    assert all(torch.equal(found[n], before[n]) for n in before)
+
+
+def test_entries_of_embedding_and_head_are_kept_where_they_are_worth_it():
+    known = moments()
+    for name in ("embed.weight", "head.weight"):
+        known.outputs[name] = 100 * known.outputs[name]
+    specs = compress(pieces(deltas()), known, Adaptive(), room(int(0.2 * WHOLE)), {})
+    assert all(specs[name][2]["kept"] > 100 for name in ("embed.weight", "head.weight"))
+
+
 def test_more_bytes_less_error():
     found, errors = deltas(), []
     for share in (0.05, 0.1, 0.2, 0.4):
