@@ -60,7 +60,7 @@ def create(
     from .skillpack.create import Calibration
     from .skillpack.create import create as create_pack
     from .skillpack.policy import read_policy
-    from .skillpack.stream import calibration_batches
+    from .skillpack.text import calibration_batches
 
     options = read_policy(method, policy)
     if prefix not in ("tuned", "compressed"):

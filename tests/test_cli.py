@@ -17,9 +17,10 @@ import pytest
 import typer
 
 from cl_graft import PerformanceMatrix, SkillPack, plugins
-from cl_graft.cli import _interruptible, main
+from cl_graft.cli import main
 from cl_graft.models.embedded import SPECS
 from cl_graft.models.load import load
+from cl_graft.progress import interruptible
 
 pytestmark = pytest.mark.xdist_group("cli")
 
@@ -128,7 +129,7 @@ def test_list_shows_every_name_with_a_line_on_it(call: Call) -> None:
 def test_list_verbose_shows_options_as_they_are_set(call: Call) -> None:
     done = call("list", "strategies", "--verbose")
     assert '--set lora.convention="trained_on"' in done.out
-    assert "--set graftllm.group_size=128" in done.out
+    assert '--set graftllm.policy="graftllm-adaptive"' in done.out
 
 
 # --- a run -------------------------------------------------------------------------------------
@@ -431,7 +432,7 @@ def test_a_report_that_cannot_be_written(finished: Finished, call: Call, tmp_pat
 
 def test_sigterm_is_answered_like_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(typer.Exit) as ended, _interruptible():
+    with pytest.raises(typer.Exit) as ended, interruptible():
         os.kill(os.getpid(), signal.SIGTERM)
         signal.sigtimedwait([], 5)
     assert ended.value.exit_code == 130

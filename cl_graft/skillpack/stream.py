@@ -9,15 +9,11 @@ time, in a fixed order. Between units only the micro-batches' hidden states and 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from threading import Semaphore, Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +23,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from ..errors import CLGraftError
 from ..models.roles import decoder_layers
 from ..models.skeleton import Read, Skeleton
-from ..models.text import encode
 from .calibrate import Batch, Moments, Sums, backward, forward, headless, moments, text_of, watched
 from .checkpoint import Checkpoint
+from .lockstep import Lockstep
 
 Sink = Callable[[str, Tensor], None]
 
@@ -317,81 +313,6 @@ def _in_several(units: Sequence[Unit]) -> set[str]:
     return found
 
 
-class _Stopped(BaseException):
-    """Thrown into the threads that still wait when one has failed; no library's `except Exception` holds it."""
-
-
-@dataclass
-class _Lane:
-    go: Semaphore = field(default_factory=lambda: Semaphore(0))
-    back: Semaphore = field(default_factory=lambda: Semaphore(0))
-    thread: Thread | None = None
-    done: bool = False
-
-
-@dataclass
-class Lockstep:
-    """Jobs that take turns: each runs, alone, until it calls `pause`, and goes on when all others have done so."""
-
-    current: int = 0  # the job whose turn it is
-    _lanes: list[_Lane] = field(default_factory=list)
-    _errors: list[BaseException] = field(default_factory=list)
-    _stopping: bool = False
-
-    def run(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Returns when all have ended. Raises the first error in any of them, when all have been stopped."""
-        self._lanes = [_Lane() for _ in jobs]
-        for lane, job in zip(self._lanes, jobs, strict=True):
-            lane.thread = Thread(target=self._work, args=(lane, job), daemon=True)
-        try:
-            while any(not lane.done for lane in self._lanes):
-                for turn, lane in enumerate(self._lanes):
-                    self.current = turn
-                    if not lane.done:
-                        self._resume(lane)
-        finally:
-            self._stop()
-
-    def pause(self) -> None:
-        """Called in a job."""
-        if self._stopping:
-            raise _Stopped
-        lane = self._lanes[self.current]
-        lane.back.release()
-        lane.go.acquire()
-        if self._stopping:
-            raise _Stopped
-
-    def _resume(self, lane: _Lane) -> None:
-        assert lane.thread is not None
-        if lane.thread.ident is None:
-            lane.thread.start()
-        else:
-            lane.go.release()
-        lane.back.acquire()
-        if self._errors:
-            raise self._errors[0]
-
-    def _work(self, lane: _Lane, job: Callable[[], None]) -> None:
-        try:
-            job()
-        except _Stopped:
-            pass
-        except BaseException as error:
-            self._errors.append(error)
-        finally:
-            lane.done = True
-            lane.back.release()
-
-    def _stop(self) -> None:
-        """Ends what has not ended, one thread after the other."""
-        self._stopping = True
-        for lane in self._lanes:
-            if lane.thread is not None and lane.thread.ident is not None:
-                lane.go.release()
-                lane.thread.join()
-
-
 # --- backwards, layer by layer ---
 
 
@@ -413,90 +334,3 @@ def _reloading(units: Sequence[Unit], loader: _Loader) -> Iterator[None]:
         for unit in units:
             del unit.module.forward
         loader.drop()
-
-
-# --- text ---
-
-
-def calibration_batches(
-    tokenizer_folder: str | os.PathLike[str],
-    jsonl_path: str | os.PathLike[str],
-    *,
-    samples: int,
-    length: int,
-    batch: int,
-) -> list[dict[str, Tensor]]:
-    """The first `samples` rows of a JSONL file, at most `length` tokens each, as batches of `batch` rows.
-
-    Rows are {"text": ...}, every token of which is a label, or {"prompt": ..., "completion": ...}, where
-    the completion's are (the prompt's are -100). Batches hold input_ids, attention_mask and labels, int64
-    (rows, tokens), padded on the right; rows are sorted by length, so that little is padded. Raises
-    CLGraftError with the file and the line for a row that is neither, and for a file without rows.
-    """
-    from transformers import AutoTokenizer
-
-    if min(samples, length, batch) < 1 or length < 2:
-        raise CLGraftError(
-            f"calibration needs samples >= 1, length >= 2 and batch >= 1; got {samples}, {length} and {batch}."
-        )
-    rows = _rows(Path(jsonl_path), samples)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
-    except Exception as error:  # each kind of tokenizer has errors of its own
-        raise CLGraftError(
-            f"{tokenizer_folder} has no readable tokenizer ({type(error).__name__}); give a whole model folder."
-        ) from error
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    encoded = sorted((_encoded(tokenizer, row, length) for row in rows), key=lambda e: len(e[0]))
-    return [_padded(encoded[i : i + batch], pad or 0) for i in range(0, len(encoded), batch)]
-
-
-def _rows(path: Path, most: int) -> list[dict[str, str]]:
-    rows: list[dict[str, str]] = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip() and len(rows) < most:
-                    rows.append(_row(line, f"{path}, line {number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CLGraftError(
-            f"{path} cannot be read as text ({error}); give a JSONL file."
-        ) from error
-    if not rows:
-        raise CLGraftError(f"{path} has no rows; give a JSONL file with a text on each line.")
-    return rows
-
-
-def _row(line: str, where: str) -> dict[str, str]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise CLGraftError(f"{where} is not JSON ({error}); write one object a line.") from error
-    for fields in (("text",), ("prompt", "completion")):
-        if isinstance(row, dict) and all(isinstance(row.get(f), str) for f in fields):
-            if row[fields[-1]]:
-                return {f: row[f] for f in fields}
-            raise CLGraftError(f"{where} has an empty {fields[-1]!r}; fill it or drop the line.")
-    raise CLGraftError(
-        f'{where} is not {{"text": "..."}} nor {{"prompt": "...", "completion": "..."}}; mend it.'
-    )
-
-
-def _encoded(tokenizer: Any, row: dict[str, str], length: int) -> tuple[list[int], int]:
-    """Token ids, and how many of them are the prompt's."""
-    if "text" in row:
-        return tokenizer(row["text"])["input_ids"][:length], 0
-    head, tail = encode(tokenizer, row["prompt"], row["completion"], length)
-    tail = [token for token in tail if token is not None]  # no end where the tokenizer has none
-    return head + tail, len(head)
-
-
-def _padded(rows: Sequence[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.full((len(rows), width), pad)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for i, (tokens, prompt) in enumerate(rows):
-        ids[i, : len(tokens)] = torch.tensor(tokens)
-        mask[i, : len(tokens)] = 1
-        labels[i, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -274,6 +276,21 @@ def test_a_killed_command_is_continued_by_the_same_command(nano, tmp_path: Path)
     assert run(*words, out).returncode == 0
     assert out.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.work"))
+
+
+def test_the_commands_of_the_readme(nano, tmp_path: Path, monkeypatch) -> None:
+    base, after, text = nano
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", readme, re.S) if "pack remove" in b)
+    monkeypatch.chdir(tmp_path)
+    for source, name in ((base, "llama"), (after, "llama-math"), (text, "math.jsonl")):
+        (tmp_path / name).symlink_to(source)
+    create(base, after, tmp_path / "code.safetensors", budget="40%", method="graftllm")
+    for line in block.strip().split("\n"):
+        words = shlex.split(line.replace("--budget 5%", "--budget 40%"), comments=True)
+        assert words[:2] == ["cl-graft", "pack"]
+        found = run(*words[2:])
+        assert found.returncode == 0, (line, found.stderr)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from cl_graft.models.roles import decoder_layers
 from cl_graft.models.skeleton import Skeleton, skeleton
 from cl_graft.skillpack.calibrate import Moments, moments
 from cl_graft.skillpack.checkpoint import Checkpoint
-from cl_graft.skillpack.stream import Lockstep, calibration_batches, stream_moments
+from cl_graft.skillpack.lockstep import Lockstep
+from cl_graft.skillpack.stream import stream_moments
+from cl_graft.skillpack.text import calibration_batches
 
 SPECIAL = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SHAPE = {
