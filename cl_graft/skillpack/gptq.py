@@ -234,10 +234,13 @@ def _quantise(
     values = _solve(job, grids, fit)
     for _ in range(polish):
         _sweep(job, grids, values)
-    codes = torch.empty_like(values, dtype=torch.uint8)
-    for j, (tile, top) in enumerate(zip(job.tiles, job.tops, strict=True)):
-        codes[j] = _steps(values[j], grids[tile], top).flatten().byte()
     scale, zero = (torch.stack([grids[k][i] for k in range(len(grids))]) for i in (0, 1))
+    codes = torch.empty_like(values, dtype=torch.uint8)
+    for start in range(0, len(values), job.block):
+        tile = torch.tensor(job.tiles[start : start + job.block], device=values.device)
+        part = values[start : start + job.block].view(len(tile), scale.shape[1], -1)
+        steps = (part / scale[tile, :, None]).add_(zero[tile, :, None])  # on the grid already
+        codes[start : start + job.block] = steps.round_().flatten(1).byte()
     return codes[job.order.argsort()], scale.half(), zero.byte()
 
 

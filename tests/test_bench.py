@@ -1,0 +1,106 @@
+"""The benchmark's parts at a small size: what they report, and that the textbook is a fair one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cl_graft.bench import textbook
+from cl_graft.bench.error import bench_error
+from cl_graft.bench.layer import bench_layer, relative
+from cl_graft.bench.merge import bench_merge
+from cl_graft.bench.size import bytes_over_theory
+from cl_graft.bench.table import markdown, write
+from cl_graft.skillpack.codecs import dense, quantized_low_rank, sparse
+from cl_graft.skillpack.file import SkillPack
+from cl_graft.skillpack.gptq import gptq
+from cl_graft.skillpack.quant import round_to_nearest
+
+
+def moment(cols, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(512, cols, generator=g) @ torch.randn(cols, cols, generator=g)
+    return x, x.T @ x / len(x)
+
+
+def test_the_textbooks_gptq_is_gptq():
+    """Far below rounding to nearest, and as good as our solver with the same grids and no extras."""
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
+    x, hessian = moment(64)
+    plain = {"search": False, "polish": 0, "act_order": True, "group_size": 128}
+    ours = relative(x, weight, gptq(weight, hessian, 3, **plain).dequantize())
+    theirs = relative(x, weight, textbook.gptq(weight, hessian, 3))
+    nearest = relative(x, weight, round_to_nearest(weight, 3, 128, search=False).dequantize())
+    assert theirs == pytest.approx(ours, rel=0.05)
+    assert theirs < 0.7 * nearest
+
+
+def test_the_textbook_is_held_to_the_same_bytes():
+    shape, budget = (96, 128), 0.1 * 2 * 96 * 128
+    counts = textbook.ranks_within(shape, budget)
+    used = sum(textbook.stored(shape, k, bits) for bits, k in counts.items())
+    more = {**counts, 2: counts[2] + 2}
+    assert used <= budget < sum(textbook.stored(shape, k, bits) for bits, k in more.items())
+    assert counts[8] == 1 and list(counts) == [8, 4, 2]
+
+
+def test_more_ranks_bring_the_textbook_to_the_delta():
+    delta = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
+    x, hessian = moment(48)
+    errors = [
+        relative(x, delta, textbook.compress(delta, hessian, counts))
+        for counts in ({8: 4}, {8: 16}, {8: 32})
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02
+
+
+def test_a_layer_is_compressed_by_both_at_the_same_bytes():
+    found = bench_layer(hidden=128, inner=256, samples=16, length=32)
+    assert found["mean_error"]["ours"] < found["mean_error"]["textbook"] < 1
+    assert found["time_ratio"] > 0 and found["conditions"]["matrices"].startswith("4 of 128x128")
+
+
+def test_the_error_on_a_trained_delta(tiny_scenario, tmp_path):
+    row = bench_error("nano-llama", tiny_scenario.tasks[0], 0, tmp_path)
+    assert 0 < row["error"] < row["textbook_error"] < 1 and row["matrices"] == 14
+
+
+def test_bytes_over_theory_by_hand(tmp_path):
+    """8 values of 16 bits; 1 of 64 positions, log2(64) bits; two 4-bit factors of 1 x 64 with one group each."""
+    x = torch.zeros(8, 8)
+    x[3, 3] = 1.0
+    q = round_to_nearest(torch.randn(1, 64), 4, 64)
+    tensors = {
+        "norm": dense(torch.ones(8)),
+        "table": sparse(x, x > 0),
+        "matrix": quantized_low_rank([(q, q)], (64, 64)),
+    }
+    pack = SkillPack(tensors, task="t", method="m", options={}, base="0" * 32)
+    size = pack.save(tmp_path / "p.safetensors")
+    theory = (8 * 16 + (16 + 6) + 2 * (64 * 4 + 20)) / 8
+    found = bytes_over_theory(tmp_path / "p.safetensors")
+    assert found["theory_bytes"] == round(theory)
+    assert found["bytes_over_theory"] == pytest.approx(size / theory)
+
+
+def test_the_table_has_a_row_for_every_figure(tmp_path):
+    found = {
+        "time": bench_layer(hidden=64, inner=128, samples=8, length=16),
+        "merge": {"runs": [bench_merge(0.05, "float32", ((64, 64), (64, 128)), repeats=1)]},
+    }
+    text = markdown(found)
+    assert text.count("\n") == 4 and "merge_over_copy" in text and "time_ratio" in text
+    write(found, tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "pack.json").read_text())
+    assert made["made_by"]["torch"] == torch.__version__
+    assert text in (tmp_path / "out" / "pack.md").read_text()
+
+
+def test_a_misspelt_part_is_answered_with_the_nearest():
+    words = [sys.executable, "-m", "cl_graft", "bench", "pack", "--only", "tyme"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "did you mean time" in done.stderr
