@@ -6,7 +6,7 @@ when their turn comes, and what is finished goes onto a shelf (shelf.py), where 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -23,6 +23,7 @@ from .policy import Kind, Plan, Policy, Profile, bins, finer, kept_above, sparse
 from .shelf import Item, Shelf
 
 Progress = Callable[[str, float], None]
+TABLE_CHUNK = 1 << 22  # entries of a table that are weighed at a time
 SMALLEST_SIDE = 4  # a matrix narrower than this has nothing to factorise
 
 
@@ -140,8 +141,8 @@ def measure(work: _Work) -> dict[str, Profile]:
 def _measured(work: _Work, piece: Piece, hessian: Tensor | None) -> Item:
     if piece.kind == "table":
         delta = piece.delta().to(work.device, torch.float32)
-        worth = delta.square().mul_(importance(piece, delta, work.moments))
-        return Item({"worth": bins(worth).cpu()}, {})
+        parts = (bins(part).cpu() for part in _worth(piece, delta, work.moments))
+        return Item({"worth": torch.stack(list(parts)).sum(0)}, {})
     found = spectrum(work.delta(piece), hessian)
     scale = _slope(work.moments, piece.name)
     if scale is None:
@@ -150,8 +151,16 @@ def _measured(work: _Work, piece: Piece, hessian: Tensor | None) -> Item:
     return Item(tensors, {"wide": found.wide})
 
 
-def importance(piece: Piece, delta: Tensor, moments: Moments) -> Tensor:
-    """What a squared unit of a table's entry costs in squared loss, broadcastable to the table.
+def _worth(piece: Piece, delta: Tensor, moments: Moments) -> Iterator[Tensor]:
+    """Squared loss that dropping each entry of a table costs, some rows at a time."""
+    weigh = importance(piece, delta, moments)
+    for start in range(0, len(delta), step := max(1, TABLE_CHUNK // prod(delta.shape[1:]))):
+        rows = slice(start, start + step)
+        yield delta[rows].square().mul_(weigh(rows))
+
+
+def importance(piece: Piece, delta: Tensor, moments: Moments) -> Callable[[slice], Tensor]:
+    """What a squared unit of a table's entry costs in squared loss: a function of rows, broadcastable to them.
 
     For a head the second moment of each input; for an embedding how often its token is read; both times the mean
     square of the gradient at the output. For what is neither (the stacked matrices of experts, say) the average
@@ -159,23 +168,25 @@ def importance(piece: Piece, delta: Tensor, moments: Moments) -> Tensor:
     every entry of every delta.
     """
     if not moments.outputs:
-        return _alike(delta.square()) if moments.reads else torch.ones((), device=delta.device)
+        one = torch.ones((), device=delta.device)
+        squared = torch.linalg.vector_norm(delta, dtype=torch.float64).square()
+        alike = _alike(squared[None]).to(delta) if moments.reads else one
+        return lambda rows: alike
     read, written = moments.hessian(piece.name), moments.outputs.get(piece.name)
     if read is None or written is None or len(piece.shape) != 2:
         reads = torch.tensor(1.0) if read is None or read.ndim != 2 else read.diagonal().mean()
         slope = _slope(moments, piece.name)
-        return reads.to(delta.device) if slope is None else (reads.cpu() * slope).to(delta)
-    diagonal = read.diagonal() if read.ndim == 2 else read
-    if read.ndim == 1:  # an embedding: (tokens, width)
-        found = diagonal[:, None] * written[None, :]
-        head = moments.hessian(piece.head) if piece.head else None
-        if head is not None and piece.head is not None:
-            found = found + moments.outputs[piece.head][:, None] * head.diagonal()[None, :]
-    elif piece.transposed:
-        found = diagonal[:, None] * written[None, :]
-    else:
-        found = written[:, None] * diagonal[None, :]
-    return found.to(delta.device)
+        scale = (reads.cpu() * (1.0 if slope is None else slope)).to(delta)
+        return lambda rows: scale
+    diagonal = (read.diagonal() if read.ndim == 2 else read).to(delta)
+    written = written.to(delta)
+    if read.ndim == 2 and not piece.transposed:  # (out, in)
+        return lambda rows: written[rows, None] * diagonal
+    head = moments.hessian(piece.head) if piece.head else None
+    if read.ndim == 2 or head is None or piece.head is None:
+        return lambda rows: diagonal[rows, None] * written
+    as_head, seen = moments.outputs[piece.head].to(delta), head.diagonal().to(delta)
+    return lambda rows: diagonal[rows, None] * written + as_head[rows, None] * seen
 
 
 def _alike(energy: Tensor) -> Tensor:
@@ -281,8 +292,8 @@ def _pruned(piece: Piece, plan: Plan, moments: Moments) -> Encoded:
     delta = piece.delta()
     if piece.name in plan.top:
         return sparse_top(delta, plan.top[piece.name])
-    worth = delta.square() * importance(piece, delta, moments)
-    return sparse(delta, worth > plan.least[piece.name])
+    least = plan.least[piece.name]
+    return sparse(delta, torch.cat([part > least for part in _worth(piece, delta, moments)]))
 
 
 def _kept(work: _Work, piece: Piece, make: Callable[[], Encoded]) -> Spec:
