@@ -152,13 +152,22 @@ class Sums:
         self.outputs[name] = self.outputs[name].add_(found) if name in self.outputs else found
 
 
+STRIP = 512  # rows of X^T X that are multiplied at a time, from the diagonal to the right
+
+
 def _add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
-    """total + rows^T rows, in place; float32 (in, in)."""
+    """total + rows^T rows, in place; float32 (in, in). What lies left of the diagonal is copied, not multiplied."""
     if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
         found = torch.mm(rows.T, rows, out_dtype=torch.float32)
         return found if total is None else total.add_(found)
     rows = rows.float()
-    return rows.T @ rows if total is None else total.addmm_(rows.T, rows)
+    width = rows.shape[1]
+    total = rows.new_zeros(width, width) if total is None else total
+    for start in range(0, width, STRIP):
+        stop = min(start + STRIP, width)
+        total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
 
 
 @contextmanager

@@ -65,21 +65,32 @@ def spectrum(delta: Tensor, hessian: Tensor | None) -> Spectrum:
     rows, cols = delta.shape
     if rows <= cols:
         read = delta if hessian is None else delta @ hessian
-        values, vectors = _eigh(read @ delta.T)
+        values, vectors = _eigh(_symmetric(read, delta.T))
         return Spectrum(values, vectors, True)
     if hessian is None:
-        values, vectors = _eigh(delta.T @ delta)
+        values, vectors = _eigh(_symmetric(delta.T, delta))
         return Spectrum(values, vectors.T.contiguous(), False)
     root = torch.linalg.cholesky(hessian)
     read = delta @ root
-    values, vectors = _eigh(read.T @ read)
+    values, vectors = _eigh(_symmetric(read.T, read))
     right = torch.linalg.solve_triangular(root.T, vectors, upper=True).T
     return Spectrum(values, right.contiguous(), False)
 
 
+def _symmetric(left: Tensor, right: Tensor, strip: int = 512) -> Tensor:
+    """left @ right, known to be symmetric: what lies left of the diagonal is copied, not multiplied."""
+    size = len(left)
+    found = left.new_empty(size, size)
+    for start in range(0, size, strip):
+        stop = min(start + strip, size)
+        found[start:stop, start:] = left[start:stop] @ right[:, start:]
+        found[stop:, start:stop] = found[start:stop, stop:].T
+    return found
+
+
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, float64, falling, not below 0; eigenvectors in the columns, float32."""
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    values, vectors = torch.linalg.eigh(gram)
     return values.flip(0).double().clamp_min(0.0), vectors.flip(1)
 
 
