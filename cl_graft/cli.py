@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -167,7 +168,7 @@ def bench_pack(
     found = measure(_names(only), data_dir, threads, lambda what: typer.echo(what, err=True))
     typer.echo(json.dumps(found, indent=1) if json_ else markdown(found))
     if to is not None:
-        write(found, to)
+        write(found, to, [shlex.join(["cl-graft", *sys.argv[1:]])])
 
 
 def main() -> None:

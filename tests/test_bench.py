@@ -94,7 +94,7 @@ def test_the_table_has_a_row_for_every_figure(tmp_path):
     }
     text = markdown(found)
     assert text.count("\n") == 4 and "merge_over_copy" in text and "time_ratio" in text
-    write(found, tmp_path / "out")
+    write(found, tmp_path / "out", ["cl-graft bench pack"])
     made = json.loads((tmp_path / "out" / "pack.json").read_text())
     assert made["made_by"]["torch"] == torch.__version__
     assert text in (tmp_path / "out" / "pack.md").read_text()

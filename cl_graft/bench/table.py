@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,20 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def write(found: dict[str, Any], folder: Path) -> None:
-    """pack.md, pack.json and provenance in the folder."""
+def write(found: dict[str, Any], folder: Path, commands: Sequence[str]) -> None:
+    """pack.md and pack.json in the folder, with the commands, versions and machine that made them."""
     folder.mkdir(parents=True, exist_ok=True)
     about = {**versions(), **machine()}
-    (folder / "pack.json").write_text(json.dumps({**found, "made_by": about}, indent=1) + "\n")
+    whole = {**found, "commands": list(commands), "made_by": about}
+    (folder / "pack.json").write_text(json.dumps(whole, indent=1) + "\n")
     lines = [
         "# The pack engine beside a textbook implementation of the paper's scheme",
         "",
         markdown(found),
         "",
-        "Made by `cl-graft bench pack`; every comparison is a ratio within one run.",
+        "Made by the commands below; every comparison is a ratio within one run.",
+        "",
+        *("    " + command for command in commands),
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
     ]
