@@ -92,10 +92,17 @@ def create(
 
 
 @app.command()
-def inspect(file: Path, base: MaybeBase = None, json_: Json = False) -> None:
-    """What is in a pack: header, bytes by role, and codec and bytes of every tensor."""
+def inspect(
+    file: Path,
+    base: MaybeBase = None,
+    tuned: Annotated[
+        Path | None, typer.Option(help="Folder of the tuned model; tells what the pack misses.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """What is in a pack: header, bytes by role, and codec, bytes and error of every tensor."""
     found, checkpoint = _load(file, base)
-    roles = _roles(checkpoint)
+    roles, errors = _roles(checkpoint), _errors(found, checkpoint, tuned)
     header = {
         "task": found.task,
         "method": found.method,
@@ -109,6 +116,12 @@ def inspect(file: Path, base: MaybeBase = None, json_: Json = False) -> None:
     }
     tensors = _tensor_rows(found, roles)
     totals = _role_rows(tensors) if roles else []
+    for row in tensors:
+        if row["tensor"] in errors:
+            row["error"] = _relative([errors[row["tensor"]]])
+    for total in totals if errors else []:
+        names = [name for name in errors if (roles.get(name) or "(none)") == total["role"]]
+        total["error"] = _relative([errors[name] for name in names])
     if json_:
         typer.echo(json.dumps({**header, "roles": totals, "tensors": tensors}, indent=1))
         return
@@ -259,6 +272,28 @@ def _check_model(file: Path, model: str, data_dir: Path | None) -> None:
         SkillPack.load(file, base=fingerprint(parameters.items()), shapes=shapes)
     except WrongBase as error:
         raise WrongBase(f"model {model!r} is not the base of this pack: {error}") from error
+
+
+def _errors(
+    pack: SkillPack, base: Checkpoint | None, tuned: Path | None
+) -> dict[str, tuple[float, float]]:
+    if tuned is None:
+        return {}
+    if base is None:
+        raise CLGraftError("--tuned tells errors only beside --base; name both folders.")
+    from .skillpack.checkpoint import Checkpoint
+    from .skillpack.compare import missed
+    from .skillpack.folder import check_base
+    from .skillpack.pair import pair
+
+    check_base(base, pack)
+    return missed(pack, pair(base, Checkpoint(tuned)))
+
+
+def _relative(sums: list[tuple[float, float]]) -> float:
+    """Euclidean norm of what is missed over that of the delta."""
+    error, norm = (sum(part) for part in zip(*sums, strict=True)) if sums else (0.0, 0.0)
+    return round((error / norm) ** 0.5, 4) if norm else 0.0
 
 
 def _tensor_rows(pack: SkillPack, roles: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from cl_graft.skillpack.codecs import payload_bytes
+from cl_graft.skillpack.errors import ShapeMismatch
 from cl_graft.skillpack.file import SkillPack
+from cl_graft.skillpack.pair import Pairing
 
 CHUNK = 1 << 22  # elements that are widened to float64 at a time
 Where = Literal["both", "only in a", "only in b"]
@@ -124,3 +126,22 @@ def _alike(p: _Products) -> tuple[float | None, float | None]:
     """Cosine and relative difference."""
     cosine = p.ab / (p.aa * p.bb) ** 0.5 if p.aa and p.bb else None
     return cosine, (p.dd / p.aa) ** 0.5 if p.aa else None
+
+
+def missed(pack: SkillPack, pairing: Pairing) -> dict[str, tuple[float, float]]:
+    """{changed tensor: (squared error of what the pack keeps, squared norm of its delta)}.
+
+    One tensor of each checkpoint is held at a time. A tensor that the pack leaves out has all of it as error.
+    """
+    found = {}
+    for change in pairing.changes:
+        delta = pairing.delta(change.name)
+        kept = pack.delta(change.name) if change.name in pack.tensors else torch.zeros(delta.shape)
+        sums = _products(delta, kept)
+        if sums is None:
+            raise ShapeMismatch(
+                f"tensor {change.name!r} has shape {tuple(kept.shape)} in the pack and {change.shape} in "
+                f"{pairing.tuned.folder}; give the tuned checkpoint that the pack was made of."
+            )
+        found[change.name] = (sums.dd, sums.aa)
+    return found

@@ -260,6 +260,26 @@ def test_create_verify_apply_export_by_command(nano, tmp_path: Path) -> None:
     assert SkillPack.load(out).digest == pack.digest
 
 
+def test_inspect_tells_the_error_of_every_tensor_and_role(nano, tmp_path: Path) -> None:
+    base, after, _ = nano
+    out = tmp_path / "p.safetensors"
+    create(base, after, out, budget="30%")
+    done = run("inspect", out, "--base", base, "--tuned", after, "--json")
+    found, pairing = json.loads(done.stdout), pair(Checkpoint(base), Checkpoint(after))
+    pack, sums = SkillPack.load(out), {"mlp": [0.0, 0.0]}
+    for row in found["tensors"]:
+        delta = pairing.delta(row["tensor"])
+        wrong = (delta - pack.delta(row["tensor"])).norm()
+        assert row["error"] == pytest.approx(float(wrong / delta.norm()), abs=1e-3)
+        if row["role"] == "mlp":
+            sums["mlp"] = [
+                a + float(b**2) for a, b in zip(sums["mlp"], (wrong, delta.norm()), strict=True)
+            ]
+    (mlp,) = (row for row in found["roles"] if row["role"] == "mlp")
+    assert mlp["error"] == pytest.approx((sums["mlp"][0] / sums["mlp"][1]) ** 0.5, abs=1e-3)
+    assert run("inspect", out, "--tuned", after).returncode == 1
+
+
 def test_a_killed_command_is_continued_by_the_same_command(nano, tmp_path: Path) -> None:
     base, after, text = nano
     whole, out = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
