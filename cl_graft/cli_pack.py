@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .errors import CLGraftError, UnknownName
+from .report.packs import cell, print_rows, relative, role_rows, tensor_rows
 
 if TYPE_CHECKING:
     from .skillpack.checkpoint import Checkpoint
@@ -114,23 +113,23 @@ def inspect(
         "grown": found.grown,
         "bytes": file.stat().st_size,
     }
-    tensors = _tensor_rows(found, roles)
-    totals = _role_rows(tensors) if roles else []
+    tensors = tensor_rows(found, roles)
+    totals = role_rows(tensors) if roles else []
     for row in tensors:
         if row["tensor"] in errors:
-            row["error"] = _relative([errors[row["tensor"]]])
+            row["error"] = relative([errors[row["tensor"]]])
     for total in totals if errors else []:
         names = [name for name in errors if (roles.get(name) or "(none)") == total["role"]]
-        total["error"] = _relative([errors[name] for name in names])
+        total["error"] = relative([errors[name] for name in names])
     if json_:
         typer.echo(json.dumps({**header, "roles": totals, "tensors": tensors}, indent=1))
         return
     for key, value in header.items():
         if value or key not in ("added", "grown"):
-            typer.echo(f"{'bytes on disk' if key == 'bytes' else key:14} {_cell(value)}")
+            typer.echo(f"{'bytes on disk' if key == 'bytes' else key:14} {cell(value)}")
     if totals:
-        _print(totals, "Bytes by role")
-    _print(tensors if roles else [{k: v for k, v in t.items() if k != "role"} for t in tensors])
+        print_rows(totals, "Bytes by role")
+    print_rows(tensors if roles else [{k: v for k, v in t.items() if k != "role"} for t in tensors])
 
 
 @app.command()
@@ -173,8 +172,8 @@ def diff(a: Path, b: Path, base: MaybeBase = None, json_: Json = False) -> None:
     if not found.same_base:
         typer.echo("the packs are for different bases; their deltas start from different weights.")
     unused = {"codec_a", "codec_b", "role"}
-    _print([{k: v for k, v in row.items() if k not in unused} for row in totals], "Totals")
-    _print([{k: v for k, v in row.items() if v or k != "role"} for row in rows])
+    print_rows([{k: v for k, v in row.items() if k not in unused} for row in totals], "Totals")
+    print_rows([{k: v for k, v in row.items() if v or k != "role"} for row in rows])
 
 
 @app.command()
@@ -225,7 +224,7 @@ def export(
     from .skillpack.export import export_peft
 
     rows = export_peft(_load(pack, base)[0], base, out, rank)
-    _print([row._asdict() for row in rows])
+    print_rows([row._asdict() for row in rows])
     kept = sum(row.rank is not None for row in rows)
     typer.echo(f"{out}: a LoRA adapter with {kept} of {len(rows)} tensors.")
     if kept < len(rows):
@@ -288,91 +287,3 @@ def _errors(
 
     check_base(base, pack)
     return missed(pack, pair(base, Checkpoint(tuned)))
-
-
-def _relative(sums: list[tuple[float, float]]) -> float:
-    """Euclidean norm of what is missed over that of the delta."""
-    error, norm = (sum(part) for part in zip(*sums, strict=True)) if sums else (0.0, 0.0)
-    return round((error / norm) ** 0.5, 4) if norm else 0.0
-
-
-def _tensor_rows(pack: SkillPack, roles: Mapping[str, str]) -> list[dict[str, Any]]:
-    from .skillpack.codecs import payload_bytes
-
-    sizes = {name: payload_bytes(*encoded.spec) for name, encoded in pack.tensors.items()}
-    total = sum(sizes.values()) or 1
-    rows = []
-    for name, encoded in pack.tensors.items():
-        elements = 1
-        for size in encoded.shape:
-            elements *= size
-        rows.append(
-            {
-                "tensor": name,
-                "role": roles.get(name, ""),
-                "shape": list(encoded.shape),
-                "codec": encoded.codec,
-                "rank": _rank(encoded.meta),
-                "bits": round(8 * sizes[name] / max(elements, 1), 3),
-                "bytes": sizes[name],
-                "share": sizes[name] / total,
-                "elements": elements,
-                "stored as": encoded.meta,
-            }
-        )
-    return rows
-
-
-def _rank(meta: Mapping[str, Any]) -> int | None:
-    if "groups" in meta:
-        return sum(group[0] for group in meta["groups"])
-    return meta.get("rank")
-
-
-def _role_rows(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
-    for role in sorted({tensor["role"] for tensor in tensors}):
-        those = [tensor for tensor in tensors if tensor["role"] == role]
-        ranks = [tensor["rank"] for tensor in those if tensor["rank"] is not None]
-        size, elements = (sum(t[key] for t in those) for key in ("bytes", "elements"))
-        rows.append(
-            {
-                "role": role or "(none)",
-                "tensors": len(those),
-                "codec": ", ".join(sorted({tensor["codec"] for tensor in those})),
-                "ranks": sorted({min(ranks), max(ranks)}) if ranks else [],
-                "bits": round(8 * size / max(elements, 1), 3),
-                "bytes": size,
-                "share": sum(tensor["share"] for tensor in those),
-            }
-        )
-    return rows
-
-
-def _print(rows: list[dict[str, Any]], title: str | None = None) -> None:
-    """A table whose columns are the keys of the rows."""
-    from rich.console import Console
-    from rich.table import Table
-
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    keys = [key for key in keys if key != "elements"]
-    table = Table(*(key.replace("_", " ") for key in keys), title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(_cell(row.get(key), key) for key in keys))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-def _cell(value: object, key: str = "") -> str:
-    if value is None:
-        return "-"
-    if key == "share":
-        return f"{value:.1%}"
-    if key == "shape" and isinstance(value, Iterable):
-        return "x".join(map(str, value))
-    if key == "ranks" and isinstance(value, list):
-        return " to ".join(map(str, value)) or "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
