@@ -18,6 +18,7 @@ from .models.text import encode
 from .skillpack.calibrate import Moments, moments
 from .skillpack.codecs import Encoded, Spec, dense, sparse
 from .skillpack.file import SkillPack, packed_size
+from .skillpack.text import padded
 from .task import Task
 from .training.stage import Progress
 
@@ -123,15 +124,7 @@ class Context:
                 encode(self.tokenizer, e.prompt, e.completion, self.task.training.max_length)
                 for e in picked
             ]
-            width = max(len(h) + len(t) for h, t in encoded)
-            ids = torch.full((size, width), self.tokenizer.pad_token_id)
-            labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-            for row, (head, tail) in enumerate(encoded):
-                length = len(head) + len(tail)
-                ids[row, :length] = torch.tensor(head + tail)
-                labels[row, len(head) : length] = torch.tensor(tail)
-                mask[row, :length] = 1
-            batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            batch = padded([(h + t, len(h)) for h, t in encoded], self.tokenizer.pad_token_id)
             yield {key: value.to(self.model.device) for key, value in batch.items()}
 
     def moments(self, batches: int = 8, size: int = 32, gradients: bool = True) -> Moments:

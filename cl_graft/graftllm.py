@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .context import Context
 from .errors import UnknownName
+from .models.roles import tied_head
 from .skillpack.calibrate import stored_transposed
 from .skillpack.codecs import Encoded
 from .skillpack.compress import Piece, Room, compress, fetch
@@ -64,7 +65,7 @@ def graftllm(
 
 def pieces(model: nn.Module, delta: Mapping[str, Tensor], roles: Mapping[str, str]) -> list[Piece]:
     """The delta of a model in memory, parameter by parameter."""
-    transposed, head = stored_transposed(model), _tied_head(model)
+    transposed, head = stored_transposed(model), tied_head(model)
     return [
         Piece(
             name,
@@ -76,13 +77,3 @@ def pieces(model: nn.Module, delta: Mapping[str, Tensor], roles: Mapping[str, st
         )
         for name, x in delta.items()
     ]
-
-
-def _tied_head(model: nn.Module) -> dict[str, str]:
-    """{parameter of an embedding: what it is called where it serves as the head}, empty where they are not tied."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    for name, parameter in model.named_parameters():
-        if head is not None and head.weight is parameter:
-            used = next(f"{n}.weight" for n, module in model.named_modules() if module is head)
-            return {name: used} if used != name else {}
-    return {}

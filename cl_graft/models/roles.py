@@ -106,6 +106,16 @@ def _children(layer: nn.Module) -> dict[str, Role]:
     return found
 
 
+def tied_head(model: nn.Module) -> dict[str, str]:
+    """{the embedding's parameter: what it is called where it serves as the head}; empty if they are not tied."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, parameter in model.named_parameters():
+        if head is not None and head.weight is parameter:
+            used = next(f"{n}.weight" for n, module in model.named_modules() if module is head)
+            return {name: used} if used != name else {}
+    return {}
+
+
 def _is_vector(parameter: nn.Parameter) -> bool:
     return sum(size > 1 for size in parameter.shape) < 2
 

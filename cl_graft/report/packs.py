@@ -20,6 +20,7 @@ def relative(sums: list[tuple[float, float]]) -> float:
 def tensor_rows(pack: SkillPack, roles: Mapping[str, str]) -> list[dict[str, Any]]:
     """Codec, rank, bits an element and bytes of every tensor. roles: of those that are known."""
     from ..skillpack.codecs import payload_bytes
+    from ..skillpack.decode import rank_of
 
     sizes = {name: payload_bytes(*encoded.spec) for name, encoded in pack.tensors.items()}
     total = sum(sizes.values()) or 1
@@ -34,7 +35,7 @@ def tensor_rows(pack: SkillPack, roles: Mapping[str, str]) -> list[dict[str, Any
                 "role": roles.get(name, ""),
                 "shape": list(encoded.shape),
                 "codec": encoded.codec,
-                "rank": _rank(encoded.meta),
+                "rank": rank_of(encoded),
                 "bits": round(8 * sizes[name] / max(elements, 1), 3),
                 "bytes": sizes[name],
                 "share": sizes[name] / total,
@@ -43,12 +44,6 @@ def tensor_rows(pack: SkillPack, roles: Mapping[str, str]) -> list[dict[str, Any
             }
         )
     return rows
-
-
-def _rank(meta: Mapping[str, Any]) -> int | None:
-    if "groups" in meta:
-        return sum(group[0] for group in meta["groups"])
-    return meta.get("rank")
 
 
 def role_rows(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:

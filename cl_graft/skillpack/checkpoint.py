@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.skillpack.encoded import raw
 from cl_graft.skillpack.fingerprint import fingerprint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -275,7 +276,7 @@ def _bytes(name: str, tensor: Tensor, spec: tuple[torch.dtype, tuple[int, ...]])
     if (tensor.dtype, tuple(tensor.shape)) != spec:
         found = f"{tensor.dtype} {tuple(tensor.shape)}"
         raise CheckpointError(f"{name!r} is {found}, not {spec} as announced.")
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return raw(tensor)
 
 
 @contextlib.contextmanager

@@ -104,11 +104,16 @@ def payload_bytes(codec: str, shape: tuple[int, ...], meta: Meta) -> int:
 
 def check(encoded: Encoded) -> None:
     """Raise ValueError unless the parts are what `layout` asks for, with no bit out of place."""
+    check_parts(encoded)
+    CODECS[encoded.codec].check(encoded)
+
+
+def check_parts(encoded: Encoded) -> None:
+    """Raise ValueError unless the parts have the dtypes and shapes that `layout` asks for."""
     wanted = layout(*encoded.spec)
     found = {name: (part.dtype, tuple(part.shape)) for name, part in encoded.parts.items()}
     if found != wanted:
         raise ValueError(f"codec {encoded.codec} needs the parts {wanted}, not {found}.")
-    CODECS[encoded.codec].check(encoded)
 
 
 def decode(encoded: Encoded) -> Tensor:
@@ -186,7 +191,7 @@ def _sparse_layout(shape: tuple[int, ...], meta: Meta) -> Layout:
     return {"values": (dtype_of(meta), (kept,)), "index": (torch.uint8, (index,))}
 
 
-def _sparse_positions(encoded: Encoded) -> Tensor:
+def sparse_positions(encoded: Encoded) -> Tensor:
     """int64 (kept,), strictly increasing; ValueError where the index says anything else."""
     numel = math.prod(encoded.shape)
     positions = packing.unpack_index(encoded.parts["index"], encoded.meta.get("gap"), numel)
@@ -196,7 +201,7 @@ def _sparse_positions(encoded: Encoded) -> Tensor:
 
 
 def _sparse_decode(encoded: Encoded) -> Tensor:
-    positions = _sparse_positions(encoded)
+    positions = sparse_positions(encoded)
     x = torch.zeros(math.prod(encoded.shape))
     x[positions] = encoded.parts["values"].float()
     return x.reshape(encoded.shape)
@@ -266,7 +271,7 @@ def _sign_scale_decode(encoded: Encoded) -> Tensor:
 
 CODECS: dict[str, Codec] = {
     "dense": Codec(_dense_decode, _dense_layout),
-    "sparse": Codec(_sparse_decode, _sparse_layout, _sparse_positions),
+    "sparse": Codec(_sparse_decode, _sparse_layout, sparse_positions),
     "low_rank": Codec(_low_rank_decode, _low_rank_layout),
     "quantized": Codec(
         decode_matrix, partial(layout_of, matrix_grids), partial(check_grids, matrix_grids)

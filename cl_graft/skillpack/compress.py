@@ -121,14 +121,14 @@ def measure(work: _Work) -> dict[str, Profile]:
     for group in _groups(work):
         hessian = None
         for piece in group:
-            key = f"measured/{piece.name}"
+            key = f"worth/{piece.name}"
             if piece.kind == "vector":
                 continue
             if key not in work.shelf:
                 if piece.kind == "matrix" and work.policy.activation_aware and hessian is None:
                     hessian = work.hessian(piece)
                     hessian = None if hessian is None else damped(hessian, work.policy.damping)
-                work.shelf[key] = _measured(work, piece, hessian)
+                work.shelf[key] = Item({"worth": _measured(work, piece, hessian)}, {})
             shape = piece.shape[::-1] if piece.transposed else piece.shape
             worth = work.shelf[key].tensors["worth"]
             profiles[piece.name] = Profile(piece.kind, piece.role, shape, worth)
@@ -138,17 +138,19 @@ def measure(work: _Work) -> dict[str, Profile]:
     return {piece.name: profiles[piece.name] for piece in work.pieces if piece.name in profiles}
 
 
-def _measured(work: _Work, piece: Piece, hessian: Tensor | None) -> Item:
+def _measured(work: _Work, piece: Piece, hessian: Tensor | None) -> Tensor:
+    """What its ranks or entries are worth (see Profile); a matrix's spectrum goes onto the shelf."""
     if piece.kind == "table":
         delta = piece.delta().to(work.device, torch.float32)
         parts = (bins(part).cpu() for part in _worth(piece, delta, work.moments))
-        return Item({"worth": torch.stack(list(parts)).sum(0)}, {})
+        return torch.stack(list(parts)).sum(0)
     found = spectrum(work.delta(piece), hessian)
     scale = _slope(work.moments, piece.name)
     if scale is None:
         scale = torch.tensor(1.0) if not work.moments.reads else _alike(found.energy)
-    tensors = {"worth": (found.energy * scale.to(found.energy.device)).cpu(), "basis": found.basis}
-    return Item(tensors, {"wide": found.wide})
+    tensors = {"energy": found.energy, "basis": found.basis}
+    work.shelf[f"spectrum/{piece.name}"] = Item(tensors, {"wide": found.wide})
+    return (found.energy * scale.to(found.energy.device)).cpu()
 
 
 def _worth(piece: Piece, delta: Tensor, moments: Moments) -> Iterator[Tensor]:
@@ -252,13 +254,16 @@ def _topped_up(
     enough: int,
 ) -> Plan:
     """Half a rank here and there, until no more than `enough` bytes are left over."""
+    spare = left(plan)
     for name in policy.may_grow(profiles):
-        while left(plan) > enough:
+        while spare > enough:
             before = plan.counts[name]
             plan.counts[name] = finer(before)
-            if plan.counts[name] == before or left(plan) < 0:
+            now = left(plan)
+            if plan.counts[name] == before or now < 0:
                 plan.counts[name] = before
                 break
+            spare = now
     return plan
 
 
@@ -298,12 +303,15 @@ def _pruned(piece: Piece, plan: Plan, moments: Moments) -> Encoded:
 
 def _kept(work: _Work, piece: Piece, make: Callable[[], Encoded]) -> Spec:
     """The spec of an encoded tensor, from the shelf or made now."""
-    key = f"encoded/{piece.name}"
-    if key not in work.shelf:
-        found = make()
-        about = {"codec": found.codec, "shape": list(found.shape), "meta": found.meta}
-        work.shelf[key] = Item(found.parts, about)
-    return fetch(work.shelf, piece.name).spec
+    if f"encoded/{piece.name}" in work.shelf:
+        return fetch(work.shelf, piece.name).spec
+    return _put(work.shelf, piece.name, make())
+
+
+def _put(shelf: Shelf, name: str, found: Encoded) -> Spec:
+    about = {"codec": found.codec, "shape": list(found.shape), "meta": found.meta}
+    shelf[f"encoded/{name}"] = Item(found.parts, about)
+    return found.spec
 
 
 def _matrices(work: _Work, plan: Plan) -> dict[str, Spec]:
@@ -311,26 +319,23 @@ def _matrices(work: _Work, plan: Plan) -> dict[str, Spec]:
     total, done = sum(prod(p.shape) for p in work.pieces if p.name in plan.counts) or 1, 0
     for group in _groups(work):
         wanted = [p for p in group if plan.counts.get(p.name)]
-        if any(f"encoded/{p.name}" not in work.shelf for p in wanted):
-            for piece, found in zip(wanted, _encoded(work, wanted, plan), strict=True):
-                _kept(work, piece, partial(_same, found))
-        specs |= {p.name: fetch(work.shelf, p.name).spec for p in wanted}
+        if all(f"encoded/{p.name}" in work.shelf for p in wanted):
+            specs |= {p.name: fetch(work.shelf, p.name).spec for p in wanted}
+        else:
+            made = zip(wanted, _encoded(work, wanted, plan), strict=True)
+            specs |= {p.name: _put(work.shelf, p.name, found) for p, found in made}
         done += sum(prod(p.shape) for p in group if p.name in plan.counts)
         release()
         work.progress("compressing", done / total)
     return specs
 
 
-def _same(found: Encoded) -> Encoded:
-    return found
-
-
 def _encoded(work: _Work, group: list[Piece], plan: Plan) -> list[Encoded]:
     """Matrices that read the same input, in one solve."""
     items = []
     for piece in group:
-        tensors, about = work.shelf[f"measured/{piece.name}"]
-        found = Spectrum(tensors["worth"], tensors["basis"].to(work.device), about["wide"])
+        tensors, about = work.shelf[f"spectrum/{piece.name}"]
+        found = Spectrum(tensors["energy"], tensors["basis"].to(work.device), about["wide"])
         items.append(Factored(work.delta(piece), found, plan.counts[piece.name], piece.transposed))
     return encode(
         items,

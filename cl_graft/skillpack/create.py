@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
@@ -23,12 +24,13 @@ from torch import Tensor
 from .. import __version__
 from ..budget import Budget
 from ..errors import CLGraftError
+from ..models.roles import tied_head
 from ..models.skeleton import Skeleton, skeleton
 from .calibrate import Batch, Moments
 from .checkpoint import Checkpoint
 from .codecs import decode
 from .compress import Piece, Progress, Room, compress, fetch
-from .pair import Pairing, pair
+from .pair import Pairing, add_rows, pair
 from .policy import METHODS, Policy
 from .shelf import Folder, Item
 from .stream import stream_moments
@@ -131,6 +133,7 @@ def _size(fields: dict[str, Any], specs: Mapping[str, Any]) -> int:
 
 
 def _pieces(pairing: Pairing, bones: Skeleton) -> list[Piece]:
+    head = tied_head(bones.model)
     return [
         Piece(
             change.name,
@@ -138,24 +141,12 @@ def _pieces(pairing: Pairing, bones: Skeleton) -> list[Piece]:
             bones.role_of(change.source),
             partial(pairing.delta, change.name),
             transposed=bones.is_transposed(change.source),
-            head=_tied_head(bones, change.source),
+            head=head.get(bones.parameter_of(change.source) or ""),
             whole=change.base_shape is None,
             present=bones.role_of(change.source) in ("embedding", "head"),
         )
         for change in pairing.changes
     ]
-
-
-def _tied_head(bones: Skeleton, key: str) -> str | None:
-    """What an embedding is called where it serves as the head, too."""
-    head = bones.model.get_output_embeddings()  # type: ignore[operator]
-    embedding = bones.model.get_input_embeddings()
-    if head is None or embedding is None or head.weight is not embedding.weight:
-        return None
-    name = bones.parameter_of(key)
-    if name is None or bones.model.get_parameter(name) is not embedding.weight:
-        return None
-    return next(f"{n}.weight" for n, module in bones.model.named_modules() if module is head)
 
 
 def _by_key(moments: Moments, pairing: Pairing, bones: Skeleton) -> Moments:
@@ -222,15 +213,10 @@ def _compressed(pairing: Pairing, kept: set[str], shelf: Folder, name: str) -> T
     tuned = pairing.tuned.tensors[name]
     if not tuned.dtype.is_floating_point:
         return pairing.tuned.read(name)
-    base = torch.zeros(tuned.shape)
+    weight = decode(fetch(shelf, name)) if name in kept else torch.zeros(tuned.shape)
     if name in pairing.base.tensors:
-        found = pairing.base.read(name)
-        if base.shape == found.shape:
-            base = found.float()
-        else:
-            rows = min(len(base), len(found))
-            base[:rows] = found[:rows]
-    return (base + decode(fetch(shelf, name)) if name in kept else base).to(tuned.dtype)
+        add_rows(weight, pairing.base.read(name))
+    return weight.to(tuned.dtype)
 
 
 def _check_disk(bones: Skeleton, folder: Path) -> None:
@@ -265,15 +251,11 @@ def _work_folder(
     return out.parent / f"{out.name}.{digest.hexdigest()}.work"
 
 
-class _timed:
+@contextmanager
+def _timed(seconds: dict[str, float], kind: str) -> Iterator[None]:
     """Adds the seconds of a block to one kind of work."""
-
-    def __init__(self, seconds: dict[str, float], kind: str):
-        self.seconds, self.kind = seconds, kind
-
-    def __enter__(self) -> None:
-        self.begun = perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = perf_counter() - self.begun
-        self.seconds[self.kind] = self.seconds.get(self.kind, 0.0) + spent
+    begun = perf_counter()
+    try:
+        yield
+    finally:
+        seconds[kind] = seconds.get(kind, 0.0) + perf_counter() - begun

@@ -21,6 +21,13 @@ STRIP = 64  # ranks dequantised at a time: they stay in a core's cache until the
 Factors = tuple[Tensor, Tensor]
 
 
+def rank_of(encoded: Encoded) -> int | None:
+    """Of the factors that a codec stores; None where it stores none."""
+    if encoded.codec == "quantized_low_rank":
+        return sum(group[0] for group in encoded.meta["groups"])
+    return encoded.meta.get("rank")
+
+
 def factors(parts: Sequence[Encoded], dtype: torch.dtype = torch.float32) -> Factors:
     """(left (rows, r), right (r, cols)), contiguous: left @ right is the sum of the deltas of `parts`.
 
@@ -29,17 +36,18 @@ def factors(parts: Sequence[Encoded], dtype: torch.dtype = torch.float32) -> Fac
     """
     for encoded in parts:
         codecs.check(encoded)
-    (rows, cols), rank = parts[0].shape, sum(_rank(encoded) for encoded in parts)
+    (rows, cols), ranks = parts[0].shape, [rank_of(encoded) or 0 for encoded in parts]
+    rank = sum(ranks)
     left, right = torch.empty(rows, rank, dtype=dtype), torch.empty(rank, cols, dtype=dtype)
     first = 0
-    for encoded in parts:
-        ranks = slice(first, first + _rank(encoded))
+    for encoded, count in zip(parts, ranks, strict=True):
+        mine = slice(first, first + count)
         if encoded.codec == "low_rank":
-            left[:, ranks] = encoded.parts["left"]
-            right[ranks] = encoded.parts["right"]
+            left[:, mine] = encoded.parts["left"]
+            right[mine] = encoded.parts["right"]
         else:
-            _dequantize(encoded, left[:, ranks].T, right[ranks])
-        first = ranks.stop
+            _dequantize(encoded, left[:, mine].T, right[mine])
+        first = mine.stop
     return left, right
 
 
@@ -48,9 +56,8 @@ def sparse_entries(encoded: Encoded) -> Factors:
 
     Raises ValueError as `codecs.check` does.
     """
-    codecs.check(encoded)
-    gap, numel = encoded.meta.get("gap"), torch.Size(encoded.shape).numel()
-    return packing.unpack_index(encoded.parts["index"], gap, numel), encoded.parts["values"]
+    codecs.check_parts(encoded)
+    return codecs.sparse_positions(encoded), encoded.parts["values"]
 
 
 def sparse_rows(entries: Factors, cols: int, ids: Tensor) -> Tensor:
@@ -64,12 +71,6 @@ def sparse_rows(entries: Factors, cols: int, ids: Tensor) -> Tensor:
     found = torch.zeros(len(ids), cols, device=ids.device)
     found[row, positions[entry] % cols] = values[entry].float()
     return found
-
-
-def _rank(encoded: Encoded) -> int:
-    if encoded.codec == "low_rank":
-        return encoded.meta["rank"]
-    return sum(group[0] for group in encoded.meta["groups"])
 
 
 def _dequantize(encoded: Encoded, left: Tensor, right: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cl_graft.models.skeleton import Skeleton, skeleton
 from cl_graft.skillpack.checkpoint import Checkpoint, new_folder, write_tensors
 from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.decode import LOW_RANK, factors
+from cl_graft.skillpack.decode import LOW_RANK, factors, rank_of
 from cl_graft.skillpack.errors import SkillPackError
 from cl_graft.skillpack.file import SkillPack
 from cl_graft.skillpack.folder import check_base
@@ -105,7 +105,7 @@ def _sort(
         if why:
             left_out[name] = Exported(name, encoded.codec, None, None, why)
             continue
-        own = _own_rank(encoded)
+        own = rank_of(encoded)
         rank = min(encoded.shape) if own is None else own
         limit = most if most is not None else MOST_RANK if own is None else rank
         path, transposed = inner.removesuffix(".weight"), bones.is_transposed(name)
@@ -131,14 +131,6 @@ def _why_not(
     if not whole or len(encoded.shape) != 2 or not isinstance(owner, (nn.Linear, Conv1D)):
         return "left out: not the weight of a linear layer"
     return ""
-
-
-def _own_rank(encoded: Encoded) -> int | None:
-    """The rank that a codec stores; None where it stores no factors."""
-    if encoded.codec not in LOW_RANK:
-        return None
-    groups = encoded.meta.get("groups")
-    return encoded.meta["rank"] if groups is None else sum(group[0] for group in groups)
 
 
 # what is written

@@ -15,7 +15,7 @@ from torch import Tensor
 from cl_graft.skillpack.checkpoint import MAX_SHARD_BYTES, Checkpoint, Specs, write_checkpoint
 from cl_graft.skillpack.errors import NonFinite, ShapeMismatch, SkillPackError, WrongBase
 from cl_graft.skillpack.file import SkillPack
-from cl_graft.skillpack.pair import all_finite, embedding_and_head, tied, tied_copy
+from cl_graft.skillpack.pair import add_rows, all_finite, embedding_and_head, tied, tied_copy
 
 Folder = str | os.PathLike[str]
 
@@ -110,11 +110,7 @@ def result(base: Checkpoint, pack: SkillPack, name: str) -> Tensor:
     if name not in pack.added:
         before = base.read(name)
         weight = weight.to(torch.promote_types(before.dtype, torch.float32))
-        if name in pack.grown:
-            rows = min(before.shape[0], weight.shape[0])
-            weight[:rows] += before[:rows]
-        else:
-            weight += before
+        add_rows(weight, before)
     weight = weight.to(dtype)
     if not all_finite(weight):
         raise NonFinite(f"tensor {name!r} overflows {dtype} under {pack.task!r}; use a wider base.")

@@ -86,11 +86,7 @@ class Pairing:
         base = _wide(self.base.read(name))
         exact = torch.promote_types(tuned.dtype, base.dtype)
         tuned, base = tuned.to(exact), base.to(exact)
-        if change.base_shape == change.shape:
-            tuned -= base
-        else:
-            rows = min(change.shape[0], change.base_shape[0])
-            tuned[:rows] -= base[:rows]
+        add_rows(tuned, base, -1)
         return tuned.float()
 
 
@@ -118,6 +114,15 @@ def pair(base: Checkpoint, tuned: Checkpoint) -> Pairing:
         notes.append(f"{unchanged} of {unchanged + len(changes)} tensors are unchanged: left out.")
     pairing = Pairing(base, tuned, changes, notes)
     return Pairing(base, tuned, changes, notes + _sizes(pairing))
+
+
+def add_rows(target: Tensor, other: Tensor, factor: int = 1) -> None:
+    """target += factor * other, in place; where their numbers of rows differ, in the rows that both have."""
+    if target.shape == other.shape:
+        target.add_(other, alpha=factor)
+    else:
+        rows = min(len(target), len(other))
+        target[:rows].add_(other[:rows], alpha=factor)
 
 
 def embedding_and_head(names: Collection[str]) -> tuple[str | None, str | None]:

@@ -42,14 +42,14 @@ class Profile:
     worth: Tensor
 
 
+@dataclass
 class Plan:
     """counts: {matrix: {bits: ranks}}. least: {table: worth above which an entry is kept, or None}, and
     top: {table: entries kept by magnitude}, of which a table has one."""
 
-    def __init__(self) -> None:
-        self.counts: dict[str, Counts] = {}
-        self.least: dict[str, float] = {}
-        self.top: dict[str, int] = {}
+    counts: dict[str, Counts] = field(default_factory=dict)
+    least: dict[str, float] = field(default_factory=dict)
+    top: dict[str, int] = field(default_factory=dict)
 
 
 class BadPolicy(CLGraftError):

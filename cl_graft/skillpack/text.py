@@ -1,4 +1,4 @@
-"""Calibration text: rows of a JSONL file as padded batches."""
+"""Text as padded batches, and the rows of a calibration file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def calibration_batches(
         ) from error
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     encoded = sorted((_encoded(tokenizer, row, length) for row in rows), key=lambda e: len(e[0]))
-    return [_padded(encoded[i : i + batch], pad or 0) for i in range(0, len(encoded), batch)]
+    return [padded(encoded[i : i + batch], pad or 0) for i in range(0, len(encoded), batch)]
 
 
 def _rows(path: Path, most: int) -> list[dict[str, str]]:
@@ -88,7 +88,11 @@ def _encoded(tokenizer: Any, row: dict[str, str], length: int) -> tuple[list[int
     return head + tail, len(head)
 
 
-def _padded(rows: Sequence[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
+def padded(rows: Sequence[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
+    """One batch of (token ids, how many of them are the prompt's), padded on the right.
+
+    input_ids, attention_mask and labels, int64 (rows, tokens); labels are -100 but in the completion.
+    """
     width = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), width), pad)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
