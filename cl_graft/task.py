@@ -14,6 +14,8 @@ class Example:
 
     tests, setup: `assert` statements for answers that are programs, and what runs before them (in the sandbox).
     choices: the label set, for answers chosen by likelihood.
+    suite: the benchmark that a test example belongs to. A task tested on several is scored by the mean of
+    their means, and each has a matrix of its own, too.
     """
 
     prompt: str
@@ -21,13 +23,24 @@ class Example:
     tests: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     setup: str = ""
+    suite: str = ""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with a better and a worse answer."""
+
+    prompt: str
+    chosen: str
+    rejected: str
 
 
 @dataclass(frozen=True)
 class Preference:
-    """The DPO half of a training recipe: pairs are the model's own best and worst answers by the task's rule.
+    """The DPO half of a training recipe, on the task's own pairs or else on the model's best and worst answers.
 
-    prompts, samples: how many training prompts, and how many sampled answers for each.
+    prompts, samples: how many training prompts, and how many sampled answers for each, where a task has no pairs.
+    epochs: passes over the pairs, instead of `steps`.
     beta, length_normalised: the loss (Rafailov et al. 2023; length normalisation as in TRL's `sigmoid_norm`).
     """
 
@@ -39,11 +52,16 @@ class Preference:
     learning_rate: float = 1e-4
     beta: float = 0.1
     length_normalised: bool = False
+    epochs: float | None = None
 
 
 @dataclass(frozen=True)
 class Training:
-    """How one stage trains: `steps` of `batch` examples, linear warm-up, cosine decay, AdamW, fp32 or bf16."""
+    """How a task trains: `steps` of `batch` examples, linear warm-up, cosine decay, AdamW; then DPO if `preference`.
+
+    batch: examples of one optimizer step over all processes together. epochs: passes over the examples, instead of
+    `steps`.
+    """
 
     steps: int = 250
     batch: int = 32
@@ -53,6 +71,7 @@ class Training:
     max_length: int = 512
     micro_batch: int | None = None
     preference: Preference | None = None
+    epochs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,7 @@ class Task:
     """What is learned and how it is scored.
 
     score: name of the primary scorer (see evaluation/scorers.py); `also`: further ones, each with a matrix of its own.
+    pairs: preference data made beforehand; without any, a recipe with a preference half samples from the model.
     """
 
     name: str
@@ -69,6 +89,7 @@ class Task:
     also: tuple[str, ...] = ()
     max_new_tokens: int = 48
     training: Training = field(default_factory=Training)
+    pairs: Sequence[Pair] = ()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -77,11 +98,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Tasks in the order they are learned, and what is only ever measured."""
+    """Tasks in the order they are learned, and what is only ever measured.
+
+    chat: prompts are a user's turn and are put into the chat template of the model's tokenizer.
+    """
 
     name: str
     tasks: tuple[Task, ...]
     general: Task | None = None
+    chat: bool = False
 
     def __post_init__(self) -> None:
         names = [task.name for task in self.tasks]

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..evaluation.generate import generate
 from ..evaluation.scorers import Examinee, score
-from ..task import Example, Preference, Task
-from .stage import Pair
+from ..task import Example, Pair, Preference, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

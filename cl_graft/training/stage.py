@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CLGraftError
 from ..models.text import encode
-from ..task import Example, Preference, Training
+from ..task import Example, Pair, Preference, Training
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,15 +32,6 @@ class Log:
         self.seconds += other.seconds
         self.tokens += other.tokens
         self.losses += other.losses
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A prompt with a better and a worse answer."""
-
-    prompt: str
-    chosen: str
-    rejected: str
 
 
 Progress = Callable[[float], None]  # fraction of the job done

@@ -9,9 +9,9 @@ import torch
 
 from cl_graft.errors import CLGraftError
 from cl_graft.models.text import encode
-from cl_graft.task import Example, Preference, Training
+from cl_graft.task import Example, Pair, Preference, Training
 from cl_graft.training.preferences import preference_pairs
-from cl_graft.training.stage import Pair, dpo, sft
+from cl_graft.training.stage import dpo, sft
 
 EXAMPLES = [Example(f"Q: Copy ab{c}.\nA: ", f"ab{c}") for c in "cdefghij"]
 
