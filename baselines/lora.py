@@ -64,7 +64,7 @@ class lora(Strategy):
         rate = task.training.learning_rate * learning_rate_scale
         faster = replace(task, training=replace(task.training, learning_rate=rate))
         try:
-            self.book_training(lambda: self.train_in_place(adapted, faster))
+            self.teach(adapted, faster)
             factors = _factors(adapted, transposed, alpha_over_rank)
         finally:
             adapted.unload()

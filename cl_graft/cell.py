@@ -62,7 +62,7 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
 
 def _experiment(config: RunConfig) -> dict[str, Any]:
     """The fields of a config that decide its result."""
-    fields = {"scenario", "strategy", "model", "seed", "budget", "options", "threads"}
+    fields = {"scenario", "strategy", "model", "seed", "budget", "options", "threads", "train_on"}
     return config.model_dump(mode="json", include=fields)
 
 
@@ -128,6 +128,7 @@ def _compute(
     from .models.roles import roles
     from .stream import benchmark
     from .tracking import Tracker
+    from .training.stages import Stages
 
     torch.set_num_threads(config.threads)
     model, tokenizer = load(config.model, config.data_dir)
@@ -143,7 +144,7 @@ def _compute(
         options=options,
         allow_code=config.allow_code_execution,
     )
-    strategy.stages = config.out / "stages"
+    strategy.stages = Stages(config.store, config.launch)
     identity = {
         "config": _experiment(config),
         "options": options,

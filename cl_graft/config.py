@@ -8,17 +8,42 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 WandbMode = Literal["auto", "offline", "online", "off"]
 PLAIN = re.compile(r"[A-Za-z0-9.-]+(_[A-Za-z0-9.-]+)*")  # what a folder's name shows as it is
 
 
+class Launch(BaseModel):
+    """How training stages are run: in this process, or each as a job of several processes under DeepSpeed.
+
+    The batch of a recipe is held whatever these say; how sums are ordered, and so the last digits, may differ.
+
+    processes: of the whole job, a device each; 0 trains in this process.
+    zero: 2 shares optimizer states and gradients out between the processes, 3 the parameters, too.
+    offload: optimizer states stay in the host's memory. hostfile: DeepSpeed's list of nodes, `host slots=8` a line.
+    micro_batch: examples that a process takes at a time; None takes its whole share of the batch.
+    checkpointing: activations are computed again for the gradient, which takes time and saves memory.
+    save_steps: a stage that is killed loses at most so many steps; None is a fifth of it, at least 50.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    processes: int = Field(default=0, ge=0)
+    zero: Literal[2, 3] = 2
+    offload: bool = False
+    hostfile: Path | None = None
+    micro_batch: int | None = Field(default=None, ge=1)
+    checkpointing: bool = False
+    save_steps: int | None = Field(default=None, ge=1)
+
+
 class RunConfig(BaseModel):
     """One cell: scenario x strategy x model x seed x budget, with options.
 
-    options: {scenario or strategy name: {option: value}}. The last five fields say where and how the cell is
-    run, and do not change its result.
+    options: {scenario or strategy name: {option: value}}. train_on: {task: folder made by `cl-graft transfer build`},
+    whose answers and pairs take the place of the task's own training data. The last seven fields say where and how
+    the cell is run, and do not change its result.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -30,11 +55,19 @@ class RunConfig(BaseModel):
     budget: str = "10%"
     options: dict[str, dict[str, Any]] = {}
     threads: int = 1
+    train_on: dict[str, Path] = {}
 
     data_dir: Path | None = None
     out: Path = Path("results")
+    cache: Path | None = None
+    launch: Launch = Launch()
     wandb: WandbMode = "auto"
     allow_code_execution: bool = False
+
+    @property
+    def store(self) -> Path:
+        """Where finished training stages and evaluations are kept for other cells: `cache`, or a folder of `out`."""
+        return self.cache or self.out / "cache"
 
     def short(self, name: str) -> str:
         """A plugin's name; for a plugin given as a file, the file's stem."""
@@ -67,6 +100,8 @@ class RunConfig(BaseModel):
         parts = [*readable, model, budget, f"seed{self.seed}"]
         relevant = {k: v for k, v in self.options.items() if k in (scenario, strategy) and v}
         told: list[Any] = [relevant, self.threads]
+        if self.train_on:
+            told.append({task: str(folder) for task, folder in self.train_on.items()})
         names = [self.scenario, self.strategy, self.model]
         if [*readable, model] != names or not all(map(PLAIN.fullmatch, names)):
             told.append(names)

@@ -20,7 +20,7 @@ from .skillpack.codecs import Encoded, Spec, dense, sparse
 from .skillpack.file import SkillPack, packed_size
 from .skillpack.text import padded
 from .task import Task
-from .training.stage import Progress
+from .training.fit import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -69,11 +69,11 @@ def pieces(model: nn.Module, delta: Mapping[str, Tensor], roles: Mapping[str, st
     return [
         Piece(
             name,
-            tuple(x.shape),
+            tuple(parameter.shape),
             roles[name],
-            partial(x.float),
+            partial(delta.__getitem__, name),
             transposed=name in transposed,
             head=head.get(name),
         )
-        for name, x in delta.items()
+        for name, parameter in model.named_parameters()
     ]

@@ -17,11 +17,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from . import __version__
 from .budget import Budget
@@ -32,12 +32,11 @@ from .skillpack.codecs import Encoded, dense
 from .skillpack.file import SkillPack
 from .stream import BaseTemplate, Clock, SupervisedPlugin
 from .task import Scenario, Task
-from .training.preferences import preference_pairs
-from .training.shared import train_or_recall
-from .training.stage import Log, dpo, sft
+from .training.config import dpo_job, sft_job
+from .training.delta import Delta
+from .training.stages import Log, Stages, in_full_precision
 
 Keeps = Literal["per_task", "sum", "latest", "merged"]
-Delta = Mapping[str, Tensor]
 
 
 class Strategy(BaseTemplate):
@@ -75,7 +74,8 @@ class Strategy(BaseTemplate):
         self.base = {name: p.detach().clone() for name, p in model.named_parameters()}
         self.grafted = Grafted(model)
         self.packs: list[SkillPack] = []
-        self.stages: Path | None = None  # where training is shared, if it is
+        self._own_folder = TemporaryDirectory(prefix="cl-graft-", ignore_cleanup_errors=True)
+        self.stages = Stages(Path(self._own_folder.name))
         self.progress: Callable[[str, float], None] = lambda what, done: None
         self.seconds: dict[str, float] = {"train": 0.0, "compress": 0.0, "evaluate": 0.0}
         self.log = Log()
@@ -91,45 +91,38 @@ class Strategy(BaseTemplate):
     def fine_tune(self, task: Task, context: Context) -> Delta:
         """Full fine-tuning in place by the task's recipe; returns tuned minus `context.start`, float32.
 
-        Strategies of one sweep that do the very same training share it (training/shared.py).
+        Strategies of one sweep that do the very same training share it (training/stages.py).
         """
-        seed = self._stage_seed
-        self.book_training(
-            lambda: train_or_recall(
-                self.stages, self.model, task, seed, lambda: self.train_in_place(self.model, task)
-            )
-        )
+        delta = Delta(self.teach(self.model, task), context.start, self.model.device)
         torch.manual_seed(
-            seed
-        )  # what follows must not depend on whether training drew random numbers
-        return {
-            name: p.detach().float() - context.start[name].float()
-            for name, p in self.model.named_parameters()
-        }
+            self._stage_seed
+        )  # whether training was recalled must not matter from here
+        return delta
 
-    def book_training(self, train: Callable[[], Log]) -> None:
-        """Run a training, and enter what it cost."""
-        begun = perf_counter()
-        self.log.add(train())
-        self._training_wall += perf_counter() - begun
-
-    def train_in_place(self, model: Any, task: Task) -> Log:
-        """The task's recipe (SFT, then DPO if it has a preference half) on any wrapping of the model."""
-        recipe, seed = task.training, self._stage_seed
+    def teach(self, model: Any, task: Task) -> Path:
+        """The task's recipe (SFT, then DPO if it has a preference half) in place, on the model or on PEFT's wrapping
+        of it; returns the folder of the last stage."""
+        half, seed = task.training.preference, self._stage_seed
 
         def progress(done: float) -> None:
             self.progress(f"training {task.name}", done)
 
-        log = sft(model, self.tokenizer, task.train, recipe, seed, progress)
-        if recipe.preference:
-            pairs = preference_pairs(
-                model, self.tokenizer, task, recipe.preference, seed, self.allow_code
-            )
-            if pairs:
-                log.add(
-                    dpo(model, self.tokenizer, pairs, recipe, recipe.preference, seed, progress)
+        def run(rows: Any, job: Any) -> Path:
+            folder, log = self.stages.run(model, self.tokenizer, rows, job, progress)
+            self.log.add(log)
+            return folder
+
+        begun = perf_counter()
+        with in_full_precision(model):
+            folder = run(*sft_job(task, seed))
+            if half:
+                pairs = task.pairs or self.stages.pairs(
+                    model, self.tokenizer, task, half, seed, self.allow_code
                 )
-        return log
+                if pairs:
+                    folder = run(*dpo_job(task, pairs, seed))
+        self._training_wall += perf_counter() - begun
+        return folder
 
     @property
     def _stage_seed(self) -> int:
@@ -160,7 +153,9 @@ class Strategy(BaseTemplate):
             versions={"cl_graft": __version__, "torch": torch.__version__},
         )
         self.grafted.activate(self.before_learning())
-        start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        start = self.base
+        if self.grafted.active:
+            start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         context = Context(
             model=self.model,
             tokenizer=self.tokenizer,

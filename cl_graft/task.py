@@ -69,7 +69,6 @@ class Training:
     warmup: float = 0.1
     weight_decay: float = 0.0
     max_length: int = 512
-    micro_batch: int | None = None
     preference: Preference | None = None
     epochs: float | None = None
 

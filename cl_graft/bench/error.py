@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -14,24 +13,18 @@ from torch import Tensor
 from .. import plugins
 from ..models.load import load
 from ..models.text import encode
-from ..skillpack.calibrate import Moments, linear_layers, moments
-from ..skillpack.codecs import decode, payload_bytes
-from ..skillpack.compress import Piece, Room, compress, fetch
-from ..skillpack.policy import Adaptive
-from ..skillpack.shelf import Item
+from ..skillpack.calibrate import linear_layers, moments
+from ..skillpack.text import padded
 from ..task import Example, Task
-from ..training.shared import train_or_recall
-from ..training.stage import sft
+from ..training.config import sft_job
+from ..training.stages import Stages
 from . import textbook
-from .layer import inputs_of, relative
+from .layer import BUDGET, inputs_of, relative, within_budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BUDGET = 0.10  # of the matrices in bf16
 CALIBRATION, HELD_OUT = 512, 256  # examples
-
-Deltas = dict[str, Tensor]
 
 
 def bench_error(
@@ -46,9 +39,7 @@ def bench_error(
     torch.manual_seed(seed)
     model, tokenizer = load(model_name, data_dir)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    train_or_recall(
-        cache, model, task, seed, lambda: sft(model, tokenizer, task.train, task.training, seed)
-    )
+    Stages(cache).run(model, tokenizer, *sft_job(task, seed))
     tuned = dict(model.named_parameters())
     names = [n for n in linear_layers(model) if model.get_submodule(n) is not _head(model)]
     deltas = {n: (tuned[f"{n}.weight"] - start[f"{n}.weight"]).detach() for n in names}
@@ -57,8 +48,8 @@ def bench_error(
     inputs = _held_out(model, _batches(tokenizer, list(task.test)[:HELD_OUT], task), names)
 
     plain = {n: _textbook(d, found.hessian(f"{n}.weight")) for n, d in deltas.items()}
-    whole = _ours(deltas, found)
-    each = {n: _ours({n: d}, found)[n] for n, d in deltas.items()}
+    whole = within_budget(deltas, found)
+    each = {n: within_budget({n: d}, found)[n] for n, d in deltas.items()}
     errors = {
         kind: [relative(inputs[n], d, approximation[n]) for n, d in deltas.items()]
         for kind, approximation in (("textbook", plain), ("ours", whole), ("each", each))
@@ -88,32 +79,15 @@ def _textbook(delta: Tensor, hessian: Tensor | None) -> Tensor:
     return textbook.compress(delta, hessian, counts)
 
 
-def _ours(deltas: Deltas, found: Moments) -> Deltas:
-    limit = int(sum(BUDGET * 2 * d.numel() for d in deltas.values()))
-    room = Room(lambda specs: sum(payload_bytes(*s) for s in specs.values()), limit, "10%")
-    shelf: dict[str, Item] = {}
-    pieces = [
-        Piece(f"{n}.weight", tuple(d.shape), "other", partial(d.clone)) for n, d in deltas.items()
-    ]
-    compress(pieces, found, Adaptive(), room, shelf)
-    return {n: decode(fetch(shelf, f"{n}.weight")) for n in deltas}
-
-
 def _batches(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], task: Task, size: int = 32
 ) -> list[dict[str, Tensor]]:
-    """One example a row, padded on the right."""
+    """input_ids and attention_mask, one example a row."""
+    texts = [encode(tokenizer, e.prompt, e.completion, task.training.max_length) for e in rows]
     batches = []
-    for start in range(0, len(rows), size):
-        texts: list[list[int]] = []
-        for e in rows[start : start + size]:
-            head, tail = encode(tokenizer, e.prompt, e.completion, task.training.max_length)
-            texts.append([*head, *tail])
-        ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
-        batches.append({"input_ids": ids, "attention_mask": mask})
+    for start in range(0, len(texts), size):
+        batch = padded([(h + t, len(h)) for h, t in texts[start : start + size]], 0)
+        batches.append({key: batch[key] for key in ("input_ids", "attention_mask")})
     return batches
 
 

@@ -42,7 +42,7 @@ def bench_pack(
 
 
 def _error(data_dir: Path | None) -> dict[str, Any]:
-    cache = cache_root() / "stages"
+    cache = cache_root()
     rows = [bench_error(model, task, 0, cache, data_dir) for model, task in tasks(data_dir)]
     return {
         "error_ratio": max(row["error_ratio"] for row in rows),

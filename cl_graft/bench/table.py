@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..identity import machine, versions
+from ..record import write_json, write_text
 
 HEADINGS = ("figure", "value", "conditions")
 
@@ -21,10 +21,9 @@ def markdown(found: dict[str, Any]) -> str:
 
 def write(found: dict[str, Any], folder: Path, commands: Sequence[str]) -> None:
     """pack.md and pack.json in the folder, with the commands, versions and machine that made them."""
-    folder.mkdir(parents=True, exist_ok=True)
     about = {**versions(), **machine()}
     whole = {**found, "commands": list(commands), "made_by": about}
-    (folder / "pack.json").write_text(json.dumps(whole, indent=1) + "\n")
+    write_json(folder / "pack.json", whole)
     lines = [
         "# The pack engine beside a textbook implementation of the paper's scheme",
         "",
@@ -36,7 +35,7 @@ def write(found: dict[str, Any], folder: Path, commands: Sequence[str]) -> None:
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
     ]
-    (folder / "pack.md").write_text("\n".join(lines) + "\n")
+    write_text(folder / "pack.md", "\n".join(lines) + "\n")
 
 
 def _error_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:

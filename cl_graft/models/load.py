@@ -28,6 +28,16 @@ def locate(name: str, data_dir: Path | None = None) -> str:
     raise UnknownName("model", name, [*embedded.SPECS, "a model folder", "owner/model"])
 
 
+def attention() -> str:
+    """The fastest attention that this machine has: flash attention where its kernels are installed, else SDPA."""
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    return (
+        "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    )
+
+
 def load(
     name: str, data_dir: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -239,15 +239,22 @@ def write_checkpoint(
         _copy_other_files(like.folder, building)
         if config is not None:
             (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shards = _shards(specs, max_shard_bytes)
-        total = len(shards)
-        names = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
-        names = names if total > 1 else [WEIGHTS]
-        for name, shard in zip(names, shards, strict=True):
-            write_tensors(building / name, {key: specs[key] for key in shard}, fetch)
-        if total > 1:
-            where = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
-            _write_index(building / INDEX, specs, where)
+        write_weights(building, specs, fetch, max_shard_bytes)
+
+
+def write_weights(
+    folder: Path, specs: Specs, fetch: Fetch, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """The weights of a model folder: one file, or shards and their index; see `write_checkpoint`."""
+    shards = _shards(specs, max_shard_bytes)
+    total = len(shards)
+    names = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+    names = names if total > 1 else [WEIGHTS]
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(folder / name, {key: specs[key] for key in shard}, fetch)
+    if total > 1:
+        where = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
+        _write_index(folder / INDEX, specs, where)
 
 
 def write_tensors(path: Path, specs: Specs, fetch: Fetch) -> None:

@@ -1,0 +1,252 @@
+"""One training job on a model in this process, alone or as one of several: SFT or DPO, by TRL."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import Launch
+from ..identity import peak_memory_mb
+from ..models.text import encode
+from ..record import read_jsonl
+from .config import Row, StageConfig, accumulation, order, save_steps
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[float], None]  # fraction of the job done
+
+LOG = "log.jsonl"
+WHOLE = "whole"  # marks a step checkpoint that was written to its end
+
+
+def fit(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    config: StageConfig,
+    launch: Launch,
+    work: Path,
+    deepspeed: dict[str, Any] | None = None,
+    progress: Progress = lambda done: None,
+) -> Any:
+    """Train in place, from the last whole checkpoint in `work` if there is one; returns TRL's trainer.
+
+    `work`/log.jsonl has a line for every twentieth of the job: loss terms, learning rate, gradient norm, tokens a
+    second, peak memory. The loss is taken over answers only. `deepspeed`: its JSON, in a job of several processes.
+    """
+    from transformers import PrinterCallback
+
+    make = {"sft": _sft, "dpo": _dpo}[config.kind]
+    with _quiet():
+        arguments = _arguments(config, launch, work, deepspeed)
+        trainer = make(model, tokenizer, rows, config, arguments)
+        last = _last_checkpoint(work, trainer.accelerator.is_main_process)
+        step = int(last.name.rsplit("-", 1)[1]) if last else 0
+        tokens = tokens_of_a_step(tokenizer, rows, config)
+        report = _report(work, trainer, step, tokens, progress)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(report)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    trainer.model.zero_grad(set_to_none=True)
+    return trainer
+
+
+def _sft(model: Any, tokenizer: Any, rows: Sequence[Row], config: StageConfig, given: dict) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    encoded = []
+    for row in rows:
+        head, tail = encode(tokenizer, row["prompt"], row["completion"], config.max_length)
+        mask = [0] * len(head) + [1] * len(tail)
+        encoded.append({"input_ids": head + tail, "completion_mask": mask})
+    return _in_order(
+        SFTTrainer, order(len(rows), config)
+    )(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(encoded),
+        args=_one_device(
+            SFTConfig(
+                **given,
+                max_length=config.max_length,
+                packing=False,
+                completion_only_loss=True,  # rows already tokenised: the default would be the whole text
+            )
+        ),
+    )
+
+
+def _dpo(model: Any, tokenizer: Any, rows: Sequence[Row], config: StageConfig, given: dict) -> Any:
+    """Against the model as it is at the start, whose log-probabilities are computed once."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    return _in_order(DPOTrainer, order(len(rows), config))(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(list(rows)),
+        args=_one_device(
+            DPOConfig(
+                **given,
+                beta=config.beta,
+                loss_type="sigmoid_norm" if config.length_normalised else "sigmoid",
+                max_length=config.max_length,
+                precompute_ref_log_probs=True,
+            )
+        ),
+    )
+
+
+def _in_order(trainer: type, indices: list[int]) -> type:
+    """The trainer, reading exactly these rows in this order, whatever the number of processes."""
+
+    class Ordered(trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, *_: Any) -> list[int]:
+            return indices
+
+    return Ordered
+
+
+def _one_device(arguments: Any) -> Any:
+    arguments._n_gpu = min(1, arguments.n_gpu)  # not every GPU that this process happens to see
+    return arguments
+
+
+def _arguments(
+    config: StageConfig, launch: Launch, work: Path, deepspeed: dict[str, Any] | None
+) -> dict[str, Any]:
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    micro, accumulated = accumulation(config.batch, launch)
+    return {
+        "output_dir": str(work),
+        "max_steps": config.steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulated,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": round(config.warmup * config.steps),
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch",
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu,  # the products only: parameters and optimizer states are float32
+        "gradient_checkpointing": launch.checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if launch.checkpointing else None,
+        "report_to": [],
+        "save_strategy": "steps",
+        "save_steps": save_steps(config, launch),
+        "logging_steps": max(1, config.steps // 20),
+        "disable_tqdm": True,
+        "deepspeed": deepspeed,
+    }
+
+
+def tokens_of_a_step(tokenizer: Any, rows: Sequence[Row], config: StageConfig) -> float:
+    """Tokens of one step on average, both answers of a pair with its prompt counted."""
+    answers = ("completion",) if config.kind == "sft" else ("chosen", "rejected")
+    total = sum(
+        len(head) + len(tail)
+        for row in rows
+        for head, tail in (
+            encode(tokenizer, row["prompt"], row[a], config.max_length) for a in answers
+        )
+    )
+    return total / len(rows) * config.batch
+
+
+def _last_checkpoint(work: Path, tidy: bool) -> Path | None:
+    """The furthest step checkpoint that is whole; torn ones are removed by one process."""
+    whole = []
+    for folder in work.glob("checkpoint-*"):
+        if (folder / WHOLE).is_file():
+            whole.append(folder)
+        elif tidy:
+            shutil.rmtree(folder, ignore_errors=True)
+    return max(whole, key=lambda f: int(f.name.rsplit("-", 1)[1]), default=None)
+
+
+def _report(work: Path, trainer: Any, step: int, tokens: float, progress: Progress) -> Any:
+    """The callback that writes the log, marks whole checkpoints, and removes those before them."""
+    from transformers import TrainerCallback
+
+    file = work / LOG
+    kept = [x for x in read_jsonl(file) if x["step"] <= step] if file.is_file() else []
+    before = kept[-1]["seconds"] if kept else 0.0
+    main = trainer.accelerator.is_main_process
+    if main:
+        work.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    class Report(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.begun, self.last = time.perf_counter(), (time.perf_counter(), state.global_step)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            progress(state.global_step / max(1, state.max_steps))
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if not main or "loss" not in (logs or {}):
+                return
+            now, (then, at) = time.perf_counter(), self.last
+            self.last = now, state.global_step
+            line = {"step": state.global_step}
+            line |= {k: float(v) for k, v in logs.items() if isinstance(v, (int, float))}
+            line["tokens_per_second"] = tokens * (state.global_step - at) / max(now - then, 1e-9)
+            line["peak_memory_mb"] = _peak_mb()
+            line["seconds"] = before + now - self.begun
+            with file.open("a") as log:
+                log.write(json.dumps(line) + "\n")
+
+        def on_save(self, args, state, control, **kwargs):
+            trainer.accelerator.wait_for_everyone()  # each process writes its share
+            if main:
+                (work / f"checkpoint-{state.global_step}" / WHOLE).touch()
+                for folder in work.glob("checkpoint-*"):
+                    if folder.name != f"checkpoint-{state.global_step}":
+                        shutil.rmtree(folder, ignore_errors=True)
+
+    return Report()
+
+
+def _peak_mb() -> float:
+    """Of the accelerator's memory where there is one, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return peak_memory_mb()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the trainers' own logs out of the user's terminal; warnings of ours are not raised here."""
+    import datasets
+    from transformers.utils import logging as hf
+
+    datasets.disable_progress_bars()
+    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            hf.set_verbosity(level)
+            if bars:
+                hf.enable_progress_bar()

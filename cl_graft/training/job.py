@@ -1,0 +1,69 @@
+"""One process of a launched stage: `python -m cl_graft.training.job FOLDER`, started by training/launch.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ..config import Launch
+from ..errors import CLGraftError
+from ..record import read_json, write_text
+from . import checkpoint, fit, launch
+from .config import StageConfig
+
+
+def main(work: Path) -> None:
+    """Train on `work`/rows from `work`/start as `work`/job.json says, and write the checkpoint where it says."""
+    threading.Thread(target=_end_with_the_launcher, daemon=True).start()
+    try:
+        _run(work, read_json(work / "job.json"))
+    except BaseException as error:
+        reason = (
+            str(error) if isinstance(error, CLGraftError) else f"{type(error).__name__}: {error}"
+        )
+        rank = os.environ.get("RANK", "0")
+        write_text(work / f"{launch.FAILED}{rank}", f"{reason}\n\n{traceback.format_exc()}")
+        raise
+
+
+def _run(work: Path, given: dict[str, Any]) -> None:
+    import deepspeed
+    import torch
+    from datasets import load_from_disk
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from .zero import whole, zero_json
+
+    on_gpu = torch.cuda.is_available()
+    torch.set_num_threads(given["threads"])
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    config, how = StageConfig(**given["config"]), Launch(**given["launch"])
+    deepspeed.init_distributed()
+    settings = zero_json(config, how, on_gpu)
+    partitions = HfDeepSpeedConfig(settings)  # while it lives, models are loaded in parts (ZeRO-3)
+    model, tokenizer = checkpoint.load_start(work / "start", torch.float32)
+    del partitions
+    rows = load_from_disk(str(work / "rows"))
+    trainer = fit.fit(model, tokenizer, rows, config, how, work, settings)
+    inner = trainer.accelerator.unwrap_model(trainer.model)
+    checkpoint.save(
+        inner, tokenizer, Path(given["out"]), whole, trainer.accelerator.is_main_process
+    )
+    trainer.accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+
+
+def _end_with_the_launcher() -> None:
+    """The launcher holds the other end of standard input: when it dies, however it dies, the job ends, too."""
+    while sys.stdin.buffer.read(1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

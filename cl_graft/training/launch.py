@@ -1,0 +1,186 @@
+"""A stage as a job of several processes under DeepSpeed: by torchrun on one machine, by DeepSpeed on several."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config import Launch
+from ..errors import CLGraftError
+from ..models.embedded import cache_root
+from ..record import RecordError, read_jsonl, write_json
+from . import checkpoint
+from .config import Row, StageConfig, accumulation
+from .fit import LOG, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FAILED = "failed-"  # with the rank of the process that says why
+GRACE = 15.0  # seconds that processes have to end by themselves
+
+
+class StageFailed(CLGraftError):
+    """A launched job that did not come to its end."""
+
+
+def launched(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    config: StageConfig,
+    launch: Launch,
+    work: Path,
+    out: Path,
+    progress: Progress,
+) -> None:
+    """Run the stage as a job and wait for it; the checkpoint is in `out`, step checkpoints and logs in `work`.
+
+    The model's weights stay where they are, but off the accelerator meanwhile. Several nodes must see `work` and
+    `out` under the same path. Raises StageFailed, in one sentence, if any process fails.
+    """
+    from datasets import Dataset
+
+    check(config, launch)
+    for left in work.glob(f"{FAILED}*"):
+        left.unlink()
+    checkpoint.save_start(model, tokenizer, work / "start")
+    Dataset.from_list(list(rows)).save_to_disk(str(work / "rows"))
+    job = {
+        "config": asdict(config),
+        "launch": launch.model_dump(mode="json"),
+        "out": str(out.absolute()),
+        "threads": torch.get_num_threads(),
+    }
+    write_json(work / "job.json", job)
+    device = next(model.parameters()).device
+    model.to("cpu")
+    try:
+        _wait(work, command(launch, work), config.steps, progress)
+    finally:
+        model.to(device)
+
+
+def check(config: StageConfig, launch: Launch) -> None:
+    """Raises CLGraftError for what can be seen not to work before anything is started."""
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError:
+        raise CLGraftError(
+            "launching a stage needs DeepSpeed; install it with `pip install cl-graft[deepspeed]`."
+        ) from None
+    accumulation(config.batch, launch)
+    gpus = torch.cuda.device_count()
+    if launch.hostfile is None and gpus and launch.processes > gpus:
+        raise CLGraftError(
+            f"{launch.processes} processes need as many GPUs and this machine has {gpus}; "
+            "choose fewer or name a hostfile."
+        )
+    if launch.hostfile is not None and slots(launch.hostfile) != launch.processes:
+        raise CLGraftError(
+            f"{launch.hostfile} has {slots(launch.hostfile)} slots and the launch {launch.processes} processes; "
+            "make them equal."
+        )
+
+
+def slots(hostfile: Path) -> int:
+    """Devices that the hostfile promises: the sum of its `host slots=N` lines. Raises CLGraftError."""
+    try:
+        lines = [line.split("#")[0].strip() for line in hostfile.read_text().splitlines()]
+    except OSError as error:
+        raise CLGraftError(f"{hostfile} cannot be read ({error.strerror}).") from error
+    found = 0
+    for number, line in enumerate(lines, 1):
+        match = re.fullmatch(r"\S+\s+slots=(\d+)", line)
+        if line and not match:
+            raise CLGraftError(
+                f"{hostfile}, line {number} is {line!r}; write a host and its devices as `host slots=8`."
+            )
+        found += int(match[1]) if match else 0
+    return found
+
+
+def command(launch: Launch, work: Path) -> list[str]:
+    """What starts the processes."""
+    module = ["cl_graft.training.job", str(work.absolute())]
+    if launch.hostfile is None:
+        each = ["--standalone", f"--nproc_per_node={launch.processes}", "--module"]
+        return [sys.executable, "-m", "torch.distributed.run", *each, *module]
+    nodes = ["--hostfile", str(launch.hostfile.absolute()), "--no_local_rank", "--module"]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", *nodes, *module]
+
+
+def environment() -> dict[str, str]:
+    """Of the processes: this one's, with the package and DeepSpeed's compiled parts where they are found again."""
+    source = str(Path(__file__).resolve().parents[2])
+    paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
+    extensions = cache_root() / "extensions" / f"torch-{torch.__version__}"
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR") or str(extensions),
+    }
+
+
+def _wait(work: Path, command: list[str], steps: int, progress: Progress) -> None:
+    with open(work / "job.out", "wb") as out:
+        job = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,  # whose end tells the processes that this one is gone
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            start_new_session=True,
+        )
+    try:
+        while job.poll() is None:
+            time.sleep(0.2)
+            with suppress(RecordError, IndexError):
+                progress([*read_jsonl(work / LOG)][-1]["step"] / steps)
+    finally:
+        _end(job)
+    if job.returncode:
+        raise StageFailed(
+            f"the training job failed ({_reason(work, job.returncode)}); what the processes said is in "
+            f"{work / 'job.out'}, and the same command goes on from the last checkpoint."
+        )
+
+
+def _end(job: subprocess.Popen) -> None:
+    """No process of the job is left."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        if job.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signum)
+            with suppress(subprocess.TimeoutExpired):
+                job.wait(GRACE)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(job.pid, signal.SIGKILL)  # of those that torchrun may have left
+    if job.stdin:
+        with suppress(OSError):
+            job.stdin.close()
+
+
+def _reason(work: Path, code: int) -> str:
+    """Of the process that failed first, in its own words, or how it died."""
+    told = sorted(work.glob(f"{FAILED}*"), key=lambda f: f.stat().st_mtime)
+    died = re.findall(r"exitcode\s*:\s*(-\d+)", (work / "job.out").read_text(errors="replace"))
+    if died:
+        return f"a process was killed by {signal.Signals(-int(died[-1])).name}"
+    if told:
+        rank = told[0].name.removeprefix(FAILED)
+        return f"process {rank}: {told[0].read_text().splitlines()[0]}"
+    return f"exit code {code}"

@@ -1,0 +1,226 @@
+"""Train once, graft many: a stage's outcome is a folder under the hash of everything that determines it.
+
+<cache>/stages/<key>/            the checkpoint (training/checkpoint.py), log.jsonl, and stage.json: what made it
+<cache>/stages/<key>.work/       step checkpoints of one that is not finished
+<cache>/pairs/<key>.jsonl        preference pairs that a model sampled
+
+Strategies that start a task from the same weights, with the same data, recipe and seed, share its training. A
+folder appears whole or not at all, and may be deleted at any time: what is missing is trained again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from ..config import Launch
+from ..models import text
+from ..record import RecordError, read_json, read_jsonl, write_json, write_text
+from ..skillpack.checkpoint import CheckpointError, new_folder
+from ..skillpack.file import fingerprint
+from ..task import Pair, Preference, Task
+from . import checkpoint, config, fit, preferences
+from .config import Row, StageConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MARKER = "stage.json"
+
+
+@dataclass
+class Log:
+    """What training cost and how its loss went. recalled: seconds of it that another run had spent already."""
+
+    seconds: float = 0.0
+    recalled: float = 0.0
+    tokens: int = 0
+    losses: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, other: Log) -> None:
+        self.seconds += other.seconds
+        self.recalled += other.recalled
+        self.tokens += other.tokens
+        self.losses += other.losses
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The folder of finished stages, and how those that are missing are run."""
+
+    folder: Path
+    launch: Launch = Launch()
+
+    def run(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Row],
+        job: StageConfig,
+        progress: fit.Progress = lambda done: None,
+    ) -> tuple[Path, Log]:
+        """Train the model, or the PEFT adapter on it, in place, now or by recalling who did; its folder and log.
+
+        The log is the one of the run that did the work, so that costs are those of training, shared or not.
+        """
+        key = stage_key(fingerprint(model.named_parameters()), rows, job)
+        target = self.folder / "stages" / key
+        with _refusals(target), _locked(target):
+            if not (target / MARKER).is_file():
+                work = target.with_name(f"{key}.work")
+                work.mkdir(parents=True, exist_ok=True)
+                with new_folder(target) as building:
+                    self._train(model, tokenizer, rows, job, work, building, progress)
+                shutil.rmtree(work, ignore_errors=True)
+                return target, self.log(target)
+        checkpoint.load_into(model, target)
+        log = self.log(target)
+        log.recalled = log.seconds
+        return target, log
+
+    def _train(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Row],
+        job: StageConfig,
+        work: Path,
+        building: Path,
+        progress: fit.Progress,
+    ) -> None:
+        if self.launch.processes:
+            from .launch import launched
+
+            launched(model, tokenizer, rows, job, self.launch, work, building, progress)
+            checkpoint.load_into(model, building)
+        else:
+            fit.fit(model, tokenizer, rows, job, self.launch, work, progress=progress)
+            checkpoint.save(model, tokenizer, building)
+        shutil.copy(work / fit.LOG, building / fit.LOG)
+        about = {
+            "config": asdict(job),
+            "rows": len(rows),
+            "tokens": job.steps * fit.tokens_of_a_step(tokenizer, rows, job),
+            "weights": fingerprint(model.named_parameters()),
+            "launch": self.launch.model_dump(mode="json"),
+            "versions": _versions(),
+        }
+        write_json(building / MARKER, about)
+
+    def log(self, folder: Path) -> Log:
+        """Of a finished stage."""
+        lines = list(read_jsonl(folder / fit.LOG))
+        about = read_json(folder / MARKER)
+        return Log(lines[-1]["seconds"] if lines else 0.0, 0.0, round(about["tokens"]), lines)
+
+    def pairs(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        half: Preference,
+        seed: int,
+        allow_code: bool,
+    ) -> list[Pair]:
+        """The model's own preference pairs for the task, sampled now or recalled."""
+        start = fingerprint(model.named_parameters())
+        asked = [asdict(half), task.score, task.max_new_tokens, [asdict(e) for e in task.train]]
+        key = _digest(start, asked, seed, _place(), _code(preferences), _versions())
+        file = self.folder / "pairs" / f"{key}.jsonl"
+        with _refusals(file), _locked(file):
+            if not file.is_file():
+                made = preferences.preference_pairs(model, tokenizer, task, half, seed, allow_code)
+                write_text(file, "".join(json.dumps(asdict(pair)) + "\n" for pair in made))
+        return [Pair(**line) for line in read_jsonl(file)]
+
+
+def stage_key(start: str, rows: Sequence[Row], job: StageConfig) -> str:
+    """Digest of start weights, rows, recipe with its seed, kind of device, code and library versions.
+
+    How many processes share the work is no part of it: the batch is the same, and so, but for the order of sums,
+    is the result.
+    """
+    return _digest(start, list(rows), asdict(job), _place(), _code(fit, config, text), _versions())
+
+
+def _digest(*parts: Any) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True).encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _place() -> str:
+    return "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("torch", "transformers", "trl", "peft")}
+
+
+@cache
+def _code(*modules: Any) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for module in modules:
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Whoever comes second waits, and finds the work done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        yield
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """What a full disk, or one that cannot be written, says; it comes from several libraries in as many ways."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    except RuntimeError as error:  # torch.save on a full disk
+        if "PytorchStreamWriter" not in str(error) and "iostream" not in str(error):
+            raise
+        reason = "the disk refused to take a step checkpoint"
+    else:
+        return
+    raise RecordError(
+        f"{path} cannot be written ({reason}); free space or choose another --out or --cache, then run the same "
+        "command again to continue."
+    )
+
+
+@contextmanager
+def in_full_precision(model: nn.Module) -> Iterator[None]:
+    """Trainable parameters in float32 while they are trained: steps of 1e-6 are lost in bfloat16."""
+    narrow = {
+        name: p.dtype
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+    }
+    for name, parameter in model.named_parameters():
+        if name in narrow:
+            parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if name in narrow:
+                parameter.data = parameter.data.to(narrow[name])

@@ -1,0 +1,228 @@
+"""Training that is shared, or goes on after a kill, changes nothing but the time it takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cl_graft.config import Launch
+from cl_graft.models.load import load
+from cl_graft.skillpack.file import fingerprint
+from cl_graft.stream import benchmark
+from cl_graft.task import Example, Pair, Preference, Task, Training
+from cl_graft.training import fit
+from cl_graft.training.config import dpo_job, sft_job
+from cl_graft.training.delta import Delta
+from cl_graft.training.stages import Stages, in_full_precision
+
+EXAMPLES = [Example(f"Q: Copy ab{c}.\nA: ", f"ab{c}") for c in "cdefghij"]
+TASK = Task(
+    "t", EXAMPLES, (), "exact", training=Training(steps=8, batch=4, preference=Preference())
+)
+
+
+def learn(strategy, scenario, folder, experiences=2):
+    strategy.stages = Stages(folder)
+    for experience in list(benchmark(scenario).train_stream)[:experiences]:
+        strategy.train(experience, eval_streams=[])
+    return strategy
+
+
+def stages_in(folder):
+    return sorted(p.parent.name for p in folder.glob("stages/*/stage.json"))
+
+
+def adapted(model, rank=2):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def no_training(*args, **kwargs):
+    raise AssertionError("trained again")
+
+
+def test_a_second_method_trains_nothing_and_gets_the_same_delta(
+    build, tiny_scenario, tmp_path, monkeypatch
+):
+    alone = learn(build("graftllm", calibration_batches=1), tiny_scenario, tmp_path / "alone")
+    learn(build("individual"), tiny_scenario, tmp_path / "shared")
+    assert len(stages_in(tmp_path / "shared")) == 2
+    monkeypatch.setattr(fit, "fit", no_training)
+    shared = learn(build("graftllm", calibration_batches=1), tiny_scenario, tmp_path / "shared")
+    assert [p.digest for p in shared.packs] == [p.digest for p in alone.packs]
+    assert shared.seconds["train"] > 0 and shared.log.recalled == shared.log.seconds
+    assert alone.log.recalled == 0
+
+
+def test_another_seed_recipe_or_start_is_another_stage(build, tiny_scenario, tmp_path):
+    learn(build("individual"), tiny_scenario, tmp_path, 1)
+    first = stages_in(tmp_path)
+    learn(build("sequential"), tiny_scenario, tmp_path, 1)
+    assert stages_in(tmp_path) == first, "the first task starts from the base for both"
+    other = tiny_scenario.with_training(batch=4)
+    learn(build("individual", scenario=other), other, tmp_path, 1)
+    seeded = build("individual")
+    seeded.seed = 1
+    learn(seeded, tiny_scenario, tmp_path, 1)
+    assert len(stages_in(tmp_path)) == 3
+
+
+def test_a_stage_without_its_marker_is_trained_again(build, tiny_scenario, tmp_path):
+    whole = learn(build("individual"), tiny_scenario, tmp_path, 1)
+    (marker,) = tmp_path.glob("stages/*/stage.json")
+    shutil.rmtree(marker.parent)
+    again = learn(build("individual"), tiny_scenario, tmp_path, 1)
+    assert again.packs[0].digest == whole.packs[0].digest and marker.is_file()
+
+
+def test_a_stage_is_a_model_folder_that_transformers_loads(nano, tmp_path):
+    model, tokenizer = nano
+    folder, log = Stages(tmp_path).run(model, tokenizer, *sft_job(TASK, 0))
+    loaded, _ = load(str(folder))
+    for (name, mine), (_, theirs) in zip(
+        model.named_parameters(), loaded.named_parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+    about = json.loads((folder / "stage.json").read_text())
+    assert about["weights"] == fingerprint(model.named_parameters())
+    assert log.tokens == about["tokens"] > 0 and log.losses[-1]["step"] == 8
+    assert not list(tmp_path.glob("stages/*.work"))
+
+
+def test_the_delta_is_tuned_minus_start_parameter_by_parameter(nano, tmp_path):
+    model, tokenizer = nano
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    folder, _ = Stages(tmp_path).run(model, tokenizer, *sft_job(TASK, 0))
+    delta = Delta(folder, start, "cpu")
+    assert list(delta) == list(start) and len(delta) == len(start)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(delta[name], parameter.detach() - start[name])
+    with pytest.raises(KeyError):
+        delta["no.such.parameter"]
+
+
+def test_an_adapter_trains_alone_and_is_recalled(nano, tmp_path, monkeypatch):
+    """SFT, then DPO against the model with the adapter as SFT left it: the first margin is zero."""
+    stages = Stages(tmp_path)
+    pairs = [Pair(e.prompt, e.completion, "zz") for e in EXAMPLES]
+    half = Preference(steps=4, batch=4, learning_rate=1e-3)
+    jobs = (
+        sft_job(replace(TASK, training=Training(steps=8, batch=4, learning_rate=1e-2)), 0),
+        dpo_job(replace(TASK, training=Training(warmup=0.0, preference=half)), pairs, 0),
+    )
+
+    def trained():
+        model, tokenizer = load("nano-llama")
+        wrapped, logs = adapted(model), []
+        for job in jobs:
+            folder, log = stages.run(wrapped, tokenizer, *job)
+            logs.append(log)
+        state = {n: p.detach().clone() for n, p in wrapped.named_parameters() if ".default." in n}
+        return folder, logs, state
+
+    folder, logs, state = trained()
+    assert logs[1].losses[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    assert {p.name for p in folder.iterdir()} >= {"adapter_model.safetensors", "stage.json"}
+    assert any(x.abs().max() > 0 for n, x in state.items() if "lora_B" in n)
+    monkeypatch.setattr(fit, "fit", no_training)
+    again = trained()[2]
+    assert all(torch.equal(again[n], x) for n, x in state.items())
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_stage_that_was_stopped_goes_on_from_its_last_whole_checkpoint(
+    nano, tmp_path, monkeypatch, kind
+):
+    """Bit for bit the weights of the run that was not stopped; a torn checkpoint counts for nothing."""
+    model, tokenizer = nano
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    pairs = [Pair(e.prompt, e.completion, "zz") for e in EXAMPLES]
+    half = Preference(steps=8, batch=4, learning_rate=1e-3)
+    job = (
+        sft_job(TASK, 0)
+        if kind == "sft"
+        else dpo_job(replace(TASK, training=Training(preference=half)), pairs, 0)
+    )
+
+    def reset():
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(start[name])
+
+    whole, _ = Stages(tmp_path / "whole").run(model, tokenizer, *job)
+    wanted = fingerprint(model.named_parameters())
+    reset()
+    stages = Stages(tmp_path / "stopped", Launch(save_steps=2))
+
+    def stop(done):
+        if done >= 5 / 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.run(model, tokenizer, *job, progress=stop)
+    assert not stages_in(tmp_path / "stopped")
+    (work,) = tmp_path.glob("stopped/stages/*.work")
+    assert [p.name for p in work.glob("checkpoint-*")] == ["checkpoint-4"]
+    shutil.copytree(work / "checkpoint-4", work / "checkpoint-5")
+    (work / "checkpoint-5" / fit.WHOLE).unlink()
+    (work / "checkpoint-5" / "model.safetensors").write_bytes(b"torn")
+    reset()
+    done = []
+    _, log = stages.run(model, tokenizer, *job, progress=done.append)
+    assert done[0] == 5 / 8, "steps 1 to 4 are not done again"
+    assert fingerprint(model.named_parameters()) == wanted
+    assert [x["step"] for x in log.losses] == list(range(1, 9))
+    straight = [x["loss"] for x in Stages(tmp_path).log(whole).losses]
+    assert [x["loss"] for x in log.losses] == straight
+    assert not work.exists()
+
+
+def test_small_steps_of_a_bfloat16_model_are_not_rounded_away(nano, tmp_path):
+    model, tokenizer = nano
+    model.to(torch.bfloat16)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    recipe = Training(steps=4, batch=4, learning_rate=1e-6, warmup=0.0)
+    with in_full_precision(model):
+        folder, _ = Stages(tmp_path).run(
+            model, tokenizer, *sft_job(replace(TASK, training=recipe), 0)
+        )
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    delta = Delta(folder, start, "cpu")
+    for name in delta:
+        if "proj" in name:  # rows of tokens that do not occur stand still
+            assert (delta[name] != 0).float().mean() > 0.9, name
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_the_next_run_goes_on(nano, tmp_path, monkeypatch):
+    from cl_graft.record import RecordError
+
+    model, tokenizer = nano
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    stages = Stages(tmp_path, Launch(save_steps=4))
+    real, calls = torch.save, []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 4:  # in the second step checkpoint
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file"
+            )
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RecordError, match="cannot be written .*free space"):
+        stages.run(model, tokenizer, *sft_job(TASK, 0))
+    monkeypatch.undo()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(start[name])
+    done = []
+    stages.run(model, tokenizer, *sft_job(TASK, 0), progress=done.append)
+    assert done[0] == 5 / 8
