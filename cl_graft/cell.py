@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from . import plugins
@@ -95,12 +97,34 @@ def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]
             f"{config.scenario} is not a scenario: its function returns {type(scenario).__name__}; "
             "return a cl_graft.task.Scenario."
         )
+    scenario = _trained_on(scenario, config.train_on)
     programs = [t for t in scenario.tasks if "tests" in t.metrics]
     if programs:
         from .evaluation.sandbox import require_consent
 
         require_consent(config.allow_code_execution, f"scoring task {programs[0].name!r}")
     return scenario, strategy_class, options
+
+
+def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
+    """The scenario with the training data of some tasks taken from folders that `transfer build` made."""
+    from .transfer.read import read_examples, read_pairs
+
+    for name in folders:
+        if name not in scenario.task_names:
+            raise UnknownName(f"task of {scenario.name}", name, scenario.task_names)
+    tasks = []
+    for task in scenario.tasks:
+        if task.name in folders:
+            folder = folders[task.name]
+            task = replace(task, train=read_examples(folder), pairs=read_pairs(folder))
+            if task.training.preference and not task.pairs:
+                raise CLGraftError(
+                    f"{folder} holds no preference pairs for task {task.name!r}; build it with a wider reward gap, "
+                    "or train without DPO."
+                )
+        tasks.append(task)
+    return replace(scenario, tasks=tuple(tasks))
 
 
 def _require_strategy(found: Any, name: str) -> None:
@@ -124,6 +148,7 @@ def _compute(
     import torch
     from transformers import set_seed
 
+    from .evaluation.outcomes import Outcomes
     from .models.load import load
     from .models.roles import roles
     from .stream import benchmark
@@ -145,6 +170,7 @@ def _compute(
         allow_code=config.allow_code_execution,
     )
     strategy.stages = Stages(config.store, config.launch)
+    strategy.outcomes = Outcomes(config.store, config.cell)
     identity = {
         "config": _experiment(config),
         "options": options,
@@ -185,12 +211,9 @@ def _stages(
     for stage in range(len(done), total):
         task = scenario.tasks[stage - 1] if stage else None
         strategy.progress = partial(_part_of, progress, stage, total)
-        before, tokens, losses = (
-            dict(strategy.seconds),
-            strategy.log.tokens,
-            len(strategy.log.losses),
-        )
-        pack_bytes = None
+        before, log = dict(strategy.seconds), replace(strategy.log)
+        losses, pack_bytes = len(log.losses), None
+        sampled, begun = strategy.sampling, perf_counter()
         if task:
             strategy.train(stream.train_stream[stage - 1], eval_streams=[])
             pack_bytes = strategy.packs[-1].save(folder.new_pack_path(stage, task.name))
@@ -204,6 +227,9 @@ def _stages(
         active = {
             t.name: [p.digest for p in strategy.active(j)] for j, t in enumerate(scenario.tasks)
         }
+        seconds = {k: v - before[k] for k, v in strategy.seconds.items()}
+        busy = seconds["compress"] + seconds["evaluate"] + strategy.sampling - sampled
+        busy += strategy.log.spent - log.spent
         record = {
             "stage": stage,
             "task": task.name if task else None,
@@ -211,11 +237,15 @@ def _stages(
             "general": _by_metric({"": general}, flat=True) if general else None,
             "active": active,
             "general_active": [p.digest for p in strategy.active(None)],
-            "measured": [name for name, packs in active.items() if (name, *packs) not in known],
+            "identical": [
+                name
+                for name, packs in active.items()
+                if (name, *packs) in known | strategy.recalled
+            ],
             "pack": strategy.packs[-1].digest if task else None,
             "pack_bytes": pack_bytes,
-            "seconds": {k: v - before[k] for k, v in strategy.seconds.items()},
-            "tokens": strategy.log.tokens - tokens,
+            "seconds": seconds | {"harness": perf_counter() - begun - busy},
+            "tokens": strategy.log.tokens - log.tokens,
             "peak_memory_mb": peak_memory_mb(),
             "losses": strategy.log.losses[losses:],
         }

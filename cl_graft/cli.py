@@ -41,6 +41,21 @@ Consent = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="name.option=value of the strategy or scenario.")
 ]
+Launching = Annotated[
+    str,
+    typer.Option(
+        help="How stages train, as processes=8,zero=3,offload=true,hostfile=FILE,micro_batch=4,checkpointing=true,"
+        "save_steps=100; processes=0 is in this process."
+    ),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Folder of finished stages and evaluations to share; OUT/cache if not given."),
+]
+TrainOn = Annotated[
+    list[str] | None,
+    typer.Option("--train-on", help="TASK=FOLDER that `transfer build` made, for its training data."),
+]
 Budget = Annotated[str, typer.Option(help="Storage per task: 10%, 10%:weights, 800MB.")]
 
 
@@ -56,6 +71,9 @@ def run(
     wandb: Wandb = "auto",
     allow_code_execution: Consent = False,
     set_: Set = None,
+    train_on: TrainOn = None,
+    launch: Launching = "",
+    cache: Cache = None,
 ) -> None:
     """Run one strategy on one scenario, or continue it where it stopped."""
     from .cell import run as run_cell
@@ -81,6 +99,9 @@ def sweep(
     wandb: Wandb = "auto",
     allow_code_execution: Consent = False,
     set_: Set = None,
+    train_on: TrainOn = None,
+    launch: Launching = "",
+    cache: Cache = None,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes; 0 means one a core, or one a GPU.")
     ] = 0,
@@ -203,13 +224,28 @@ def _integer(text: str) -> int:
         raise CLGraftError(f"seed {text!r} is not an integer; write --seeds 0,1,2.") from None
 
 
+def _pair(text: str, option: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip() or not value.strip():
+        raise CLGraftError(f"{option} takes NAME=VALUE, not {text!r}.")
+    return name.strip(), value.strip()
+
+
 def _grid(scenarios, strategies, seeds, models, budgets, given: dict[str, Any]) -> list[Any]:
+    from .config import Launch
     from .plugins import parse_set
     from .sweep import grid, options_from
 
     if given["wandb"] not in ("auto", "offline", "online", "off"):
         raise UnknownName("W&B mode", given["wandb"], ["auto", "offline", "online", "off"])
-    common = {key: given[key] for key in ("data_dir", "out", "wandb", "allow_code_execution")}
+    common = {
+        key: given[key] for key in ("data_dir", "out", "wandb", "allow_code_execution", "cache")
+    }
+    common["launch"] = dict(_pair(part, "--launch") for part in given["launch"].split(",") if part)
+    for name in common["launch"]:
+        if name not in Launch.model_fields:
+            raise UnknownName("setting of --launch", name, Launch.model_fields)
+    common["train_on"] = dict(_pair(text, "--train-on") for text in given["train_on"] or [])
     options = options_from([parse_set(text) for text in given["set_"] or []])
     owners = [Path(n).stem if n.endswith(".py") else n for n in (*scenarios, *strategies)]
     for owner in options:

@@ -30,7 +30,7 @@ class Launch(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     processes: int = Field(default=0, ge=0)
-    zero: Literal[2, 3] = 2
+    zero: int = Field(default=2, ge=2, le=3)
     offload: bool = False
     hostfile: Path | None = None
     micro_batch: int | None = Field(default=None, ge=1)

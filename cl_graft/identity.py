@@ -9,11 +9,46 @@ import platform
 import resource
 import sys
 from dataclasses import asdict
+from functools import cache
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .task import Scenario, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def digest(*parts: Any) -> str:
+    """BLAKE2b, 32 hex digits, of JSON values."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(json.dumps(part, sort_keys=True).encode() + b"\0")
+    return found.hexdigest()
+
+
+@cache
+def code_digest(*modules: ModuleType) -> str:
+    """Of the source files of these modules: what was computed by other code is another thing."""
+    found = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        found.update(Path(str(module.__file__)).read_bytes())
+    return found.hexdigest()
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of which token has which id."""
+    return digest(sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]))
+
+
+def place() -> str:
+    """The kind of device and, on a CPU, the number of threads, on which the last digits of sums depend."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
 
 
 def data_fingerprint(scenario: Scenario) -> str:

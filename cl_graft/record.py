@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import CLGraftError
 
-FORMAT = 1
+FORMAT = 2
 
 
 class RecordError(CLGraftError):
@@ -80,6 +80,29 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             raise RecordError(
                 f"{path}, line {number} is not JSON ({error}); delete its cell's folder to compute it anew."
             ) from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Held while `path` is made: whoever comes second waits, and finds the work done.
+
+    Raises RecordError where the disk refuses even a lock.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise RecordError(
+            f"{path} cannot be written ({error.strerror}); free space or choose another --out or --cache, "
+            "then run the same command again to continue."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class CellFolder:

@@ -36,6 +36,8 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "matrix": matrix,
         "n": table("score", "n"),
         "stderr": table("score", "stderr"),
+        "identical": [[t in r["identical"] for t in tasks] for r in records]
+        + [[False] * len(tasks)] * (rows - len(records)),
         "metrics": {k: None if v != v else v for k, v in metrics.items()},
         "extra_matrices": {m: table(m, "value") for m in further},
         "general": [r["general"]["score"]["value"] if r["general"] else None for r in records],

@@ -26,10 +26,12 @@ import torch
 from . import __version__
 from .budget import Budget
 from .context import Context
+from .evaluation.outcomes import Outcomes
 from .evaluation.scorers import Examinee, Scored, score
+from .record import locked
 from .skillpack.apply import Grafted
 from .skillpack.codecs import Encoded, dense
-from .skillpack.file import SkillPack
+from .skillpack.file import SkillPack, fingerprint
 from .stream import BaseTemplate, Clock, SupervisedPlugin
 from .task import Scenario, Task
 from .training.config import dpo_job, sft_job
@@ -76,10 +78,15 @@ class Strategy(BaseTemplate):
         self.packs: list[SkillPack] = []
         self._own_folder = TemporaryDirectory(prefix="cl-graft-", ignore_cleanup_errors=True)
         self.stages = Stages(Path(self._own_folder.name))
+        self.outcomes = Outcomes(Path(self._own_folder.name))
         self.progress: Callable[[str, float], None] = lambda what, done: None
         self.seconds: dict[str, float] = {"train": 0.0, "compress": 0.0, "evaluate": 0.0}
         self.log = Log()
+        self.sampling = 0.0  # seconds of generating preference pairs
         self.measured: dict[tuple[str, ...], dict[str, list[Scored]]] = {}
+        self.recalled: set[tuple[str, ...]] = (
+            set()
+        )  # what another cell or stage measured, same weights
         self.results: dict[str, dict[str, list[Scored]]] = {}
         self.clock = Clock()
         self._training_wall = 0.0
@@ -116,9 +123,11 @@ class Strategy(BaseTemplate):
         with in_full_precision(model):
             folder = run(*sft_job(task, seed))
             if half:
+                sampled = perf_counter()
                 pairs = task.pairs or self.stages.pairs(
                     model, self.tokenizer, task, half, seed, self.allow_code
                 )
+                self.sampling += perf_counter() - sampled
                 if pairs:
                     folder = run(*dpo_job(task, pairs, seed))
         self._training_wall += perf_counter() - begun
@@ -198,22 +207,35 @@ class Strategy(BaseTemplate):
     # --- measuring ---
 
     def measure(self, task: Task, packs: Sequence[SkillPack]) -> dict[str, list[Scored]]:
-        """Outcomes of every metric of the task with exactly `packs` active; the same packs are measured once."""
+        """Outcomes of every metric of the task with exactly `packs` active; the same weights are measured once."""
         key = (task.name, *(pack.digest for pack in packs))
         if key not in self.measured:
-            begun = perf_counter()
             self.grafted.activate(packs)
-            examinee = Examinee(
-                self.model,
-                self.tokenizer,
-                task.max_new_tokens,
-                task.training.max_length,
-                self.allow_code,
-            )
-            self.measured[key] = score(examinee, task.test, task.metrics)
+            weights, stage = fingerprint(self.model.named_parameters()), len(self.packs)
+            file = self.outcomes.file(weights, self.tokenizer, task)
+            with locked(file):
+                known = self.outcomes.recall(file, stage)
+                if known is None:
+                    known = self._score(task), False
+                    self.outcomes.keep(file, task, known[0], weights, stage)
             self.grafted.unload()
-            self.seconds["evaluate"] += perf_counter() - begun
+            self.measured[key], elsewhere = known
+            if elsewhere:
+                self.recalled.add(key)
         return self.measured[key]
+
+    def _score(self, task: Task) -> dict[str, list[Scored]]:
+        begun = perf_counter()
+        examinee = Examinee(
+            self.model,
+            self.tokenizer,
+            task.max_new_tokens,
+            task.training.max_length,
+            self.allow_code,
+        )
+        found = score(examinee, task.test, task.metrics)
+        self.seconds["evaluate"] += perf_counter() - begun
+        return found
 
     def _restore_base(self) -> None:
         with torch.no_grad():

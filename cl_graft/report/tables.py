@@ -201,7 +201,8 @@ def matrices(cells: Sequence[Cell]) -> list[Table]:
                 general = _average([_general(cell) for cell in line.cells])
                 mean, se = np.column_stack([mean, general[0]]), np.column_stack([se, general[1]])
                 columns += ("General ability",)
-            found.append(_matrix(f"{title}: {line.name}", columns, 100.0 * mean, 100.0 * se, ".1f"))
+            name, note = f"{title}: {line.name}", _not_measured_again(line)
+            found.append(_matrix(name, columns, 100.0 * mean, 100.0 * se, ".1f", note))
             for metric in sorted({m for c in line.cells for m in c.get("extra_matrices") or {}}):
                 mean, se = _average([_extra(cell, metric) for cell in line.cells])
                 name = f"{title}: {line.name}, {metric}"
@@ -293,14 +294,35 @@ def _ranking_row(line: Series) -> tuple[str, ...]:
 
 
 def _matrix(
-    title: str, columns: tuple[str, ...], mean: FloatArray, se: FloatArray, spec: str
+    title: str,
+    columns: tuple[str, ...],
+    mean: FloatArray,
+    se: FloatArray,
+    spec: str,
+    note: str = "",
 ) -> Table:
-    stages = ["base", *(f"after {task}" for task in columns[1 : len(mean)])]
     rows = [
         (stage, *(_show(x, spec, e) for x, e in zip(mean[i], se[i], strict=True)))
-        for i, stage in enumerate(stages)
+        for i, stage in enumerate(_stages(columns[1 : len(mean)]))
     ]
-    return Table(title, columns, tuple(rows))
+    return Table(title, columns, tuple(rows), note)
+
+
+def _stages(tasks: Sequence[str]) -> list[str]:
+    return ["base", *(f"after {task}" for task in tasks)]
+
+
+def _not_measured_again(line: Series) -> str:
+    """Which scores were not measured in these cells, since the fingerprint of the weights was known already."""
+    known = np.all([cell["identical"] for cell in line.cells], axis=0)
+    found = [
+        f"{stage} ({', '.join(np.array(line.tasks)[row])})"
+        for stage, row in zip(_stages(line.tasks), known, strict=True)
+        if row.any()
+    ]
+    if not found:
+        return ""
+    return f"Measured once, by another row or cell with the same fingerprint of weights: {'; '.join(found)}."
 
 
 def _general(cell: Cell) -> FloatArray:

@@ -60,7 +60,7 @@ def _run(work: Path, given: dict[str, Any]) -> None:
 
 def _end_with_the_launcher() -> None:
     """The launcher holds the other end of standard input: when it dies, however it dies, the job ends, too."""
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
         pass
     os._exit(1)
 

@@ -10,24 +10,23 @@ folder appears whole or not at all, and may be deleted at any time: what is miss
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib import metadata
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
 from torch import nn
 
 from ..config import Launch
+from ..evaluation import generate, scorers
+from ..identity import code_digest, digest, place, versions, vocabulary
 from ..models import text
-from ..record import RecordError, read_json, read_jsonl, write_json, write_text
+from ..record import RecordError, locked, read_json, read_jsonl, write_json, write_text
 from ..skillpack.checkpoint import CheckpointError, new_folder
 from ..skillpack.file import fingerprint
 from ..task import Pair, Preference, Task
@@ -42,16 +41,16 @@ MARKER = "stage.json"
 
 @dataclass
 class Log:
-    """What training cost and how its loss went. recalled: seconds of it that another run had spent already."""
+    """What training cost and how its loss went. spent: seconds of this run, none where the stage was recalled."""
 
     seconds: float = 0.0
-    recalled: float = 0.0
+    spent: float = 0.0
     tokens: int = 0
     losses: list[dict[str, float]] = field(default_factory=list)
 
     def add(self, other: Log) -> None:
         self.seconds += other.seconds
-        self.recalled += other.recalled
+        self.spent += other.spent
         self.tokens += other.tokens
         self.losses += other.losses
 
@@ -75,20 +74,18 @@ class Stages:
 
         The log is the one of the run that did the work, so that costs are those of training, shared or not.
         """
-        key = stage_key(fingerprint(model.named_parameters()), rows, job)
+        key = stage_key(fingerprint(model.named_parameters()), tokenizer, rows, job)
         target = self.folder / "stages" / key
-        with _refusals(target), _locked(target):
+        with _refusals(target), locked(target):
             if not (target / MARKER).is_file():
                 work = target.with_name(f"{key}.work")
                 work.mkdir(parents=True, exist_ok=True)
                 with new_folder(target) as building:
-                    self._train(model, tokenizer, rows, job, work, building, progress)
+                    spent = self._train(model, tokenizer, rows, job, work, building, progress)
                 shutil.rmtree(work, ignore_errors=True)
-                return target, self.log(target)
+                return target, self.log(target, spent)
         checkpoint.load_into(model, target)
-        log = self.log(target)
-        log.recalled = log.seconds
-        return target, log
+        return target, self.log(target)
 
     def _train(
         self,
@@ -99,14 +96,18 @@ class Stages:
         work: Path,
         building: Path,
         progress: fit.Progress,
-    ) -> None:
+    ) -> float:
+        begun = perf_counter()
         if self.launch.processes:
             from .launch import launched
 
             launched(model, tokenizer, rows, job, self.launch, work, building, progress)
-            checkpoint.load_into(model, building)
         else:
             fit.fit(model, tokenizer, rows, job, self.launch, work, progress=progress)
+        spent = perf_counter() - begun
+        if self.launch.processes:
+            checkpoint.load_into(model, building)
+        else:
             checkpoint.save(model, tokenizer, building)
         shutil.copy(work / fit.LOG, building / fit.LOG)
         about = {
@@ -115,15 +116,16 @@ class Stages:
             "tokens": job.steps * fit.tokens_of_a_step(tokenizer, rows, job),
             "weights": fingerprint(model.named_parameters()),
             "launch": self.launch.model_dump(mode="json"),
-            "versions": _versions(),
+            "versions": versions(),
         }
         write_json(building / MARKER, about)
+        return spent
 
-    def log(self, folder: Path) -> Log:
-        """Of a finished stage."""
+    def log(self, folder: Path, spent: float = 0.0) -> Log:
+        """Of a finished stage, on which this run has spent so many seconds."""
         lines = list(read_jsonl(folder / fit.LOG))
         about = read_json(folder / MARKER)
-        return Log(lines[-1]["seconds"] if lines else 0.0, 0.0, round(about["tokens"]), lines)
+        return Log(lines[-1]["seconds"] if lines else 0.0, spent, round(about["tokens"]), lines)
 
     def pairs(
         self,
@@ -137,53 +139,33 @@ class Stages:
         """The model's own preference pairs for the task, sampled now or recalled."""
         start = fingerprint(model.named_parameters())
         asked = [asdict(half), task.score, task.max_new_tokens, [asdict(e) for e in task.train]]
-        key = _digest(start, asked, seed, _place(), _code(preferences), _versions())
+        key = digest(
+            start,
+            vocabulary(tokenizer),
+            asked,
+            seed,
+            place(),
+            code_digest(preferences, generate, scorers),
+            versions(),
+        )
         file = self.folder / "pairs" / f"{key}.jsonl"
-        with _refusals(file), _locked(file):
+        with locked(file):
             if not file.is_file():
                 made = preferences.preference_pairs(model, tokenizer, task, half, seed, allow_code)
                 write_text(file, "".join(json.dumps(asdict(pair)) + "\n" for pair in made))
         return [Pair(**line) for line in read_jsonl(file)]
 
 
-def stage_key(start: str, rows: Sequence[Row], job: StageConfig) -> str:
-    """Digest of start weights, rows, recipe with its seed, kind of device, code and library versions.
+def stage_key(
+    start: str, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], job: StageConfig
+) -> str:
+    """Digest of start weights, vocabulary, rows, recipe with its seed, kind of device, code and library versions.
 
     How many processes share the work is no part of it: the batch is the same, and so, but for the order of sums,
     is the result.
     """
-    return _digest(start, list(rows), asdict(job), _place(), _code(fit, config, text), _versions())
-
-
-def _digest(*parts: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(json.dumps(part, sort_keys=True).encode() + b"\0")
-    return digest.hexdigest()
-
-
-def _place() -> str:
-    return "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("torch", "transformers", "trl", "peft")}
-
-
-@cache
-def _code(*modules: Any) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for module in modules:
-        digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Whoever comes second waits, and finds the work done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        yield
+    code = code_digest(fit, config, text)
+    return digest(start, vocabulary(tokenizer), list(rows), asdict(job), place(), code, versions())
 
 
 @contextmanager

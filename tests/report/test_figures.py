@@ -51,6 +51,7 @@ def cell(label: str = "graftllm", matrix: Rows = KEEPS, **changes: Any) -> dict[
         "base_bytes": BASE_BYTES,
         "seconds": {"train": 1.0},
         "extra_matrices": {},
+        "identical": [[False] * len(tasks) for _ in matrix],
         "complete": True,
     }
     return made | changes

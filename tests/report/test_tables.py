@@ -57,6 +57,7 @@ def cell(label: str = "graftllm", matrix: Rows = FORGETS, **changes: Any) -> dic
         "tokens": 1000,
         "peak_memory_mb": 500.0,
         "extra_matrices": {},
+        "identical": [[False] * len(tasks) for _ in matrix],
         "complete": True,
     }
     return made | changes
@@ -352,3 +353,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         write_atomic(tmp_path / "taken", b"a folder is in the way")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "taken"]
+
+
+def test_a_matrix_says_which_scores_were_measured_by_another_row_or_cell() -> None:
+    """Only what no seed of the label measured again is told."""
+    one = cell(seed=0, identical=[[True, True], [False, True], [True, False]])
+    two = cell(seed=1, identical=[[True, True], [False, False], [True, False]])
+    (table,) = (t for t in matrices([one, two]))
+    assert table.note.endswith("of weights: base (math, code); after code (math).")
+    assert matrices([cell()])[0].note == ""

@@ -1,0 +1,71 @@
+"""Evaluate once: outcomes are kept under the fingerprint of the weights that gave them, for every cell to recall.
+
+<cache>/evaluations/<key>.jsonl    a line on who measured what, then one an example and metric
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..identity import code_digest, digest, place, versions, vocabulary
+from ..models import text
+from ..record import read_jsonl, write_text
+from ..task import Task
+from . import _child, generate, sandbox, scorers
+from .scorers import Scored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Results = dict[str, list[Scored]]  # metric -> one outcome an example
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """The folder of evaluations of one cell's `cache`, and the cell that asks."""
+
+    folder: Path
+    cell: str = ""
+
+    def file(self, weights: str, tokenizer: PreTrainedTokenizerBase, task: Task) -> Path:
+        """Where the outcomes of these weights are kept: by all that determines them, code and versions included."""
+        key = digest(
+            weights,
+            vocabulary(tokenizer),
+            [asdict(example) for example in task.test],
+            task.metrics,
+            [task.max_new_tokens, task.training.max_length],
+            code_digest(generate, scorers, sandbox, _child, text),
+            place(),
+            versions(),
+        )
+        return self.folder / "evaluations" / f"{key}.jsonl"
+
+    def recall(self, file: Path, stage: int) -> tuple[Results, bool] | None:
+        """Outcomes, and whether another cell or stage than this one measured them; None if nobody has."""
+        if not file.is_file():
+            return None
+        first, *lines = read_jsonl(file)
+        found: Results = {}
+        for line in lines:
+            scored = Scored(line["score"], line["answer"], line["note"])
+            found.setdefault(line["metric"], []).append(scored)
+        return found, (first["cell"], first["stage"]) != (self.cell, stage)
+
+    def keep(self, file: Path, task: Task, results: Results, weights: str, stage: int) -> None:
+        first: dict[str, Any] = {
+            "cell": self.cell,
+            "stage": stage,
+            "task": task.name,
+            "weights": weights,
+        }
+        lines: Sequence[dict[str, Any]] = [
+            {"metric": metric, "index": i, **asdict(scored)}
+            for metric, outcomes in results.items()
+            for i, scored in enumerate(outcomes)
+        ]
+        write_text(file, "".join(json.dumps(line) + "\n" for line in (first, *lines)))

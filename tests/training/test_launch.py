@@ -1,0 +1,208 @@
+"""Stages as jobs of two processes under DeepSpeed: the same as in one, and nothing lost when one dies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from cl_graft.config import Launch
+from cl_graft.errors import CLGraftError
+from cl_graft.models.load import load
+from cl_graft.task import Example, Pair, Preference, Task, Training
+from cl_graft.training import launch as launching
+from cl_graft.training.config import accumulation, dpo_job, sft_job
+from cl_graft.training.launch import StageFailed, command, environment, slots
+from cl_graft.training.stages import Stages
+from cl_graft.training.zero import zero_json
+
+EXAMPLES = [Example(f"Q: Copy ab{c}.\nA: ", f"ab{c}") for c in "cdefghij"]
+PAIRS = [Pair(e.prompt, e.completion, "zz") for e in EXAMPLES]
+RECIPE = Training(steps=8, batch=4, learning_rate=1e-3)
+SFT = sft_job(Task("t", EXAMPLES, (), "exact", training=RECIPE), 0)
+HALF = Preference(steps=8, batch=4, learning_rate=1e-3)
+DPO = dpo_job(Task("t", (), (), "exact", training=replace(RECIPE, preference=HALF)), PAIRS, 0)
+
+# Float32 sums in another order: a few units of the last place of weights of size 0.1, after eight steps.
+TOLERANCE = 1e-6
+
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("c++") or shutil.which("g++")) or not shutil.which("ninja"),
+    reason="DeepSpeed compiles a part of itself on the CPU: this needs a C++ compiler and ninja",
+)
+jobs = [pytest.mark.slow, needs_compiler, pytest.mark.xdist_group("deepspeed")]
+
+
+def wrapped(model):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def trained(folder, job, launch, wrap=lambda model: model, progress=lambda done: None):
+    """{parameter: tensor} and log after the stage."""
+    model, tokenizer = load("nano-llama")
+    model = wrap(model)
+    _, log = Stages(folder, launch).run(model, tokenizer, *job, progress=progress)
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".ref." not in n}, log
+
+
+def assert_same(one, other):
+    weights, log = one
+    theirs, their_log = other
+    assert weights.keys() == theirs.keys()
+    for name in weights:
+        torch.testing.assert_close(weights[name], theirs[name], rtol=0, atol=TOLERANCE)
+    assert [x["step"] for x in log.losses] == [x["step"] for x in their_log.losses]
+    for x, y in zip(log.losses, their_log.losses, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], abs=1e-5)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
+
+
+class TestTwoProcesses:
+    pytestmark = jobs
+
+    @pytest.mark.parametrize("zero", [2, 3])
+    @pytest.mark.parametrize("job", [SFT, DPO], ids=["sft", "dpo"])
+    def test_train_what_one_trains(self, tmp_path, job, zero):
+        """ZeRO-2 and ZeRO-3, gathered, saved and read back, against the stage in this process."""
+        alone = trained(tmp_path / "one", job, Launch())
+        together = trained(tmp_path / "two", job, Launch(processes=2, zero=zero, micro_batch=1))
+        assert_same(together, alone)
+        (folder,) = (f.parent for f in tmp_path.glob("two/stages/*/stage.json"))
+        loaded, _ = load(str(folder))
+        for name, parameter in loaded.named_parameters():
+            assert torch.equal(parameter, together[0][name]), name
+
+    def test_train_an_adapter_with_offload(self, tmp_path):
+        alone = trained(tmp_path / "one", DPO, Launch(), wrapped)
+        how = Launch(processes=2, zero=3, offload=True, checkpointing=True)
+        assert_same(trained(tmp_path / "two", DPO, how, wrapped), alone)
+
+    def test_lose_nothing_when_one_dies(self, tmp_path):
+        """Killed in the middle; the sentence says so, no process is left, and the next run goes on."""
+        how = Launch(processes=2, save_steps=2)
+
+        def kill(done):
+            if done >= 4 / 8:
+                workers = [p for p in psutil.Process().children(recursive=True) if is_worker(p)]
+                if workers:
+                    workers[-1].kill()
+
+        with pytest.raises(StageFailed, match="killed by SIGKILL.*goes on from the last"):
+            trained(tmp_path / "two", SFT, how, progress=kill)
+        assert not [p for p in psutil.Process().children(recursive=True) if is_worker(p)]
+        seen = []
+        after = trained(tmp_path / "two", SFT, how, progress=seen.append)
+        assert seen and min(seen) > 2 / 8, "the first steps are not done again"
+        assert_same(after, trained(tmp_path / "one", SFT, Launch()))
+
+    def test_end_with_the_process_that_started_them(self, tmp_path):
+        program = textwrap.dedent(f"""
+            import sys
+            sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+            from tests.training.test_launch import SFT, Launch, trained
+            slow = (SFT[0], SFT[1].__class__(**{{**SFT[1].__dict__, "steps": 100000}}))
+            trained({str(tmp_path)!r}, slow, Launch(processes=2), progress=lambda x: print(x, flush=True))
+        """)
+        (tmp_path / "p.py").write_text(program)
+        harness = subprocess.Popen(
+            [sys.executable, tmp_path / "p.py"], stdout=subprocess.PIPE, text=True
+        )
+        assert harness.stdout is not None and harness.stdout.readline(), "it trains"
+        children = psutil.Process(harness.pid).children(recursive=True)
+        assert [p for p in children if is_worker(p)]
+        harness.kill()
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive
+
+    def test_say_why_they_failed(self, tmp_path, monkeypatch):
+        """An error in the job is told in the words of the process that met it."""
+        real = launching.environment
+        monkeypatch.setattr(
+            launching, "environment", lambda: {**real(), "TORCH_EXTENSIONS_DIR": "/proc/nowhere"}
+        )
+        with pytest.raises(StageFailed, match=r"process \d: .*nowhere.*job\.out"):
+            trained(tmp_path, SFT, Launch(processes=2))
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "RANK" in process.environ() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def test_the_batch_is_held_or_the_launch_refused():
+    assert accumulation(128, Launch(processes=8, micro_batch=4)) == (4, 4)
+    assert accumulation(128, Launch(processes=8)) == (16, 1)
+    assert accumulation(12, Launch(micro_batch=3)) == (3, 4)
+    for batch, how in ((128, Launch(processes=6)), (8, Launch(processes=2, micro_batch=3))):
+        with pytest.raises(CLGraftError, match=f"cannot make a batch of {batch}"):
+            accumulation(batch, how)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_deepspeeds_own_parser_takes_the_json(zero, offload, on_gpu):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = replace(SFT[1], batch=128)
+    found = zero_json(
+        config, Launch(processes=8, zero=zero, offload=offload, micro_batch=2), on_gpu
+    )
+    parsed = DeepSpeedZeroConfig(**found["zero_optimization"])
+    assert parsed.stage == zero
+    assert (parsed.offload_optimizer is not None) == offload
+    micro, steps = found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]
+    assert micro * steps * 8 == found["train_batch_size"] == 128
+    assert found["bf16"]["enabled"] == on_gpu
+
+
+def test_one_node_is_started_by_torchrun_and_several_by_deepspeed(tmp_path):
+    one = command(Launch(processes=4), tmp_path)
+    assert one[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert "--nproc_per_node=4" in one and one[-2:] == ["cl_graft.training.job", str(tmp_path)]
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# ours\na slots=8\nb slots=8\n\n")
+    assert slots(hosts) == 16
+    several = command(Launch(processes=16, hostfile=hosts), tmp_path)
+    assert several[2] == "deepspeed.launcher.runner" and str(hosts) in several
+    # DeepSpeed's own reading of that command line and of the file
+    from deepspeed.launcher import runner
+
+    parsed = runner.parse_args(several[3:])
+    assert (parsed.user_script, parsed.module, parsed.no_local_rank) == (one[-2], True, True)
+    assert runner.fetch_hostfile(parsed.hostfile) == {"a": 8, "b": 8}
+
+
+def test_a_hostfile_that_cannot_be_meant_is_refused(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=8\nb: 8\n")
+    with pytest.raises(CLGraftError, match="line 2 is 'b: 8'; write"):
+        slots(hosts)
+    with pytest.raises(CLGraftError, match="cannot be read"):
+        slots(tmp_path / "none")
+    hosts.write_text("a slots=8\n")
+    with pytest.raises(CLGraftError, match="8 slots and the launch 4 processes"):
+        launching.check(SFT[1], Launch(processes=4, hostfile=hosts))
+
+
+def test_processes_find_the_package_and_compiled_parts_again(monkeypatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    found = environment()
+    assert str(Path(launching.__file__).parents[2]) in found["PYTHONPATH"].split(os.pathsep)
+    assert torch.__version__ in found["TORCH_EXTENSIONS_DIR"]
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/somewhere")
+    assert environment()["TORCH_EXTENSIONS_DIR"] == "/somewhere"
