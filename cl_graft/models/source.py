@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .embedded import Spec
 
-MIXTURE = ((world.math, 23), (world.code, 5), (world.cipher, 4))  # of a batch of 32
+MIXTURE = ((world.math, 22), (world.code, 4), (world.cipher, 6))  # of a batch of 32
 
 
 def batches(size: int, seed: int) -> Iterator[list[tuple[str, str]]]:

@@ -43,7 +43,9 @@ def rule_judge(rule: str, allow_code: bool) -> Judge:
     return judge
 
 
-def check_reward_model(name: str, data_dir: Path | None) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+def check_reward_model(
+    name: str, data_dir: Path | None
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """Config and tokenizer of a sequence classifier with one output. Raises SourceError for any other model."""
     config, tokenizer = reader(name, data_dir)
     kind = (config.architectures or ["no class"])[0]
@@ -115,7 +117,12 @@ def reward_judge(name: str, data_dir: Path | None, chat: bool) -> Judge:
 
 
 def _ids(
-    tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, answer: str, longest: int, chat: bool
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    prompt: str,
+    answer: str,
+    longest: int,
+    chat: bool,
 ) -> list[int]:
     if not chat:
         return sum(encode(tokenizer, prompt, answer, longest), [])

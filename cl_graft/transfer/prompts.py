@@ -212,7 +212,9 @@ def _example(row: Row, rule: str | None, config: BuildConfig) -> Example:
     if rule and config.reward_model is None and not judged_by_rule(example, rule):
         _refuse_unjudged(where, rule)
     if rule == "number" and example.completion and final_number(example.completion) is None:
-        raise DataError(f"{where} has no number in its completion {example.completion[:40]!r}; write one there.")
+        raise DataError(
+            f"{where} has no number in its completion {example.completion[:40]!r}; write one there."
+        )
     return example
 
 

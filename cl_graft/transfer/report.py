@@ -50,7 +50,10 @@ def summary(
             "cut off": sum(not done for s, _ in own for done in s["finished"]),
             "right": _mean(ruled),
             "reward": _mean(ranked),
-            "characters": {"mean": _mean([len(text) for text in texts]), "max": max(map(len, texts))},
+            "characters": {
+                "mean": _mean([len(text) for text in texts]),
+                "max": max(map(len, texts)),
+            },
             "tokens": {"mean": _mean(tokens), "max": max(tokens)},
             "sft": sum(row["source"] == name for row in sft),
             "dpo": sum(row["source"] == name for row in dpo),
@@ -127,10 +130,15 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
             (name, *(f"{one['dropped'].get(why, 0):,}" for why in reasons))
             for name, one in sources.items()
         )
-        made.append(Table("Prompts without a pair of the source, and why", ("Source", *reasons), kept))
+        made.append(
+            Table("Prompts without a pair of the source, and why", ("Source", *reasons), kept)
+        )
     for kind, bins in found["rewards"].items():
         counted = tuple(
-            (f"{b['from']:.4g}" + (f" to {b['to']:.4g}" if b["to"] != b["from"] else ""), f"{b['answers']:,}")
+            (
+                f"{b['from']:.4g}" + (f" to {b['to']:.4g}" if b["to"] != b["from"] else ""),
+                f"{b['answers']:,}",
+            )
             for b in bins
         )
         made.append(Table(f"Rewards by the {kind}", ("Reward", "Answers"), counted))
@@ -166,10 +174,10 @@ def card(found: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "",
         "# Answers of source models, selected for training",
         "",
-        f"Sampled from {models} by `cl-graft transfer build`. `sft` holds the best answer to each prompt, `dpo` the best "
-        "and the worst answer of one and the same source. `samples.jsonl` holds every answer, `rewards.jsonl` how it "
-        "was judged, `build.json` the settings and the digest of each file. The licences of the prompts and of the "
-        "sources apply.",
+        f"Sampled from {models} by `cl-graft transfer build`. `sft` holds the best answer to each prompt, `dpo` the "
+        "best and the worst answer of one and the same source. `samples.jsonl` holds every answer, `rewards.jsonl` "
+        "how each was judged, `build.json` the settings and the digest of each file. The licences of the prompts "
+        "and of the sources apply.",
         "",
         *told,
         "",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.generate import BATCH, Answer, answers
@@ -69,9 +68,7 @@ def vllm_sampler(config: BuildConfig, source: str, max_new_tokens: int, chat: bo
     require_vllm()
     from vllm import LLM, SamplingParams
 
-    engine = LLM(
-        model=locate(source, config.data_dir), seed=config.seed, trust_remote_code=False
-    )
+    engine = LLM(model=locate(source, config.data_dir), seed=config.seed, trust_remote_code=False)
     tokenizer = engine.get_tokenizer()
 
     def sample(prompts: Sequence[str], seed: int) -> list[list[Answer]]:

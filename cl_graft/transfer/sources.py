@@ -39,9 +39,7 @@ def identify(name: str, data_dir: Path | None) -> dict[str, str]:
     return {"name": name, "digest": digest.hexdigest()}
 
 
-def reader(
-    name: str, data_dir: Path | None
-) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+def reader(name: str, data_dir: Path | None) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """A model's config and tokenizer, without its weights. Raises SourceError where they cannot be loaded."""
     from transformers import AutoTokenizer
 
@@ -82,7 +80,9 @@ def worded(tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, chat: boo
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     first = tokenizer.bos_token or ""
     # the tokenizer puts it there again
-    doubled = first and text.startswith(first) and tokenizer("").input_ids == [tokenizer.bos_token_id]
+    doubled = (
+        first and text.startswith(first) and tokenizer("").input_ids == [tokenizer.bos_token_id]
+    )
     return text[len(first) :] if doubled else text
 
 
