@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
 BATCH = 64  # one size for every cell of a matrix: scores must not move with the batch
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Answer:
+    """What a model said: the text, its tokens (end-of-sequence not counted), and whether it came to an end."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -24,15 +33,32 @@ def generate(
     max_new_tokens: int,
     temperature: float | None = None,
     seed: int = 0,
+    top_p: float = 1.0,
 ) -> list[str]:
+    """The texts of `answers`: greedy unless a temperature is given."""
+    found = answers(model, tokenizer, prompts, max_new_tokens, temperature, seed, top_p)
+    return [answer.text for answer in found]
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    temperature: float | None = None,
+    seed: int = 0,
+    top_p: float = 1.0,
+) -> list[Answer]:
     """Answers in the order of the prompts; greedy unless a temperature is given.
 
-    Prompts are batched by length and padded on the left.
+    Prompts are batched by length and padded on the left. top_p: sample from the likeliest tokens whose
+    probabilities make up this share.
     """
     model.eval()
     encoded = [tokenizer(p)["input_ids"] for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
-    answers = [""] * len(prompts)
+    found = [Answer("", 0, False)] * len(prompts)
     if temperature is not None:
         torch.manual_seed(seed)
     for start in range(0, len(order), BATCH):
@@ -42,7 +68,7 @@ def generate(
         sampling = (
             {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
             if temperature is None
-            else {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+            else {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         )
         output = model.generate(
             input_ids=ids.to(model.device),
@@ -51,11 +77,13 @@ def generate(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             **sampling,
-        )
-        texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        for i, text in zip(chunk, texts, strict=True):
-            answers[i] = text
-    return answers
+        )[:, width:]
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        for i, row, text in zip(chunk, output.tolist(), texts, strict=True):
+            finished = tokenizer.eos_token_id in row
+            tokens = row.index(tokenizer.eos_token_id) if finished else len(row)
+            found[i] = Answer(text, tokens, finished)
+    return found
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The embedded models: small Llamas pre-trained here from a fixed seed, on text made here or on the user's data.
+"""The embedded models: small models pre-trained here from a fixed seed, on text made here or on the user's data.
 
 Nothing is downloaded. The first use trains the model (a minute or two for `mini-llama`) and caches it
 as an ordinary Hugging Face folder under `$CL_GRAFT_CACHE` (default `~/.cache/cl_graft`).
@@ -20,7 +20,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from ..errors import CLGraftError
-from . import corpus, world
+from . import corpus, source, world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +43,7 @@ class Spec:
     seed: int = 0
     corpus: str = "world"  # or "data": the training files in the data directory
     version: int = 1  # raise it when the recipe in this file changes, so that caches are made anew
+    family: str = "llama"  # or "gpt2": a source of other models' answers, see source.py
 
 
 SPECS = {
@@ -61,6 +62,19 @@ SPECS = {
         corpus="data",
     ),
     "nano-llama": Spec("60 k parameters, for tests in seconds", 48, 2, 2, 96, 60, 5e-3),
+    "mini-gpt2": Spec(
+        "0.9 M parameters, good at every mini task: a source to transfer from",
+        128,
+        4,
+        4,
+        512,
+        1500,
+        3e-3,
+        family="gpt2",
+    ),
+    "nano-gpt2": Spec(
+        "a source of the same kind, for tests in seconds", 48, 2, 2, 96, 60, 5e-3, family="gpt2"
+    ),
 }
 
 
@@ -74,6 +88,8 @@ def folder(name: str, texts: list[str]) -> Path:
 
     digest = hashlib.blake2b(digest_size=6)
     recipe = {**asdict(SPECS[name]), "torch": torch.__version__, "machine": platform.machine()}
+    if recipe["family"] == "llama":
+        del recipe["family"]  # folders are older than families
     digest.update(json.dumps(recipe, sort_keys=True).encode())
     digest.update(Path(world.__file__).read_bytes() if not texts else b"")
     for text in texts:
@@ -117,14 +133,17 @@ def _train(spec: Spec, texts: list[str], target: Path) -> None:
     torch.set_num_threads(1)  # the weights must not depend on how many threads there happen to be
     torch.manual_seed(spec.seed)
     try:
-        if texts:
+        if spec.family == "gpt2":
+            tokenizer, batches = source.tokenizer(), source.batches(spec.batch, spec.seed)
+        elif texts:
             tokenizer, batches = (
                 corpus.tokenizer(texts),
                 corpus.batches(texts, spec.batch, spec.seed),
             )
         else:
             tokenizer, batches = world_tokenizer(), world_batches(spec)
-        model = new_llama(spec, len(tokenizer))
+        new = new_llama if spec.family == "llama" else source.new_gpt2
+        model = new(spec, len(tokenizer))
         pretrain(model, tokenizer, batches, spec.steps, spec.lr)
     finally:
         torch.set_num_threads(threads)

@@ -1,0 +1,111 @@
+"""`cl-graft transfer`: training data from source models' answers. Parse, call, print; heavy imports wait."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import CLGraftError, UnknownName
+
+app = typer.Typer(help="Make training data from other models' answers.", no_args_is_help=True)
+
+
+@app.command()
+def build(
+    source: Annotated[
+        list[str], typer.Option(help="Model that answers: embedded, folder or hub id; repeatable.")
+    ],
+    prompts: Annotated[
+        str, typer.Option(help="JSONL, CSV or Parquet file, SCENARIO/TASK, or a hub data set.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the data sets.")],
+    task: Annotated[
+        str | None,
+        typer.Option(help="How answers are verified: SCENARIO/TASK, number, exact or tests."),
+    ] = None,
+    reward_model: Annotated[
+        str | None,
+        typer.Option(help="Sequence classifier with one output, for prompts without a verifier."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers per prompt and source.")] = 4,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(max=1.0, help="Share of probability sampled from.")
+    ] = 0.95,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; the task's own, or else 512.")
+    ] = None,
+    min_gap: Annotated[
+        float | None, typer.Option(min=0.0, help="Least gap of rewards in a pair.")
+    ] = None,
+    max_gap: Annotated[
+        float | None, typer.Option(min=0.0, help="Greatest gap of rewards in a pair.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First so many prompts only.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling and of the scenario's data.")] = 0,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the data sets that the scenario reads.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="hf, or vllm where it is installed.")] = "hf",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put prompts into each source's chat template.")
+    ] = False,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution", help="Run programs that the source wrote, in the sandbox."
+        ),
+    ] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="scenario.option=value of the prompts.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Sample, judge and select answers into an SFT and a DPO data set; run it again to continue."""
+    from rich.console import Console
+
+    from .plugins import parse_set
+    from .progress import bars, interruptible
+    from .sweep import options_from
+    from .transfer.build import build as build_data
+    from .transfer.build import shortfall
+    from .transfer.config import BuildConfig
+    from .transfer.report import tables
+
+    if backend not in ("hf", "vllm"):
+        raise UnknownName("backend", backend, ["hf", "vllm"])
+    config = BuildConfig(
+        sources=tuple(source),
+        prompts=prompts,
+        out=out,
+        task=task,
+        reward_model=reward_model,
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        min_gap=min_gap,
+        max_gap=max_gap,
+        seed=seed,
+        limit=limit,
+        backend=backend,  # type: ignore[arg-type]
+        chat=chat,
+        data_dir=data_dir,
+        options=dict(options_from([parse_set(text) for text in set_ or []])),
+        allow_code_execution=allow_code_execution,
+    )
+    with interruptible(), bars() as bar:
+        found = build_data(config, lambda what, done: bar(out.name, what, done))
+    if json_:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        for table in tables(found):
+            console.print(table.rich())
+        typer.echo(f"data: {out} ({found['sft']:,} SFT rows, {found['dpo']:,} DPO pairs)")
+    if reason := shortfall(found, config):
+        raise CLGraftError(reason)

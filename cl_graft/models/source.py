@@ -1,0 +1,81 @@
+"""The embedded source models: GPT-2s that read bytes and are good at all that `mini` asks.
+
+They stand for somebody else's models, of another architecture and another vocabulary than the embedded Llamas:
+what moves between them can only move as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+from typing import TYPE_CHECKING
+
+from . import world
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .embedded import Spec
+
+MIXTURE = ((world.math, 22), (world.code, 4), (world.cipher, 6))  # of a batch of 32
+
+
+def batches(size: int, seed: int) -> Iterator[list[tuple[str, str]]]:
+    """Endless batches of (prompt, answer): every batch holds the tasks in the same shares."""
+    rng = Random(seed)
+    sources = [source for source, share in MIXTURE for _ in range(share)]
+    while True:
+        items = [sources[i * len(sources) // size](rng) for i in range(size)]
+        yield [(world.prompt(item.question), item.answer) for item in items]
+
+
+def new_gpt2(spec: Spec, vocab: int) -> PreTrainedModel:
+    """A GPT-2 with random weights, for texts of up to 256 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=vocab,
+        n_positions=256,
+        n_embd=spec.hidden,
+        n_layer=spec.layers,
+        n_head=spec.heads,
+        n_inner=spec.ffn,
+        activation_function="gelu_pytorch_tanh",  # the same function, in one kernel
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Byte-level, as GPT-2's: the world's words whole, digits one by one, all else in bytes; any text survives."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = world.vocabulary()
+    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += words + [f"Ġ{word}" for word in words]  # Ġ is the byte level's blank
+    ids = {token: i for i, token in enumerate(tokens)}
+    made = Tokenizer(models.BPE(ids, [], ignore_merges=True))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,117 @@
+"""What a build leaves on disk: build.json first as the identity, last as the marker that all files are whole.
+
+<out>/samples.jsonl   every answer, one line a source and prompt, in the order they were sampled; grows
+<out>/rewards.jsonl   how each was judged, line by line the same; grows
+<out>/sft.jsonl, dpo.jsonl, README.md   the data set, for `datasets.load_dataset(out, "sft")` or "dpo"
+<out>/report.json, report.md            yields, lengths, rewards, and why pairs were dropped
+<out>/build.json      settings, digests of what was asked, versions; with the digest of every file when complete
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..record import RecordError, write_json
+
+FORMAT = 1
+SAMPLES, REWARDS, SFT, DPO = "samples.jsonl", "rewards.jsonl", "sft.jsonl", "dpo.jsonl"
+FILES = (SAMPLES, REWARDS, SFT, DPO, "report.json", "report.md", "README.md")
+PARTS = ("sampling", "judging", "selection")
+
+
+def begin(out: Path, identity: Mapping[str, Any]) -> None:
+    """Write build.json, or check that the one there was begun with the same settings.
+
+    What was sampled and how it is judged cannot change, except that a build which has not come to its end is judged
+    anew under another rule; which gaps a pair may have can always change, since selecting costs nothing.
+    Raises RecordError for other settings, for files changed since, and for a folder that no build began.
+    """
+    found = read_marker(out)
+    if found is None:
+        others = [file.name for file in out.iterdir() if file.name != ".lock"]
+        if others:
+            raise RecordError(
+                f"{out} holds {sorted(others)[0]} and no build.json; choose an empty folder as --out."
+            )
+        write_json(out / "build.json", {"format": FORMAT, **identity})
+        return
+    complete = "files" in found
+    _refuse_other(out, "sampling", found, identity)
+    if complete:
+        _refuse_other(out, "judging", found, identity)
+        _refuse_changed(out, found, (SAMPLES, REWARDS))
+    if found["judging"] != identity["judging"]:
+        (out / REWARDS).unlink(missing_ok=True)
+    if any(found[part] != identity[part] for part in PARTS):
+        kept = {key: found[key] for key in found if key not in (*PARTS, "files")}
+        write_json(out / "build.json", {**kept, **{part: identity[part] for part in PARTS}})
+
+
+def finish(out: Path) -> None:
+    """Write the marker: build.json with the digest of every file."""
+    found = read_marker(out)
+    assert found is not None
+    found["files"] = {name: digest(out / name) for name in FILES}
+    write_json(out / "build.json", found)
+
+
+def read_marker(out: Path) -> dict[str, Any] | None:
+    """What build.json says, None where there is none. Raises RecordError for one that is not of this version."""
+    path = out / "build.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] == FORMAT and all(isinstance(found[part], dict) for part in PARTS):
+            return found
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise RecordError(
+        f"{path} was not written by this version of `cl-graft transfer build`; choose another --out, or delete "
+        "the folder."
+    )
+
+
+def _refuse_other(
+    out: Path, part: str, found: Mapping[str, Any], identity: Mapping[str, Any]
+) -> None:
+    then, now = found[part], identity[part]
+    other = [key for key in now if then.get(key) != now[key]]
+    if other:
+        shown = " and ".join(key.replace("_", " ") for key in other)
+        raise RecordError(
+            f"{out} was begun with another {shown} than now; choose another --out or delete the folder."
+        )
+
+
+def _refuse_changed(out: Path, found: Mapping[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if not (out / name).is_file() or digest(out / name) != found["files"].get(name):
+            raise RecordError(
+                f"{out / name} is not as the build left it; build the data again into another --out."
+            )
+
+
+def read_rows(out: Path, name: str) -> list[dict[str, Any]]:
+    """Rows of one file of a complete build. Raises RecordError for an incomplete one and for a changed file."""
+    found = read_marker(out)
+    if found is None or "files" not in found:
+        why = "is not complete" if found else "holds no build.json"
+        raise RecordError(
+            f"{out} {why}; make it, or finish it, with `cl-graft transfer build --out {out}`."
+        )
+    _refuse_changed(out, found, (name,))
+    return [json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
+
+
+def digest(path: Path) -> str:
+    """BLAKE2b of a file's bytes, 32 hex digits."""
+    found = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()

@@ -1,0 +1,29 @@
+"""A built folder as a task's training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..record import RecordError
+from ..task import Example, Pair
+from . import folder
+
+
+def read_examples(out: Path) -> tuple[Example, ...]:
+    """The SFT rows, in the order of the prompts.
+
+    Raises RecordError for a folder without its marker, with a changed file, or without a row.
+    """
+    rows = folder.read_rows(out, folder.SFT)
+    if not rows:
+        raise RecordError(f"{out} holds no SFT row; build it from other sources or prompts.")
+    return tuple(Example(row["prompt"], row["completion"]) for row in rows)
+
+
+def read_pairs(out: Path) -> tuple[Pair, ...]:
+    """The DPO rows, in the order of the prompts; none where no pair was left.
+
+    Raises RecordError for a folder without its marker or with a changed file.
+    """
+    rows = folder.read_rows(out, folder.DPO)
+    return tuple(Pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows)
