@@ -22,8 +22,8 @@ def data_fingerprint(scenario: Scenario) -> str:
 
     def add(task: Task) -> None:
         digest.update(json.dumps([task.name, task.metrics, asdict(task.training)]).encode())
-        for example in (*task.train, *task.test):
-            digest.update(json.dumps(asdict(example)).encode())
+        for item in (*task.train, *task.test, *task.pairs):
+            digest.update(json.dumps(asdict(item)).encode())
 
     for task in scenario.tasks + ((scenario.general,) if scenario.general else ()):
         add(task)
@@ -32,7 +32,7 @@ def data_fingerprint(scenario: Scenario) -> str:
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    names = ("torch", "transformers", "trl", "peft", "avalanche-lib", "safetensors")
+    names = ("torch", "transformers", "trl", "peft", "avalanche-lib", "safetensors", "math-verify")
     return {
         "cl_graft": __version__,
         "python": platform.python_version(),

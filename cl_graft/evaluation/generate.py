@@ -27,12 +27,14 @@ def generate(
 ) -> list[str]:
     """Answers in the order of the prompts; greedy unless a temperature is given.
 
-    Prompts are batched by length and padded on the left.
+    Prompts are batched by length and padded on the left. An answer ends at the tokenizer's end-of-sequence token or
+    at one of the model's own (a chat model may end its turn by another).
     """
     model.eval()
     encoded = [tokenizer(p)["input_ids"] for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
     answers = [""] * len(prompts)
+    ends = _ends(model, tokenizer)
     if temperature is not None:
         torch.manual_seed(seed)
     for start in range(0, len(order), BATCH):
@@ -49,7 +51,7 @@ def generate(
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
             **sampling,
         )
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
@@ -144,6 +146,12 @@ def choice_likelihoods(
             for row, i in enumerate(chunk):
                 result[i].append(scores[row].item())
     return result
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})
 
 
 def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -252,5 +252,5 @@ def test_bits_per_byte_of_a_cut_answer_counts_what_was_read(nano: tuple[Any, Any
 
 def test_what_needs_an_answer_is_declared() -> None:
     """Where no scorer needs one, none is generated: the model may be as slow as it likes."""
-    assert NEEDS_ANSWERS == {"number", "exact", "tests"} < SCORERS.keys()
+    assert NEEDS_ANSWERS == {"number", "math", "exact", "tests"} < SCORERS.keys()
     assert set(SCORERS) - NEEDS_ANSWERS == {"choice", "neg_bits_per_byte"}
