@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from . import __version__
-from .task import Scenario, Task
+from .task import Example, Pair, Scenario, Task
 
 
 def data_fingerprint(scenario: Scenario) -> str:
@@ -22,7 +22,8 @@ def data_fingerprint(scenario: Scenario) -> str:
 
     def add(task: Task) -> None:
         digest.update(json.dumps([task.name, task.metrics, asdict(task.training)]).encode())
-        for item in (*task.train, *task.test, *task.pairs):
+        items: list[Example | Pair] = [*task.train, *task.test, *task.pairs]
+        for item in items:
             digest.update(json.dumps(asdict(item)).encode())
 
     for task in scenario.tasks + ((scenario.general,) if scenario.general else ()):

@@ -18,7 +18,7 @@ Cell = dict[str, Any]  # value, n, stderr (None for fewer than two examples of a
 def by_metric(
     results: Mapping[str, Mapping[str, Sequence[Scored]]], tasks: Iterable[Task]
 ) -> dict[str, dict[str, Cell]]:
-    """{metric: {task: cell}} of the outcomes {task: {metric: one a test example}}. Raises ValueError as `cells` does."""
+    """{metric: {task: cell}} of {task: {metric: outcomes, one a test example}}. Raises ValueError as `cells` does."""
     found: dict[str, dict[str, Cell]] = {}
     suites = {task.name: task.suites for task in tasks}
     for name, metrics in results.items():

@@ -27,10 +27,11 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     `tokenizer(rendered)["input_ids"]` are the ids of `apply_chat_template(..., tokenize=True)`.
     Raises NoChatTemplate where the tokenizer has no template, or the two cannot be brought to agree.
     """
+    owner = tokenizer.name_or_path or "this model"
     if not tokenizer.chat_template:
         raise NoChatTemplate(
-            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template and the scenario's prompts "
-            "are a user's turn; choose an instruction-tuned model."
+            f"the tokenizer of {owner} has no chat template and the scenario's prompts are a user's turn; choose an "
+            "instruction-tuned model."
         )
     turn = [{"role": "user", "content": prompt}]
     whole = tokenizer.apply_chat_template(
@@ -40,8 +41,8 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     bare = whole.removeprefix(added)
     if tokenizer(bare)["input_ids"] != tokenizer(whole, add_special_tokens=False)["input_ids"]:
         raise NoChatTemplate(
-            f"the tokenizer of {tokenizer.name_or_path or 'this model'} adds tokens to a text that its chat template "
-            "does not begin with; set add_bos_token and add_eos_token in its tokenizer_config.json as the template needs."
+            f"the tokenizer of {owner} adds tokens to a text that its chat template does not begin with; set "
+            "add_bos_token and add_eos_token in its tokenizer_config.json as the template needs."
         )
     return bare
 
