@@ -143,6 +143,36 @@ def test_the_program_of_an_answer(answer: str, program: str) -> None:
     assert program_of(answer) == program
 
 
+START = 'import math\ndef f(x):\n    """Doubles."""\n'
+
+
+@pytest.mark.parametrize(
+    ("answer", "program"),
+    [
+        ("    return 2 * x", START + "    return 2 * x"),
+        ("```python\n\n    return 2 * x\n```", START + "\n    return 2 * x\n"),
+        ("```python\ndef f(x):\n    return 2 * x\n```", "def f(x):\n    return 2 * x\n"),
+        ("", ""),
+    ],
+)
+def test_a_body_goes_on_from_the_function_that_was_begun(answer: str, program: str) -> None:
+    assert program_of(answer, START) == program
+
+
+def test_whole_functions_and_bodies_are_judged_alike() -> None:
+    """What the start imports is there for a whole function that does not import it again."""
+    example = Example("p", "", ("def check(g):\n    assert g(2) == 4\ncheck(f)",), setup=START)
+    answers = [
+        "    return 2 * x",
+        "```python\ndef f(x):\n    return math.floor(2 * x)\n```",
+        "    return x",
+        "```python\ndef f(x):\n    return x\n```",
+        "",  # the start alone returns None
+    ]
+    found = scores("tests", [example] * 5, answers, allow_code=True)
+    assert found == [1, 1, 0, 0, 0]
+
+
 # --- scorers on answers that exist already ---
 
 

@@ -13,7 +13,9 @@ from cl_graft.task import Example, Pair, Scenario, Task
 
 
 def stub() -> Any:
-    spec = importlib.util.spec_from_file_location("chat_stub", Path(__file__).parents[1] / "chat.py")
+    spec = importlib.util.spec_from_file_location(
+        "chat_stub", Path(__file__).parents[1] / "chat.py"
+    )
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -21,7 +23,12 @@ def stub() -> Any:
 
 
 CHAT = stub()
-PROMPTS = ["What is 1+1?", "  two\n\nlines: é, <b>, {{ x }}  ", "", "<|eot|> and <|im_end|> in a question"]
+PROMPTS = [
+    "What is 1+1?",
+    "  two\n\nlines: é, <b>, {{ x }}  ",
+    "",
+    "<|eot|> and <|im_end|> in a question",
+]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -74,7 +81,11 @@ def test_a_template_without_the_token_that_the_tokenizer_adds_is_refused() -> No
 def test_every_prompt_of_a_scenario_is_rendered_and_nothing_else() -> None:
     tokenizer = CHAT.qwen_tokenizer()
     task = Task(
-        "a", [Example("p", "c")], [Example("q", "d", suite="S")], "exact", pairs=[Pair("r", "+", "-")]
+        "a",
+        [Example("p", "c")],
+        [Example("q", "d", suite="S")],
+        "exact",
+        pairs=[Pair("r", "+", "-")],
     )
     general = Task("g", (), [Example("s", "e")], "exact")
     scenario = Scenario("x", (task,), general=general, chat=True)
