@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -20,6 +19,7 @@ from .identity import data_fingerprint, machine, peak_memory_mb, versions
 from .models.load import locate
 from .record import CellFolder, RecordError, read_json, read_jsonl, write_json
 from .result import collect
+from .scores import by_metric, cells
 from .task import Scenario
 
 if TYPE_CHECKING:
@@ -149,6 +149,7 @@ def _compute(
     from transformers import set_seed
 
     from .evaluation.outcomes import Outcomes
+    from .models.chat import rendered
     from .models.load import load
     from .models.roles import roles
     from .stream import benchmark
@@ -157,6 +158,7 @@ def _compute(
 
     torch.set_num_threads(config.threads)
     model, tokenizer = load(config.model, config.data_dir)
+    scenario = rendered(scenario, tokenizer)
     roles(model)  # refuses, before anything is computed, a model whose modules cannot be told apart
     set_seed(config.seed)
     budget = Budget(config.budget, sum(p.numel() for p in model.parameters()))
@@ -233,8 +235,10 @@ def _stages(
         record = {
             "stage": stage,
             "task": task.name if task else None,
-            "scores": _by_metric(strategy.results),
-            "general": _by_metric({"": general}, flat=True) if general else None,
+            "scores": by_metric(strategy.results, scenario.tasks),
+            "general": cells(general, scenario.general.suites)
+            if scenario.general and general
+            else None,
             "active": active,
             "general_active": [p.digest for p in strategy.active(None)],
             "identical": [
@@ -289,7 +293,7 @@ def _restore(folder: CellFolder, scenario: Scenario, strategy: Strategy) -> list
                     "names; delete that stage's folder and the later ones to compute them anew."
                 )
             strategy.packs.append(pack)
-        outcomes = _outcomes(folder, record)
+        outcomes = _outcomes(folder, record, scenario)
         for name, digests in record["active"].items():
             strategy.measured[(name, *digests)] = outcomes[name]
         if scenario.general and record["general"]:
@@ -298,7 +302,9 @@ def _restore(folder: CellFolder, scenario: Scenario, strategy: Strategy) -> list
     return records
 
 
-def _outcomes(folder: CellFolder, record: dict[str, Any]) -> dict[str, dict[str, list[Scored]]]:
+def _outcomes(
+    folder: CellFolder, record: dict[str, Any], scenario: Scenario
+) -> dict[str, dict[str, list[Scored]]]:
     """{task: {metric: outcomes}} of a whole stage. Raises RecordError where some are missing."""
     from .evaluation.scorers import Scored
 
@@ -309,35 +315,19 @@ def _outcomes(folder: CellFolder, record: dict[str, Any]) -> dict[str, dict[str,
         outcomes.setdefault(line["task"], {}).setdefault(line["metric"], []).append(scored)
     of_tasks = {t: metrics for t, metrics in outcomes.items() if not t.startswith("general:")}
     general = [metrics for t, metrics in outcomes.items() if t.startswith("general:")]
-    found = _by_metric(of_tasks), _by_metric({"": general[0]}, flat=True) if general else None
+    try:
+        found: Any = (
+            by_metric(of_tasks, scenario.tasks),
+            cells(general[0], scenario.general.suites) if scenario.general and general else None,
+        )
+    except (ValueError, KeyError):  # lines are missing, doubled, or of another task
+        found = None
     if found != (record["scores"], record["general"]):
         raise RecordError(
             f"{file} does not hold the outcomes that its stage.json was made of; "
             "delete that stage's folder and the later ones to compute them anew."
         )
     return outcomes
-
-
-def _by_metric(results: dict[str, dict[str, list[Scored]]], flat: bool = False) -> dict[str, Any]:
-    """{metric: {task: {value, n, stderr}}}; `flat` drops the task level. The primary metric is 'score'."""
-    from .matrix import mean_stderr
-
-    table: dict[str, Any] = {}
-    for task, metrics in results.items():
-        for number, (metric, outcomes) in enumerate(metrics.items()):
-            scores = [o.score for o in outcomes]
-            spread = mean_stderr(scores)
-            cell = {
-                "value": sum(scores) / len(scores),
-                "n": len(scores),
-                "stderr": None if math.isnan(spread) else spread,
-            }
-            key = "score" if number == 0 else metric
-            if flat:
-                table[key] = cell
-            else:
-                table.setdefault(key, {})[task] = cell
-    return table
 
 
 def _example_lines(results: dict[str, dict[str, list[Scored]]]) -> list[dict[str, Any]]:

@@ -51,11 +51,15 @@ Launching = Annotated[
 ]
 Cache = Annotated[
     Path | None,
-    typer.Option(help="Folder of finished stages and evaluations to share; OUT/cache if not given."),
+    typer.Option(
+        help="Folder of finished stages and evaluations to share; OUT/cache if not given."
+    ),
 ]
 TrainOn = Annotated[
     list[str] | None,
-    typer.Option("--train-on", help="TASK=FOLDER that `transfer build` made, for its training data."),
+    typer.Option(
+        "--train-on", help="TASK=FOLDER that `transfer build` made, for its training data."
+    ),
 ]
 Budget = Annotated[str, typer.Option(help="Storage per task: 10%, 10%:weights, 800MB.")]
 

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .task import Scenario, Task
+from .task import Example, Pair, Scenario, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,8 +57,9 @@ def data_fingerprint(scenario: Scenario) -> str:
 
     def add(task: Task) -> None:
         digest.update(json.dumps([task.name, task.metrics, asdict(task.training)]).encode())
-        for example in (*task.train, *task.test):
-            digest.update(json.dumps(asdict(example)).encode())
+        items: list[Example | Pair] = [*task.train, *task.test, *task.pairs]
+        for item in items:
+            digest.update(json.dumps(asdict(item)).encode())
 
     for task in scenario.tasks + ((scenario.general,) if scenario.general else ()):
         add(task)
@@ -67,7 +68,7 @@ def data_fingerprint(scenario: Scenario) -> str:
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    names = ("torch", "transformers", "trl", "peft", "avalanche-lib", "safetensors")
+    names = ("torch", "transformers", "trl", "peft", "avalanche-lib", "safetensors", "math-verify")
     return {
         "cl_graft": __version__,
         "python": platform.python_version(),

@@ -90,9 +90,25 @@ class Task:
     training: Training = field(default_factory=Training)
     pairs: Sequence[Pair] = ()
 
+    def __post_init__(self) -> None:
+        named = set(self.suites)
+        if "" in named and len(named) > 1:
+            raise CLGraftError(
+                f"task {self.name!r} has test examples with a suite and others without; name a suite for all of them."
+            )
+        if clash := named & {"score", *self.also}:
+            raise CLGraftError(
+                f"task {self.name!r} has a suite named {min(clash)!r}, as one of its scorers is; rename the suite."
+            )
+
     @property
     def metrics(self) -> tuple[str, ...]:
         return (self.score, *self.also)
+
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """The suite of every test example."""
+        return tuple(example.suite for example in self.test)
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,14 @@ def answers(
 ) -> list[Answer]:
     """Answers in the order of the prompts; greedy unless a temperature is given.
 
-    Prompts are batched by length and padded on the left. top_p: sample from the likeliest tokens whose
-    probabilities make up this share.
+    Prompts are batched by length and padded on the left. An answer ends at the tokenizer's end-of-sequence token or
+    at one of the model's own (a chat model may end its turn by another). top_p: sample from the likeliest tokens
+    whose probabilities make up this share.
     """
     model.eval()
     encoded = [tokenizer(p)["input_ids"] for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
-    found = [Answer("", 0, False)] * len(prompts)
+    found, ends = [Answer("", 0, False)] * len(prompts), _ends(model, tokenizer)
     if temperature is not None:
         torch.manual_seed(seed)
     for start in range(0, len(order), BATCH):
@@ -75,14 +76,13 @@ def answers(
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
             **sampling,
         )[:, width:]
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
         for i, row, text in zip(chunk, output.tolist(), texts, strict=True):
-            finished = tokenizer.eos_token_id in row
-            tokens = row.index(tokenizer.eos_token_id) if finished else len(row)
-            found[i] = Answer(text, tokens, finished)
+            tokens = next((k for k, token in enumerate(row) if token in ends), len(row))
+            found[i] = Answer(text, tokens, tokens < len(row))
     return found
 
 
@@ -172,6 +172,12 @@ def choice_likelihoods(
             for row, i in enumerate(chunk):
                 result[i].append(scores[row].item())
     return result
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})
 
 
 def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

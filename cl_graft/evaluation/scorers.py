@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import TYPE_CHECKING
 
 from ..errors import UnknownName
 from ..models.text import encode
 from ..task import Example
+from .answers import equivalent
 from .generate import choice_likelihoods, generate, log_likelihoods
 from .sandbox import Outcome, require_consent, run_asserts
 
@@ -76,15 +77,26 @@ def text_is_right(example: Example, answer: str) -> bool:
     return answer.strip() == example.completion.strip()
 
 
-def program_of(answer: str) -> str:
-    """The program in an answer: its first fenced block, closed or cut off, if it has one, else all of it."""
+def program_of(answer: str, setup: str = "") -> str:
+    """The program in an answer: its first fenced block, closed or cut off, if it has one, else all of it.
+
+    One that begins indented is the body of the function that `setup` ends with, and goes on from there.
+    """
     fenced = re.search(r"```\w*[ \t]*\r?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
-    return fenced[1] if fenced else answer
+    program = fenced[1] if fenced else answer
+    first = next((line for line in program.split("\n") if line.strip()), "")
+    return setup + program if first[:1].isspace() else program
 
 
 def number(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]) -> list[Scored]:
     """1 if the final number equals the reference's (GSM8K's rule)."""
     return [Scored(float(number_is_right(e, a)), a) for e, a in zip(examples, answers, strict=True)]
+
+
+def math(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]) -> list[Scored]:
+    """1 if the final answer equals the reference's: as a number, an expression, an interval, a set (answers.py)."""
+    same = equivalent([(e.completion, a) for e, a in zip(examples, answers, strict=True)])
+    return [Scored(float(right), answer) for right, answer in zip(same, answers, strict=True)]
 
 
 def exact(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str]) -> list[Scored]:
@@ -114,7 +126,7 @@ def tests(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str
     require_consent(examinee.allow_code, "scoring a model's programs")
     scored = []
     for example, answer in zip(examples, answers, strict=True):
-        outcome = _verdict(program_of(answer), example.tests, example.setup)
+        outcome = _verdict(program_of(answer, example.setup), example.tests, example.setup)
         note = f"{outcome.reason} {outcome.detail}".strip()
         scored.append(Scored(float(outcome.passed), answer, note))
     return scored
@@ -141,7 +153,7 @@ def neg_bits_per_byte(
     """
     values = examinee.likelihoods([(e.prompt, e.completion) for e in examples])
     return [
-        Scored(value / math.log(2) / max(1, len(_read(examinee, e).encode())), "")
+        Scored(value / log(2) / max(1, len(_read(examinee, e).encode())), "")
         for value, e in zip(values, examples, strict=True)
     ]
 
@@ -155,9 +167,9 @@ def _read(examinee: Examinee, example: Example) -> str:
 
 Scorer = Callable[[Examinee, Sequence[Example], Sequence[str]], list[Scored]]
 SCORERS: dict[str, Scorer] = {
-    f.__name__: f for f in (number, exact, tests, choice, neg_bits_per_byte)
+    f.__name__: f for f in (number, math, exact, tests, choice, neg_bits_per_byte)
 }
-NEEDS_ANSWERS = {"number", "exact", "tests"}
+NEEDS_ANSWERS = {"number", "math", "exact", "tests"}
 
 
 def score(

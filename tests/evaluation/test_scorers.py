@@ -143,6 +143,36 @@ def test_the_program_of_an_answer(answer: str, program: str) -> None:
     assert program_of(answer) == program
 
 
+START = 'import math\ndef f(x):\n    """Doubles."""\n'
+
+
+@pytest.mark.parametrize(
+    ("answer", "program"),
+    [
+        ("    return 2 * x", START + "    return 2 * x"),
+        ("```python\n\n    return 2 * x\n```", START + "\n    return 2 * x\n"),
+        ("```python\ndef f(x):\n    return 2 * x\n```", "def f(x):\n    return 2 * x\n"),
+        ("", ""),
+    ],
+)
+def test_a_body_goes_on_from_the_function_that_was_begun(answer: str, program: str) -> None:
+    assert program_of(answer, START) == program
+
+
+def test_whole_functions_and_bodies_are_judged_alike() -> None:
+    """What the start imports is there for a whole function that does not import it again."""
+    example = Example("p", "", ("def check(g):\n    assert g(2) == 4\ncheck(f)",), setup=START)
+    answers = [
+        "    return 2 * x",
+        "```python\ndef f(x):\n    return math.floor(2 * x)\n```",
+        "    return x",
+        "```python\ndef f(x):\n    return x\n```",
+        "",  # the start alone returns None
+    ]
+    found = scores("tests", [example] * 5, answers, allow_code=True)
+    assert found == [1, 1, 0, 0, 0]
+
+
 # --- scorers on answers that exist already ---
 
 
@@ -252,5 +282,5 @@ def test_bits_per_byte_of_a_cut_answer_counts_what_was_read(nano: tuple[Any, Any
 
 def test_what_needs_an_answer_is_declared() -> None:
     """Where no scorer needs one, none is generated: the model may be as slow as it likes."""
-    assert NEEDS_ANSWERS == {"number", "exact", "tests"} < SCORERS.keys()
+    assert NEEDS_ANSWERS == {"number", "math", "exact", "tests"} < SCORERS.keys()
     assert set(SCORERS) - NEEDS_ANSWERS == {"choice", "neg_bits_per_byte"}

@@ -1,0 +1,41 @@
+"""Plain SVD of every matrix of the delta, the factors in 16 bit ("SVD" in figures 7 and 8 of arXiv 2505.18502)."""
+
+from math import prod
+
+from cl_graft.budget import largest
+from cl_graft.errors import OverBudget
+from cl_graft.skillpack.codecs import dense, low_rank
+from cl_graft.skillpack.factorise import spectrum
+from cl_graft.strategy import compressor
+
+
+@compressor(keeps="per_task")
+def svd(delta, context, *, rank: int | None = None):
+    """rank: one for all matrices, embeddings and head included, as the storage in the paper's figures has it; a
+    matrix whose factors would be no smaller than itself is kept whole, as vectors are. None takes the largest that
+    the budget holds.
+    """
+
+    def fits(rank: int) -> bool:
+        specs = {name: _spec(tuple(x.shape), rank) for name, x in delta.items()}
+        return context.cost_of(specs) <= context.budget.bytes
+
+    rank = rank or largest(fits, 1, max(max(x.shape) for x in delta.values()))
+    if rank < 1:
+        raise OverBudget(
+            f"the budget {context.budget.text} does not hold rank 1 of every matrix; raise it."
+        )
+    return {name: _encoded(x, rank) for name, x in delta.items()}
+
+
+def _spec(shape, rank):
+    if len(shape) == 2 and rank * sum(shape) < prod(shape):
+        return "low_rank", shape, {"dtype": "BF16", "rank": rank}
+    return "dense", shape, {"dtype": "BF16"}
+
+
+def _encoded(x, rank):
+    if _spec(tuple(x.shape), rank)[0] == "dense":
+        return dense(x)
+    found = spectrum(x, None)
+    return low_rank(found.left(x, None, rank), found.right(x, rank))

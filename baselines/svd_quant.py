@@ -1,0 +1,37 @@
+"""SVD of every matrix of the delta, its factors quantised ("SVD+quant" in figures 7 and 8 of arXiv 2505.18502)."""
+
+from cl_graft.budget import largest
+from cl_graft.errors import OverBudget
+from cl_graft.skillpack.codecs import dense
+from cl_graft.skillpack.factorise import Factored, encode, spec_of, spectrum
+from cl_graft.strategy import compressor
+
+
+@compressor(keeps="per_task")
+def svd_quant(delta, context, *, rank: int | None = None, bits: int = 4, group_size: int = 128):
+    """rank: one for all matrices, embeddings and head included; None takes the largest that the budget holds.
+    bits: of every factor, all ranks alike; no data are looked at (right factors are rounded to the nearest, left
+    ones by GPTQ under what became of the right ones). Vectors are kept in 16 bit.
+    """
+
+    def spec(shape: tuple[int, ...], rank: int):
+        if len(shape) == 2:
+            return spec_of({bits: min(rank, *shape)}, shape, group_size)
+        return "dense", shape, {"dtype": "BF16"}
+
+    def fits(rank: int) -> bool:
+        specs = {name: spec(tuple(x.shape), rank) for name, x in delta.items()}
+        return context.cost_of(specs) <= context.budget.bytes
+
+    def encoded(x, rank: int):
+        if x.ndim != 2:
+            return dense(x)
+        matrix = Factored(x, spectrum(x, None), {bits: min(rank, *x.shape)})
+        return encode([matrix], None, group_size=group_size, aware=False, refit=False)[0]
+
+    rank = rank or largest(fits, 1, max(min(x.shape) for x in delta.values() if x.ndim == 2))
+    if rank < 1:
+        raise OverBudget(
+            f"the budget {context.budget.text} does not hold rank 1 of every matrix; raise it."
+        )
+    return {name: encoded(x, rank) for name, x in delta.items() if x.ndim != 2 or x.any()}

@@ -1,0 +1,67 @@
+"""Prompts as a user's turn in the chat template of a tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import CLGraftError
+from ..task import Example, Pair, Scenario, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Templates of the Llama 3 family tell the model a date: that of today in Llama 3.2's, so that a run which is
+# continued tomorrow would see other prompts. This is what they themselves say where there is no clock.
+DATE = "26 Jul 2024"
+
+
+class NoChatTemplate(CLGraftError):
+    """A scenario asks for chat prompts, and the tokenizer cannot write one."""
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The prompt as a user's turn, up to where the assistant's answer begins.
+
+    What `tokenizer(...)` puts before a text by itself (the beginning-of-sequence token) is left out, so that
+    `tokenizer(rendered)["input_ids"]` are the ids of `apply_chat_template(..., tokenize=True)`.
+    Raises NoChatTemplate where the tokenizer has no template, or the two cannot be brought to agree.
+    """
+    owner = tokenizer.name_or_path or "this model"
+    if not tokenizer.chat_template:
+        raise NoChatTemplate(
+            f"the tokenizer of {owner} has no chat template and the scenario's prompts are a user's turn; choose an "
+            "instruction-tuned model."
+        )
+    turn = [{"role": "user", "content": prompt}]
+    whole = tokenizer.apply_chat_template(
+        turn, tokenize=False, add_generation_prompt=True, date_string=DATE
+    )
+    added = tokenizer.decode(tokenizer("")["input_ids"])
+    bare = whole.removeprefix(added)
+    if tokenizer(bare)["input_ids"] != tokenizer(whole, add_special_tokens=False)["input_ids"]:
+        raise NoChatTemplate(
+            f"the tokenizer of {owner} adds tokens to a text that its chat template does not begin with; set "
+            "add_bos_token and add_eos_token in its tokenizer_config.json as the template needs."
+        )
+    return bare
+
+
+def rendered(scenario: Scenario, tokenizer: PreTrainedTokenizerBase) -> Scenario:
+    """The scenario with every prompt rendered, if it is one for chat; else as it is."""
+    if not scenario.chat:
+        return scenario
+
+    def with_prompt(item: Example | Pair):
+        return replace(item, prompt=render(tokenizer, item.prompt))
+
+    def of(task: Task) -> Task:
+        return replace(
+            task,
+            train=[with_prompt(e) for e in task.train],
+            test=[with_prompt(e) for e in task.test],
+            pairs=[with_prompt(p) for p in task.pairs],
+        )
+
+    general = of(scenario.general) if scenario.general else None
+    return replace(scenario, tasks=tuple(map(of, scenario.tasks)), general=general, chat=False)

@@ -1,0 +1,103 @@
+"""Prompts in a chat template: the ids that a model was trained on, with one beginning and no answer yet."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cl_graft.models.chat import NoChatTemplate, render, rendered
+from cl_graft.task import Example, Pair, Scenario, Task
+
+
+def stub() -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "chat_stub", Path(__file__).parents[1] / "chat.py"
+    )
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CHAT = stub()
+PROMPTS = [
+    "What is 1+1?",
+    "  two\n\nlines: é, <b>, {{ x }}  ",
+    "",
+    "<|eot|> and <|im_end|> in a question",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+def test_the_ids_are_those_of_the_chat_template(family: str, prompt: str) -> None:
+    tokenizer = getattr(CHAT, f"{family}_tokenizer")()
+    wanted = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+    )["input_ids"]
+    found = tokenizer(render(tokenizer, prompt))["input_ids"]
+    if family == "llama":  # the date apart, which the template alone would take from the clock
+        today = tokenizer.decode(wanted).split("Today: ")[1].split("<|eot|>")[0]
+        wanted = tokenizer(
+            tokenizer.decode(wanted).replace(today, "26 Jul 2024"), add_special_tokens=False
+        )["input_ids"]
+    assert found == wanted
+
+
+def test_what_a_llama_reads() -> None:
+    tokenizer = CHAT.llama_tokenizer()
+    text = render(tokenizer, "Hi ")
+    assert text == (
+        "<|start|>system<|end|>\n\nToday: 26 Jul 2024<|eot|>"
+        "<|start|>user<|end|>\n\nHi<|eot|><|start|>assistant<|end|>\n\n"
+    )
+    ids = tokenizer(text)["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+
+
+def test_what_a_qwen_reads() -> None:
+    text = render(CHAT.qwen_tokenizer(), "Hi")
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_tokenizer_without_a_template_is_refused_in_one_sentence() -> None:
+    with pytest.raises(NoChatTemplate, match="has no chat template .* instruction-tuned") as caught:
+        render(CHAT.llama_tokenizer(None), "Hi")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_without_the_token_that_the_tokenizer_adds_is_refused() -> None:
+    """It would be there in `tokenizer(...)`, where the model expects none."""
+    with pytest.raises(NoChatTemplate, match="adds tokens"):
+        render(CHAT.llama_tokenizer(CHAT.CHATML), "Hi")
+
+
+def test_every_prompt_of_a_scenario_is_rendered_and_nothing_else() -> None:
+    tokenizer = CHAT.qwen_tokenizer()
+    task = Task(
+        "a",
+        [Example("p", "c")],
+        [Example("q", "d", suite="S")],
+        "exact",
+        pairs=[Pair("r", "+", "-")],
+    )
+    general = Task("g", (), [Example("s", "e")], "exact")
+    scenario = Scenario("x", (task,), general=general, chat=True)
+    done = rendered(scenario, tokenizer)
+    (made,) = done.tasks
+    assert made.train == [Example(render(tokenizer, "p"), "c")]
+    assert made.test == [Example(render(tokenizer, "q"), "d", suite="S")]
+    assert made.pairs == [Pair(render(tokenizer, "r"), "+", "-")]
+    assert done.general and done.general.test == [Example(render(tokenizer, "s"), "e")]
+    assert rendered(done, tokenizer) is done, "never twice"
+
+
+def test_a_scenario_that_is_not_for_chat_needs_no_template() -> None:
+    plain = Scenario("x", (Task("a", [Example("p", "c")], [], "exact"),))
+    assert rendered(plain, CHAT.llama_tokenizer(None)) is plain
