@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_pack, cli_transfer
+from . import cli_cache, cli_pack, cli_transfer
 from .errors import CLGraftError, UnknownName
 from .progress import bars, interruptible
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_pack.app, name="pack")
+app.add_typer(cli_cache.app, name="cache")
 app.add_typer(cli_transfer.app, name="transfer")
 bench = typer.Typer(help="Measure this machine and this code.", no_args_is_help=True)
 app.add_typer(bench, name="bench")

@@ -15,11 +15,17 @@ from ..identity import code_digest, digest, place, versions, vocabulary
 from ..models import text
 from ..record import read_jsonl, write_text
 from ..task import Task
-from . import _child, generate, sandbox, scorers
+from . import _child, _math_child, answers, generate, sandbox, scorers
 from .scorers import Scored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def evaluation_code() -> str:
+    """Digest of the code that outcomes depend on."""
+    return code_digest(generate, scorers, answers, sandbox, _child, _math_child, text)
+
 
 Results = dict[str, list[Scored]]  # metric -> one outcome an example
 
@@ -39,7 +45,7 @@ class Outcomes:
             [asdict(example) for example in task.test],
             task.metrics,
             [task.max_new_tokens, task.training.max_length],
-            code_digest(generate, scorers, sandbox, _child, text),
+            evaluation_code(),
             place(),
             versions(),
         )
@@ -62,6 +68,7 @@ class Outcomes:
             "stage": stage,
             "task": task.name,
             "weights": weights,
+            "made_by": {"code": evaluation_code(), **versions()},
         }
         lines: Sequence[dict[str, Any]] = [
             {"metric": metric, "index": i, **asdict(scored)}

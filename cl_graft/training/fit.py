@@ -94,7 +94,8 @@ def _dpo(model: Any, tokenizer: Any, rows: Sequence[Row], config: StageConfig, g
     return _in_order(DPOTrainer, order(len(rows), config))(
         model=model,
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list(list(rows)),
+        # one on disk is given on as it is: the reference's log-probabilities are shared through a file beside it
+        train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows)),
         args=_one_device(
             DPOConfig(
                 **given,

@@ -116,7 +116,7 @@ class Stages:
             "tokens": job.steps * fit.tokens_of_a_step(tokenizer, rows, job),
             "weights": fingerprint(model.named_parameters()),
             "launch": self.launch.model_dump(mode="json"),
-            "versions": versions(),
+            "made_by": {"code": training_code(), **versions()},
         }
         write_json(building / MARKER, about)
         return spent
@@ -164,8 +164,13 @@ def stage_key(
     How many processes share the work is no part of it: the batch is the same, and so, but for the order of sums,
     is the result.
     """
-    code = code_digest(fit, config, text)
-    return digest(start, vocabulary(tokenizer), list(rows), asdict(job), place(), code, versions())
+    parts = (start, vocabulary(tokenizer), list(rows), asdict(job), place())
+    return digest(*parts, training_code(), versions())
+
+
+def training_code() -> str:
+    """Digest of the code that a stage's outcome depends on."""
+    return code_digest(fit, config, text)
 
 
 @contextmanager

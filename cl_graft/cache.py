@@ -1,0 +1,111 @@
+"""What a cache folder holds: finished stages, sampled pairs and evaluations; and removing what is of no more use."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .identity import versions
+from .record import RecordError, read_json, read_jsonl
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One outcome in a cache.
+
+    kind: stage, unfinished (step checkpoints of one that was stopped), pairs, or evaluation. about: what it is of.
+    age: seconds since it was written. current: this version of the code and its libraries can still recall it.
+    """
+
+    path: Path
+    kind: str
+    about: str
+    bytes: int
+    age: float
+    current: bool
+
+
+def entries(cache: Path) -> list[Entry]:
+    """Everything in the folder, the largest first. Raises RecordError if it is no cache."""
+    found = list(_entries(cache))
+    if not found and not any((cache / name).is_dir() for name in ("stages", "evaluations")):
+        raise RecordError(
+            f"{cache} holds no stages and no evaluations; give a results folder, or the one that --cache named."
+        )
+    return sorted(found, key=lambda entry: -entry.bytes)
+
+
+def _entries(cache: Path) -> Iterator[Entry]:
+    from .evaluation.outcomes import evaluation_code
+    from .training.stages import MARKER, training_code
+
+    for folder in (cache / "stages").glob("*"):
+        if not folder.is_dir():
+            continue
+        if folder.suffix == ".work":
+            yield _entry(folder, "unfinished", "step checkpoints", True)
+        elif (folder / MARKER).is_file():
+            made = read_json(folder / MARKER)
+            job = made["config"]
+            about = f"{job['kind']}, {job['steps']} steps of {job['batch']}, seed {job['seed']}"
+            yield _entry(folder, "stage", about, _current(made["made_by"], training_code()))
+        elif folder.name.endswith(".tmp"):
+            yield _entry(folder, "unfinished", "a checkpoint that was being written", True)
+    for file in (cache / "pairs").glob("*.jsonl"):
+        yield _entry(file, "pairs", f"{sum(1 for _ in read_jsonl(file))} pairs", True)
+    for file in (cache / "evaluations").glob("*.jsonl"):
+        first = next(iter(read_jsonl(file)))
+        about = f"{first['task']} of {first['cell'] or 'no cell'}"
+        yield _entry(file, "evaluation", about, _current(first["made_by"], evaluation_code()))
+
+
+def _current(made_by: dict[str, Any], code: str) -> bool:
+    return made_by == {"code": code, **versions()}
+
+
+def _entry(path: Path, kind: str, about: str, current: bool) -> Entry:
+    files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
+    written = max((f.stat().st_mtime for f in files), default=path.stat().st_mtime)
+    size = sum(f.stat().st_size for f in files)
+    return Entry(path, kind, about, size, max(0.0, time.time() - written), current)
+
+
+def prune(cache: Path, everything: bool = False, older: float | None = None) -> list[Entry]:
+    """Remove what no run can recall any more; or all that is `older` than so many seconds; or everything.
+
+    What a process is working on stays. Returns what was removed. Nothing that a report reads is in a cache.
+    """
+    removed = []
+    for entry in entries(cache):
+        old = older is not None and entry.age > older
+        if not (everything or old or not entry.current):
+            continue
+        with _free(entry.path) as free:
+            if free:
+                shutil.rmtree(entry.path) if entry.path.is_dir() else entry.path.unlink()
+                removed.append(entry)
+    return removed
+
+
+@contextmanager
+def _free(path: Path) -> Iterator[bool]:
+    """Whether no process holds the lock of this outcome, which is held meanwhile and removed afterwards."""
+    name = path.name.removeprefix(".").split(".")[0].split("-")[0] if path.is_dir() else path.name
+    lock = FileLock(path.with_name(f"{name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

@@ -1,0 +1,86 @@
+"""What a cache holds, what is removed from it, and what must stay."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from filelock import FileLock
+
+from cl_graft import cache
+from cl_graft.record import RecordError
+from cl_graft.training.stages import Stages
+from tests.training.test_stages import TASK, sft_job
+
+
+@pytest.fixture
+def filled(nano, tmp_path):
+    """A stage, the leftover of another, and pairs."""
+    Stages(tmp_path).run(*nano, *sft_job(TASK, 0))
+    work = tmp_path / "stages" / "abc.work" / "checkpoint-4"
+    work.mkdir(parents=True)
+    (work / "optimizer.pt").write_bytes(b"0" * 1000)
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "x.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    return tmp_path
+
+
+def kinds(found):
+    return sorted(entry.kind for entry in found)
+
+
+def test_entries_tell_kind_size_and_what_it_is_of(filled):
+    found = {entry.kind: entry for entry in cache.entries(filled)}
+    assert set(found) == {"stage", "unfinished", "pairs"}
+    assert found["stage"].about == "sft, 8 steps of 4, seed 0" and found["stage"].current
+    files = found["stage"].path.rglob("*")
+    assert found["stage"].bytes == sum(f.stat().st_size for f in files if f.is_file())
+    assert found["unfinished"].bytes == 1000 and found["pairs"].about == "1 pairs"
+
+
+def test_prune_removes_only_what_cannot_be_recalled(filled):
+    assert cache.prune(filled) == []
+    (marker,) = filled.glob("stages/*/stage.json")
+    made = json.loads(marker.read_text())
+    made["made_by"]["torch"] = "1.0"
+    marker.write_text(json.dumps(made))
+    assert kinds(cache.prune(filled)) == ["stage"]
+    assert not marker.parent.exists() and kinds(cache.entries(filled)) == ["pairs", "unfinished"]
+
+
+def test_prune_by_age_and_everything(filled):
+    long_ago = time.time() - 10 * 86400
+    os.utime(filled / "pairs" / "x.jsonl", (long_ago, long_ago))
+    assert kinds(cache.prune(filled, older=86400)) == ["pairs"]
+    assert kinds(cache.prune(filled, everything=True)) == ["stage", "unfinished"]
+
+
+def test_what_a_process_is_working_on_stays(filled):
+    with FileLock(filled / "stages" / "abc.lock"):
+        assert kinds(cache.prune(filled, everything=True)) == ["pairs", "stage"]
+    assert (filled / "stages" / "abc.work").is_dir()
+
+
+def test_the_command_lists_and_prunes_a_results_folder(filled, tmp_path):
+    out = tmp_path / "results"
+    out.mkdir()
+    for name in ("stages", "pairs"):
+        (out / "cache").mkdir(exist_ok=True)
+        (filled / name).rename(out / "cache" / name)
+
+    def call(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "cl_graft", "cache", *arguments], capture_output=True, text=True
+        )
+
+    listed = call("ls", str(out)).stdout
+    assert "sft, 8 steps of 4, seed 0" in listed and "in 3, of which 0 B in 0" in listed
+    assert "removed 3" in call("prune", str(out), "--all").stdout
+    empty = call("ls", str(tmp_path / "none"))
+    assert empty.returncode == 1 and "holds no stages" in empty.stderr
+    with pytest.raises(RecordError):
+        cache.entries(tmp_path / "none")
