@@ -175,11 +175,13 @@ def _end(job: subprocess.Popen) -> None:
 
 
 def _reason(work: Path, code: int) -> str:
-    """Of the process that failed first, in its own words, or how it died."""
+    """How the process that failed first died, or what it said: the others fail or are ended because of it."""
+    said = (work / "job.out").read_text(errors="replace")
+    codes = [int(found) for found in re.findall(r"exitcode\s*:\s*(-\d+)", said)]
+    killed = [c for c in codes if c not in (-signal.SIGTERM, -signal.SIGABRT)]
+    if killed:
+        return f"a process was killed by {signal.Signals(-killed[0]).name}"
     told = sorted(work.glob(f"{FAILED}*"), key=lambda f: f.stat().st_mtime)
-    died = re.findall(r"exitcode\s*:\s*(-\d+)", (work / "job.out").read_text(errors="replace"))
-    if died:
-        return f"a process was killed by {signal.Signals(-int(died[-1])).name}"
     if told:
         rank = told[0].name.removeprefix(FAILED)
         return f"process {rank}: {told[0].read_text().splitlines()[0]}"

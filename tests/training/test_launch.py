@@ -17,9 +17,11 @@ import torch
 from cl_graft.config import Launch
 from cl_graft.errors import CLGraftError
 from cl_graft.models.load import load
+from cl_graft.record import read_jsonl
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training import launch as launching
 from cl_graft.training.config import accumulation, dpo_job, sft_job
+from cl_graft.training.fit import LOG
 from cl_graft.training.launch import StageFailed, command, environment, slots
 from cl_graft.training.stages import Stages
 from cl_graft.training.zero import zero_json
@@ -102,18 +104,24 @@ class TestTwoProcesses:
         with pytest.raises(StageFailed, match="killed by SIGKILL.*goes on from the last"):
             trained(tmp_path / "two", SFT, how, progress=kill)
         assert not [p for p in psutil.Process().children(recursive=True) if is_worker(p)]
-        seen = []
-        after = trained(tmp_path / "two", SFT, how, progress=seen.append)
-        assert seen and min(seen) > 2 / 8, "the first steps are not done again"
+        (work,) = tmp_path.glob("two/stages/*.work")
+        before = list(read_jsonl(work / LOG))
+        after = trained(tmp_path / "two", SFT, how)
+        assert after[1].losses[:2] == before[:2], "the first steps are not done again"
         assert_same(after, trained(tmp_path / "one", SFT, Launch()))
 
     def test_end_with_the_process_that_started_them(self, tmp_path):
         program = textwrap.dedent(f"""
-            import sys
-            sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-            from tests.training.test_launch import SFT, Launch, trained
-            slow = (SFT[0], SFT[1].__class__(**{{**SFT[1].__dict__, "steps": 100000}}))
-            trained({str(tmp_path)!r}, slow, Launch(processes=2), progress=lambda x: print(x, flush=True))
+            from pathlib import Path
+            from cl_graft.config import Launch
+            from cl_graft.models.load import load
+from cl_graft.record import read_jsonl
+            from cl_graft.training.config import StageConfig
+            from cl_graft.training.stages import Stages
+            rows = [dict(prompt="Q: Copy ab.", completion="ab")] * 4
+            job = StageConfig("sft", 100000, 4, 1e-4, 0.1, 0.0, 64, 0)
+            stages = Stages(Path({str(tmp_path)!r}), Launch(processes=2))
+            stages.run(*load("nano-llama"), rows, job, lambda done: print(done, flush=True))
         """)
         (tmp_path / "p.py").write_text(program)
         harness = subprocess.Popen(
