@@ -149,10 +149,8 @@ class Strategy(BaseTemplate):
         """The packs active when the next task's training starts."""
         return list(self.active(None)) if self.keeps in ("sum", "latest") else []
 
-    # --- Avalanche's hooks ---
-
-    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
-        task = self.scenario.tasks[experience.current_experience]
+    def context(self, task: Task) -> Context:
+        """What a method may look at; the model holds the weights that the task's training starts from."""
         header = SkillPack(
             tensors={},
             task=task.name,
@@ -165,7 +163,7 @@ class Strategy(BaseTemplate):
         start = self.base
         if self.grafted.active:
             start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        context = Context(
+        return Context(
             model=self.model,
             tokenizer=self.tokenizer,
             task=task,
@@ -175,13 +173,19 @@ class Strategy(BaseTemplate):
             header=header,
             progress=lambda done: self.progress(f"compressing {task.name}", done),
         )
+
+    # --- Avalanche's hooks ---
+
+    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
+        task = self.scenario.tasks[experience.current_experience]
+        context = self.context(task)
         begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
         torch.manual_seed(self.seed + len(self.packs))
         tensors = self.learn(task, context, **self.options)
         self._restore_base()
         if self.budgeted:
             context.require_fit(tensors)
-        self.packs.append(replace(header, tensors=tensors))
+        self.packs.append(replace(context.header, tensors=tensors))
         self.seconds["train"] += self.log.seconds - trained
         self.seconds["compress"] += perf_counter() - begun - self._training_wall
         self.clock.train_iterations += task.training.steps

@@ -138,22 +138,26 @@ class Stages:
     ) -> list[Pair]:
         """The model's own preference pairs for the task, sampled now or recalled."""
         start = fingerprint(model.named_parameters())
-        asked = [asdict(half), task.score, task.max_new_tokens, [asdict(e) for e in task.train]]
-        key = digest(
-            start,
-            vocabulary(tokenizer),
-            asked,
-            seed,
-            place(),
-            code_digest(preferences, generate, scorers),
-            versions(),
-        )
-        file = self.folder / "pairs" / f"{key}.jsonl"
+        file = self.pairs_file(start, tokenizer, task, half, seed)
         with locked(file):
             if not file.is_file():
                 made = preferences.preference_pairs(model, tokenizer, task, half, seed, allow_code)
                 write_text(file, "".join(json.dumps(asdict(pair)) + "\n" for pair in made))
         return [Pair(**line) for line in read_jsonl(file)]
+
+    def pairs_file(
+        self,
+        start: str,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        half: Preference,
+        seed: int,
+    ) -> Path:
+        """Where the pairs are that a model of this fingerprint samples."""
+        asked = [asdict(half), task.score, task.max_new_tokens, [asdict(e) for e in task.train]]
+        code = code_digest(preferences, generate, scorers)
+        key = digest(start, vocabulary(tokenizer), asked, seed, place(), code, versions())
+        return self.folder / "pairs" / f"{key}.jsonl"
 
 
 def stage_key(
