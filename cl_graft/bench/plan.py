@@ -56,7 +56,7 @@ class Case:
 
 MINI = Case("mini-llama", 128, 384, 3, 4, 224, batch=16, length=None)
 TEXT = Case("text-llama", 128, 384, 3, 4, 1024, batch=16, length=160)
-WIDE = Case("wide", 768, 2048, 4, 12, 8192, batch=8, length=192)
+WIDE = Case("wide", 512, 1408, 4, 8, 4096, batch=8, length=96)
 BASES = (MINI, TEXT, WIDE)
 CHANGES: tuple[dict[str, Any], ...] = (
     {},

@@ -92,9 +92,7 @@ def trace(
     return Trace(shapes, buffers, meter.peak)
 
 
-def _model(
-    config: PreTrainedConfig, kind: str, lora: Any, dtype: Any, checkpointing: bool
-) -> Any:
+def _model(config: PreTrainedConfig, kind: str, lora: Any, dtype: Any, checkpointing: bool) -> Any:
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
@@ -108,7 +106,9 @@ def _model(
         model = get_peft_model(model, deepcopy(lora))
     if checkpointing:
         model.gradient_checkpointing_enable()
-        if lora is not None:  # as the trainers do: a checkpointed layer needs an input with a gradient
+        if (
+            lora is not None
+        ):  # as the trainers do: a checkpointed layer needs an input with a gradient
             model.enable_input_require_grads()
     return model.train()
 
