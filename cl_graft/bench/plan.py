@@ -1,0 +1,195 @@
+"""Estimated against measured memory: stages of two steps, really trained through TRL, by the allocator's count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from random import Random
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from ..models import world
+from ..models.embedded import world_tokenizer
+from ..task import Example, Pair, Preference, Training
+from ..training.memory import Job, estimate, longest
+from ..training.stage import dpo, sft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Case:
+    """A Llama to measure: its widths, its recipe, and how long its rows are; none for those of `mini`'s arithmetic."""
+
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    vocabulary: int
+    batch: int
+    length: int | None
+    kind: Literal["sft", "dpo"] = "sft"
+    accumulation: int = 1
+    checkpointing: bool = False
+    lora: bool = False
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads // 2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+
+
+MINI = Case("mini-llama", 128, 384, 3, 4, 224, batch=16, length=None)
+TEXT = Case("text-llama", 128, 384, 3, 4, 1024, batch=16, length=160)
+WIDE = Case("wide", 512, 1408, 4, 8, 4096, batch=8, length=96)
+BASES = (MINI, TEXT, WIDE)
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"kind": "dpo"},
+    {"checkpointing": True},
+    {"kind": "dpo", "checkpointing": True},
+    {"accumulation": 2},
+    {"lora": True},
+    {"kind": "dpo", "lora": True},
+    {"lora": True, "checkpointing": True},
+)
+
+
+def bench_plan(cases: Iterable[Case] | None = None) -> list[dict[str, Any]]:
+    """A row for each case: megabytes estimated and measured, their ratio, and the estimate's parts."""
+    chosen = cases or [replace(base, **change) for base in BASES for change in CHANGES]
+    return [compare(case) for case in chosen]
+
+
+def compare(case: Case) -> dict[str, Any]:
+    """Estimate and measurement of one case, in megabytes."""
+    tokenizer = world_tokenizer()
+    rows = _rows(case)
+    job = Job(
+        case.kind,
+        micro_batch=case.batch // case.accumulation,
+        length=longest(tokenizer, rows, max_length=512),
+        accumulation=case.accumulation,
+        lora=_lora() if case.lora else None,
+        checkpointing=case.checkpointing,
+        gpu=torch.cuda.is_available(),
+    )
+    estimated = estimate(case.config, job)
+    found = measure(case.config, tokenizer, rows, job)
+    changes = [n for n in ("checkpointing", "lora") if getattr(case, n)]
+    if case.accumulation > 1:
+        changes.append(f"accumulation {case.accumulation}")
+    return {
+        "model": case.name,
+        "stage": case.kind,
+        "with": ", ".join(changes),
+        "length": job.length,
+        "estimated_mb": estimated.device / 1e6,
+        "measured_mb": found / 1e6,
+        "ratio": estimated.device / found,
+        "parts_mb": {n: v / 1e6 for n, v in asdict(estimated).items()},
+    }
+
+
+def _lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _rows(case: Case) -> Sequence[Example] | Sequence[Pair]:
+    """Rows for two steps."""
+    rng, count = Random(0), 2 * case.batch
+    if case.length is None:
+        texts = []
+        for _ in range(count):
+            item = world.pretraining(rng)
+            texts.append((world.prompt(item.question), item.answer))
+    else:
+
+        def words(size: int) -> str:
+            return "".join(rng.choice("abcdefgh") for _ in range(size))
+
+        half = case.length // 2
+        texts = [(words(half), words(case.length - half - rng.randrange(9))) for _ in range(count)]
+    if case.kind == "sft":
+        return [Example(prompt, answer) for prompt, answer in texts]
+    return [Pair(prompt, answer, answer[::-1]) for prompt, answer in texts]
+
+
+class Peak:
+    """`bytes`: the most that was allocated, set when the measurement ends."""
+
+    bytes = 0
+
+
+@contextmanager
+def measured(model: torch.nn.Module) -> Iterator[Peak]:
+    """The allocator's peak on the model's device, what the model holds already included.
+
+    On the CPU from the profiler's record of every allocation and release, which leaves out whatever was
+    allocated before; resident memory would count what the C library keeps for itself.
+    """
+    peak = Peak()
+    tensors = [*model.parameters(), *model.buffers()]
+    if next(model.parameters()).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated()
+        return
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        yield peak
+    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    now = highest = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    peak.bytes = sum(held.values()) + highest
+
+
+def measure(
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example] | Sequence[Pair],
+    job: Job,
+) -> int:
+    """Bytes at the peak of two optimizer steps of `job`, without ZeRO, on weights drawn at random."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if job.lora is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, job.lora)
+    if job.checkpointing:
+        model.gradient_checkpointing_enable()
+        if job.lora is not None:
+            model.enable_input_require_grads()
+    model.to("cuda" if job.gpu else "cpu")
+    batch = job.micro_batch * job.accumulation
+    recipe = Training(steps=2, batch=batch, micro_batch=job.micro_batch)
+    with measured(model) as peak:
+        if job.kind == "sft":
+            sft(model, tokenizer, cast("Sequence[Example]", rows), recipe, 0)
+        else:
+            pairs = cast("Sequence[Pair]", rows)
+            dpo(model, tokenizer, pairs, recipe, Preference(steps=2, batch=batch), 0)
+    return peak.bytes

@@ -1,0 +1,79 @@
+"""Operations, seconds and bytes, by hand."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from cl_graft.errors import CLGraftError
+from cl_graft.task import Example, Training
+from cl_graft.training import cost
+from cl_graft.training.stage import sft
+
+
+def test_six_operations_for_each_parameter_and_token_and_two_more_with_checkpointing():
+    assert cost.train_flops(1000, 10) == 60_000
+    assert cost.train_flops(1000, 10, checkpointing=True) == 80_000
+    assert cost.train_flops(1000, 10, trained=50) == (4 * 1000 + 2 * 50) * 10
+    assert cost.train_flops(1000, 10, reference_tokens=5) == 60_000 + 2 * 1000 * 5
+
+
+def test_seconds_follow_from_the_share_of_the_peak_that_is_reached():
+    assert cost.train_seconds(8 * 10**12, peak=1e12, devices=2, utilisation=0.5) == 8
+    for wrong in (0, 1.5):
+        with pytest.raises(CLGraftError, match="utilisation"):
+            cost.train_seconds(1, 1e12, utilisation=wrong)
+
+
+def test_a_probe_leaves_out_setting_up_and_the_first_step():
+    def train(progress):
+        for pause in (0.3, 0.02, 0.04):
+            time.sleep(pause)
+            progress(0.5)
+
+    assert cost.probe(train) == pytest.approx(0.03, abs=0.02)
+    with pytest.raises(CLGraftError, match="two steps"):
+        cost.probe(lambda progress: progress(1.0))
+
+
+def test_a_probe_of_a_real_stage(nano):
+    model, tokenizer = nano
+    recipe = Training(steps=3, batch=2)
+    rows = [Example(f"Q: {i}", "a") for i in range(4)]
+    begun = time.perf_counter()
+    found = cost.probe(lambda progress: sft(model, tokenizer, rows, recipe, 0, progress))
+    assert 0 < found < (time.perf_counter() - begun) / 2
+
+
+def test_a_step_checkpoint_is_weights_and_optimizer():
+    assert cost.stage_bytes(100) == 400
+    assert cost.step_bytes(100) == 1200  # 4 + 8
+    assert cost.step_bytes(100, stage=2) == 2000  # 4 + 4 + 12
+    assert cost.step_bytes(100, stage=3) == 1600  # 4 + 12
+    assert cost.step_bytes(100, stage=3, precision="bf16") == 1400  # 2 + 12
+    assert cost.step_bytes(100, trained=10) == 120
+
+
+def test_a_step_checkpoint_is_as_large_as_said(tmp_path, nano):
+    """The Trainer's own checkpoint of nano-llama, less the tokenizer and what does not grow with the model."""
+    from transformers import Trainer, TrainingArguments
+
+    model, _ = nano
+    rows = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 2
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    Trainer(model, arguments, train_dataset=rows).train()
+    folder = tmp_path / "checkpoint-1"
+    files = [folder / "model.safetensors", folder / "optimizer.pt"]
+    total = sum(p.numel() for p in model.parameters())
+    assert sum(f.stat().st_size for f in files) == pytest.approx(cost.step_bytes(total), rel=0.05)
+
+
+def test_a_cell_has_its_packs_its_stage_and_a_checkpoint_more_than_it_keeps():
+    assert cost.cell_bytes(1000, 3, "10%") == 3 * 200 + 4000
+    assert cost.cell_bytes(1000, 3, "10%", shared=True) == 3 * 200 + 3 * 4000
+    assert cost.cell_bytes(1000, 3, "100B", step_checkpoint=50, kept=2) == 300 + 4000 + 150
+    with pytest.raises(CLGraftError, match="budget"):
+        cost.cell_bytes(1000, 3, "much")
