@@ -67,6 +67,7 @@ def build(
 ) -> None:
     """Sample, judge and select answers into an SFT and a DPO data set; run it again to continue."""
     from rich.console import Console
+    from transformers.utils import logging
 
     from .plugins import parse_set
     from .progress import bars, interruptible
@@ -76,6 +77,7 @@ def build(
     from .transfer.config import BuildConfig
     from .transfer.report import tables
 
+    logging.set_verbosity_error()  # what matters of its warnings is checked, and said in a sentence
     if backend not in ("hf", "vllm"):
         raise UnknownName("backend", backend, ["hf", "vllm"])
     config = BuildConfig(

@@ -47,7 +47,7 @@ def begin(out: Path, identity: Mapping[str, Any]) -> None:
     if found["judging"] != identity["judging"]:
         (out / REWARDS).unlink(missing_ok=True)
     if any(found[part] != identity[part] for part in PARTS):
-        kept = {key: found[key] for key in found if key not in (*PARTS, "files")}
+        kept = {key: value for key, value in found.items() if key != "files"}
         write_json(out / "build.json", {**kept, **{part: identity[part] for part in PARTS}})
 
 

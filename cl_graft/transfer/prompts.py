@@ -11,7 +11,6 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ def read_prompts(config: BuildConfig) -> Prompts:
     """
     _check_options(config)
     own = _scenario_task(config.prompts, config)
+    found = _rows(config.prompts) if own is None else []
     rule, length, chat = _judged_by(config, own)
     if own is not None:
         rows = list(own[1].train)
@@ -60,7 +60,7 @@ def read_prompts(config: BuildConfig) -> Prompts:
             if rule and config.reward_model is None and not judged_by_rule(example, rule):
                 _refuse_unjudged(f"{config.prompts}, example {i}", rule)
     else:
-        rows = [_example(row, rule, config) for row in _rows(config.prompts)]
+        rows = [_example(row, rule, config) for row in found]
     different = {example.prompt: example for example in reversed(rows)}  # the first of equals stays
     kept = [e for e in dict.fromkeys(rows) if different.pop(e.prompt, None) is not None]
     chosen = tuple(kept[: config.limit])
@@ -125,7 +125,7 @@ def _scenario_task(text: str, config: BuildConfig) -> tuple[Scenario, Task] | No
     raise UnknownName(f"task of {name}", wanted, scenario.task_names)
 
 
-def _rows(where: str) -> Iterable[Row]:
+def _rows(where: str) -> list[Row]:
     path = Path(where)
     if path.suffix in SUFFIXES or path.is_file():
         return _file(path)
