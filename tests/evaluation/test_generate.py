@@ -154,6 +154,15 @@ def test_answers_stop_at_the_end_of_sequence() -> None:
     assert cut != whole
 
 
+def test_answers_stop_at_the_models_own_end_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat model may end its turn by another token than the tokenizer's end-of-sequence (Gemma does)."""
+    ids = tokenizer()(PROMPTS[0], return_tensors="pt")["input_ids"]
+    first = int(model()(input_ids=ids).logits[0, -1].argmax())
+    assert len(generate(model(), tokenizer(), PROMPTS[:1], 12)[0]) > len(tokenizer().decode(first))
+    monkeypatch.setattr(model().generation_config, "eos_token_id", [2, first])
+    assert generate(model(), tokenizer(), PROMPTS[:1], 12) == [tokenizer().decode(first)]
+
+
 def test_sampling_is_reproducible_for_a_seed() -> None:
     def sampled(seed: int, temperature: float = 1.5) -> list[str]:
         return generate(model(), tokenizer(), PROMPTS * 4, 8, temperature, seed)

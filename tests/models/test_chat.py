@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from cl_graft.models.chat import NoChatTemplate, render, rendered
 from cl_graft.task import Example, Pair, Scenario, Task
+from tests.chat import CHATML, llama_tokenizer, qwen_tokenizer
 
-
-def stub() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "chat_stub", Path(__file__).parents[1] / "chat.py"
-    )
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-CHAT = stub()
 PROMPTS = [
     "What is 1+1?",
     "  two\n\nlines: é, <b>, {{ x }}  ",
@@ -34,7 +19,7 @@ PROMPTS = [
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("family", ["llama", "qwen"])
 def test_the_ids_are_those_of_the_chat_template(family: str, prompt: str) -> None:
-    tokenizer = getattr(CHAT, f"{family}_tokenizer")()
+    tokenizer = {"llama": llama_tokenizer, "qwen": qwen_tokenizer}[family]()
     wanted = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}],
         tokenize=True,
@@ -51,7 +36,7 @@ def test_the_ids_are_those_of_the_chat_template(family: str, prompt: str) -> Non
 
 
 def test_what_a_llama_reads() -> None:
-    tokenizer = CHAT.llama_tokenizer()
+    tokenizer = llama_tokenizer()
     text = render(tokenizer, "Hi ")
     assert text == (
         "<|start|>system<|end|>\n\nToday: 26 Jul 2024<|eot|>"
@@ -62,24 +47,24 @@ def test_what_a_llama_reads() -> None:
 
 
 def test_what_a_qwen_reads() -> None:
-    text = render(CHAT.qwen_tokenizer(), "Hi")
+    text = render(qwen_tokenizer(), "Hi")
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_tokenizer_without_a_template_is_refused_in_one_sentence() -> None:
     with pytest.raises(NoChatTemplate, match="has no chat template .* instruction-tuned") as caught:
-        render(CHAT.llama_tokenizer(None), "Hi")
+        render(llama_tokenizer(None), "Hi")
     assert "\n" not in str(caught.value)
 
 
 def test_a_template_without_the_token_that_the_tokenizer_adds_is_refused() -> None:
     """It would be there in `tokenizer(...)`, where the model expects none."""
     with pytest.raises(NoChatTemplate, match="adds tokens"):
-        render(CHAT.llama_tokenizer(CHAT.CHATML), "Hi")
+        render(llama_tokenizer(CHATML), "Hi")
 
 
 def test_every_prompt_of_a_scenario_is_rendered_and_nothing_else() -> None:
-    tokenizer = CHAT.qwen_tokenizer()
+    tokenizer = qwen_tokenizer()
     task = Task(
         "a",
         [Example("p", "c")],
@@ -100,4 +85,4 @@ def test_every_prompt_of_a_scenario_is_rendered_and_nothing_else() -> None:
 
 def test_a_scenario_that_is_not_for_chat_needs_no_template() -> None:
     plain = Scenario("x", (Task("a", [Example("p", "c")], [], "exact"),))
-    assert rendered(plain, CHAT.llama_tokenizer(None)) is plain
+    assert rendered(plain, llama_tokenizer(None)) is plain
