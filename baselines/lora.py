@@ -59,11 +59,11 @@ class lora(Strategy):
             task_type="CAUSAL_LM",
         )
         adapted: Any = get_peft_model(self.model, config, autocast_adapter_dtype=True)
-        if continued:
-            _load_factors(adapted, continued.tensors, transposed, alpha_over_rank)
         rate = task.training.learning_rate * learning_rate_scale
         faster = replace(task, training=replace(task.training, learning_rate=rate))
         try:
+            if continued:
+                _load_factors(adapted, continued.tensors, transposed, alpha_over_rank)
             self.teach(adapted, faster)
             factors = _factors(adapted, transposed, alpha_over_rank)
         finally:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from ..config import Launch
 from ..models import world
 from ..models.embedded import world_tokenizer
-from ..task import Example, Pair, Preference, Training
+from ..task import Example, Pair, Preference, Task, Training
+from ..training.config import dpo_job, sft_job
+from ..training.fit import fit
 from ..training.memory import Job, estimate, longest
-from ..training.stage import dpo, sft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -179,17 +183,15 @@ def measure(
         from peft import get_peft_model
 
         model = get_peft_model(model, job.lora)
-    if job.checkpointing:
-        model.gradient_checkpointing_enable()
-        if job.lora is not None:
-            model.enable_input_require_grads()
     model.to("cuda" if job.gpu else "cpu")
     batch = job.micro_batch * job.accumulation
-    recipe = Training(steps=2, batch=batch, micro_batch=job.micro_batch)
-    with measured(model) as peak:
-        if job.kind == "sft":
-            sft(model, tokenizer, cast("Sequence[Example]", rows), recipe, 0)
-        else:
-            pairs = cast("Sequence[Pair]", rows)
-            dpo(model, tokenizer, pairs, recipe, Preference(steps=2, batch=batch), 0)
+    half = Preference(steps=2, batch=batch)
+    task = Task("", (), (), "exact", training=Training(steps=2, batch=batch, preference=half))
+    if job.kind == "sft":
+        stage = sft_job(replace(task, train=cast("Sequence[Example]", rows)), 0)
+    else:
+        stage = dpo_job(task, cast("Sequence[Pair]", rows), 0)
+    launch = Launch(micro_batch=job.micro_batch, checkpointing=job.checkpointing)
+    with TemporaryDirectory() as work, measured(model) as peak:
+        fit(model, tokenizer, *stage, launch, Path(work))
     return peak.bytes

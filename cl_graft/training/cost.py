@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..budget import Budget
 from ..errors import CLGraftError
-from .stage import Progress
+from .fit import Progress
 
 UTILISATION = 0.4  # of a device's dense peak; published runs of 7-65 B parameters reach 0.3 to 0.5
 
@@ -54,7 +54,7 @@ def probe(train: Callable[[Progress], Any]) -> float:
     """Seconds per optimizer step of a stage that is really run, from the end of its first step to the last's.
 
     train: runs a stage of two steps or more (three are enough) and reports to the progress that it is given,
-    such as `lambda progress: sft(copy, tokenizer, examples, recipe, seed, progress)`; it changes the weights.
+    such as `lambda progress: fit(copy, tokenizer, rows, job, launch, folder, progress=progress)`.
     Set-up and the first step are left out. Raises CLGraftError for a stage of fewer steps.
     """
     ends: list[float] = []

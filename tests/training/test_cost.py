@@ -6,10 +6,12 @@ import time
 
 import pytest
 
+from cl_graft.config import Launch
 from cl_graft.errors import CLGraftError
-from cl_graft.task import Example, Training
+from cl_graft.task import Example, Task, Training
 from cl_graft.training import cost
-from cl_graft.training.stage import sft
+from cl_graft.training.config import sft_job
+from cl_graft.training.fit import fit
 
 
 def test_six_operations_for_each_parameter_and_token_and_two_more_with_checkpointing():
@@ -37,12 +39,11 @@ def test_a_probe_leaves_out_setting_up_and_the_first_step():
         cost.probe(lambda progress: progress(1.0))
 
 
-def test_a_probe_of_a_real_stage(nano):
-    model, tokenizer = nano
-    recipe = Training(steps=3, batch=2)
+def test_a_probe_of_a_real_stage(nano, tmp_path):
     rows = [Example(f"Q: {i}", "a") for i in range(4)]
+    job = sft_job(Task("t", rows, (), "exact", training=Training(steps=3, batch=2)), 0)
     begun = time.perf_counter()
-    found = cost.probe(lambda progress: sft(model, tokenizer, rows, recipe, 0, progress))
+    found = cost.probe(lambda progress: fit(*nano, *job, Launch(), tmp_path, progress=progress))
     assert 0 < found < (time.perf_counter() - begun) / 2
 
 

@@ -1,0 +1,84 @@
+"""A plan as a table and a few sentences."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from .tables import Table
+
+if TYPE_CHECKING:
+    from ..plan import Plan, PlannedStage
+
+COLUMNS = (
+    "Stage",
+    "From",
+    "Trains",
+    "Rows",
+    "Steps x batch",
+    "Tokens",
+    "Memory",
+    "Time",
+    "State",
+    "Cells",
+)
+
+
+def table(plan: Plan) -> Table:
+    """A row a stage."""
+    rows = tuple(_row(stage) for stage in plan.stages)
+    note = "Batch: micro-batch x accumulated x processes. Memory: of one process, on its device (and in the host's)."
+    return Table("Training stages", COLUMNS, rows, note)
+
+
+def summary(plan: Plan) -> list[str]:
+    """What is cached, how long the rest takes, the disk, and the cells with the bytes of their packs."""
+    states = Counter(stage.state for stage in plan.stages)
+    lines = [f"stages: {', '.join(f'{n} {state}' for state, n in states.items()) or 'none'}"]
+    if plan.seconds is None:
+        lines.append("training time: not estimated; give --probe, or --peak of the device")
+    else:
+        lines.append(
+            f"training time: {_time(plan.seconds)}, evaluation and compression not counted"
+        )
+    short = "" if plan.disk < plan.disk_free else "; free some first"
+    lines.append(f"disk: at most {_bytes(plan.disk)} of {_bytes(plan.disk_free)} free{short}")
+    for name, cell in plan.cells.items():
+        state = (
+            "finished"
+            if cell["finished"]
+            else f"{cell['tasks']} packs of at most {_bytes(cell['pack_bytes'])}"
+        )
+        lines.append(f"{name}: {state}")
+    return lines
+
+
+def _row(stage: PlannedStage) -> tuple[str, ...]:
+    job, memory = stage.config, stage.memory
+    share = "all" if stage.trained == stage.parameters else f"{stage.trained:,}"
+    held = _bytes(memory.device) + (f" ({_bytes(memory.host)})" if memory.host else "")
+    return (
+        f"{stage.task} {stage.kind}",
+        stage.start,
+        f"{share} of {stage.parameters:,}",
+        f"{stage.rows:,}",
+        f"{job.steps:,} x {job.batch} ({stage.micro_batch}x{stage.accumulation}x{stage.processes})",
+        f"{stage.tokens:,}",
+        held,
+        "-" if stage.seconds is None else _time(stage.seconds),
+        stage.state,
+        str(len(stage.cells)),
+    )
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
