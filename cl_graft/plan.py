@@ -19,8 +19,10 @@ from . import cell
 from .budget import Budget
 from .config import RunConfig
 from .errors import CLGraftError
+from .identity import digest
 from .models.chat import rendered
 from .models.load import locate
+from .record import CellFolder
 from .skillpack.file import SkillPack, fingerprint
 from .task import Example, Pair, Preference, Task
 from .training import checkpoint, cost
@@ -42,8 +44,8 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 
 class PlannedStage:
     """One training job of a sweep.
 
-    start: what its weights are. state: `cached`, `to run`, or `to run or cached`, where that is not known before what
-    comes before it has run. rows: at most, for pairs yet to be sampled. memory: of one process. seconds: of training
+    start: what its weights are. state: `cached` or `to run`; what starts from a result that is not there yet counts as
+    to run. rows: at most, for pairs yet to be sampled. memory: of one process. seconds: of training
     alone; None where neither a probe nor a peak was given. cells: names of those that ask for it.
     """
 
@@ -152,12 +154,15 @@ def _of_cell(
     if not exact:
         strategy.grafted._base = "planned"  # a fingerprint needs the weights
     recorder = _Recorder(config, strategy, exact, memories, timer, gpu)
+    folder = CellFolder(config.out / config.cell)
+    learned = max(0, len(folder.stages()) - 1)  # the first record is the base's
     for task in scenario.tasks:
         recorder.learn(task)
     limit = budget.bytes if strategy_class.budgeted else 2 * parameters
     done = cell.finished(config) is not None
     about = {"pack_bytes": limit, "tasks": len(scenario.tasks), "finished": done}
-    return recorder.found, about
+    left = scenario.task_names[learned:]
+    return [(key, stage) for key, stage in recorder.found if stage.task in left], about
 
 
 def _model(config: RunConfig) -> tuple[Any, Any, bool]:
@@ -201,6 +206,7 @@ class _Recorder:
         self.exact = exact  # whether the model holds the weights that it would hold
         self.real = exact
         self.start, self.task = "base", strategy.scenario.tasks[0]
+        self.chain = ""  # the stage that the next one goes on from, if it was planned
         self.found: list[tuple[str, PlannedStage]] = []
         self.adapter: tuple[Any, int] | None = None
         strategy.stages = self  # type: ignore[assignment]
@@ -208,9 +214,10 @@ class _Recorder:
     def learn(self, task: Task) -> None:
         """Let the strategy learn the task as far as its last stage."""
         strategy, number = self.strategy, len(self.strategy.packs)
-        self.task, self.start = task, "base"
+        self.task, self.start, self.chain = task, "base", ""
         if number and strategy.keeps in ("sum", "latest"):
             self.start, self.exact = f"after {strategy.packs[-1].task}", False
+            self.chain = f"{self.config.cell}, {self.start}"
         before = len(self.found)
         try:
             strategy.learn(task, strategy.context(task), **strategy.options)
@@ -239,11 +246,12 @@ class _Recorder:
         lora = model.peft_config["default"] if checkpoint.is_adapted(model) else None
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.adapter = (lora, trained)
-        key, state = None, "to run or cached"
+        key, state = f"{self.chain} > {digest(list(rows), asdict(job))}", "to run"
         if self.exact:
             key = stage_key(fingerprint(model.named_parameters()), tokenizer, rows, job)
             folder = self.stages.folder / "stages" / key
             state = "cached" if (folder / MARKER).is_file() else "to run"
+        self.chain = key
         self._enter(key, rows, job, lora, trained, state)
         if state == "cached":
             checkpoint.load_into(model, folder)
@@ -271,16 +279,16 @@ class _Recorder:
         self.exact = False
         seed, half = self.strategy._stage_seed, task.training.preference
         rows, job = sft_job(task, seed)
-        self._enter(None, rows, job, lora, trained, "to run or cached")
+        self._enter(f"{self.chain} > sft", rows, job, lora, trained, "to run")
         if half:
             pairs = task.pairs or self.pairs(None, None, task, half, seed, False)
             rows, job = dpo_job(task, pairs, seed)
             self.start = f"after sft of {task.name}"
-            self._enter(None, rows, job, lora, trained, "to run or cached")
+            self._enter(f"{self.chain} > dpo", rows, job, lora, trained, "to run")
 
     def _enter(
         self,
-        key: str | None,
+        key: str,
         rows: Sequence[Row],
         job: StageConfig,
         lora: Any,
@@ -339,8 +347,7 @@ class _Recorder:
         )
         if state != "cached":
             stage.seconds = self.timer(self.strategy, stage, rows, lora, self.config, self.real)
-        name = key or f"{self.config.cell}/{self.task.name}/{job.kind}"
-        self.found.append((name, stage))
+        self.found.append((key, stage))
 
 
 class _Timer:
@@ -372,7 +379,7 @@ class _Timer:
         flops = cost.train_flops(
             stage.parameters - (0 if tied else embedding.numel()),
             stage.tokens,
-            trained=min(stage.trained, stage.parameters),
+            trained=None if stage.trained == stage.parameters else stage.trained,
             checkpointing=config.launch.checkpointing,
             reference_tokens=round(stage.tokens / job.steps / job.batch * len(rows))
             if job.kind == "dpo"

@@ -5,9 +5,11 @@ on GSM8K and MATH, code on HumanEval and MBPP; a task's score is the mean of its
 two budgets:
 
     cl-graft sweep --scenarios math_code --strategies graftllm,lora,model_grafting,model_tailor,sequential,individual \\
-      --models meta-llama/Llama-3.1-8B-Instruct --budgets 5%,10% --allow-code-execution
+      --models meta-llama/Llama-3.1-8B-Instruct --budgets 5%,10% --allow-code-execution \\
+      --launch processes=8,zero=3,micro_batch=4,checkpointing=true
     cl-graft sweep --scenarios math_code --strategies graftllm,lora,model_grafting,model_tailor,sequential,individual \\
-      --models Qwen/Qwen2.5-7B-Instruct --budgets 5%,10% --allow-code-execution --set math_code.recipe=qwen2.5-7b
+      --models Qwen/Qwen2.5-7B-Instruct --budgets 5%,10% --allow-code-execution \\
+      --launch processes=8,zero=3,micro_batch=4,checkpointing=true --set math_code.recipe=qwen2.5-7b
 """
 
 from __future__ import annotations
@@ -52,12 +54,11 @@ def math_code(
     train_size: int | None = None,
     test_size: int | None = None,
     max_new_tokens: int = 1024,
-    micro_batch: int = 1,
 ) -> Scenario:
     """recipe: llama-3.1-8b, qwen2.5-7b, gemma-2-9b or llama-3.2. The data of a task: `fusechat`; for SFT also
     `openmathinstruct-2`, `leetcode`, `self-oss-instruct-sc2`, joined by `+`; for DPO also `none`; or a folder made by
     `cl-graft transfer build`. train_size: of SFT rows and of pairs; test_size: of each benchmark. --data-dir: the
-    test sets, instead of the hub's. micro_batch: sequences on a device at a time, of the 128 of a step.
+    test sets, instead of the hub's.
     """
     if recipe not in RECIPES:
         raise UnknownName("recipe of math_code", recipe, RECIPES)
@@ -76,7 +77,7 @@ def math_code(
             test,
             score,
             max_new_tokens=max_new_tokens,
-            training=training(RECIPES[recipe], micro_batch, bool(pairs)),
+            training=training(RECIPES[recipe], bool(pairs)),
             pairs=pairs,
         )
 
@@ -87,7 +88,7 @@ def math_code(
     return Scenario("math_code", tasks, chat=True)
 
 
-def training(recipe: Recipe, micro_batch: int, dpo: bool) -> Training:
+def training(recipe: Recipe, dpo: bool) -> Training:
     """SFT of 3 epochs and DPO of 1, batches of 128, 2,048 tokens, cosine after a tenth of warm-up."""
     preference = Preference(
         epochs=1.0,
@@ -102,7 +103,6 @@ def training(recipe: Recipe, micro_batch: int, dpo: bool) -> Training:
         learning_rate=recipe.sft_rate,
         warmup=0.1,
         max_length=2048,
-        micro_batch=micro_batch,
         preference=preference if dpo else None,
     )
 

@@ -473,8 +473,6 @@ def test_the_whole_configuration_runs_with_the_target_swapped(
     local: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SFT, DPO on the given pairs, compression, all four benchmarks; then continued from disk."""
-    # Until training itself takes a task's pairs where it has some: then this line goes.
-    monkeypatch.setattr("cl_graft.strategy.preference_pairs", lambda m, t, task, *_: task.pairs)
     (tmp_path / "short.py").write_text(SHORT)
     given = {
         "scenario": str(tmp_path / "short.py"),

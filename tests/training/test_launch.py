@@ -115,7 +115,6 @@ class TestTwoProcesses:
             from pathlib import Path
             from cl_graft.config import Launch
             from cl_graft.models.load import load
-from cl_graft.record import read_jsonl
             from cl_graft.training.config import StageConfig
             from cl_graft.training.stages import Stages
             rows = [dict(prompt="Q: Copy ab.", completion="ab")] * 4

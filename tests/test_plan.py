@@ -1,0 +1,176 @@
+"""What a sweep will do, told before it is done, and borne out by doing it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from cl_graft import cell
+from cl_graft.config import Launch, RunConfig
+from cl_graft.errors import CLGraftError
+from cl_graft.plan import plan
+from cl_graft.sweep import grid
+
+SMALL = {"steps": 6, "batch": 8, "train_size": 48, "test_size": 8, "tasks": "math,cipher"}
+
+
+def cells(tmp_path, strategies=("individual", "graftllm", "sequential"), dpo=False, **common):
+    options = {"mini": {**SMALL, "dpo": dpo}}
+    return grid(
+        ["mini"],
+        strategies,
+        [0],
+        ["nano-llama"],
+        ["10%"],
+        options=options,
+        out=tmp_path,
+        wandb="off",
+        **common,
+    )
+
+
+def told(found):
+    return [(s.task, s.kind, s.start, s.state, len(s.cells)) for s in found.stages]
+
+
+def test_a_stage_that_cells_share_is_one(tmp_path):
+    """individual and graftllm train the same; sequential shares the first task with them."""
+    found = plan(cells(tmp_path))
+    assert told(found) == [
+        ("math", "sft", "base", "to run", 3),
+        ("cipher", "sft", "base", "to run", 2),
+        ("cipher", "sft", "after math", "to run", 1),
+    ]
+    first = found.stages[0]
+    assert first.trained == first.parameters == 63_216
+    assert (first.micro_batch, first.accumulation, first.processes) == (8, 1, 1)
+    assert first.rows == 48 and first.config.steps == 12
+    assert list(c["pack_bytes"] for c in found.cells.values())[1] == 12_643
+
+
+def test_what_was_planned_is_what_is_run(tmp_path):
+    """Keys of the plan are the folders that the run makes, and then they are told to be cached."""
+    first, *_ = wanted = cells(tmp_path)
+    before = plan(wanted)
+    cell.run(first)
+    made = {p.parent.name for p in tmp_path.glob("cache/stages/*/stage.json")}
+    assert len(made) == 2
+    after = plan(wanted)
+    assert told(after) == [
+        ("math", "sft", "base", "cached", 2),
+        ("cipher", "sft", "base", "cached", 1),
+        ("cipher", "sft", "after math", "to run", 1),
+    ]
+    assert after.cells[first.cell]["finished"] and after.disk < before.disk
+    for stage in (tmp_path / "cache" / "stages").glob("*/stage.json"):
+        about = json.loads(stage.read_text())
+        (match,) = [
+            s
+            for s in before.stages
+            if s.config.steps == about["config"]["steps"]
+            and s.start == "base"
+            and s.tokens == round(about["tokens"])
+        ]
+        assert match.rows == about["rows"]
+
+
+def test_a_preference_half_follows_its_sft_and_adapters_train_little(tmp_path):
+    found = plan(cells(tmp_path, ["individual", "lora"], dpo=True))
+    kinds = [(s.task, s.kind, s.start) for s in found.stages]
+    assert kinds[:4] == [
+        ("math", "sft", "base"),
+        ("math", "dpo", "after sft of math"),
+        ("cipher", "sft", "base"),
+        ("cipher", "dpo", "after sft of cipher"),
+    ]
+    assert kinds[4:] == [
+        ("math", "sft", "base"),
+        ("math", "dpo", "after sft of math"),
+        ("cipher", "sft", "after math"),
+        ("cipher", "dpo", "after sft of cipher"),
+    ]
+    full, adapter = found.stages[0], found.stages[4]
+    assert full.trained == full.parameters and adapter.trained < 0.2 * adapter.parameters
+    assert adapter.memory.optimizer == 8 * adapter.trained
+    assert found.stages[1].memory.device > full.memory.device, "both answers of a pair run together"
+
+
+def test_time_is_probed_or_follows_from_operations(tmp_path):
+    wanted = cells(tmp_path, ["individual"])
+    assert plan(wanted).seconds is None
+    by_peak = plan(wanted, peak=1e9, utilisation=0.5)
+    stage = by_peak.stages[0]
+    embedding = 224 * 48
+    assert stage.seconds == pytest.approx(6 * (63_216 - embedding) * stage.tokens / 0.5e9, rel=0.01)
+    assert 0 < plan(wanted, probe=True).seconds < 60
+
+
+def test_processes_share_what_zero_shares(tmp_path):
+    def first(**launch):
+        (wanted,) = cells(tmp_path, ["individual"], launch=Launch(**launch))
+        return plan([wanted], gpu=True).stages[0]
+
+    two, three = first(processes=4, zero=2), first(processes=4, zero=3, offload=True)
+    assert (two.micro_batch, two.accumulation, two.processes) == (2, 1, 4)
+    assert two.memory.optimizer == 12 * -(-two.parameters // 4)
+    assert three.memory.optimizer == 0 and three.memory.host == 16 * -(-two.parameters // 4)
+    with pytest.raises(CLGraftError, match="cannot make a batch of 8"):
+        first(processes=3)
+
+
+def test_the_command_prints_stages_disk_and_packs_and_starts_nothing(tmp_path):
+    base = [
+        sys.executable,
+        "-m",
+        "cl_graft",
+        "plan",
+        "--scenarios",
+        "mini",
+        "--models",
+        "nano-llama",
+    ]
+    base += ["--out", str(tmp_path / "out")]
+    sets = [x for k, v in SMALL.items() for x in ("--set", f"mini.{k}={v}")]
+    found = subprocess.run(
+        [*base, "--strategies", "individual,lora", *sets, "--peak", "1e12"],
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "12 x 8 (8x1x1)" in found.stdout and "2 packs of at most 12.6 kB" in found.stdout
+    assert "stages: 4 to run" in found.stdout and not (tmp_path / "out").exists()
+    listed = json.loads(
+        subprocess.run(
+            [*base, "--strategies", "individual", *sets, "--json"], capture_output=True, text=True
+        ).stdout
+    )
+    assert [s["task"] for s in listed["stages"]] == ["math", "cipher"]
+    wrong = subprocess.run([*base, "--strategies", "individal"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and "individual" in wrong.stderr
+    setting = subprocess.run(
+        [*base, "--strategies", "individual", "--launch", "proceses=8"],
+        capture_output=True,
+        text=True,
+    )
+    assert setting.returncode == 1 and "processes" in setting.stderr
+
+
+def test_a_model_whose_weights_are_not_there_is_planned_from_its_configuration(tmp_path, nano):
+    model, tokenizer = nano
+    model.config.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = {"mini": SMALL}
+    config = RunConfig(
+        scenario="mini",
+        strategy="individual",
+        model=str(tmp_path / "model"),
+        options=options,
+        out=tmp_path,
+    )
+    found = plan([config])
+    assert [s.parameters for s in found.stages] == [63_216] * 2
+    same = plan(cells(tmp_path / "other", ["individual"]))
+    assert [s.memory for s in found.stages] == [s.memory for s in same.stages]
