@@ -97,7 +97,8 @@ class Memory:
 def estimate(model: str | Path | PreTrainedConfig, job: Job) -> Memory:
     """For a model folder or a configuration; DPO's reference log-probabilities are computed beforehand.
 
-    Takes seconds (8 B parameters in 32 layers: about five on an idle core, after the imports).
+    Takes seconds (8 B parameters in 32 layers: about eight of a core's, after the imports). Not for a process that
+    holds a ZeRO-3 configuration: transformers would divide the model that is made here, too.
     Raises CLGraftError for a folder without a usable configuration.
     """
     import torch
