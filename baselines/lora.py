@@ -13,7 +13,7 @@ from cl_graft.errors import OverBudget, UnknownName
 from cl_graft.skillpack.calibrate import linear_layers, stored_transposed
 from cl_graft.skillpack.codecs import Encoded, low_rank
 from cl_graft.strategy import Strategy
-from cl_graft.task import Task
+from cl_graft.task import Task, Training
 
 CONVENTIONS = {"trained_on": "latest", "summed": "sum", "merged": "latest"}
 
@@ -59,8 +59,7 @@ class lora(Strategy):
             task_type="CAUSAL_LM",
         )
         adapted: Any = get_peft_model(self.model, config, autocast_adapter_dtype=True)
-        rate = task.training.learning_rate * learning_rate_scale
-        faster = replace(task, training=replace(task.training, learning_rate=rate))
+        faster = replace(task, training=_faster(task.training, learning_rate_scale))
         try:
             if continued:
                 _load_factors(adapted, continued.tensors, transposed, alpha_over_rank)
@@ -94,6 +93,14 @@ class lora(Strategy):
                 f"the budget {context.budget.text} does not hold LoRA of rank 1 on all linear layers; raise it."
             )
         return best
+
+
+def _faster(recipe: Training, scale: float) -> Training:
+    """Both halves of the recipe at a multiple of their learning rates: adapters need larger ones."""
+    half = recipe.preference
+    if half:
+        half = replace(half, learning_rate=half.learning_rate * scale)
+    return replace(recipe, learning_rate=recipe.learning_rate * scale, preference=half)
 
 
 def _lora_modules(adapted: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from .training.config import Row, StageConfig, accumulation, dpo_job, sft_job
 from .training.fit import fit, tokens_of_a_step
 from .training.memory import Job, Memory, estimate, longest
 from .training.stages import MARKER, Log, Stages, stage_key
+from .training.zero import BUCKET
 
 if TYPE_CHECKING:
     from .strategy import Strategy
@@ -316,6 +317,7 @@ class _Recorder:
             stage=launch.zero if launch.processes else 0,  # type: ignore[arg-type]
             processes=launch.processes or 1,
             offload=launch.offload,
+            bucket=BUCKET,
             gpu=self.gpu,
         )
         known = (self.config.model, replace(needs, lora=None), str(lora))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import torch
 from ..config import Launch
 from ..errors import CLGraftError
 from ..models.embedded import cache_root
-from ..record import RecordError, read_jsonl, write_json
+from ..record import RecordError, locked, read_jsonl, write_json
 from . import checkpoint
 from .config import Row, StageConfig, accumulation
 from .fit import LOG, Progress
@@ -64,10 +65,12 @@ def launched(
         "threads": torch.get_num_threads(),
     }
     write_json(work / "job.json", job)
+    environment = surroundings()
+    build_extensions(environment)
     device = next(model.parameters()).device
     model.to("cpu")
     try:
-        _wait(work, command(launch, work), config.steps, progress)
+        _wait(work, command(launch, work), environment, config.steps, progress)
     finally:
         model.to(device)
 
@@ -121,7 +124,7 @@ def command(launch: Launch, work: Path) -> list[str]:
     return [sys.executable, "-m", "deepspeed.launcher.runner", *nodes, *module]
 
 
-def environment() -> dict[str, str]:
+def surroundings() -> dict[str, str]:
     """Of the processes: this one's, with the package and DeepSpeed's compiled parts where they are found again."""
     source = str(Path(__file__).resolve().parents[2])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -135,14 +138,46 @@ def environment() -> dict[str, str]:
     }
 
 
-def _wait(work: Path, command: list[str], steps: int, progress: Progress) -> None:
+def build_extensions(env: dict[str, str]) -> None:
+    """Compile what DeepSpeed needs of its own on the CPU, once, before several processes try to.
+
+    A build that is killed leaves a lock file behind on which all later ones would wait for ever; under a lock of our
+    own, which dies with its process, such a file is known to be nobody's.
+    """
+    if torch.cuda.is_available():
+        return
+    folder = Path(env["TORCH_EXTENSIONS_DIR"])
+    built = folder / f"built-{metadata.version('deepspeed')}"
+    with locked(built):
+        if built.exists():
+            return
+        for left in folder.rglob("lock"):
+            left.unlink()
+        builder = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder"
+        made = subprocess.run(
+            [sys.executable, "-c", f"{builder}; Builder().load()"],
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+        if made.returncode:
+            raise CLGraftError(
+                "DeepSpeed cannot compile its communication for the CPU "
+                f"({(made.stderr.strip() or 'no reason given').splitlines()[-1]}); install a C++ compiler and ninja."
+            )
+        built.touch()
+
+
+def _wait(
+    work: Path, command: list[str], env: dict[str, str], steps: int, progress: Progress
+) -> None:
     with open(work / "job.out", "wb") as out:
         job = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,  # whose end tells the processes that this one is gone
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=environment(),
+            env=env,
             start_new_session=True,
         )
     try:

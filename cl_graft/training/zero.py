@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from ..config import Launch
 from .config import StageConfig, accumulation
 
+BUCKET = (
+    50_000_000  # elements that are reduced at a time; DeepSpeed's own 500 million take a GB in bf16
+)
+
 
 def zero_json(job: StageConfig, launch: Launch, on_gpu: bool) -> dict[str, Any]:
     """Nothing is left for others to fill in, so that what is written down is what is run."""
@@ -18,6 +22,7 @@ def zero_json(job: StageConfig, launch: Launch, on_gpu: bool) -> dict[str, Any]:
         "stage": launch.zero,
         "overlap_comm": on_gpu,
         "contiguous_gradients": True,
+        "reduce_bucket_size": BUCKET,
     }
     if launch.zero == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True

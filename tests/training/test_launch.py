@@ -22,7 +22,7 @@ from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training import launch as launching
 from cl_graft.training.config import accumulation, dpo_job, sft_job
 from cl_graft.training.fit import LOG
-from cl_graft.training.launch import StageFailed, command, environment, slots
+from cl_graft.training.launch import StageFailed, command, slots, surroundings
 from cl_graft.training.stages import Stages
 from cl_graft.training.zero import zero_json
 
@@ -135,11 +135,10 @@ class TestTwoProcesses:
 
     def test_say_why_they_failed(self, tmp_path, monkeypatch):
         """An error in the job is told in the words of the process that met it."""
-        real = launching.environment
         monkeypatch.setattr(
-            launching, "environment", lambda: {**real(), "TORCH_EXTENSIONS_DIR": "/proc/nowhere"}
+            launching.checkpoint, "save_start", lambda model, tokenizer, folder: folder.mkdir()
         )
-        with pytest.raises(StageFailed, match=r"process \d: .*nowhere.*job\.out"):
+        with pytest.raises(StageFailed, match=r"process \d: .*start.*job\.out"):
             trained(tmp_path, SFT, Launch(processes=2))
 
 
@@ -208,8 +207,8 @@ def test_a_hostfile_that_cannot_be_meant_is_refused(tmp_path):
 
 def test_processes_find_the_package_and_compiled_parts_again(monkeypatch):
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    found = environment()
+    found = surroundings()
     assert str(Path(launching.__file__).parents[2]) in found["PYTHONPATH"].split(os.pathsep)
     assert torch.__version__ in found["TORCH_EXTENSIONS_DIR"]
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/somewhere")
-    assert environment()["TORCH_EXTENSIONS_DIR"] == "/somewhere"
+    assert surroundings()["TORCH_EXTENSIONS_DIR"] == "/somewhere"
