@@ -222,9 +222,10 @@ def _write(config: BuildConfig, prompts: Prompts, samples: Rows, rewards: Rows) 
     dropped: dict[str, Counter[str]] = {source: Counter() for source in config.sources}
     for i, example in enumerate(prompts.examples):
         different = select.distinct(answers[i])
-        if best := select.best(different, config.seed):
+        seed = f"{config.seed}\n{example.prompt}"
+        if best := select.best(different, seed):
             sft.append(_sft_row(example, best))
-        pair, why = select.pair(different, config.sources, config.gaps, config.seed)
+        pair, why = select.pair(different, config.sources, config.gaps, seed)
         if pair:
             dpo.append(_dpo_row(example, pair))
         for source, reason in why.items():
