@@ -72,9 +72,10 @@ def _check_models(config: BuildConfig, prompts: Prompts) -> None:
         model, tokenizer = reader(source, config.data_dir)
         check_readable(source, tokenizer, model, texts, prompts.max_new_tokens, prompts.chat)
     if config.reward_model is not None:
-        model, tokenizer = check_reward_model(config.reward_model, config.data_dir)
+        _, tokenizer = check_reward_model(config.reward_model, config.data_dir)
         ranked = [e.prompt for e in prompts.examples if not judged_by_rule(e, prompts.rule)]
-        check_readable(config.reward_model, tokenizer, model, ranked, 0, prompts.chat)
+        # of what is too long for it, it reads the end
+        check_readable(config.reward_model, tokenizer, None, ranked, 0, prompts.chat)
 
 
 def _identity(config: BuildConfig, prompts: Prompts) -> dict[str, Any]:
@@ -222,9 +223,10 @@ def _write(config: BuildConfig, prompts: Prompts, samples: Rows, rewards: Rows) 
     dropped: dict[str, Counter[str]] = {source: Counter() for source in config.sources}
     for i, example in enumerate(prompts.examples):
         different = select.distinct(answers[i])
-        if best := select.best(different, config.seed):
+        seed = f"{config.seed}\n{example.prompt}"
+        if best := select.best(different, seed):
             sft.append(_sft_row(example, best))
-        pair, why = select.pair(different, config.sources, config.gaps, config.seed)
+        pair, why = select.pair(different, config.sources, config.gaps, seed)
         if pair:
             dpo.append(_dpo_row(example, pair))
         for source, reason in why.items():

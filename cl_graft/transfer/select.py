@@ -1,8 +1,9 @@
 """Which answers become training data. Pure functions of what was sampled and how it was judged.
 
 An answer that was cut off at the length limit never is what a model should say: it can only be the worse one of
-a pair. An empty answer is nothing at all. Among equals the choice falls by a digest of seed and text, so that
-no source and no position is favoured and the same data come out on every machine.
+a pair. An empty answer is nothing at all. Among equals the choice falls by a digest of seed, source and text, so
+that no position is favoured and the same data come out on every machine; the caller puts the prompt into the seed,
+so that no source is favoured throughout.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ def distinct(answers: Sequence[Judged]) -> list[Judged]:
     return list(kept.values())
 
 
-def best(answers: Sequence[Judged], seed: int) -> Judged | None:
+def best(answers: Sequence[Judged], seed: int | str) -> Judged | None:
     """What a model should say: the finished answer of the highest reward; by a rule, only a right one."""
     fit = [a for a in answers if a.finished and not (a.by_rule and a.reward < 1)]
     return min(fit, key=lambda a: (-a.reward, _draw(seed, a)), default=None)
 
 
 def pair(
-    answers: Sequence[Judged], sources: Sequence[str], gaps: tuple[float, float], seed: int
+    answers: Sequence[Judged], sources: Sequence[str], gaps: tuple[float, float], seed: int | str
 ) -> tuple[Chosen | None, dict[str, str]]:
     """The best pair of one source, and {source: why it gave none}.
 
@@ -82,7 +83,9 @@ def pair(
     return chosen, dropped
 
 
-def _of_one_source(answers: Sequence[Judged], gaps: tuple[float, float], seed: int) -> Chosen | str:
+def _of_one_source(
+    answers: Sequence[Judged], gaps: tuple[float, float], seed: int | str
+) -> Chosen | str:
     if len(answers) < 2:
         return FEW
     better = best(answers, seed)
@@ -97,6 +100,6 @@ def _of_one_source(answers: Sequence[Judged], gaps: tuple[float, float], seed: i
     return ABOVE if gap > gaps[1] else Chosen(better, worse)
 
 
-def _draw(seed: int, answer: Judged) -> bytes:
+def _draw(seed: int | str, answer: Judged) -> bytes:
     text = f"{seed}\n{answer.source}\n{answer.text}".encode("utf-8", "surrogatepass")
     return hashlib.blake2b(text, digest_size=16).digest()

@@ -11,7 +11,12 @@ import torch
 import transformers as hf
 
 from cl_graft.evaluation import generate as module
-from cl_graft.evaluation.generate import choice_likelihoods, generate, log_likelihoods
+from cl_graft.evaluation.generate import (
+    answers,
+    choice_likelihoods,
+    generate,
+    log_likelihoods,
+)
 from cl_graft.models.embedded import world_tokenizer
 
 PROMPTS = [
@@ -261,3 +266,23 @@ def test_one_choice_does_not_colour_the_next() -> None:
     backward = choice_likelihoods(model(), tokenizer(), PROMPTS, CHOICES[::-1], LONG)
     for one, two in zip(forward, backward, strict=True):
         assert one == pytest.approx(two[::-1], abs=1e-5)
+
+
+def test_top_p_keeps_the_likeliest_tokens() -> None:
+    """By default nothing is cut; a share that one token alone makes up is greedy."""
+    greedy = generate(model(), tokenizer(), PROMPTS, 6)
+    assert generate(model(), tokenizer(), PROMPTS, 6, 1.0, seed=3, top_p=1e-6) == greedy
+    free = generate(model(), tokenizer(), PROMPTS, 6, 1.0, seed=3)
+    assert generate(model(), tokenizer(), PROMPTS, 6, 1.0, seed=3, top_p=1.0) == free != greedy
+
+
+def test_answers_tell_their_tokens_and_whether_they_ended() -> None:
+    """Against generation one prompt at a time."""
+    found = answers(model(), tokenizer(), PROMPTS, 12)
+    assert [a.text for a in found] == generate(model(), tokenizer(), PROMPTS, 12)
+    for prompt, answer in zip(PROMPTS, found, strict=True):
+        ids = tokenizer()(prompt, return_tensors="pt")
+        said = model().generate(**ids, max_new_tokens=12, do_sample=False, eos_token_id=2)
+        new = said[0, ids["input_ids"].shape[1] :].tolist()
+        assert answer.finished == (2 in new)
+        assert answer.tokens == len(new) - (2 in new)
