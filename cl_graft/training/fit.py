@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import time
 import warnings
@@ -46,7 +47,7 @@ def fit(
     from transformers import PrinterCallback
 
     make = {"sft": _sft, "dpo": _dpo}[config.kind]
-    with _quiet():
+    with quiet():
         arguments = _arguments(config, launch, work, deepspeed)
         trainer = make(model, tokenizer, rows, config, arguments)
         last = _last_checkpoint(work, trainer.accelerator.is_main_process)
@@ -233,11 +234,14 @@ def _peak_mb() -> float:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the trainers' own logs out of the user's terminal; warnings of ours are not raised here."""
     import datasets
+    import torch
     from transformers.utils import logging as hf
 
+    if not torch.cuda.is_available():  # DeepSpeed says on standard output that it has to guess
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     datasets.disable_progress_bars()
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
     hf.set_verbosity_error()

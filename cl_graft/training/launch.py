@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from ..models.embedded import cache_root
 from ..record import RecordError, locked, read_jsonl, write_json
 from . import checkpoint
 from .config import Row, StageConfig, accumulation
-from .fit import LOG, Progress
+from .fit import LOG, Progress, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +58,8 @@ def launched(
     for left in work.glob(f"{FAILED}*"):
         left.unlink()
     checkpoint.save_start(model, tokenizer, work / "start")
-    Dataset.from_list(list(rows)).save_to_disk(str(work / "rows"))
+    with quiet():
+        Dataset.from_list(list(rows)).save_to_disk(str(work / "rows"))
     job = {
         "config": asdict(config),
         "launch": launch.model_dump(mode="json"),
@@ -77,12 +79,10 @@ def launched(
 
 def check(config: StageConfig, launch: Launch) -> None:
     """Raises CLGraftError for what can be seen not to work before anything is started."""
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
+    if find_spec("deepspeed") is None:
         raise CLGraftError(
             "launching a stage needs DeepSpeed; install it with `pip install cl-graft[deepspeed]`."
-        ) from None
+        )
     accumulation(config.batch, launch)
     gpus = torch.cuda.device_count()
     if launch.hostfile is None and gpus and launch.processes > gpus:

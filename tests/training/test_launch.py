@@ -118,7 +118,7 @@ class TestTwoProcesses:
             from cl_graft.training.config import StageConfig
             from cl_graft.training.stages import Stages
             rows = [dict(prompt="Q: Copy ab.", completion="ab")] * 4
-            job = StageConfig("sft", 100000, 4, 1e-4, 0.1, 0.0, 64, 0)
+            job = StageConfig("sft", 2000, 4, 1e-4, 0.1, 0.0, 64, 0)
             stages = Stages(Path({str(tmp_path)!r}), Launch(processes=2))
             stages.run(*load("nano-llama"), rows, job, lambda done: print(done, flush=True))
         """)
@@ -126,10 +126,13 @@ class TestTwoProcesses:
         harness = subprocess.Popen(
             [sys.executable, tmp_path / "p.py"], stdout=subprocess.PIPE, text=True
         )
-        assert harness.stdout is not None and harness.stdout.readline(), "it trains"
-        children = psutil.Process(harness.pid).children(recursive=True)
-        assert [p for p in children if is_worker(p)]
-        harness.kill()
+        try:
+            assert harness.stdout is not None
+            assert float(harness.stdout.readline()) < 1, "it trains"
+            children = psutil.Process(harness.pid).children(recursive=True)
+            assert [p for p in children if is_worker(p)]
+        finally:
+            harness.kill()
         _, alive = psutil.wait_procs(children, timeout=30)
         assert not alive
 
