@@ -149,6 +149,8 @@ def test_no_pair_where_none_was_demanded_is_no_error(
 ) -> None:
     done = call(*words(source=sure))
     assert done.code == 0 and "24 SFT rows, 0 DPO pairs" in done.out
+    found = json.loads(call(*words(source=sure), "--json").out)
+    assert (found["sft"], found["dpo"]) == (24, 0)
 
 
 def test_a_verifier_that_fails(
