@@ -32,10 +32,15 @@ def mini(
     batch: int = 16,
     learning_rate: float = 2e-3,
     dpo: bool = False,
+    dpo_learning_rate: float = 1e-4,
+    dpo_beta: float = 0.1,
+    dpo_length_normalised: bool = False,
     tasks: str = "math,code,cipher",
 ) -> Scenario:
-    """Options: sizes of the sets, the SFT recipe, and `dpo` to follow SFT by preference optimisation."""
-    preference = Preference() if dpo else None
+    """Options: sizes of the sets, the SFT recipe, and `dpo` to follow SFT by preference optimisation, with its recipe."""
+    preference = Preference(
+        learning_rate=dpo_learning_rate, beta=dpo_beta, length_normalised=dpo_length_normalised
+    )
 
     def task(name: str) -> Task:
         if name not in TASKS:
@@ -48,7 +53,7 @@ def mini(
             steps=max(1, round(share * steps)),
             batch=batch,
             learning_rate=learning_rate,
-            preference=preference,
+            preference=preference if dpo else None,
         )
         return Task(name, train, test, score, max_new_tokens=32, training=recipe)
 

@@ -141,7 +141,7 @@ class TestTwoProcesses:
         monkeypatch.setattr(
             launching.checkpoint, "save_start", lambda model, tokenizer, folder: folder.mkdir()
         )
-        with pytest.raises(StageFailed, match=r"process \d: .*start.*job\.out"):
+        with pytest.raises(StageFailed, match=r"process \d: \w+Error: .*tokenizer.*job\.out"):
             trained(tmp_path, SFT, Launch(processes=2))
 
 
