@@ -303,7 +303,7 @@ def _grid(scenarios, strategies, seeds, models, budgets, given: dict[str, Any]) 
 
 
 def _report(folders: list[Path], target: Path) -> None:
-    from .report import gather
+    from .report import budgets, gather
     from .report.figures import write_figures
     from .report.provenance import write_provenance
     from .report.tables import matrices, ranking, write_tables
@@ -313,6 +313,7 @@ def _report(folders: list[Path], target: Path) -> None:
     try:
         write_tables(cells, target)
         write_figures(cells, target)
+        budgets.write(cells, target)
         write_provenance(cells, target)
     except OSError as error:
         raise CLGraftError(

@@ -37,7 +37,7 @@ def mini(
     dpo_length_normalised: bool = False,
     tasks: str = "math,code,cipher",
 ) -> Scenario:
-    """Options: sizes of the sets, the SFT recipe, and `dpo` to follow SFT by preference optimisation, with its recipe."""
+    """Options: sizes of the sets, the SFT recipe, `dpo` to follow SFT by preference optimisation, and its recipe."""
     preference = Preference(
         learning_rate=dpo_learning_rate, beta=dpo_beta, length_normalised=dpo_length_normalised
     )

@@ -19,6 +19,15 @@ def write_provenance(cells: Sequence[Cell], folder: Path) -> Path:
         found = {tuple(sorted(c[key].items())) for c in cells}
         for entries in sorted(found, key=str):
             lines += [*(f"- {name}: {value}" for name, value in entries), ""]
+    spent = {k: sum(c["seconds"].get(k, 0.0) for c in cells) for k in cells[0]["seconds"]}
+    told = ", ".join(f"{kind} {seconds:.0f}" for kind, seconds in spent.items())
+    lines += [
+        "## Seconds",
+        "",
+        f"In all cells together: {told}. Training counts for every cell that used it,",
+        "",
+    ]
+    lines[-2] += " shared or not; harness is what was neither training, generating nor compressing."
     lines += ["## Cells", "", "| cell | seed | complete | seconds |", "|:--|--:|--:|--:|"]
     for c in cells:
         name = f"{c['scenario']} · {c['label']} · {c['model']} · {c['budget']}"
@@ -31,12 +40,14 @@ def write_provenance(cells: Sequence[Cell], folder: Path) -> Path:
 
 
 def commands(cells: Sequence[Cell]) -> list[str]:
-    """One `cl-graft sweep` a scenario, model and budget, that makes these cells anew."""
-    groups: dict[tuple[str, str, str], list[Cell]] = {}
+    """One `cl-graft sweep` a scenario, model, data and budget, that makes these cells anew."""
+    groups: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell["scenario"], cell["model"], cell["budget"]), []).append(cell)
+        trained_on = [f"--train-on {t}={f}" for t, f in cell["config"]["train_on"].items()]
+        key = (cell["scenario"], cell["model"], cell["budget"], *trained_on)
+        groups.setdefault(key, []).append(cell)
     found = []
-    for (_, model, budget), members in groups.items():
+    for (_, model, budget, *trained_on), members in groups.items():
         config = members[0]["config"]
         sets = sorted(
             f"--set {owner}.{option}={value}"
@@ -50,6 +61,7 @@ def commands(cells: Sequence[Cell]) -> list[str]:
             f"cl-graft sweep --scenarios {config['scenario']} --strategies {strategies}",
             f"--seeds {seeds} --models {model} --budgets {budget}",
             *data,
+            *trained_on,
             *sets,
             "--allow-code-execution",
         ]
