@@ -74,7 +74,10 @@ def test_the_python_listing_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", re.findall(r"^cl-graft (?:list|report|pack|run|sweep).*$", README.read_text(), re.M)
+    "line",
+    re.findall(
+        r"^cl-graft (?:list|report|pack|run|sweep|plan|cache|transfer).*$", README.read_text(), re.M
+    ),
 )
 def test_every_command_line_of_the_readme_parses(line):
     """Options and commands exist: `--help` after the command is answered without an error."""

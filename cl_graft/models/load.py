@@ -52,7 +52,10 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            place, trust_remote_code=False, dtype=torch.bfloat16 if on_gpu else torch.float32
+            place,
+            trust_remote_code=False,
+            dtype=torch.bfloat16 if on_gpu else torch.float32,
+            attn_implementation=attention(),
         )
     except Exception as error:  # torn weights, no network, ...: each library has errors of its own
         reason = str(error).strip().split("\n", 1)[0].rstrip(".")

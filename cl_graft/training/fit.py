@@ -79,12 +79,20 @@ def _sft(model: Any, tokenizer: Any, rows: Sequence[Row], config: StageConfig, g
         args=_one_device(
             SFTConfig(
                 **given,
-                max_length=config.max_length,
-                packing=False,
+                max_length=None,  # rows are cut already
+                padding_free=flattens(model),
                 completion_only_loss=True,  # rows already tokenised: the default would be the whole text
             )
         ),
     )
+
+
+def flattens(model: Any) -> bool:
+    """Whether a micro-batch is laid out as one row without padding: where attention keeps its examples apart by itself.
+
+    That is flash attention of variable lengths. A batch stays the same examples; only the padding goes.
+    """
+    return model.config._attn_implementation == "flash_attention_2"
 
 
 def _dpo(model: Any, tokenizer: Any, rows: Sequence[Row], config: StageConfig, given: dict) -> Any:

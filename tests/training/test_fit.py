@@ -235,3 +235,21 @@ def test_checkpointing_changes_nothing_but_the_memory(nano, train):
         ends.append(weights(model))
     for name in start:
         torch.testing.assert_close(ends[0][name], ends[1][name])
+
+
+def test_a_batch_without_padding_is_the_same_batch(nano, train, monkeypatch):
+    """As flash attention takes it; PyTorch's attention keeps examples apart by their positions, too."""
+    from cl_graft.training import fit as module
+
+    rows = [*EXAMPLES, Example("Q: Copy a much longer line than these.\nA: ", "no")]
+    model, _ = nano
+    start, logs = weights(model), []
+    for flat in (False, True):
+        monkeypatch.setattr(module, "flattens", lambda model, flat=flat: flat)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(start[name])
+        logs.append(train(nano, *sft(rows, Training(steps=3, batch=4))))
+    for padded, flat in zip(*logs, strict=True):
+        assert flat["loss"] == pytest.approx(padded["loss"], rel=1e-4)
+        assert flat["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-3)
