@@ -40,6 +40,7 @@ def run(
     config = config or RunConfig(**fields)
     if (result := finished(config)) is not None:
         return result
+    begun = perf_counter()
     scenario, strategy_class, options = prepare(config)
     report = _forwards(progress or (lambda what, done: None))
     report("loading the model", 0.0)
@@ -47,7 +48,7 @@ def run(
     folder = CellFolder(config.out / config.cell)
     with folder.lock(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of libraries to each other
-        return _compute(config, folder, scenario, strategy_class, options, report)
+        return _compute(config, folder, scenario, strategy_class, options, report, begun)
 
 
 def finished(config: RunConfig) -> dict[str, Any] | None:
@@ -144,6 +145,7 @@ def _compute(
     strategy_class: type[Strategy],
     options: dict[str, Any],
     progress: Progress,
+    begun: float,
 ) -> dict[str, Any]:
     import torch
     from transformers import set_seed
@@ -188,7 +190,7 @@ def _compute(
     folder.begin(json.loads(json.dumps(identity)))
     tracker = Tracker(config, folder.path / "tracking", identity)
     try:
-        _stages(folder, scenario, strategy, benchmark(scenario), tracker, progress)
+        _stages(folder, scenario, strategy, benchmark(scenario), tracker, progress, begun)
         result = collect(folder.path)
         write_json(folder.path / "result.json", result)
         tracker.finish(result)
@@ -205,7 +207,9 @@ def _stages(
     stream: Any,
     tracker: Any,
     progress: Progress,
+    begun: float,
 ) -> None:
+    """begun: when the cell was, by `perf_counter`; what it took to load counts with the first stage."""
     done = _restore(folder, scenario, strategy)
     for record in done:
         tracker.stage(record)
@@ -215,7 +219,7 @@ def _stages(
         strategy.progress = partial(_part_of, progress, stage, total)
         before, log = dict(strategy.seconds), replace(strategy.log)
         losses, pack_bytes = len(log.losses), None
-        sampled, begun = strategy.sampling, perf_counter()
+        sampled = strategy.sampling
         if task:
             strategy.train(stream.train_stream[stage - 1], eval_streams=[])
             pack_bytes = strategy.packs[-1].save(folder.new_pack_path(stage, task.name))
@@ -249,6 +253,7 @@ def _stages(
             "pack": strategy.packs[-1].digest if task else None,
             "pack_bytes": pack_bytes,
             "seconds": seconds | {"harness": perf_counter() - begun - busy},
+            "spent": perf_counter() - begun,
             "tokens": strategy.log.tokens - log.tokens,
             "peak_memory_mb": peak_memory_mb(),
             "losses": strategy.log.losses[losses:],
@@ -258,6 +263,7 @@ def _stages(
             everything[f"general:{scenario.general.name}"] = general
         folder.write_stage(stage, _example_lines(everything), record)
         tracker.stage(record)
+        begun = perf_counter()
 
 
 def _part_of(progress: Progress, stage: int, total: int, what: str, part: float) -> None:

@@ -113,6 +113,7 @@ def sweep(
     ] = 0,
 ) -> None:
     """Run every combination; run it again to continue what was stopped."""
+    from .cell import finished
     from .sweep import default_workers
     from .sweep import sweep as run_sweep
 
@@ -120,6 +121,9 @@ def sweep(
     cells = _grid(
         _names(scenarios), _names(strategies), numbers, _names(models), _names(budgets), locals()
     )
+    if all(finished(c) for c in cells) and (out / "report").is_dir():
+        _print_finished(cells, out)
+        return
     with interruptible(), bars() as bar:
         failures = run_sweep(cells, workers or default_workers(), bar)
     try:
@@ -320,6 +324,15 @@ def _report(folders: list[Path], target: Path) -> None:
             f"{target} cannot be written ({error.strerror or error}); free space or copy the results elsewhere."
         ) from error
     typer.echo(f"tables (CSV, Markdown), figures (PNG, SVG) and provenance: {target}")
+
+
+def _print_finished(cells: list[Any], out: Path) -> None:
+    from .cell import finished
+    from .report.tables import matrices, ranking
+
+    found = [finished(config) for config in cells]
+    _print_tables([*matrices(found), *ranking(found)])
+    typer.echo(f"finished already; figures and provenance: {out / 'report'}")
 
 
 def _print_tables(tables: list[Any]) -> None:

@@ -44,6 +44,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "pack_bytes": [r["pack_bytes"] for r in records if r["pack_bytes"] is not None],
         "base_bytes": identity["base_bytes"],
         "seconds": {kind: sum(r["seconds"][kind] for r in records) for kind in kinds},
+        "spent": sum(r["spent"] for r in records),
         "tokens": sum(r["tokens"] for r in records),
         "peak_memory_mb": max((r["peak_memory_mb"] for r in records), default=None),
         "options": identity["options"],

@@ -1,0 +1,106 @@
+"""Train once, graft many: what a further method costs, and what a finished sweep costs when it is run again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cl_graft import cell
+from cl_graft.config import RunConfig
+from cl_graft.report import gather
+
+FIRST = ("individual", "graftllm", "svd", "model_tailor")
+
+
+def config(strategy, out, **sizes):
+    sizes = {
+        "steps": 6,
+        "batch": 8,
+        "train_size": 48,
+        "test_size": 16,
+        "tasks": "math,cipher",
+    } | sizes
+    return RunConfig(
+        scenario="mini",
+        strategy=strategy,
+        model="nano-llama",
+        options={"mini": sizes},
+        out=out,
+        wandb="off",
+    )
+
+
+def made(out, kind):
+    return {p.name for p in (out / "cache" / kind).glob("*") if not p.name.endswith(".lock")}
+
+
+def test_a_further_delta_method_trains_nothing_and_measures_only_its_own_packs(tmp_path):
+    for strategy in ("individual", "graftllm"):
+        cell.run(config(strategy, tmp_path))
+    stages, evaluations = made(tmp_path, "stages"), made(tmp_path, "evaluations")
+    result = cell.run(config("magnitude", tmp_path))
+    assert made(tmp_path, "stages") == stages and len(stages) == 2
+    assert len(made(tmp_path, "evaluations") - evaluations) == 2, "its pack of each task"
+    assert result["identical"] == [[True, True], [False, True], [True, False]]
+
+
+def test_the_matrix_is_the_same_whoever_measured_it(tmp_path):
+    """A cell that recalls and one that is alone in its folder: same scores; only who measured differs."""
+    cell.run(config("individual", tmp_path / "shared"))
+    recalled = cell.run(config("graftllm", tmp_path / "shared"))
+    alone = cell.run(config("graftllm", tmp_path / "alone"))
+    for part in ("matrix", "n", "stderr", "general", "pack_bytes", "metrics"):
+        assert recalled[part] == alone[part]
+    assert alone["identical"] == [[False, False], [False, True], [True, False]]
+    assert recalled["identical"][0] == [True, True]
+
+
+def test_a_cell_says_what_it_spent_and_what_the_harness_took(tmp_path):
+    begun = time.perf_counter()
+    result = cell.run(config("individual", tmp_path))
+    wall = time.perf_counter() - begun
+    parts = result["seconds"]
+    assert set(parts) == {"train", "compress", "evaluate", "harness"}
+    assert 0 < parts["harness"] < result["spent"] <= wall
+    again = cell.run(config("magnitude", tmp_path))
+    assert again["seconds"]["train"] == pytest.approx(parts["train"]), (
+        "what it costs, shared or not"
+    )
+    assert again["spent"] < result["spent"]
+
+
+@pytest.mark.slow
+def test_a_fifth_delta_method_costs_less_than_a_seventh_of_the_sweep(tmp_path):
+    """On the embedded scenario, as ratios within one run; a finished sweep does no work when it is run again."""
+    sizes = ["mini.steps=200", "mini.test_size=50", "mini.tasks=math,cipher"]
+    base = [
+        sys.executable,
+        "-m",
+        "cl_graft",
+        "sweep",
+        "--scenarios",
+        "mini",
+        "--models",
+        "nano-llama",
+    ]
+    base += ["--workers", "1", "--wandb", "off", "--out", str(tmp_path)]
+    base += [part for size in sizes for part in ("--set", size)]
+
+    def sweep(*strategies):
+        begun = time.perf_counter()
+        subprocess.run(
+            [*base, "--strategies", ",".join(strategies)], check=True, capture_output=True
+        )
+        return time.perf_counter() - begun
+
+    first = sweep(*FIRST)
+    fifth = sweep(*FIRST, "magnitude")
+    spent = {c["strategy"]: c["spent"] for c in gather([tmp_path])}
+    assert spent["magnitude"] < 0.15 * sum(spent[name] for name in FIRST)
+    report = {p: p.stat().st_mtime_ns for p in (tmp_path / "report").iterdir()}
+    again = sweep(*FIRST, "magnitude")
+    assert again < 5 and again < fifth < first
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "report").iterdir()} == report
