@@ -330,7 +330,7 @@ def _print_finished(cells: list[Any], out: Path) -> None:
     from .cell import finished
     from .report.tables import matrices, ranking
 
-    found = [finished(config) for config in cells]
+    found = [result for config in cells if (result := finished(config))]
     _print_tables([*matrices(found), *ranking(found)])
     typer.echo(f"finished already; figures and provenance: {out / 'report'}")
 

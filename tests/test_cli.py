@@ -233,7 +233,7 @@ KEYS = {
     *("scenario", "strategy", "label", "model", "seed", "budget", "tasks", "complete"),
     *("matrix", "n", "stderr", "metrics", "extra_matrices", "general"),
     *("pack_bytes", "base_bytes", "budget_bytes", "seconds", "tokens", "peak_memory_mb"),
-    *("config", "options", "versions", "machine", "reads_data_dir"),
+    *("config", "options", "versions", "machine", "reads_data_dir", "identical", "spent"),
 }
 
 
@@ -270,7 +270,7 @@ def test_json_of_a_whole_cell(finished: Finished, call: Call) -> None:
     assert (cell["model"], cell["seed"], cell["budget"]) == ("nano-llama", 0, "10%")
     assert {"op", "bwt", "fwt", "fm", "avalanche_forgetting"} <= set(cell["metrics"])
     assert cell["metrics"]["op"] == PerformanceMatrix(cell["matrix"], tasks=TASKS).op()
-    assert set(cell["seconds"]) == {"train", "compress", "evaluate"}
+    assert set(cell["seconds"]) == {"train", "compress", "evaluate", "harness"}
     assert all(seconds > 0 for seconds in cell["seconds"].values())
     base = json.loads((finished.cell / "stages" / "00" / "stage.json").read_text())
     assert base["task"] is None
