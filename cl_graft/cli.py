@@ -244,6 +244,21 @@ def bench_pack(
         write(found, to, [shlex.join(["cl-graft", *sys.argv[1:]])])
 
 
+@bench.command("plan")
+def bench_plan(
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Memory that `plan` estimates against what the allocator counts while TRL really trains two steps."""
+    from .bench.plan import bench_plan as measure
+    from .report.plan import estimates
+
+    rows = measure()
+    if json_:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        _print_tables([estimates(rows)])
+
+
 def main() -> None:
     """Entry point: errors meant for the user are one sentence on stderr and exit code 1."""
     from pydantic import ValidationError

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from .tables import Table
 
@@ -51,6 +52,24 @@ def summary(plan: Plan) -> list[str]:
         )
         lines.append(f"{name}: {state}")
     return lines
+
+
+def estimates(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Estimated and measured memory of the benchmark's stages."""
+    columns = ("Model", "Stage", "With", "Length", "Estimated MB", "Measured MB", "Ratio")
+    told = tuple(
+        (
+            row["model"],
+            row["stage"],
+            row["with"],
+            str(row["length"]),
+            f"{row['estimated_mb']:.1f}",
+            f"{row['measured_mb']:.1f}",
+            f"{row['ratio']:.3f}",
+        )
+        for row in rows
+    )
+    return Table("Memory of a training stage, without ZeRO", columns, told)
 
 
 def _row(stage: PlannedStage) -> tuple[str, ...]:

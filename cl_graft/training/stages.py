@@ -11,6 +11,7 @@ folder appears whole or not at all, and may be deleted at any time: what is miss
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,10 @@ MARKER = "stage.json"
 
 @dataclass
 class Log:
-    """What training cost and how its loss went. spent: seconds of this run, none where the stage was recalled."""
+    """What training cost and how its loss went.
+
+    spent: seconds of this run, waiting for another that trains the same included; next to none for a recalled stage.
+    """
 
     seconds: float = 0.0
     spent: float = 0.0
@@ -75,17 +79,18 @@ class Stages:
         The log is the one of the run that did the work, so that costs are those of training, shared or not.
         """
         key = stage_key(fingerprint(model.named_parameters()), tokenizer, rows, job)
-        target = self.folder / "stages" / key
+        target, begun = self.folder / "stages" / key, perf_counter()
         with _refusals(target), locked(target):
+            waited = perf_counter() - begun
             if not (target / MARKER).is_file():
                 work = target.with_name(f"{key}.work")
                 work.mkdir(parents=True, exist_ok=True)
                 with new_folder(target) as building:
                     spent = self._train(model, tokenizer, rows, job, work, building, progress)
                 shutil.rmtree(work, ignore_errors=True)
-                return target, self.log(target, spent)
+                return target, self.log(target, waited + spent)
         checkpoint.load_into(model, target)
-        return target, self.log(target)
+        return target, self.log(target, waited)
 
     def _train(
         self,
@@ -187,7 +192,7 @@ def _refusals(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError, CheckpointError) as error:
         reason = getattr(error, "strerror", None) or str(error)
     except RuntimeError as error:  # torch.save on a full disk
-        if "PytorchStreamWriter" not in str(error) and "iostream" not in str(error):
+        if not re.search("PytorchStreamWriter|iostream|inline_container", str(error)):
             raise
         reason = "the disk refused to take a step checkpoint"
     else:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -57,7 +60,7 @@ def test_a_second_method_trains_nothing_and_gets_the_same_delta(
     monkeypatch.setattr(fit, "fit", no_training)
     shared = learn(build("graftllm", calibration_batches=1), tiny_scenario, tmp_path / "shared")
     assert [p.digest for p in shared.packs] == [p.digest for p in alone.packs]
-    assert shared.seconds["train"] > 0 and shared.log.spent == 0
+    assert shared.seconds["train"] > 0 and shared.log.spent < 0.1
     assert alone.log.spent > 0
 
 
@@ -200,29 +203,38 @@ def test_small_steps_of_a_bfloat16_model_are_not_rounded_away(nano, tmp_path):
             assert (delta[name] != 0).float().mean() > 0.9, name
 
 
-def test_a_disk_that_is_full_is_one_sentence_and_the_next_run_goes_on(nano, tmp_path, monkeypatch):
-    from cl_graft.record import RecordError
+DISK = """
+import resource, signal, sys
+from pathlib import Path
+from cl_graft.config import Launch
+from cl_graft.errors import CLGraftError
+from cl_graft.models.load import load
+from cl_graft.training.config import StageConfig
+from cl_graft.training.stages import Stages
+rows = [dict(prompt="Q: Copy ab.", completion="ab")] * 4
+job, seen = StageConfig("sft", 8, 4, 1e-3, 0.1, 0.0, 64, 0), []
+def progress(done):
+    seen.append(done)
+    if len(sys.argv) > 2 and done >= 5 / 8:  # from here on the system takes no file beyond so many bytes
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    Stages(Path(sys.argv[1]), Launch(save_steps=4)).run(*load("nano-llama"), rows, job, progress)
+    print("done from", seen[0])
+except CLGraftError as error:
+    print(error)
+"""
 
-    model, tokenizer = nano
-    start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    stages = Stages(tmp_path, Launch(save_steps=4))
-    real, calls = torch.save, []
 
-    def full(*args, **kwargs):
-        calls.append(1)
-        if len(calls) > 4:  # in the second step checkpoint
-            raise RuntimeError(
-                "[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file"
-            )
-        return real(*args, **kwargs)
+@pytest.mark.parametrize("room", [100_000, 300_000], ids=["the weights", "the optimizer"])
+def test_a_disk_that_takes_no_more_is_one_sentence_and_the_next_run_goes_on(tmp_path, room):
+    """In the middle of the second step checkpoint; the first one stays, and is gone on from."""
+    (tmp_path / "p.py").write_text(DISK)
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RecordError, match="cannot be written .*free space"):
-        stages.run(model, tokenizer, *sft_job(TASK, 0))
-    monkeypatch.undo()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(start[name])
-    done = []
-    stages.run(model, tokenizer, *sft_job(TASK, 0), progress=done.append)
-    assert done[0] == 5 / 8
+    def run(*limit):
+        command = [sys.executable, tmp_path / "p.py", tmp_path / "cache", *limit]
+        return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[-1]
+
+    assert re.search("cannot be written .*free space .*run the same command again", run(str(room)))
+    assert run() == "done from 0.625"
+    assert len(stages_in(tmp_path / "cache")) == 1

@@ -7,7 +7,7 @@ for seed in 0 1 2 3 4; do
   cl-graft transfer build --source mini-gpt2 --prompts mini/math --task mini/math --samples 8 --temperature 1.5 \
     --limit 2000 --seed "$seed" --out "results/transfer/math-$seed"
   for dpo in false true; do
-    cl-graft sweep --scenarios mini --strategies individual,graftllm,svd_quant,svd,magnitude,lora --seeds "$seed" \
+    cl-graft sweep --scenarios mini --strategies individual,lora,graftllm,svd_quant,svd,magnitude --seeds "$seed" \
       --budgets 2.5%,5%,10% --train-on "math=results/transfer/math-$seed" \
       --set mini.tasks=math --set mini.steps=240 --set mini.learning_rate=5e-4 --set mini.test_size=400 \
       --set "mini.dpo=$dpo" --set mini.dpo_learning_rate=1e-5 --set mini.dpo_beta=1.0 \
