@@ -72,8 +72,9 @@ def sweep(cells: Sequence[RunConfig], workers: int, report: Report) -> list[Fail
     Everything that can be checked is checked before anything starts. Raises CLGraftError for a bad name or
     option; an interrupt stops the workers and loses at most the task under way in each.
     """
-    from .cell import finished, prepare
+    from .cell import finished
     from .models import load
+    from .prepare import prepare
 
     waiting = [c for c in cells if finished(c) is None]
     if not waiting:

@@ -1,0 +1,51 @@
+"""`cl-graft bench`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import DataDir, names
+from .cli_show import print_tables
+
+app = typer.Typer(help="Measure this machine and this code.", no_args_is_help=True)
+
+
+@app.command("pack")
+def bench_pack(
+    data_dir: DataDir = None,
+    only: Annotated[
+        str, typer.Option(help="Parts, comma-separated: error, time, memory, merge, bytes.")
+    ] = "error,time,memory,merge,bytes",
+    threads: Annotated[int, typer.Option(min=1, help="Of the computations.")] = 2,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    to: Annotated[Path | None, typer.Option(help="Folder for the table, with provenance.")] = None,
+) -> None:
+    """The pack engine beside a textbook implementation of the paper's scheme: ratios within one run."""
+    from .bench.pack import bench_pack as measure
+    from .bench.table import markdown, write
+
+    found = measure(names(only), data_dir, threads, lambda what: typer.echo(what, err=True))
+    typer.echo(json.dumps(found, indent=1) if json_ else markdown(found))
+    if to is not None:
+        write(found, to, [shlex.join(["cl-graft", *sys.argv[1:]])])
+
+
+@app.command("plan")
+def bench_plan(
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Memory that `plan` estimates against what the allocator counts while TRL really trains two steps."""
+    from .bench.plan import bench_plan as measure
+    from .report.plan import estimates
+
+    rows = measure()
+    if json_:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        print_tables([estimates(rows)])

@@ -1,0 +1,48 @@
+"""What commands print, and the report they write."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .errors import CLGraftError
+
+
+def report(folders: list[Path], target: Path) -> None:
+    from .report import budgets, gather
+    from .report.figures import write_figures
+    from .report.provenance import write_provenance
+    from .report.tables import matrices, ranking, write_tables
+
+    cells = gather(folders)
+    print_tables([*matrices(cells), *ranking(cells)])
+    try:
+        write_tables(cells, target)
+        write_figures(cells, target)
+        budgets.write(cells, target)
+        write_provenance(cells, target)
+    except OSError as error:
+        raise CLGraftError(
+            f"{target} cannot be written ({error.strerror or error}); free space or copy the results elsewhere."
+        ) from error
+    typer.echo(f"tables (CSV, Markdown), figures (PNG, SVG) and provenance: {target}")
+
+
+def print_finished(cells: list[Any], out: Path) -> None:
+    from .cell import finished
+    from .report.tables import matrices, ranking
+
+    found = [result for config in cells if (result := finished(config))]
+    print_tables([*matrices(found), *ranking(found)])
+    typer.echo(f"finished already; figures and provenance: {out / 'report'}")
+
+
+def print_tables(tables: list[Any]) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in tables:
+        console.print(table.rich())
