@@ -354,7 +354,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("only root may mount a small file system")
-    if not mount("-t", "tmpfs", "-o", "size=544k", "none", str(folder)):
+    if not mount("-t", "tmpfs", "-o", "size=1250k", "none", str(folder)):
         pytest.skip("this system lets not even root mount a file system")
     try:
         yield folder
@@ -372,7 +372,7 @@ def test_a_full_disk_loses_nothing_and_more_room_is_enough(
     assert "\n" not in str(caught.value)
     assert len(CellFolder(cell(made)).stages()) == 2
     assert_whole(cell(made))
-    assert mount("-o", "remount,size=4m", str(small_disk))
+    assert mount("-o", "remount,size=8m", str(small_disk))
     run(made)
     assert numbers(cell(made)) == numbers(graftllm)
 

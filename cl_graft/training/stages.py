@@ -194,7 +194,7 @@ def _refusals(path: Path) -> Iterator[None]:
     except RuntimeError as error:  # torch.save on a full disk
         if not re.search("PytorchStreamWriter|iostream|inline_container", str(error)):
             raise
-        reason = "the disk refused to take a step checkpoint"
+        reason = "the disk is full, or takes no such file"
     else:
         return
     raise RecordError(
