@@ -18,9 +18,11 @@ from .config import StageConfig
 
 def main(work: Path) -> None:
     """Train on `work`/rows from `work`/start as `work`/job.json says, and write the checkpoint where it says."""
-    threading.Thread(target=_end_with_the_launcher, daemon=True).start()
+    given = read_json(work / "job.json")
+    if given["launch"]["hostfile"] is None:  # on other nodes nobody holds the other end
+        threading.Thread(target=_end_with_the_launcher, daemon=True).start()
     try:
-        _run(work, read_json(work / "job.json"))
+        _run(work, given)
     except BaseException as error:
         reason = (
             str(error) if isinstance(error, CLGraftError) else f"{type(error).__name__}: {error}"
