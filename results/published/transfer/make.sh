@@ -14,4 +14,10 @@ for seed in 0 1 2 3 4; do
       --set mini.dpo_length_normalised=true --workers 2 --wandb off --out "$out"
   done
 done
-cl-graft report "$out" --to results/published/transfer
+cl-graft report "$out"
+for kind in False:sft True:sft-then-dpo; do
+  for end in md csv png; do
+    cp "$out"/report/mini-dpo-"${kind%%:*}"*budgets."$end" "results/published/transfer/${kind##*:}-budgets.$end"
+  done
+done
+cp "$out/report/provenance.md" results/published/transfer/
