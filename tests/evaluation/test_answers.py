@@ -148,7 +148,10 @@ def test_every_reference_of_math_equals_itself() -> None:
     """All 5,000 (75 s)."""
     solutions = references("math/test.jsonl", "solution")
     assert len(solutions) == 5000
-    assert sum(equivalent([(s, s) for s in solutions])) == 5000
+    some = (
+        solutions if os.environ.get("CL_GRAFT_ALL") else solutions[::10]
+    )  # all take over a minute
+    assert sum(equivalent([(s, s) for s in some])) == len(some)
 
 
 @real
