@@ -148,7 +148,7 @@ def _stages(
         strategy.progress = partial(_part_of, progress, stage, total)
         before, log = dict(strategy.seconds), replace(strategy.log)
         losses, pack_bytes = len(log.losses), None
-        sampled = strategy.sampling
+        aside = strategy.aside
         if task:
             strategy.train(stream.train_stream[stage - 1], eval_streams=[])
             pack_bytes = strategy.packs[-1].save(folder.new_pack_path(stage, task.name))
@@ -163,7 +163,7 @@ def _stages(
             t.name: [p.digest for p in strategy.active(j)] for j, t in enumerate(scenario.tasks)
         }
         seconds = {k: v - before[k] for k, v in strategy.seconds.items()}
-        busy = seconds["compress"] + seconds["evaluate"] + strategy.sampling - sampled
+        busy = seconds["compress"] + seconds["evaluate"] + strategy.aside - aside
         busy += strategy.log.spent - log.spent
         record = {
             "stage": stage,

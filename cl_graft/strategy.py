@@ -82,7 +82,7 @@ class Strategy(BaseTemplate):
         self.progress: Callable[[str, float], None] = lambda what, done: None
         self.seconds: dict[str, float] = {"train": 0.0, "compress": 0.0, "evaluate": 0.0}
         self.log = Log()
-        self.sampling = 0.0  # seconds of generating preference pairs
+        self.aside = 0.0  # seconds of sampling preference pairs, and of waiting for another cell's evaluation
         self.measured: dict[tuple[str, ...], dict[str, list[Scored]]] = {}
         self.recalled: set[tuple[str, ...]] = (
             set()
@@ -127,7 +127,7 @@ class Strategy(BaseTemplate):
                 pairs = task.pairs or self.stages.pairs(
                     model, self.tokenizer, task, half, seed, self.allow_code
                 )
-                self.sampling += perf_counter() - sampled
+                self.aside += perf_counter() - sampled
                 if pairs:
                     folder = run(*dpo_job(task, pairs, seed))
         self._training_wall += perf_counter() - begun
@@ -217,7 +217,9 @@ class Strategy(BaseTemplate):
             self.grafted.activate(packs)
             weights, stage = fingerprint(self.model.named_parameters()), len(self.packs)
             file = self.outcomes.file(weights, self.tokenizer, task)
+            begun = perf_counter()
             with locked(file):
+                self.aside += perf_counter() - begun
                 known = self.outcomes.recall(file, stage)
                 if known is None:
                     known = self._score(task), False

@@ -463,7 +463,7 @@ def short(*, seed, data_dir=None, math_sft: str, math_dpo: str, code_sft: str, c
     preference = made.tasks[0].training.preference
     preference = replace(preference, steps=2, epochs=None, batch=4, learning_rate=1e-3)
     return made.with_training(
-        steps=3, epochs=None, batch=4, micro_batch=2, learning_rate=1e-2, preference=preference
+        steps=3, epochs=None, batch=4, learning_rate=1e-2, preference=preference
     )
 '''.replace(": str", ': str = ""')
 
