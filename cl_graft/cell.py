@@ -28,11 +28,15 @@ Progress = Callable[[str, float], None]  # what is being done, fraction of the w
 
 
 def run(
-    config: RunConfig | None = None, progress: Progress | None = None, **fields: Any
+    config: RunConfig | None = None,
+    progress: Progress | None = None,
+    patient: bool = True,
+    **fields: Any,
 ) -> dict[str, Any]:
     """Run one cell, or continue it, and return its result (the object `cl-graft report --json` prints).
 
     Give a RunConfig, or its fields: `run(scenario="mini", strategy="graftllm", allow_code_execution=True)`.
+    patient: wait for a stage or an evaluation that another cell is making; else Busy is raised.
     Raises CLGraftError in one sentence for whatever the user can mend.
     """
     config = config or RunConfig(**fields)
@@ -46,7 +50,13 @@ def run(
     folder = CellFolder(config.out / config.cell)
     with folder.lock(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of libraries to each other
-        return _compute(config, folder, scenario, strategy_class, options, report, begun)
+        if (result := finished(config)) is None:  # by another sweep, since we looked
+            folder.mark("running")
+            result = _compute(
+                config, folder, scenario, strategy_class, options, report, begun, patient
+            )
+            folder.mark("done")
+        return result
 
 
 def finished(config: RunConfig) -> dict[str, Any] | None:
@@ -75,6 +85,7 @@ def _compute(
     options: dict[str, Any],
     progress: Progress,
     begun: float,
+    patient: bool,
 ) -> dict[str, Any]:
     import torch
     from transformers import set_seed
@@ -102,8 +113,8 @@ def _compute(
         options=options,
         allow_code=config.allow_code_execution,
     )
-    strategy.stages = Stages(config.store, config.launch)
-    strategy.outcomes = Outcomes(config.store, config.cell)
+    strategy.stages = Stages(config.store, config.launch, patient)
+    strategy.outcomes = Outcomes(config.store, config.cell, patient)
     identity = {
         "config": _experiment(config),
         "options": options,

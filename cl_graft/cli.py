@@ -91,10 +91,18 @@ def sweep(
     workers: Annotated[
         int, typer.Option(min=0, help="Processes; 0 means one a core, or one a GPU.")
     ] = 0,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run cells that failed before, too.")
+    ] = False,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="Stop at the first cell that fails.")
+    ] = False,
 ) -> None:
     """Run every combination; run it again to continue what was stopped."""
+    from functools import partial
+
     from .cell import finished
-    from .sweep import default_workers
+    from .executors import local
     from .sweep import sweep as run_sweep
 
     numbers = [integer(s) for s in names(seeds)]
@@ -104,8 +112,9 @@ def sweep(
     if all(finished(c) for c in cells) and (out / "report").is_dir():
         print_finished(cells, out)
         return
+    run_cells = partial(local.run_cells, workers=workers or local.default_workers())
     with interruptible(), bars() as bar:
-        failures = run_sweep(cells, workers or default_workers(), bar)
+        failures = run_sweep(cells, run_cells, bar, local.warm_up, retry_failed, fail_fast)
     try:
         if len(failures) < len(cells):
             write_report([out], out / "report")
@@ -113,6 +122,7 @@ def sweep(
         for failure in failures:
             typer.echo(f"failed: {failure.cell}: {failure.reason}", err=True)
     if failures:
+        typer.echo("mend the causes; --retry-failed runs these cells again.", err=True)
         raise typer.Exit(1)
 
 

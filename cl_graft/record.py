@@ -5,24 +5,37 @@
 <out>/<cell>/stages/01/examples.jsonl      every outcome: task, metric, index, score, answer
 <out>/<cell>/stages/01/stage.json          scores, bytes and costs; its presence says the stage is whole
 <out>/<cell>/result.json                   the matrix and all that a report needs; present when complete
+<out>/<cell>/state.json                    waiting, running, done or failed, since when, and where
+<out>/<cell>/traceback.txt                 of the last attempt, if it failed
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import CLGraftError
 
 FORMAT = 2
+State = Literal["waiting", "running", "done", "failed"]
 
 
 class RecordError(CLGraftError):
     """A results folder cannot be read, written, or continued."""
+
+
+class Busy(RecordError):
+    """Another process is making it."""
+
+
+class CellBusy(Busy):
+    """Another process computes this cell."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,17 +96,19 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, patient: bool = True) -> Iterator[None]:
     """Held while `path` is made: whoever comes second waits, and finds the work done.
 
-    Raises RecordError where the disk refuses even a lock.
+    Raises RecordError where the disk refuses even a lock, and Busy, if not patient, where it would have to wait.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     lock = FileLock(f"{path}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire(timeout=-1 if patient else 0)
+    except Timeout:
+        raise Busy(f"{path} is being made by another process; wait for it.") from None
     except OSError as error:
         raise RecordError(
             f"{path} cannot be written ({error.strerror}); free space or choose another --out or --cache, "
@@ -125,7 +140,7 @@ class CellFolder:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise RecordError(
+            raise CellBusy(
                 f"{self.path} is being computed by another process; wait for it or choose another --out."
             ) from None
         except OSError as error:
@@ -138,6 +153,26 @@ class CellFolder:
             yield
         finally:
             lock.release()
+
+    def mark(self, state: State, **more: Any) -> None:
+        """Persist the cell's state. Raises RecordError if the disk refuses it."""
+        where = {"since": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        write_json(self.path / "state.json", {"state": state, **where, **more})
+
+    def state(self) -> dict[str, Any]:
+        """What `mark` wrote last, put right: a result says `done`, and what a killed process left is `waiting`."""
+        file = self.path / "state.json"
+        found: dict[str, Any] = read_json(file) if file.is_file() else {"state": "waiting"}
+        if self.complete:
+            return found | {"state": "done"}
+        dead = found.get("host") == socket.gethostname() and not _lives(found["pid"])
+        if found["state"] == "done" or (found["state"] == "running" and dead):
+            return found | {"state": "waiting"}
+        return found
+
+    def failed(self, reason: str, trace: str) -> None:
+        write_text(self.path / "traceback.txt", trace)
+        self.mark("failed", reason=reason)
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Write `cell.json`, or check that the one there tells the same experiment.
@@ -206,6 +241,16 @@ class CellFolder:
         while (file := self.stage_path(len(records)) / "stage.json").is_file():
             records.append(read_json(file))
         return records
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's, but there
+        return True
+    return True
 
 
 def cells(folder: Path) -> list[Path]:

@@ -22,8 +22,6 @@ from cl_graft.models.embedded import SPECS
 from cl_graft.models.load import load
 from cl_graft.progress import interruptible
 
-pytestmark = pytest.mark.xdist_group("cli")
-
 SMALL = ["--set", "mini.steps=8", "--set", "mini.train_size=64", "--set", "mini.test_size=12"]
 CELL = ["--scenario", "mini", "--strategy", "graftllm", "--model", "nano-llama", "--wandb", "off"]
 TASKS = ["math", "code", "cipher"]

@@ -22,8 +22,6 @@ from cl_graft.record import CellFolder, RecordError
 from cl_graft.result import collect
 from cl_graft.skillpack.file import SkillPack, TruncatedPack, WrongBase
 
-pytestmark = pytest.mark.xdist_group("resume")
-
 MOVING = '''
 from dataclasses import replace
 from cl_graft import plugins

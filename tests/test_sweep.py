@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import pytest
 
 from cl_graft.cell import run
 from cl_graft.config import RunConfig
+from cl_graft.executors.local import run_cells
 from cl_graft.skillpack.file import SkillPack
 from cl_graft.sweep import grid, sweep
 
-pytestmark = [pytest.mark.xdist_group("sweep"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 PLUGINS = {
     "moving.py": '''
@@ -43,19 +45,26 @@ class unlucky(Strategy):
     def learn(self, task, context):
         raise RuntimeError("no luck today")
 """,
+    "endless.py": """
+import time
+from cl_graft import Strategy
+
+
+class endless(Strategy):
+    def learn(self, task, context):
+        time.sleep(600)
+""",
 }
 
-# A sweep's worker, and nothing else of a sweep.
+# A worker of a sweep, and nothing else of a sweep: its cell never ends.
 ONE_WORKER = """
-import multiprocessing, time
-from concurrent.futures import ProcessPoolExecutor
-from cl_graft.sweep import _start
+import sys
+from cl_graft.config import RunConfig
+from cl_graft.executors.local import run_cells
 
-context = multiprocessing.get_context("spawn")
-with ProcessPoolExecutor(1, context, _start, (context.SimpleQueue(),)) as pool:
-    pool.submit(time.sleep, 0).result()
-    print("ready", flush=True)
-    time.sleep(600)
+scenario, strategy, out = sys.argv[1:]
+config = RunConfig(scenario=scenario, strategy=strategy, model="nano-llama", out=out, wandb="off")
+list(run_cells([config], lambda cell, what, done: print(what, flush=True), 1))
 """
 
 
@@ -198,15 +207,29 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_behind(story: Story) -> Non
     assert stop.strays == []
 
 
-def test_a_worker_does_not_outlive_the_process_that_started_it() -> None:
-    process = start([sys.executable, "-c", ONE_WORKER])
+def test_a_worker_does_not_outlive_the_process_that_started_it(
+    plugins: Path, tmp_path: Path
+) -> None:
+    names = [str(plugins / name) for name in ("moving.py", "endless.py")]
+    process = start([sys.executable, "-c", ONE_WORKER, *names, str(tmp_path)])
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    assert process.stdout.readline() == "loading the model\n"
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     process.kill()
     process.communicate()
     assert alive(family) == []
+
+
+def test_a_cell_whose_process_is_killed_goes_on_in_another(plugins: Path, tmp_path: Path) -> None:
+    """Three attempts; one that lives to its end is enough."""
+    process = start([*command(plugins, tmp_path, "lora", 1), "--seeds", "0"])
+    for count in (1, 2):
+        wait_for_stages(process, tmp_path, count)
+        (state,) = tmp_path.glob("*/state.json")
+        os.kill(json.loads(state.read_text())["pid"], signal.SIGKILL)
+    assert process.wait() == 0, process.communicate()
+    assert [json.loads(f.read_text())["complete"] for f in tmp_path.glob("*/result.json")] == [True]
 
 
 def test_a_sweep_that_is_done_does_nothing(story: Story) -> None:
@@ -246,5 +269,5 @@ def test_a_mistake_in_one_cell_is_found_before_any_work(plugins: Path, tmp_path:
     )
     wrong = made.model_copy(update={"strategy": "graftlm"})
     with pytest.raises(Exception, match="did you mean graftllm"):
-        sweep([made, wrong], 1, lambda cell, what, done: None)
+        sweep([made, wrong], partial(run_cells, workers=1), lambda cell, what, done: None)
     assert not any(tmp_path.iterdir())

@@ -13,8 +13,6 @@ import cl_graft
 from cl_graft.tracking import resolve
 from tests.wandb_reader import Logged, read
 
-pytestmark = pytest.mark.xdist_group("tracking")
-
 MOVING = '''
 from dataclasses import replace
 from cl_graft import plugins

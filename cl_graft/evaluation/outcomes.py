@@ -32,10 +32,14 @@ Results = dict[str, list[Scored]]  # metric -> one outcome an example
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The folder of evaluations of one cell's `cache`, and the cell that asks."""
+    """The folder of evaluations of one cell's `cache`, and the cell that asks.
+
+    patient: wait for an evaluation that another process is making; else record.Busy is raised.
+    """
 
     folder: Path
     cell: str = ""
+    patient: bool = True
 
     def file(self, weights: str, tokenizer: PreTrainedTokenizerBase, task: Task) -> Path:
         """Where the outcomes of these weights are kept: by all that determines them, code and versions included."""

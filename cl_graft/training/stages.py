@@ -61,10 +61,14 @@ class Log:
 
 @dataclass(frozen=True)
 class Stages:
-    """The folder of finished stages, and how those that are missing are run."""
+    """The folder of finished stages, and how those that are missing are run.
+
+    patient: wait for a stage that another process is running; else record.Busy is raised.
+    """
 
     folder: Path
     launch: Launch = Launch()
+    patient: bool = True
 
     def run(
         self,
@@ -80,7 +84,7 @@ class Stages:
         """
         key = stage_key(fingerprint(model.named_parameters()), tokenizer, rows, job)
         target, begun = self.folder / "stages" / key, perf_counter()
-        with _refusals(target), locked(target):
+        with _refusals(target), locked(target, self.patient):
             waited = perf_counter() - begun
             if not (target / MARKER).is_file():
                 work = target.with_name(f"{key}.work")
@@ -144,7 +148,7 @@ class Stages:
         """The model's own preference pairs for the task, sampled now or recalled."""
         start = fingerprint(model.named_parameters())
         file = self.pairs_file(start, tokenizer, task, half, seed)
-        with locked(file):
+        with locked(file, self.patient):
             if not file.is_file():
                 made = preferences.preference_pairs(model, tokenizer, task, half, seed, allow_code)
                 write_text(file, "".join(json.dumps(asdict(pair)) + "\n" for pair in made))

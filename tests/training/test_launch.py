@@ -40,7 +40,7 @@ needs_compiler = pytest.mark.skipif(
     not (shutil.which("c++") or shutil.which("g++")) or not shutil.which("ninja"),
     reason="DeepSpeed compiles a part of itself on the CPU: this needs a C++ compiler and ninja",
 )
-jobs = [pytest.mark.slow, needs_compiler, pytest.mark.xdist_group("deepspeed")]
+jobs = [pytest.mark.slow, needs_compiler]
 
 
 def wrapped(model):

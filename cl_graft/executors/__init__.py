@@ -1,0 +1,30 @@
+"""Who runs the cells of a sweep: processes of this machine (`local`), or a Ray cluster (`ray`).
+
+An executor is a function from cells to their outcomes. It may start a cell as often as it likes: a cell goes on where
+it was left, and a finished one is not computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..config import RunConfig
+
+Report = Callable[[str, str, float], None]  # cell, what is being done, fraction of it done
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt at a cell ended.
+
+    busy: what it needs next is being made by another cell or sweep. lost: its process or its node died, or was told
+    to stop; what was finished is on disk. reason: of anything but `done`, in one sentence.
+    """
+
+    state: Literal["done", "failed", "busy", "lost"]
+    reason: str = ""
+
+
+Executor = Callable[[Sequence[RunConfig], Report], Iterator[tuple[RunConfig, Outcome]]]

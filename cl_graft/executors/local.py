@@ -1,0 +1,212 @@
+"""Processes of this machine, one for each attempt at a cell, a few at a time.
+
+They are forked from one that has imported everything, so that a cell begins at once and a process that was killed
+costs nothing but its own work. Where there are GPUs each is a new process with a GPU of its own: what has
+spoken to CUDA cannot be forked.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import connection, forkserver, util
+from typing import Any
+
+from ..config import RunConfig
+from . import Outcome, Report
+from .attempt import attempt, seldom
+
+LIVES = 3  # attempts at a cell whose process dies without a word
+
+
+def gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def default_workers() -> int:
+    """One a GPU where there are GPUs, else one a core."""
+    if hasattr(os, "sched_getaffinity"):
+        return gpus() or len(os.sched_getaffinity(0))
+    return gpus() or os.cpu_count() or 1
+
+
+def warm_up() -> None:
+    """Begin to import what the cells need, in the process that they will be forked from; returns at once."""
+    if _context().get_start_method() == "forkserver":
+        with _interrupts_held():
+            forkserver.ensure_running()
+
+
+@dataclass
+class _Cells:
+    """What is left: fresh ones first; those that another holds up wait until nothing else is to be begun."""
+
+    fresh: deque[RunConfig]
+    held: deque[RunConfig] = field(default_factory=deque)
+    deaths: dict[str, int] = field(default_factory=dict)
+
+    def next(self) -> tuple[RunConfig, bool] | None:
+        """A cell, and whether it is to wait for what others make."""
+        if self.fresh:
+            return self.fresh.popleft(), False
+        return (self.held.popleft(), True) if self.held else None
+
+    def after(self, config: RunConfig, outcome: Outcome) -> Outcome | None:
+        """None if the cell is to be tried again, else what became of it."""
+        if outcome.state == "busy":
+            self.held.append(config)
+            return None
+        if outcome.state == "lost":
+            self.deaths[config.cell] = self.deaths.get(config.cell, 0) + 1
+            if self.deaths[config.cell] < LIVES:
+                self.fresh.append(config)
+                return None
+        return outcome
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: connection.Connection
+    config: RunConfig
+
+
+def run_cells(
+    cells: Sequence[RunConfig], report: Report, workers: int
+) -> Iterator[tuple[RunConfig, Outcome]]:
+    """Outcomes as they come. Whoever stops listening stops the workers; what they had finished stays."""
+    left, context = _Cells(deque(cells)), _context()
+    slots: list[_Worker | None] = [None] * max(1, min(workers, len(cells)))
+    try:
+        while True:
+            for i, worker in enumerate(slots):
+                if worker is None and (chosen := left.next()):
+                    slots[i] = _begin(context, *chosen, slot=i)
+            running = [w for w in slots if w]
+            if not running:
+                return
+            ready = connection.wait([w.pipe for w in running], timeout=1.0)
+            for i, worker in enumerate(slots):
+                if worker and worker.pipe in ready:
+                    outcome = _heard(worker, report)
+                    if outcome is None:
+                        continue
+                    slots[i] = None
+                    if final := left.after(worker.config, outcome):
+                        yield worker.config, final
+                    else:
+                        report(worker.config.cell, f"waiting: {outcome.reason}", 0.0)
+    finally:
+        _stop([w.process for w in slots if w])
+
+
+def _context() -> Any:
+    if gpus() or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.preload"])
+    return context
+
+
+def _begin(context: Any, config: RunConfig, patient: bool, slot: int) -> _Worker:
+    hears, says = context.Pipe(duplex=False)
+    visible = None if config.launch.processes else _gpu_of(slot)  # a job of several takes them all
+    process = context.Process(target=_work, args=(says, config, patient, visible))
+    with _interrupts_held():
+        process.start()
+    says.close()
+    return _Worker(process, hears, config)
+
+
+def _gpu_of(slot: int) -> str | None:
+    """One of the GPUs that this process may see, as CUDA_VISIBLE_DEVICES names it."""
+    if not (count := gpus()):
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return visible.split(",")[slot % count]
+
+
+def _heard(worker: _Worker, report: Report) -> Outcome | None:
+    """Pass its progress on; what became of it, when it says so or is dead."""
+    try:
+        while worker.pipe.poll():
+            said = worker.pipe.recv()
+            if isinstance(said, Outcome):
+                _stop([worker.process], ask=False)
+                return said
+            report(worker.config.cell, *said)
+    except (EOFError, OSError):
+        worker.process.join()
+        return Outcome(
+            "lost",
+            "its process was killed; run the same command again to continue, with fewer --workers if memory "
+            "was short",
+        )
+    return None
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back. Processes started meanwhile never see it: it is this one that stops them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _stop(workers: Sequence[Any], ask: bool = True) -> None:
+    """End the workers. Each unwinds, so that nothing stays half-written; one that cannot is killed.
+
+    ask: they do not know yet that they are to end.
+    """
+    for worker in workers if ask else ():
+        worker.terminate()
+    deadline = time.monotonic() + 10
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+
+
+# --- in a worker ---
+
+
+def _work(
+    says: connection.Connection, config: RunConfig, patient: bool, visible: str | None
+) -> None:
+    signal.signal(signal.SIGTERM, _unwind)
+    threading.Thread(target=_end_with_parent, args=[os.getpid()], daemon=True).start()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["OMP_NUM_THREADS"] = str(config.threads)
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    try:
+        says.send(attempt(config, seldom(lambda what, done: says.send((what, done))), patient))
+    except KeyboardInterrupt:
+        util._exit_function()  # type: ignore[attr-defined]  # as at the end of any process
+        os._exit(1)
+
+
+def _unwind(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the tidying short
+    raise KeyboardInterrupt
+
+
+def _end_with_parent(worker: int) -> None:
+    """A worker does not outlive the process that started it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(worker, signal.SIGTERM)
+        time.sleep(10)
+        os._exit(1)

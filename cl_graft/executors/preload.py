@@ -1,0 +1,19 @@
+"""Imported once by the process that workers are forked from: everything that a cell is going to import."""
+
+import os
+import warnings
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore")  # of libraries to each other
+
+import datasets  # noqa: E402, F401
+import trl  # noqa: E402, F401
+
+from .. import cell, strategy, stream  # noqa: E402, F401
+from ..models import load, skeleton  # noqa: E402, F401
+from ..training.fit import quiet  # noqa: E402
+
+with quiet():
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+    from trl import SFTConfig, SFTTrainer  # noqa: F401
