@@ -206,17 +206,15 @@ def _refusals(path: Path) -> Iterator[None]:
 @contextmanager
 def in_full_precision(model: nn.Module) -> Iterator[None]:
     """Trainable parameters in float32 while they are trained: steps of 1e-6 are lost in bfloat16."""
-    narrow = {
-        name: p.dtype
-        for name, p in model.named_parameters()
+    narrow = [
+        (p, p.dtype)
+        for p in model.parameters()
         if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
-    }
-    for name, parameter in model.named_parameters():
-        if name in narrow:
-            parameter.data = parameter.data.float()
+    ]
+    for parameter, _ in narrow:
+        parameter.data = parameter.data.float()
     try:
         yield
     finally:
-        for name, parameter in model.named_parameters():
-            if name in narrow:
-                parameter.data = parameter.data.to(narrow[name])
+        for parameter, dtype in narrow:
+            parameter.data = parameter.data.to(dtype)
