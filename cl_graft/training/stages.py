@@ -27,7 +27,7 @@ from ..config import Launch
 from ..evaluation import generate, scorers
 from ..identity import code_digest, digest, place, versions, vocabulary
 from ..models import text
-from ..record import RecordError, locked, read_json, read_jsonl, write_json, write_text
+from ..record import locked, read_json, read_jsonl, refused, write_json, write_text
 from ..skillpack.checkpoint import CheckpointError, new_folder
 from ..skillpack.file import fingerprint
 from ..task import Pair, Preference, Task
@@ -197,10 +197,7 @@ def _refusals(path: Path) -> Iterator[None]:
         reason = "the disk is full, or takes no such file"
     else:
         return
-    raise RecordError(
-        f"{path} cannot be written ({reason}); free space or choose another --out or --cache, then run the same "
-        "command again to continue."
-    )
+    raise refused(path, reason)
 
 
 @contextmanager
