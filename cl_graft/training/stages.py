@@ -118,7 +118,7 @@ class Stages:
         about = {
             "config": asdict(job),
             "rows": len(rows),
-            "tokens": job.steps * fit.tokens_of_a_step(tokenizer, rows, job),
+            "tokens": read_json(work / fit.TOKENS),
             "weights": fingerprint(model.named_parameters()),
             "launch": self.launch.model_dump(mode="json"),
             "made_by": {"code": training_code(), **versions()},
