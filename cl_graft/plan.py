@@ -15,12 +15,10 @@ from typing import Any
 import torch
 
 from . import cell
-from .budget import Budget
 from .config import RunConfig
 from .errors import CLGraftError
-from .models.chat import rendered
 from .models.load import locate
-from .prepare import prepare
+from .prepare import prepare, strategy_of
 from .record import CellFolder
 from .rehearsal import PlannedStage, Rehearsal, Timer
 from .training import cost
@@ -100,26 +98,15 @@ def _of_cell(
     )
     torch.set_num_threads(config.threads)
     model, tokenizer, exact = _model(config)
-    if scenario.chat:
-        scenario = rendered(scenario, tokenizer)
-    parameters = sum(p.numel() for p in model.parameters())
-    budget = Budget(config.budget, parameters)
-    strategy = strategy_class(
-        model=model,
-        tokenizer=tokenizer,
-        scenario=scenario,
-        budget=budget,
-        seed=config.seed,
-        options=options,
-    )
+    strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer)
     if not exact:
         strategy.grafted._base = "planned"  # a fingerprint needs the weights
     recorder = Rehearsal(config, strategy, exact, memories, timer, gpu)
     folder = CellFolder(config.out / config.cell)
     learned = max(0, len(folder.stages()) - 1)  # the first record is the base's
-    for task in scenario.tasks:
+    for task in strategy.scenario.tasks:
         recorder.learn(task)
-    limit = budget.bytes if strategy_class.budgeted else 2 * parameters
+    limit = strategy.budget.bytes if strategy.budgeted else strategy.budget.base_bytes
     done = cell.finished(config) is not None
     about = {"pack_bytes": limit, "tasks": len(scenario.tasks), "finished": done}
     left = scenario.task_names[learned:]

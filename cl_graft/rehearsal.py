@@ -17,7 +17,7 @@ from .training import checkpoint, cost
 from .training.config import Row, StageConfig, accumulation, dpo_job, sft_job
 from .training.fit import encoded, fit, lengths, tokens_of_a_step
 from .training.memory import Job, Memory, estimate
-from .training.stages import MARKER, Log, Stages, stage_key
+from .training.stages import MARKER, Log, stage_key
 from .training.zero import BUCKET
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Rehearsal:
     ):
         self.config, self.strategy, self.memories, self.timer = config, strategy, memories, timer
         self.gpu = gpu
-        self.stages = Stages(config.store, config.launch)
+        self.stages = strategy.stages
         self.exact = exact  # whether the model holds the weights that it would hold
         self.real = exact
         self.start, self.task = "base", strategy.scenario.tasks[0]
