@@ -10,11 +10,10 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from .budget import Budget
 from .config import RunConfig
 from .identity import data_fingerprint, machine, peak_memory_mb, versions
 from .models.load import locate
-from .prepare import prepare
+from .prepare import prepare, strategy_of
 from .record import CellFolder, RecordError, read_json, read_jsonl, write_json
 from .result import collect
 from .scores import by_metric, cells
@@ -90,31 +89,17 @@ def _compute(
     import torch
     from transformers import set_seed
 
-    from .evaluation.outcomes import Outcomes
-    from .models.chat import rendered
     from .models.load import load
     from .models.roles import roles
     from .stream import benchmark
     from .tracking import Tracker
-    from .training.stages import Stages
 
     torch.set_num_threads(config.threads)
     model, tokenizer = load(config.model, config.data_dir)
-    scenario = rendered(scenario, tokenizer)
     roles(model)  # refuses, before anything is computed, a model whose modules cannot be told apart
     set_seed(config.seed)
-    budget = Budget(config.budget, sum(p.numel() for p in model.parameters()))
-    strategy = strategy_class(
-        model=model,
-        tokenizer=tokenizer,
-        scenario=scenario,
-        budget=budget,
-        seed=config.seed,
-        options=options,
-        allow_code=config.allow_code_execution,
-    )
-    strategy.stages = Stages(config.store, config.launch, patient)
-    strategy.outcomes = Outcomes(config.store, config.cell, patient)
+    strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer, patient)
+    scenario, budget = strategy.scenario, strategy.budget
     identity = {
         "config": _experiment(config),
         "options": options,

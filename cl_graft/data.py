@@ -29,7 +29,7 @@ def records(data_dir: Path | None, name: str, fields: Fields) -> list[dict[str, 
     """
     path = _existing(data_dir, name)
     text = _text(path)
-    found = _list(path, text) if path.suffix == ".json" else _lines(path, text)
+    found = _list(path, text) if path.suffix == ".json" else json_lines(path, text)
     types = fields if isinstance(fields, Mapping) else dict.fromkeys(fields, object)
     for where, record in found:
         for field, wanted in types.items():
@@ -91,7 +91,8 @@ def _list(path: Path, text: str) -> list[tuple[str, Any]]:
     return [(f"record {i}", record) for i, record in enumerate(value, 1)]
 
 
-def _lines(path: Path, text: str) -> list[tuple[str, Any]]:
+def json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
+    """("line N", value) of each line that is not blank. Raises DataError naming `path` and the line."""
     found = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

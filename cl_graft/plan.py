@@ -7,6 +7,7 @@ the configuration is built on the meta device.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +16,9 @@ from typing import Any
 import torch
 
 from . import cell
-from .budget import Budget
 from .config import RunConfig
-from .errors import CLGraftError
-from .models.chat import rendered
-from .models.load import locate
-from .prepare import prepare
+from .models.load import load, load_tokenizer, locate
+from .prepare import prepare, strategy_of
 from .record import CellFolder
 from .rehearsal import PlannedStage, Rehearsal, Timer
 from .training import cost
@@ -71,8 +69,6 @@ def plan(
     operations at `utilisation` of `peak`, operations a second of one device; None takes the one of this GPU.
     gpu: memory is that of GPUs, with bf16, though this machine has none.
     """
-    import shutil
-
     stages: dict[str, PlannedStage] = {}
     found: dict[str, dict[str, Any]] = {}
     memories: dict[Any, Memory] = {}
@@ -81,7 +77,7 @@ def plan(
     for config in cells:
         own, about = _of_cell(config, memories, timer, gpu)
         found[config.cell] = about
-        for key, stage in [] if about["finished"] else own:
+        for key, stage in own:
             stages.setdefault(key, stage).cells.append(config.cell)
     listed = list(stages.values())
     packs = sum(c["tasks"] * c["pack_bytes"] for c in found.values() if not c["finished"])
@@ -99,53 +95,36 @@ def _of_cell(
         config.model_copy(update={"allow_code_execution": True})
     )
     torch.set_num_threads(config.threads)
+    # anew for each cell: a rehearsal restores the weights alone, and LoRA leaves them frozen
     model, tokenizer, exact = _model(config)
-    if scenario.chat:
-        scenario = rendered(scenario, tokenizer)
-    parameters = sum(p.numel() for p in model.parameters())
-    budget = Budget(config.budget, parameters)
-    strategy = strategy_class(
-        model=model,
-        tokenizer=tokenizer,
-        scenario=scenario,
-        budget=budget,
-        seed=config.seed,
-        options=options,
-    )
+    strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer)
     if not exact:
         strategy.grafted._base = "planned"  # a fingerprint needs the weights
-    recorder = Rehearsal(config, strategy, exact, memories, timer, gpu)
-    folder = CellFolder(config.out / config.cell)
-    learned = max(0, len(folder.stages()) - 1)  # the first record is the base's
-    for task in scenario.tasks:
-        recorder.learn(task)
-    limit = budget.bytes if strategy_class.budgeted else 2 * parameters
     done = cell.finished(config) is not None
+    left = [] if done else _not_learned(config, scenario.task_names)
+    recorder = Rehearsal(config, strategy, exact, memories, timer, gpu)
+    for task in strategy.scenario.tasks if left else ():
+        recorder.learn(task)
+    limit = strategy.budget.bytes if strategy.budgeted else strategy.budget.base_bytes
     about = {"pack_bytes": limit, "tasks": len(scenario.tasks), "finished": done}
-    left = scenario.task_names[learned:]
     return [(key, stage) for key, stage in recorder.found if stage.task in left], about
+
+
+def _not_learned(config: RunConfig, tasks: Sequence[str]) -> Sequence[str]:
+    """The tasks that come after those whose records a killed run left."""
+    records = CellFolder(config.out / config.cell).stages()
+    return tasks[max(0, len(records) - 1) :]  # the first record is the base's
 
 
 def _model(config: RunConfig) -> tuple[Any, Any, bool]:
     """Model, tokenizer, and whether the weights are the real ones."""
-    from transformers import AutoTokenizer
-
-    from .models.load import load
     from .models.skeleton import skeleton
 
     place = locate(config.model, config.data_dir)
     weights = list(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
     if weights and sum(f.stat().st_size for f in weights) <= LOADED:
         return *load(config.model, config.data_dir), True
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:
-        raise CLGraftError(
-            f"the tokenizer of {config.model!r} cannot be loaded ({type(error).__name__}); fetch the model's "
-            "configuration and tokenizer first."
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(config.model, place)
     return skeleton(place).model, tokenizer, False
 
 

@@ -1,4 +1,4 @@
-"""Finding and checking everything that a run names, before anything is computed."""
+"""A run before anything is computed: finding and checking all that it names, and building its strategy."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from .errors import CLGraftError, UnknownName
 from .task import Scenario
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from .strategy import Strategy
 
 
@@ -53,6 +55,36 @@ def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]
 
         require_consent(config.allow_code_execution, f"scoring task {programs[0].name!r}")
     return scenario, strategy_class, options
+
+
+def strategy_of(
+    config: RunConfig,
+    scenario: Scenario,
+    strategy_class: type[Strategy],
+    options: Mapping[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    patient: bool = True,
+) -> Strategy:
+    """The strategy of a cell that was prepared, on its model; its scenario's prompts are rendered.
+
+    patient: wait for what another cell is making; else Busy is raised. Raises NoChatTemplate where the scenario is for chat and the tokenizer is not.
+    """
+    from .evaluation.outcomes import Outcomes
+    from .models.chat import rendered
+    from .training.stages import Stages
+
+    return strategy_class(
+        model=model,
+        tokenizer=tokenizer,
+        scenario=rendered(scenario, tokenizer),
+        budget=Budget(config.budget, sum(p.numel() for p in model.parameters())),
+        seed=config.seed,
+        options=options,
+        allow_code=config.allow_code_execution,
+        stages=Stages(config.store, config.launch, patient),
+        outcomes=Outcomes(config.store, config.cell, patient),
+    )
 
 
 def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:

@@ -110,14 +110,19 @@ def locked(path: Path, patient: bool = True) -> Iterator[None]:
     except Timeout:
         raise Busy(f"{path} is being made by another process; wait for it.") from None
     except OSError as error:
-        raise RecordError(
-            f"{path} cannot be written ({error.strerror}); free space or choose another --out or --cache, "
-            "then run the same command again to continue."
-        ) from error
+        raise refused(path, str(error.strerror)) from error
     try:
         yield
     finally:
         lock.release()
+
+
+def refused(path: Path, reason: str) -> RecordError:
+    """What to raise where the disk does not take a file of the cache."""
+    return RecordError(
+        f"{path} cannot be written ({reason}); free space or choose another --out or --cache, "
+        "then run the same command again to continue."
+    )
 
 
 class CellFolder:

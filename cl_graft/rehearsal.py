@@ -12,12 +12,12 @@ from .config import RunConfig
 from .errors import CLGraftError
 from .identity import digest
 from .skillpack.file import SkillPack, fingerprint
-from .task import Example, Pair, Preference, Task
+from .task import Pair, Preference, Task
 from .training import checkpoint, cost
 from .training.config import Row, StageConfig, accumulation, dpo_job, sft_job
-from .training.fit import fit, tokens_of_a_step
-from .training.memory import Job, Memory, estimate, longest
-from .training.stages import MARKER, Log, Stages, stage_key
+from .training.fit import encoded, fit, lengths, tokens_of_a_step
+from .training.memory import Job, Memory, estimate
+from .training.stages import MARKER, Log, stage_key
 from .training.zero import BUCKET
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Rehearsal:
     ):
         self.config, self.strategy, self.memories, self.timer = config, strategy, memories, timer
         self.gpu = gpu
-        self.stages = Stages(config.store, config.launch)
+        self.stages = strategy.stages
         self.exact = exact  # whether the model holds the weights that it would hold
         self.real = exact
         self.start, self.task = "base", strategy.scenario.tasks[0]
@@ -163,19 +163,13 @@ class Rehearsal:
         state: str,
     ) -> None:
         launch, model = self.config.launch, self.strategy.model
-        tokenizer = self.strategy.tokenizer
+        found = lengths(encoded(self.strategy.tokenizer, rows, job))
         micro, accumulated = accumulation(job.batch, launch)
         everything = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
-        examples = [
-            Pair(r["prompt"], r["chosen"], r["rejected"])
-            if job.kind == "dpo"
-            else Example(r["prompt"], r["completion"])
-            for r in rows
-        ]
         needs = Job(
             job.kind,
             micro,
-            longest(tokenizer, examples, job.max_length),  # type: ignore[arg-type]
+            max(found),
             accumulated,
             lora=lora,
             precision="bf16" if self.gpu else "fp32",
@@ -189,8 +183,7 @@ class Rehearsal:
         known = (self.config.model, replace(needs, lora=None), str(lora))
         if known not in self.memories:
             self.memories[known] = estimate(model.config, needs)
-        per_step = tokens_of_a_step(tokenizer, rows, job)
-        tokens = round(per_step * job.steps)
+        tokens = round(tokens_of_a_step(found, len(rows), job) * job.steps)
         learned = None if lora is None else trained
         resume = cost.step_bytes(
             everything, trained=learned, stage=needs.stage, precision=needs.precision

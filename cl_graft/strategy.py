@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -45,7 +46,8 @@ class Strategy(BaseTemplate):
     """A continual-learning method, driven like any Avalanche strategy: `train(experience)`, `eval(stream)`.
 
     A method says what it keeps in `learn`; its options are the keyword-only arguments of that function.
-    budgeted: False for references that are allowed any size.
+    budgeted: False for references that are allowed any size. stages, outcomes: where what was trained and measured is
+    kept; without them, as long as the strategy lives.
     """
 
     PLUGIN_CLASS = SupervisedPlugin
@@ -69,6 +71,8 @@ class Strategy(BaseTemplate):
         options: Mapping[str, Any],
         allow_code: bool = False,
         plugins: Sequence[Any] = (),
+        stages: Stages | None = None,
+        outcomes: Outcomes | None = None,
     ):
         super().__init__(model=model, device=model.device, plugins=list(plugins))
         self.tokenizer, self.scenario, self.budget = tokenizer, scenario, budget
@@ -76,9 +80,8 @@ class Strategy(BaseTemplate):
         self.base = {name: p.detach().clone() for name, p in model.named_parameters()}
         self.grafted = Grafted(model)
         self.packs: list[SkillPack] = []
-        self._own_folder = TemporaryDirectory(prefix="cl-graft-", ignore_cleanup_errors=True)
-        self.stages = Stages(Path(self._own_folder.name))
-        self.outcomes = Outcomes(Path(self._own_folder.name))
+        self.stages = stages or Stages(Path(self._own_folder.name))
+        self.outcomes = outcomes or Outcomes(Path(self._own_folder.name))
         self.progress: Callable[[str, float], None] = lambda what, done: None
         self.seconds: dict[str, float] = {"train": 0.0, "compress": 0.0, "evaluate": 0.0}
         self.log = Log()
@@ -90,6 +93,10 @@ class Strategy(BaseTemplate):
         self.results: dict[str, dict[str, list[Scored]]] = {}
         self.clock = Clock()
         self._training_wall = 0.0
+
+    @cached_property
+    def _own_folder(self) -> TemporaryDirectory[str]:
+        return TemporaryDirectory(prefix="cl-graft-", ignore_cleanup_errors=True)
 
     @abstractmethod
     def learn(self, task: Task, context: Context, **options: Any) -> dict[str, Encoded]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -16,12 +16,14 @@ from ..config import Launch
 from ..models import world
 from ..models.embedded import world_tokenizer
 from ..task import Example, Pair, Preference, Task, Training
-from ..training.config import dpo_job, sft_job
-from ..training.fit import fit
-from ..training.memory import Job, estimate, longest
+from ..training.config import Row, StageConfig, dpo_job, sft_job
+from ..training.fit import encoded, fit, lengths
+from ..training.memory import Job, estimate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+Stage = tuple[list[Row], StageConfig]
 
 
 @dataclass(frozen=True)
@@ -83,18 +85,18 @@ def bench_plan(cases: Iterable[Case] | None = None) -> list[dict[str, Any]]:
 def compare(case: Case) -> dict[str, Any]:
     """Estimate and measurement of one case, in megabytes."""
     tokenizer = world_tokenizer()
-    rows = _rows(case)
+    stage = _stage(case)
     job = Job(
         case.kind,
         micro_batch=case.batch // case.accumulation,
-        length=longest(tokenizer, rows, max_length=512),
+        length=max(lengths(encoded(tokenizer, *stage))),
         accumulation=case.accumulation,
         lora=_lora() if case.lora else None,
         checkpointing=case.checkpointing,
         gpu=torch.cuda.is_available(),
     )
     estimated = estimate(case.config, job)
-    found = measure(case.config, tokenizer, rows, job)
+    found = measure(case.config, tokenizer, stage, job)
     changes = [n for n in ("checkpointing", "lora") if getattr(case, n)]
     if case.accumulation > 1:
         changes.append(f"accumulation {case.accumulation}")
@@ -116,24 +118,30 @@ def _lora() -> Any:
     return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _rows(case: Case) -> Sequence[Example] | Sequence[Pair]:
-    """Rows for two steps."""
-    rng, count = Random(0), 2 * case.batch
-    if case.length is None:
-        texts = []
-        for _ in range(count):
-            item = world.pretraining(rng)
-            texts.append((world.prompt(item.question), item.answer))
-    else:
-
-        def words(size: int) -> str:
-            return "".join(rng.choice("abcdefgh") for _ in range(size))
-
-        half = case.length // 2
-        texts = [(words(half), words(case.length - half - rng.randrange(9))) for _ in range(count)]
+def _stage(case: Case) -> Stage:
+    """Two steps of it."""
+    half = Preference(steps=2, batch=case.batch)
+    recipe = Training(steps=2, batch=case.batch, preference=half)
+    texts = _texts(case, 2 * case.batch)
     if case.kind == "sft":
-        return [Example(prompt, answer) for prompt, answer in texts]
-    return [Pair(prompt, answer, answer[::-1]) for prompt, answer in texts]
+        examples = [Example(prompt, answer) for prompt, answer in texts]
+        return sft_job(Task("", examples, (), "exact", training=recipe), 0)
+    pairs = [Pair(prompt, answer, answer[::-1]) for prompt, answer in texts]
+    return dpo_job(Task("", (), (), "exact", training=recipe), pairs, 0)
+
+
+def _texts(case: Case, count: int) -> list[tuple[str, str]]:
+    """Prompts and answers."""
+    rng = Random(0)
+    if case.length is None:
+        items = [world.pretraining(rng) for _ in range(count)]
+        return [(world.prompt(item.question), item.answer) for item in items]
+
+    def words(size: int) -> str:
+        return "".join(rng.choice("abcdefgh") for _ in range(size))
+
+    half = case.length // 2
+    return [(words(half), words(case.length - half - rng.randrange(9))) for _ in range(count)]
 
 
 class Peak:
@@ -171,10 +179,10 @@ def measured(model: torch.nn.Module) -> Iterator[Peak]:
 def measure(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Example] | Sequence[Pair],
+    stage: Stage,
     job: Job,
 ) -> int:
-    """Bytes at the peak of two optimizer steps of `job`, without ZeRO, on weights drawn at random."""
+    """Bytes at the peak of the stage's steps, laid out as `job` says, without ZeRO, on weights drawn at random."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -184,13 +192,6 @@ def measure(
 
         model = get_peft_model(model, job.lora)
     model.to("cuda" if job.gpu else "cpu")
-    batch = job.micro_batch * job.accumulation
-    half = Preference(steps=2, batch=batch)
-    task = Task("", (), (), "exact", training=Training(steps=2, batch=batch, preference=half))
-    if job.kind == "sft":
-        stage = sft_job(replace(task, train=cast("Sequence[Example]", rows)), 0)
-    else:
-        stage = dpo_job(task, cast("Sequence[Pair]", rows), 0)
     launch = Launch(micro_batch=job.micro_batch, checkpointing=job.checkpointing)
     with TemporaryDirectory() as work, measured(model) as peak:
         fit(model, tokenizer, *stage, launch, Path(work))

@@ -21,10 +21,9 @@ class NoChatTemplate(CLGraftError):
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt as a user's turn, up to where the assistant's answer begins.
+    """The prompt as `user_turn` words it, so that `tokenizer(rendered)["input_ids"]` are the ids of
+    `apply_chat_template(..., tokenize=True)`.
 
-    What `tokenizer(...)` puts before a text by itself (the beginning-of-sequence token) is left out, so that
-    `tokenizer(rendered)["input_ids"]` are the ids of `apply_chat_template(..., tokenize=True)`.
     Raises NoChatTemplate where the tokenizer has no template, or the two cannot be brought to agree.
     """
     owner = tokenizer.name_or_path or "this model"
@@ -33,18 +32,24 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
             f"the tokenizer of {owner} has no chat template and the scenario's prompts are a user's turn; choose an "
             "instruction-tuned model."
         )
-    turn = [{"role": "user", "content": prompt}]
-    whole = tokenizer.apply_chat_template(
-        turn, tokenize=False, add_generation_prompt=True, date_string=DATE
-    )
-    added = tokenizer.decode(tokenizer("")["input_ids"])
-    bare = whole.removeprefix(added)
+    whole, bare = user_turn(tokenizer, prompt)
     if tokenizer(bare)["input_ids"] != tokenizer(whole, add_special_tokens=False)["input_ids"]:
         raise NoChatTemplate(
             f"the tokenizer of {owner} adds tokens to a text that its chat template does not begin with; set "
             "add_bos_token and add_eos_token in its tokenizer_config.json as the template needs."
         )
     return bare
+
+
+def user_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, str]:
+    """The prompt as a user's turn, up to where the assistant's answer begins: as the template, which must be there,
+    writes it, and without what `tokenizer(...)` puts before a text by itself (the beginning-of-sequence token)."""
+    turn = [{"role": "user", "content": prompt}]
+    whole = tokenizer.apply_chat_template(
+        turn, tokenize=False, add_generation_prompt=True, date_string=DATE
+    )
+    added = tokenizer.decode(tokenizer("")["input_ids"])
+    return whole, whole.removeprefix(added)
 
 
 def rendered(scenario: Scenario, tokenizer: PreTrainedTokenizerBase) -> Scenario:

@@ -11,6 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from ..data import records
+from .vocabulary import SPECIAL, byte_level, wrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,35 +42,17 @@ def texts(data_dir: Path | None) -> list[str]:
 
 def tokenizer(found: list[str]) -> PreTrainedTokenizerBase:
     """Byte-level BPE, so that any text can be written."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import models, pre_tokenizers, trainers
 
-    made = Tokenizer(models.BPE(unk_token=None))
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    made.decoder = decoders.ByteLevel()
+    made = byte_level(models.BPE(unk_token=None))
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<s>", "</s>"],
+        special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     made.train_from_iterator(found, trainer)
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    return wrapped(made)
 
 
 def batches(found: list[str], size: int, seed: int) -> Iterator[list[tuple[str, str]]]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CLGraftError
 from . import corpus, source, world
+from .vocabulary import SPECIAL, wrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -226,26 +227,14 @@ def _collate(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]):
 
 def world_tokenizer() -> PreTrainedTokenizerBase:
     """Words of the world with and without a leading blank, and every printable character."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     words = sorted(world.vocabulary(), key=lambda w: (-len(w), w))
     characters = [chr(c) for c in range(32, 127)] + ["\n"]
-    tokens = ["<pad>", "<s>", "</s>", "<unk>", *characters]
+    tokens = [*SPECIAL, "<unk>", *characters]
     tokens += sorted(words) + [f" {w}" for w in sorted(words)]
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
     pattern = rf"(?<![A-Za-z]) ?(?:{'|'.join(words)})(?![A-Za-z])|[\s\S]"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    return wrapped(tokenizer, unk_token="<unk>")

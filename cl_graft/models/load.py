@@ -41,16 +41,19 @@ def attention() -> str:
 def load(
     name: str, data_dir: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (float32 on the CPU, bfloat16 on a GPU) and tokenizer with a padding token."""
+    """Model (float32 on the CPU, bfloat16 on a GPU) and tokenizer with a padding token.
+
+    Raises as `locate` and `load_tokenizer` do, and CLGraftError for weights that cannot be loaded.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     place = locate(name, data_dir)
+    tokenizer = load_tokenizer(name, place)
     on_gpu = torch.cuda.is_available()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             place,
             trust_remote_code=False,
@@ -58,11 +61,21 @@ def load(
             attn_implementation=attention(),
         )
     except Exception as error:  # torn weights, no network, ...: each library has errors of its own
-        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
-        raise CLGraftError(
-            f"model {name!r} cannot be loaded ({type(error).__name__}: {reason}); give an embedded model's "
-            "name, a complete Hugging Face folder, or a hub id."
-        ) from error
+        raise _unloadable(f"model {name!r}", error) from error
+    return model.to("cuda" if on_gpu else "cpu"), tokenizer
+
+
+def load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
+    """Of the model `name`, located at `place`; it has a padding token.
+
+    Raises CLGraftError where it cannot be loaded or has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:
+        raise _unloadable(f"the tokenizer of model {name!r}", error) from error
     if tokenizer.eos_token_id is None:
         raise CLGraftError(
             f"the tokenizer of {name!r} has no end-of-sequence token; set eos_token in its tokenizer_config.json."
@@ -70,4 +83,12 @@ def load(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model.to("cuda" if on_gpu else "cpu"), tokenizer
+    return tokenizer
+
+
+def _unloadable(what: str, error: Exception) -> CLGraftError:
+    reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+    return CLGraftError(
+        f"{what} cannot be loaded ({type(error).__name__}: {reason}); give an embedded model's name, a complete "
+        "Hugging Face folder, or a hub id."
+    )

@@ -11,6 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from . import world
+from .vocabulary import SPECIAL, byte_level, wrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,29 +54,10 @@ def new_gpt2(spec: Spec, vocab: int) -> PreTrainedModel:
 
 def tokenizer() -> PreTrainedTokenizerBase:
     """Byte-level, as GPT-2's: the world's words whole, digits one by one, all else in bytes; any text survives."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import models, pre_tokenizers
 
     words = world.vocabulary()
-    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += words + [f"Ġ{word}" for word in words]  # Ġ is the byte level's blank
     ids = {token: i for i, token in enumerate(tokens)}
-    made = Tokenizer(models.BPE(ids, [], ignore_merges=True))
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    made.decoder = decoders.ByteLevel()
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    return wrapped(byte_level(models.BPE(ids, [], ignore_merges=True)))

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from ..budget import Budget
 from ..errors import CLGraftError
 from .fit import Progress
 
@@ -90,23 +89,3 @@ def step_bytes(
         return size * learned + 8 * learned
     again = size * parameters if stage == 2 else 0
     return size * learned + 12 * learned + again
-
-
-def cell_bytes(
-    parameters: int,
-    tasks: int,
-    budget: str,
-    *,
-    step_checkpoint: int = 0,
-    kept: int = 1,
-    shared: bool = False,
-) -> int:
-    """The most that one cell has on disk: packs at their budget, the stage in progress, its steps' checkpoints.
-
-    step_checkpoint, kept: bytes of one (see `step_bytes`), and how many are kept; the next is written before
-    the oldest goes. shared: whether trained stages are kept for other strategies, too.
-    Raises CLGraftError for a budget that is no size.
-    """
-    packs = tasks * Budget(budget, parameters).bytes
-    stages = (tasks if shared else 1) * stage_bytes(parameters)
-    return packs + stages + (kept + 1) * step_checkpoint

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[float], None]  # fraction of the job done
+Text = tuple[list[int], list[int]]  # token ids of a prompt and of an answer to it
 
 LOG = "log.jsonl"
+TOKENS = "tokens.json"  # how many the job trains on, which only who encodes the rows has counted
 WHOLE = "whole"  # marks a step checkpoint that was written to its end
 
 
@@ -42,18 +44,21 @@ def fit(
     """Train in place, from the last whole checkpoint in `work` if there is one; returns TRL's trainer.
 
     `work`/log.jsonl has a line for every twentieth of the job: loss terms, learning rate, gradient norm, tokens a
-    second, peak memory. The loss is taken over answers only. `deepspeed`: its JSON, in a job of several processes.
+    second, peak memory; `work`/tokens.json is the tokens of the whole job. The loss is taken over answers only.
+    `deepspeed`: its JSON, in a job of several processes.
     """
     from transformers import PrinterCallback
 
-    make = {"sft": _sft, "dpo": _dpo}[config.kind]
     with quiet():
         arguments = _arguments(config, launch, work, deepspeed)
-        trainer = make(model, tokenizer, rows, config, arguments)
-        last = _last_checkpoint(work, trainer.accelerator.is_main_process)
+        trainer, found = _trainer(model, tokenizer, rows, config, arguments)
+        main = trainer.accelerator.is_main_process
+        last = _last_checkpoint(work, main)
         step = int(last.name.rsplit("-", 1)[1]) if last else 0
-        tokens = tokens_of_a_step(tokenizer, rows, config)
+        tokens = tokens_of_a_step(found, len(rows), config)
         report = _report(work, trainer, step, tokens, progress)
+        if main:
+            (work / TOKENS).write_text(json.dumps(config.steps * tokens))
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(report)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -61,21 +66,49 @@ def fit(
     return trainer
 
 
-def _sft(model: Any, tokenizer: Any, rows: Sequence[Row], config: StageConfig, given: dict) -> Any:
+def _trainer(
+    model: Any, tokenizer: Any, rows: Sequence[Row], config: StageConfig, given: dict
+) -> tuple[Any, list[int]]:
+    """TRL's, and the lengths of the texts that it trains on."""
+    texts = encoded(tokenizer, rows, config)
+    if config.kind == "dpo":
+        return _dpo(model, tokenizer, rows, config, given), lengths(texts)
+    kept = list(texts)
+    return _sft(model, tokenizer, kept, config, given), lengths(kept)
+
+
+def encoded(tokenizer: Any, rows: Iterable[Row], config: StageConfig) -> Iterator[Text]:
+    """The texts of the rows as the stage makes them: one of a row, or one for each answer of a pair."""
+    answers = ("completion",) if config.kind == "sft" else ("chosen", "rejected")
+    for row in rows:
+        for answer in answers:
+            yield encode(tokenizer, row["prompt"], row[answer], config.max_length)
+
+
+def lengths(texts: Iterable[Text]) -> list[int]:
+    """Tokens of each text, its prompt included."""
+    return [len(head) + len(tail) for head, tail in texts]
+
+
+def tokens_of_a_step(lengths: Sequence[int], rows: int, config: StageConfig) -> float:
+    """Tokens of one step on average, where so many rows have texts of these lengths."""
+    return sum(lengths) / rows * config.batch
+
+
+def _sft(model: Any, tokenizer: Any, texts: list[Text], config: StageConfig, given: dict) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    encoded = []
-    for row in rows:
-        head, tail = encode(tokenizer, row["prompt"], row["completion"], config.max_length)
-        mask = [0] * len(head) + [1] * len(tail)
-        encoded.append({"input_ids": head + tail, "completion_mask": mask})
+    examples = [
+        {"input_ids": head + tail, "completion_mask": [0] * len(head) + [1] * len(tail)}
+        for head, tail in texts
+    ]
     return _in_order(
-        SFTTrainer, order(len(rows), config)
+        SFTTrainer, order(len(examples), config)
     )(
         model=model,
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list(encoded),
+        train_dataset=Dataset.from_list(examples),
         args=_one_device(
             SFTConfig(
                 **given,
@@ -163,19 +196,6 @@ def _arguments(
         "disable_tqdm": True,
         "deepspeed": deepspeed,
     }
-
-
-def tokens_of_a_step(tokenizer: Any, rows: Sequence[Row], config: StageConfig) -> float:
-    """Tokens of one step on average, both answers of a pair with its prompt counted."""
-    answers = ("completion",) if config.kind == "sft" else ("chosen", "rejected")
-    total = sum(
-        len(head) + len(tail)
-        for row in rows
-        for head, tail in (
-            encode(tokenizer, row["prompt"], row[a], config.max_length) for a in answers
-        )
-    )
-    return total / len(rows) * config.batch
 
 
 def _last_checkpoint(work: Path, tidy: bool) -> Path | None:

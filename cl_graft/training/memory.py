@@ -7,18 +7,15 @@ pass hold, comes from `trace`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import CLGraftError
-from ..models.text import encode
-from ..task import Example, Pair
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
     from .trace import Trace
 
@@ -124,17 +121,6 @@ def estimate(model: str | Path | PreTrainedConfig, job: Job) -> Memory:
         triton=job.gpu,
     )
     return _sharded(job, found) if job.stage else _whole(job, found)
-
-
-def longest(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example] | Sequence[Pair], max_length: int
-) -> int:
-    """Tokens of the longest row as a stage makes it, which is what the fullest micro-batch is padded to."""
-    texts: list[tuple[str, str]] = []
-    for row in rows:
-        answers = (row.completion,) if isinstance(row, Example) else (row.chosen, row.rejected)
-        texts += [(row.prompt, answer) for answer in answers]
-    return max(sum(map(len, encode(tokenizer, *text, max_length))) for text in texts)
 
 
 def _whole(job: Job, found: Trace) -> Memory:

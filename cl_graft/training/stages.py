@@ -27,7 +27,7 @@ from ..config import Launch
 from ..evaluation import generate, scorers
 from ..identity import code_digest, digest, place, versions, vocabulary
 from ..models import text
-from ..record import RecordError, locked, read_json, read_jsonl, write_json, write_text
+from ..record import locked, read_json, read_jsonl, refused, write_json, write_text
 from ..skillpack.checkpoint import CheckpointError, new_folder
 from ..skillpack.file import fingerprint
 from ..task import Pair, Preference, Task
@@ -122,7 +122,7 @@ class Stages:
         about = {
             "config": asdict(job),
             "rows": len(rows),
-            "tokens": job.steps * fit.tokens_of_a_step(tokenizer, rows, job),
+            "tokens": read_json(work / fit.TOKENS),
             "weights": fingerprint(model.named_parameters()),
             "launch": self.launch.model_dump(mode="json"),
             "made_by": {"code": training_code(), **versions()},
@@ -201,26 +201,21 @@ def _refusals(path: Path) -> Iterator[None]:
         reason = "the disk is full, or takes no such file"
     else:
         return
-    raise RecordError(
-        f"{path} cannot be written ({reason}); free space or choose another --out or --cache, then run the same "
-        "command again to continue."
-    )
+    raise refused(path, reason)
 
 
 @contextmanager
 def in_full_precision(model: nn.Module) -> Iterator[None]:
     """Trainable parameters in float32 while they are trained: steps of 1e-6 are lost in bfloat16."""
-    narrow = {
-        name: p.dtype
-        for name, p in model.named_parameters()
+    narrow = [
+        (p, p.dtype)
+        for p in model.parameters()
         if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
-    }
-    for name, parameter in model.named_parameters():
-        if name in narrow:
-            parameter.data = parameter.data.float()
+    ]
+    for parameter, _ in narrow:
+        parameter.data = parameter.data.float()
     try:
         yield
     finally:
-        for name, parameter in model.named_parameters():
-            if name in narrow:
-                parameter.data = parameter.data.to(narrow[name])
+        for parameter, dtype in narrow:
+            parameter.data = parameter.data.to(dtype)

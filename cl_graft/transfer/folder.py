@@ -110,8 +110,5 @@ def read_rows(out: Path, name: str) -> list[dict[str, Any]]:
 
 def digest(path: Path) -> str:
     """BLAKE2b of a file's bytes, 32 hex digits."""
-    found = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

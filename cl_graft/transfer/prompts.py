@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import plugins
-from ..data import DataError
+from ..data import DataError, json_lines
 from ..errors import UnknownName
 from ..evaluation.scorers import final_number
 from ..task import Example, Scenario, Task
@@ -158,16 +158,7 @@ def _file(path: Path) -> list[Row]:
             return [(f"{path}, record {i}", row) for i, row in enumerate(json.loads(text), 1)]
     except Exception as error:  # each reader has errors of its own
         raise DataError(f"{path} cannot be read ({error}); mend or replace the file.") from error
-    found = []
-    for i, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                found.append((f"{path}, line {i}", json.loads(line)))
-            except ValueError as error:
-                raise DataError(
-                    f"{path}, line {i} is not JSON ({error}); mend or remove the line."
-                ) from error
-    return found
+    return [(f"{path}, {where}", row) for where, row in json_lines(path, text)]
 
 
 def _hub(name: str) -> list[Row]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CLGraftError
+from ..models.chat import user_turn
 from ..models.load import locate
 
 if TYPE_CHECKING:
@@ -76,14 +77,8 @@ def worded(tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, chat: boo
         raise SourceError(
             f"{name} has no chat template; leave out --chat, or give a source that was trained to chat."
         )
-    turn = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    first = tokenizer.bos_token or ""
-    # the tokenizer puts it there again
-    doubled = (
-        first and text.startswith(first) and tokenizer("").input_ids == [tokenizer.bos_token_id]
-    )
-    return text[len(first) :] if doubled else text
+    # not `render`, which refuses a template that begins without the token that the tokenizer adds
+    return user_turn(tokenizer, prompt)[1]
 
 
 def check_readable(

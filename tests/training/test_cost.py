@@ -70,11 +70,3 @@ def test_a_step_checkpoint_is_as_large_as_said(tmp_path, nano):
     files = [folder / "model.safetensors", folder / "optimizer.pt"]
     total = sum(p.numel() for p in model.parameters())
     assert sum(f.stat().st_size for f in files) == pytest.approx(cost.step_bytes(total), rel=0.05)
-
-
-def test_a_cell_has_its_packs_its_stage_and_a_checkpoint_more_than_it_keeps():
-    assert cost.cell_bytes(1000, 3, "10%") == 3 * 200 + 4000
-    assert cost.cell_bytes(1000, 3, "10%", shared=True) == 3 * 200 + 3 * 4000
-    assert cost.cell_bytes(1000, 3, "100B", step_checkpoint=50, kept=2) == 300 + 4000 + 150
-    with pytest.raises(CLGraftError, match="budget"):
-        cost.cell_bytes(1000, 3, "much")

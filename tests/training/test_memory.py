@@ -11,8 +11,10 @@ from transformers import LlamaConfig
 from cl_graft.bench.plan import MINI, TEXT, compare, measured
 from cl_graft.errors import CLGraftError
 from cl_graft.models.embedded import world_tokenizer
-from cl_graft.task import Example, Pair
-from cl_graft.training.memory import Job, estimate, longest
+from cl_graft.task import Example, Pair, Preference, Task, Training
+from cl_graft.training.config import dpo_job, sft_job
+from cl_graft.training.fit import encoded, lengths
+from cl_graft.training.memory import Job, estimate
 from cl_graft.training.trace import Meter, trace
 
 SMALL = LlamaConfig(
@@ -156,9 +158,15 @@ def test_a_large_model_is_planned_without_its_memory():
 def test_a_row_is_as_long_as_the_stage_makes_it():
     tokenizer = world_tokenizer()
     rows = [Example("abc", "d"), Example("a", "bcdefg")]
-    assert longest(tokenizer, rows, 512) == 1 + 1 + 6 + 1  # start and end, too
-    assert longest(tokenizer, rows, 6) == 6
-    assert longest(tokenizer, [Pair("ab", "c", "cdef")], 512) == 1 + 2 + 4 + 1
+    task = Task("t", rows, (), "exact", training=Training(max_length=512, preference=Preference()))
+    short = replace(task, training=Training(max_length=6))
+
+    def longest(job):
+        return max(lengths(encoded(tokenizer, *job)))
+
+    assert longest(sft_job(task, 0)) == 1 + 1 + 6 + 1  # start and end, too
+    assert longest(sft_job(short, 0)) == 6
+    assert longest(dpo_job(task, [Pair("ab", "c", "cdef")], 0)) == 1 + 2 + 4 + 1
 
 
 @pytest.mark.parametrize(
