@@ -68,7 +68,8 @@ def strategy_of(
 ) -> Strategy:
     """The strategy of a cell that was prepared, on its model; its scenario's prompts are rendered.
 
-    patient: wait for what another cell is making; else Busy is raised. Raises NoChatTemplate where the scenario is for chat and the tokenizer is not.
+    patient: wait for what another cell is making; else Busy is raised.
+    Raises NoChatTemplate where the scenario is for chat and the tokenizer is not.
     """
     from .evaluation.outcomes import Outcomes
     from .models.chat import rendered

@@ -139,7 +139,7 @@ def test_a_run_leaves_the_files_that_record_py_documents(finished: Finished) -> 
     packs = [f"packs/{i:02d}-{task}.safetensors" for i, task in enumerate(TASKS, 1)]
     stages = [f"stages/{i:02d}/{f}" for i in range(4) for f in ("examples.jsonl", "stage.json")]
     found = {str(f.relative_to(cell)) for f in cell.rglob("*") if f.is_file()} - {".lock"}
-    assert found == {"cell.json", "result.json", *packs, *stages}
+    assert found == {"cell.json", "state.json", "result.json", *packs, *stages}
     lines = (cell / "stages" / "03" / "examples.jsonl").read_text().splitlines()
     outcomes = [json.loads(line) for line in lines]
     assert [set(o) for o in outcomes] == [
