@@ -42,8 +42,9 @@ class RunConfig(BaseModel):
     """One cell: scenario x strategy x model x seed x budget, with options.
 
     options: {scenario or strategy name: {option: value}}. train_on: {task: folder made by `cl-graft transfer build`},
-    whose answers and pairs take the place of the task's own training data. The last seven fields say where and how
-    the cell is run, and do not change its result.
+    whose answers and pairs take the place of the task's own training data. The fields from `data_dir` on say where
+    and how the cell is run, and do not change its result. mirror: an fsspec URL that keeps a copy of the cell and of
+    the stages it trains, from which another machine goes on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -60,6 +61,7 @@ class RunConfig(BaseModel):
     data_dir: Path | None = None
     out: Path = Path("results")
     cache: Path | None = None
+    mirror: str | None = None
     launch: Launch = Launch()
     wandb: WandbMode = "auto"
     allow_code_execution: bool = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import itertools
 import json
 import sys
 import typing
@@ -165,6 +166,28 @@ def check_options(kind: str, name: str, plugin: Any, chosen: Mapping[str, Any]) 
                 f"{name}.{option}={value!r} should be {wanted}, as its default {known[option]!r} is."
             )
     return {**known, **chosen}
+
+
+def choices(kind: str, name: str, chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of the options' values: a list, where the option's type takes none, is a grid.
+
+    Raises UnknownName or CLGraftError as `load` and `check_options` do.
+    """
+    plugin = load(kind, name)
+    known = _types(plugin)
+    for option in chosen:
+        if option not in known:
+            raise UnknownName(f"option of {kind} {Path(name).stem}", option, known)
+        if chosen[option] == [] and not _fits([], known[option]):
+            raise CLGraftError(f"{name}.{option}=[] is a grid of no value; give some.")
+    each = [
+        value if isinstance(value, list) and not _fits(value, known[option]) else [value]
+        for option, value in chosen.items()
+    ]
+    found = [dict(zip(chosen, values, strict=True)) for values in itertools.product(*each)]
+    for combination in found:
+        check_options(kind, Path(name).stem, plugin, combination)
+    return found
 
 
 def _types(plugin: Any) -> dict[str, Any]:

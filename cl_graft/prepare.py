@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,8 @@ from . import plugins
 from .budget import Budget
 from .config import RunConfig
 from .errors import CLGraftError, UnknownName
+from .identity import digest
+from .mirror import Mirror
 from .task import Scenario
 
 if TYPE_CHECKING:
@@ -21,27 +23,42 @@ if TYPE_CHECKING:
 
 def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]]:
     """Find and check everything a run names, before anything is computed."""
+    return _scenario(config), *_strategy(config)
+
+
+def check(cells: Iterable[RunConfig]) -> None:
+    """What `prepare` would raise for any of the cells; a scenario that they share is made once."""
+    made = set()
+    for config in cells:
+        _strategy(config)
+        name = config.short(config.scenario)
+        told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
+        scenario = digest(*map(str, told), config.options.get(name), str(config.train_on))
+        if scenario not in made:
+            _scenario(config)
+            made.add(scenario)
+
+
+def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
+    """Class and options of the strategy; the config's plain values are checked, too."""
     Budget(config.budget, 10**9)
     if not 0 <= config.seed < 2**31:
         raise CLGraftError(f"seed {config.seed} is out of range; choose one from 0 to {2**31 - 1}.")
     scenario_name, strategy_name = config.short(config.scenario), config.short(config.strategy)
+    known = (*plugins.names("strategy"), *plugins.names("scenario"))
     for owner in config.options:
-        if owner not in (
-            scenario_name,
-            strategy_name,
-            *plugins.names("strategy"),
-            *plugins.names("scenario"),
-        ):
+        if owner not in (scenario_name, strategy_name, *known):
             raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
+    found = plugins.load("strategy", config.strategy)
+    _require_strategy(found, config.strategy)
+    given = config.options.get(strategy_name, {})
+    return found, plugins.check_options("strategy", strategy_name, found, given)
+
+
+def _scenario(config: RunConfig) -> Scenario:
+    name = config.short(config.scenario)
     make = plugins.load("scenario", config.scenario)
-    chosen = plugins.check_options(
-        "scenario", scenario_name, make, config.options.get(scenario_name, {})
-    )
-    strategy_class = plugins.load("strategy", config.strategy)
-    _require_strategy(strategy_class, config.strategy)
-    options = plugins.check_options(
-        "strategy", strategy_name, strategy_class, config.options.get(strategy_name, {})
-    )
+    chosen = plugins.check_options("scenario", name, make, config.options.get(name, {}))
     scenario = make(seed=config.seed, data_dir=config.data_dir, **chosen)
     if not isinstance(scenario, Scenario):
         raise CLGraftError(
@@ -54,7 +71,7 @@ def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]
         from .evaluation.sandbox import require_consent
 
         require_consent(config.allow_code_execution, f"scoring task {programs[0].name!r}")
-    return scenario, strategy_class, options
+    return scenario
 
 
 def strategy_of(
@@ -75,6 +92,7 @@ def strategy_of(
     from .models.chat import rendered
     from .training.stages import Stages
 
+    mirror = Mirror(config.mirror) if config.mirror else None
     return strategy_class(
         model=model,
         tokenizer=tokenizer,
@@ -83,8 +101,8 @@ def strategy_of(
         seed=config.seed,
         options=options,
         allow_code=config.allow_code_execution,
-        stages=Stages(config.store, config.launch, patient),
-        outcomes=Outcomes(config.store, config.cell, patient),
+        stages=Stages(config.store, config.launch, patient, mirror),
+        outcomes=Outcomes(config.store, config.cell, patient, mirror),
     )
 
 

@@ -258,6 +258,15 @@ def _lives(pid: int) -> bool:
     return True
 
 
+def states(folder: Path) -> dict[Path, dict[str, Any]]:
+    """{cell's folder: its state, with the number of its whole stages}. Raises RecordError where there is no cell."""
+    found = {file.parent for file in folder.rglob("state.json")} if folder.is_dir() else set()
+    if not found:
+        raise RecordError(f"{folder} holds no cell; give the folder that --out named.")
+    read = {path: CellFolder(path) for path in sorted(found)}
+    return {path: cell.state() | {"stages": len(cell.stages())} for path, cell in read.items()}
+
+
 def cells(folder: Path) -> list[Path]:
     """Cell folders at or below `folder`, sorted. Raises RecordError if there is none."""
     if not folder.is_dir():

@@ -6,10 +6,8 @@ same command again, with the same numbers.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .config import RunConfig
 from .executors import Executor, Report
@@ -22,22 +20,6 @@ class Failure:
 
     cell: str
     reason: str
-
-
-def grid(
-    scenarios: Sequence[str],
-    strategies: Sequence[str],
-    seeds: Sequence[int],
-    models: Sequence[str],
-    budgets: Sequence[str],
-    **common: Any,
-) -> list[RunConfig]:
-    """Every combination, in the order given, seeds outermost so that early results compare all strategies."""
-    product = itertools.product(seeds, scenarios, models, budgets, strategies)
-    return [
-        RunConfig(scenario=s, strategy=m, model=model, seed=seed, budget=budget, **common)
-        for seed, s, model, budget, m in product
-    ]
 
 
 def sweep(
@@ -57,14 +39,13 @@ def sweep(
     """
     from .cell import finished
     from .models import load
-    from .prepare import prepare
+    from .prepare import check
 
     waiting = [c for c in cells if finished(c) is None]
     if not waiting:
         return []
     warm_up()
-    for config in waiting:
-        prepare(config)
+    check(waiting)
     failures = [] if retry_failed else [f for c in waiting if (f := _failed_before(c))]
     given_up = {f.cell for f in failures}
     waiting = [c for c in waiting if c.cell not in given_up]
@@ -89,11 +70,3 @@ def sweep(
 def _failed_before(config: RunConfig) -> Failure | None:
     state = CellFolder(config.out / config.cell).state()
     return Failure(config.cell, state["reason"]) if state["state"] == "failed" else None
-
-
-def options_from(sets: Sequence[tuple[str, str, Any]]) -> Mapping[str, dict[str, Any]]:
-    """`--set` triples as {owner: {option: value}}."""
-    found: dict[str, dict[str, Any]] = {}
-    for owner, option, value in sets:
-        found.setdefault(owner, {})[option] = value
-    return found

@@ -18,9 +18,9 @@ import typer
 
 from cl_graft import PerformanceMatrix, SkillPack, plugins
 from cl_graft.cli import main
+from cl_graft.cli.progress import interruptible
 from cl_graft.models.embedded import SPECS
 from cl_graft.models.load import load
-from cl_graft.progress import interruptible
 
 SMALL = ["--set", "mini.steps=8", "--set", "mini.train_size=64", "--set", "mini.test_size=12"]
 CELL = ["--scenario", "mini", "--strategy", "graftllm", "--model", "nano-llama", "--wandb", "off"]

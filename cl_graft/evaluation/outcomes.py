@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..identity import code_digest, digest, place, versions, vocabulary
+from ..mirror import Mirror
 from ..models import text
 from ..record import read_jsonl, write_text
 from ..task import Task
@@ -40,6 +41,7 @@ class Outcomes:
     folder: Path
     cell: str = ""
     patient: bool = True
+    mirror: Mirror | None = None
 
     def file(self, weights: str, tokenizer: PreTrainedTokenizerBase, task: Task) -> Path:
         """Where the outcomes of these weights are kept: by all that determines them, code and versions included."""
@@ -57,6 +59,8 @@ class Outcomes:
 
     def recall(self, file: Path, stage: int) -> tuple[Results, bool] | None:
         """Outcomes, and whether another cell or stage than this one measured them; None if nobody has."""
+        if self.mirror and not file.is_file():
+            self.mirror.pull(f"cache/evaluations/{file.name}", file)
         if not file.is_file():
             return None
         first, *lines = read_jsonl(file)
@@ -80,3 +84,5 @@ class Outcomes:
             for i, scored in enumerate(outcomes)
         ]
         write_text(file, "".join(json.dumps(line) + "\n" for line in (first, *lines)))
+        if self.mirror:
+            self.mirror.push(file, f"cache/evaluations/{file.name}")

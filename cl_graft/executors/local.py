@@ -12,18 +12,16 @@ import os
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import connection, forkserver, util
 from typing import Any
 
 from ..config import RunConfig
 from . import Outcome, Report
 from .attempt import attempt, seldom
-
-LIVES = 3  # attempts at a cell whose process dies without a word
+from .queue import Queue
 
 
 def gpus() -> int:
@@ -47,33 +45,6 @@ def warm_up() -> None:
 
 
 @dataclass
-class _Cells:
-    """What is left: fresh ones first; those that another holds up wait until nothing else is to be begun."""
-
-    fresh: deque[RunConfig]
-    held: deque[RunConfig] = field(default_factory=deque)
-    deaths: dict[str, int] = field(default_factory=dict)
-
-    def next(self) -> tuple[RunConfig, bool] | None:
-        """A cell, and whether it is to wait for what others make."""
-        if self.fresh:
-            return self.fresh.popleft(), False
-        return (self.held.popleft(), True) if self.held else None
-
-    def after(self, config: RunConfig, outcome: Outcome) -> Outcome | None:
-        """None if the cell is to be tried again, else what became of it."""
-        if outcome.state == "busy":
-            self.held.append(config)
-            return None
-        if outcome.state == "lost":
-            self.deaths[config.cell] = self.deaths.get(config.cell, 0) + 1
-            if self.deaths[config.cell] < LIVES:
-                self.fresh.append(config)
-                return None
-        return outcome
-
-
-@dataclass
 class _Worker:
     process: Any
     pipe: connection.Connection
@@ -84,7 +55,7 @@ def run_cells(
     cells: Sequence[RunConfig], report: Report, workers: int
 ) -> Iterator[tuple[RunConfig, Outcome]]:
     """Outcomes as they come. Whoever stops listening stops the workers; what they had finished stays."""
-    left, context = _Cells(deque(cells)), _context()
+    left, context = Queue(cells), _context()
     slots: list[_Worker | None] = [None] * max(1, min(workers, len(cells)))
     try:
         while True:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,30 +42,34 @@ def write_provenance(cells: Sequence[Cell], folder: Path) -> Path:
 
 
 def commands(cells: Sequence[Cell]) -> list[str]:
-    """One `cl-graft sweep` a scenario, model, data and budget, that makes these cells anew."""
-    groups: dict[tuple[str, ...], list[Cell]] = {}
+    """The `cl-graft sweep` commands that make these cells anew; those that differ in strategy and seed alone share one."""
+    groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        trained_on = [f"--train-on {t}={f}" for t, f in cell["config"]["train_on"].items()]
-        key = (cell["scenario"], cell["model"], cell["budget"], *trained_on)
-        groups.setdefault(key, []).append(cell)
-    found = []
-    for (_, model, budget, *trained_on), members in groups.items():
-        config = members[0]["config"]
-        sets = sorted(
-            f"--set {owner}.{option}={value}"
-            for owner, options in config["options"].items()
-            for option, value in options.items()
-        )
-        strategies = ",".join(dict.fromkeys(m["config"]["strategy"] for m in members))
-        seeds = ",".join(str(s) for s in sorted({m["seed"] for m in members}))
-        data = ["--data-dir DATA"] if members[0]["reads_data_dir"] else []
-        parts = [
+        key = {k: v for k, v in cell["config"].items() if k not in ("strategy", "seed")}
+        groups.setdefault(json.dumps(key, sort_keys=True), []).append(cell)
+    return [_command(members) for members in groups.values()]
+
+
+def _command(members: Sequence[Cell]) -> str:
+    config = members[0]["config"]
+    strategies = ",".join(dict.fromkeys(m["config"]["strategy"] for m in members))
+    seeds = ",".join(str(s) for s in sorted({m["seed"] for m in members}))
+    return " ".join(
+        [
             f"cl-graft sweep --scenarios {config['scenario']} --strategies {strategies}",
-            f"--seeds {seeds} --models {model} --budgets {budget}",
-            *data,
-            *trained_on,
-            *sets,
+            f"--seeds {seeds} --models {config['model']} --budgets {config['budget']}",
+            *(["--data-dir DATA"] if members[0]["reads_data_dir"] else []),
+            *(f"--train-on {task}={folder}" for task, folder in config["train_on"].items()),
+            *sorted(
+                f"--set {owner}.{option}={_word(value)}"
+                for owner, options in config["options"].items()
+                for option, value in options.items()
+            ),
             "--allow-code-execution",
         ]
-        found.append(" ".join(parts))
-    return found
+    )
+
+
+def _word(value: Any) -> str:
+    """A value as `--set` reads it, as a shell passes it on."""
+    return shlex.quote(value if isinstance(value, str) else json.dumps(value))

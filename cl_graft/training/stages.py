@@ -26,6 +26,7 @@ from torch import nn
 from ..config import Launch
 from ..evaluation import generate, scorers
 from ..identity import code_digest, digest, place, versions, vocabulary
+from ..mirror import Mirror
 from ..models import text
 from ..record import locked, read_json, read_jsonl, refused, write_json, write_text
 from ..skillpack.checkpoint import CheckpointError, new_folder
@@ -69,6 +70,7 @@ class Stages:
     folder: Path
     launch: Launch = Launch()
     patient: bool = True
+    mirror: Mirror | None = None
 
     def run(
         self,
@@ -86,12 +88,15 @@ class Stages:
         target, begun = self.folder / "stages" / key, perf_counter()
         with _refusals(target), locked(target, self.patient):
             waited = perf_counter() - begun
+            self._fetch(target)
             if not (target / MARKER).is_file():
                 work = target.with_name(f"{key}.work")
                 work.mkdir(parents=True, exist_ok=True)
                 with new_folder(target) as building:
                     spent = self._train(model, tokenizer, rows, job, work, building, progress)
                 shutil.rmtree(work, ignore_errors=True)
+                if self.mirror:
+                    self.mirror.push(target, self._name(target))
                 return target, self.log(target, waited + spent)
         checkpoint.load_into(model, target)
         return target, self.log(target, waited)
@@ -149,10 +154,23 @@ class Stages:
         start = fingerprint(model.named_parameters())
         file = self.pairs_file(start, tokenizer, task, half, seed)
         with locked(file, self.patient):
+            self._fetch(file)
             if not file.is_file():
                 made = preferences.preference_pairs(model, tokenizer, task, half, seed, allow_code)
                 write_text(file, "".join(json.dumps(asdict(pair)) + "\n" for pair in made))
+                if self.mirror:
+                    self.mirror.push(file, self._name(file))
         return [Pair(**line) for line in read_jsonl(file)]
+
+    def _fetch(self, path: Path) -> None:
+        """What another machine has made of it; a folder without its marker is none."""
+        if self.mirror and not path.exists():
+            self.mirror.pull(self._name(path), path)
+            if path.is_dir() and not (path / MARKER).is_file():
+                shutil.rmtree(path)
+
+    def _name(self, path: Path) -> str:
+        return f"cache/{path.relative_to(self.folder).as_posix()}"
 
     def pairs_file(
         self,

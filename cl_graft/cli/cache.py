@@ -15,7 +15,7 @@ Folder = Annotated[Path, typer.Argument(help="A results folder, or the one that 
 @app.command("ls")
 def ls(folder: Folder = Path("results")) -> None:
     """List them, the largest first."""
-    from .cache import entries
+    from ..cache import entries
 
     found = entries(_cache(folder))
     for entry in found:
@@ -41,7 +41,7 @@ def prune(
     ] = None,
 ) -> None:
     """Remove what was made by other versions of the code, which no run can recall; results stay."""
-    from .cache import prune as remove
+    from ..cache import prune as remove
 
     days = None if older_than is None else 86400 * older_than
     removed = remove(_cache(folder), everything, days)

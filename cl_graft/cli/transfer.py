@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .errors import CLGraftError, UnknownName
+from ..errors import CLGraftError, UnknownName
+from .show import print_tables
 
 app = typer.Typer(help="Make training data from other models' answers.", no_args_is_help=True)
 
@@ -66,16 +66,13 @@ def build(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Sample, judge and select answers into an SFT and a DPO data set; run it again to continue."""
-    from rich.console import Console
     from transformers.utils import logging
 
-    from .plugins import parse_set
+    from ..transfer.build import build as build_data
+    from ..transfer.build import shortfall
+    from ..transfer.config import BuildConfig
+    from ..transfer.report import tables
     from .progress import bars, interruptible
-    from .sweep import options_from
-    from .transfer.build import build as build_data
-    from .transfer.build import shortfall
-    from .transfer.config import BuildConfig
-    from .transfer.report import tables
 
     logging.set_verbosity_error()  # what matters of its warnings is checked, and said in a sentence
     if backend not in ("hf", "vllm"):
@@ -97,7 +94,7 @@ def build(
         backend=backend,  # type: ignore[arg-type]
         chat=chat,
         data_dir=data_dir,
-        options=dict(options_from([parse_set(text) for text in set_ or []])),
+        options=_options(set_ or []),
         allow_code_execution=allow_code_execution,
     )
     with interruptible(), bars() as bar:
@@ -105,9 +102,16 @@ def build(
     if json_:
         typer.echo(json.dumps(found, indent=1))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        for table in tables(found):
-            console.print(table.rich())
+        print_tables(tables(found))
         typer.echo(f"data: {out} ({found['sft']:,} SFT rows, {found['dpo']:,} DPO pairs)")
     if reason := shortfall(found, config):
         raise CLGraftError(reason)
+
+
+def _options(sets: list[str]) -> dict[str, dict[str, Any]]:
+    from ..plugins import parse_set
+
+    found: dict[str, dict[str, Any]] = {}
+    for owner, option, value in map(parse_set, sets):
+        found.setdefault(owner, {})[option] = value
+    return found

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import DataDir, names
-from .cli_show import print_tables
+from .options import DataDir, names
+from .show import print_tables
 
 app = typer.Typer(help="Measure this machine and this code.", no_args_is_help=True)
 
@@ -27,8 +27,8 @@ def bench_pack(
     to: Annotated[Path | None, typer.Option(help="Folder for the table, with provenance.")] = None,
 ) -> None:
     """The pack engine beside a textbook implementation of the paper's scheme: ratios within one run."""
-    from .bench.pack import bench_pack as measure
-    from .bench.table import markdown, write
+    from ..bench.pack import bench_pack as measure
+    from ..bench.table import markdown, write
 
     found = measure(names(only), data_dir, threads, lambda what: typer.echo(what, err=True))
     typer.echo(json.dumps(found, indent=1) if json_ else markdown(found))
@@ -41,8 +41,8 @@ def bench_plan(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Memory that `plan` estimates against what the allocator counts while TRL really trains two steps."""
-    from .bench.plan import bench_plan as measure
-    from .report.plan import estimates
+    from ..bench.plan import bench_plan as measure
+    from ..report.plan import estimates
 
     rows = measure()
     if json_:

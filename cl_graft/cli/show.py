@@ -8,14 +8,14 @@ from typing import Any
 
 import typer
 
-from .errors import CLGraftError
+from ..errors import CLGraftError
 
 
 def report(folders: list[Path], target: Path) -> None:
-    from .report import budgets, gather
-    from .report.figures import write_figures
-    from .report.provenance import write_provenance
-    from .report.tables import matrices, ranking, write_tables
+    from ..report import budgets, gather
+    from ..report.figures import write_figures
+    from ..report.provenance import write_provenance
+    from ..report.tables import matrices, ranking, write_tables
 
     cells = gather(folders)
     print_tables([*matrices(cells), *ranking(cells)])
@@ -31,12 +31,10 @@ def report(folders: list[Path], target: Path) -> None:
     typer.echo(f"tables (CSV, Markdown), figures (PNG, SVG) and provenance: {target}")
 
 
-def print_finished(cells: list[Any], out: Path) -> None:
-    from .cell import finished
-    from .report.tables import matrices, ranking
+def print_finished(results: list[dict[str, Any]], out: Path) -> None:
+    from ..report.tables import matrices, ranking
 
-    found = [result for config in cells if (result := finished(config))]
-    print_tables([*matrices(found), *ranking(found)])
+    print_tables([*matrices(results), *ranking(results)])
     typer.echo(f"finished already; figures and provenance: {out / 'report'}")
 
 

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .cli_options import Cache, DataDir, Launching, Out, Set, TrainOn, grid_of, integer, names
-from .cli_show import print_tables
+from .options import (
+    Budgets,
+    Cache,
+    DataDir,
+    File,
+    Launching,
+    Models,
+    Out,
+    Scenarios,
+    Seeds,
+    Set,
+    Strategies,
+    TrainOn,
+    sweep_from,
+)
+from .show import print_tables
 
 
 def plan(
-    scenarios: Annotated[str, typer.Option(help="Names, comma-separated.")],
-    strategies: Annotated[str, typer.Option(help="Names, comma-separated.")],
-    seeds: Annotated[str, typer.Option(help="Comma-separated integers.")] = "0",
-    models: Annotated[str, typer.Option(help="Comma-separated.")] = "mini-llama",
-    budgets: Annotated[str, typer.Option(help="Comma-separated.")] = "10%",
+    file: File = None,
+    scenarios: Scenarios = None,
+    strategies: Strategies = None,
+    seeds: Seeds = None,
+    models: Models = None,
+    budgets: Budgets = None,
     data_dir: DataDir = None,
-    out: Out = Path("results"),
+    out: Out = None,
     set_: Set = None,
     train_on: TrainOn = None,
-    launch: Launching = "",
+    launch: Launching = None,
     cache: Cache = None,
     probe: Annotated[
         bool, typer.Option("--probe", help="Time three real steps of each kind of stage.")
@@ -37,15 +51,10 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """What a sweep is going to do: stages, memory, time, disk, and what is cached; nothing is started."""
-    from .plan import plan as make
-    from .report.plan import summary, table
+    from ..plan import plan as make
+    from ..report.plan import summary, table
 
-    numbers = [integer(s) for s in names(seeds)]
-    given = locals() | {"wandb": "off", "allow_code_execution": False}
-    cells = grid_of(
-        names(scenarios), names(strategies), numbers, names(models), names(budgets), given
-    )
-    found = make(cells, probe, peak, utilisation, gpu)
+    found = make(sweep_from(file, locals()).cells(), probe, peak, utilisation, gpu)
     if json_:
         typer.echo(json.dumps(found.json(), indent=1, default=str))
     else:

@@ -1,0 +1,51 @@
+"""Commands: parse, call, print. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+
+from ..errors import CLGraftError
+from . import bench, cache, list_, pack, plan, report, run, sweep, transfer
+
+app = typer.Typer(
+    help="Continual learning of language models: run strategies on task streams, measure forgetting.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    run.run,
+    sweep.sweep,
+    sweep.validate,
+    sweep.status,
+    sweep.init,
+    plan.plan,
+    report.report,
+):
+    app.command()(command)
+app.command("list")(list_.list_)
+app.add_typer(pack.app, name="pack")
+app.add_typer(cache.app, name="cache")
+app.add_typer(transfer.app, name="transfer")
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Entry point: errors meant for the user are one sentence on stderr and exit code 1."""
+    from pydantic import ValidationError
+
+    # Of torchvision, which wants an image library that nothing here uses.
+    warnings.filterwarnings("ignore", message="Failed to load image Python extension")
+    try:
+        app()
+    except CLGraftError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except ValidationError as error:
+        first = error.errors()[0]
+        typer.echo(f"error: {'.'.join(map(str, first['loc']))}: {first['msg']}.", err=True)
+        sys.exit(1)

@@ -1,0 +1,157 @@
+"""The live view of a sweep: cells by state, what each running one does, time left, the matrix as it fills up."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from ..config import RunConfig
+from ..record import CellFolder
+
+Report = Callable[[str, str, float], None]
+ROWS = 16  # of the matrix that fit beside the rest
+
+
+@contextmanager
+def view(cells: Sequence[RunConfig]) -> Iterator[Report]:
+    """Redrawn in place on a terminal; elsewhere a line on stderr for every change of what a cell does."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console, progress = Console(stderr=True), Progress(cells)
+    if not console.is_terminal:
+        yield progress.line
+        return
+    with Live(get_renderable=progress.drawn, console=console, refresh_per_second=4):
+        yield progress.take
+
+
+class Progress:
+    """What is known of each cell: what it does, how far it is, and the last row of its matrix."""
+
+    def __init__(self, cells: Sequence[RunConfig], clock: Callable[[], float] = time.monotonic):
+        self.configs = {config.cell: config for config in cells}
+        self.clock, self.begun = clock, clock()
+        self.what = {name: "" for name in self.configs}
+        self.done = {name: 0.0 for name in self.configs}
+        self.rows: dict[str, tuple[int, dict[str, float]]] = {}
+        self.aside = ""  # what is done before any cell begins
+        for name in self.configs:
+            self._read(name)
+        self.before = sum(self.done.values())
+
+    def take(self, cell: str, what: str, done: float) -> None:
+        if cell not in self.configs:
+            self.aside = what
+            return
+        if self.what[cell] != what:
+            self.what[cell] = what
+            self._read(cell)
+        self.done[cell] = max(self.done[cell], done)
+
+    def line(self, cell: str, what: str, done: float) -> None:
+        if self.what.get(cell, self.aside) != what:
+            count = sum(w == "done" for w in self.what.values()) + (what == "done")
+            typer.echo(f"[{count}/{len(self.configs)} {done:4.0%}] {cell}: {what}", err=True)
+        self.take(cell, what, done)
+
+    def _read(self, name: str) -> None:
+        """The last whole stage of a cell, and whether it ended before."""
+        config = self.configs[name]
+        folder = CellFolder(config.out / config.cell)
+        records = folder.stages()
+        if records:
+            scores = records[-1]["scores"]["score"]
+            self.rows[name] = len(records) - 1, {t: 100 * c["value"] for t, c in scores.items()}
+            self.done[name] = max(self.done[name], min(0.99, len(records) / (len(scores) + 1)))
+        if folder.complete:
+            self.what[name], self.done[name] = "done", 1.0
+
+    def states(self) -> Counter[str]:
+        """How many cells are done, failed, running and waiting."""
+
+        def state(what: str) -> str:
+            if what in ("done", "failed"):
+                return what
+            return "waiting" if not what or what.startswith("waiting") else "running"
+
+        return Counter(state(what) for what in self.what.values())
+
+    def seconds_left(self) -> float | None:
+        """As if what is left went on as fast as what was done; None until there is something to go by."""
+        now, whole = sum(self.done.values()), float(len(self.configs))
+        if now - self.before < 0.02 * whole and now - self.before < 0.5:
+            return None
+        return (self.clock() - self.begun) * (whole - now) / (now - self.before)
+
+    # --- drawing ---
+
+    def drawn(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(Text(self._head()), self._running(), *self._matrix())
+
+    def _head(self) -> str:
+        counts = self.states()
+        parts = [f"{counts[s]} {s}" for s in ("done", "running", "waiting", "failed") if counts[s]]
+        spent, left = self.clock() - self.begun, self.seconds_left()
+        told = f"{_time(spent)} so far" + (f", about {_time(left)} left" if left else "")
+        aside = f"  ·  {self.aside}" if self.aside and not counts["running"] else ""
+        return f"{len(self.configs)} cells: {', '.join(parts)}  ·  {told}{aside}"
+
+    def _running(self) -> Any:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 2))
+        for name, what in self.what.items():
+            if what and what not in ("done", "failed") and not what.startswith("waiting"):
+                label = f"{self.configs[name].label}, seed {self.configs[name].seed}"
+                done = self.done[name]
+                bar = ProgressBar(total=1.0, completed=done, width=24)
+                grid.add_row(Text(label), bar, f"{done:4.0%}", Text(what))
+        return grid
+
+    def _matrix(self) -> list[Any]:
+        """The groups that have scores, those with the cells that moved last first, as many rows as fit."""
+        from rich.table import Table
+        from rich.text import Text
+
+        groups: dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, float]]]]] = {}
+        for name, row in self.rows.items():
+            config = self.configs[name]
+            group = (config.scenario_label, config.model, config.budget)
+            groups.setdefault(group, {}).setdefault(config.label, []).append(row)
+        tables, room = [], ROWS
+        for group, labels in groups.items():
+            if room <= 0:
+                break
+            tasks = list(dict.fromkeys(t for rows in labels.values() for _, r in rows for t in r))
+            table = Table(title=Text(" · ".join(group)), title_justify="left", box=None)
+            for column in ("score so far, %", *tasks, "learned"):
+                table.add_column(Text(column), justify="left" if column[:5] == "score" else "right")
+            for label, rows in list(labels.items())[:room]:
+                means = [_mean([r[t] for _, r in rows if t in r]) for t in tasks]
+                learned = f"{_mean([k for k, _ in rows])} of {len(tasks)}"
+                table.add_row(Text(label), *means, learned)
+            room -= len(labels) + 3
+            tables.append(table)
+        return tables
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{math.fsum(values) / len(values):.1f}" if values else ""
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,57 @@
+"""`cl-graft run`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .options import (
+    Budget,
+    Cache,
+    Consent,
+    DataDir,
+    Launching,
+    Mirror,
+    Model,
+    Out,
+    Set,
+    TrainOn,
+    Wandb,
+    sweep_from,
+)
+from .progress import bars, interruptible
+from .show import print_tables
+
+
+def run(
+    scenario: Annotated[str, typer.Option(help="Name, or path of a .py file.")],
+    strategy: Annotated[str, typer.Option(help="Name, or path of a .py file.")],
+    model: Model = None,
+    seed: Annotated[int, typer.Option(help="Of the data and the training.")] = 0,
+    budget: Budget = None,
+    data_dir: DataDir = None,
+    out: Out = None,
+    wandb: Wandb = None,
+    allow_code_execution: Consent = False,
+    set_: Set = None,
+    train_on: TrainOn = None,
+    launch: Launching = None,
+    cache: Cache = None,
+    mirror: Mirror = None,
+) -> None:
+    """Run one strategy on one scenario, or continue it where it stopped."""
+    from ..cell import run as run_cell
+    from ..errors import CLGraftError
+    from ..report.tables import matrices, ranking
+
+    given = locals() | {"seeds": str(seed), "models": model, "budgets": budget}
+    cells = sweep_from(None, given | {"scenarios": scenario, "strategies": strategy}).cells()
+    if len(cells) > 1:
+        raise CLGraftError(f"these options say {len(cells)} cells; `cl-graft sweep` runs several.")
+    (config,) = cells
+    with interruptible(), bars() as bar:
+        result = run_cell(config, lambda what, done: bar(config.label, what, done))
+    print_tables([*matrices([result]), *ranking([result])])
+    typer.echo(f"results: {config.out / config.cell}")
+    typer.echo(f"figures: cl-graft report {config.out}")

@@ -1,0 +1,182 @@
+"""`cl-graft sweep`, and `init`, `validate` and `status` around it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import CLGraftError, UnknownName
+from .options import (
+    Budgets,
+    Cache,
+    Consent,
+    DataDir,
+    File,
+    Launching,
+    Mirror,
+    Models,
+    Out,
+    Scenarios,
+    Seeds,
+    Set,
+    Strategies,
+    TrainOn,
+    Wandb,
+    sweep_from,
+)
+
+if TYPE_CHECKING:
+    from ..config import RunConfig
+    from ..executors import Executor
+    from ..spec import Sweep
+    from ..sweep import Failure
+
+EXECUTORS = ("local", "ray")
+
+
+def sweep(
+    file: File = None,
+    scenarios: Scenarios = None,
+    strategies: Strategies = None,
+    seeds: Seeds = None,
+    models: Models = None,
+    budgets: Budgets = None,
+    data_dir: DataDir = None,
+    out: Out = None,
+    wandb: Wandb = None,
+    allow_code_execution: Consent = False,
+    set_: Set = None,
+    train_on: TrainOn = None,
+    launch: Launching = None,
+    cache: Cache = None,
+    mirror: Mirror = None,
+    executor: Annotated[
+        str | None, typer.Option(help="local: processes here (default); ray: a Ray cluster.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Cells at a time; 0 is one a core, or one a GPU.")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the sweep that OUT holds, as it was asked for."),
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run cells that failed before, too.")
+    ] = False,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="Stop at the first cell that fails.")
+    ] = False,
+) -> None:
+    """Run every combination, of a file or of these options; run it again to continue what was stopped."""
+    if executor not in (None, *EXECUTORS):
+        raise UnknownName("executor", executor, EXECUTORS)
+    given = locals()
+    if resume:
+        file = _held(file, given)
+    asked = sweep_from(file, given)
+    failures = _run(asked, retry_failed, fail_fast)
+    for failure in failures:
+        typer.echo(f"failed: {failure.cell}: {failure.reason}", err=True)
+    if failures:
+        typer.echo("mend the causes; --retry-failed runs these cells again.", err=True)
+        raise typer.Exit(1)
+
+
+def _held(file: Path | None, given: dict[str, Any]) -> Path:
+    """The file of the sweep that a results folder holds."""
+    from ..spec import FILE
+
+    if file or given["scenarios"] or given["strategies"]:
+        raise CLGraftError(
+            "--resume takes the sweep from the folder of its results; give --out alone, or leave out --resume."
+        )
+    held = (given["out"] or Path("results")) / FILE
+    if not held.is_file():
+        raise CLGraftError(f"there is no {held}; --out names no folder that a sweep was begun in.")
+    return held
+
+
+def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
+    """All cells that are left, under the live view, and then the report."""
+    from ..cell import finished
+    from ..sweep import sweep as run_cells
+    from .live import view
+    from .progress import interruptible
+    from .show import print_finished
+    from .show import report as write_report
+
+    cells = asked.cells()
+    results = [finished(c) for c in cells]
+    if all(results) and (asked.out / "report").is_dir():
+        print_finished([r for r in results if r], asked.out)
+        return []
+    asked.save(asked.out)
+    executor, warm_up = _executor(asked, cells)
+    failures: list[Failure] = []
+    with interruptible(), view(cells) as report:
+        failures = run_cells(cells, executor, report, warm_up, retry_failed, fail_fast)
+    if len(failures) < len(cells):
+        write_report([asked.out], asked.out / "report")
+    return failures
+
+
+def _executor(asked: Sweep, cells: list[RunConfig]) -> tuple[Executor, Any]:
+    if asked.executor == "ray":
+        from ..executors import ray
+
+        return partial(ray.run_cells, workers=asked.workers, asks=asked.ray), lambda: None
+    from ..executors import local
+
+    # a stage of several processes has all of the machine's devices to itself
+    alone = 1 if any(c.launch.processes for c in cells) else local.default_workers()
+    return partial(local.run_cells, workers=asked.workers or alone), local.warm_up
+
+
+def validate(
+    file: Annotated[Path, typer.Argument(help="Sweep file.")],
+    data_dir: DataDir = None,
+    allow_code_execution: Consent = False,
+) -> None:
+    """Check all that a sweep file says, names, options and data included; nothing is started."""
+    from ..prepare import check
+
+    cells = sweep_from(file, locals()).cells()
+    check(cells)
+    for config in cells:
+        typer.echo(config.cell)
+    typer.echo(f"{file} is valid: {len(cells)} cells.")
+
+
+def status(
+    out: Annotated[Path, typer.Argument(help="Results folder.")] = Path("results"),
+) -> None:
+    """The state of every cell in a results folder: waiting, running, done or failed, and why."""
+    from ..record import states
+
+    found = states(out)
+    for path, state in found.items():
+        stages = f"{state['stages']} stages" if state["stages"] else ""
+        reason = state.get("reason", "") if state["state"] == "failed" else ""
+        typer.echo(f"{state['state']:8} {path.name}  {stages}{reason}".rstrip())
+    counts = {s: 0 for s in ("done", "running", "waiting", "failed")}
+    for state in found.values():
+        counts[state["state"]] += 1
+    typer.echo(", ".join(f"{n} {name}" for name, n in counts.items()))
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("sweep.yaml"),
+) -> None:
+    """Write a sweep file with comments, to begin with."""
+    from importlib import resources
+
+    from ..record import write_text
+
+    if file.exists():
+        raise CLGraftError(f"{file} is there already; choose another name.")
+    text = resources.files("cl_graft").joinpath("sweep_template.yaml").read_text(encoding="utf-8")
+    write_text(file, text)
+    typer.echo(f"{file}: cl-graft validate {file}, then cl-graft sweep {file}")

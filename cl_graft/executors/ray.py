@@ -1,0 +1,116 @@
+"""Cells as tasks of a Ray cluster, or of one that is started on this machine.
+
+A task asks for CPUs, GPUs and memory; Ray finds it a node, and sets the GPUs it may see. A cell whose node is lost is
+given to another, which goes on from what the first left: in the shared results folder, or at the `mirror` URL.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..config import RunConfig
+from ..errors import CLGraftError
+from . import Outcome, Report
+from .attempt import attempt, seldom
+from .queue import Queue
+
+if TYPE_CHECKING:
+    from ..spec import Ray
+
+
+def run_cells(
+    cells: Sequence[RunConfig], report: Report, workers: int, asks: Ray
+) -> Iterator[tuple[RunConfig, Outcome]]:
+    """Outcomes as they come; workers: the most cells at a time, 0 as many as the cluster has room for.
+
+    Raises CLGraftError where Ray is not installed, cannot be reached, or never has what a cell asks for.
+    """
+    ray = _connected(asks, workers)
+    from ray.util.queue import Empty
+    from ray.util.queue import Queue as Events
+
+    task = ray.remote(
+        num_cpus=asks.cpus, num_gpus=asks.gpus, memory=asks.memory, max_retries=0, max_calls=1
+    )(_work)
+    events: Any = Events(actor_options={"num_cpus": 0})
+    left, running = Queue(cells), dict[Any, RunConfig]()
+    try:
+        while True:
+            slots = workers or _room(ray, asks)
+            while len(running) < slots and (chosen := left.next()):
+                config, patient = chosen
+                running[task.remote(config.model_dump_json(), patient, events)] = config
+            if not running:
+                return
+            done, _ = ray.wait(list(running), timeout=0.5)
+            try:
+                while True:
+                    report(*events.get_nowait())
+            except Empty:
+                pass
+            for reference in done:
+                config = running.pop(reference)
+                outcome = _outcome(ray, reference)
+                if final := left.after(config, outcome):
+                    yield config, final
+                else:
+                    report(config.cell, f"waiting: {outcome.reason}", 0.0)
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        events.shutdown(force=True)
+
+
+def _connected(asks: Ray, workers: int) -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise CLGraftError("Ray is not installed; `pip install cl-graft[ray]`.") from error
+    if not ray.is_initialized():
+        address = asks.address or os.environ.get("RAY_ADDRESS")
+        here: dict[str, Any] = {"address": address} if address else {"num_cpus": workers or None}
+        try:
+            ray.init(**here, include_dashboard=False, log_to_driver=False, logging_level="error")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise CLGraftError(
+                f"no Ray cluster answers at {address or 'this machine'} ({error}); start one with `ray start --head`."
+            ) from error
+    if not _room(ray, asks):
+        has = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU", "memory")}
+        raise CLGraftError(
+            f"a cell asks for {asks.cpus:g} CPUs, {asks.gpus:g} GPUs and {asks.memory or 0:,} bytes, and the cluster "
+            f"has {has}; ask for less."
+        )
+    return ray
+
+
+def _room(ray: Any, asks: Ray) -> int:
+    """How many cells the cluster's nodes hold at a time."""
+    wants = {"CPU": asks.cpus, "GPU": asks.gpus, "memory": asks.memory or 0}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(
+        min(int(node.get(kind, 0) // amount) for kind, amount in wants.items() if amount)
+        for node in nodes
+    )
+
+
+def _outcome(ray: Any, reference: Any) -> Outcome:
+    try:
+        return Outcome(*ray.get(reference))
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+        return Outcome("lost", f"its node or process was lost ({type(error).__name__}: {reason})")
+
+
+def _work(config: str, patient: bool, events: Any) -> tuple[str, str]:
+    """On a node: an attempt at the cell; plain values go back."""
+    made = RunConfig.model_validate_json(config)
+    os.environ["OMP_NUM_THREADS"] = str(made.threads)
+
+    def report(what: str, done: float) -> None:
+        events.put_nowait((made.cell, what, done))
+
+    outcome = attempt(made, seldom(report, 1.0), patient)
+    return outcome.state, outcome.reason
