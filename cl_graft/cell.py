@@ -115,7 +115,7 @@ def _compute(
     folder.begin(json.loads(json.dumps(identity)))
     tracker = Tracker(config, folder.path / "tracking", identity)
     try:
-        _stages(folder, scenario, strategy, benchmark(scenario), tracker, progress, begun)
+        _stages(folder, strategy, benchmark(scenario), tracker, progress, begun)
         result = collect(folder.path)
         write_json(folder.path / "result.json", result)
         tracker.finish(result)
@@ -127,7 +127,6 @@ def _compute(
 
 def _stages(
     folder: CellFolder,
-    scenario: Scenario,
     strategy: Strategy,
     stream: Any,
     tracker: Any,
@@ -135,60 +134,73 @@ def _stages(
     begun: float,
 ) -> None:
     """begun: when the cell was, by `perf_counter`; what it took to load counts with the first stage."""
-    done = _restore(folder, scenario, strategy)
+    done = _restore(folder, strategy)
     for record in done:
         tracker.stage(record)
-    total = len(scenario.tasks) + 1
+    tasks = strategy.scenario.tasks
+    total = len(tasks) + 1
     for stage in range(len(done), total):
-        task = scenario.tasks[stage - 1] if stage else None
+        task = tasks[stage - 1] if stage else None
         strategy.progress = partial(_part_of, progress, stage, total)
-        before, log = dict(strategy.seconds), replace(strategy.log)
-        losses, pack_bytes = len(log.losses), None
-        aside = strategy.aside
+        costs = _Costs(strategy, begun)
+        kept: dict[str, Any] = {"pack": None, "pack_bytes": None}
         if task:
             strategy.train(stream.train_stream[stage - 1], eval_streams=[])
-            pack_bytes = strategy.packs[-1].save(folder.new_pack_path(stage, task.name))
+            pack = strategy.packs[-1]
+            size = pack.save(folder.new_pack_path(stage, task.name))
+            kept = {"pack": pack.digest, "pack_bytes": size}
         what = f"evaluating after {task.name}" if task else "evaluating the base model"
         progress(what, (stage + 0.8) / total)
-        known = set(strategy.measured)
-        strategy.eval(stream.test_stream)
-        general = (
-            strategy.measure(scenario.general, strategy.active(None)) if scenario.general else None
-        )
-        active = {
-            t.name: [p.digest for p in strategy.active(j)] for j, t in enumerate(scenario.tasks)
-        }
-        seconds = {k: v - before[k] for k, v in strategy.seconds.items()}
-        busy = seconds["compress"] + seconds["evaluate"] + strategy.aside - aside
-        busy += strategy.log.spent - log.spent
-        record = {
-            "stage": stage,
-            "task": task.name if task else None,
-            "scores": by_metric(strategy.results, scenario.tasks),
-            "general": cells(general, scenario.general.suites)
-            if scenario.general and general
-            else None,
-            "active": active,
-            "general_active": [p.digest for p in strategy.active(None)],
-            "identical": [
-                name
-                for name, packs in active.items()
-                if (name, *packs) in known | strategy.recalled
-            ],
-            "pack": strategy.packs[-1].digest if task else None,
-            "pack_bytes": pack_bytes,
-            "seconds": seconds | {"harness": perf_counter() - begun - busy},
-            "spent": perf_counter() - begun,
-            "tokens": strategy.log.tokens - log.tokens,
-            "peak_memory_mb": peak_memory_mb(),
-            "losses": strategy.log.losses[losses:],
-        }
-        everything = dict(strategy.results)
-        if scenario.general and general:
-            everything[f"general:{scenario.general.name}"] = general
-        folder.write_stage(stage, _example_lines(everything), record)
+        scored, outcomes = _evaluate(strategy, stream)
+        about = {"stage": stage, "task": task.name if task else None}
+        record = {**about, **scored, **kept, **costs.record()}
+        folder.write_stage(stage, _example_lines(outcomes), record)
         tracker.stage(record)
         begun = perf_counter()
+
+
+def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A stage's scores with the packs that they were made by, and every outcome: {task: {metric: outcomes}}."""
+    scenario, known = strategy.scenario, set(strategy.measured)
+    strategy.eval(stream.test_stream)
+    outcomes, general = dict(strategy.results), None
+    if scenario.general:
+        found = strategy.measure(scenario.general, strategy.active(None))
+        general = cells(found, scenario.general.suites)
+        outcomes[f"general:{scenario.general.name}"] = found
+    active = {t.name: [p.digest for p in strategy.active(j)] for j, t in enumerate(scenario.tasks)}
+    known |= strategy.recalled
+    scored = {
+        "scores": by_metric(strategy.results, scenario.tasks),
+        "general": general,
+        "active": active,
+        "general_active": [p.digest for p in strategy.active(None)],
+        "identical": [name for name, packs in active.items() if (name, *packs) in known],
+    }
+    return scored, outcomes
+
+
+class _Costs:
+    """Of a stage: what a strategy's counters grow by from here to `record`."""
+
+    def __init__(self, strategy: Strategy, begun: float):
+        self.strategy, self.begun = strategy, begun
+        self.seconds, self.aside = dict(strategy.seconds), strategy.aside
+        self.log, self.losses = replace(strategy.log), len(strategy.log.losses)
+
+    def record(self) -> dict[str, Any]:
+        strategy, log = self.strategy, self.strategy.log
+        seconds = {k: v - self.seconds[k] for k, v in strategy.seconds.items()}
+        busy = seconds["compress"] + seconds["evaluate"] + strategy.aside - self.aside
+        busy += log.spent - self.log.spent
+        spent = perf_counter() - self.begun
+        return {
+            "seconds": seconds | {"harness": spent - busy},
+            "spent": spent,
+            "tokens": log.tokens - self.log.tokens,
+            "peak_memory_mb": peak_memory_mb(),
+            "losses": log.losses[self.losses :],
+        }
 
 
 def _part_of(progress: Progress, stage: int, total: int, what: str, part: float) -> None:
@@ -208,11 +220,11 @@ def _forwards(progress: Progress) -> Progress:
     return report
 
 
-def _restore(folder: CellFolder, scenario: Scenario, strategy: Strategy) -> list[dict[str, Any]]:
+def _restore(folder: CellFolder, strategy: Strategy) -> list[dict[str, Any]]:
     """Give the strategy its packs and outcomes back; returns the records of the stages that are whole."""
     from .skillpack.file import SkillPack
 
-    records = folder.stages()
+    scenario, records = strategy.scenario, folder.stages()
     for record in records:
         if record["task"]:
             pack = SkillPack.load(

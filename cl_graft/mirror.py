@@ -59,7 +59,7 @@ class Mirror:
                 os.replace(part, target)
 
     def push(self, folder: Path, name: str) -> None:
-        """Copy `folder`, or one file, to `name`; what is there in the same size stays, but for what changes in place."""
+        """Copy `folder`, or one file, to `name`; a file that is there in the same size stays, but for the state."""
         filesystem, root = self._place
         with _said(self.url):
             filesystem.invalidate_cache()

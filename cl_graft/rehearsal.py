@@ -162,14 +162,43 @@ class Rehearsal:
         trained: int,
         state: str,
     ) -> None:
-        launch, model = self.config.launch, self.strategy.model
         found = lengths(encoded(self.strategy.tokenizer, rows, job))
+        needs = self._needs(job, max(found), lora)
+        named = self.strategy.model.named_parameters()
+        everything = sum(p.numel() for n, p in named if ".lora_" not in n)
+        learned = None if lora is None else trained
+        resume = cost.step_bytes(
+            everything, trained=learned, stage=needs.stage, precision=needs.precision
+        )
+        stage = PlannedStage(
+            task=self.task.name,
+            kind=job.kind,
+            start=self.start,
+            rows=len(rows),
+            config=job,
+            micro_batch=needs.micro_batch,
+            accumulation=needs.accumulation,
+            processes=needs.processes,
+            parameters=everything,
+            trained=trained,
+            tokens=round(tokens_of_a_step(found, len(rows), job) * job.steps),
+            memory=self._memory(needs),
+            disk=cost.stage_bytes(everything if learned is None else learned) + 2 * resume,
+            state=state,
+            seconds=None,
+            cells=[],
+        )
+        if state != "cached":
+            stage.seconds = self.timer(self.strategy, stage, rows, lora, self.config, self.real)
+        self.found.append((key, stage))
+
+    def _needs(self, job: StageConfig, length: int, lora: Any) -> Job:
+        launch = self.config.launch
         micro, accumulated = accumulation(job.batch, launch)
-        everything = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
-        needs = Job(
+        return Job(
             job.kind,
             micro,
-            max(found),
+            length,
             accumulated,
             lora=lora,
             precision="bf16" if self.gpu else "fp32",
@@ -180,35 +209,13 @@ class Rehearsal:
             bucket=BUCKET,
             gpu=self.gpu,
         )
-        known = (self.config.model, replace(needs, lora=None), str(lora))
+
+    def _memory(self, needs: Job) -> Memory:
+        """As estimated for another stage alike, or now."""
+        known = (self.config.model, replace(needs, lora=None), str(needs.lora))
         if known not in self.memories:
-            self.memories[known] = estimate(model.config, needs)
-        tokens = round(tokens_of_a_step(found, len(rows), job) * job.steps)
-        learned = None if lora is None else trained
-        resume = cost.step_bytes(
-            everything, trained=learned, stage=needs.stage, precision=needs.precision
-        )
-        stage = PlannedStage(
-            self.task.name,
-            job.kind,
-            self.start,
-            len(rows),
-            job,
-            micro,
-            accumulated,
-            launch.processes or 1,
-            everything,
-            trained,
-            tokens,
-            self.memories[known],
-            cost.stage_bytes(trained if lora is not None else everything) + 2 * resume,
-            state,
-            None,
-            [],
-        )
-        if state != "cached":
-            stage.seconds = self.timer(self.strategy, stage, rows, lora, self.config, self.real)
-        self.found.append((key, stage))
+            self.memories[known] = estimate(self.strategy.model.config, needs)
+        return self.memories[known]
 
 
 class Timer:

@@ -116,7 +116,8 @@ def sweep_of(fields: Mapping[str, Any], where: str) -> Sweep:
     for name in fields:
         if name not in Sweep.model_fields:
             raise UnknownName(f"field of a sweep ({where})", str(name), Sweep.model_fields)
-    for part, kind in {"launch": Launch, "ray": Ray}.items():
+    parts: dict[str, type[BaseModel]] = {"launch": Launch, "ray": Ray}
+    for part, kind in parts.items():
         for name in fields.get(part) or {}:
             if name not in kind.model_fields:
                 raise UnknownName(f"setting of {part} ({where})", str(name), kind.model_fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 
 from cl_graft import plugins
 from cl_graft.budget import Budget
+from cl_graft.cli import main
 from cl_graft.models.load import load
 from cl_graft.task import Scenario
+from tests.command import Call, Done
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -68,3 +71,18 @@ def build(nano: tuple[Any, Any], tiny_scenario: Scenario) -> Callable[..., Any]:
         )
 
     return make
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run `cl-graft` with these words in this process."""
+
+    def run(*words: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["cl-graft", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return Done(int(ended.value.code or 0), said.out, said.err)
+
+    return run

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,45 +16,22 @@ import pytest
 import typer
 
 from cl_graft import PerformanceMatrix, SkillPack, plugins
-from cl_graft.cli import main
 from cl_graft.cli.progress import interruptible
 from cl_graft.models.embedded import SPECS
 from cl_graft.models.load import load
+from tests.command import Call, Done, assert_refused
 
 SMALL = ["--set", "mini.steps=8", "--set", "mini.train_size=64", "--set", "mini.test_size=12"]
 CELL = ["--scenario", "mini", "--strategy", "graftllm", "--model", "nano-llama", "--wandb", "off"]
 TASKS = ["math", "code", "cipher"]
 
 
-@dataclass
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Done]
-
-
 @pytest.fixture
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Call:
-    """Run `cl-graft` with these words in this process, in an empty folder."""
+def call(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
+    """Run `cl-graft` with these words in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CL_GRAFT_ALLOW_CODE_EXECUTION", raising=False)
-
-    def run(*words: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["cl-graft", *words])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Done(int(ended.value.code or 0), said.out, said.err)
-
-    return run
+    return call
 
 
 @dataclass
@@ -296,18 +272,6 @@ def test_a_cell_under_way_is_shown_as_one(partial: Path, call: Call) -> None:
 
 
 # --- bad input ---------------------------------------------------------------------------------
-
-
-def assert_refused(done: Done, *words: str) -> None:
-    """Exit code 1, and one sentence on stderr with these words."""
-    assert done.code == 1, done
-    assert done.out == ""
-    assert done.err.startswith("error: ")
-    assert done.err.endswith(".\n") or done.err.endswith("?\n")
-    assert done.err.count("\n") == 1
-    assert "Traceback" not in done.err
-    for word in words:
-        assert word in done.err
 
 
 @pytest.mark.parametrize(

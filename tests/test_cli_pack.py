@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +13,19 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cl_graft import SkillPack
-from cl_graft.cli import main
 from cl_graft.models.load import locate
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.checkpoint import Checkpoint
 from cl_graft.skillpack.codecs import payload_bytes
+from tests.command import Call, assert_refused
 
 Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 
 
-@dataclass
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Done]
-
-
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call(call: Call) -> Call:
     """Run `cl-graft pack` with these words in this process."""
-
-    def run(*words: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["cl-graft", "pack", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Done(int(ended.value.code or 0), said.out, said.err)
-
-    return run
-
-
-def assert_refused(done: Done, *words: str) -> None:
-    """Exit code 1, and one sentence on stderr with these words."""
-    assert (done.code, done.out) == (1, ""), done
-    assert done.err.startswith("error: ")
-    assert done.err.endswith((".\n", "?\n"))
-    assert done.err.count("\n") == 1
-    for word in words:
-        assert word in done.err
+    return partial(call, "pack")
 
 
 def save_llama(folder: Path, seed: int = 0) -> Path:

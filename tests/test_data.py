@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,11 @@ from hypothesis import strategies as st
 
 from cl_graft import plugins
 from cl_graft.data import DataError, labels, records, sample
+from tests.refusals import one_sentence
 
 ROWS = [{"q": "one?", "a": 1}, {"q": "zwei – ü?", "a": 2.5, "more": None}]
 
-
-def refusal(action: Callable[[], Any]) -> str:
-    with pytest.raises(DataError) as refused:
-        action()
-    message = str(refused.value)
-    assert "\n" not in message and message.endswith(".")
-    return message
+refusal = partial(one_sentence, kind=DataError, ends=".")
 
 
 def lines(rows: list[Any]) -> str:

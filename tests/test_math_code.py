@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import sys
 from pathlib import Path
 from random import Random
@@ -21,6 +20,7 @@ from cl_graft.evaluation.scorers import program_of
 from cl_graft.models.chat import render
 from cl_graft.task import Example, Pair, Scenario
 from tests.chat import llama_tokenizer, qwen_tokenizer
+from tests.real import DATA, needs_data
 
 MAKE = plugins.load("scenario", "math_code")
 MODULE = sys.modules[MAKE.__module__]
@@ -324,30 +324,22 @@ def test_references_of_both_programming_sets_pass(hub: Any) -> None:
 # --- the real test sets ---
 
 
-def data_dir() -> Path:
-    given = os.environ.get("CL_GRAFT_TEST_DATA")
-    return Path(given) if given else Path(__file__).parents[2] / "shared" / "data"
-
-
-real = pytest.mark.skipif(
-    not (data_dir() / "humaneval").is_dir(),
-    reason="no real data: set CL_GRAFT_TEST_DATA to the folder that holds humaneval, math, ...",
-)
+real = needs_data("humaneval", "math")
 
 
 @real
 def test_the_real_test_sets_are_whole() -> None:
-    sizes = {name: len(benchmarks.examples(name, data_dir())) for name in benchmarks.BENCHMARKS}
+    sizes = {name: len(benchmarks.examples(name, DATA)) for name in benchmarks.BENCHMARKS}
     assert sizes == {"gsm8k": 1319, "math": 5000, "humaneval": 164, "mbpp": 500}
     with pytest.raises(UnknownName, match="did you mean humaneval"):
-        benchmarks.examples("humanevals", data_dir())
+        benchmarks.examples("humanevals", DATA)
 
 
 @real
 @pytest.mark.parametrize("kind", ["whole", "body"])
 def test_canonical_solutions_of_humaneval_pass(kind: str) -> None:
     """A sample of 40 of 164, as a whole function and as a body alone (all of them take 16 s and 20 s)."""
-    for example in Random(0).sample(benchmarks.examples("humaneval", data_dir()), 40):
+    for example in Random(0).sample(benchmarks.examples("humaneval", DATA), 40):
         body = example.completion.removeprefix("```python\n").removesuffix("\n```")
         body = body[len(example.setup.lstrip("\n")) :] if kind == "body" else example.completion
         program = program_of(body, example.setup)
@@ -357,7 +349,7 @@ def test_canonical_solutions_of_humaneval_pass(kind: str) -> None:
 
 @real
 def test_references_of_mbpp_pass() -> None:
-    found = [e for e in benchmarks.examples("mbpp", data_dir()) if "amicable" not in e.prompt]
+    found = [e for e in benchmarks.examples("mbpp", DATA) if "amicable" not in e.prompt]
     for example in Random(0).sample(found, 20):
         program = program_of(example.completion, example.setup)
         outcome = run_asserts(program, example.tests, example.setup)

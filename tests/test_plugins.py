@@ -16,6 +16,7 @@ from cl_graft import plugins
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.strategy import Strategy, compressor, merger
 from cl_graft.task import Scenario
+from tests.refusals import one_sentence
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,11 +133,7 @@ def test_two_files_of_one_name_are_two_plugins(tmp_path: Path) -> None:
 
 
 def refusal(kind: str, file: Path | str) -> str:
-    with pytest.raises(CLGraftError) as refused:
-        plugins.load(kind, str(file))
-    message = str(refused.value)
-    assert "\n" not in message
-    return message
+    return one_sentence(lambda: plugins.load(kind, str(file)))
 
 
 def test_a_path_without_a_file_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from cl_graft import record
 from cl_graft.record import CellFolder, RecordError, read_json, read_jsonl, write_json, write_text
+from tests.refusals import one_sentence
 
 IDENTITY: dict[str, Any] = {
     "config": {"scenario": "mini", "strategy": "lora", "seed": 0, "budget": "10%"},
@@ -28,13 +29,7 @@ IDENTITY: dict[str, Any] = {
     "tasks": ["math"],
 }
 
-
-def refusal(action: Callable[[], Any]) -> str:
-    with pytest.raises(RecordError) as refused:
-        action()
-    message = str(refused.value)
-    assert "\n" not in message and message.endswith(".")
-    return message
+refusal = partial(one_sentence, kind=RecordError, ends=".")
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from functools import cache
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -19,6 +17,7 @@ from cl_graft.evaluation.sandbox import run_asserts
 from cl_graft.evaluation.scorers import SCORERS, Examinee, final_number, number
 from cl_graft.models import world
 from cl_graft.task import Example, Scenario, Task
+from tests.real import DATA, needs_data
 
 
 def made(name: str, **options: Any) -> Scenario:
@@ -160,27 +159,19 @@ def test_a_test_set_that_leaves_nothing_to_train_on_is_refused() -> None:
 # --- real data ---
 
 
-def data_dir() -> Path:
-    given = os.environ.get("CL_GRAFT_TEST_DATA")
-    return Path(given) if given else Path(__file__).parents[2] / "shared" / "data"
-
-
-real = pytest.mark.skipif(
-    not (data_dir() / "mbpp").is_dir(),
-    reason="no real data: set CL_GRAFT_TEST_DATA to the folder that holds mbpp, gsm8k, ...",
-)
+real = needs_data("mbpp", "gsm8k")
 EVERYTHING = {"train_size": 10**6, "test_size": 10**6}
 
 
 @cache
 def real_math() -> dict[str, Task]:
-    found = made("math_then_code", data_dir=data_dir(), math="mawps+gsm8k", **EVERYTHING)
+    found = made("math_then_code", data_dir=DATA, math="mawps+gsm8k", **EVERYTHING)
     return {task.name: task for task in found.tasks}
 
 
 @cache
 def real_classification() -> dict[str, Task]:
-    found = made("text_classification", data_dir=data_dir(), **EVERYTHING)
+    found = made("text_classification", data_dir=DATA, **EVERYTHING)
     return {task.name: task for task in found.tasks}
 
 
@@ -216,7 +207,7 @@ def test_no_real_test_prompt_is_trained_on() -> None:
 @real
 def test_real_samples_depend_on_the_seed_for_training_only() -> None:
     one, two, again = (
-        made("math_then_code", data_dir=data_dir(), math="mawps", seed=seed, train_size=50)
+        made("math_then_code", data_dir=DATA, math="mawps", seed=seed, train_size=50)
         for seed in (0, 1, 0)
     )
     assert one == again
@@ -238,7 +229,7 @@ def test_references_of_mawps_say_the_number_of_the_file() -> None:
     """Also large ones and fractions, which a short format would round or write with an exponent."""
     wanted = {
         " ".join(r["input"].split()): r["target"]
-        for r in reversed(records(data_dir(), "mawps/test.jsonl", ("input", "target")))
+        for r in reversed(records(DATA, "mawps/test.jsonl", ("input", "target")))
     }
     task = real_math()["mawps"]
     for example in (*task.train, *task.test):
@@ -278,6 +269,6 @@ def test_mbpp_prompts_name_the_function() -> None:
 @real
 def test_an_unknown_real_task_is_answered_with_the_nearest() -> None:
     with pytest.raises(UnknownName, match="did you mean gsm8k"):
-        made("math_then_code", data_dir=data_dir(), math="gsm8")
+        made("math_then_code", data_dir=DATA, math="gsm8")
     with pytest.raises(UnknownName, match="did you mean agnews"):
-        made("text_classification", data_dir=data_dir(), tasks="agnew")
+        made("text_classification", data_dir=DATA, tasks="agnew")

@@ -6,6 +6,7 @@ given to another, which goes on from what the first left: in the shared results 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,9 @@ def _connected(asks: Ray, workers: int) -> Any:
         address = asks.address or os.environ.get("RAY_ADDRESS")
         here: dict[str, Any] = {"address": address} if address else {"num_cpus": workers or None}
         try:
-            ray.init(**here, include_dashboard=False, log_to_driver=False, logging_level="error")
+            ray.init(
+                **here, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise CLGraftError(
                 f"no Ray cluster answers at {address or 'this machine'} ({error}); start one with `ray start --head`."

@@ -42,7 +42,7 @@ def write_provenance(cells: Sequence[Cell], folder: Path) -> Path:
 
 
 def commands(cells: Sequence[Cell]) -> list[str]:
-    """The `cl-graft sweep` commands that make these cells anew; those that differ in strategy and seed alone share one."""
+    """`cl-graft sweep` commands that make these cells anew; those that differ in strategy and seed alone share one."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         key = {k: v for k, v in cell["config"].items() if k not in ("strategy", "seed")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from random import Random
 from threading import Thread
 
@@ -13,6 +12,7 @@ import pytest
 from cl_graft.evaluation.answers import equivalent, final_part
 from cl_graft.evaluation.scorers import Examinee, score
 from cl_graft.task import Example
+from tests.real import DATA, needs_data
 
 SAME = [
     (r"\boxed{\frac{1}{2}}", "0.5"),
@@ -126,19 +126,11 @@ def test_the_scorer() -> None:
 # --- real references ---
 
 
-def data_dir() -> Path:
-    given = os.environ.get("CL_GRAFT_TEST_DATA")
-    return Path(given) if given else Path(__file__).parents[3] / "shared" / "data"
-
-
-real = pytest.mark.skipif(
-    not (data_dir() / "math").is_dir(),
-    reason="no real data: set CL_GRAFT_TEST_DATA to the folder that holds math, gsm8k, ...",
-)
+real = needs_data("math", "gsm8k")
 
 
 def references(name: str, field: str) -> list[str]:
-    lines = (data_dir() / name).read_text("utf-8").split("\n")
+    lines = (DATA / name).read_text("utf-8").split("\n")
     return [json.loads(line)[field] for line in lines if line]
 
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -20,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_graft.data import DataError
-from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.errors import UnknownName
 from cl_graft.evaluation.generate import log_likelihoods
 from cl_graft.models import corpus, embedded, world
 from cl_graft.models.load import load, locate
+from tests.refusals import one_sentence
 
 NAME = "nano-llama"
 WORLD = (world.math, world.code, world.cipher, world.general)
@@ -51,14 +51,6 @@ def cache(made: Path, caches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
-
-
-def refusal(action: Callable[[], Any], kind: type[CLGraftError] = CLGraftError) -> str:
-    with pytest.raises(kind) as refused:
-        action()
-    message = str(refused.value)
-    assert "\n" not in message and message.endswith((".", "?"))
-    return message
 
 
 # --- made once, the same everywhere ---
@@ -132,7 +124,7 @@ def test_a_cache_that_cannot_be_written_is_refused(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("CL_GRAFT_CACHE", str(tmp_path / "file"))
-    message = refusal(lambda: embedded.obtain(NAME))
+    message = one_sentence(lambda: embedded.obtain(NAME))
     assert f"{NAME} cannot be cached in {tmp_path / 'file'}" in message
     assert "CL_GRAFT_CACHE" in message
 
@@ -284,8 +276,8 @@ def test_text_llama_is_made_from_the_data_folder(
 
 
 def test_text_llama_asks_for_the_data_folder(tmp_path: Path) -> None:
-    assert "--data-dir" in refusal(lambda: locate("text-llama"), DataError)
-    assert "gsm8k" in refusal(lambda: locate("text-llama", tmp_path), DataError)
+    assert "--data-dir" in one_sentence(lambda: locate("text-llama"), DataError)
+    assert "gsm8k" in one_sentence(lambda: locate("text-llama", tmp_path), DataError)
 
 
 # --- names and folders ---
@@ -296,7 +288,7 @@ def test_text_llama_asks_for_the_data_folder(tmp_path: Path) -> None:
     [("mini-lama", "mini-llama"), ("nanollama", NAME), ("text_llama", "text-llama")],
 )
 def test_an_unknown_model_is_answered_with_the_nearest(typo: str, meant: str) -> None:
-    assert f"no model named {typo!r}; did you mean {meant}" in refusal(
+    assert f"no model named {typo!r}; did you mean {meant}" in one_sentence(
         lambda: locate(typo), UnknownName
     )
 
@@ -305,11 +297,11 @@ def test_a_hub_id_and_a_folder_are_taken_as_they_are(made: Path) -> None:
     assert locate("owner/model") == "owner/model"
     assert locate(str(made)) == str(made)
     for path in ("./owner/model", "/no/such/folder", "../model"):
-        assert "no model named" in refusal(lambda p=path: locate(p), UnknownName)
+        assert "no model named" in one_sentence(lambda p=path: locate(p), UnknownName)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    assert "holds no config.json" in refusal(lambda: locate(str(tmp_path)))
+    assert "holds no config.json" in one_sentence(lambda: locate(str(tmp_path)))
 
 
 @pytest.fixture
@@ -329,7 +321,7 @@ def test_a_damaged_folder_is_refused_in_one_sentence(copy: Path, damage: str) ->
             file.unlink()
     else:
         (copy / "config.json").write_text("{")
-    message = refusal(lambda: load(str(copy)))
+    message = one_sentence(lambda: load(str(copy)))
     assert f"model {str(copy)!r} cannot be loaded" in message and "hub id" in message
 
 
@@ -343,7 +335,7 @@ def test_a_tokenizer_without_a_padding_token_pads_with_the_end(copy: Path) -> No
     assert tokenizer.pad_token_id == tokenizer.eos_token_id and tokenizer.padding_side == "left"
     plain.eos_token = None
     plain.save_pretrained(copy)
-    assert "has no end-of-sequence token" in refusal(lambda: load(str(copy)))
+    assert "has no end-of-sequence token" in one_sentence(lambda: load(str(copy)))
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
@@ -352,5 +344,5 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     config = {"model_type": "own", "auto_map": classes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Config: pass\n")
-    assert "cannot be loaded" in refusal(lambda: load(str(tmp_path)))
+    assert "cannot be loaded" in one_sentence(lambda: load(str(tmp_path)))
     assert not marker.exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +21,11 @@ from cl_graft.skillpack.file import (
     NonFinite,
     ShapeMismatch,
     SkillPack,
-    SkillPackError,
     WrongBase,
     fingerprint,
 )
 from cl_graft.skillpack.quant import round_to_nearest
+from tests.refusals import refusal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -69,15 +68,6 @@ def pack_for(model: nn.Module, task: str, *names: str, seed: int = 0) -> SkillPa
         x = torch.randn(shapes[name], generator=generator) * 0.1
         tensors[name] = codecs.sign_scale(x) if x.ndim == 2 else codecs.dense(x)
     return SkillPack(tensors, task, "test", {}, fingerprint(model.named_parameters()))
-
-
-def refusal(kind: type[SkillPackError], action: Callable[[], object], *words: str) -> None:
-    with pytest.raises(SkillPackError) as caught:
-        action()
-    assert type(caught.value) is kind
-    message = str(caught.value)
-    assert message.endswith(".") and "\n" not in message
-    assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,11 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import CODECS, Encoded
-from cl_graft.skillpack.quant import Quantized
+from tests.skillpack.tensors import grid, normal
 
 few = settings(max_examples=40, deadline=None)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,24 +25,6 @@ shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 matrices = st.tuples(st.integers(1, 9), st.integers(1, 9))
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 10_000)
-
-
-def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return (x * 1e-2).to(dtype)
-
-
-def grid(rows: int, cols: int, width: int, size: int, seed: int) -> Quantized:
-    g = torch.Generator().manual_seed(seed)
-    groups = math.ceil(cols / size)
-    return Quantized(
-        torch.randint(0, 2**width, (rows, cols), dtype=torch.uint8, generator=g),
-        torch.randn(rows, groups, generator=g).half(),
-        torch.randint(0, 2**width, (rows, groups), dtype=torch.uint8, generator=g),
-        width,
-        size,
-        exponent=seed % 41 - 20,
-    )
 
 
 # sizes by hand

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from cl_graft.skillpack.file import (
     packed_size,
 )
 from cl_graft.skillpack.quant import Quantized
+from tests.refusals import refusal
 
 BASE = "0123456789abcdef" * 2
 
@@ -79,16 +79,6 @@ def same(a: SkillPack, b: SkillPack) -> bool:
         and all(torch.equal(x.parts[key], y.parts[key]) for key in x.parts)
         for x, y in pairs
     )
-
-
-def refusal(kind: type[SkillPackError], action: Callable[[], object], *words: str) -> None:
-    """`action` is refused with exactly this class, in one sentence that has these words."""
-    with pytest.raises(SkillPackError) as caught:
-        action()
-    assert type(caught.value) is kind
-    message = str(caught.value)
-    assert message.endswith(".") and "\n" not in message
-    assert all(word in message for word in words), message
 
 
 # forging: the same format through safetensors' own writer, with a valid digest

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.quant import BITS, Quantized, round_to_nearest
+from cl_graft.skillpack.quant import BITS, round_to_nearest
+from tests.skillpack.tensors import grid, normal
 
 few = settings(max_examples=40, deadline=None)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -158,25 +159,6 @@ filled = st.tuples(st.integers(1, 9), st.integers(1, 9))
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 10_000)
 widths = pytest.mark.parametrize("width", BITS)
-
-
-def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return (x * 1e-2).to(dtype)
-
-
-def grid(rows: int, cols: int, width: int, size: int, seed: int) -> Quantized:
-    """Any codes, zeros and scales, also those that no quantiser would choose."""
-    g = torch.Generator().manual_seed(seed)
-    groups = math.ceil(cols / size)
-    return Quantized(
-        torch.randint(0, 2**width, (rows, cols), dtype=torch.uint8, generator=g),
-        torch.randn(rows, groups, generator=g).half(),
-        torch.randint(0, 2**width, (rows, groups), dtype=torch.uint8, generator=g),
-        width,
-        size,
-        exponent=seed % 41 - 20,
-    )
 
 
 def test_the_reference_by_hand() -> None:

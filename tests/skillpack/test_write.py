@@ -10,7 +10,6 @@ import resource
 import signal
 import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from cl_graft.skillpack.file import (
     write_pack,
 )
 from cl_graft.skillpack.quant import round_to_nearest
+from tests.refusals import refusal
 
 ABOUT: dict[str, Any] = {"method": "graft", "options": {"budget": 0.1}, "base": "01" * 16}
 
@@ -56,15 +56,6 @@ def saved(tmp_path: Path) -> Path:
     path = tmp_path / "math.skillpack"
     some_pack().save(path)
     return path
-
-
-def refusal(kind: type[SkillPackError], action: Callable[[], object], *words: str) -> None:
-    with pytest.raises(SkillPackError) as caught:
-        action()
-    assert type(caught.value) is kind
-    message = str(caught.value)
-    assert message.endswith(".") and "\n" not in message
-    assert all(word in message for word in words), message
 
 
 # one tensor at a time

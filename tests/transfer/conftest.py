@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,45 +13,16 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerBase
 
-from cl_graft.cli import main
 from cl_graft.models import embedded, source
+from tests.command import Call
 
 QUESTIONS = [f"Q: Copy {letter}.\nA: " for letter in "abcdefghijklmnopqrstuvwxyz"]
 
 
-@dataclass
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def reason(self) -> str:
-        """The one sentence of an error; what else is on stderr is progress."""
-        last = self.err.rstrip("\n").split("\n")[-1]
-        assert self.code == 1 and last.startswith("error: ") and last.endswith((".", "?")), self
-        assert self.err.count("error: ") == 1
-        return last
-
-
-Call = Callable[..., Done]
-
-
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call(call: Call) -> Call:
     """Run `cl-graft transfer build` with these words in this process."""
-
-    def run(*words: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["cl-graft", "transfer", "build", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Done(int(ended.value.code or 0), said.out, said.err)
-
-    return run
+    return partial(call, "transfer", "build")
 
 
 def trained(

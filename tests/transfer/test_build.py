@@ -21,8 +21,7 @@ from cl_graft.transfer.build import build
 from cl_graft.transfer.config import BuildConfig
 from cl_graft.transfer.folder import FILES
 from cl_graft.transfer.read import read_examples, read_pairs
-
-Call = Callable[..., object]
+from tests.command import Call
 
 
 def rows(file: Path) -> list[dict]:

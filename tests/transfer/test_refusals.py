@@ -14,8 +14,7 @@ import pytest
 
 from cl_graft.transfer import build as building
 from cl_graft.transfer.read import read_examples, read_pairs
-
-Call = Callable[..., object]
+from tests.command import Call
 
 
 @pytest.fixture
