@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import RunConfig
 from .identity import data_fingerprint, machine, peak_memory_mb, versions
+from .mirror import Mirror
 from .models.load import locate
 from .prepare import prepare, strategy_of
 from .record import CellFolder, RecordError, read_json, read_jsonl, write_json
@@ -47,14 +48,19 @@ def run(
     report("loading the model", 0.0)
     locate(config.model, config.data_dir)
     folder = CellFolder(config.out / config.cell)
+    mirror = Mirror(config.mirror) if config.mirror else None
     with folder.lock(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of libraries to each other
-        if (result := finished(config)) is None:  # by another sweep, since we looked
+        if mirror:
+            mirror.pull(config.cell, folder.path)
+        if (result := finished(config)) is None:  # by another process, since we looked
             folder.mark("running")
             result = _compute(
                 config, folder, scenario, strategy_class, options, report, begun, patient
             )
             folder.mark("done")
+        if mirror:
+            mirror.push(folder.path, config.cell)
         return result
 
 
@@ -156,6 +162,8 @@ def _stages(
         record = {**about, **scored, **kept, **costs.record()}
         folder.write_stage(stage, _example_lines(outcomes), record)
         tracker.stage(record)
+        if strategy.stages.mirror:
+            strategy.stages.mirror.push(folder.path, folder.path.name)
         begun = perf_counter()
 
 

@@ -29,7 +29,7 @@ def _read_as_text(value: Any) -> Any:
 
 Options = dict[str, Any]
 Entries = Annotated[list[str | dict[str, Options | None]], BeforeValidator(_listed)]
-Names = Annotated[list[str], BeforeValidator(_read_as_text), Field(min_length=1)]
+Names = Annotated[list[str], Field(min_length=1), BeforeValidator(_read_as_text)]
 
 
 class Ray(BaseModel):
@@ -60,7 +60,7 @@ class Sweep(BaseModel):
     scenarios: Entries = Field(min_length=1)
     strategies: Entries = Field(min_length=1)
     models: Names = ["mini-llama"]
-    seeds: Annotated[list[int], BeforeValidator(_listed), Field(min_length=1)] = [0]
+    seeds: Annotated[list[int], Field(min_length=1), BeforeValidator(_listed)] = [0]
     budgets: Names = ["10%"]
     train_on: dict[str, Path] = {}
     threads: int = Field(default=1, ge=1)
@@ -132,8 +132,8 @@ def sweep_of(fields: Mapping[str, Any], where: str) -> Sweep:
         first = error.errors()[0]
         # of a union's members, the names in brackets tell a user nothing
         place = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
-        given = first["input"]
-        raise CLGraftError(f"{where}: {place}: {first['msg']}, not {given!r}.") from error
+        told = "" if ", not " in first["msg"] else f", not {first['input']!r}"
+        raise CLGraftError(f"{where}: {place}: {first['msg']}{told}.") from error
 
 
 def read(path: Path) -> dict[str, Any]:

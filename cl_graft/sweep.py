@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from .config import RunConfig
 from .executors import Executor, Report
+from .mirror import Mirror
 from .record import CellFolder
 
 
@@ -58,6 +59,8 @@ def sweep(
         load.locate(model, data_dir)
     for config, outcome in executor(waiting, report) if waiting else ():
         if outcome.state == "done":
+            if config.mirror:  # it may have been computed on another machine's disk
+                Mirror(config.mirror).pull(config.cell, config.out / config.cell)
             report(config.cell, "done", 1.0)
             continue
         report(config.cell, "failed", 1.0)

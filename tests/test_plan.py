@@ -12,24 +12,21 @@ from cl_graft import cell
 from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError
 from cl_graft.plan import plan
-from cl_graft.sweep import grid
+from cl_graft.spec import Sweep
 
 SMALL = {"steps": 6, "batch": 8, "train_size": 48, "test_size": 8, "tasks": "math,cipher"}
 
 
 def cells(tmp_path, strategies=("individual", "graftllm", "sequential"), dpo=False, **common):
-    options = {"mini": {**SMALL, "dpo": dpo}}
-    return grid(
-        ["mini"],
-        strategies,
-        [0],
-        ["nano-llama"],
-        ["10%"],
-        options=options,
+    asked = Sweep(
+        scenarios=[{"mini": {**SMALL, "dpo": dpo}}],
+        strategies=list(strategies),
+        models=["nano-llama"],
         out=tmp_path,
         wandb="off",
         **common,
     )
+    return asked.cells()
 
 
 def told(found):

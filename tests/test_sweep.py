@@ -21,7 +21,8 @@ from cl_graft.cell import run
 from cl_graft.config import RunConfig
 from cl_graft.executors.local import run_cells
 from cl_graft.skillpack.file import SkillPack
-from cl_graft.sweep import grid, sweep
+from cl_graft.spec import Sweep
+from cl_graft.sweep import sweep
 
 pytestmark = pytest.mark.slow
 
@@ -183,15 +184,15 @@ def test_a_sweep_stopped_again_and_again_ends_with_the_numbers_of_single_runs(
     story: Story, plugins: Path, tmp_path: Path
 ) -> None:
     assert all(0 < stop.stages < 12 for stop in story.stops.values()), "stopped in the middle"
-    for config in grid(
-        [str(plugins / "moving.py")],
-        ["graftllm", "lora"],
-        [0, 1],
-        ["nano-llama"],
-        ["10%"],
+    alone = Sweep(
+        scenarios=[str(plugins / "moving.py")],
+        strategies=["graftllm", "lora"],
+        seeds=[0, 1],
+        models=["nano-llama"],
         out=tmp_path,
         wandb="off",
-    ):
+    )
+    for config in alone.cells():
         assert run(config)["complete"]
     assert numbers(story.out) == numbers(tmp_path)
     matrices = {json.dumps(found["matrix"]) for found, _ in numbers(tmp_path).values()}

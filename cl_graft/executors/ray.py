@@ -42,7 +42,9 @@ def run_cells(
             slots = workers or _room(ray, asks)
             while len(running) < slots and (chosen := left.next()):
                 config, patient = chosen
-                running[task.remote(config.model_dump_json(), patient, events)] = config
+                running[task.remote(config.model_dump_json(), patient, events, os.getcwd())] = (
+                    config
+                )
             if not running:
                 return
             done, _ = ray.wait(list(running), timeout=0.5)
@@ -107,8 +109,13 @@ def _outcome(ray: Any, reference: Any) -> Outcome:
         return Outcome("lost", f"its node or process was lost ({type(error).__name__}: {reason})")
 
 
-def _work(config: str, patient: bool, events: Any) -> tuple[str, str]:
-    """On a node: an attempt at the cell; plain values go back."""
+def _work(config: str, patient: bool, events: Any, folder: str) -> tuple[str, str]:
+    """On a node: an attempt at the cell; plain values go back.
+
+    folder: where the sweep was started, which relative paths begin from if the node has it, too.
+    """
+    if os.path.isdir(folder):
+        os.chdir(folder)
     made = RunConfig.model_validate_json(config)
     os.environ["OMP_NUM_THREADS"] = str(made.threads)
 
