@@ -10,9 +10,7 @@ from typing import Any
 from ..config import RunConfig
 from ..errors import CLGraftError
 from ..record import Busy, CellBusy, CellFolder
-from . import Outcome
-
-Progress = Callable[[str, float], None]
+from . import Outcome, Progress
 
 
 def attempt(config: RunConfig, progress: Progress, patient: bool) -> Outcome:
