@@ -59,7 +59,7 @@ def test_cells_by_state_what_each_does_and_the_time_left(tmp_path: Path) -> None
 def test_a_cell_that_another_holds_up_is_waiting(tmp_path: Path) -> None:
     (a,) = cells(tmp_path, 1)
     progress = Progress([a])
-    progress.take(a.cell, "waiting: stage x is being made by another process", 0.0)
+    progress.take(a.cell, "waiting for another's work", 0.0)
     assert progress.states() == {"waiting": 1}
 
 
@@ -71,7 +71,7 @@ def test_the_matrix_fills_up(tmp_path: Path) -> None:
     stage(a, 1, math=0.885, code=0.25)
     progress.take(a.cell, "training code", 0.4)
     (row,) = [line.split() for line in shown(progress).splitlines() if "of 2" in line]
-    assert row == ["graftllm", "88.5", "25.0", "1", "of", "2"]
+    assert row == ["graftllm", "88.5", "25.0", "1.0", "of", "2"]
     stage(b, 0, math=0.5, code=0.5)
     progress.take(b.cell, "training math", 0.1)
     assert [line.split()[0] for line in shown(progress).splitlines() if "of 2" in line] == [

@@ -29,7 +29,7 @@ def attempt(config: RunConfig, progress: Progress, patient: bool) -> Outcome:
             except CellBusy:
                 if not patient:
                     raise
-                progress("waiting: another sweep computes it", 0.0)
+                progress("waiting for another sweep", 0.0)
                 time.sleep(1.0)
     except Busy as error:
         return Outcome("busy", str(error))

@@ -102,7 +102,7 @@ def run_cells(
                     if final := left.after(worker.config, outcome):
                         yield worker.config, final
                     else:
-                        report(worker.config.cell, f"waiting: {outcome.reason}", 0.0)
+                        report(worker.config.cell, "waiting for another's work", 0.0)
     finally:
         _stop([w.process for w in slots if w])
 

@@ -58,7 +58,7 @@ def run_cells(
                 if final := left.after(config, outcome):
                     yield config, final
                 else:
-                    report(config.cell, f"waiting: {outcome.reason}", 0.0)
+                    report(config.cell, "waiting for another's work", 0.0)
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
