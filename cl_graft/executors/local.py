@@ -65,7 +65,7 @@ def aside(task: Callable[[Report], None], report: Report) -> None:
         process.join()
         if process.exitcode:
             raise CLGraftError(
-                "the process that prepares the sweep was killed; run the same command again."
+                "the process that prepares the sweep ended early; run the same command again."
             ) from None
     finally:
         _stop([process])
@@ -180,17 +180,11 @@ def _stop(workers: Sequence[Any], ask: bool = True) -> None:
 
 
 def _aside(says: connection.Connection, task: Callable[[Report], None]) -> None:
-    _begin_here()
-    try:
-        task(lambda *said: says.send(said))
-    except CLGraftError as error:
-        says.send(str(error))
-
-
-def _begin_here() -> None:
-    signal.signal(signal.SIGTERM, _unwind)
-    threading.Thread(target=_end_with_parent, args=[os.getpid()], daemon=True).start()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with _worker():
+        try:
+            task(lambda *said: says.send(said))
+        except CLGraftError as error:
+            says.send(str(error))
 
 
 def _work(
@@ -200,12 +194,21 @@ def _work(
     patient: bool,
     visible: str | None,
 ) -> None:
-    _begin_here()
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    try:
+    with _worker():
         says.send(work(config, seldom(lambda what, done: says.send((what, done))), patient))
+
+
+@contextmanager
+def _worker() -> Iterator[None]:
+    """Ends tidily when it is told to, and with the process that started it."""
+    signal.signal(signal.SIGTERM, _unwind)
+    threading.Thread(target=_end_with_parent, args=[os.getpid()], daemon=True).start()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        yield
     except KeyboardInterrupt:
         util._exit_function()  # type: ignore[attr-defined]  # as at the end of any process
         os._exit(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,12 @@ def run_cells(
     ray = _connected(asks, workers)
     from ray.util.queue import Empty
     from ray.util.queue import Queue as Events
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     wants = {"num_cpus": asks.cpus, "num_gpus": asks.gpus, "memory": asks.memory}
     task = ray.remote(**wants, max_retries=0)(_work)  # the queue tries again, and knows how often
-    events: Any = Events(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    events: Any = Events(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     left, running = Queue(cells), dict[Any, RunConfig]()
     try:
         while True:
@@ -74,10 +77,11 @@ def _connected(asks: Ray, workers: int) -> Any:
         address = asks.address or os.environ.get("RAY_ADDRESS")
         here: dict[str, Any] = {"address": address} if address else {"num_cpus": workers or None}
         try:
+            _reach(address)  # Ray itself would try for minutes
             ray.init(
                 **here, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise CLGraftError(
                 f"no Ray cluster answers at {address or 'this machine'} ({error}); start one with `ray start --head`."
             ) from error
@@ -88,6 +92,13 @@ def _connected(asks: Ray, workers: int) -> Any:
             f"has {has}; ask for less."
         )
     return ray
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError where nothing listens at `host:port`."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _room(ray: Any, asks: Ray) -> int:
