@@ -127,6 +127,10 @@ class Wandb:
 
         # W&B goes to the system's temporary folder by itself where it cannot write into ours
         self._mark()
+        # create_new: a run that the caller has open is none of ours
+        quiet = wandb.Settings(silent=True, console="off", reinit="create_new")
+        if not self.others:
+            wandb.setup(quiet)  # what it says of its own process, too, is said in our line
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "cl-graft",
             id=self.id,
@@ -137,8 +141,7 @@ class Wandb:
             mode=self.mode,  # type: ignore[arg-type]
             config=self.config.model_dump(mode="json")
             | {f"resolved_{k}" if k == "options" else k: self.identity[k] for k in CONFIG},
-            # create_new: a run that the caller has open is none of ours
-            settings=wandb.Settings(silent=True, console="off", reinit="create_new"),
+            settings=quiet,
         )
         for stepped in ("score/*", "general/*", "seconds/*", "pack_bytes", "tokens"):
             self.run.define_metric(stepped, step_metric="stage")
@@ -166,15 +169,20 @@ class Wandb:
         return artifact
 
     def _close(self, code: int) -> None:
-        """End the run and, if nobody else uses it, W&B's process: workers end as soon as their cell has."""
+        """End the run and W&B's process, which else outlives a worker: one ends as soon as its cell has."""
         run, self.run = self.run, None
-        if run is not None:
-            run.finish(exit_code=code)
-        if self._own_cores():
-            import wandb
+        try:
+            if run is not None:
+                run.finish(exit_code=code)
+        finally:
+            self._teardown()
 
-            if wandb.run is None:
-                wandb.teardown()
+    def _teardown(self) -> None:
+        """Also where its process is dead: the next cell needs a new one. A run of the caller's keeps its own."""
+        import wandb
+
+        if not self.others and wandb.run is None:
+            wandb.teardown()
 
     # --- around it ---
 
@@ -192,11 +200,10 @@ class Wandb:
         for core in self._own_cores():
             with suppress(Exception):
                 core.kill()
-        self.run = self.others = None
-        with suppress(Exception):  # else W&B would wait for its process when Python ends
-            import wandb
-
-            bounded(INTERRUPTED_SECONDS, wandb.teardown)
+        self.run = None
+        with suppress(Exception):
+            bounded(INTERRUPTED_SECONDS, self._teardown)
+        self.others = None
 
     def _own_cores(self) -> set[Any]:
         return _cores() - self.others if self.others is not None else set()
