@@ -27,7 +27,7 @@ from cl_graft.skillpack.file import SkillPack
 from cl_graft.spec import sweep_of
 from cl_graft.tracking import wandb as tracked
 from cl_graft.tracking.values import along
-from cl_graft.tracking.wandb import bounded, resolve
+from cl_graft.tracking.wandb import bounded, held, resolve
 from tests.wandb_reader import Logged, read
 
 MOVING = '''
@@ -528,7 +528,7 @@ def no_tensorboard(patch: pytest.MonkeyPatch, cell: Path) -> None:
         (slow_finish, ["W&B failed (no answer in 2 seconds)"]),
         (stopped_core, ["W&B failed (no answer in 2 seconds)"]),
         (dead_core, ["W&B failed ("]),
-        (full_disk, ["W&B failed ("]),
+        (full_disk, ["W&B failed (/"]),
         (no_tensorboard, ["TensorBoard failed (import of torch.utils.tensorboard halted"]),
     ],
 )
@@ -569,6 +569,13 @@ def test_a_server_that_does_not_answer(
     assert numbers(run(tmp_path, wandb="online")) == numbers(plain)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("W&B failed (")
+
+
+def test_a_word_is_found_across_the_blocks_of_a_file(tmp_path: Path) -> None:
+    file, block = tmp_path / "a.wandb", 32 * 1024
+    file.write_bytes(b"-" * (block - 3) + b"las" + b"HEADER." + b"t-word" + b"-" * 50)
+    assert held(file, "last-word")
+    assert not held(file, "lost-word")
 
 
 def test_an_exit_in_a_thread_is_a_failure() -> None:

@@ -115,8 +115,11 @@ class Wandb:
         row = {k: wandb.Table(columns=columns, data=rows) for k, rows in matrices(result).items()}
         row |= {name: wandb.Image(image) for name, image in drawn.items()}
         run.log(row, step=self.step, commit=True)
-        run.summary.update(of_result(result))
+        run.summary.update(summary := of_result(result))
+        file = Path(run.settings.sync_file)
         self._close(0)
+        if self.mode == "offline" and not self.others and not held(file, list(summary)[-1]):
+            raise OSError(f"{file} is not whole; is the disk full?")
 
     def _started(self) -> Any:
         """The run, begun at the first thing to be logged: an attempt that logs nothing leaves no trace."""
@@ -219,6 +222,16 @@ def _cores() -> set[Any]:
             if process.name().startswith("wandb") and process.status() != psutil.STATUS_ZOMBIE:
                 found.add(process)
     return found
+
+
+def held(file: Path, word: str) -> bool:
+    """Whether W&B's closed file holds a word: its process says nothing of records that it could not write.
+
+    Blocks of 32 KiB begin with a header of seven bytes, which may stand in the middle of the word.
+    """
+    data, block = file.read_bytes(), 32 * 1024
+    inside = b"".join(data[i + 7 : i + block] for i in range(0, len(data), block))
+    return word.encode() in inside
 
 
 def bounded(seconds: float, call: Callable[[], T]) -> T:
