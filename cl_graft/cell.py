@@ -23,6 +23,7 @@ from .task import Scenario
 if TYPE_CHECKING:
     from .evaluation.scorers import Scored
     from .strategy import Strategy
+    from .tracking import Trackers
 
 Progress = Callable[[str, float], None]  # what is being done, fraction of the whole cell
 
@@ -98,7 +99,7 @@ def _compute(
     from .models.load import load
     from .models.roles import roles
     from .stream import benchmark
-    from .tracking import Tracker
+    from .tracking import trackers
 
     torch.set_num_threads(config.threads)
     model, tokenizer = load(config.model, config.data_dir)
@@ -119,14 +120,14 @@ def _compute(
         "base_bytes": budget.base_bytes,
     }
     folder.begin(json.loads(json.dumps(identity)))
-    tracker = Tracker(config, folder.path / "tracking", identity)
+    tracker = trackers(config, folder.path, identity)
     try:
         _stages(folder, strategy, benchmark(scenario), tracker, progress, begun)
         result = collect(folder.path)
         write_json(folder.path / "result.json", result)
         tracker.finish(result)
-    except BaseException:
-        tracker.abandon()
+    except BaseException as error:
+        tracker.abandon(error)
         raise
     return result
 
@@ -135,7 +136,7 @@ def _stages(
     folder: CellFolder,
     strategy: Strategy,
     stream: Any,
-    tracker: Any,
+    tracker: Trackers,
     progress: Progress,
     begun: float,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 WandbMode = Literal["auto", "offline", "online", "off"]
+Track = Literal["tensorboard", "csv"]
 PLAIN = re.compile(r"[A-Za-z0-9.-]+(_[A-Za-z0-9.-]+)*")  # what a folder's name shows as it is
 
 
@@ -44,7 +45,7 @@ class RunConfig(BaseModel):
     options: {scenario or strategy name: {option: value}}. train_on: {task: folder made by `cl-graft transfer build`},
     whose answers and pairs take the place of the task's own training data. The fields from `data_dir` on say where
     and how the cell is run, and do not change its result. mirror: an fsspec URL that keeps a copy of the cell and of
-    the stages it trains, from which another machine goes on.
+    the stages it trains, from which another machine goes on. track: what beside W&B follows the cell.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -64,6 +65,7 @@ class RunConfig(BaseModel):
     mirror: str | None = None
     launch: Launch = Launch()
     wandb: WandbMode = "auto"
+    track: list[Track] = []
     allow_code_execution: bool = False
 
     @property

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from . import plugins
-from .config import Launch, RunConfig, WandbMode
+from .config import Launch, RunConfig, Track, WandbMode
 from .errors import CLGraftError, UnknownName
 from .record import write_text
 
@@ -71,6 +71,7 @@ class Sweep(BaseModel):
     mirror: str | None = None
     launch: Launch = Launch()
     wandb: WandbMode = "auto"
+    track: Annotated[list[Track], BeforeValidator(_listed)] = []
     allow_code_execution: bool = False
     executor: Literal["local", "ray"] = "local"
     workers: int = Field(default=0, ge=0)
@@ -121,6 +122,9 @@ def sweep_of(fields: Mapping[str, Any], where: str) -> Sweep:
         for name in fields.get(part) or {}:
             if name not in kind.model_fields:
                 raise UnknownName(f"setting of {part} ({where})", str(name), kind.model_fields)
+    for name in _listed(fields.get("track") or []):
+        if name not in get_args(Track):
+            raise UnknownName(f"tracker ({where})", str(name), get_args(Track))
     for name in ("scenarios", "strategies"):
         if not fields.get(name):
             raise CLGraftError(

@@ -23,13 +23,16 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 class Logged:
     """config, summary: the last value of each key. history: one dictionary a call of `log`.
 
-    exit_code: None where the run was never closed.
+    artifacts: each with its type, name, metadata and files, {name in it: path on disk}. exit_code: None where the run
+    was never closed.
     """
 
     name: str = ""
+    id: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    artifacts: list[dict[str, Any]] = field(default_factory=list)
     exit_code: int | None = None
 
     def at(self, key: str) -> list[Any]:
@@ -47,7 +50,7 @@ def read(path: Path) -> Logged:
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            logged.name = record.run.display_name
+            logged.name, logged.id = record.run.display_name, record.run.run_id
             logged.config |= _values(record.run.config.update)
         elif kind == "config":
             logged.config |= _values(record.config.update)
@@ -55,6 +58,8 @@ def read(path: Path) -> Logged:
             logged.history.append(_values(record.history.item))
         elif kind == "summary":
             logged.summary |= _values(record.summary.update)
+        elif kind == "artifact":
+            logged.artifacts.append(_artifact(record.artifact))
         elif kind == "exit":
             logged.exit_code = record.exit.exit_code
     return logged
@@ -79,6 +84,15 @@ def payloads(data: bytes) -> Iterator[bytes]:
         if kind in (FULL, LAST):
             yield parts
             parts = b""
+
+
+def _artifact(record: Any) -> dict[str, Any]:
+    return {
+        "type": record.type,
+        "name": record.name,
+        "metadata": json.loads(record.metadata or "{}"),
+        "files": {entry.path: entry.local_path for entry in record.manifest.contents},
+    }
 
 
 def _values(items: Any) -> dict[str, Any]:

@@ -42,6 +42,12 @@ Out = Annotated[
 Wandb = Annotated[
     str | None, typer.Option(help="offline, online, off; auto is offline unless logged in.")
 ]
+Track = Annotated[
+    str | None,
+    typer.Option(
+        help="tensorboard, csv or both, comma-separated: beside W&B, in each cell's folder."
+    ),
+]
 Consent = Annotated[
     bool,
     typer.Option(
@@ -78,7 +84,7 @@ TrainOn = Annotated[
     ),
 ]
 
-LISTS = ("scenarios", "strategies", "models", "budgets")
+LISTS = ("scenarios", "strategies", "models", "budgets", "track")
 PLAIN = (
     *("data_dir", "out", "wandb", "allow_code_execution", "cache", "mirror", "executor", "workers"),
 )

@@ -1,0 +1,58 @@
+"""tracking/scores.csv and tracking/losses.csv, written whole at every stage: a continued cell has each line once."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..record import write_text
+
+SCORES = ("stage", "task", "metric", "value", "n", "stderr")
+LAST = ("learning_rate", "grad_norm", "tokens_per_second", "peak_memory_mb", "epoch", "seconds")
+
+
+class Csv:
+    name = "CSV"
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.scores: list[dict[str, Any]] = []
+        self.losses: list[dict[str, Any]] = []
+
+    def stage(self, record: dict[str, Any]) -> None:
+        stage = record["stage"]
+        rows = [
+            (task, metric, cell)
+            for metric, row in record["scores"].items()
+            for task, cell in row.items()
+        ]
+        rows += [("general", metric, cell) for metric, cell in (record["general"] or {}).items()]
+        self.scores += [{"stage": stage, "task": t, "metric": m, **cell} for t, m, cell in rows]
+        self.losses += [{"stage": stage, **point} for point in record["losses"]]
+        write_text(self.folder / "scores.csv", text(SCORES, self.scores))
+        write_text(self.folder / "losses.csv", text(columns(self.losses), self.losses))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        pass
+
+    def abandon(self, error: BaseException) -> None:
+        pass
+
+
+def columns(losses: Iterable[dict[str, Any]]) -> list[str]:
+    """Stage, step, every loss term in order of appearance, then what each point has."""
+    known = dict.fromkeys(key for point in losses for key in point)
+    terms = [key for key in known if key not in ("stage", "step", *LAST)]
+    return ["stage", "step", *terms, *(key for key in LAST if key in known)]
+
+
+def text(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
+    """What is missing in a row is empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

@@ -1,0 +1,80 @@
+"""What is tracked, under the same names everywhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Point = dict[str, float]  # a line of a training log: step, loss terms, learning rate, speed, memory
+
+
+def of_stage(record: dict[str, Any]) -> dict[str, float]:
+    """Scores and costs of a stage; what was not measured is not there."""
+    found = {
+        f"{metric}/{task}": cell["value"]
+        for metric, row in record["scores"].items()
+        for task, cell in row.items()
+    }
+    found |= {
+        f"general/{metric}": cell["value"] for metric, cell in (record["general"] or {}).items()
+    }
+    found |= {f"seconds/{kind}": value for kind, value in record["seconds"].items()}
+    found |= {key: record[key] for key in ("tokens", "peak_memory_mb", "pack_bytes")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def of_point(point: Point) -> dict[str, float]:
+    """All that training logged at one step."""
+    return {f"train/{key}": value for key, value in point.items()}
+
+
+def of_result(result: dict[str, Any]) -> dict[str, float]:
+    """Metrics and total costs of a cell; what is not defined for it is not there."""
+    found = {f"metrics/{key}": value for key, value in result["metrics"].items()}
+    found |= {f"total_seconds/{kind}": value for kind, value in result["seconds"].items()}
+    found |= {
+        "pack_bytes_max": max(result["pack_bytes"], default=None),
+        "base_bytes": result["base_bytes"],
+        "total_tokens": result["tokens"],
+        "peak_memory_mb_max": result["peak_memory_mb"],
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def along(points: Iterable[Point], begin: int) -> Iterator[tuple[int, Point]]:
+    """Each point with its place on one axis of steps; every training job counts its own from 1."""
+    before, last = begin, 0
+    for point in points:
+        step = int(point["step"])
+        if step <= last:
+            before += last
+        last = step
+        yield before + step, point
+
+
+def matrices(result: dict[str, Any]) -> dict[str, list[list[float | None]]]:
+    """Of the score, `matrix`, and of every other metric, each row with its stage before it."""
+    found = {"matrix": result["matrix"]}
+    found |= {f"matrix/{name}": rows for name, rows in result["extra_matrices"].items()}
+    return {name: [[stage, *row] for stage, row in enumerate(rows)] for name, rows in found.items()}
+
+
+def figures(result: dict[str, Any]) -> dict[str, Image]:
+    """The report's figures of this cell alone, under the names that end their files' there."""
+    import matplotlib
+    from PIL import Image
+
+    from ..report import figures as report
+
+    found: dict[str, Image] = {}
+    for draw in (report.heatmaps, report.curves, report.bytes_vs_score):
+        data = io.BytesIO()
+        figure = draw([result])
+        with matplotlib.rc_context(report.STYLE):
+            figure.savefig(data, format="png", dpi=150)
+        found[draw.__name__.replace("_", "-")] = Image.open(data)
+    return found

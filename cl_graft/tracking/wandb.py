@@ -1,0 +1,256 @@
+"""A cell as one run in Weights & Biases, however often it is begun.
+
+The run's id follows from the cell's name and identity, and every row of its history has a step that follows from the
+stages before it. Which stages were logged is on disk, written after the fact: what is logged twice all the same, since
+a process died between the two, is dropped by W&B, whose steps only grow.
+
+W&B works in threads that are waited for so long and no longer. One that does not answer is left behind, and the
+process that W&B had started is killed; what it has written can be uploaded later, by `wandb sync`.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..config import RunConfig, WandbMode
+from ..identity import digest
+from ..record import Busy, CellFolder, write_text
+from .values import figures, matrices, of_point, of_result, of_stage
+
+T = TypeVar("T")
+
+CONFIG = ("options", "versions", "tasks", "base", "data", "budget_bytes", "base_bytes")
+STAGE_SECONDS = 90.0  # to start, and to take a stage in; uploading goes on behind
+FINISH_SECONDS = 600.0  # to upload what is left
+INTERRUPTED_SECONDS = 5.0  # the same after Ctrl-C; an executor kills a worker that takes ten
+
+
+def resolve(mode: WandbMode) -> str:
+    """`auto` is online where somebody is logged in, offline elsewhere."""
+    if mode != "auto":
+        return mode
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return "offline" if os.environ["WANDB_MODE"] == "offline" else "off"
+    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    logged_in = os.environ.get("WANDB_API_KEY") or (
+        netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
+    )
+    return "online" if logged_in else "offline"
+
+
+class Wandb:
+    """Config, scores and packs as they come, then matrices, figures, metrics and costs."""
+
+    name = "W&B"
+
+    def __init__(self, config: RunConfig, folder: Path, identity: dict[str, Any], mode: str):
+        self.config, self.cell, self.identity, self.mode = (
+            config,
+            CellFolder(folder),
+            identity,
+            mode,
+        )
+        self.folder = folder / "tracking"
+        # of its own for each mode: what is in a file here is not yet at the server
+        self.marker = self.folder / f"logged-{mode}.txt"
+        self.run: Any = None
+        self.others: set[Any] | None = None  # W&B's processes before we started; None: we have not
+        self.step = 0  # of the next row
+
+    @property
+    def id(self) -> str:
+        """The same for the same experiment."""
+        about = {key: self.identity[key] for key in ("config", "options", "base", "data")}
+        return digest(self.config.cell, about)
+
+    @cached_property
+    def logged(self) -> list[str]:
+        """A line for each stage that this run or an earlier attempt has logged."""
+        return self.marker.read_text().splitlines() if self.marker.is_file() else []
+
+    def stage(self, record: dict[str, Any]) -> None:
+        """Training curves, scores and costs, over `stage`, and the pack as an artifact."""
+        rows = [of_point(point) for point in record["losses"]]
+        rows.append({"stage": record["stage"], **of_stage(record)})
+        first, self.step = self.step, self.step + len(rows)
+        if str(record["stage"]) in self.logged:
+            return
+        self._bounded(STAGE_SECONDS, lambda: self._log(record, rows, first))
+        self.logged.append(str(record["stage"]))
+        self._mark()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Matrices as tables, the report's figures as images, metrics and costs as the summary."""
+        drawn = figures(result)
+        self._bounded(FINISH_SECONDS, lambda: self._finish(result, drawn))
+
+    def abandon(self, error: BaseException) -> None:
+        if self.others is None:
+            return
+        seconds = FINISH_SECONDS if isinstance(error, Exception) else INTERRUPTED_SECONDS
+        self._bounded(seconds, lambda: self._close(int(not isinstance(error, Busy))))
+
+    # --- in a thread ---
+
+    def _log(self, record: dict[str, Any], rows: list[dict[str, Any]], first: int) -> None:
+        run = self._started()
+        for step, row in enumerate(rows, first):
+            run.log(row, step=step, commit=True)
+        if record["pack"]:
+            run.log_artifact(self._artifact(record))
+
+    def _finish(self, result: dict[str, Any], drawn: dict[str, Any]) -> None:
+        run = self._started()
+        import wandb
+
+        columns = ["stage", *result["tasks"]]
+        row = {k: wandb.Table(columns=columns, data=rows) for k, rows in matrices(result).items()}
+        row |= {name: wandb.Image(image) for name, image in drawn.items()}
+        run.log(row, step=self.step, commit=True)
+        run.summary.update(summary := of_result(result))
+        file = Path(run.settings.sync_file)
+        self._close(0)
+        if self.mode == "offline" and not self.others and not held(file, list(summary)[-1]):
+            raise OSError(f"{file} is not whole; is the disk full?")
+
+    def _started(self) -> Any:
+        """The run, begun at the first thing to be logged: an attempt that logs nothing leaves no trace."""
+        if self.run is not None:
+            return self.run
+        self.others = _cores()
+        import wandb
+
+        # W&B goes to the system's temporary folder by itself where it cannot write into ours
+        self._mark()
+        # create_new: a run that the caller has open is none of ours
+        quiet = wandb.Settings(silent=True, console="off", reinit="create_new")
+        if not self.others:
+            wandb.setup(quiet)  # what it says of its own process, too, is said in our line
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or "cl-graft",
+            id=self.id,
+            resume="allow",
+            name=self.config.cell,
+            group=f"{self.config.short(self.config.scenario)}/{self.config.model}"[:128],
+            dir=str(self.folder),
+            mode=self.mode,  # type: ignore[arg-type]
+            config=self.config.model_dump(mode="json")
+            | {f"resolved_{k}" if k == "options" else k: self.identity[k] for k in CONFIG},
+            settings=quiet,
+        )
+        for stepped in ("score/*", "general/*", "seconds/*", "pack_bytes", "tokens"):
+            self.run.define_metric(stepped, step_metric="stage")
+        return self.run
+
+    def _artifact(self, record: dict[str, Any]) -> Any:
+        """The pack, which stays where it is: neither staged nor cached, so that it is on disk once."""
+        import wandb
+
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{self.config.cell}-{record['task']}")
+        if len(name) > 128:
+            name = f"{name[:119]}-{digest(name)[:8]}"
+        artifact = wandb.Artifact(
+            name=name,
+            type="skillpack",
+            metadata={
+                "bytes": record["pack_bytes"],
+                "base": self.identity["base"],
+                "task": record["task"],
+                "digest": record["pack"],
+            },
+        )
+        path = self.cell.pack_path(record["stage"], record["task"])
+        artifact.add_file(str(path.resolve()), policy="immutable", skip_cache=True)
+        return artifact
+
+    def _close(self, code: int) -> None:
+        """End the run and W&B's process, which else outlives a worker: one ends as soon as its cell has."""
+        run, self.run = self.run, None
+        try:
+            if run is not None:
+                run.finish(exit_code=code)
+        finally:
+            self._teardown()
+
+    def _teardown(self) -> None:
+        """Also where its process is dead: the next cell needs a new one. A run of the caller's keeps its own."""
+        import wandb
+
+        if not self.others and wandb.run is None:
+            wandb.teardown()
+
+    # --- around it ---
+
+    def _mark(self) -> None:
+        write_text(self.marker, "".join(f"{stage}\n" for stage in self.logged))
+
+    def _bounded(self, seconds: float, call: Callable[[], None]) -> None:
+        try:
+            bounded(seconds, call)
+        except TimeoutError:
+            self._kill()
+            raise
+
+    def _kill(self) -> None:
+        for core in self._own_cores():
+            with suppress(Exception):
+                core.kill()
+        self.run = None
+        with suppress(Exception):
+            bounded(INTERRUPTED_SECONDS, self._teardown)
+        self.others = None
+
+    def _own_cores(self) -> set[Any]:
+        return _cores() - self.others if self.others is not None else set()
+
+
+def _cores() -> set[Any]:
+    """W&B's processes that this one has started."""
+    import psutil
+
+    found = set()
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):
+            if process.name().startswith("wandb") and process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process)
+    return found
+
+
+def held(file: Path, word: str) -> bool:
+    """Whether W&B's closed file holds a word: its process says nothing of records that it could not write.
+
+    Blocks of 32 KiB begin with a header of seven bytes, which may stand in the middle of the word.
+    """
+    data, block = file.read_bytes(), 32 * 1024
+    inside = b"".join(data[i + 7 : i + block] for i in range(0, len(data), block))
+    return word.encode() in inside
+
+
+def bounded(seconds: float, call: Callable[[], T]) -> T:
+    """What it returns or raises. Raises TimeoutError after so many seconds, and leaves its thread behind."""
+    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put((call(), None))
+        except BaseException as error:  # W&B exits where its process has
+            answers.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        value, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds:g} seconds") from None
+    if isinstance(error, Exception):
+        raise error
+    if error is not None:
+        raise RuntimeError(f"{type(error).__name__}: {error}")
+    return value
