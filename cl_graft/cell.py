@@ -36,7 +36,7 @@ def run(
     """Run one cell, or continue it, and return its result (the object `cl-graft report --json` prints).
 
     Give a RunConfig, or its fields: `run(scenario="mini", strategy="graftllm", allow_code_execution=True)`.
-    patient: wait for a stage or an evaluation that another cell is making; else Busy is raised.
+    patient: wait for a stage that another cell trains; else Busy is raised.
     Raises CLGraftError in one sentence for whatever the user can mend.
     """
     config = config or RunConfig(**fields)

@@ -198,6 +198,10 @@ def choices(kind: str, name: str, chosen: Mapping[str, Any]) -> list[dict[str, A
 
     Raises UnknownName or CLGraftError as `load` and `check_options` do.
     """
+    if not name.endswith(".py") and name not in names(kind):
+        raise UnknownName(kind, name, names(kind))
+    if not chosen:  # without importing it
+        return [{}]
     plugin = load(kind, name)
     known = _types(plugin)
     for option in chosen:

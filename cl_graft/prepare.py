@@ -85,7 +85,7 @@ def strategy_of(
 ) -> Strategy:
     """The strategy of a cell that was prepared, on its model; its scenario's prompts are rendered.
 
-    patient: wait for what another cell is making; else Busy is raised.
+    patient: wait for a stage that another cell trains; else Busy is raised.
     Raises NoChatTemplate where the scenario is for chat and the tokenizer is not.
     """
     from .evaluation.outcomes import Outcomes
@@ -102,7 +102,7 @@ def strategy_of(
         options=options,
         allow_code=config.allow_code_execution,
         stages=Stages(config.store, config.launch, patient, mirror),
-        outcomes=Outcomes(config.store, config.cell, patient, mirror),
+        outcomes=Outcomes(config.store, config.cell, mirror),
     )
 
 

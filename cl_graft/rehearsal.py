@@ -136,7 +136,10 @@ class Rehearsal:
         if self.exact:
             start = fingerprint(model.named_parameters())
             if self.stages.pairs_file(start, tokenizer, task, half, seed).is_file():
-                return self.stages.pairs(model, tokenizer, task, half, seed, allow)
+                found = self.stages.pairs(model, tokenizer, task, half, seed, allow)
+                if not found:  # so SFT was the last stage
+                    raise _Enough
+                return found
         chosen = list(task.train)[: half.prompts]
         self.exact = False
         return [Pair(e.prompt, e.completion, e.completion) for e in chosen]

@@ -225,7 +225,7 @@ class Strategy(BaseTemplate):
             weights, stage = fingerprint(self.model.named_parameters()), len(self.packs)
             file = self.outcomes.file(weights, self.tokenizer, task)
             begun = perf_counter()
-            with locked(file, self.outcomes.patient):
+            with locked(file):
                 self.aside += perf_counter() - begun
                 known = self.outcomes.recall(file, stage)
                 if known is None:

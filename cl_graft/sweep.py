@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from .config import RunConfig
 from .executors import Executor, Report
@@ -27,7 +28,7 @@ def sweep(
     cells: Sequence[RunConfig],
     executor: Executor,
     report: Report,
-    warm_up: Callable[[], None] = lambda: None,
+    aside: Callable[[Callable[[Report], None], Report], None] = lambda task, report: task(report),
     retry_failed: bool = False,
     fail_fast: bool = False,
 ) -> list[Failure]:
@@ -35,18 +36,15 @@ def sweep(
 
     Everything that can be checked is checked before anything starts. Raises CLGraftError for a bad name or
     option; an interrupt stops the workers and loses at most the task under way in each.
-    warm_up: called as soon as there is something to run. retry_failed: run those that failed before, too.
+    aside: how the checks are called, in another process if need be. retry_failed: run those that failed before, too.
     fail_fast: stop at the first that fails.
     """
     from .cell import finished
-    from .models import load
-    from .prepare import check
 
     waiting = [c for c in cells if finished(c) is None]
     if not waiting:
         return []
-    warm_up()
-    check(waiting)
+    aside(partial(_prepared, waiting), report)
     failures = [] if retry_failed else [f for c in waiting if (f := _failed_before(c))]
     given_up = {f.cell for f in failures}
     waiting = [c for c in waiting if c.cell not in given_up]
@@ -54,9 +52,6 @@ def sweep(
         folder = CellFolder(config.out / config.cell)
         if folder.state()["state"] != "running":
             folder.mark("waiting")
-    for model, data_dir in sorted({(c.model, c.data_dir) for c in waiting}, key=str):
-        report("models", f"preparing {model}", 0.0)
-        load.locate(model, data_dir)
     for config, outcome in executor(waiting, report) if waiting else ():
         if outcome.state == "done":
             if config.mirror:  # it may have been computed on another machine's disk
@@ -68,6 +63,17 @@ def sweep(
         if fail_fast:
             break
     return failures
+
+
+def _prepared(cells: Sequence[RunConfig], report: Report) -> None:
+    """Every name and option is right, and every embedded model trained."""
+    from .models import load
+    from .prepare import check
+
+    check(cells)
+    for model, data_dir in sorted({(c.model, c.data_dir) for c in cells}, key=str):
+        report("models", f"preparing {model}", 0.0)
+        load.locate(model, data_dir)
 
 
 def _failed_before(config: RunConfig) -> Failure | None:

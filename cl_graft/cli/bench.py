@@ -49,3 +49,15 @@ def bench_plan(
         typer.echo(json.dumps(rows, indent=1))
     else:
         print_tables([estimates(rows)])
+
+
+@app.command("sweep")
+def bench_sweep(
+    cells: Annotated[int, typer.Option(min=4, help="That only sleep.")] = 24,
+    seconds: Annotated[float, typer.Option(min=0.1, help="That each sleeps.")] = 1.0,
+) -> None:
+    """What executors take beside the cells, and 4 Ray workers against 1, with cells that only sleep."""
+    from ..bench.sweep import bench_sweep as measure
+
+    for name, value in measure(cells, seconds).items():
+        typer.echo(f"{name:16} {value:.3g}")

@@ -114,25 +114,28 @@ def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
         print_finished([r for r in results if r], asked.out)
         return []
     asked.save(asked.out)
-    executor, warm_up = _executor(asked, cells)
+    executor, further = _executor(asked, cells)
     failures: list[Failure] = []
     with interruptible(), view(cells) as report:
-        failures = run_cells(cells, executor, report, warm_up, retry_failed, fail_fast)
+        failures = run_cells(
+            cells, executor, report, retry_failed=retry_failed, fail_fast=fail_fast, **further
+        )
     if len(failures) < len(cells):
         write_report([asked.out], asked.out / "report")
     return failures
 
 
-def _executor(asked: Sweep, cells: list[RunConfig]) -> tuple[Executor, Any]:
+def _executor(asked: Sweep, cells: list[RunConfig]) -> tuple[Executor, dict[str, Any]]:
+    """The executor, and what further it brings for `cl_graft.sweep.sweep`."""
     if asked.executor == "ray":
         from ..executors import ray
 
-        return partial(ray.run_cells, workers=asked.workers, asks=asked.ray), lambda: None
+        return partial(ray.run_cells, workers=asked.workers, asks=asked.ray), {}
     from ..executors import local
 
     # a stage of several processes has all of the machine's devices to itself
     alone = 1 if any(c.launch.processes for c in cells) else local.default_workers()
-    return partial(local.run_cells, workers=asked.workers or alone), local.warm_up
+    return partial(local.run_cells, workers=asked.workers or alone), {"aside": local.aside}
 
 
 def validate(

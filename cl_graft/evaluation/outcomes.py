@@ -33,14 +33,10 @@ Results = dict[str, list[Scored]]  # metric -> one outcome an example
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The folder of evaluations of one cell's `cache`, and the cell that asks.
-
-    patient: wait for an evaluation that another process is making; else record.Busy is raised.
-    """
+    """The folder of evaluations of one cell's `cache`, and the cell that asks."""
 
     folder: Path
     cell: str = ""
-    patient: bool = True
     mirror: Mirror | None = None
 
     def file(self, weights: str, tokenizer: PreTrainedTokenizerBase, task: Task) -> Path:

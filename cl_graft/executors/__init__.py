@@ -13,6 +13,7 @@ from typing import Literal
 from ..config import RunConfig
 
 Report = Callable[[str, str, float], None]  # cell, what is being done, fraction of it done
+Progress = Callable[[str, float], None]  # the same of one cell
 
 
 @dataclass(frozen=True)
@@ -27,4 +28,7 @@ class Outcome:
     reason: str = ""
 
 
+Work = Callable[
+    [RunConfig, Progress, bool], Outcome
+]  # attempt.attempt, or a stand-in to measure with
 Executor = Callable[[Sequence[RunConfig], Report], Iterator[tuple[RunConfig, Outcome]]]

@@ -10,9 +10,7 @@ from typing import Any
 from ..config import RunConfig
 from ..errors import CLGraftError
 from ..record import Busy, CellBusy, CellFolder
-from . import Outcome
-
-Progress = Callable[[str, float], None]
+from . import Outcome, Progress
 
 
 def attempt(config: RunConfig, progress: Progress, patient: bool) -> Outcome:
@@ -31,7 +29,7 @@ def attempt(config: RunConfig, progress: Progress, patient: bool) -> Outcome:
             except CellBusy:
                 if not patient:
                     raise
-                progress("waiting: another sweep computes it", 0.0)
+                progress("waiting for another sweep", 0.0)
                 time.sleep(1.0)
     except Busy as error:
         return Outcome("busy", str(error))

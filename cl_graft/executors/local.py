@@ -10,21 +10,28 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver, util
+from multiprocessing import connection, util
 from typing import Any
 
 from ..config import RunConfig
-from . import Outcome, Report
+from ..errors import CLGraftError
+from . import Outcome, Report, Work
 from .attempt import attempt, seldom
 from .queue import Queue
 
+DRIVERS = ("/proc/driver/nvidia", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, and that of WSL
+
 
 def gpus() -> int:
+    """How many this process may use; without importing torch where no driver is there."""
+    if sys.platform == "linux" and not any(map(os.path.exists, DRIVERS)):
+        return 0
     import torch
 
     return torch.cuda.device_count()
@@ -37,11 +44,31 @@ def default_workers() -> int:
     return gpus() or os.cpu_count() or 1
 
 
-def warm_up() -> None:
-    """Begin to import what the cells need, in the process that they will be forked from; returns at once."""
-    if _context().get_start_method() == "forkserver":
-        with _interrupts_held():
-            forkserver.ensure_running()
+def aside(task: Callable[[Report], None], report: Report) -> None:
+    """Do something in a process of its own, which has everything imported; what it reports is reported here.
+
+    Raises CLGraftError with the sentence of the one that was raised there.
+    """
+    context = _context()
+    hears, says = context.Pipe(duplex=False)
+    process = context.Process(target=_aside, args=(says, task))
+    with _interrupts_held():
+        process.start()
+    says.close()
+    try:
+        while True:
+            said = hears.recv()
+            if isinstance(said, str):
+                raise CLGraftError(said)
+            report(*said)
+    except EOFError:
+        process.join()
+        if process.exitcode:
+            raise CLGraftError(
+                "the process that prepares the sweep was killed; run the same command again."
+            ) from None
+    finally:
+        _stop([process])
 
 
 @dataclass
@@ -52,7 +79,7 @@ class _Worker:
 
 
 def run_cells(
-    cells: Sequence[RunConfig], report: Report, workers: int
+    cells: Sequence[RunConfig], report: Report, workers: int, work: Work = attempt
 ) -> Iterator[tuple[RunConfig, Outcome]]:
     """Outcomes as they come. Whoever stops listening stops the workers; what they had finished stays."""
     left, context = Queue(cells), _context()
@@ -61,7 +88,7 @@ def run_cells(
         while True:
             for i, worker in enumerate(slots):
                 if worker is None and (chosen := left.next()):
-                    slots[i] = _begin(context, *chosen, slot=i)
+                    slots[i] = _begin(context, work, *chosen, slot=i)
             running = [w for w in slots if w]
             if not running:
                 return
@@ -75,7 +102,7 @@ def run_cells(
                     if final := left.after(worker.config, outcome):
                         yield worker.config, final
                     else:
-                        report(worker.config.cell, f"waiting: {outcome.reason}", 0.0)
+                        report(worker.config.cell, "waiting for another's work", 0.0)
     finally:
         _stop([w.process for w in slots if w])
 
@@ -88,10 +115,10 @@ def _context() -> Any:
     return context
 
 
-def _begin(context: Any, config: RunConfig, patient: bool, slot: int) -> _Worker:
+def _begin(context: Any, work: Work, config: RunConfig, patient: bool, slot: int) -> _Worker:
     hears, says = context.Pipe(duplex=False)
     visible = None if config.launch.processes else _gpu_of(slot)  # a job of several takes them all
-    process = context.Process(target=_work, args=(says, config, patient, visible))
+    process = context.Process(target=_work, args=(says, work, config, patient, visible))
     with _interrupts_held():
         process.start()
     says.close()
@@ -152,17 +179,33 @@ def _stop(workers: Sequence[Any], ask: bool = True) -> None:
 # --- in a worker ---
 
 
-def _work(
-    says: connection.Connection, config: RunConfig, patient: bool, visible: str | None
-) -> None:
+def _aside(says: connection.Connection, task: Callable[[Report], None]) -> None:
+    _begin_here()
+    try:
+        task(lambda *said: says.send(said))
+    except CLGraftError as error:
+        says.send(str(error))
+
+
+def _begin_here() -> None:
     signal.signal(signal.SIGTERM, _unwind)
     threading.Thread(target=_end_with_parent, args=[os.getpid()], daemon=True).start()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _work(
+    says: connection.Connection,
+    work: Work,
+    config: RunConfig,
+    patient: bool,
+    visible: str | None,
+) -> None:
+    _begin_here()
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     try:
-        says.send(attempt(config, seldom(lambda what, done: says.send((what, done))), patient))
+        says.send(work(config, seldom(lambda what, done: says.send((what, done))), patient))
     except KeyboardInterrupt:
         util._exit_function()  # type: ignore[attr-defined]  # as at the end of any process
         os._exit(1)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
 from ..errors import CLGraftError
-from . import Outcome, Report
+from . import Outcome, Report, Work
 from .attempt import attempt, seldom
 from .queue import Queue
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run_cells(
-    cells: Sequence[RunConfig], report: Report, workers: int, asks: Ray
+    cells: Sequence[RunConfig], report: Report, workers: int, asks: Ray, work: Work = attempt
 ) -> Iterator[tuple[RunConfig, Outcome]]:
     """Outcomes as they come; workers: the most cells at a time, 0 as many as the cluster has room for.
 
@@ -32,9 +32,8 @@ def run_cells(
     from ray.util.queue import Empty
     from ray.util.queue import Queue as Events
 
-    task = ray.remote(
-        num_cpus=asks.cpus, num_gpus=asks.gpus, memory=asks.memory, max_retries=0, max_calls=1
-    )(_work)
+    wants = {"num_cpus": asks.cpus, "num_gpus": asks.gpus, "memory": asks.memory}
+    task = ray.remote(**wants, max_retries=0)(_work)  # the queue tries again, and knows how often
     events: Any = Events(actor_options={"num_cpus": 0})
     left, running = Queue(cells), dict[Any, RunConfig]()
     try:
@@ -42,9 +41,9 @@ def run_cells(
             slots = workers or _room(ray, asks)
             while len(running) < slots and (chosen := left.next()):
                 config, patient = chosen
-                running[task.remote(config.model_dump_json(), patient, events, os.getcwd())] = (
-                    config
-                )
+                running[
+                    task.remote(work, config.model_dump_json(), patient, events, os.getcwd())
+                ] = config
             if not running:
                 return
             done, _ = ray.wait(list(running), timeout=0.5)
@@ -59,7 +58,7 @@ def run_cells(
                 if final := left.after(config, outcome):
                     yield config, final
                 else:
-                    report(config.cell, f"waiting: {outcome.reason}", 0.0)
+                    report(config.cell, "waiting for another's work", 0.0)
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
@@ -109,7 +108,7 @@ def _outcome(ray: Any, reference: Any) -> Outcome:
         return Outcome("lost", f"its node or process was lost ({type(error).__name__}: {reason})")
 
 
-def _work(config: str, patient: bool, events: Any, folder: str) -> tuple[str, str]:
+def _work(work: Work, config: str, patient: bool, events: Any, folder: str) -> tuple[Any, str]:
     """On a node: an attempt at the cell; plain values go back.
 
     folder: where the sweep was started, which relative paths begin from if the node has it, too.
@@ -122,5 +121,5 @@ def _work(config: str, patient: bool, events: Any, folder: str) -> tuple[str, st
     def report(what: str, done: float) -> None:
         events.put_nowait((made.cell, what, done))
 
-    outcome = attempt(made, seldom(report, 1.0), patient)
+    outcome = work(made, seldom(report, 1.0), patient)
     return outcome.state, outcome.reason

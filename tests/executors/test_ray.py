@@ -1,0 +1,120 @@
+"""Cells as tasks of a Ray cluster on this machine: two nodes, one of which is lost."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cl_graft.config import RunConfig
+from cl_graft.errors import CLGraftError
+from cl_graft.executors.ray import run_cells
+from cl_graft.spec import Ray
+
+ray = pytest.importorskip("ray", reason="Ray is not installed")
+pytestmark = pytest.mark.slow
+
+SLOW = """
+import time
+from pathlib import Path
+from cl_graft import Strategy
+
+
+class slow(Strategy):
+    def learn(self, task, context, *, seconds: float = 0.0, mark: str = ""):
+        if mark and not Path(mark).exists():
+            Path(mark).touch()
+            time.sleep(600)
+        time.sleep(seconds)
+        return {}
+"""
+
+
+@pytest.fixture
+def strategy(tmp_path: Path) -> str:
+    (tmp_path / "slow.py").write_text(SLOW)
+    return str(tmp_path / "slow.py")
+
+
+def cells(strategy: str, out: Path, count: int, **options: Any) -> list[RunConfig]:
+    small = {"tasks": "math", "train_size": 16, "test_size": 4, "steps": 2}
+    return [
+        RunConfig(
+            scenario="mini",
+            strategy=strategy,
+            model="nano-llama",
+            seed=seed,
+            out=out,
+            wandb="off",
+            options={"mini": small, "slow": options},
+        )
+        for seed in range(count)
+    ]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+def states(found: Any) -> list[str]:
+    return [outcome.state for _, outcome in found]
+
+
+def test_the_cells_of_a_lost_node_go_on_at_another(
+    strategy: str, tmp_path: Path, cluster: Any
+) -> None:
+    """The node dies while the cell's task is under way, when the base model is measured already."""
+    node = cluster.add_node(num_cpus=1)
+    ray.init(cluster.address, log_to_driver=False)
+    mark = tmp_path / "mark"
+    (config,) = cells(strategy, tmp_path / "out", 1, mark=str(mark))
+    heard: list[str] = []
+
+    def replace_the_node() -> None:
+        while not mark.exists():
+            time.sleep(0.1)
+        cluster.remove_node(node)
+        cluster.add_node(num_cpus=1)
+
+    threading.Thread(target=replace_the_node, daemon=True).start()
+    found = run_cells([config], lambda cell, what, done: heard.append(what), 1, Ray())
+    assert states(found) == ["done"]
+    result = json.loads((tmp_path / "out" / config.cell / "result.json").read_text())
+    assert result["complete"]
+    assert heard.count("loading the model") == 2
+    assert heard.count("evaluating the base model") == 1, "what was whole is not done again"
+
+
+def test_what_the_cluster_never_has_is_refused(strategy: str, tmp_path: Path, cluster: Any) -> None:
+    cluster.add_node(num_cpus=1)
+    ray.init(cluster.address, log_to_driver=False)
+    made = cells(strategy, tmp_path, 1)
+    with pytest.raises(CLGraftError, match="asks for 1 CPUs, 4 GPUs.*ask for less"):
+        list(run_cells(made, lambda *_: None, 0, Ray(gpus=4)))
+
+
+def test_nobody_answers(strategy: str, tmp_path: Path) -> None:
+    with pytest.raises(CLGraftError, match="no Ray cluster answers at 127.0.0.1:1"):
+        list(run_cells(cells(strategy, tmp_path, 1), print, 0, Ray(address="127.0.0.1:1")))
+
+
+def test_a_failing_cell_leaves_its_traceback(strategy: str, tmp_path: Path, cluster: Any) -> None:
+    cluster.add_node(num_cpus=1)
+    ray.init(cluster.address, log_to_driver=False)
+    (config,) = cells(strategy, tmp_path / "out", 1, seconds=-1.0)
+    ((_, outcome),) = run_cells([config], lambda *_: None, 0, Ray())
+    assert outcome.state == "failed" and "ValueError" in outcome.reason
+    assert "slow.py" in (tmp_path / "out" / config.cell / "traceback.txt").read_text()

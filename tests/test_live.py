@@ -1,0 +1,115 @@
+"""What a sweep shows while it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cl_graft.cli.live import Progress, view
+from cl_graft.config import RunConfig
+from cl_graft.record import CellFolder
+
+
+def cells(out: Path, count: int = 3) -> list[RunConfig]:
+    names = ["graftllm", "lora", "sequential"][:count]
+    return [RunConfig(scenario="mini", strategy=name, out=out) for name in names]
+
+
+def stage(config: RunConfig, number: int, **scores: float) -> None:
+    made: Any = {"score": {task: {"value": value} for task, value in scores.items()}}
+    folder = CellFolder(config.out / config.cell).stage_path(number)
+    folder.mkdir(parents=True)
+    (folder / "stage.json").write_text(json.dumps({"scores": made}))
+
+
+def shown(progress: Progress) -> str:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(progress.drawn())
+    return console.export_text()
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_cells_by_state_what_each_does_and_the_time_left(tmp_path: Path) -> None:
+    clock, (a, b, c) = Clock(), cells(tmp_path)
+    progress = Progress([a, b, c], clock)
+    assert "3 cells: 3 waiting" in shown(progress)
+    progress.take("models", "preparing mini-llama", 0.0)
+    assert "preparing mini-llama" in shown(progress)
+    clock.now = 60.0
+    progress.take(a.cell, "done", 1.0)
+    progress.take(b.cell, "training code", 0.5)
+    text = shown(progress)
+    assert "3 cells: 1 done, 1 running, 1 waiting" in text
+    assert "lora, seed 0" in text and "50%" in text and "training code" in text
+    assert "1:00 so far, about 1:00 left" in text, "half of the work took a minute"
+    progress.take(b.cell, "failed", 1.0)
+    assert "1 done, 1 waiting, 1 failed" in shown(progress)
+
+
+def test_a_cell_that_another_holds_up_is_waiting(tmp_path: Path) -> None:
+    (a,) = cells(tmp_path, 1)
+    progress = Progress([a])
+    progress.take(a.cell, "waiting for another's work", 0.0)
+    assert progress.states() == {"waiting": 1}
+
+
+def test_the_matrix_fills_up(tmp_path: Path) -> None:
+    a, b, _ = made = cells(tmp_path)
+    stage(a, 0, math=0.0, code=0.0)
+    progress = Progress(made)
+    assert "graftllm" in shown(progress) and "0 of 2" in shown(progress)
+    stage(a, 1, math=0.885, code=0.25)
+    progress.take(a.cell, "training code", 0.4)
+    (row,) = [line.split() for line in shown(progress).splitlines() if "of 2" in line]
+    assert row == ["graftllm", "88.5", "25.0", "1.0", "of", "2"]
+    stage(b, 0, math=0.5, code=0.5)
+    progress.take(b.cell, "training math", 0.1)
+    assert [line.split()[0] for line in shown(progress).splitlines() if "of 2" in line] == [
+        "graftllm",
+        "lora",
+    ]
+
+
+def test_what_was_done_before_counts_but_not_for_the_speed(tmp_path: Path) -> None:
+    clock, made = Clock(), cells(tmp_path, 2)
+    folder = tmp_path / made[0].cell
+    folder.mkdir()
+    (folder / "result.json").write_text("{}")
+    progress = Progress(made, clock)
+    assert progress.states() == {"done": 1, "waiting": 1}
+    clock.now = 30.0
+    progress.take(made[1].cell, "training math", 0.5)
+    assert progress.seconds_left() == pytest.approx(30.0)
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    config = RunConfig(
+        scenario="mini", strategy="lora", out=tmp_path, options={"lora": {"tag": "[red]"}}
+    )
+    progress = Progress([config])
+    progress.take(config.cell, "training [bold]", 0.5)
+    assert "lora(tag=[red]), seed 0" in shown(progress) and "training [bold]" in shown(progress)
+
+
+def test_without_a_terminal_every_change_is_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b, _ = made = cells(tmp_path)
+    with view(made) as report:
+        report(a.cell, "training math", 0.1)
+        report(a.cell, "training math", 0.2)
+        report(b.cell, "done", 1.0)
+    assert capsys.readouterr().err.splitlines() == [
+        f"[0/3  10%] {a.cell}: training math",
+        f"[1/3 100%] {b.cell}: done",
+    ]
