@@ -43,15 +43,35 @@ def names(kind: str) -> list[str]:
 
 
 def about(kind: str, name: str) -> str:
-    """First line of the plugin's docstring, read without importing it."""
-    if name in OURS[kind]:
-        path = Path(__file__).parent / f"{OURS[kind][name].rsplit('.', 1)[1]}.py"
-    else:
-        path = folder(kind) / f"{name}.py"
-    if not path.is_file():
-        return "from an installed package"
+    """First line of the docstring of the plugin's file, read without importing it; a baseline's names its source."""
+    path, _ = _place(kind, name)
+    if path is None or not path.is_file():
+        return "(its file cannot be read without importing its package)"
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.split("\n", 1)[0]
+
+
+def origin(kind: str, name: str) -> str:
+    """Where the plugin comes from: a file of ours, a package with its version, or a file of the user's."""
+    return _place(kind, name)[1]
+
+
+def _place(kind: str, name: str) -> tuple[Path | None, str]:
+    """The file that defines a plugin, where that can be told, and whose it is. Raises UnknownName."""
+    if name.endswith(".py"):
+        return _user_file(kind, name), name
+    if name in OURS[kind]:
+        file = f"{OURS[kind][name].rsplit('.', 1)[1]}.py"
+        return Path(__file__).parent / file, f"cl_graft/{file}"
+    path = folder(kind) / f"{name}.py"
+    if path.is_file():
+        return path, f"{FOLDERS[kind]}/{path.name}"
+    for entry in metadata.entry_points(group=f"cl_graft.{FOLDERS[kind]}", name=name):
+        if entry.dist is None:
+            return None, entry.value
+        file = entry.module.replace(".", "/") + ".py"
+        return Path(str(entry.dist.locate_file(file))), f"{entry.dist.name} {entry.dist.version}"
+    raise UnknownName(kind, name, names(kind))
 
 
 def load(kind: str, name: str) -> Any:
@@ -60,9 +80,7 @@ def load(kind: str, name: str) -> Any:
     Raises UnknownName with the nearest names, or CLGraftError where a file does not hold a plugin.
     """
     if name.endswith(".py"):
-        path = Path(name)
-        if not path.is_file():
-            raise CLGraftError(f"there is no file {name}; give the path of a {kind} file.")
+        path = _user_file(kind, name)
         return _object(_import(path, f"cl_graft_user_{path.stem}"), kind, path.stem)
     if name in OURS[kind]:
         return _object(importlib.import_module(OURS[kind][name]), kind, name)
@@ -74,6 +92,13 @@ def load(kind: str, name: str) -> Any:
             found = entry.load()
         return _checked(found, kind, name, entry.value)
     raise UnknownName(kind, name, names(kind))
+
+
+def _user_file(kind: str, name: str) -> Path:
+    path = Path(name)
+    if not path.is_file():
+        raise CLGraftError(f"there is no file {name}; give the path of a {kind} file.")
+    return path
 
 
 def _import(path: Path, module_name: str) -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import typer
 
 from cl_graft import PerformanceMatrix, SkillPack, plugins
+from cl_graft.budget import Budget
 from cl_graft.cli.progress import interruptible
 from cl_graft.models.embedded import SPECS
 from cl_graft.models.load import load
@@ -82,22 +84,56 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
 def test_help_names_every_command(call: Call) -> None:
     done = call("--help")
     assert done.code == 0
-    assert all(f" {name} " in done.out for name in ("run", "sweep", "report", "list", "pack"))
+    assert all(
+        f" {name} " in done.out for name in ("run", "sweep", "report", "list", "pack", "doctor")
+    )
     for command in (["run"], ["sweep"], ["report"], ["list"], ["pack", "inspect"]):
         assert call(*command, "--help").code == 0
 
 
-def test_list_shows_every_name_with_a_line_on_it(call: Call) -> None:
+def test_help_needs_neither_rich_nor_pydantic() -> None:
+    """They take longer to import than all else together, and `--help` has to answer at once."""
+    code = (
+        "import sys; sys.argv = ['cl-graft', '--help']\nfrom cl_graft.cli import main\n"
+        "try: main()\nfinally: print([m for m in ('rich', 'pydantic') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n[]\n")
+
+
+def test_list_shows_every_name_its_origin_and_a_line_on_it(call: Call) -> None:
     for kind, names in {
-        "scenarios": plugins.names("scenario"),
-        "strategies": plugins.names("strategy"),
-        "models": list(SPECS),
+        "scenarios": {n: f"scenarios/{n}.py" for n in plugins.names("scenario")},
+        "strategies": {n: f"baselines/{n}.py" for n in plugins.names("strategy")}
+        | {"graftllm": "cl_graft/graftllm.py"},
+        "models": dict.fromkeys(SPECS, "embedded"),
     }.items():
         done = call("list", kind)
         assert done.code == 0
-        lines = dict(line.split(maxsplit=1) for line in done.out.splitlines())
-        assert set(names) <= set(lines)
-        assert all(len(about) > 10 for about in lines.values())
+        lines = [line.split(maxsplit=2) for line in done.out.splitlines()]
+        found = {name: origin for name, origin, _ in lines}
+        assert names.items() <= found.items()
+        assert all(len(about) > 10 for *_, about in lines)
+
+
+def test_a_baseline_of_a_paper_is_listed_with_it(call: Call) -> None:
+    own = {"individual", "joint", "sequential", "magnitude"}
+    for name in set(plugins.names("strategy")) - own:
+        assert re.search(r"arXiv \d{4}\.\d{5}|et al\. \d{4}", call("list", "strategies", name).out)
+
+
+def test_list_of_a_users_file(call: Call) -> None:
+    Path("mine.py").write_text('"""Mine."""\n')
+    done = call("list", "strategies", "./mine.py", "lora")
+    assert done.out.splitlines()[0].split() == ["./mine.py", "./mine.py", "Mine."]
+    assert len(done.out.splitlines()) == 2
+    assert_refused(call("list", "strategies", "./none.py"), "there is no file ./none.py")
+    assert_refused(call("list", "strategies", "loar"), "did you mean lora")
+
+
+def test_list_of_budgets_shows_such_as_are_read(call: Call) -> None:
+    for line in call("list", "budgets").out.splitlines():
+        assert Budget(line.split()[0], 10**9).bytes > 0
 
 
 def test_list_verbose_shows_options_as_they_are_set(call: Call) -> None:

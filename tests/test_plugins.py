@@ -227,9 +227,25 @@ def test_plugins_of_an_installed_package(package: Path) -> None:
     assert "far_away" not in plugins.names("scenario")
     assert plugins.load("strategy", "far_away").__doc__ == "Keep what comes from afar."
     assert plugins.load("scenario", "far_stream")(seed=1).task_names == ("only",)
-    assert plugins.about("strategy", "far_away") == "from an installed package"
+    assert plugins.about("strategy", "far_away") == "Keeps what comes from afar."
+    assert plugins.origin("strategy", "far_away") == "far 1.0"
+    (package / "far_away.py").rename(package / "elsewhere.py")
+    assert "without importing" in plugins.about("strategy", "far_away")
     with pytest.raises(UnknownName, match="did you mean far_away"):
         plugins.load("strategy", "far_awa")
+
+
+def test_where_a_plugin_comes_from(tmp_path: Path) -> None:
+    assert plugins.origin("strategy", "graftllm") == "cl_graft/graftllm.py"
+    assert plugins.origin("strategy", "ties") == "baselines/ties.py"
+    assert plugins.origin("scenario", "mini") == "scenarios/mini.py"
+    file = str(written(tmp_path, "mine"))
+    assert plugins.origin("strategy", file) == file
+    assert plugins.about("strategy", file) == "Keeps nothing."
+    with pytest.raises(UnknownName, match="did you mean ties"):
+        plugins.origin("strategy", "tie")
+    with pytest.raises(CLGraftError, match="there is no file"):
+        plugins.about("strategy", "./none.py")
 
 
 def test_a_broken_plugin_of_an_installed_package_is_named(package: Path) -> None:

@@ -3,34 +3,72 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from ..errors import UnknownName
+from . import complete
+
+KINDS = {"scenarios": "scenario", "strategies": "strategy"}
+BUDGETS = (
+    ("10%", "ten per cent of the base's bytes in bf16, all of a pack's file counted; the default"),
+    ("10%:weights", "the paper's comparison: ten per cent of the base's weights, 16 bits each"),
+    ("800MB", "bytes: B, KB, MB or GB"),
+)
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help="scenarios, strategies or models.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="scenarios, strategies, models or budgets.", autocompletion=complete.lists
+        ),
+    ],
+    which: Annotated[
+        list[str] | None, typer.Argument(help="Only these; paths of .py files, too.")
+    ] = None,
     verbose: Annotated[bool, typer.Option(help="Options and their defaults, too.")] = False,
 ) -> None:
-    """What there is, with a line on each."""
+    """What there is: where it comes from, and a line on it."""
+    if what not in (*KINDS, "models", "budgets"):
+        raise UnknownName("list", what, [*KINDS, "models", "budgets"])
+    if what == "budgets":
+        rows = [(name, "", about) for name, about in BUDGETS]
+    elif what == "models":
+        rows = list(_models())
+    else:
+        rows = list(_plugins(KINDS[what], which))
+    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+    for name, origin, about in rows:
+        start = f"{name:{widths[0]}}  " + (f"{origin:{widths[1]}}  " if widths[1] else "")
+        typer.echo(start + about)
+        if verbose and what in KINDS:
+            _options(KINDS[what], name)
+
+
+def _plugins(kind: str, which: list[str] | None) -> Iterator[tuple[str, str, str]]:
     from .. import plugins
+
+    for name in which or plugins.names(kind):
+        yield name, plugins.origin(kind, name), plugins.about(kind, name)
+
+
+def _models() -> Iterator[tuple[str, str, str]]:
     from ..models.embedded import SPECS
 
-    kinds = {"scenarios": "scenario", "strategies": "strategy"}
-    if what == "models":
-        for name, spec in SPECS.items():
-            typer.echo(f"{name:16} {spec.about}")
-        typer.echo(f"{'FOLDER':16} a Hugging Face causal LM on this machine")
-        typer.echo(f"{'owner/model':16} a Hugging Face causal LM on the hub")
-        return
-    if what not in kinds:
-        raise UnknownName("list", what, [*kinds, "models"])
-    for name in plugins.names(kinds[what]):
-        typer.echo(f"{name:20} {plugins.about(kinds[what], name)}")
-        if verbose:
-            plugin = plugins.load(kinds[what], name)
-            for option, default in plugins.options(plugin).items():
-                typer.echo(f"    --set {name}.{option}={json.dumps(default)}")
-            typer.echo("    " + " ".join((plugin.__doc__ or "").split()))
+    for name, spec in SPECS.items():
+        yield name, "embedded", spec.about
+    yield "FOLDER", "a disk", "a Hugging Face causal LM on this machine"
+    yield "owner/model", "the hub", "a Hugging Face causal LM on the hub"
+
+
+def _options(kind: str, name: str) -> None:
+    from .. import plugins
+
+    plugin = plugins.load(kind, name)
+    short = plugin.__name__ if name.endswith(".py") else name
+    for option, default in plugins.options(plugin).items():
+        typer.echo(f"    --set {short}.{option}={json.dumps(default)}")
+    typer.echo("    " + " ".join((plugin.__doc__ or "").split()))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import CLGraftError, UnknownName
+from . import complete
 
 if TYPE_CHECKING:
     from ..spec import Sweep
@@ -17,18 +18,29 @@ File = Annotated[
     Path | None,
     typer.Argument(help="Sweep file, as `cl-graft init` writes one; options go before it."),
 ]
-Scenarios = Annotated[str | None, typer.Option(help="Names, comma-separated.")]
-Strategies = Annotated[str | None, typer.Option(help="Names, comma-separated.")]
+Scenarios = Annotated[
+    str | None, typer.Option(help="Names, comma-separated.", autocompletion=complete.scenarios)
+]
+Strategies = Annotated[
+    str | None, typer.Option(help="Names, comma-separated.", autocompletion=complete.strategies)
+]
 Seeds = Annotated[str | None, typer.Option(help="Integers, comma-separated; 0 if not given.")]
 Models = Annotated[
     str | None,
-    typer.Option(help="Embedded models, folders or hub ids, comma-separated; mini-llama."),
+    typer.Option(
+        help="Embedded models, folders or hub ids, comma-separated; mini-llama.",
+        autocompletion=complete.models,
+    ),
 ]
 Budgets = Annotated[
     str | None, typer.Option(help="Storage per task, comma-separated: 10% (default), 800MB.")
 ]
 Model = Annotated[
-    str | None, typer.Option(help="Embedded model's name, local folder, or hub id; mini-llama.")
+    str | None,
+    typer.Option(
+        help="Embedded model's name, local folder, or hub id; mini-llama.",
+        autocompletion=complete.model,
+    ),
 ]
 Budget = Annotated[
     str | None, typer.Option(help="Storage per task: 10% (default), 10%:weights, 800MB.")

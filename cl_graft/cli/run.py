@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from . import complete
 from .options import (
     Budget,
     Cache,
@@ -26,8 +27,14 @@ from .show import print_tables
 
 
 def run(
-    scenario: Annotated[str, typer.Option(help="Name, or path of a .py file.")],
-    strategy: Annotated[str, typer.Option(help="Name, or path of a .py file.")],
+    scenario: Annotated[
+        str,
+        typer.Option(help="Name, or path of a .py file.", autocompletion=complete.scenario),
+    ],
+    strategy: Annotated[
+        str,
+        typer.Option(help="Name, or path of a .py file.", autocompletion=complete.strategy),
+    ],
     model: Model = None,
     seed: Annotated[int, typer.Option(help="Of the data and the training.")] = 0,
     budget: Budget = None,

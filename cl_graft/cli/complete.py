@@ -1,0 +1,66 @@
+"""What the shell offers when Tab is pressed: real names, read without importing anything heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+Offered = list[tuple[str, str]]  # a word, and a line on it
+
+
+def lists(incomplete: str) -> Offered:
+    """What `cl-graft list` lists."""
+    return _fitting(
+        incomplete, ((name, "") for name in ("scenarios", "strategies", "models", "budgets"))
+    )
+
+
+def scenario(incomplete: str) -> Offered:
+    """One scenario."""
+    return _fitting(incomplete, _plugins("scenario"))
+
+
+def strategy(incomplete: str) -> Offered:
+    """One strategy."""
+    return _fitting(incomplete, _plugins("strategy"))
+
+
+def model(incomplete: str) -> Offered:
+    """One embedded model."""
+    return _fitting(incomplete, _models())
+
+
+def scenarios(incomplete: str) -> Offered:
+    """The next of comma-separated scenarios."""
+    return _next(incomplete, _plugins("scenario"))
+
+
+def strategies(incomplete: str) -> Offered:
+    """The next of comma-separated strategies."""
+    return _next(incomplete, _plugins("strategy"))
+
+
+def models(incomplete: str) -> Offered:
+    """The next of comma-separated models."""
+    return _next(incomplete, _models())
+
+
+def _plugins(kind: str) -> Offered:
+    from .. import plugins
+
+    return [(name, plugins.about(kind, name)) for name in plugins.names(kind)]
+
+
+def _models() -> Offered:
+    from ..models.embedded import SPECS
+
+    return [(name, spec.about) for name, spec in SPECS.items()]
+
+
+def _fitting(incomplete: str, known: Iterable[tuple[str, str]]) -> Offered:
+    return [(name, about) for name, about in known if name.startswith(incomplete)]
+
+
+def _next(incomplete: str, known: Offered) -> Offered:
+    before, comma, last = incomplete.rpartition(",")
+    taken = before.split(",")
+    return [(f"{before}{comma}{n}", about) for n, about in _fitting(last, known) if n not in taken]

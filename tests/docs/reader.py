@@ -1,0 +1,243 @@
+"""A reader of SkillPack files, written from docs/pack-format.md alone: NumPy and the standard library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAGIC = b'{"__metadata__":{"skillpack":"{'
+DTYPES = {"F32": ("<u4", 4), "BF16": ("<u2", 2), "F16": ("<u2", 2), "U8": ("u1", 1)}
+ORDER = list(DTYPES)
+MOST = 1 << 48
+Array = np.ndarray
+
+
+class Refused(Exception):
+    """Not a SkillPack, or a damaged one."""
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """(the text of the header, {tensor: its delta in F32})."""
+    data = path.read_bytes()
+    must(data[8 : 8 + len(MAGIC)] == MAGIC, "magic")
+    length = int.from_bytes(data[:8], "little")
+    must(len(MAGIC) < length <= (32 << 20) - 8 and len(data) >= 8 + length, "length")
+    must(sum(map(data[: 8 + length].count, (b"[", b"{", b","))) <= 4 << 20, "too many values")
+    header = data[8 : 8 + length]
+    try:
+        text = json.loads(json.loads(header)["__metadata__"]["skillpack"])
+        fields = ["version", "base", "task", "method", "options", "versions", "added", "grown"]
+        must(list(text) == [*fields, "tensors", "digest"] and text["version"] == 2, "fields")
+        parts = {name: layout(*said[:3]) for name, said in text["tensors"].items()}
+        same = header == expected(text, parts)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise Refused(f"header: {error}") from error
+    must(same, "header")
+    found, end = {}, 8 + length
+    for name, part, dtype, shape in placed(parts):
+        start, end = end, end + size(dtype, shape)
+        found[name, part] = data[start:end]
+    must(end == len(data), "length of the file")
+    deltas = {}
+    for name, (codec, shape, meta, checksum) in text["tensors"].items():
+        mine = {part: found[name, part] for part in parts[name]}
+        must(blake(b"".join(mine.values()), 8) == checksum, f"checksum of {name}")
+        values = {part: array(mine[part], *parts[name][part]) for part in mine}
+        deltas[name] = decode(codec, shape, meta, values)
+        must(bool(np.isfinite(deltas[name]).all()), f"{name} is not finite")
+    return text, deltas
+
+
+def must(right: bool, what: str) -> None:
+    if not right:
+        raise Refused(what)
+
+
+# --- header ---
+
+
+def expected(text: dict[str, Any], parts: dict[str, Any]) -> bytes:
+    """The header that goes with a text."""
+    said = {**text, "added": sorted(text["added"]), "grown": dict(sorted(text["grown"].items()))}
+    said["tensors"] = dict(sorted(text["tensors"].items()))
+    digest = said.pop("digest")
+    must(blake(compact(said).encode(), 16) == digest, "digest")
+    header: dict[str, Any] = {"__metadata__": {"skillpack": compact({**said, "digest": digest})}}
+    end = 0
+    for name, part, dtype, shape in placed(parts):
+        start, end = end, end + size(dtype, shape)
+        header[f"{name}:{part}"] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    data = compact(header).encode()
+    return data + b" " * (-len(data) % 8)
+
+
+def compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def blake(data: bytes, length: int) -> str:
+    return hashlib.blake2b(data, digest_size=length).hexdigest()
+
+
+def size(dtype: str, shape: list[int]) -> int:
+    return math.prod(shape) * DTYPES[dtype][1]
+
+
+def placed(parts: dict[str, Any]) -> list[tuple[str, str, str, list[int]]]:
+    """Every part in the order of the payload."""
+    rows = [(n, p, dtype, shape) for n, own in parts.items() for p, (dtype, shape) in own.items()]
+    return sorted(rows, key=lambda row: (ORDER.index(row[2]), f"{row[0]}:{row[1]}"))
+
+
+# --- codecs ---
+
+
+def whole(value: Any, low: int = 0, high: int = MOST) -> int:
+    must(type(value) is int and low <= value <= high, f"{value!r:.50} is out of range")
+    return value
+
+
+def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
+    """{part: (dtype, shape)}, in the order of the checksum."""
+    numel = math.prod(whole(n) for n in shape)
+    must(len(shape) <= 8 and math.prod(max(1, n) for n in shape) <= MOST, "shape")
+    dtype = meta.get("dtype", "F32")
+    must(dtype in ("F32", "BF16", "F16"), "dtype")
+    wanted = {
+        "dense": {"dtype"},
+        "sparse": {"dtype", "kept"} | ({"gap"} & set(meta)),
+        "low_rank": {"dtype", "rank"},
+        "quantized": {"bits", "group_size"},
+        "quantized_low_rank": {"groups"},
+        "sign_scale": set(),
+    }
+    must(codec in wanted and set(meta) == wanted[codec], "codec or meta")
+    must(len(shape) == 2 or codec in ("dense", "sparse", "sign_scale"), "no matrix")
+    if codec == "dense":
+        return {"values": (dtype, shape)}
+    if codec == "sparse":
+        width, count = meta.get("gap", [1, numel])
+        index = stream_bytes(whole(count, 0, numel), whole(width, 1, 48))
+        return {"values": (dtype, [whole(meta["kept"], 0, numel)]), "index": ("U8", [index])}
+    if codec == "low_rank":
+        rank = whole(meta["rank"])
+        return {"left": (dtype, [shape[0], rank]), "right": (dtype, [rank, shape[1]])}
+    if codec == "sign_scale":
+        return {"signs": ("U8", [stream_bytes(numel, 1)]), "scale": ("F32", [1])}
+    grids = grids_of(codec, shape, meta)
+    codes = sum(1 + stream_bytes(r * c + r * -(-c // s), k) for r, c, k, s in grids)
+    scales = sum(r * -(-c // s) for r, c, _, s in grids)
+    return {"codes": ("U8", [codes]), "scales": ("F16", [scales])}
+
+
+def grids_of(codec: str, shape: list[int], meta: dict[str, Any]) -> list[tuple[int, ...]]:
+    """(rows, cols, bits, group size) of each grid."""
+    rows, cols = shape
+    if codec == "quantized":
+        grids = [(rows, cols, meta["bits"], meta["group_size"])]
+    else:
+        must(len(meta["groups"]) <= 64, "rank groups")
+        grids = [
+            grid
+            for rank, bits, left, right in meta["groups"]
+            for grid in ((whole(rank), rows, bits, left), (whole(rank), cols, bits, right))
+        ]
+    for _, _, bits, group in grids:
+        must(type(bits) is int and bits in (2, 3, 4, 5, 6, 8), "bits")
+        whole(group, 1)
+    return grids
+
+
+def decode(codec: str, shape: list[int], meta: dict[str, Any], parts: dict[str, Array]) -> Array:
+    """The delta, F32."""
+    numel = math.prod(shape)
+    if codec == "dense":
+        return parts["values"]
+    if codec == "sparse":
+        places = positions(parts["index"], meta.get("gap"), numel)
+        must(len(places) == meta["kept"], "kept")
+        flat = np.zeros(numel, np.float32)
+        flat[places] = parts["values"]
+        return flat.reshape(shape)
+    if codec == "low_rank":
+        return product(parts["left"], parts["right"], shape)
+    if codec == "sign_scale":
+        signs = unpack(parts["signs"], numel, 1).astype(bool)
+        return np.where(signs, parts["scale"], -parts["scale"]).reshape(shape)
+    grids = dequantized(parts["codes"], parts["scales"], grids_of(codec, shape, meta))
+    if codec == "quantized":
+        return grids[0]
+    pairs = zip(grids[::2], grids[1::2], strict=True)
+    return sum((product(left.T, right, shape) for left, right in pairs), np.zeros(shape, "f4"))
+
+
+def product(left: Array, right: Array, shape: list[int]) -> Array:
+    return left @ right if math.prod(shape) else np.zeros(shape, np.float32)
+
+
+def dequantized(codes: Array, scales: Array, grids: list[tuple[int, ...]]) -> list[Array]:
+    found = []
+    for rows, cols, bits, group in grids:
+        groups = -(-cols // group)
+        count = rows * cols + rows * groups
+        exponent = int(codes[0].view(np.int8))
+        must(-126 <= exponent <= 117, "exponent")
+        end = 1 + stream_bytes(count, bits)
+        stream = unpack(codes[1:end], count, bits).astype(np.float32)
+        column = np.arange(cols) // group
+        zero = stream[rows * cols :].reshape(rows, groups)[:, column]
+        scale = scales[: rows * groups].reshape(rows, groups)[:, column]
+        steps = stream[: rows * cols].reshape(rows, cols) - zero
+        found.append(scale * steps * np.float32(2.0**exponent))
+        codes, scales = codes[end:], scales[rows * groups :]
+    return found
+
+
+# --- bits ---
+
+
+def stream_bytes(count: int, width: int) -> int:
+    return -(-count * width // 8)
+
+
+def unpack(data: Array, count: int, width: int) -> Array:
+    """The values of a stream, int64."""
+    if width > 8:
+        return data[:count].astype("i8") | unpack(data[count:], count, width - 8) << 8
+    bits = np.unpackbits(data, bitorder="little").astype("i8")
+    must(len(data) == stream_bytes(count, width) and not bits[count * width :].any(), "stream")
+    return bits[: count * width].reshape(count, width) @ (1 << np.arange(width))
+
+
+def positions(index: Array, gap: list[int] | None, numel: int) -> Array:
+    if gap is None:
+        return np.flatnonzero(unpack(index, numel, 1))
+    width, count = gap
+    place, found, keeps = -1, [], True
+    for token in unpack(index, count, width).tolist():
+        keeps = token != (1 << width) - 1
+        place += token + keeps
+        must(place < numel, "a position past the end")
+        if keeps:
+            found.append(place)
+    must(keeps, "a skip at the end")
+    return np.array(found, dtype="i8")
+
+
+def array(data: bytes, dtype: str, shape: list[int]) -> Array:
+    """A part; floats as F32, and finite."""
+    kind, _ = DTYPES[dtype]
+    raw = np.frombuffer(data, kind).reshape(shape)
+    if dtype == "U8":
+        return raw
+    if dtype == "BF16":
+        raw = (raw.astype("<u4") << 16).view("<f4")
+    else:
+        raw = raw.view("<f4" if dtype == "F32" else "<f2").astype("f4")
+    must(bool(np.isfinite(raw).all()), "a value is not finite")
+    return raw

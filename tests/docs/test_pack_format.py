@@ -1,0 +1,143 @@
+"""docs/pack-format.md: its example to the byte, and a reader written from it against the engine."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cl_graft import SkillPack, SkillPackError
+from cl_graft.skillpack import codecs
+from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.quant import BITS, Quantized
+from tests.docs.reader import Refused, read
+from tests.skillpack.tensors import grid, normal
+
+PAGE = Path(__file__).parents[2] / "docs" / "pack-format.md"
+BASE = bytes(range(16)).hex()
+
+
+def block(mark: str) -> str:
+    """The fenced block that follows a mark of the page."""
+    found = re.search(rf"<!-- {mark} -->\n```\w*\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    assert found, mark
+    return found[1]
+
+
+def pack_of(tensors: dict[str, Encoded], **fields: Any) -> SkillPack:
+    about = {"task": "t", "method": "m", "options": {}, "base": BASE, "versions": {}}
+    return SkillPack(tensors, **(about | fields))
+
+
+def example() -> SkillPack:
+    """The pack that the page describes in words."""
+    x = torch.zeros(4, 8)
+    x[0, 1], x[1, 1] = 1.5, -2.0
+    weight = Quantized(
+        codes=torch.tensor([[7, 0, 5], [1, 2, 4]], dtype=torch.uint8),
+        scale=torch.tensor([[0.5, 1.0], [2.0, 0.25]], dtype=torch.float16),
+        zero=torch.tensor([[3, 0], [1, 4]], dtype=torch.uint8),
+        bits=3,
+        group_size=2,
+        exponent=-4,
+    )
+    tensors = {"bias": codecs.sparse(x, x != 0), "weight": codecs.quantized(weight)}
+    return pack_of(tensors, task="math", method="by hand", options={"rate": 0.5})
+
+
+def dump(data: bytes) -> str:
+    rows = (data[i : i + 16] for i in range(0, len(data), 16))
+    return "".join(f"{16 * i:04x}  {row.hex(' ')}\n" for i, row in enumerate(rows))
+
+
+def described() -> dict[str, Any]:
+    return {
+        "bias": [(0, 1, 1.5), (1, 1, -2.0)],
+        "weight": [[0.125, -0.09375, 0.3125], [0.0, 0.125, 0.0]],
+    }
+
+
+def test_the_example_is_what_the_engine_writes(tmp_path: Path) -> None:
+    example().save(tmp_path / "pack")
+    assert dump((tmp_path / "pack").read_bytes()) == block("pack bytes")
+
+
+def test_the_examples_bytes_are_read_as_the_page_says(tmp_path: Path) -> None:
+    lines = block("pack bytes").splitlines()
+    data = bytes.fromhex("".join(line.partition("  ")[2] for line in lines))
+    (tmp_path / "pack").write_bytes(data)
+    text, deltas = read(tmp_path / "pack")
+    compact = json.dumps(text, separators=(",", ":"), ensure_ascii=False)
+    assert compact == block("pack text").strip()
+    assert deltas["weight"].tolist() == described()["weight"]
+    kept = [(i, j, float(deltas["bias"][i, j])) for i, j in np.argwhere(deltas["bias"])]
+    assert kept == described()["bias"] and deltas["bias"].shape == (4, 8)
+    assert set(SkillPack.load(tmp_path / "pack", base=BASE).decode()) == {"bias", "weight"}
+
+
+def every_codec() -> dict[str, Encoded]:
+    """Each codec in each of its forms, with shapes that fill no byte or group, and none at all."""
+    found: dict[str, Encoded] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        kind = str(dtype).removeprefix("torch.")
+        found[f"dense {kind}"] = codecs.dense(normal((3, 5), 1), dtype)
+        found[f"low_rank {kind}"] = codecs.low_rank(normal((7, 2), 2), normal((2, 5), 3), dtype)
+        found[f"sparse {kind}"] = codecs.sparse_top(normal((9, 11), 4), 30, dtype)
+    found["dense scalar"] = codecs.dense(torch.tensor(0.5))
+    found["dense empty"] = codecs.dense(torch.zeros(0, 3))
+    found["low_rank none"] = codecs.low_rank(torch.zeros(4, 0), torch.zeros(0, 3))
+    found["sparse gaps"] = codecs.sparse_top(normal((300, 41), 5), 60)
+    found["sparse wide gaps"] = codecs.sparse_top(normal((1 << 20,), 5), 3)
+    found["sparse none"] = codecs.sparse_top(normal((6, 6), 6), 0)
+    found["sign_scale"] = codecs.sign_scale(normal((3, 5, 7), 7))
+    for bits in BITS:
+        found[f"quantized {bits}"] = codecs.quantized(grid(5, 13, bits, 4, bits))
+    pairs = [
+        (grid(2, 9, 8, 4, 1), grid(2, 7, 8, 3, 2)),
+        (grid(3, 9, 3, 128, 3), grid(3, 7, 3, 2, 4)),
+    ]
+    found["quantized_low_rank"] = codecs.quantized_low_rank(pairs, (9, 7))
+    found["quantized_low_rank none"] = codecs.quantized_low_rank([], (9, 7))
+    return found
+
+
+def test_every_codec_is_in_what_is_compared() -> None:
+    assert {e.codec for e in every_codec().values()} == set(codecs.CODECS)
+    assert any(e.meta.get("gap", [0])[0] > 8 for e in every_codec().values())
+
+
+def test_the_reader_agrees_with_the_engine(tmp_path: Path) -> None:
+    options = {'Ü\n\x01"\\': [1.0, 1e-05, 1.5e16, -0.0, 0.1, True, None, {"": []}]}
+    tensors = every_codec()
+    grown = {"dense float32": [2, 5]}
+    pack = pack_of(tensors, options=options, added=["sign_scale"], grown=grown, task="λ")
+    pack.save(tmp_path / "pack")
+    text, found = read(tmp_path / "pack")
+    loaded = SkillPack.load(tmp_path / "pack")
+    wanted = loaded.decode()
+    assert text["options"] == options and text["digest"] == loaded.digest
+    assert set(found) == set(wanted) == set(tensors)
+    for name, delta in wanted.items():
+        assert found[name].dtype == np.float32 and found[name].shape == tuple(delta.shape)
+        if tensors[name].codec in ("low_rank", "quantized_low_rank"):
+            np.testing.assert_allclose(found[name], delta.numpy(), rtol=1e-5, atol=1e-30)
+        else:
+            np.testing.assert_array_equal(found[name], delta.numpy())
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_both_refuse_a_byte_that_was_changed(tmp_path: Path, seed: int) -> None:
+    example().save(tmp_path / "pack")
+    data, rng = bytearray((tmp_path / "pack").read_bytes()), random.Random(seed)
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    (tmp_path / "pack").write_bytes(data)
+    with pytest.raises(SkillPackError):
+        SkillPack.load(tmp_path / "pack")
+    with pytest.raises(Refused):
+        read(tmp_path / "pack")
