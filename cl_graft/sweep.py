@@ -7,12 +7,13 @@ same command again, with the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from .config import RunConfig
 from .executors import Executor, Report
 from .mirror import Mirror
-from .record import CellFolder
+from .record import CellBusy, CellFolder
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def sweep(
     waiting = [c for c in waiting if c.cell not in given_up]
     for config in waiting:
         folder = CellFolder(config.out / config.cell)
-        if folder.state()["state"] != "running":
+        with suppress(CellBusy), folder.lock():  # else another sweep computes it, and has said so
             folder.mark("waiting")
     for model, data_dir in sorted({(c.model, c.data_dir) for c in waiting}, key=str):
         report("models", f"preparing {model}", 0.0)

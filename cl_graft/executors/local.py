@@ -161,8 +161,15 @@ def _work(
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+    def report(what: str, done: float) -> None:
+        try:
+            says.send((what, done))
+        except OSError:  # nobody listens any more: no failure of the cell
+            raise KeyboardInterrupt from None
+
     try:
-        says.send(attempt(config, seldom(lambda what, done: says.send((what, done))), patient))
+        says.send(attempt(config, seldom(report), patient))
     except KeyboardInterrupt:
         util._exit_function()  # type: ignore[attr-defined]  # as at the end of any process
         os._exit(1)
