@@ -19,6 +19,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -69,8 +70,8 @@ def _moving(task, dpo):
 '''
 SMALL = {"model_grafting": {"epochs": 2, "batches": 2}}
 PHASES = ("loading", "training", "compressing", "evaluating", "writing")
-KILLS_A_STORY = 4
-LIMIT = 300.0  # seconds that no life takes
+KILLS_A_STORY = 6
+LIMIT = 1200.0  # seconds that no life takes
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,10 @@ def phase(out: Path, said: str) -> str:
 
 
 def temporaries(out: Path) -> list[Path]:
-    torn = [f for f in out.rglob("checkpoint-*") if not (f / fit.WHOLE).is_file()]
-    return torn + [f for f in out.rglob(".*") if f.suffix in LEFT]
+    """What is half-written; the empty folder that waits for a stage's outcome while it trains is not."""
+    found = [f for f in out.rglob("checkpoint-*") if not (f / fit.WHOLE).is_file()]
+    found += [f for f in out.rglob(".*") if f.suffix in LEFT]
+    return [f for f in found if f.is_file() or any(f.iterdir())]
 
 
 def assert_whole(out: Path) -> None:
@@ -297,7 +300,7 @@ def _assert_whole_steps(work: Path) -> None:
 
 def assert_done(out: Path) -> None:
     """Nothing half-made is left, and nothing locked."""
-    assert temporaries(out) == []
+    assert [f for f in out.rglob(".*") if f.suffix in LEFT] == []
     assert list(out.rglob("*.work")) == []
     for file in [*out.rglob("*.lock"), *out.rglob(".lock")]:
         with FileLock(file, timeout=0):
@@ -369,40 +372,42 @@ class Reference:
 class Stories:
     def __init__(self, folder: Path, seed: int, chosen: Sequence[Subject]):
         self.folder, self.seed, self.chosen = folder, seed, list(chosen)
-        self.rng = random.Random(seed)
         self.context, self.scenario = server(), write_scenario(folder)
         self.references: dict[Subject, Reference] = {}
-        self.count = 0
 
-    def reference(self, subject: Subject) -> Reference:
-        if subject not in self.references:
-            out = self.folder / "references" / subject.name.replace(" ", "")
-            config = subject.config(self.scenario, out)
-            life = live(self.context, alone, [config], out, Aim(names=10**9))
-            assert life.code == 0, f"{subject.name}: the uninterrupted run ended with {life.code}"
-            assert_whole(out)
-            assert_done(out)
-            found = numbers(out / config.cell)
-            self.references[subject] = Reference(found, life.seconds, life.names)
-            shutil.rmtree(out)
-        return self.references[subject]
+    def refer(self, subject: Subject) -> None:
+        """Run the subject's cell, undisturbed."""
+        out = self.folder / "references" / subject.name.replace(" ", "")
+        config = subject.config(self.scenario, out)
+        life = live(self.context, alone, [config], out, Aim(names=10**9))
+        assert life.code == 0, f"{subject.name}: the uninterrupted run ended with {life.code}"
+        assert_whole(out)
+        assert_done(out)
+        found = numbers(out / config.cell)
+        self.references[subject] = Reference(found, life.seconds, life.names)
+        shutil.rmtree(out)
 
-    def tell(self, subject: Subject, in_sweep: bool, kills: int) -> Row:
-        """Stories of so many kills in all, of the subject by itself or in a sweep with the next one."""
-        row = Row(subject.name)
-        while row.kills < kills:
-            self._story(subject, in_sweep, min(KILLS_A_STORY, kills - row.kills), row)
+    def tell(self, subject: Subject, shares: tuple[int, int]) -> Row:
+        """Stories of so many kills of the subject by itself, and so many in sweeps with the next one."""
+        row, rng = Row(subject.name), random.Random(f"{self.seed} {subject.name}")
+        for in_sweep, share in zip((False, True), shares, strict=True):
+            before, number = row.kills, 0
+            while (left := share - (row.kills - before)) > 0:
+                number += 1
+                name = f"{subject.name.replace(' ', '')}-{'sweep' if in_sweep else 'run'}-{number}"
+                self._story(subject, in_sweep, min(KILLS_A_STORY, left), row, rng, name)
         return row
 
-    def _story(self, subject: Subject, in_sweep: bool, kills: int, row: Row) -> None:
+    def _story(
+        self, subject: Subject, in_sweep: bool, kills: int, row: Row, rng: random.Random, name: str
+    ) -> None:
         """One folder: at most so many kills spread over a life; fewer if it comes to its end before."""
-        self.count += 1
-        out = self.folder / "killed" / f"{self.count:03d}"
+        out = self.folder / "killed" / name
         cast = [subject, self._next(subject)] if in_sweep else [subject]
-        references = [self.reference(s) for s in cast]
+        references = [self.references[s] for s in cast]
         configs = [s.config(self.scenario, out) for s in cast]
         target, hit = (together if in_sweep else alone), 0
-        for aim in self._aims(references, kills):
+        for aim in aims(references, kills, rng):
             life = live(self.context, target, configs, out, aim)
             if life.code is not None:
                 assert life.code == 0, f"{subject.name} in {out}: ended with {life.code}"
@@ -430,20 +435,21 @@ class Stories:
         if not differs:
             shutil.rmtree(out)
 
-    def _aims(self, references: Sequence[Reference], kills: int) -> Iterator[Aim]:
-        """The gaps between so many random points of a life; every other one counts names instead of seconds."""
-        seconds = max(r.seconds for r in references)
-        appear = sum(r.names for r in references)
-        points = sorted(self.rng.random() for _ in range(kills))
-        first = self.rng.randrange(2)
-        for n, (begin, end) in enumerate(zip([0.0, *points], points, strict=False)):
-            if (n + first) % 2:
-                yield Aim(names=1 + round((end - begin) * appear))
-            else:
-                yield Aim(seconds=0.05 + (end - begin) * seconds)
-
     def _next(self, subject: Subject) -> Subject:
         return self.chosen[(self.chosen.index(subject) + 1) % len(self.chosen)]
+
+
+def aims(references: Sequence[Reference], kills: int, rng: random.Random) -> Iterator[Aim]:
+    """The gaps between so many random points of a life; every other one counts names instead of seconds."""
+    seconds = max(r.seconds for r in references)
+    appear = sum(r.names for r in references)
+    points = sorted(rng.random() for _ in range(kills))
+    first = rng.randrange(2)
+    for n, (begin, end) in enumerate(zip([0.0, *points], points, strict=False)):
+        if (n + first) % 2:
+            yield Aim(names=1 + round((end - begin) * appear))
+        else:
+            yield Aim(seconds=0.05 + (end - begin) * seconds)
 
 
 def stories(
@@ -452,29 +458,20 @@ def stories(
     seed: int,
     chosen: Sequence[Subject],
     tell: Callable[[str], None] = lambda line: None,
+    jobs: int = 1,
 ) -> list[Row]:
-    """At least so many kills over all subjects, half of each one's in sweeps."""
-    told, rows = Stories(folder, seed, chosen), []
-    shares = [
-        kills * (n + 1) // (2 * len(chosen)) - kills * n // (2 * len(chosen))
-        for n in range(2 * len(chosen))
-    ]
-    for number, subject in enumerate(chosen):
-        parts = [
-            told.tell(subject, in_sweep, shares[2 * number + in_sweep])
-            for in_sweep in (False, True)
-        ]
-        row = Row(
-            subject.name,
-            parts[0].single,
-            parts[1].sweep,
-            parts[0].where + parts[1].where,
-            sum(p.identical for p in parts),
-            parts[0].different + parts[1].different,
-        )
-        rows.append(row)
-        tell(line(row))
-    return rows
+    """So many kills over all subjects, half of each one's in sweeps; `jobs` stories at a time."""
+    told, parts = Stories(folder, seed, chosen), 2 * len(chosen)
+    shares = [kills * (n + 1) // parts - kills * n // parts for n in range(parts)]
+
+    def row(number: int) -> Row:
+        found = told.tell(chosen[number], (shares[2 * number], shares[2 * number + 1]))
+        tell(line(found))
+        return found
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(told.refer, chosen))
+        return list(pool.map(row, range(len(chosen))))
 
 
 # --- the table ---
@@ -527,6 +524,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="kills.md and kills.json go here")
     parser.add_argument("--work", type=Path, help="where the runs are (default: OUT/work)")
+    parser.add_argument("--jobs", type=int, default=1, help="stories at a time")
     parser.add_argument("--only", help="strategies, by commas")
     asked = parser.parse_args()
     work = asked.work or asked.out / "work"
@@ -534,7 +532,9 @@ def main() -> None:
     if asked.only:
         chosen = [s for s in chosen if s.name in asked.only.split(",")]
     begun = time.monotonic()
-    rows = stories(work, asked.kills, asked.seed, chosen, lambda text: print(text, flush=True))
+    rows = stories(
+        work, asked.kills, asked.seed, chosen, partial(print, flush=True), jobs=asked.jobs
+    )
     asked.out.mkdir(parents=True, exist_ok=True)
     found = summary(rows, asked.kills, asked.seed, time.monotonic() - begun)
     (asked.out / "kills.json").write_text(json.dumps(found, indent=1) + "\n")
