@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .identity import versions
-from .record import RecordError, read_json, read_jsonl
+from .record import RecordError, read_json, read_lines
+
+TORN = "not all there"
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,13 @@ def _entries(cache: Path) -> Iterator[Entry]:
         elif folder.name.endswith(".tmp"):
             yield _entry(folder, "unfinished", "a checkpoint that was being written", True)
     for file in (cache / "pairs").glob("*.jsonl"):
-        yield _entry(file, "pairs", f"{sum(1 for _ in read_jsonl(file))} pairs", True)
+        found = read_lines(file)
+        yield _entry(file, "pairs", f"{len(found[1])} pairs" if found else TORN, bool(found))
     for file in (cache / "evaluations").glob("*.jsonl"):
-        first = next(iter(read_jsonl(file)))
+        if (found := read_lines(file)) is None:
+            yield _entry(file, "evaluation", TORN, False)
+            continue
+        first, _ = found
         about = f"{first['task']} of {first['cell'] or 'no cell'}"
         yield _entry(file, "evaluation", about, _current(first["made_by"], evaluation_code()))
 
@@ -89,9 +96,18 @@ def prune(cache: Path, everything: bool = False, older: float | None = None) -> 
             continue
         with _free(entry.path) as free:
             if free:
-                shutil.rmtree(entry.path) if entry.path.is_dir() else entry.path.unlink()
+                _remove(entry.path)
                 removed.append(entry)
     return removed
+
+
+def _remove(path: Path) -> None:
+    """Out of sight at once, so that no half of a folder is ever taken for the whole."""
+    if not path.is_dir():
+        return path.unlink()
+    gone = path.with_name(f".{path.name.removeprefix('.')}.gone.tmp")
+    os.replace(path, gone)
+    shutil.rmtree(gone)
 
 
 @contextmanager

@@ -11,11 +11,13 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,10 @@ from .errors import CLGraftError
 
 FORMAT = 2
 State = Literal["waiting", "running", "done", "failed"]
+LEFT = (".tmp", ".part")  # ends of the names of what is being written, here or from a mirror
+PATIENCE = (
+    0.5  # seconds that a cell's lock is waited for: a sweep holds it while it marks what waits
+)
 
 
 class RecordError(CLGraftError):
@@ -95,10 +101,38 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             ) from error
 
 
+def write_lines(path: Path, about: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines under a first one, which says `about` and how many follow it."""
+    texts = [json.dumps(line) for line in lines]
+    first = json.dumps({**about, "lines": len(texts)})
+    write_text(path, "".join(f"{text}\n" for text in (first, *texts)))
+
+
+def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """What `write_lines` wrote; None for a file that is not there, or not all there."""
+    try:
+        first, *lines = read_jsonl(path)
+    except (RecordError, ValueError):
+        return None
+    return (first, lines) if first.get("lines") == len(lines) else None
+
+
+def flush(folder: Path) -> None:
+    """Push every file of a folder to the disk, before a marker says that it is whole."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
 @contextmanager
 def locked(path: Path, patient: bool = True) -> Iterator[None]:
     """Held while `path` is made: whoever comes second waits, and finds the work done.
 
+    What a process that was killed meanwhile left half-made beside `path` is removed.
     Raises RecordError where the disk refuses even a lock, and Busy, if not patient, where it would have to wait.
     """
     from filelock import FileLock, Timeout
@@ -112,6 +146,9 @@ def locked(path: Path, patient: bool = True) -> Iterator[None]:
     except OSError as error:
         raise refused(path, str(error.strerror)) from error
     try:
+        for left in path.parent.glob(f".{glob.escape(path.name)}[.-]*"):
+            if left.suffix in LEFT:
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -143,7 +180,7 @@ class CellFolder:
         self._make(self.path)
         lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=PATIENCE)
         except Timeout:
             raise CellBusy(
                 f"{self.path} is being computed by another process; wait for it or choose another --out."
@@ -153,16 +190,19 @@ class CellFolder:
                 f"{self.path} cannot be locked ({error.strerror}); choose another --out."
             ) from error
         try:
-            for left in self.path.rglob(".*.tmp"):  # by a process that was killed while it wrote
-                left.unlink(missing_ok=True)
+            for left in self.path.rglob(".*"):  # by a process that was killed while it wrote
+                if left.suffix in LEFT:
+                    left.unlink(missing_ok=True)
             yield
         finally:
             lock.release()
 
     def mark(self, state: State, **more: Any) -> None:
-        """Persist the cell's state. Raises RecordError if the disk refuses it."""
+        """Persist the cell's state, under its lock. Raises RecordError if the disk refuses it."""
         where = {"since": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
         write_json(self.path / "state.json", {"state": state, **where, **more})
+        if state == "running":
+            (self.path / "traceback.txt").unlink(missing_ok=True)
 
     def state(self) -> dict[str, Any]:
         """What `mark` wrote last, put right: a result says `done`, and what a killed process left is `waiting`."""

@@ -7,13 +7,14 @@ same command again, with the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 from .config import RunConfig
 from .executors import Executor, Report
 from .mirror import Mirror
-from .record import CellFolder
+from .record import CellBusy, CellFolder
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def sweep(
     waiting = [c for c in waiting if c.cell not in given_up]
     for config in waiting:
         folder = CellFolder(config.out / config.cell)
-        if folder.state()["state"] != "running":
+        with suppress(CellBusy), folder.lock():  # else another sweep computes it, and has said so
             folder.mark("waiting")
     for config, outcome in executor(waiting, report) if waiting else ():
         if outcome.state == "done":

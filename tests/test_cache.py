@@ -25,7 +25,9 @@ def filled(nano, tmp_path):
     work.mkdir(parents=True)
     (work / "optimizer.pt").write_bytes(b"0" * 1000)
     (tmp_path / "pairs").mkdir()
-    (tmp_path / "pairs" / "x.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (tmp_path / "pairs" / "x.jsonl").write_text(
+        '{"lines": 1}\n{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    )
     return tmp_path
 
 

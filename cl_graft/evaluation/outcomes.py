@@ -1,12 +1,10 @@
 """Evaluate once: outcomes are kept under the fingerprint of the weights that gave them, for every cell to recall.
 
-<cache>/evaluations/<key>.jsonl    a line on who measured what, then one an example and metric
+<cache>/evaluations/<key>.jsonl    a line on who measured what and how many follow, then one an example and metric
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..identity import code_digest, digest, place, versions, vocabulary
 from ..mirror import Mirror
 from ..models import text
-from ..record import read_jsonl, write_text
+from ..record import read_lines, write_lines
 from ..task import Task
 from . import _child, _math_child, answers, generate, sandbox, scorers
 from .scorers import Scored
@@ -57,9 +55,9 @@ class Outcomes:
         """Outcomes, and whether another cell or stage than this one measured them; None if nobody has."""
         if self.mirror and not file.is_file():
             self.mirror.pull(f"cache/evaluations/{file.name}", file)
-        if not file.is_file():
+        if (whole := read_lines(file)) is None:
             return None
-        first, *lines = read_jsonl(file)
+        first, lines = whole
         found: Results = {}
         for line in lines:
             scored = Scored(line["score"], line["answer"], line["note"])
@@ -67,18 +65,18 @@ class Outcomes:
         return found, (first["cell"], first["stage"]) != (self.cell, stage)
 
     def keep(self, file: Path, task: Task, results: Results, weights: str, stage: int) -> None:
-        first: dict[str, Any] = {
+        about: dict[str, Any] = {
             "cell": self.cell,
             "stage": stage,
             "task": task.name,
             "weights": weights,
             "made_by": {"code": evaluation_code(), **versions()},
         }
-        lines: Sequence[dict[str, Any]] = [
+        lines = (
             {"metric": metric, "index": i, **asdict(scored)}
             for metric, outcomes in results.items()
             for i, scored in enumerate(outcomes)
-        ]
-        write_text(file, "".join(json.dumps(line) + "\n" for line in (first, *lines)))
+        )
+        write_lines(file, about, lines)
         if self.mirror:
             self.mirror.push(file, f"cache/evaluations/{file.name}")

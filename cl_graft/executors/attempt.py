@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from ..config import RunConfig
@@ -38,7 +39,8 @@ def attempt(config: RunConfig, progress: Progress, patient: bool) -> Outcome:
     except Exception as error:
         reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
     try:
-        folder.failed(reason, trace)
+        with suppress(CellBusy), folder.lock():  # else another sweep tries again already
+            folder.failed(reason, trace)
     except CLGraftError as error:
         reason += f" ({error})"
     return Outcome("failed", reason)

@@ -197,8 +197,15 @@ def _work(
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+    def report(what: str, done: float) -> None:
+        try:
+            says.send((what, done))
+        except OSError:  # nobody listens any more: no failure of the cell
+            raise KeyboardInterrupt from None
+
     with _worker():
-        says.send(work(config, seldom(lambda what, done: says.send((what, done))), patient))
+        says.send(work(config, seldom(report), patient))
 
 
 @contextmanager

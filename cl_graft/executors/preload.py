@@ -1,5 +1,6 @@
 """Imported once by the process that workers are forked from: everything that a cell is going to import."""
 
+import gc
 import os
 import warnings
 
@@ -17,3 +18,5 @@ from ..training.fit import quiet  # noqa: E402
 with quiet():
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
     from trl import SFTConfig, SFTTrainer  # noqa: F401
+
+gc.freeze()  # modules are no garbage: what is forked need not look through them after every stage

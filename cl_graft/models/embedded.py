@@ -113,7 +113,13 @@ def obtain(name: str, data_dir: Path | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not target.exists():
-                build = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
+                for left in target.parent.glob(
+                    f".building-{target.name}-*"
+                ):  # by one that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                build = Path(
+                    tempfile.mkdtemp(prefix=f".building-{target.name}-", dir=target.parent)
+                )
                 try:
                     _train(spec, texts, build)
                     os.replace(build, target)

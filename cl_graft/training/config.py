@@ -102,5 +102,14 @@ def accumulation(batch: int, launch: Launch) -> tuple[int, int]:
 
 
 def save_steps(config: StageConfig, launch: Launch) -> int:
-    """Steps between two checkpoints that a killed job goes on from."""
-    return launch.save_steps or max(50, config.steps // 5)
+    """Steps between two checkpoints that a killed job goes on from.
+
+    Whole lines of the log: a line is a mean over its steps, and none may be cut in two by a checkpoint.
+    """
+    every = logging_steps(config)
+    return max(every, (launch.save_steps or max(50, config.steps // 5)) // every * every)
+
+
+def logging_steps(config: StageConfig) -> int:
+    """Steps that a line of the log is the mean of."""
+    return max(1, config.steps // 20)

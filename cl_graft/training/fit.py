@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ..config import Launch
 from ..identity import peak_memory_mb
 from ..models.text import encode
-from ..record import read_jsonl
-from .config import Row, StageConfig, accumulation, order, save_steps
+from ..record import flush, read_jsonl, write_json, write_text
+from .config import Row, StageConfig, accumulation, logging_steps, order, save_steps
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +58,7 @@ def fit(
         tokens = tokens_of_a_step(found, len(rows), config)
         report = _report(work, trainer, step, tokens, progress)
         if main:
-            (work / TOKENS).write_text(json.dumps(config.steps * tokens))
+            write_json(work / TOKENS, config.steps * tokens)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(report)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -192,7 +192,7 @@ def _arguments(
         "report_to": [],
         "save_strategy": "steps",
         "save_steps": save_steps(config, launch),
-        "logging_steps": max(1, config.steps // 20),
+        "logging_steps": logging_steps(config),
         "disable_tqdm": True,
         "deepspeed": deepspeed,
     }
@@ -216,10 +216,10 @@ def _report(work: Path, trainer: Any, step: int, tokens: float, progress: Progre
     file = work / LOG
     kept = [x for x in read_jsonl(file) if x["step"] <= step] if file.is_file() else []
     before = kept[-1]["seconds"] if kept else 0.0
+    seen = kept[-1].get("num_tokens", 0.0) if kept else 0.0  # TRL counts from where it goes on
     main = trainer.accelerator.is_main_process
     if main:
-        work.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
 
     class Report(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -235,6 +235,8 @@ def _report(work: Path, trainer: Any, step: int, tokens: float, progress: Progre
             self.last = now, state.global_step
             line = {"step": state.global_step}
             line |= {k: float(v) for k, v in logs.items() if isinstance(v, (int, float))}
+            if "num_tokens" in line:
+                line["num_tokens"] += seen
             line["tokens_per_second"] = tokens * (state.global_step - at) / max(now - then, 1e-9)
             line["peak_memory_mb"] = _peak_mb()
             line["seconds"] = before + now - self.begun
@@ -244,9 +246,11 @@ def _report(work: Path, trainer: Any, step: int, tokens: float, progress: Progre
         def on_save(self, args, state, control, **kwargs):
             trainer.accelerator.wait_for_everyone()  # each process writes its share
             if main:
-                (work / f"checkpoint-{state.global_step}" / WHOLE).touch()
+                saved = work / f"checkpoint-{state.global_step}"
+                flush(saved)
+                (saved / WHOLE).touch()
                 for folder in work.glob("checkpoint-*"):
-                    if folder.name != f"checkpoint-{state.global_step}":
+                    if folder != saved:
                         shutil.rmtree(folder, ignore_errors=True)
 
     return Report()

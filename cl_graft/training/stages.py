@@ -2,7 +2,7 @@
 
 <cache>/stages/<key>/            the checkpoint (training/checkpoint.py), log.jsonl, and stage.json: what made it
 <cache>/stages/<key>.work/       step checkpoints of one that is not finished
-<cache>/pairs/<key>.jsonl        preference pairs that a model sampled
+<cache>/pairs/<key>.jsonl        how many preference pairs a model sampled, then one a line
 
 Strategies that start a task from the same weights, with the same data, recipe and seed, share its training. A
 folder appears whole or not at all, and may be deleted at any time: what is missing is trained again.
@@ -10,7 +10,6 @@ folder appears whole or not at all, and may be deleted at any time: what is miss
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,17 @@ from ..evaluation import generate, scorers
 from ..identity import code_digest, digest, place, versions, vocabulary
 from ..mirror import Mirror
 from ..models import text
-from ..record import locked, read_json, read_jsonl, refused, write_json, write_text
+from ..record import (
+    RecordError,
+    flush,
+    locked,
+    read_json,
+    read_jsonl,
+    read_lines,
+    refused,
+    write_json,
+    write_lines,
+)
 from ..skillpack.checkpoint import CheckpointError, new_folder
 from ..skillpack.file import fingerprint
 from ..task import Pair, Preference, Task
@@ -89,8 +98,9 @@ class Stages:
         with _refusals(target), locked(target, self.patient):
             waited = perf_counter() - begun
             self._fetch(target)
-            if not (target / MARKER).is_file():
-                work = target.with_name(f"{key}.work")
+            work = target.with_name(f"{key}.work")
+            if not is_whole(target):
+                shutil.rmtree(target, ignore_errors=True)
                 work.mkdir(parents=True, exist_ok=True)
                 with new_folder(target) as building:
                     spent = self._train(model, tokenizer, rows, job, work, building, progress)
@@ -98,6 +108,7 @@ class Stages:
                 if self.mirror:
                     self.mirror.push(target, self._name(target))
                 return target, self.log(target, waited + spent)
+            shutil.rmtree(work, ignore_errors=True)  # of one that was killed before it could
         checkpoint.load_into(model, target)
         return target, self.log(target, waited)
 
@@ -124,9 +135,11 @@ class Stages:
         else:
             checkpoint.save(model, tokenizer, building)
         shutil.copy(work / fit.LOG, building / fit.LOG)
+        flush(building)
         about = {
             "config": asdict(job),
             "rows": len(rows),
+            "lines": len(list(read_jsonl(building / fit.LOG))),
             "tokens": read_json(work / fit.TOKENS),
             "weights": fingerprint(model.named_parameters()),
             "launch": self.launch.model_dump(mode="json"),
@@ -155,12 +168,13 @@ class Stages:
         file = self.pairs_file(start, tokenizer, task, half, seed)
         with locked(file, self.patient):
             self._fetch(file)
-            if not file.is_file():
-                made = preferences.preference_pairs(model, tokenizer, task, half, seed, allow_code)
-                write_text(file, "".join(json.dumps(asdict(pair)) + "\n" for pair in made))
-                if self.mirror:
-                    self.mirror.push(file, self._name(file))
-        return [Pair(**line) for line in read_jsonl(file)]
+            if (found := read_lines(file)) is not None:
+                return [Pair(**line) for line in found[1]]
+            made = preferences.preference_pairs(model, tokenizer, task, half, seed, allow_code)
+            write_lines(file, {}, map(asdict, made))
+            if self.mirror:
+                self.mirror.push(file, self._name(file))
+            return made
 
     def _fetch(self, path: Path) -> None:
         """What another machine has made of it; a folder without its marker is none."""
@@ -185,6 +199,15 @@ class Stages:
         code = code_digest(preferences, generate, scorers)
         key = digest(start, vocabulary(tokenizer), asked, seed, place(), code, versions())
         return self.folder / "pairs" / f"{key}.jsonl"
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a finished stage is there to its last line; its marker says how many the log has."""
+    try:
+        lines = list(read_jsonl(folder / fit.LOG))
+        return (folder / MARKER).is_file() and read_json(folder / MARKER)["lines"] == len(lines)
+    except RecordError:
+        return False
 
 
 def stage_key(
