@@ -10,6 +10,7 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from . import prompts
 from .config import RunConfig
 from .identity import data_fingerprint, machine, peak_memory_mb, versions
 from .mirror import Mirror
@@ -119,6 +120,7 @@ def _compute(
         "base_bytes": budget.base_bytes,
     }
     folder.begin(json.loads(json.dumps(identity)))
+    prompts.keep(folder.path.parent, identity["data"], scenario)
     tracker = Tracker(config, folder.path / "tracking", identity)
     try:
         _stages(folder, strategy, benchmark(scenario), tracker, progress, begun)
