@@ -190,7 +190,8 @@ def _heatmap(ax: Axes, line: Series, characters: int) -> QuadMesh:
                 ax.add_patch(blank)
                 continue
             ink = ink_on(colours(score / 100.0))
-            ax.text(j + 0.5, i + 0.5, f"{score:.1f}", color=ink, **middle)
+            written = ax.text(j + 0.5, i + 0.5, f"{score:.1f}", color=ink, **middle)
+            written.set_in_layout(False)  # it lies within its axes, and there are many
             if i == j + 1:
                 ax.add_patch(Rectangle((j, i), 1, 1, **frame))
     ax.invert_yaxis()

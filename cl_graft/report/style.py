@@ -93,6 +93,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             data = io.BytesIO()
             figure.savefig(data, format=kind, dpi=150, metadata=metadata)
+            figure.set_layout_engine("none")  # everything has its place now
             written.append(write_atomic(stem.with_name(f"{stem.name}.{kind}"), data.getvalue()))
     dark = darkened(data.getvalue().decode()).encode()
     return [*written, write_atomic(stem.parent / "dark" / f"{stem.name}.svg", dark)]

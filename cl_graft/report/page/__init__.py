@@ -57,11 +57,11 @@ def write(found: Sequence[Found], folder: Path) -> Path:
     with work:
         examples = reader()
         known = {slug: standings(those, examples) for slug, those in members.items()}
-        for title, (slug, those) in zip(titled, known.items(), strict=True):
-            table(title, those).write(folder / f"{slug}-intervals")
+        for title, (slug, ranked) in zip(titled, known.items(), strict=True):
+            table(title, ranked).write(folder / f"{slug}-intervals")
     shown = [(f"{slug}-budgets", f"{c[0]['scenario']} · {c[0]['model']}") for slug, c in over]
-    page = index.render(members, list(titled), known, shown)
-    return write_atomic(folder / "index.html", page.encode())
+    text = index.render(members, list(titled), known, shown)
+    return write_atomic(folder / "index.html", text.encode())
 
 
 def _all(calls: Sequence[partial[Any]]) -> None:

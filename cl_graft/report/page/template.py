@@ -28,8 +28,8 @@ def environment() -> Environment:
     return made
 
 
-def render(name: str, **values: Any) -> str:
-    return environment().get_template(name).render(values)
+def render(template: str, /, **values: Any) -> str:
+    return environment().get_template(template).render(values)
 
 
 def percent(value: float | None, spec: str = ".1f") -> str:
