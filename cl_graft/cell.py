@@ -10,6 +10,7 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from . import prompts
 from .config import RunConfig
 from .identity import data_fingerprint, machine, peak_memory_mb, versions
 from .mirror import Mirror
@@ -107,7 +108,7 @@ def _compute(
     set_seed(config.seed)
     strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer, patient)
     scenario, budget = strategy.scenario, strategy.budget
-    identity = {
+    identity: dict[str, Any] = {
         "config": _experiment(config),
         "options": options,
         "versions": versions(),
@@ -120,6 +121,7 @@ def _compute(
         "base_bytes": budget.base_bytes,
     }
     folder.begin(json.loads(json.dumps(identity)))
+    prompts.keep(folder.path.parent, identity["data"], scenario)
     tracker = trackers(config, folder.path, identity)
     try:
         _stages(folder, strategy, benchmark(scenario), tracker, progress, begun)

@@ -120,7 +120,7 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _wandb() -> Iterator[Finding]:
-    from .tracking import resolve
+    from .tracking.wandb import resolve
 
     mode = resolve("auto")
     cure = {"offline": "`wandb login`, to see runs as they go", "off": "unset WANDB_MODE"}.get(

@@ -8,7 +8,7 @@ from typing import Any
 
 from .config import RunConfig
 from .matrix import PerformanceMatrix
-from .record import CellFolder
+from .record import CellFolder, read_json
 
 
 def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -52,6 +52,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "machine": identity["machine"],
         "reads_data_dir": identity["reads_data_dir"],
         "config": identity["config"],
+        "data": identity["data"],
         "complete": len(records) == rows,
     }
 
@@ -60,3 +61,13 @@ def collect(path: Path) -> dict[str, Any]:
     """The result of the cell in `path`, complete or not."""
     folder = CellFolder(path)
     return result_object(folder.identity(), folder.stages())
+
+
+def kept(path: Path) -> dict[str, Any] | None:
+    """What `collect` found when the cell was complete; None where it is not, or where an earlier version wrote less."""
+    folder = CellFolder(path)
+    if not folder.complete:
+        return None
+    folder.identity()  # refuses another version's
+    result = read_json(path / "result.json")
+    return result if "data" in result else None

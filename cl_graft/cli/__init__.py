@@ -26,6 +26,7 @@ for command in (
     sweep.init,
     plan.plan,
     report.report,
+    report.compare,
 ):
     app.command()(command)
 app.command("list")(list_.list_)

@@ -61,3 +61,16 @@ def bench_sweep(
 
     for name, value in measure(cells, seconds).items():
         typer.echo(f"{name:16} {value:.3g}")
+
+
+@app.command("report")
+def bench_report(
+    cells: Annotated[int, typer.Option(min=50, help="How many.")] = 500,
+    examples: Annotated[int, typer.Option(min=1, help="Of each of their three tasks.")] = 64,
+) -> None:
+    """Seconds of a report of many cells, the first and one where nothing has changed, and the bytes of its page."""
+    from ..bench.report import bench_report as measure
+
+    typer.echo(
+        json.dumps(measure(cells, examples, lambda what: typer.echo(what, err=True)), indent=1)
+    )

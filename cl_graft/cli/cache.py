@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..report.units import size
+
 app = typer.Typer(help="Finished stages and evaluations that cells share.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="A results folder, or the one that --cache named.")]
@@ -21,12 +23,12 @@ def ls(folder: Folder = Path("results")) -> None:
     for entry in found:
         state = "" if entry.current else "  of another version"
         typer.echo(
-            f"{_size(entry.bytes):>10}  {entry.kind:10}  {_ago(entry.age):>8}  {entry.about}{state}"
+            f"{size(entry.bytes):>10}  {entry.kind:10}  {_ago(entry.age):>8}  {entry.about}{state}"
         )
     stale = [e for e in found if not e.current]
     typer.echo(
-        f"{_size(sum(e.bytes for e in found))} in {len(found)}, "
-        f"of which {_size(sum(e.bytes for e in stale))} in {len(stale)} no run can recall"
+        f"{size(sum(e.bytes for e in found))} in {len(found)}, "
+        f"of which {size(sum(e.bytes for e in stale))} in {len(stale)} no run can recall"
     )
 
 
@@ -45,18 +47,11 @@ def prune(
 
     days = None if older_than is None else 86400 * older_than
     removed = remove(_cache(folder), everything, days)
-    typer.echo(f"removed {len(removed)}, {_size(sum(e.bytes for e in removed))}")
+    typer.echo(f"removed {len(removed)}, {size(sum(e.bytes for e in removed))}")
 
 
 def _cache(folder: Path) -> Path:
     return folder / "cache" if (folder / "cache").is_dir() else folder
-
-
-def _size(count: int) -> str:
-    for unit, length in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= length:
-            return f"{count / length:.1f} {unit}"
-    return f"{count} B"
 
 
 def _ago(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""`cl-graft report`."""
+"""`cl-graft report` and `cl-graft compare`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .show import print_tables
 from .show import report as write_report
 
 
@@ -17,13 +18,32 @@ def report(
         bool, typer.Option("--json", help="Print one object per cell instead.")
     ] = False,
     to: Annotated[
-        Path | None, typer.Option(help="Folder for tables and figures; FOLDER/report if not given.")
+        Path | None,
+        typer.Option(help="Folder for the page, tables and figures; FOLDER/report if not given."),
     ] = None,
 ) -> None:
-    """Tables in the terminal, as CSV and Markdown, and figures, for all cells in the folders."""
+    """A page that opens in a browser, tables (CSV, Markdown, LaTeX) and figures of all cells in the folders."""
     if json_:
         from ..report import gather
 
         typer.echo(json.dumps(gather(folders), indent=1))
     else:
         write_report(folders, to or folders[0] / "report")
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(help="A cell's folder, or a results folder.")],
+    b: Annotated[Path, typer.Argument(help="Another.")],
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one object per table instead.")
+    ] = False,
+) -> None:
+    """What differs between two runs: config, versions, data, and scores with intervals."""
+    from ..report.compare import compare as compared
+
+    tables = compared(a, b)
+    if json_:
+        found = [{"title": t.title, "columns": t.columns, "rows": t.rows} for t in tables]
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        print_tables(tables)

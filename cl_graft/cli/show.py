@@ -12,23 +12,23 @@ from ..errors import CLGraftError
 
 
 def report(folders: list[Path], target: Path) -> None:
-    from ..report import budgets, gather
-    from ..report.figures import write_figures
+    from ..report import find, page
     from ..report.provenance import write_provenance
     from ..report.tables import matrices, ranking, write_tables
 
-    cells = gather(folders)
+    found = find(folders)
+    cells = [f.cell for f in found]
     print_tables([*matrices(cells), *ranking(cells)])
     try:
         write_tables(cells, target)
-        write_figures(cells, target)
-        budgets.write(cells, target)
         write_provenance(cells, target)
+        index = page.write(found, target)
     except OSError as error:
         raise CLGraftError(
             f"{target} cannot be written ({error.strerror or error}); free space or copy the results elsewhere."
         ) from error
-    typer.echo(f"tables (CSV, Markdown), figures (PNG, SVG) and provenance: {target}")
+    typer.echo(f"the page: {index}")
+    typer.echo(f"tables (CSV, Markdown, LaTeX), figures (PNG, SVG) and provenance: {target}")
 
 
 def print_finished(results: list[dict[str, Any]], out: Path) -> None:

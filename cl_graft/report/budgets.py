@@ -6,7 +6,6 @@ model and full fine-tuning as the two levels between which all of them lie.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..matrix import mean_stderr
-from .tables import Cell, Estimate, Table, slugged, write_atomic
+from .series import Cell, Estimate
+from .style import save, styled
+from .table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,6 +53,7 @@ def table(title: str, cells: Sequence[Cell]) -> Table:
     return Table(f"{title}: by budget", tuple(columns), tuple(rows), note)
 
 
+@styled
 def figure(title: str, cells: Sequence[Cell]) -> Figure:
     """OP against the bytes of the largest pack, in per cent of the base model."""
     from matplotlib.figure import Figure
@@ -85,21 +87,10 @@ def figure(title: str, cells: Sequence[Cell]) -> Figure:
     return drawn
 
 
-def write(cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """`...-budgets` as Markdown, CSV, PNG and SVG, for each group that has several budgets."""
-    written = []
-    for slug, members in slugged(groups(cells)):
-        title = f"{members[0]['scenario']} · {members[0]['model']}"
-        made, drawn = table(title, members), figure(title, members)
-        written.append(
-            write_atomic(folder / f"{slug}-budgets.md", (made.markdown() + "\n").encode())
-        )
-        written.append(write_atomic(folder / f"{slug}-budgets.csv", made.csv().encode()))
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            data = io.BytesIO()
-            drawn.savefig(data, format=kind, dpi=150, metadata=metadata)
-            written.append(write_atomic(folder / f"{slug}-budgets.{kind}", data.getvalue()))
-    return written
+def write(cells: Sequence[Cell], stem: Path) -> list[Path]:
+    """The table and the figure of one group that has several budgets."""
+    title = f"{cells[0]['scenario']} · {cells[0]['model']}"
+    return table(title, cells).write(stem) + save(figure(title, cells), stem)
 
 
 def _by_label(cells: Sequence[Cell]) -> dict[str, list[Cell]]:

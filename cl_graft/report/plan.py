@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .tables import Table
+from .table import Table
+from .units import duration, size
 
 if TYPE_CHECKING:
     from ..plan import Plan, PlannedStage
@@ -40,15 +41,15 @@ def summary(plan: Plan) -> list[str]:
         lines.append("training time: not estimated; give --probe, or --peak of the device")
     else:
         lines.append(
-            f"training time: {_time(plan.seconds)}, evaluation and compression not counted"
+            f"training time: {duration(plan.seconds)}, evaluation and compression not counted"
         )
     short = "" if plan.disk < plan.disk_free else "; free some first"
-    lines.append(f"disk: at most {_bytes(plan.disk)} of {_bytes(plan.disk_free)} free{short}")
+    lines.append(f"disk: at most {size(plan.disk)} of {size(plan.disk_free)} free{short}")
     for name, cell in plan.cells.items():
         state = (
             "finished"
             if cell["finished"]
-            else f"{cell['tasks']} packs of at most {_bytes(cell['pack_bytes'])}"
+            else f"{cell['tasks']} packs of at most {size(cell['pack_bytes'])}"
         )
         lines.append(f"{name}: {state}")
     return lines
@@ -75,7 +76,7 @@ def estimates(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _row(stage: PlannedStage) -> tuple[str, ...]:
     job, memory = stage.config, stage.memory
     share = "all" if stage.trained == stage.parameters else f"{stage.trained:,}"
-    held = _bytes(memory.device) + (f" ({_bytes(memory.host)})" if memory.host else "")
+    held = size(memory.device) + (f" ({size(memory.host)})" if memory.host else "")
     return (
         f"{stage.task} {stage.kind}",
         stage.start,
@@ -84,20 +85,7 @@ def _row(stage: PlannedStage) -> tuple[str, ...]:
         f"{job.steps:,} x {job.batch} ({stage.micro_batch}x{stage.accumulation}x{stage.processes})",
         f"{stage.tokens:,}",
         held,
-        "-" if stage.seconds is None else _time(stage.seconds),
+        "-" if stage.seconds is None else duration(stage.seconds),
         stage.state,
         str(len(stage.cells)),
     )
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
-
-
-def _time(seconds: float) -> str:
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"

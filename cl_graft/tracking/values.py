@@ -66,15 +66,16 @@ def matrices(result: dict[str, Any]) -> dict[str, list[list[float | None]]]:
 def figures(result: dict[str, Any]) -> dict[str, Image]:
     """The report's figures of this cell alone, under the names that end their files' there."""
     import matplotlib
-    from PIL import Image
+    from PIL.Image import open as read
 
     from ..report import figures as report
+    from ..report.style import STYLE
 
     found: dict[str, Image] = {}
     for draw in (report.heatmaps, report.curves, report.bytes_vs_score):
         data = io.BytesIO()
         figure = draw([result])
-        with matplotlib.rc_context(report.STYLE):
+        with matplotlib.rc_context(STYLE):
             figure.savefig(data, format="png", dpi=150)
-        found[draw.__name__.replace("_", "-")] = Image.open(data)
+        found[draw.__name__.replace("_", "-")] = read(data)
     return found

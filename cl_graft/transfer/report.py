@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from ..report.tables import UNMEASURED, Table
+from ..report.table import UNMEASURED, Table
 from . import select
 
 BINS = 10

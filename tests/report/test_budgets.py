@@ -55,5 +55,5 @@ def test_the_figure_has_a_line_a_strategy_and_the_two_levels(tmp_path):
     assert list(line.lines[0].get_xdata()) == [5.0, 10.0]
     assert list(line.lines[0].get_ydata()) == pytest.approx([52.5, 67.0])
     assert sorted(t.get_text() for t in ax.texts) == ["base", "full fine-tuning"]
-    names = {p.suffix for p in budgets.write(CELLS, tmp_path)}
-    assert names == {".md", ".csv", ".png", ".svg"}
+    names = {p.suffix for p in budgets.write(CELLS, tmp_path / "mini-budgets")}
+    assert names == {".md", ".csv", ".tex", ".png", ".svg"}

@@ -18,8 +18,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from cl_graft.matrix import PerformanceMatrix
-from cl_graft.report.figures import KNOWN, bytes_vs_score, curves, heatmaps, pareto, write_figures
-from cl_graft.report.tables import ReportError
+from cl_graft.report.figures import curves, heatmaps, write_figures
+from cl_graft.report.series import ReportError
+from cl_graft.report.style import KNOWN
+from cl_graft.report.tradeoff import bytes_vs_score, pareto
 
 Rows = list[list[float | None]]
 BASE_BYTES = 2_000_000

@@ -16,16 +16,9 @@ from rich.console import Console
 
 from cl_graft.errors import CLGraftError
 from cl_graft.matrix import PerformanceMatrix
-from cl_graft.report.tables import (
-    ReportError,
-    Table,
-    groups,
-    matrices,
-    ranking,
-    series,
-    write_atomic,
-    write_tables,
-)
+from cl_graft.report.series import ReportError, groups, series
+from cl_graft.report.table import Table, write_atomic
+from cl_graft.report.tables import matrices, ranking, write_tables
 
 Rows = list[list[float | None]]
 

@@ -1,0 +1,171 @@
+"""How long a report takes and how large its page is: 2 scenarios x 25 strategies x 10 seeds, as cells leave them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from ..identity import digest, machine, versions
+from ..record import FORMAT, CellFolder
+from ..report.style import KNOWN
+from ..result import collect
+from ..scores import by_metric
+from ..task import Example, Scenario, Task
+
+TASKS = ("math", "code", "cipher")
+BASE_BYTES = 2_000_000
+
+
+def bench_report(
+    cells: int = 500, examples: int = 64, say: Callable[[str], None] = lambda what: None
+) -> dict[str, Any]:
+    """Seconds of a first report and of one where nothing has changed, and what they leave."""
+    from ..report import find, page
+    from ..report.provenance import write_provenance
+    from ..report.tables import write_tables
+
+    with TemporaryDirectory() as work:
+        out, target = Path(work), Path(work) / "report"
+        say(f"making {cells} cells")
+        make(out, cells, examples)
+        seconds = []
+        for what in ("first report", "second report"):
+            say(what)
+            begun = perf_counter()
+            found = find([out])
+            write_tables([f.cell for f in found], target)
+            write_provenance([f.cell for f in found], target)
+            index = page.write(found, target)
+            seconds.append(round(perf_counter() - begun, 2))
+        pages = list((target / "cells").iterdir())
+        return {
+            "cells": cells,
+            "examples": examples * len(TASKS) * (len(TASKS) + 1) * cells,
+            "first_seconds": seconds[0],
+            "second_seconds": seconds[1],
+            "page_bytes": index.stat().st_size,
+            "cell_page_bytes": max(p.stat().st_size for p in pages),
+            "machine": machine(),
+        }
+
+
+def make(out: Path, cells: int, examples: int, strategies: int = 25, scenarios: int = 2) -> None:
+    """Cells as runs leave them, with outcomes drawn at random: strategies differ in how much they learn and forget."""
+    from .. import prompts
+
+    rng = np.random.default_rng(0)
+    names = [*KNOWN, *(f"plugin_{k}" for k in range(strategies))][:strategies]
+    seeds = max(1, cells // (strategies * scenarios))
+    about = {"versions": versions(), "machine": machine()}
+    for s in range(scenarios):
+        for seed in range(seeds):
+            scenario = _scenario(f"synthetic-{s}", examples, rng)
+            data = digest(s, seed)
+            prompts.keep(out, data, scenario)
+            for k, name in enumerate(names):
+                identity = {
+                    "config": {
+                        "scenario": scenario.name,
+                        "strategy": name,
+                        "model": "mini-llama",
+                        "seed": seed,
+                        "budget": "10%",
+                        "options": {},
+                        "threads": 1,
+                        "train_on": {},
+                    },
+                    "options": {"rank": 8},
+                    **about,
+                    "reads_data_dir": False,
+                    "base": "0" * 32,
+                    "data": data,
+                    "tasks": list(TASKS),
+                    "budget_bytes": BASE_BYTES // 10,
+                    "base_bytes": BASE_BYTES,
+                }
+                folder = CellFolder(out / f"{scenario.name}__{name}__mini-llama__10pct__seed{seed}")
+                _cell(folder, identity, scenario, k / max(1, len(names) - 1), rng)
+
+
+def _scenario(name: str, examples: int, rng: np.random.Generator) -> Scenario:
+    def example(task: str) -> Example:
+        a, b = rng.integers(1, 99, 2)
+        prompt = f"Question of {task}: Anna has {a} apples and buys {b} more. How many are there?\nAnswer:"
+        return Example(prompt, f"{a}+{b}={a + b}. #### {a + b}")
+
+    tasks = tuple(Task(t, [], [example(t) for _ in range(examples)], "exact") for t in TASKS)
+    return Scenario(name, tasks)
+
+
+def _cell(
+    folder: CellFolder,
+    identity: dict[str, Any],
+    scenario: Scenario,
+    forgets: float,
+    rng: np.random.Generator,
+) -> None:
+    from ..evaluation.scorers import Scored
+
+    path = folder.path
+    (path / "stages").mkdir(parents=True)
+    (path / "cell.json").write_text(json.dumps({"format": FORMAT, **identity}, indent=1))
+    for stage in range(len(TASKS) + 1):
+        outcomes = {}
+        for j, task in enumerate(scenario.tasks):
+            learned, age = stage > j, max(0, stage - j - 1)
+            right = rng.random(len(task.test)) < (
+                0.8 * (1 - forgets / 2) ** age if learned else 0.2
+            )
+            outcomes[task.name] = {
+                task.score: [
+                    Scored(1.0, e.completion) if ok else Scored(0.0, f"{e.completion[:6]} or so")
+                    for ok, e in zip(right, task.test, strict=True)
+                ]
+            }
+        pack = int(BASE_BYTES * (0.02 + 0.08 * forgets)) if stage else None
+        record = {
+            "stage": stage,
+            "task": TASKS[stage - 1] if stage else None,
+            "scores": by_metric(outcomes, scenario.tasks),
+            "general": None,
+            "active": {},
+            "general_active": [],
+            "identical": [],
+            "pack": "0" * 32 if stage else None,
+            "pack_bytes": pack,
+            "seconds": {
+                "train": 30.0 * (stage > 0) * (1 + forgets),
+                "compress": 2.0 * (stage > 0),
+                "evaluate": 4.0,
+                "harness": 1.0,
+            },
+            "spent": 37.0,
+            "tokens": 100_000 * (stage > 0),
+            "peak_memory_mb": 700.0 + 100 * forgets,
+            "losses": [{"step": k, "loss": 2.0 / (1 + k)} for k in range(10 * (stage > 0))],
+        }
+        where = folder.stage_path(stage)
+        where.mkdir()
+        lines = [
+            {
+                "task": t,
+                "metric": m,
+                "index": i,
+                "score": o.score,
+                "answer": o.answer,
+                "note": o.note,
+            }
+            for t, metrics in outcomes.items()
+            for m, found in metrics.items()
+            for i, o in enumerate(found)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (where / "examples.jsonl").write_text(text)
+        (where / "stage.json").write_text(json.dumps(record, indent=1))
+    (path / "result.json").write_text(json.dumps(collect(path), indent=1))

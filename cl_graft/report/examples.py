@@ -1,0 +1,123 @@
+"""The test examples behind a cell's scores: what was asked, what was answered, and when that was right."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..prompts import Asked
+from .statistics import Strata
+
+RIGHT = 0.5  # a score from here on counts as right
+OUTCOMES = {
+    "kept": "wrong before, right once learned, right at the end",
+    "forgotten": "right once learned, wrong at the end",
+    "late": "wrong once learned, right at the end",
+    "never": "wrong once learned and at the end",
+    "known": "right before, once learned and at the end",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A test example's answer at one stage. note: what the scorer said of it."""
+
+    score: float
+    text: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A test example with its answers before any learning, once its task was learned, and at the end."""
+
+    index: int
+    asked: Asked | None
+    before: Answer
+    learned: Answer | None
+    end: Answer | None
+
+    @property
+    def outcome(self) -> str:
+        """One of OUTCOMES, or nothing where its task is yet to be learned."""
+        if self.learned is None or self.end is None:
+            return ""
+        before, learned, end = (a.score >= RIGHT for a in (self.before, self.learned, self.end))
+        if learned:
+            return "forgotten" if not end else "known" if before else "kept"
+        return "late" if end else "never"
+
+
+def breakdown(
+    path: Path, cell: Mapping[str, Any], asked: Mapping[str, Sequence[Asked]]
+) -> dict[str, list[Row]]:
+    """{task: its test examples, by its primary metric}. The end of an incomplete cell is its last whole stage."""
+    last = _whole(cell) - 1
+    if last < 0:
+        return {}
+    tasks = list(cell["tasks"])
+    base, end = (_answers(path, stage, tasks) for stage in (0, last))
+    found = {}
+    for j, task in enumerate(tasks):
+        learned: Sequence[Answer | None] = [None] * len(base.get(task, ()))
+        if j + 1 <= last:
+            learned = end[task] if j + 1 == last else _answers(path, j + 1, [task])[task]
+        prompts: Sequence[Asked | None] = asked.get(task) or [None] * len(learned)
+        ends: Sequence[Answer | None] = end[task] if j + 1 <= last else learned
+        parts = zip(prompts, base.get(task, ()), learned, ends, strict=True)
+        found[task] = [Row(i, *part) for i, part in enumerate(parts)]
+    return found
+
+
+def final(path: Path, cell: Mapping[str, Any], asked: Mapping[str, Sequence[Asked]]) -> Strata:
+    """The scores at the end of a complete cell with their weights in OP.
+
+    Empty where they do not come to the scores that the cell recorded: the suites of a task are told by `asked` alone.
+    """
+    tasks, strata = list(cell["tasks"]), []
+    answers = _answers(path, len(tasks), tasks)
+    for task, recorded in zip(tasks, cell["matrix"][-1], strict=True):
+        scores = np.array([a.score for a in answers.get(task, ())])
+        suites = [a.suite for a in asked.get(task, ())] or [""] * len(scores)
+        if not len(scores) or len(suites) != len(scores):
+            return []
+        names = list(dict.fromkeys(suites))
+        parts = [scores[[s == name for s in suites]] for name in names]
+        mean = sum(float(x.mean()) for x in parts) / len(parts)
+        if recorded is None or not math.isclose(mean, recorded, abs_tol=1e-9):
+            return []
+        strata += [(1 / len(tasks) / len(parts), x) for x in parts]
+    return strata
+
+
+def _whole(cell: Mapping[str, Any]) -> int:
+    """Stages that are whole."""
+    return len(cell["tasks"]) + 1 if cell["complete"] else len(cell["general"])
+
+
+def _answers(path: Path, stage: int, tasks: Sequence[str]) -> dict[str, list[Answer]]:
+    """{task: its answers in order, by its primary metric}, which is the first that its lines name.
+
+    Only lines of these tasks are parsed: they start as `record.write_stage` starts them. No file, no answers.
+    """
+    file = path / "stages" / f"{stage:02d}" / "examples.jsonl"
+    starts = tuple(f'{{"task": {json.dumps(task)},' for task in tasks)
+    found: dict[str, list[Answer]] = {}
+    metrics: dict[str, str] = {}
+    if not file.is_file():
+        return found
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        if not line.startswith(starts):
+            continue
+        read = json.loads(line)
+        task = read["task"]
+        if metrics.setdefault(task, read["metric"]) == read["metric"]:
+            answer = Answer(read["score"], read["answer"], read["note"])
+            found.setdefault(task, []).append(answer)
+    return found

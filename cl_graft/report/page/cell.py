@@ -1,0 +1,86 @@
+"""The page of one cell: its scores, what made it, and every test example."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ...prompts import Asked, recall
+from .. import Found
+from ..examples import OUTCOMES, RIGHT, breakdown
+from ..provenance import commands
+from ..table import write_atomic
+from .template import render
+
+MOST = 400  # examples of a task that a page shows
+LONGEST = 4000  # characters of a text that a page shows
+
+
+def file(found: Found, folder: Path) -> Path:
+    """Where its page is."""
+    return folder / "cells" / f"{found.path.name}.html"
+
+
+def write(found: Found, path: Path, group: str) -> None:
+    """Make the page at `path`. group: the section of the index that the cell is in."""
+    cell = found.cell
+    asked = _asked(found.path.parent, cell.get("data", ""))
+    stages = [f"after {task}" for task in cell["tasks"]]
+    page = render(
+        "cell.html",
+        cell=cell,
+        name=found.path.name,
+        group=group,
+        matrix=list(zip(["base", *stages], cell["matrix"], cell["stderr"], strict=True)),
+        general=[*cell["general"], *[None] * (len(stages) + 1 - len(cell["general"]))],
+        tasks=[_task(t, rows) for t, rows in breakdown(found.path, cell, asked).items()],
+        asked=bool(asked),
+        right=RIGHT,
+        most=MOST,
+        outcomes=OUTCOMES,
+        losses=_losses(found.path),
+        command="\n".join(commands([cell])),
+        config=json.dumps(cell["config"], indent=1, ensure_ascii=False),
+        options=json.dumps(cell["options"], indent=1, ensure_ascii=False),
+        cut=_cut,
+    )
+    write_atomic(path, page.encode("utf-8", "replace"))
+
+
+def _task(name: str, rows: list[Any]) -> dict[str, Any]:
+    counts = Counter(row.outcome for row in rows)
+    return {
+        "name": name,
+        "rows": rows,
+        "counts": [(kind, counts[kind]) for kind in OUTCOMES if counts[kind]],
+    }
+
+
+@lru_cache(maxsize=16)
+def _asked(out: Path, data: str) -> dict[str, list[Asked]]:
+    return recall(out, data)
+
+
+def _losses(path: Path) -> list[dict[str, Any]]:
+    """A line of each stage's training loss: as the points of a polyline in a box of 100 by 30."""
+    found = []
+    for file in sorted(path.glob("stages/*/stage.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        losses = [p["loss"] for p in record["losses"] if p.get("loss") is not None]
+        if len(losses) < 2:
+            continue
+        low, high = min(losses), max(losses)
+        points = [
+            f"{100 * k / (len(losses) - 1):.1f},{29 - 28 * (x - low) / ((high - low) or 1):.1f}"
+            for k, x in enumerate(losses)
+        ]
+        ends = {"first": losses[0], "last": losses[-1], "low": low, "high": high}
+        found.append({"task": record["task"], "points": " ".join(points), **ends})
+    return found
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text):,} characters)"

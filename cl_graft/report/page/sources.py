@@ -1,0 +1,39 @@
+"""Of what a figure and a page are made, as digests: told cheaply, by the times and sizes of a cell's files."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+
+from ... import identity, prompts
+from .. import budgets, examples, figures, provenance, series, style, tables, tradeoff
+
+
+@cache
+def of_figures() -> str:
+    """The code that draws figures, and the version of the library that it draws with."""
+    code = identity.code_digest(budgets, figures, series, style, tables, tradeoff)
+    return identity.digest(code, metadata.version("matplotlib"))
+
+
+@cache
+def of_pages() -> str:
+    """The code and the templates that make a cell's page."""
+    from . import cell, template
+
+    found = hashlib.blake2b(digest_size=16)
+    found.update(
+        identity.code_digest(examples, provenance, tables, cell, template, prompts).encode()
+    )
+    for file in sorted(resources.files(__package__).joinpath("templates").iterdir(), key=str):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def of_cell(path: Path) -> str:
+    """What a cell's page is made of."""
+    files = [path / "cell.json", path / "result.json", *sorted(path.glob("stages/*/stage.json"))]
+    told = [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
+    return identity.digest(told, of_pages())

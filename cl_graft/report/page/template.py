@@ -1,0 +1,40 @@
+"""The templates' environment: everything is escaped, numbers are shown in one way."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from ..table import UNMEASURED, show
+from ..units import duration, size
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+@cache
+def environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("cl_graft.report.page"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    made.filters |= {"pct": percent, "num": plain, "size": size, "duration": duration}
+    return made
+
+
+def render(template: str, /, **values: Any) -> str:
+    return environment().get_template(template).render(values)
+
+
+def percent(value: float | None, spec: str = ".1f") -> str:
+    return UNMEASURED if value is None else show(100.0 * value, spec)
+
+
+def plain(value: float | None, spec: str = ",.0f") -> str:
+    return UNMEASURED if value is None or math.isnan(value) else show(value, spec)

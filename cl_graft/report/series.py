@@ -1,0 +1,163 @@
+"""Cells in groups, and the complete cells of a label as one line of a report.
+
+A cell is the object that `cl-graft report DIR --json` prints. Cells of one scenario, model and budget form a group;
+within it, the complete cells of a label are averaged over seeds, and an incomplete cell stands alone under a name that
+says so. Scores are shares of 1. A mean over seeds of which one is unmeasured is unmeasured.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cl_graft.errors import CLGraftError
+from cl_graft.matrix import FloatArray, PerformanceMatrix, mean_stderr
+
+Cell = Mapping[str, Any]
+Estimate = tuple[float, float]  # a mean and its standard error; either may be NaN
+
+
+class ReportError(CLGraftError, ValueError):
+    """Cells of which no honest table can be made."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a report: a label's complete cells over seeds, or one incomplete cell.
+
+    mean, stderr: float64 (T+1, T), scores as shares of 1; row 0 is the base model. stderr is over
+    seeds where there are several, else the cell's own, over test examples.
+    """
+
+    name: str
+    strategy: str
+    complete: bool
+    tasks: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    mean: FloatArray
+    stderr: FloatArray
+
+    def over_seeds(self, value: Callable[[Cell], float]) -> Estimate:
+        """Mean and standard error over the cells of one number per cell."""
+        values = [value(cell) for cell in self.cells]
+        return float(np.mean(values)), mean_stderr(values)
+
+    def metric(self, key: str) -> Estimate:
+        """A metric of the cells as a share of 1; unmeasured for an incomplete cell.
+
+        OP of one seed takes its standard error from the test examples of its tasks, which are
+        independent; the differences behind the other metrics are paired, so theirs is unknown.
+        """
+        if not self.complete:
+            return math.nan, math.nan
+        mean, se = self.over_seeds(lambda cell: number(cell["metrics"].get(key)))
+        if key == "op" and len(self.cells) == 1:
+            se = math.sqrt(float(np.sum(self.stderr[-1] ** 2))) / len(self.tasks)
+        return mean, se
+
+    def storage(self) -> float:
+        """Bytes of the largest pack of a task, in per cent of the base model's bytes."""
+        share = self.over_seeds(lambda c: max(packs(c), default=math.nan) / c["base_bytes"])
+        return 100.0 * share[0]
+
+
+def groups(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """The cells of each scenario, model and budget under a title, in order of first appearance.
+
+    One scenario learned in two orders is two groups, whose titles then name the order.
+    """
+    found: dict[tuple[str, tuple[str, ...]], list[Cell]] = {}
+    for cell in cells:
+        title = f"{cell['scenario']} · {cell['model']} · budget {cell['budget']}"
+        found.setdefault((title, tuple(cell["tasks"])), []).append(cell)
+    titles = [title for title, _ in found]
+    return {
+        title + (f" · {' → '.join(tasks)}" if titles.count(title) > 1 else ""): members
+        for (title, tasks), members in found.items()
+    }
+
+
+def series(cells: Sequence[Cell]) -> list[Series]:
+    """The cells of one group as series, in order of first appearance, the incomplete ones last.
+
+    Raises ReportError unless the cells are of one group, each seed of a label once.
+    """
+    titles = list(groups(cells))
+    if len(titles) != 1:
+        raise ReportError(
+            f"the cells are of {len(titles)} groups ({'; '.join(titles) or 'there are no cells'}); "
+            "give those of one scenario, model, budget and order of tasks."
+        )
+    complete: dict[str, list[Cell]] = {}
+    incomplete: dict[str, list[Cell]] = {}
+    seen: set[tuple[str, Any]] = set()
+    for cell in cells:
+        label, seed, tasks = cell["label"], cell["seed"], len(cell["tasks"])
+        if (label, seed) in seen:
+            raise ReportError(
+                f"seed {seed} of {label} occurs twice in {titles[0]}; "
+                "report on folders that hold each cell once."
+            )
+        seen.add((label, seed))
+        done = sum(any(score is not None for score in row) for row in cell["matrix"][1:])
+        name = f"{label} (incomplete: seed {seed}, {done} of {tasks} tasks)"
+        if cell["complete"]:
+            complete.setdefault(label, []).append(cell)
+        else:
+            incomplete[name] = [cell]
+    return [_series(name, members) for name, members in (complete | incomplete).items()]
+
+
+def slugged(found: Mapping[str, list[Cell]]) -> Iterator[tuple[str, list[Cell]]]:
+    """The groups, each with a file name of its own in place of its title."""
+    taken: set[str] = set()
+    for title, members in found.items():
+        stem = re.sub(r"[^A-Za-z0-9.]+", "-", title.replace("%", "pct")).strip("-.")[:120]
+        names = [stem, *(f"{stem}-{k}" for k in range(2, len(found) + 1))]
+        slug = next(name for name in names if name.lower() not in taken)  # some disks fold case
+        taken.add(slug.lower())
+        yield slug, members
+
+
+def general(cell: Cell) -> FloatArray:
+    """General ability per stage, (T+1,), NaN where it was not measured."""
+    measured = [number(x) for x in cell.get("general") or []]
+    return np.array(measured + [math.nan] * (len(cell["tasks"]) + 1 - len(measured)))
+
+
+def extra(cell: Cell, metric: str) -> FloatArray:
+    """Another metric's matrix, (T+1, T); all NaN where this cell did not record it."""
+    t = len(cell["tasks"])
+    rows = (cell.get("extra_matrices") or {}).get(metric, [[None] * t] * (t + 1))
+    return PerformanceMatrix(rows, cell["tasks"]).scores
+
+
+def packs(cell: Cell) -> list[float]:
+    return [number(size) for size in cell.get("pack_bytes") or []]
+
+
+def number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _series(name: str, cells: Sequence[Cell]) -> Series:
+    first = cells[0]
+    tasks = tuple(first["tasks"])
+    read = [PerformanceMatrix(c["matrix"], tasks, stderr=c.get("stderr")) for c in cells]
+    mean, stderr = average([m.scores for m in read])
+    if len(read) == 1 and read[0].stderr is not None:
+        stderr = read[0].stderr
+    return Series(name, first["strategy"], first["complete"], tasks, tuple(cells), mean, stderr)
+
+
+def average(grids: Sequence[FloatArray]) -> tuple[FloatArray, FloatArray]:
+    """Mean and standard error over seeds of arrays of one shape; the error of one seed is NaN."""
+    stack = np.stack(grids)
+    if len(stack) == 1:
+        return stack[0], np.full_like(stack[0], np.nan)
+    return stack.mean(axis=0), stack.std(axis=0, ddof=1) / math.sqrt(len(stack))

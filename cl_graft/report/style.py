@@ -1,0 +1,167 @@
+"""How figures look, and how they are written: as PNG, as SVG, and as SVG for a dark page."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+from cl_graft.report.series import Cell, Series, groups
+from cl_graft.report.table import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+Draw = Callable[[Sequence[Cell]], "Figure"]
+
+# First Okabe and Ito's colours, which readers with any common colour blindness tell apart (a brown
+# stands in for their yellow, too light on white), then five of Paul Tol's; markers differ as well.
+PALETTE = (
+    *("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5230", "#000000"),
+    *("#882255", "#332288", "#999933", "#888888", "#117733"),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h")
+# The place of a strategy here is its colour and marker in every figure, and a name that is not here
+# gets a place by its hash. Append only: another order would repaint the figures already published.
+KNOWN = (
+    *("graftllm", "lora", "model_grafting", "model_tailor", "magnitude", "task_arithmetic"),
+    *("sequential", "joint", "individual", "ties", "replay", "ewc", "olora", "dare", "svd"),
+)
+LINES = ("-", "--", "-.")
+FILLS = ("full", "none", "left", "top", "right", "bottom")
+FRAME, GREY = "#D55E00", "#444444"
+# The numbers on a heatmap are all but black or white, so that DARK does not recolour them with the rest.
+INK = ("#FEFEFE", "#010101")
+# What takes the place of a light figure's colours on a dark page: paper, ink, lines, and the darkest of PALETTE.
+DARK = {
+    "#ffffff": "#161a20",
+    "#000000": "#e3e6ea",
+    "#444444": "#a3abb5",
+    "#e5e5e5": "#2b323b",
+    "#e8e8e8": "#2b323b",
+    "#bbbbbb": "#66707c",
+    "#9a9a9a": "#5a636e",
+    "#0072b2": "#4aa3df",
+    "#7a5230": "#bd9268",
+    "#882255": "#d5719f",
+    "#332288": "#8f86e3",
+    "#117733": "#4fb878",
+}
+STYLE: Any = {
+    "font.size": 8.0,
+    "axes.titlesize": 8.0,
+    "figure.titlesize": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.title_fontsize": 7.0,
+    "hatch.linewidth": 0.5,
+    "hatch.color": "#9A9A9A",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "svg.hashsalt": "cl-graft",  # without it the ids of an SVG's elements are random
+}
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draws under STYLE, whatever the user's own settings are."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **more: P.kwargs) -> Figure:
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **more)
+
+    return drawn
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Writes STEM.png (150 dpi), STEM.svg and dark/STEM.svg; the bytes depend on the figure and matplotlib alone."""
+    import matplotlib
+
+    written = []
+    with matplotlib.rc_context(STYLE):
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            data = io.BytesIO()
+            figure.savefig(data, format=kind, dpi=150, metadata=metadata)
+            figure.set_layout_engine("none")  # everything has its place now
+            written.append(write_atomic(stem.with_name(f"{stem.name}.{kind}"), data.getvalue()))
+    dark = darkened(data.getvalue().decode()).encode()
+    return [*written, write_atomic(stem.parent / "dark" / f"{stem.name}.svg", dark)]
+
+
+def darkened(svg: str) -> str:
+    """An SVG of matplotlib's in the colours of DARK. What names no colour is black, text above all."""
+    found = re.sub(
+        "#[0-9a-f]{6}", lambda colour: DARK.get(colour.group(), colour.group()), svg, flags=re.I
+    )
+    return found.replace(
+        '<style type="text/css">', f'<style type="text/css">svg{{fill:{DARK["#000000"]}}}', 1
+    )
+
+
+def looks_of(lines: Sequence[Series]) -> dict[str, dict[str, Any]]:
+    """Colour and marker by strategy; dash and fill by label within the strategy."""
+    places: dict[str, int] = {}
+    labels: dict[str, int] = {}
+    looks: dict[str, dict[str, Any]] = {}
+    for line in sorted(lines, key=lambda s: (s.strategy not in KNOWN, s.strategy, s.name)):
+        if line.strategy not in places:
+            place = _place(line.strategy)
+            while place in places.values():  # rare, but two strategies never look the same
+                place += 1
+            places[line.strategy] = place
+        place, nth = places[line.strategy], labels.get(line.strategy, 0)
+        labels[line.strategy] = nth + 1
+        looks[line.name] = {
+            "color": PALETTE[place % len(PALETTE)],
+            "marker": MARKERS[place % len(MARKERS)],
+            "fillstyle": FILLS[nth % len(FILLS)],
+            "linestyle": LINES[nth % len(LINES)] if line.complete else ":",
+        }
+    return looks
+
+
+def _place(strategy: str) -> int:
+    """13 colours and 9 markers have no common factor: 117 places that all look different."""
+    if strategy in KNOWN:
+        return KNOWN.index(strategy)
+    rest = len(PALETTE) * len(MARKERS) - len(KNOWN)
+    return len(KNOWN) + int(hashlib.sha256(strategy.encode()).hexdigest(), 16) % rest
+
+
+def ink_on(rgba: Sequence[float]) -> str:
+    """All but black or white, whichever has more contrast on the colour (WCAG 2.1 relative luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgba[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return INK[0] if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else INK[1]
+
+
+def title_of(cells: Sequence[Cell]) -> str:
+    return next(iter(groups(cells)))
+
+
+def wrap(name: str, most: int) -> str:
+    """A name too long for one line is broken before its options and after their commas."""
+    return name if len(name) <= most else textwrap.fill(re.sub(r"(?<=\S)\(", " (", name), most)
+
+
+def short(name: str, most: int = 14) -> str:
+    """A long name loses its middle: both ends tell tasks apart."""
+    return name if len(name) <= most else f"{name[: most - 6]}…{name[-5:]}"
+
+
+def slant(tasks: Sequence[str]) -> dict[str, Any]:
+    if len(tasks) > 6:
+        return {"rotation": 90, "fontsize": 7}
+    long = max(map(len, tasks)) > 6
+    return {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if long else {}

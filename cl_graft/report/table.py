@@ -1,0 +1,136 @@
+"""A titled grid of strings, and how it is written down: Markdown, CSV, LaTeX, and for a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import rich.table
+
+UNMEASURED = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled grid of strings; every row has one string per column."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """A heading, a pipe table with its numbers to the right, and the note."""
+        rule = "|:--" + "|--:" * (len(self.columns) - 1) + "|"
+        head, *body = (
+            "| " + " | ".join(map(_cell, row)) + " |" for row in (self.columns, *self.rows)
+        )
+        return "\n".join([f"### {self.title}", "", head, rule, *body, "", self.note]).rstrip()
+
+    def csv(self) -> str:
+        """The grid for a program: "mean ± s.e." becomes two columns, a number has no thousands
+        separator, and an unmeasured value is empty."""
+        split = [any(" ± " in row[i] for row in self.rows) for i in range(len(self.columns))]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        for i, row in enumerate((self.columns, *self.rows)):
+            fields: list[str] = []
+            for cell, two in zip(row, split, strict=True):
+                mean, _, se = cell.partition(" ± ")
+                fields += [_machine(mean), se or ("" if i else f"{cell} s.e.")][: 1 + two]
+            writer.writerow(fields)
+        return text.getvalue()
+
+    def latex(self) -> str:
+        """A booktabs table with its numbers to the right; every character of the text stands for itself."""
+        head, *body = (" & ".join(map(_tex, row)) + r" \\" for row in (self.columns, *self.rows))
+        lines = [
+            "% needs \\usepackage{booktabs}",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_tex(self.title)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
+            *(r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"),
+            *([rf"\par\smallskip\footnotesize {_tex(self.note)}"] if self.note else []),
+            r"\end{table}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def write(self, stem: Path) -> list[Path]:
+        """STEM.md, STEM.csv and STEM.tex, each whole or not at all."""
+        kinds = {"md": self.markdown() + "\n", "csv": self.csv(), "tex": self.latex()}
+        return [
+            write_atomic(stem.with_name(f"{stem.name}.{kind}"), text.encode())
+            for kind, text in kinds.items()
+        ]
+
+    def rich(self) -> rich.table.Table:
+        """The grid for a terminal."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        grid = RichTable(title=Text(self.title), caption=Text(self.note) if self.note else None)
+        for i, column in enumerate(self.columns):
+            grid.add_column(Text(column), justify="right" if i else "left")
+        for row in self.rows:
+            grid.add_row(*map(Text, row))  # Text: brackets in a label are not markup
+        return grid
+
+
+def show(value: float, spec: str, se: float = math.nan) -> str:
+    if math.isnan(value):
+        return UNMEASURED
+    text, zero = format(value, spec), format(0.0, spec)
+    text = zero if text == format(-0.0, spec) else text  # -0.04 is 0.0, not -0.0
+    return text if math.isnan(se) else f"{text} ± {format(se, spec.lstrip('+'))}"
+
+
+def write_atomic(path: Path, data: bytes) -> Path:
+    """Writes a file beside its place and moves it there, so that no reader sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+_TEX = str.maketrans(
+    {c: "\\" + c for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''"}
+    | {
+        "–": "--",
+        "−": "$-$",
+        "±": r"$\pm$",
+        "Δ": r"$\Delta$",
+        "→": r"$\rightarrow$",
+        "≥": r"$\geq$",
+    }
+    | {"·": r"\textperiodcentered{}", "…": r"\ldots{}", "\n": " "}
+)
+
+
+def _tex(text: str) -> str:
+    """Escaped; a number's minus is one, and a cell that starts with a bracket does not end a row's argument."""
+    text = re.sub(r"(?<![\w-])-(?=\d)", "−", text).translate(_TEX)
+    return "{}" + text if text.startswith("[") else text
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("\n", " ")
+
+
+def _machine(text: str) -> str:
+    if text == UNMEASURED:
+        return ""
+    return text.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text) else text

@@ -1,0 +1,102 @@
+"""What remembering costs on disk: score and forgetting against bytes."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cl_graft.report.series import Cell, series
+from cl_graft.report.style import GREY, looks_of, styled, title_of, wrap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@styled
+def bytes_vs_score(cells: Sequence[Cell]) -> Figure:
+    """OP against the largest pack of a task in per cent of the base model's bytes, on a log axis.
+
+    Whiskers are one standard error of OP. The stairs are the Pareto front, the dashed vertical the
+    budget. A label that is incomplete or has no pack cannot have a place and is named below.
+    """
+    return _against_bytes(cells, "op", "overall performance (OP), %", better=1)
+
+
+@styled
+def bytes_vs_forgetting(cells: Sequence[Cell]) -> Figure:
+    """FM, of which less is better, as `bytes_vs_score` draws OP; one task has none to draw."""
+    return _against_bytes(cells, "fm", "forgetting (FM), %", better=-1)
+
+
+def _against_bytes(cells: Sequence[Cell], metric: str, name: str, better: int) -> Figure:
+    from matplotlib.figure import Figure
+
+    lines, title = series(cells), title_of(cells)
+    looks, first = looks_of(lines), cells[0]
+    placed = {s.name: (s.storage(), 100.0 * s.metric(metric)[0]) for s in lines}
+    shown = [s for s in lines if placed[s.name][0] > 0 and not math.isnan(placed[s.name][1])]
+    hidden = [_why_not(s.name, s.complete, placed[s.name][0]) for s in lines if s not in shown]
+    figure = Figure(figsize=(7.0, max(3.4, 0.9 + 0.25 * len(shown))), layout="constrained")
+    ax = figure.subplots()
+    ax.set_xscale("log")
+    for line in shown:
+        (x, y), se = placed[line.name], 100.0 * line.metric(metric)[1]
+        style = looks[line.name] | {"linestyle": "none", "markersize": 6.5, "elinewidth": 1}
+        label, bar = wrap(line.name, 34), None if math.isnan(se) else se
+        ax.errorbar(x, y, yerr=bar, label=label, capsize=2, zorder=3, **style)
+    if front := pareto([placed[s.name] for s in shown], better):
+        widest = max(placed[s.name][0] for s in shown)
+        xs, ys = zip(*front, (widest, front[-1][1]), strict=True)
+        ax.step(xs, ys, where="post", color="#BBBBBB", label="Pareto front", zorder=2)
+        handles, labels = ax.get_legend_handles_labels()  # lines come before points with whiskers
+        place: Any = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "labelspacing": 0.7}
+        ax.legend(handles[1:] + handles[:1], labels[1:] + labels[:1], **place)
+    if first.get("budget_bytes"):
+        budget = 100.0 * first["budget_bytes"] / first["base_bytes"]
+        ax.axvline(budget, color=GREY, linestyle="--", linewidth=1.0, zorder=1)
+        above: Any = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+        ax.text(budget, 1.01, f"budget {first['budget']}", color=GREY, **above)
+    _log_ticks(ax)
+    ax.grid()
+    ax.set_xlabel("largest pack of a task, % of the base model's bytes")
+    ax.set_ylabel(name)
+    figure.suptitle(wrap(title, 98))
+    if hidden:
+        text = textwrap.fill(f"Not shown: {', '.join(hidden)}.", 120)
+        figure.supxlabel(text, fontsize=7, color=GREY)
+    return figure
+
+
+def pareto(points: Sequence[tuple[float, float]], better: int = 1) -> list[tuple[float, float]]:
+    """The (cost, score) pairs that no other pair matches in both and beats in one, by cost.
+
+    better: 1 where a higher score is, -1 where a lower one is.
+    """
+    front: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda p: (p[0], -better * p[1])):
+        if not front or better * (score - front[-1][1]) > 0:
+            front.append((cost, score))
+    return front
+
+
+def _why_not(name: str, complete: bool, share: float) -> str:
+    if not complete:
+        return name
+    return f"{name} (no pack)" if not share > 0 else f"{name} (unmeasured)"
+
+
+def _log_ticks(ax: Axes) -> None:
+    """Room to either side, and plain numbers at as many places of a decade as do not crowd."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = ax.get_xlim()
+    low, high = low / 1.5, high * 1.5
+    ax.set_xlim(low, high)
+    many, some = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0)
+    subs = many if high / low < 12 else some if high / low < 500 else (1.0,)
+    ax.xaxis.set_major_locator(LogLocator(subs=subs))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
