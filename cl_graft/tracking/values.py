@@ -66,7 +66,7 @@ def matrices(result: dict[str, Any]) -> dict[str, list[list[float | None]]]:
 def figures(result: dict[str, Any]) -> dict[str, Image]:
     """The report's figures of this cell alone, under the names that end their files' there."""
     import matplotlib
-    from PIL import Image
+    from PIL.Image import open as opened
 
     from ..report import figures as report
 
@@ -76,5 +76,5 @@ def figures(result: dict[str, Any]) -> dict[str, Image]:
         figure = draw([result])
         with matplotlib.rc_context(report.STYLE):
             figure.savefig(data, format="png", dpi=150)
-        found[draw.__name__.replace("_", "-")] = Image.open(data)
+        found[draw.__name__.replace("_", "-")] = opened(data)
     return found
