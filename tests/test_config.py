@@ -98,7 +98,7 @@ def test_cells_are_equal_iff_the_experiments_are(
 def test_where_and_how_a_cell_is_run_does_not_rename_it(
     fields: dict[str, Any], wandb: Any, consent: bool
 ) -> None:
-    elsewhere = {"data_dir": Path("/d"), "out": Path("/o"), "wandb": wandb}
+    elsewhere = {"data_dir": Path("/d"), "out": Path("/o"), "wandb": wandb, "track": ["csv"]}
     there = RunConfig(**fields, **elsewhere, allow_code_execution=consent)
     assert there.cell == RunConfig(**fields).cell
 

@@ -28,6 +28,9 @@ class Outcome:
     reason: str = ""
 
 
+# What a cell that is tried again is told to be doing until then.
+WAITS = {"busy": "waiting for another's work", "lost": "waiting after its process was lost"}
+
 Work = Callable[
     [RunConfig, Progress, bool], Outcome
 ]  # attempt.attempt, or a stand-in to measure with

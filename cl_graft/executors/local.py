@@ -21,7 +21,7 @@ from typing import Any
 
 from ..config import RunConfig
 from ..errors import CLGraftError
-from . import Outcome, Report, Work
+from . import WAITS, Outcome, Report, Work
 from .attempt import attempt, seldom
 from .queue import Queue
 
@@ -102,7 +102,7 @@ def run_cells(
                     if final := left.after(worker.config, outcome):
                         yield worker.config, final
                     else:
-                        report(worker.config.cell, "waiting for another's work", 0.0)
+                        report(worker.config.cell, WAITS[outcome.state], 0.0)
     finally:
         _stop([w.process for w in slots if w])
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
 from ..errors import CLGraftError
-from . import Outcome, Report, Work
+from . import WAITS, Outcome, Report, Work
 from .attempt import attempt, seldom
 from .queue import Queue
 
@@ -61,7 +61,7 @@ def run_cells(
                 if final := left.after(config, outcome):
                     yield config, final
                 else:
-                    report(config.cell, "waiting for another's work", 0.0)
+                    report(config.cell, WAITS[outcome.state], 0.0)
     finally:
         for reference in running:
             ray.cancel(reference, force=True)

@@ -1,8 +1,9 @@
 """A cell as one run in Weights & Biases, however often it is begun.
 
 The run's id follows from the cell's name and identity, and every row of its history has a step that follows from the
-stages before it. Which stages were logged is on disk, written after the fact: what is logged twice all the same, since
-a process died between the two, is dropped by W&B, whose steps only grow.
+stages before it. A stage that an earlier attempt has logged is not logged again. Offline, its file tells: W&B's process
+may die before it has written what it was given. Online, a marker beside it does, written after the fact; the last stage
+there may not have left, and is sent again: W&B drops rows whose steps it has.
 
 W&B works in threads that are waited for so long and no longer. One that does not answer is left behind, and the
 process that W&B had started is killed; what it has written can be uploaded later, by `wandb sync`.
@@ -59,8 +60,7 @@ class Wandb:
             mode,
         )
         self.folder = folder / "tracking"
-        # of its own for each mode: what is in a file here is not yet at the server
-        self.marker = self.folder / f"logged-{mode}.txt"
+        self.marker = self.folder / "sent.txt"
         self.run: Any = None
         self.others: set[Any] | None = None  # W&B's processes before we started; None: we have not
         self.step = 0  # of the next row
@@ -72,19 +72,31 @@ class Wandb:
         return digest(self.config.cell, about)
 
     @cached_property
-    def logged(self) -> list[str]:
-        """A line for each stage that this run or an earlier attempt has logged."""
-        return self.marker.read_text().splitlines() if self.marker.is_file() else []
+    def sent(self) -> list[str]:
+        """The digest of each stage that this run or an earlier attempt has sent."""
+        return self.marker.read_text().split()[:-1] if self.marker.is_file() else []
+
+    @cached_property
+    def written(self) -> list[Path]:
+        """Files of earlier attempts."""
+        return list(self.folder.glob(f"wandb/offline-run-*-{self.id}/*.wandb"))
+
+    def _logged(self, key: str) -> bool:
+        if self.mode == "online":
+            return key in self.sent
+        return any(held(file, key) for file in self.written)
 
     def stage(self, record: dict[str, Any]) -> None:
         """Training curves, scores and costs, over `stage`, and the pack as an artifact."""
-        rows = [of_point(point) for point in record["losses"]]
-        rows.append({"stage": record["stage"], **of_stage(record)})
+        rows: list[dict[str, Any]] = [of_point(point) for point in record["losses"]]
+        rows.append(
+            {"stage": record["stage"], **of_stage(record), "record": (key := digest(record))}
+        )
         first, self.step = self.step, self.step + len(rows)
-        if str(record["stage"]) in self.logged:
+        if self._logged(key):
             return
         self._bounded(STAGE_SECONDS, lambda: self._log(record, rows, first))
-        self.logged.append(str(record["stage"]))
+        self.sent.append(key)
         self._mark()
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -102,10 +114,12 @@ class Wandb:
 
     def _log(self, record: dict[str, Any], rows: list[dict[str, Any]], first: int) -> None:
         run = self._started()
-        for step, row in enumerate(rows, first):
-            run.log(row, step=step, commit=True)
         if record["pack"]:
             run.log_artifact(self._artifact(record))
+        for step, row in enumerate(
+            rows, first
+        ):  # the stage's own row last: it tells that all is there
+            run.log(row, step=step, commit=True)
 
     def _finish(self, result: dict[str, Any], drawn: dict[str, Any]) -> None:
         run = self._started()
@@ -190,7 +204,7 @@ class Wandb:
     # --- around it ---
 
     def _mark(self) -> None:
-        write_text(self.marker, "".join(f"{stage}\n" for stage in self.logged))
+        write_text(self.marker, "".join(f"{key}\n" for key in self.sent))
 
     def _bounded(self, seconds: float, call: Callable[[], None]) -> None:
         try:
@@ -225,7 +239,7 @@ def _cores() -> set[Any]:
 
 
 def held(file: Path, word: str) -> bool:
-    """Whether W&B's closed file holds a word: its process says nothing of records that it could not write.
+    """Whether W&B's file holds a word: its process says nothing of records that it could not write.
 
     Blocks of 32 KiB begin with a header of seven bytes, which may stand in the middle of the word.
     """

@@ -28,7 +28,9 @@ from cl_graft import Strategy
 class slow(Strategy):
     def learn(self, task, context, *, seconds: float = 0.0, mark: str = ""):
         if mark and not Path(mark).exists():
-            Path(mark).touch()
+            import ray
+
+            Path(mark).write_text(ray.get_runtime_context().get_node_id())
             time.sleep(600)
         time.sleep(seconds)
         return {}
@@ -77,19 +79,19 @@ def test_the_cells_of_a_lost_node_go_on_at_another(
     strategy: str, tmp_path: Path, cluster: Any
 ) -> None:
     """The node dies while the cell's task is under way, when the base model is measured already."""
-    node = cluster.add_node(num_cpus=1)
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(cluster.address, log_to_driver=False)
     mark = tmp_path / "mark"
     (config,) = cells(strategy, tmp_path / "out", 1, mark=str(mark))
     heard: list[str] = []
 
-    def replace_the_node() -> None:
-        while not mark.exists():
+    def kill_its_node() -> None:
+        while not mark.exists() or not mark.read_text():
             time.sleep(0.1)
-        cluster.remove_node(node, allow_graceful=False)
-        cluster.add_node(num_cpus=1)
+        (lost,) = [node for node in nodes if node.node_id == mark.read_text()]
+        cluster.remove_node(lost, allow_graceful=False)
 
-    threading.Thread(target=replace_the_node, daemon=True).start()
+    threading.Thread(target=kill_its_node, daemon=True).start()
     found = run_cells([config], lambda cell, what, done: heard.append(what), 1, Ray())
     assert states(found) == ["done"]
     result = json.loads((tmp_path / "out" / config.cell / "result.json").read_text())
