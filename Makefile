@@ -7,7 +7,7 @@ WORKERS ?= 0
 
 STRATEGIES = sequential,lora,model_grafting,model_tailor,graftllm,individual
 
-.PHONY: demo test test-fast check published env
+.PHONY: demo test test-fast check docs env
 
 # The strategies on the embedded scenario. The model writes programs there, and they are run in the sandbox.
 demo: env
@@ -22,6 +22,10 @@ test-fast: env
 
 check: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# The documentation as a site, in build/site; nothing in it is fetched from elsewhere.
+docs: env
+	$(BIN)/python -m mkdocs build --strict
 
 env: $(VENV)/.complete
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -45,6 +47,7 @@ def examine(out: Path) -> list[Finding]:
     checks: list[Callable[[], Iterator[Finding]]] = [
         _python,
         _packages,
+        _imports,
         _gpus,
         _compiler,
         _wandb,
@@ -91,12 +94,24 @@ def _package(name: str, wanted: object, extra: str) -> Finding:
     return Finding(name, "ok", version)
 
 
+def _imports() -> Iterator[Finding]:
+    """An installed library may still not load, as a torchvision that was built for another torch."""
+    for module in ("torch", "trl", "cl_graft.strategy"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of libraries to each other
+                importlib.import_module(module)
+        except Exception as error:  # each library fails in its own way
+            reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+            yield Finding(f"import of {module}", "missing", reason, "make env", needed=True)
+            return
+    yield Finding("imports", "ok", "all that a run needs can be imported")
+
+
 def _gpus() -> Iterator[Finding]:
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a library that it loads
-        reason = str(error).split("\n", 1)[0]
-        yield Finding("import of torch", "missing", reason, "make env", needed=True)
+    except Exception:  # told above
         return
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections import namedtuple
@@ -52,6 +53,7 @@ def test_what_every_run_needs_is_an_exit_code(call: Call, monkeypatch: pytest.Mo
             raise metadata.PackageNotFoundError(name)
         return "0.1" if name == "trl" else version(name)
 
+    examine(Path("results"))  # libraries ask for versions while they are imported
     monkeypatch.setattr(metadata, "version", without)
     done = call("doctor")
     assert done.code == 1
@@ -59,6 +61,17 @@ def test_what_every_run_needs_is_an_exit_code(call: Call, monkeypatch: pytest.Mo
     assert lines["peft"].startswith("missing") and lines["peft"].endswith("(make env)")
     assert lines["trl"].startswith("weak") and "0.1, not >=" in lines["trl"]
     assert "cl-graft[deepspeed]" in lines["deepspeed"]
+
+
+def test_a_library_that_does_not_load_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        if name == "cl_graft.strategy":
+            raise RuntimeError("operator torchvision::nms does not exist\nand more")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    one = found("import of cl_graft.strategy")
+    assert one.said == "RuntimeError: operator torchvision::nms does not exist"
+    assert one.needed and not sound(examine(Path("results")))
 
 
 def test_an_extra_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,9 +60,11 @@ def test_the_baseline_listing_is_under_40_lines_and_runs_from_a_path(tmp_path):
     assert {e.codec for e in SkillPack.load(packs[0]).tensors.values()} == {"sign_scale"}
 
 
-def test_the_python_listing_runs(tmp_path):
+def test_the_python_listing_has_ten_lines_at_most_and_runs(tmp_path):
+    text = listing("cl_graft.run(")
+    assert len(text.strip().split("\n")) <= 10
     done = subprocess.run(
-        [sys.executable, "-c", listing("cl_graft.run(")],
+        [sys.executable, "-c", text],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -76,7 +78,9 @@ def test_the_python_listing_runs(tmp_path):
 @pytest.mark.parametrize(
     "line",
     re.findall(
-        r"^cl-graft (?:list|report|pack|run|sweep|plan|cache|transfer).*$", README.read_text(), re.M
+        r"^cl-graft (?:list|report|pack|run|sweep|init|doctor|plan|cache|transfer).*$",
+        README.read_text(),
+        re.M,
     ),
 )
 def test_every_command_line_of_the_readme_parses(line):

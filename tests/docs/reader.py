@@ -198,6 +198,16 @@ def dequantized(codes: Array, scales: Array, grids: list[tuple[int, ...]]) -> li
     return found
 
 
+def fingerprint(parameters: dict[str, Array]) -> str:
+    """Of a base whose parameters are all F32."""
+    digests = []
+    for name in sorted(parameters):
+        about = json.dumps([name, "float", list(parameters[name].shape)]).encode()
+        values = np.ascontiguousarray(parameters[name], "<f4").tobytes()
+        digests.append(hashlib.blake2b(about + values, digest_size=16).digest())
+    return blake(b"".join(digests), 16)
+
+
 # --- bits ---
 
 

@@ -14,9 +14,10 @@ import torch
 
 from cl_graft import SkillPack, SkillPackError
 from cl_graft.skillpack import codecs
+from cl_graft.skillpack import file as engine
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.quant import BITS, Quantized
-from tests.docs.reader import Refused, read
+from tests.docs.reader import Refused, fingerprint, read
 from tests.skillpack.tensors import grid, normal
 
 PAGE = Path(__file__).parents[2] / "docs" / "pack-format.md"
@@ -129,6 +130,15 @@ def test_the_reader_agrees_with_the_engine(tmp_path: Path) -> None:
             np.testing.assert_allclose(found[name], delta.numpy(), rtol=1e-5, atol=1e-30)
         else:
             np.testing.assert_array_equal(found[name], delta.numpy())
+
+
+def test_the_fingerprint_is_the_engines() -> None:
+    named = {"b.ü": normal((3, 4), 1), "a": normal((5,), 2), "b": torch.tensor(-0.0)}
+    arrays = {name: tensor.numpy() for name, tensor in named.items()}
+    halves = {name: tensor.bfloat16() for name, tensor in named.items()}
+    assert fingerprint(arrays) == engine.fingerprint(named.items())
+    widened = {name: tensor.float().numpy() for name, tensor in halves.items()}
+    assert fingerprint(widened) == engine.fingerprint(halves.items())
 
 
 @pytest.mark.parametrize("seed", range(60))
