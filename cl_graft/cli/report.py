@@ -18,7 +18,8 @@ def report(
         bool, typer.Option("--json", help="Print one object per cell instead.")
     ] = False,
     to: Annotated[
-        Path | None, typer.Option(help="Folder for the page, tables and figures; FOLDER/report if not given.")
+        Path | None,
+        typer.Option(help="Folder for the page, tables and figures; FOLDER/report if not given."),
     ] = None,
 ) -> None:
     """A page that opens in a browser, tables (CSV, Markdown, LaTeX) and figures of all cells in the folders."""
@@ -33,7 +34,9 @@ def report(
 def compare(
     a: Annotated[Path, typer.Argument(help="A cell's folder, or a results folder.")],
     b: Annotated[Path, typer.Argument(help="Another.")],
-    json_: Annotated[bool, typer.Option("--json", help="Print one object per table instead.")] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one object per table instead.")
+    ] = False,
 ) -> None:
     """What differs between two runs: config, versions, data, and scores with intervals."""
     from ..report.compare import compare as compared

@@ -15,8 +15,8 @@ from .table import UNMEASURED, Table, show
 ABOUT = ("config", "options", "versions", "machine", "data", "tasks", "budget_bytes", "base_bytes")
 NAMES = ("scenario", "label", "model", "budget", "seed")
 NOTE = (
-    "In per cent, B less A, with the 95 % interval and two-sided p of a paired hierarchical bootstrap (seeds, then test "
-    "examples) over the seeds that both ran on the same data."
+    "In per cent, B less A, with the 95 % interval and two-sided p of a paired hierarchical bootstrap "
+    "(seeds, then test examples) over the seeds that both ran on the same data."
 )
 
 
@@ -82,7 +82,10 @@ def _about(pairs: Sequence[tuple[Cell, Cell]]) -> Table:
     rows = tuple((*told, str(count)) for told, count in counts.items())
     note = "" if rows else "Config, options, versions, machine and data are the same."
     return Table(
-        f"What differs between {len(pairs)} cells and theirs", ("What", "A", "B", "Cells"), rows, note
+        f"What differs between {len(pairs)} cells and theirs",
+        ("What", "A", "B", "Cells"),
+        rows,
+        note,
     )
 
 
