@@ -243,7 +243,7 @@ KEYS = {
     *("scenario", "strategy", "label", "model", "seed", "budget", "tasks", "complete"),
     *("matrix", "n", "stderr", "metrics", "extra_matrices", "general"),
     *("pack_bytes", "base_bytes", "budget_bytes", "seconds", "tokens", "peak_memory_mb"),
-    *("config", "options", "versions", "machine", "reads_data_dir", "identical", "spent"),
+    *("config", "options", "versions", "machine", "reads_data_dir", "identical", "spent", "data"),
 }
 
 
@@ -260,8 +260,10 @@ def test_report_writes_tables_and_figures(finished: Finished, call: Call, tmp_pa
     assert done.code == 0
     assert "Ranking: mini" in done.out
     written = {f.name: f for f in (tmp_path / "published").iterdir()}
-    assert {Path(name).suffix for name in written} == {".csv", ".md", ".png", ".svg"}
-    assert len({n.rpartition("-")[2] for n in written if n.endswith(".png")}) == 3
+    kinds = {".csv", ".html", ".json", ".md", ".png", ".svg", ".tex"}
+    assert {f.suffix for f in written.values() if f.is_file()} == kinds
+    assert len({n.partition("pct-")[2] for n in written if n.endswith(".png")}) == 5
+    assert str(written["index.html"]) in "".join(done.out.split())
     assert all(f.read_bytes().startswith(b"\x89PNG") for n, f in written.items() if n[-3:] == "png")
     (ranking,) = (f for n, f in written.items() if n.endswith("ranking.csv"))
     assert ranking.read_text().splitlines()[1].startswith("graftllm,")

@@ -261,7 +261,9 @@ def test_the_last_words_of_a_sweep(story: Story) -> None:
     assert said.count("│ graftllm") == said.count("│ lora") == 1
     assert said.count("unlucky (incomplete: seed") >= 2
     assert str(report) in said.splitlines()[-1]
-    assert {f.suffix for f in report.iterdir()} == {".csv", ".md", ".png", ".svg"}
+    kinds = {".csv", ".html", ".json", ".md", ".png", ".svg", ".tex"}
+    assert {f.suffix for f in report.iterdir() if f.is_file()} == kinds
+    assert len(list((report / "cells").iterdir())) == 6
 
 
 def test_a_mistake_in_one_cell_is_found_before_any_work(plugins: Path, tmp_path: Path) -> None:

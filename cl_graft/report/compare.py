@@ -15,8 +15,8 @@ from .table import UNMEASURED, Table, show
 ABOUT = ("config", "options", "versions", "machine", "data", "tasks", "budget_bytes", "base_bytes")
 NAMES = ("scenario", "label", "model", "budget", "seed")
 NOTE = (
-    "In per cent, B less A, with the 95 % interval and two-sided p of a paired hierarchical bootstrap (seeds, then "
-    "test examples) over the seeds that both ran on the same data."
+    "In per cent, B less A, with the 95 % interval and two-sided p of a paired hierarchical bootstrap "
+    "(seeds, then test examples) over the seeds that both ran on the same data."
 )
 
 

@@ -57,7 +57,10 @@ class Row:
 def breakdown(
     path: Path, cell: Mapping[str, Any], asked: Mapping[str, Sequence[Asked]]
 ) -> dict[str, list[Row]]:
-    """{task: its test examples, by its primary metric}. The end of an incomplete cell is its last whole stage."""
+    """{task: its test examples, by its primary metric}. The end of an incomplete cell is its last whole stage.
+
+    A task whose examples are not all on disk is left out.
+    """
     last = _whole(cell) - 1
     if last < 0:
         return {}
@@ -65,13 +68,15 @@ def breakdown(
     base, end = (_answers(path, stage, tasks) for stage in (0, last))
     found = {}
     for j, task in enumerate(tasks):
-        learned: Sequence[Answer | None] = [None] * len(base.get(task, ()))
+        before = base.get(task, [])
+        nothing: list[Any] = [None] * len(before)
+        learned = ends = nothing
         if j + 1 <= last:
-            learned = end[task] if j + 1 == last else _answers(path, j + 1, [task])[task]
-        prompts: Sequence[Asked | None] = asked.get(task) or [None] * len(learned)
-        ends: Sequence[Answer | None] = end[task] if j + 1 <= last else learned
-        parts = zip(prompts, base.get(task, ()), learned, ends, strict=True)
-        found[task] = [Row(i, *part) for i, part in enumerate(parts)]
+            ends = end.get(task, [])
+            learned = ends if j + 1 == last else _answers(path, j + 1, [task]).get(task, [])
+        parts = [list(asked.get(task) or nothing), before, learned, ends]
+        if before and {len(part) for part in parts} == {len(before)}:
+            found[task] = [Row(i, *row) for i, row in enumerate(zip(*parts, strict=True))]
     return found
 
 

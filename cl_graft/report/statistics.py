@@ -83,12 +83,12 @@ def paired(seeds: Sequence[Strata], shared: bool = False) -> Difference:
     tested on the same examples, of which one draw then serves all of them; else each seed has examples of its own.
 
     One seed: percentile interval and achieved significance level over its examples (Efron and Tibshirani 1993, 13
-    and 15), a statement about this seed alone. Several: Student's t with n - 1 degrees of freedom on the bootstrap's
-    standard error (the same, 12.5; Hesterberg, What teachers should know about the bootstrap, The American
-    Statistician 2015), since the bootstrap alone is too narrow for few seeds. Means of seeds vary by their examples
-    already; where those are drawn anew, too, the means are first drawn together by as much (Davison and Hinkley,
-    Bootstrap Methods and their Application, 1997, 3.8), so that this is counted once. No p is smaller than that
-    of a sign test on as many examples that differ.
+    and 15), a statement about this seed alone. Several: Student's t on the bootstrap's standard error (the same, 12.5),
+    since the percentiles of a bootstrap are too narrow for few seeds (Hesterberg, What teachers should know about the
+    bootstrap, The American Statistician 2015); the seeds' part is scaled by n / (n - 1) for the same reason, and the
+    degrees of freedom are Satterthwaite's (Biometrics Bulletin 1946), n - 1 of them for the seeds' part. Where seeds
+    have examples of their own this counts the noise of examples in both parts, so it rejects too seldom rather
+    than too often. No p is smaller than that of a sign test on as many examples that differ.
     """
     n, rng = len(seeds), np.random.default_rng(0)
     means = np.array([_mean(strata) for strata in seeds])
@@ -104,10 +104,11 @@ def paired(seeds: Sequence[Strata], shared: bool = False) -> Difference:
         p = min(1.0, 2.0 * tail / (FINE + 1))
         return Difference(mean, float(low), float(high), max(p, least), n, examples)
     error = _hierarchical(means, noise, rng, shared)
-    half = _t(n - 1) * error
-    return Difference(
-        mean, mean - half, mean + half, max(_p(mean, error, n - 1), least), n, examples
-    )
+    of_seeds = float(means.var(ddof=1)) / n
+    freedom = (n - 1) * max(1.0, error**2 / of_seeds) ** 2 if of_seeds > 1e-12 else 1e9
+    half = _t(freedom) * error
+    p = max(_p(mean, error, freedom), least)
+    return Difference(mean, mean - half, mean + half, p, n, examples)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -128,10 +129,7 @@ def _hierarchical(
 ) -> float:
     """Standard error of the mean over seeds that are drawn anew, each with one of the draws of its examples."""
     draws, n = noise.shape
-    between = float(means.var(ddof=1))
-    within = 0.0 if shared else float(noise.var(axis=0).mean())
-    left = max(between - within, 0.0) / between if between else 0.0
-    centred = math.sqrt(left * n / (n - 1)) * (means - means.mean())
+    centred = math.sqrt(n / (n - 1)) * (means - means.mean())
     picks = rng.integers(0, n, (draws, n))
     rows = np.arange(draws)[:, None]
     if not shared:  # a seed drawn twice is drawn with different examples
@@ -179,13 +177,13 @@ def _mean(strata: Strata) -> float:
     return float(sum(weight * x.mean() for weight, x in strata))
 
 
-def _t(freedom: int) -> float:
+def _t(freedom: float) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
-def _p(mean: float, error: float, freedom: int) -> float:
+def _p(mean: float, error: float, freedom: float) -> float:
     from scipy.special import stdtr
 
     if not error:

@@ -101,9 +101,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 def darkened(svg: str) -> str:
     """An SVG of matplotlib's in the colours of DARK. What names no colour is black, text above all."""
-    found = re.sub(
-        "#[0-9a-f]{6}", lambda colour: DARK.get(colour.group(), colour.group()), svg, flags=re.I
-    )
+    found = re.sub(r"#[0-9a-fA-F]{6}", lambda c: DARK.get(c[0].lower(), c[0]), svg)
     return found.replace(
         '<style type="text/css">', f'<style type="text/css">svg{{fill:{DARK["#000000"]}}}', 1
     )

@@ -18,10 +18,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from cl_graft.matrix import PerformanceMatrix
-from cl_graft.report.figures import curves, heatmaps, write_figures
+from cl_graft.report.figures import FIGURES, costs, curves, heatmaps, write_figures
 from cl_graft.report.series import ReportError
-from cl_graft.report.style import KNOWN
-from cl_graft.report.tradeoff import bytes_vs_score, pareto
+from cl_graft.report.style import DARK, KNOWN, PALETTE, darkened
+from cl_graft.report.tradeoff import bytes_vs_forgetting, bytes_vs_score, pareto
 
 Rows = list[list[float | None]]
 BASE_BYTES = 2_000_000
@@ -80,7 +80,7 @@ def test_importing_the_module_does_not_import_matplotlib() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("draw", [heatmaps, curves, bytes_vs_score])
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
 def test_a_figure_is_of_one_scenario_model_and_budget(draw: Any) -> None:
     with pytest.raises(ReportError, match="2 groups"):
         draw([cell(), cell(budget="5%")])
@@ -278,6 +278,65 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
     assert pareto(points) == sorted({p for p in points if not beaten(p)})
 
 
+def test_less_forgetting_is_better() -> None:
+    cells = [
+        cell("graftllm", pack=10.0),  # math loses 5
+        cell("sequential", FORGETS, pack=100.0),  # loses 80
+        cell("lora", [[0.2, 0.3], [0.5, 0.3], [0.3, 0.6]], pack=2.0),  # loses 20
+    ]
+    (ax,) = panels(bytes_vs_forgetting(cells))
+    (front,) = (line for line in ax.lines if line.get_label() == "Pareto front")
+    np.testing.assert_allclose(front.get_xydata(), [[2.0, 20.0], [10.0, 5.0], [100.0, 5.0]])
+
+
+def test_one_task_has_no_forgetting_to_draw() -> None:
+    figure = bytes_vs_forgetting([cell(matrix=[[0.2], [0.8]], tasks=["math"])])
+    assert "Not shown: graftllm (unmeasured)." in [t.get_text() for t in shown_text(figure)]
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=12))
+def test_a_front_where_less_is_better_is_that_of_the_negative(
+    points: list[tuple[int, int]],
+) -> None:
+    assert pareto(points, -1) == [(x, -y) for x, y in pareto([(x, -y) for x, y in points])]
+
+
+# --- costs ------------------------------------------------------------------------------------
+
+
+def test_costs_are_bars_one_after_the_other() -> None:
+    spent = {"train": 10.0, "compress": 2.0, "evaluate": 3.0, "harness": 1.0}
+    time, memory = panels(
+        costs([cell(seconds=spent, peak_memory_mb=700.0), cell("joint", seconds={})])
+    )
+    assert [t.get_text() for t in time.get_yticklabels()] == ["graftllm", "joint"]
+    bars = {c.get_label(): c.patches[0] for c in time.containers}
+    assert {k: (b.get_x(), b.get_width()) for k, b in bars.items()} == {
+        "train": (0.0, 10.0),
+        "compress": (10.0, 2.0),
+        "evaluate": (12.0, 3.0),
+        "harness": (15.0, 1.0),
+    }
+    assert memory.patches[0].get_width() == 700.0
+
+
+# --- dark -------------------------------------------------------------------------------------
+
+
+def test_on_a_dark_page_ink_is_light_and_numbers_keep_their_contrast() -> None:
+    svg = (
+        '<svg><style type="text/css">*{}</style><path fill="#FFFFFF"/><path fill="#010101"/></svg>'
+    )
+    dark = darkened(svg)
+    assert f"svg{{fill:{DARK['#000000']}}}" in dark
+    assert f'"{DARK["#ffffff"]}"' in dark and '"#010101"' in dark
+    assert luminance(DARK["#000000"]) > 0.7 > 0.02 > luminance(DARK["#ffffff"])
+    for light, colour in DARK.items():
+        if light in map(str.lower, PALETTE):
+            paper = luminance(DARK["#ffffff"]) + 0.05
+            assert (luminance(colour) + 0.05) / paper >= 3, light  # WCAG 2.1 on graphics
+
+
 # --- layout -----------------------------------------------------------------------------------
 
 
@@ -295,7 +354,7 @@ def crowded(count: int = 8) -> list[dict[str, Any]]:
     return made
 
 
-@pytest.mark.parametrize("draw", [heatmaps, curves, bytes_vs_score])
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
 @pytest.mark.parametrize("cells", [crowded(), crowded(3), [cell()]], ids=["8x5", "3x5", "1x2"])
 def test_no_text_is_clipped_or_covered(draw: Any, cells: list[dict[str, Any]]) -> None:
     figure = draw(cells)
@@ -317,17 +376,19 @@ def test_no_text_is_clipped_or_covered(draw: Any, cells: list[dict[str, Any]]) -
 def test_written_figures_are_png_and_svg_and_the_same_every_time(tmp_path: Path) -> None:
     cells = [cell(), cell("sequential", FORGETS, pack=100.0)]
     first = write_figures(cells, tmp_path / "one")
-    kinds = ("heatmaps", "curves", "bytes-vs-score")
-    assert [p.name for p in first] == [
-        f"math-code-mini-budget-10pct-{kind}.{end}" for kind in kinds for end in ("png", "svg")
+    assert [str(p.relative_to(tmp_path / "one")) for p in first] == [
+        f"{folder}math-code-mini-budget-10pct-{kind}.{end}"
+        for kind in FIGURES
+        for folder, end in (("", "png"), ("", "svg"), ("dark/", "svg"))
     ]
-    assert sorted((tmp_path / "one").iterdir()) == sorted(first)  # no temporary file is left
+    assert sorted(p for p in (tmp_path / "one").rglob("*.*")) == sorted(first)  # none is left
     for path, again in zip(first, write_figures(cells, tmp_path / "two"), strict=True):
         assert path.read_bytes() == again.read_bytes(), path.name
-    for path in first[::2]:
+    for path in first[::3]:
         with Image.open(path) as image:
             assert image.format == "PNG"
             assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
-    for path in first[1::2]:
-        assert path.read_text().rstrip().endswith("</svg>")
-        assert "dc:date" not in path.read_text()
+    for light, dark in zip(first[1::3], first[2::3], strict=True):
+        assert light.read_text().rstrip().endswith("</svg>")
+        assert dark.read_text() == darkened(light.read_text())
+        assert "dc:date" not in light.read_text()

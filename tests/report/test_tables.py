@@ -6,6 +6,7 @@ import copy
 import csv
 import io
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,33 @@ def test_csv_is_for_programs() -> None:
     assert TABLE.csv() == ('Strategy,a|b,a|b s.e.,Bytes\nlora[r=8],70.0,1.5,1234567\n"x, y",,,12\n')
 
 
+def test_latex_is_balanced_and_every_character_stands_for_itself() -> None:
+    odd = "a_b & 50% of $x$ #1 {c} \\ ~ ^ <i> é"
+    text = Table(odd, ("Strategy", odd), ((odd, "-1.5 ± 0.2"), ("[x]", "–")), note=odd).latex()
+    assert text.count("\\begin{") == text.count("\\end{") == 2
+    bare = re.sub(r"\\[&%$#_{}]", "", text)
+    assert bare.count("{") == bare.count("}")
+    assert r"a\_b \& 50\% of \$x\$ \#1 \{c\} \textbackslash{} \textasciitilde{}" in text
+    rows = text[text.index(r"\midrule") : text.index(r"\bottomrule")].strip().splitlines()[1:]
+    assert len(rows) == 2 and all(row.endswith(r" \\") for row in rows)
+    assert all(len(re.findall(r"(?<!\\)&", row)) == 1 for row in rows)  # two columns
+    assert r"& $-$1.5 $\pm$ 0.2 \\" in rows[0]
+    assert rows[1] == r"{}[x] & -- \\"  # a bracket after a row's end would be its argument
+    for rule in ("toprule", "midrule", "bottomrule"):
+        assert text.count("\\" + rule) == 1
+
+
+def test_costs_are_means_over_seeds() -> None:
+    slow = {"train": 2000.0, "compress": 30.0, "evaluate": 5.0, "harness": 0.5}
+    (table,) = costs(
+        [cell(seed=0), cell(seed=1, seconds=slow, tokens=3000), cell("lora", seconds={})]
+    )
+    row = rows_of(table)["graftllm"]
+    assert (row["Train s"], row["Compress s"], row["Total s"]) == ("1,617.2", "20.0", "1,642.8")
+    assert (row["Tokens"], row["Peak MiB"], row["Total bytes"]) == ("2,000", "500", "389,600")
+    assert rows_of(table)["lora"]["Total s"] == "–"
+
+
 def test_rich_keeps_brackets_and_prints_every_cell() -> None:
     console = Console(width=100, file=io.StringIO(), record=True)
     console.print(TABLE.rich())
@@ -309,12 +337,12 @@ def test_written_tables_hold_what_was_printed(tmp_path: Path) -> None:
     cells = [cell(extra_matrices={"exact": FORGETS}), cell("lora(rank=8)"), half_done(seed=3)]
     paths = write_tables(cells, tmp_path / "report")
     stem = "math-code-mini-budget-10pct"
-    names = ["ranking.md", "ranking.csv", "matrices.md", "matrices.csv"]
+    names = [f"{n}.{e}" for n in ("ranking", "costs", "matrices") for e in ("md", "csv", "tex")]
     assert paths == [tmp_path / "report" / f"{stem}-{name}" for name in names]
     assert sorted((tmp_path / "report").iterdir()) == sorted(paths)  # no temporary file is left
     assert paths[0].read_text() == ranking(cells)[0].markdown() + "\n"
     for table in matrices(cells):
-        assert table.markdown() in paths[2].read_text()
+        assert table.markdown() in paths[6].read_text()
 
     with paths[1].open(newline="") as file:
         rank = list(csv.DictReader(file))
@@ -322,7 +350,7 @@ def test_written_tables_hold_what_was_printed(tmp_path: Path) -> None:
     assert float(rank[0]["math s.e."]) == 1.0
     assert int(rank[0]["Total bytes"]) == 389_600
 
-    with paths[3].open(newline="") as file:
+    with paths[7].open(newline="") as file:
         stages = list(csv.DictReader(file))
     assert len(stages) == 4 * 3  # graftllm, its exact match, lora and the incomplete cell
     assert {None} == {row.get(None) for row in stages}  # every row fits the header
@@ -333,8 +361,8 @@ def test_written_tables_hold_what_was_printed(tmp_path: Path) -> None:
 def test_groups_never_share_a_file(tmp_path: Path) -> None:
     cells = [cell(model=model) for model in ("a/b", "a-b", "A b")]
     paths = write_tables(cells, tmp_path)
-    assert len(paths) == 12
-    assert len({str(path).lower() for path in paths}) == 12
+    assert len(paths) == 27
+    assert len({str(path).lower() for path in paths}) == 27
     assert all(path.parent == tmp_path for path in paths)
 
 

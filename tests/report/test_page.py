@@ -1,0 +1,246 @@
+"""The pages, as a browser shows them: whatever the cells are, in light and dark, on a phone and on a desk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cl_graft.bench.report import make
+from cl_graft.report import Found, find, page
+from cl_graft.report.examples import breakdown, final
+from cl_graft.report.page import template
+from cl_graft.report.standing import reader
+from cl_graft.report.tables import write_tables
+
+EVIL = "<script>alert('x')</script> & \"co\""
+CHROMIUM = shutil.which("chromium")
+ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
+    "--disable-dev-shm-usage",
+]
+
+
+def report(folder: Path) -> list[Found]:
+    found = find([folder])
+    write_tables([f.cell for f in found], folder / "report")
+    page.write(found, folder / "report")
+    return found
+
+
+def odd(folder: Path) -> None:
+    """One cell gets markup for its strategy and answers, one is incomplete, one lost its examples, one its prompts."""
+    cells = sorted(p.parent for p in folder.glob("*/cell.json"))
+    first = json.loads((cells[0] / "cell.json").read_text())
+    for name in ("cell.json", "result.json"):
+        told = json.loads((cells[0] / name).read_text())
+        told["config"]["strategy"] = EVIL
+        told |= {"label": EVIL, "strategy": EVIL} if name == "result.json" else {}
+        (cells[0] / name).write_text(json.dumps(told))
+    for file in cells[0].glob("stages/*/examples.jsonl"):
+        file.write_text(file.read_text().replace(" or so", json.dumps(EVIL)[1:-1]))
+    (cells[1] / "result.json").unlink()
+    shutil.rmtree(cells[1] / "stages" / "03")
+    shutil.rmtree(cells[2] / "stages")
+    (folder / "data" / f"{first['data']}.jsonl").unlink()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """14 strategies, two scenarios, a seed of each; the first scenario with odd cells."""
+    folder = tmp_path_factory.mktemp("made")
+    make(folder, cells=28, examples=6, strategies=14)
+    odd(folder)
+    report(folder)
+    return folder / "report"
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    make(folder, cells=1, examples=4, strategies=1, scenarios=1)
+    report(folder)
+    return folder / "report"
+
+
+# --- what is written --------------------------------------------------------------------------
+
+
+def test_every_cell_has_a_page_and_every_link_a_file(made: Path) -> None:
+    import re
+    from urllib.parse import unquote
+
+    assert len(list((made / "cells").iterdir())) == 28
+    text = (made / "index.html").read_text()
+    links = re.findall(r'(?:href|src|srcset)="([^"#][^"]*)"', text)
+    local = {unquote(link) for link in links if not link.startswith("data:")} - {"provenance.md"}
+    assert len(local) > 28 + 2 * 5 * 3
+    assert [link for link in sorted(local) if not (made / link).is_file()] == []
+
+
+def test_markup_in_names_and_answers_stays_text(made: Path) -> None:
+    pages = [made / "index.html", *(made / "cells").iterdir()]
+    assert not [p for p in pages if "<script>alert" in p.read_text()]
+    assert "&lt;script&gt;alert" in (made / "index.html").read_text()
+    assert sum("&lt;script&gt;alert" in p.read_text() for p in pages) >= 2
+
+
+def test_what_has_not_changed_is_not_written_again(made: Path) -> None:
+    kept = [*(made / "cells").iterdir(), *made.glob("*.png"), *made.glob("dark/*.svg")]
+    before = {p: p.stat().st_mtime_ns for p in kept}
+    cell = next((made.parent).glob("synthetic-1__*__seed0"))
+    result = json.loads((cell / "result.json").read_text())
+    result["metrics"]["op"] = 0.123
+    (cell / "result.json").write_text(json.dumps(result))
+    report(made.parent)
+    changed = {p for p in kept if p.stat().st_mtime_ns != before[p]}
+    assert {p.name for p in changed if p.suffix == ".html"} == {f"{cell.name}.html"}
+    assert all("synthetic-1" in p.name for p in changed)
+    assert "12.3" in (made / "cells" / f"{cell.name}.html").read_text()
+
+
+def test_an_example_is_followed_from_before_to_the_end(tmp_path: Path) -> None:
+    make(tmp_path, cells=1, examples=40, strategies=1, scenarios=1)
+    (found,) = find([tmp_path])
+    rows = breakdown(found.path, found.cell, {})
+    assert list(rows) == found.cell["tasks"]
+    for j, those in enumerate(rows.values()):
+        for stage, answers in ((0, "before"), (j + 1, "learned"), (3, "end")):
+            scores = [getattr(row, answers).score for row in those]
+            assert sum(scores) / 40 == pytest.approx(found.cell["matrix"][stage][j])
+    assert {row.outcome for row in rows["cipher"]} <= {"kept", "known", "never"}  # learned last
+    score = sum(weight * x.mean() for weight, x in reader()(found))
+    assert score == pytest.approx(found.cell["metrics"]["op"])
+
+
+def test_scores_that_the_examples_do_not_come_to_are_not_compared(tmp_path: Path) -> None:
+    make(tmp_path, cells=1, examples=4, strategies=1, scenarios=1)
+    (found,) = find([tmp_path])
+    assert len(final(found.path, found.cell, {})) == 3
+    found.cell["matrix"][-1][0] += 0.1
+    assert final(found.path, found.cell, {}) == []
+
+
+def test_templates_escape_and_miss_nothing() -> None:
+    made = template.environment()
+    assert made.autoescape is True
+    with pytest.raises(Exception, match="undefined"):
+        template.render("cell.html")
+
+
+# --- in a browser -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM:
+        pytest.skip("there is no chromium on this machine")
+    with api.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield opened
+        opened.close()
+
+
+class Shown:
+    """A page in the browser, with all that it complained of and asked for."""
+
+    def __init__(self, browser: Any, file: Path, width: int = 1280, scheme: str = "light"):
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
+        )
+        self.page = context.new_page()
+        self.page.set_default_timeout(60_000)
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(file.as_uri())
+        self.page.wait_for_load_state("load")
+
+    def column(self, table: str, index: int) -> list[str]:
+        return self.page.eval_on_selector_all(
+            f"{table} tbody tr",
+            f"rows => rows.map(r => r.cells[{index}].dataset.v ?? r.cells[{index}].innerText)",
+        )
+
+    def close(self) -> None:
+        self.page.context.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("which", ["index", "cell", "incomplete", "evil", "one"])
+def test_a_page_loads_whole_and_fits(
+    made: Path, one: Path, browser: Any, which: str, scheme: str, width: int
+) -> None:
+    cells = sorted((made / "cells").iterdir())
+    file = {"index": made / "index.html", "one": one / "index.html", "evil": cells[0]}.get(which)
+    shown = Shown(browser, file or cells[1 if which == "incomplete" else -1], width, scheme)
+    assert shown.said == []
+    assert [url for url in shown.asked if not url.startswith(("file://", "data:"))] == []
+    images = shown.page.eval_on_selector_all(
+        "img", "all => all.map(i => [i.currentSrc, i.naturalWidth])"
+    )
+    assert all(natural > 0 for _, natural in images), images
+    if which in ("index", "one"):
+        assert len(images) >= 5
+        assert all(("/dark/" in source) == (scheme == "dark") for source, _ in images)
+    size = shown.page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert size[0] <= size[1] == width
+    colour = shown.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, colour[4:-1].split(","))) < 200) == (scheme == "dark")
+    shown.close()
+
+
+def test_a_click_on_a_header_sorts_and_another_turns_it_round(made: Path, browser: Any) -> None:
+    shown = Shown(browser, made / "index.html")
+    table = "#synthetic-1-mini-llama-budget-10pct table[data-kind=ranking]"
+    head = f"{table} thead th:nth-child(%d) button"
+    before = shown.column(table, 1)
+    assert before == sorted(before, key=float, reverse=True), "the best come first"
+    shown.page.click(head % 2)
+    assert shown.column(table, 1) == before
+    shown.page.click(head % 2)
+    assert shown.column(table, 1) == before[::-1]
+    assert shown.page.get_attribute(f"{table} thead th:nth-child(2)", "aria-sort") == "ascending"
+    shown.page.click(head % 1)
+    names = shown.column(table, 0)
+    assert names == sorted(names)
+    shown.close()
+
+
+def test_what_is_unmeasured_stays_last(made: Path, browser: Any) -> None:
+    shown = Shown(browser, made / "index.html")
+    table = "#synthetic-0-mini-llama-budget-10pct table[data-kind=ranking]"
+    for _ in range(2):
+        shown.page.click(f"{table} thead th:nth-child(2) button")
+        values = shown.column(table, 1)
+        assert values[-1] == "" and "" not in values[:-1]
+    shown.close()
+
+
+def test_cells_are_filtered_and_lead_to_their_pages_and_back(made: Path, browser: Any) -> None:
+    shown = Shown(browser, made / "index.html")
+    shown.page.fill("input[data-filter]", "lora synthetic-1")
+    visible = "#all-cells tbody tr:not([hidden])"
+    names = shown.page.eval_on_selector_all(visible, "rows => rows.map(r => r.innerText)")
+    assert names and all("lora" in name and "synthetic-1" in name for name in names)
+    shown.page.click(f"{visible} a >> nth=0")
+    shown.page.wait_for_url("**/cells/*lora*")
+    chip = shown.page.locator(".chip").first
+    kind = chip.get_attribute("data-show")
+    chip.click()
+    left = shown.page.eval_on_selector_all(
+        "#examples-1 tbody tr:not([hidden])", "rows => rows.map(r => r.dataset.o)"
+    )
+    assert left and set(left) == {kind}
+    shown.page.click("nav a >> nth=0")
+    shown.page.wait_for_url("**/index.html#synthetic-1*")
+    assert shown.said == []
+    shown.close()

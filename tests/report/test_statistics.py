@@ -1,0 +1,153 @@
+"""Intervals and tests: hand-worked numbers, brute force over all draws, and how often a true null is rejected."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cl_graft.report.statistics import holm, over_examples, over_normal, over_seeds, paired
+
+
+def strata(*values: float) -> list[tuple[float, np.ndarray]]:
+    """One task alone."""
+    return [(1.0, np.array(values, dtype=float))]
+
+
+# --- intervals --------------------------------------------------------------------------------
+
+
+def test_the_interval_over_seeds_is_students():
+    """1, 2, 3: mean 2, deviation 1; t of 2 degrees of freedom at 97.5 % is 4.3027 (any table of t)."""
+    found = over_seeds([1.0, 2.0, 3.0])
+    half = 4.302653 / math.sqrt(3)
+    assert (found.mean, found.over) == (2.0, "seeds")
+    assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), abs=1e-5)
+
+
+def test_the_interval_over_examples_is_that_of_all_draws():
+    """Four examples drawn four times: 256 draws. Their 2.5 % and 97.5 % are listed here and drawn there."""
+    values = [0.0, 1.0, 2.0, 7.0]
+    means = sorted(sum(draw) / 4 for draw in itertools.product(values, repeat=4))
+    found = over_examples(strata(*values))
+    assert (found.mean, found.over) == (2.5, "examples")
+    assert (found.low, found.high) == (means[6], means[249])
+
+
+def test_tasks_are_drawn_apart_and_weigh_alike():
+    """Task one is always right, so all that varies is half of task two: 100 coins."""
+    two = np.array([0.0, 1.0] * 50)
+    found = over_examples([(0.5, np.ones(10)), (0.5, two)])
+    assert found.mean == 0.75
+    assert (found.high - found.low) / 2 == pytest.approx(0.5 * 1.96 * 0.05, rel=0.1)
+
+
+def test_without_examples_the_interval_is_the_normal():
+    found = over_normal(0.5, 0.1)
+    assert (found.low, found.high) == pytest.approx((0.5 - 0.195996, 0.5 + 0.195996), abs=1e-5)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=40))
+def test_an_interval_holds_its_mean(values):
+    for found in (over_seeds(values), over_examples(strata(*values))):
+        assert found.low - 1e-9 <= found.mean <= found.high + 1e-9
+
+
+# --- paired differences -----------------------------------------------------------------------
+
+
+def test_equal_answers_are_no_difference():
+    same = paired([strata(0, 0, 0, 0)] * 3)
+    assert (same.mean, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+    assert (same.seeds, same.examples) == (3, 12)
+
+
+def test_a_difference_that_is_always_there_is_as_sure_as_a_sign_test():
+    assert paired([strata(1, 1, 1)]).p == pytest.approx(2 * 0.5**3)
+    assert paired([strata(*[1] * 40)] * 3).p < 1e-9
+
+
+def test_the_standard_error_is_that_of_all_draws():
+    """Two seeds of two examples: the variance of all draws of seeds and of examples within them, by listing them.
+
+    The seeds' part is scaled by n / (n - 1) = 2, and Satterthwaite's degrees of freedom follow.
+    """
+    one, two = (0.0, 1.0), (2.0, 5.0)
+    means = np.array([0.5, 3.5])
+    within = [
+        [np.mean(draw) - np.mean(x) for draw in itertools.product(x, repeat=2)] for x in (one, two)
+    ]
+    draws = [
+        np.mean([math.sqrt(2) * (means[s] - 2) + noise[k] for k, s in enumerate(seeds)])
+        for seeds in itertools.product((0, 1), repeat=2)
+        for noise in itertools.product(*(within[s] for s in seeds))
+    ]
+    error = float(np.std(draws))
+    freedom = (error**2 / (means.var(ddof=1) / 2)) ** 2
+    found = paired([strata(*one), strata(*two)])
+    from scipy.stats import t
+
+    half = t.ppf(0.975, freedom) * error
+    assert found.mean == 2.0
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
+    assert found.p == pytest.approx(2 * t.sf(2.0 / error, freedom), rel=0.1)
+
+
+def test_one_draw_of_examples_serves_all_seeds_that_share_them():
+    """Five seeds alike: their common examples vary as much as those of one seed, not a fifth as much."""
+    seeds = [strata(*([0.0, 1.0] * 50))] * 5
+    shared, apart = paired(seeds, shared=True), paired(seeds)
+    width = [found.high - found.low for found in (shared, apart)]
+    assert width[0] / 2 == pytest.approx(1.96 * 0.05, rel=0.1)
+    assert width[0] / width[1] == pytest.approx(math.sqrt(5), rel=0.1)
+
+
+def rejected(n: int, of_seeds: float, tries: int = 400) -> float:
+    """How often two strategies that are equal on average are told apart at 5 %; 60 examples, which vary by 1."""
+    rng = np.random.default_rng(7)
+    count = 0
+    for _ in range(tries):
+        effects = rng.normal(0, of_seeds / math.sqrt(60), n)
+        seeds = [strata(*np.round(rng.normal(effect, 1, 60), 1)) for effect in effects]
+        count += paired(seeds).p < 0.05
+    return count / tries
+
+
+@pytest.mark.parametrize(
+    ("n", "of_seeds", "low", "high"),
+    [(1, 0.0, 0.03, 0.08), (3, 8.0, 0.03, 0.08), (5, 8.0, 0.03, 0.08), (3, 0.0, 0.0, 0.05), (5, 1.0, 0.0, 0.06)],
+)  # fmt: skip
+def test_a_true_null_is_rejected_about_one_time_in_twenty_or_less(n, of_seeds, low, high):
+    """Where seeds differ by much more than their examples it is 5 %; where they do not, less."""
+    assert low <= rejected(n, of_seeds) <= high
+
+
+# --- several comparisons ----------------------------------------------------------------------
+
+
+def test_holm_by_hand():
+    """.01 x 4, .02 x 3, .03 x 2 = .06 (as large as before), .5 x 1."""
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([]) == []
+    assert holm([0.04]) == [0.04]
+
+
+def test_what_was_not_tested_is_not_counted():
+    found = holm([math.nan, 0.02, 0.03])
+    assert math.isnan(found[0])
+    assert found[1:] == pytest.approx([0.04, 0.04])
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_rejects_what_its_steps_reject(ps):
+    """The procedure as Holm states it: the smallest p against alpha / m, the next against alpha / (m - 1), ..."""
+    alpha, rejected = 0.05, set()
+    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        if ps[i] * (len(ps) - rank) > alpha:
+            break
+        rejected.add(i)
+    assert {i for i, p in enumerate(holm(ps)) if p <= alpha} == rejected
