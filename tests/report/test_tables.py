@@ -19,7 +19,7 @@ from cl_graft.errors import CLGraftError
 from cl_graft.matrix import PerformanceMatrix
 from cl_graft.report.series import ReportError, groups, series
 from cl_graft.report.table import Table, write_atomic
-from cl_graft.report.tables import matrices, ranking, write_tables
+from cl_graft.report.tables import costs, matrices, ranking, write_tables
 
 Rows = list[list[float | None]]
 
