@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +23,7 @@ OUTCOMES = {
 }
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """A test example's answer at one stage. note: what the scorer said of it."""
 
     score: float
@@ -33,8 +31,7 @@ class Answer:
     note: str
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A test example with its answers before any learning, once its task was learned, and at the end."""
 
     index: int

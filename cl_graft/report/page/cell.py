@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from functools import lru_cache
+from html import escape
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from ...prompts import Asked, recall
 from .. import Found
-from ..examples import OUTCOMES, RIGHT, breakdown
+from ..examples import OUTCOMES, RIGHT, Answer, Row, breakdown
 from ..provenance import commands
 from ..table import write_atomic
 from .template import render
@@ -36,7 +39,9 @@ def write(found: Found, path: Path, group: str) -> None:
         group=group,
         matrix=list(zip(["base", *stages], cell["matrix"], cell["stderr"], strict=True)),
         general=[*cell["general"], *[None] * (len(stages) + 1 - len(cell["general"]))],
-        tasks=[_task(t, rows) for t, rows in breakdown(found.path, cell, asked).items()],
+        tasks=[
+            _task(t, rows, bool(asked)) for t, rows in breakdown(found.path, cell, asked).items()
+        ],
         asked=bool(asked),
         right=RIGHT,
         most=MOST,
@@ -45,16 +50,16 @@ def write(found: Found, path: Path, group: str) -> None:
         command="\n".join(commands([cell])),
         config=json.dumps(cell["config"], indent=1, ensure_ascii=False),
         options=json.dumps(cell["options"], indent=1, ensure_ascii=False),
-        cut=_cut,
     )
     write_atomic(path, page.encode("utf-8", "replace"))
 
 
-def _task(name: str, rows: list[Any]) -> dict[str, Any]:
+def _task(name: str, rows: list[Row], asked: bool) -> dict[str, Any]:
     counts = Counter(row.outcome for row in rows)
     return {
         "name": name,
-        "rows": rows,
+        "count": len(rows),
+        "rows": Markup("\n".join(_row(row, asked) for row in rows[:MOST])),
         "counts": [(kind, counts[kind]) for kind in OUTCOMES if counts[kind]],
     }
 
@@ -82,5 +87,37 @@ def _losses(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text):,} characters)"
+def _row(row: Row, asked: bool) -> str:
+    """A test example as a row of its table, escaped: the bulk of a report, for which a template takes too long."""
+    cells = []
+    if asked:
+        told = (row.asked.prompt, row.asked.reference) if row.asked else ("", "")
+        cells = [
+            f'<td data-l="{label}"><span class="t">{_text(text)}</span></td>'
+            for label, text in zip(("Prompt", "Reference"), told, strict=True)
+        ]
+    cells += [_answer(row.before, "Base model"), _answer(row.learned, "Once learned")]
+    if row.end is not None and row.end == row.learned:
+        right = "y" if row.end.score >= RIGHT else "n"
+        cells.append(f'<td data-l="At the end" class="{right} same">same</td>')
+    else:
+        cells.append(_answer(row.end, "At the end"))
+    outcome = row.outcome
+    return (
+        f'<tr data-o="{outcome}"><td>{row.index}</td>{"".join(cells)}'
+        f'<td class="o o-{outcome}">{outcome or "not learned yet"}</td></tr>'
+    )
+
+
+def _answer(answer: Answer | None, label: str) -> str:
+    if answer is None:
+        return f'<td data-l="{label}"></td>'
+    right = "y" if answer.score >= RIGHT else "n"
+    note = f' title="{escape(answer.note[:300])}"' if answer.note else ""
+    return f'<td data-l="{label}" class="{right}"><span class="t"{note}>{_text(answer.text)}</span></td>'
+
+
+def _text(text: str) -> str:
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]} … ({len(text):,} characters)"
+    return escape(text)
