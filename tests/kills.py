@@ -50,22 +50,23 @@ from cl_graft import plugins
 from cl_graft.task import Preference
 
 
-def moving(*, seed, data_dir=None, dpo: bool = False):
+def moving(*, seed, data_dir=None, dpo: bool = False, steps: int = 4, tasks: str = "math,code,cipher"):
     """`mini`, small, also in bits per byte, which every step of training moves."""
-    made = plugins.load("scenario", "mini")(seed=seed, steps=4, batch=4, train_size=32, test_size=4)
-    return replace(made, tasks=tuple(_moving(task, dpo) for task in made.tasks))
+    make = plugins.load("scenario", "mini")
+    made = make(seed=seed, steps=steps, tasks=tasks, batch=4, train_size=32, test_size=4)
+    return replace(made, tasks=tuple(_moving(task, steps if dpo else 0) for task in made.tasks))
 
 
-def _moving(task, dpo):
+def _moving(task, dpo_steps):
     metrics = (task.score, "neg_bits_per_byte")
     if task.score != "tests":
         metrics = metrics[::-1]
     made = replace(task, score=metrics[0], also=metrics[1:])
-    if not dpo:
+    if not dpo_steps:
         return made
     # an answer is preferred to another of two choices, for a model this small has none right to sample
     train = tuple(replace(e, choices=(e.completion, "zz")) for e in task.train)
-    recipe = replace(task.training, preference=Preference(prompts=8, steps=4, batch=4))
+    recipe = replace(task.training, preference=Preference(prompts=8, steps=dpo_steps, batch=4))
     return replace(made, train=train, training=recipe)
 '''
 SMALL = {"model_grafting": {"epochs": 2, "batches": 2}}

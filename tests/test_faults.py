@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cl_graft.cell import run
-from cl_graft.config import RunConfig
+from cl_graft.config import Launch, RunConfig
 from cl_graft.record import states
 from tests import faults, kills
 
@@ -28,20 +28,15 @@ def server() -> Any:
 
 @pytest.fixture(scope="module")
 def scenario(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scenario of the kills in two steps and one task, with preferences."""
-    file = kills.write_scenario(tmp_path_factory.mktemp("scenario"))
-    text = (
-        file.read_text()
-        .replace("steps=4,", "steps=1, tasks='math',")
-        .replace("steps=4)", "steps=2)")
-    )
-    file.write_text(text.replace("batch=4)", "batch=2)").replace("test_size=4", "test_size=4"))
-    return file
+    """The scenario of the kills."""
+    return kills.write_scenario(tmp_path_factory.mktemp("scenario"))
 
 
 def config(scenario: Path, out: Path) -> RunConfig:
-    made = kills.Subject("individual", dpo=True).config(scenario, out)
-    return made.model_copy(update={"launch": made.launch.model_copy(update={"save_steps": 1})})
+    """A task of two steps, and two of preferences, each with a checkpoint."""
+    made = kills.Subject("individual").config(scenario, out)
+    small = {scenario.stem: {"dpo": True, "steps": 1, "tasks": "math"}}
+    return made.model_copy(update={"options": small, "launch": Launch(save_steps=1)})
 
 
 def told(server: Any, target: Any, *arguments: Any) -> Any:

@@ -20,7 +20,7 @@ from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training import fit
 from cl_graft.training.config import dpo_job, sft_job
 from cl_graft.training.delta import Delta
-from cl_graft.training.stages import Stages, in_full_precision
+from cl_graft.training.stages import Stages, in_full_precision, is_whole
 
 EXAMPLES = [Example(f"Q: Copy ab{c}.\nA: ", f"ab{c}") for c in "cdefghij"]
 TASK = Task(
@@ -45,6 +45,12 @@ def adapted(model, rank=2):
     torch.manual_seed(0)
     config = LoraConfig(r=rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     return get_peft_model(model, config)
+
+
+def lines(log):
+    """Those of a log, but for what depends on the machine."""
+    aside = ("seconds", "tokens_per_second", "peak_memory_mb")
+    return [{k: v for k, v in line.items() if k not in aside} for line in log.losses]
 
 
 def no_training(*args, **kwargs):
@@ -182,9 +188,55 @@ def test_a_stage_that_was_stopped_goes_on_from_its_last_whole_checkpoint(
     assert done[0] == 5 / 8, "steps 1 to 4 are not done again"
     assert fingerprint(model.named_parameters()) == wanted
     assert [x["step"] for x in log.losses] == list(range(1, 9))
-    straight = [x["loss"] for x in Stages(tmp_path).log(whole).losses]
-    assert [x["loss"] for x in log.losses] == straight
+    assert lines(log) == lines(Stages(tmp_path).log(whole))
     assert not work.exists()
+
+
+def test_a_line_of_the_log_is_the_same_mean_wherever_training_was_stopped(nano, tmp_path):
+    """Two steps a line, and a checkpoint asked for after every third: it comes with the line."""
+    model, tokenizer = nano
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    job = sft_job(replace(TASK, training=Training(steps=40, batch=1)), 0)
+    whole, straight = Stages(tmp_path / "whole").run(model, tokenizer, *job)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(start[name])
+    stages = Stages(tmp_path / "stopped", Launch(save_steps=3))
+
+    def stop(done):
+        if done >= 7 / 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.run(model, tokenizer, *job, progress=stop)
+    assert [f.name for f in tmp_path.glob("stopped/stages/*.work/checkpoint-*")] == ["checkpoint-6"]
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(start[name])
+    _, log = stages.run(model, tokenizer, *job)
+    assert lines(log) == lines(straight) and len(log.losses) == 20
+
+
+def test_a_log_whose_lines_are_not_all_there_makes_no_stage(nano, tmp_path):
+    model, tokenizer = nano
+    folder, _ = Stages(tmp_path).run(model, tokenizer, *sft_job(TASK, 0))
+    log = folder / fit.LOG
+    whole = log.read_text()
+    assert is_whole(folder)
+    for cut in (whole[:-20], "".join(whole.splitlines(keepends=True)[:-1]), ""):
+        log.write_text(cut)
+        assert not is_whole(folder)
+
+
+def test_what_a_kill_left_beside_a_stage_is_removed_by_who_comes_next(nano, tmp_path):
+    """Half a checkpoint, half a folder, and the work of one that was killed when all was done."""
+    model, tokenizer = nano
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    folder, _ = Stages(tmp_path).run(model, tokenizer, *sft_job(TASK, 0))
+    for left in (f".{folder.name}-0123abcd.tmp", f"{folder.name}.work", f".{folder.name}.gone.tmp"):
+        (folder.parent / left / "checkpoint-4").mkdir(parents=True)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(start[name])
+    Stages(tmp_path).run(model, tokenizer, *sft_job(TASK, 0))
+    assert {f.name for f in folder.parent.iterdir()} == {folder.name, f"{folder.name}.lock"}
 
 
 def test_small_steps_of_a_bfloat16_model_are_not_rounded_away(nano, tmp_path):

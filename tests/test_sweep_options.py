@@ -1,0 +1,311 @@
+"""What a sweep does about cells that wait, fail, die or stand in each other's way, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cl_graft.cli import sweep as cli
+from cl_graft.config import RunConfig
+from cl_graft.executors import Outcome, local
+from cl_graft.executors.attempt import attempt
+from cl_graft.executors.queue import LIVES, Queue
+from cl_graft.record import CellFolder, states
+from cl_graft.spec import FILE, Sweep
+from tests import kills
+from tests.command import Call
+
+PLUGINS = {
+    "brief.py": """
+from cl_graft import plugins
+
+
+def brief(*, seed, data_dir=None):
+    return plugins.load("scenario", "mini")(seed=seed, tasks="math", steps=1, batch=2, train_size=4, test_size=2)
+""",
+    # Keeps nothing, and says that it was there.
+    "lucky.py": """
+from pathlib import Path
+from cl_graft import Strategy
+
+EVENTS = Path(__file__).with_name("events")
+
+
+def tell(what):
+    with EVENTS.open("a") as file:
+        file.write(what + "\\n")
+
+
+class lucky(Strategy):
+    def learn(self, task, context):
+        tell("lucky")
+        return {}
+""",
+    # Fails until there is a file `luck`.
+    "unlucky.py": """
+from pathlib import Path
+from cl_graft import Strategy
+
+
+class unlucky(Strategy):
+    def learn(self, task, context):
+        with Path(__file__).with_name("events").open("a") as file:
+            file.write("unlucky\\n")
+        if not Path(__file__).with_name("luck").exists():
+            raise RuntimeError("no luck today")
+        return {}
+""",
+}
+
+# `one` and `two` need the same thing, which `one` makes until `three` has come by; nobody waits longer than a minute.
+SHARING = """
+import time
+from pathlib import Path
+from cl_graft import Strategy
+from cl_graft.record import locked
+
+HERE = Path(__file__).parent
+
+
+def tell(what):
+    with (HERE / "events").open("a") as file:
+        file.write(what + "\\n")
+
+
+class {name}(Strategy):
+    def learn(self, task, context):
+        if "{name}" == "three":
+            tell("three")
+            return {{}}
+        with locked(HERE / "shared", self.stages.patient):
+            tell("{name} begins")
+            deadline = time.monotonic() + 60
+            while "three" not in (HERE / "events").read_text().split("\\n"):
+                assert time.monotonic() < deadline, "three never came"
+                time.sleep(0.02)
+            tell("{name} ends")
+        return {{}}
+"""
+
+
+@pytest.fixture
+def plugins(tmp_path: Path) -> Path:
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    for name, text in PLUGINS.items():
+        (folder / name).write_text(text)
+    for name in ("one", "two", "three"):
+        (folder / f"{name}.py").write_text(SHARING.format(name=name))
+    return folder
+
+
+def asked(plugins: Path, out: Path, *strategies: str) -> Sweep:
+    return Sweep(
+        scenarios=[str(plugins / "brief.py")],
+        strategies=[str(plugins / f"{name}.py") for name in strategies],
+        models=["nano-llama"],
+        out=out,
+        wandb="off",
+    )
+
+
+def words(made: Sweep) -> list[str]:
+    shown = ["sweep", "--scenarios", made.scenarios[0], "--strategies", ",".join(made.strategies)]
+    return [*shown, "--models", "nano-llama", "--out", str(made.out), "--wandb", "off"]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Cells are run in this process, one after another; the states on disk when each sweep begins to."""
+    found: list[list[str]] = []
+
+    def here(cells: Sequence[RunConfig], report: Any) -> Iterator[tuple[RunConfig, Outcome]]:
+        found.append([s["state"] for s in states(cells[0].out).values()])
+        for config in cells:
+            yield config, attempt(config, lambda what, done: None, True)
+
+    monkeypatch.setattr(cli, "_executor", lambda asked, cells: (here, lambda: None))
+    return found
+
+
+def events(plugins: Path) -> list[str]:
+    file = plugins / "events"
+    return file.read_text().split() if file.exists() else []
+
+
+def state_of(made: Sweep) -> dict[str, str]:
+    """{strategy: its cell's state}"""
+    return {path.name.split("__")[1]: s["state"] for path, s in states(made.out).items()}
+
+
+# --- states ---
+
+
+def test_cells_wait_and_are_done_or_failed_with_the_traceback(
+    plugins: Path, call: Call, seen: list[list[str]], tmp_path: Path
+) -> None:
+    made = asked(plugins, tmp_path / "out", "unlucky", "lucky")
+    done = call(*words(made))
+    assert done.code == 1 and "RuntimeError: no luck today" in done.err
+    assert seen == [["waiting", "waiting"]]
+    assert state_of(made) == {"unlucky": "failed", "lucky": "done"}
+    (traced,) = made.out.rglob("traceback.txt")
+    assert "unlucky.py" in traced.read_text()
+    told = call("status", made.out)
+    assert "1 done, 0 running, 0 waiting, 1 failed" in told.out and "no luck today" in told.out
+
+
+def test_what_a_killed_process_was_running_is_waiting(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    folder = CellFolder(tmp_path / "cell")
+    with folder.lock():
+        folder.mark("running")
+    assert folder.state()["state"] == "running"
+    file = folder.path / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pid": dead.pid}))
+    assert folder.state()["state"] == "waiting"
+
+
+def test_a_sweep_leaves_the_state_of_a_cell_that_another_computes(
+    plugins: Path,
+    call: Call,
+    seen: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = asked(plugins, tmp_path / "out", "lucky")
+    (config,) = made.cells()
+    folder = CellFolder(config.out / config.cell)
+
+    def none(cells: Sequence[RunConfig], report: Any) -> Iterator[tuple[RunConfig, Outcome]]:
+        yield from ()
+
+    monkeypatch.setattr(cli, "_executor", lambda asked, cells: (none, lambda: None))
+    monkeypatch.setattr("cl_graft.cli.show.report", lambda *_: None)
+    with folder.lock():
+        folder.mark("running")
+        before = (folder.path / "state.json").read_bytes()
+        call(*words(made))
+        assert (folder.path / "state.json").read_bytes() == before
+
+
+# --- cells that fail ---
+
+
+def test_a_failed_cell_is_run_again_only_when_that_is_asked_for(
+    plugins: Path, call: Call, seen: list[list[str]], tmp_path: Path
+) -> None:
+    made = asked(plugins, tmp_path / "out", "unlucky")
+    assert call(*words(made)).code == 1
+    (plugins / "luck").touch()
+    again = call(*words(made))
+    assert again.code == 1 and "no luck today" in again.err and "--retry-failed" in again.err
+    assert events(plugins) == ["unlucky"]
+    retried = call(*words(made), "--retry-failed")
+    assert retried.code == 0, retried
+    assert events(plugins) == ["unlucky"] * 2
+    assert state_of(made) == {"unlucky": "done"}
+    assert not list(made.out.rglob("traceback.txt")), "it was of the last attempt, if that failed"
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_fail_fast_stops_at_the_first_cell_that_fails(
+    plugins: Path, call: Call, seen: list[list[str]], fast: bool, tmp_path: Path
+) -> None:
+    made = asked(plugins, tmp_path / "out", "unlucky", "lucky")
+    assert call(*words(made), *(["--fail-fast"] if fast else [])).code == 1
+    assert events(plugins) == (["unlucky"] if fast else ["unlucky", "lucky"])
+    assert state_of(made)["lucky"] == ("waiting" if fast else "done")
+
+
+def test_a_worker_that_nobody_listens_to_is_stopped_and_has_not_failed(
+    plugins: Path, tmp_path: Path
+) -> None:
+    """As where the sweep's own process is killed: the next one goes on with the cell."""
+    (config,) = asked(plugins, tmp_path / "out", "lucky").cells()
+    context = kills.server()
+    hears, says = context.Pipe(duplex=False)
+    process = context.Process(target=local._work, args=(says, config, True, None))
+    hears.close()
+    process.start()
+    says.close()
+    process.join()
+    assert process.exitcode == 1
+    folder = CellFolder(config.out / config.cell)
+    assert folder.state()["state"] == "waiting"
+    assert not (folder.path / "traceback.txt").exists()
+
+
+# --- resumed ---
+
+
+def test_resume_takes_the_sweep_from_the_folder_of_its_results(
+    plugins: Path, call: Call, seen: list[list[str]], tmp_path: Path
+) -> None:
+    made = asked(plugins, tmp_path / "out", "unlucky", "lucky")
+    call(*words(made), "--fail-fast")
+    held = yaml.safe_load((made.out / FILE).read_text())
+    assert held["strategies"] == made.strategies and "out" not in held
+    assert call("sweep", "--resume", "--out", made.out).code == 1, "one had failed before"
+    assert state_of(made) == {"unlucky": "failed", "lucky": "done"}
+    (plugins / "luck").touch()
+    assert call("sweep", "--resume", "--retry-failed", "--out", made.out).code == 0
+    assert state_of(made) == {"unlucky": "done", "lucky": "done"}
+
+
+def test_resume_is_refused_where_there_is_no_sweep_or_another_is_named(
+    plugins: Path, call: Call, tmp_path: Path
+) -> None:
+    assert (
+        "no folder that a sweep was begun in" in call("sweep", "--resume", "--out", tmp_path).reason
+    )
+    made = asked(plugins, tmp_path / "out", "lucky")
+    assert "give --out alone" in call(*words(made), "--resume").reason
+
+
+# --- who is next ---
+
+
+def some(plugins: Path, tmp_path: Path) -> tuple[list[RunConfig], Queue]:
+    cells = asked(plugins, tmp_path, "one", "two").cells()
+    return cells, Queue(cells)
+
+
+def test_a_cell_whose_process_dies_has_three_lives(plugins: Path, tmp_path: Path) -> None:
+    (one, _), queue = some(plugins, tmp_path)
+    lost = Outcome("lost", "its process was killed")
+    assert [queue.after(one, lost) for _ in range(LIVES)] == [None] * (LIVES - 1) + [lost]
+
+
+def test_a_cell_that_another_holds_up_waits_until_nothing_else_is_to_be_begun(
+    plugins: Path, tmp_path: Path
+) -> None:
+    (one, two), queue = some(plugins, tmp_path)
+    assert queue.next() == (one, False)
+    assert queue.after(one, Outcome("busy", "another makes it")) is None
+    assert [queue.next(), queue.next(), queue.next()] == [(two, False), (one, True), None]
+
+
+@pytest.mark.slow
+def test_a_cell_that_waits_for_what_another_makes_idles_no_worker(
+    plugins: Path, tmp_path: Path
+) -> None:
+    cells = asked(plugins, tmp_path / "out", "one", "two", "three").cells()
+    (plugins / "events").touch()
+    outcomes = {
+        c.cell.split("__")[1]: o.state for c, o in local.run_cells(cells, lambda *_: None, 2)
+    }
+    assert outcomes == {"one": "done", "two": "done", "three": "done"}
+    told = (plugins / "events").read_text().splitlines()
+    assert told in (
+        ["one begins", "three", "one ends", "two begins", "two ends"],
+        ["two begins", "three", "two ends", "one begins", "one ends"],
+    )
