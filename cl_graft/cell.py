@@ -120,7 +120,7 @@ def _compute(
         "base_bytes": budget.base_bytes,
     }
     folder.begin(json.loads(json.dumps(identity)))
-    prompts.keep(folder.path.parent, identity["data"], scenario)
+    prompts.keep(folder.path.parent, str(identity["data"]), scenario)
     tracker = Tracker(config, folder.path / "tracking", identity)
     try:
         _stages(folder, strategy, benchmark(scenario), tracker, progress, begun)

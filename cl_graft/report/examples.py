@@ -34,7 +34,7 @@ class Answer(NamedTuple):
 class Row(NamedTuple):
     """A test example with its answers before any learning, once its task was learned, and at the end."""
 
-    index: int
+    number: int
     asked: Asked | None
     before: Answer
     learned: Answer | None

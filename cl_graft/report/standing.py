@@ -86,7 +86,16 @@ def difference(one: Sample, other: Sample) -> Difference | None:
 
 def table(title: str, found: Sequence[Standing]) -> Table:
     """OP with its interval, and the difference to the best with its interval and p."""
-    columns = ("Strategy", "OP", "OP low", "OP high", "Δ", "Δ low", "Δ high", "p (Holm)")
+    columns: tuple[str, ...] = (
+        "Strategy",
+        "OP",
+        "OP low",
+        "OP high",
+        "Δ",
+        "Δ low",
+        "Δ high",
+        "p (Holm)",
+    )
     columns += ("p < 0.05", "Seeds", "Seeds compared", "Examples compared")
     return Table(f"Intervals: {title}", columns, tuple(map(_row, found)), NOTE)
 

@@ -45,10 +45,12 @@ def write(found: Sequence[Found], folder: Path) -> Path:
             stem = folder / f"{slug}-{name}"
             work.add(stem.with_name(f"{stem.name}.svg"), key, partial(draw, name, cells, stem), 1.0)
     over = list(slugged(budgets.groups([f.cell for f in found])))
-    for slug, cells in over:
+    for slug, several in over:
         stem = folder / f"{slug}-budgets"
-        key = digest(cells, sources.of_figures())
-        work.add(stem.with_name(f"{stem.name}.svg"), key, partial(budgets.write, cells, stem), 1.0)
+        key = digest(several, sources.of_figures())
+        work.add(
+            stem.with_name(f"{stem.name}.svg"), key, partial(budgets.write, several, stem), 1.0
+        )
     pages = {f.path: cell.file(f, folder) for f in found}
     for slug, those in members.items():
         for f in those:

@@ -104,7 +104,7 @@ def _row(row: Row, asked: bool) -> str:
         cells.append(_answer(row.end, "At the end"))
     outcome = row.outcome
     return (
-        f'<tr data-o="{outcome}"><td>{row.index}</td>{"".join(cells)}'
+        f'<tr data-o="{outcome}"><td>{row.number}</td>{"".join(cells)}'
         f'<td class="o o-{outcome}">{outcome or "not learned yet"}</td></tr>'
     )
 
