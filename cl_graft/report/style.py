@@ -87,15 +87,20 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Writes STEM.png (150 dpi), STEM.svg and dark/STEM.svg; the bytes depend on the figure and matplotlib alone."""
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    written = []
-    with matplotlib.rc_context(STYLE):
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            data = io.BytesIO()
-            figure.savefig(data, format=kind, dpi=150, metadata=metadata)
-            figure.set_layout_engine("none")  # everything has its place now
-            written.append(write_atomic(stem.with_name(f"{stem.name}.{kind}"), data.getvalue()))
-    dark = darkened(data.getvalue().decode()).encode()
+    png, svg = io.BytesIO(), io.BytesIO()
+    with matplotlib.rc_context(STYLE):  # by the canvases, since savefig draws each of them twice
+        figure.set_dpi(150)
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+        figure.set_layout_engine("none")  # everything has its place now
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
+    written = [
+        write_atomic(stem.with_name(f"{stem.name}.{kind}"), data.getvalue())
+        for kind, data in (("png", png), ("svg", svg))
+    ]
+    dark = darkened(svg.getvalue().decode()).encode()
     return [*written, write_atomic(stem.parent / "dark" / f"{stem.name}.svg", dark)]
 
 
