@@ -56,7 +56,6 @@ def run(
         if mirror:
             mirror.pull(config.cell, folder.path)
         if (result := finished(config)) is None:  # by another process, since we looked
-            folder.mark("running")
             result = _compute(
                 config, folder, scenario, strategy_class, options, report, begun, patient
             )
@@ -121,6 +120,7 @@ def _compute(
         "base_bytes": budget.base_bytes,
     }
     folder.begin(json.loads(json.dumps(identity)))
+    folder.mark("running")
     prompts.keep(folder.path.parent, identity["data"], scenario)
     tracker = trackers(config, folder.path, identity)
     try:
