@@ -22,7 +22,7 @@ from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
 from cl_graft.executors.attempt import attempt
 from cl_graft.record import Busy
-from cl_graft.report.figures import write_figures
+from cl_graft.report.figures import FIGURES, write_figures
 from cl_graft.skillpack.file import SkillPack
 from cl_graft.spec import sweep_of
 from cl_graft.tracking import wandb as tracked
@@ -67,7 +67,6 @@ class moody(Strategy):
         return context.top_magnitude(self.fine_tune(task, context))
 """
 
-FIGURES = ("heatmaps", "curves", "bytes-vs-score")
 OFF = {"wandb": "off"}
 VARIES = ("seconds", "spent", "peak_memory_mb")
 

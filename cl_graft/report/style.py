@@ -87,21 +87,30 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Writes STEM.png (150 dpi), STEM.svg and dark/STEM.svg; the bytes depend on the figure and matplotlib alone."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    png, svg = io.BytesIO(), io.BytesIO()
-    with matplotlib.rc_context(STYLE):  # by the canvases, since savefig draws each of them twice
-        figure.set_dpi(150)
-        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+    pixels, svg = png(figure), io.BytesIO()
+    with matplotlib.rc_context(STYLE):  # by the canvas, since savefig draws twice
         figure.set_layout_engine("none")  # everything has its place now
         FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
     written = [
-        write_atomic(stem.with_name(f"{stem.name}.{kind}"), data.getvalue())
-        for kind, data in (("png", png), ("svg", svg))
+        write_atomic(stem.with_name(f"{stem.name}.{kind}"), data)
+        for kind, data in (("png", pixels), ("svg", svg.getvalue()))
     ]
     dark = darkened(svg.getvalue().decode()).encode()
     return [*written, write_atomic(stem.parent / "dark" / f"{stem.name}.svg", dark)]
+
+
+def png(figure: Figure) -> bytes:
+    """At 150 dpi."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    data = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.set_dpi(150)
+        FigureCanvasAgg(figure).print_png(data, metadata={"Software": None})
+    return data.getvalue()
 
 
 def darkened(svg: str) -> str:

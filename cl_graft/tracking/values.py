@@ -65,17 +65,9 @@ def matrices(result: dict[str, Any]) -> dict[str, list[list[float | None]]]:
 
 def figures(result: dict[str, Any]) -> dict[str, Image]:
     """The report's figures of this cell alone, under the names that end their files' there."""
-    import matplotlib
     from PIL.Image import open as read
 
-    from ..report import figures as report
-    from ..report.style import STYLE
+    from ..report.figures import FIGURES
+    from ..report.style import png
 
-    found: dict[str, Image] = {}
-    for draw in (report.heatmaps, report.curves, report.bytes_vs_score):
-        data = io.BytesIO()
-        figure = draw([result])
-        with matplotlib.rc_context(STYLE):
-            figure.savefig(data, format="png", dpi=150)
-        found[draw.__name__.replace("_", "-")] = read(data)
-    return found
+    return {name: read(io.BytesIO(png(draw([result])))) for name, draw in FIGURES.items()}
