@@ -13,6 +13,12 @@ from tests.command import Call, assert_refused
 TINY = {"tasks": "math,cipher", "steps": 2, "batch": 4, "train_size": 8, "test_size": 4}
 
 
+@pytest.fixture(autouse=True)
+def an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CL_GRAFT_ALLOW_CODE_EXECUTION", raising=False)
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     fields = {
