@@ -73,7 +73,8 @@ class RunConfig(BaseModel):
         """Where finished training stages and evaluations are kept for other cells: `cache`, or a folder of `out`."""
         return self.cache or self.out / "cache"
 
-    def short(self, name: str) -> str:
+    @staticmethod
+    def short(name: str) -> str:
         """A plugin's name; for a plugin given as a file, the file's stem."""
         return Path(name).stem if name.endswith(".py") else name
 

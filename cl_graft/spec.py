@@ -169,9 +169,9 @@ def with_options(fields: Mapping[str, Any], sets: Sequence[tuple[str, str, Any]]
     }
     everything = [entry for kind in entries.values() for entry in kind]
     for owner, option, value in sets:
-        own = [options for name, options in everything if _short(name) == owner]
+        own = [options for name, options in everything if RunConfig.short(name) == owner]
         if not own:
-            names = [_short(name) for name, _ in everything]
+            names = [RunConfig.short(name) for name, _ in everything]
             raise UnknownName("scenario or strategy in this sweep", owner, names)
         for options in own:
             options[option] = value
@@ -205,9 +205,5 @@ def _each(kind: str, entries: Sequence[Any]) -> Iterator[tuple[str, Options]]:
             yield name, chosen
 
 
-def _short(name: str) -> str:
-    return Path(name).stem if name.endswith(".py") else name
-
-
 def _owned(name: str, options: Options) -> dict[str, Options]:
-    return {_short(name): options} if options else {}
+    return {RunConfig.short(name): options} if options else {}
