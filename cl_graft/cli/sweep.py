@@ -115,12 +115,13 @@ def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
     if all(results) and (asked.out / "report").is_dir():
         print_finished([r for r in results if r], asked.out)
         return []
+    left = [config for config, result in zip(cells, results, strict=True) if result is None]
     asked.save(asked.out)
     executor, further = _executor(asked, cells)
     failures: list[Failure] = []
     with interruptible(), view(cells) as report:
         failures = run_cells(
-            cells, executor, report, retry_failed=retry_failed, fail_fast=fail_fast, **further
+            left, executor, report, retry_failed=retry_failed, fail_fast=fail_fast, **further
         )
     if len(failures) < len(cells):
         write_report([asked.out], asked.out / "report")
