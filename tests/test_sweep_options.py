@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         for config in cells:
             yield config, attempt(config, lambda what, done: None, True)
 
-    monkeypatch.setattr(cli, "_executor", lambda asked, cells: (here, lambda: None))
+    monkeypatch.setattr(cli, "_executor", lambda asked, cells: (here, {}))
     return found
 
 
@@ -188,7 +189,7 @@ def test_a_sweep_leaves_the_state_of_a_cell_that_another_computes(
     def none(cells: Sequence[RunConfig], report: Any) -> Iterator[tuple[RunConfig, Outcome]]:
         yield from ()
 
-    monkeypatch.setattr(cli, "_executor", lambda asked, cells: (none, lambda: None))
+    monkeypatch.setattr(cli, "_executor", lambda asked, cells: (none, {}))
     monkeypatch.setattr("cl_graft.cli.show.report", lambda *_: None)
     with folder.lock():
         folder.mark("running")
@@ -242,6 +243,40 @@ def test_a_worker_that_nobody_listens_to_is_stopped_and_has_not_failed(
     folder = CellFolder(config.out / config.cell)
     assert folder.state()["state"] == "waiting"
     assert not (folder.path / "traceback.txt").exists()
+
+
+class Dying:
+    """It takes its time to be deleted, and says when it begins."""
+
+    def __init__(self, says: Any):
+        self.says = says
+
+    def __del__(self) -> None:
+        self.says("deleting", 0.0)
+        time.sleep(5)
+
+
+def endless(config: RunConfig, says: Any, patient: bool) -> Outcome:
+    try:
+        dying = Dying(says)
+        del dying
+        time.sleep(600)
+    finally:
+        config.out.mkdir()
+    return Outcome("done")
+
+
+def test_a_worker_unwinds_where_python_drops_its_interrupt(plugins: Path, tmp_path: Path) -> None:
+    (config,) = asked(plugins, tmp_path / "out", "lucky").cells()
+    hears, says = kills.server().Pipe(duplex=False)
+    process = kills.server().Process(target=local._work, args=(says, endless, config, True, None))
+    process.start()
+    assert hears.recv() == ("deleting", 0.0)
+    process.terminate()
+    process.join(10)
+    process.kill()
+    assert process.exitcode == 1
+    assert config.out.is_dir()
 
 
 # --- resumed ---

@@ -212,6 +212,8 @@ def _work(
 def _worker() -> Iterator[None]:
     """Ends tidily when it is told to, and with the process that started it."""
     signal.signal(signal.SIGTERM, _unwind)
+    signal.signal(signal.SIGALRM, _unwind)
+    sys.unraisablehook = _unwind_again
     threading.Thread(target=_end_with_parent, args=[os.getpid()], daemon=True).start()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -224,6 +226,14 @@ def _worker() -> Iterator[None]:
 def _unwind(*_: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the tidying short
     raise KeyboardInterrupt
+
+
+def _unwind_again(lost: Any) -> None:
+    """Python drops what is raised within a `__del__`; where that was the interrupt, it comes again soon after."""
+    if lost.exc_type is KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _end_with_parent(worker: int) -> None:
