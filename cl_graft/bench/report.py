@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,10 +25,7 @@ BASE_BYTES = 2_000_000
 def bench_report(
     cells: int = 500, examples: int = 64, say: Callable[[str], None] = lambda what: None
 ) -> dict[str, Any]:
-    """Seconds of a first report and of one where nothing has changed, and what they leave.
-
-    cpu: of all processes together, which a machine shared with others changes less than the seconds on the clock.
-    """
+    """Seconds on the clock of a first report and of one where nothing has changed, and what they leave."""
     from ..report import find, page
     from ..report.provenance import write_provenance
     from ..report.tables import write_tables
@@ -38,24 +34,21 @@ def bench_report(
         out, target = Path(work), Path(work) / "report"
         say(f"making {cells} cells")
         make(out, cells, examples)
-        seconds, busy = [], []
+        seconds = []
         for what in ("first report", "second report"):
             say(what)
-            begun, before = perf_counter(), sum(os.times()[:4])
+            begun = perf_counter()
             found = find([out])
             write_tables([f.cell for f in found], target)
             write_provenance([f.cell for f in found], target)
             index = page.write(found, target)
             seconds.append(round(perf_counter() - begun, 2))
-            busy.append(round(sum(os.times()[:4]) - before, 2))
         pages = list((target / "cells").iterdir())
         return {
             "cells": cells,
             "examples": examples * len(TASKS) * (len(TASKS) + 1) * cells,
             "first_seconds": seconds[0],
             "second_seconds": seconds[1],
-            "first_cpu_seconds": busy[0],
-            "second_cpu_seconds": busy[1],
             "page_bytes": index.stat().st_size,
             "cell_page_bytes": max(p.stat().st_size for p in pages),
             "machine": machine(),

@@ -109,17 +109,20 @@ def _answers(path: Path, stage: int, tasks: Sequence[str]) -> dict[str, list[Ans
     Only lines of these tasks are parsed: they start as `record.write_stage` starts them. No file, no answers.
     """
     file = path / "stages" / f"{stage:02d}" / "examples.jsonl"
-    starts = tuple(f'{{"task": {json.dumps(task)},' for task in tasks)
-    found: dict[str, list[Answer]] = {}
-    metrics: dict[str, str] = {}
     if not file.is_file():
-        return found
-    for line in file.read_text(encoding="utf-8").split("\n"):
-        if not line.startswith(starts):
-            continue
-        read = json.loads(line)
-        task = read["task"]
-        if metrics.setdefault(task, read["metric"]) == read["metric"]:
-            answer = Answer(read["score"], read["answer"], read["note"])
-            found.setdefault(task, []).append(answer)
+        return {}
+    lines = file.read_text(encoding="utf-8").split("\n")
+    found = {}
+    for task in tasks:
+        start = f'{{"task": {json.dumps(task)},'
+        # at once: a report reads hundreds of thousands of lines
+        read = json.loads(f"[{','.join(line for line in lines if line.startswith(start))}]")
+        primary = read[0]["metric"] if read else None
+        answers = [
+            Answer(one["score"], one["answer"], one["note"])
+            for one in read
+            if one["metric"] == primary
+        ]
+        if answers:
+            found[task] = answers
     return found

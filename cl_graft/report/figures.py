@@ -10,8 +10,11 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cl_graft.report.series import Cell, Series, groups, number, series, slugged
 from cl_graft.report.style import (
@@ -32,6 +35,7 @@ from cl_graft.report.tradeoff import bytes_vs_forgetting, bytes_vs_score
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 COSTS = (
@@ -53,19 +57,21 @@ def heatmaps(cells: Sequence[Cell]) -> Figure:
 
     lines, title = series(cells), title_of(cells)
     t = len(lines[0].tasks)
-    width, height = max(1.55, 0.42 * t + 0.2), 0.25 * (t + 1) + 0.5  # inches of one panel
-    down = math.ceil(len(lines) * width / 7.2)
-    across = math.ceil(len(lines) / down)
-    size = (max(across * width + 1.5, 3.4), down * height + 1.3)
+    width, height = (
+        max(1.55, 0.42 * t + 0.2),
+        0.25 * (t + 1),
+    )  # inches of one panel, with a gap and without
+    names = [wrap(line.name, int(16 * width)) for line in lines]
+    above = 0.12 * max(1 + name.count("\n") for name in names) + 0.13  # inches that a name takes
+    across = math.ceil(len(lines) / math.ceil(len(lines) * width / 7.2))
+    down = math.ceil(len(lines) / across)
+    size = (max(across * width + 1.5, 3.4), down * (height + above) + 1.0)
     figure = Figure(figsize=size, layout="constrained")
-    axes = list(figure.subplots(down, across, squeeze=False).flat)
-    for k, (ax, line) in enumerate(zip(axes, lines, strict=False)):
-        mesh = _heatmap(ax, line, int(16 * width))
-        ax.tick_params(labelleft=k % across == 0, labelbottom=k + across >= len(lines))
-    for ax in axes[len(lines) :]:
-        ax.remove()
-    used = axes[: len(lines)]
-    bar = figure.colorbar(mesh, ax=used, aspect=15 * down, pad=0.02, label="score, %")
+    ax = figure.subplots()
+    # all panels on one pair of axes: a pair for each takes longer to draw than all that is on them
+    grid = _Grid(down, across, t, right=max(0.2 * t / (width - 0.2), 0.3), above=above / 0.25)
+    mesh = _panels(ax, lines, names, grid)
+    bar = figure.colorbar(mesh, ax=ax, aspect=15 * down, pad=0.02, label="score, %")
     bar.outline.set_visible(False)
     figure.suptitle(wrap(title, int(14 * size[0])))
     note = "Frame: just learned. Hatched: not measured. Mean over seeds."
@@ -173,35 +179,80 @@ def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     return written
 
 
-def _heatmap(ax: Axes, line: Series, characters: int) -> QuadMesh:
+@dataclass(frozen=True)
+class _Grid:
+    """Panels of `t` by `t` + 1 cells, so many `down` and `across`; gaps to their `right` and `above` them, in cells."""
+
+    down: int
+    across: int
+    t: int
+    right: float
+    above: float
+
+    def place(self, k: int) -> tuple[float, float]:
+        """x and y of the upper left corner of panel `k`."""
+        row, column = divmod(k, self.across)
+        return column * (self.t + self.right), row * (self.t + 1 + self.above)
+
+    def edges(self) -> tuple[list[float], list[float]]:
+        """Where cells begin and end in x and in y, those of the gaps among them."""
+        xs = [self.place(k)[0] + j for k in range(self.across) for j in range(self.t + 1)]
+        rows = range(0, self.down * self.across, self.across)
+        return xs, [self.place(k)[1] + i for k in rows for i in range(self.t + 2)]
+
+    def slices(self, k: int) -> tuple[slice, slice]:
+        """Where panel `k` is among the cells of `edges`."""
+        row, column = divmod(k, self.across)
+        top, left = row * (self.t + 2), column * (self.t + 1)
+        return slice(top, top + self.t + 1), slice(left, left + self.t)
+
+
+def _panels(ax: Axes, lines: Sequence[Series], names: Sequence[str], grid: _Grid) -> QuadMesh:
+    """The matrix of every line, under its name."""
     from matplotlib import colormaps
+
+    xs, ys = grid.edges()
+    colours, values = colormaps["Blues"], np.full((len(ys) - 1, len(xs) - 1), np.nan)
+    tasks = list(map(short, lines[0].tasks))
+    for k, (line, name) in enumerate(zip(lines, names, strict=True)):
+        x, y = grid.place(k)
+        values[grid.slices(k)] = 100.0 * line.mean
+        _matrix(ax, line, x, y, colours)
+        middle: Any = {"ha": "center", "va": "bottom", "in_layout": k < grid.across}
+        ax.text(x + grid.t / 2, y - 0.25, name, fontsize=8, gid="name", **middle)
+    look: Any = {"cmap": colours, "vmin": 0, "vmax": 100, "edgecolors": "white", "linewidth": 1}
+    mesh = ax.pcolormesh(xs, ys, np.ma.masked_invalid(values), zorder=0, **look)
+    ax.set_ylim(ys[-1], -0.25)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    columns = range(min(grid.across, len(lines)))
+    middles = [grid.place(k)[0] + j + 0.5 for k in columns for j in range(grid.t)]
+    ax.set_xticks(middles, tasks * len(columns), **slant(lines[0].tasks))
+    stages = ["base", *(f"after {task}" for task in tasks)]
+    tops = [grid.place(k)[1] for k in range(0, len(lines), grid.across)]
+    ax.set_yticks([y + i + 0.5 for y in tops for i in range(grid.t + 1)], stages * grid.down)
+    return mesh
+
+
+def _matrix(ax: Axes, line: Series, x: float, y: float, colours: Colormap) -> None:
+    """What is written on a panel's cells, and its frames."""
     from matplotlib.patches import Rectangle
 
-    t, colours = len(line.tasks), colormaps["Blues"]
-    look: Any = {"cmap": colours, "vmin": 0, "vmax": 100, "edgecolors": "white", "linewidth": 1}
-    mesh = ax.pcolormesh(100.0 * line.mean, **look)
-    middle: Any = {"ha": "center", "va": "center", "fontsize": 7}
+    middle: Any = {"ha": "center", "va": "center", "fontsize": 7, "gid": "score"}
     frame: Any = {"fill": False, "edgecolor": FRAME, "linewidth": 1.6, "clip_on": False}
-    for i in range(t + 1):
-        for j in range(t):
-            score = 100.0 * float(line.mean[i, j])
+    for i, row in enumerate(line.mean):
+        for j, score in enumerate(100.0 * row):
+            at = (x + j, y + i)
             if math.isnan(score):
-                blank = Rectangle((j, i), 1, 1, facecolor="#E8E8E8", hatch="/////", linewidth=0)
+                blank = Rectangle(at, 1, 1, facecolor="#E8E8E8", hatch="/////", linewidth=0)
                 ax.add_patch(blank)
                 continue
             ink = ink_on(colours(score / 100.0))
-            written = ax.text(j + 0.5, i + 0.5, f"{score:.1f}", color=ink, **middle)
-            written.set_in_layout(False)  # it lies within its axes, and there are many
+            # it lies within its axes, and there are many
+            more: Any = {"color": ink, "in_layout": False}
+            ax.text(at[0] + 0.5, at[1] + 0.5, f"{score:.1f}", **more, **middle)
             if i == j + 1:
-                ax.add_patch(Rectangle((j, i), 1, 1, **frame))
-    ax.invert_yaxis()
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0)
-    ax.set_xticks([j + 0.5 for j in range(t)], list(map(short, line.tasks)), **slant(line.tasks))
-    stages = ["base", *(f"after {short(task)}" for task in line.tasks)]
-    ax.set_yticks([i + 0.5 for i in range(t + 1)], stages)
-    ax.set_title(wrap(line.name, characters))
-    return mesh
+                ax.add_patch(Rectangle(at, 1, 1, **frame))
 
 
 def _curve(ax: Axes, line: Series, j: int, shift: float, look: Mapping[str, Any]) -> None:

@@ -90,21 +90,54 @@ def test_a_figure_is_of_one_scenario_model_and_budget(draw: Any) -> None:
 # --- heatmaps ---------------------------------------------------------------------------------
 
 
+def texts(ax: Any, kind: str) -> list[Any]:
+    """kind: score or name."""
+    return [t for t in ax.texts if t.get_gid() == kind]
+
+
+def shown(ax: Any) -> Any:
+    """The scores by their cells, with those of the gaps between panels masked."""
+    (mesh,) = ax.collections
+    return mesh.get_array()
+
+
 def test_heatmaps_show_the_mean_matrix_of_each_label_on_one_scale() -> None:
     other: Rows = [[0.2, 0.3], [0.6, 0.35], [0.55, 0.5]]
-    figure = heatmaps([cell(seed=0), cell(matrix=other, seed=1), cell("sequential", FORGETS)])
-    left, right = panels(figure)
-    assert [left.get_title(), right.get_title()] == ["graftllm", "sequential"]
-    np.testing.assert_allclose(
-        left.collections[0].get_array(), [[20.0, 30.0], [70.0, 35.0], [65.0, 60.0]]
+    cells = [cell(seed=0), cell(matrix=other, seed=1), cell("sequential", FORGETS)]
+    (ax,) = panels(heatmaps(cells))
+    assert [t.get_text() for t in texts(ax, "name")] == ["graftllm", "sequential"]
+    np.testing.assert_allclose(shown(ax)[:, :2], [[20.0, 30.0], [70.0, 35.0], [65.0, 60.0]])
+    np.testing.assert_allclose(shown(ax)[:, 3:], 100 * np.array(FORGETS, float))
+    assert shown(ax).mask[:, 2].all()
+    assert ax.collections[0].get_clim() == (0.0, 100.0)
+    written = [t.get_text() for t in texts(ax, "score")]
+    assert written[:6] == ["20.0", "30.0", "70.0", "35.0", "65.0", "60.0"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["base", "after math", "after code"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["math", "code"] * 2
+    assert ax.yaxis_inverted()  # the base model on top
+
+
+def test_every_number_of_many_heatmaps_is_on_its_own_cell() -> None:
+    rng = np.random.default_rng(0)
+    rows = {f"plugin_{k}": rng.random((3, 2)).tolist() for k in range(11)}
+    (ax,) = panels(heatmaps([cell(name, matrix) for name, matrix in rows.items()]))
+    (mesh,) = ax.collections
+    edges = mesh.get_coordinates()
+    xs, ys = edges[0, :, 0], edges[:, 0, 1]
+    for text in texts(ax, "score"):
+        x, y = text.get_position()
+        value = shown(ax)[np.searchsorted(ys, y) - 1, np.searchsorted(xs, x) - 1]
+        assert text.get_text() == f"{value:.1f}"
+    assert shown(ax).count() == len(texts(ax, "score")) == 11 * 6
+    names = {t.get_text(): t.get_position() for t in texts(ax, "name")}
+    assert len({y for _, y in names.values()}) > 1, "more than a row of panels"
+    for name, (x, y) in names.items():
+        beneath = [t for t in texts(ax, "score") if abs(t.get_position()[0] - x) < 1]
+        (first, *_) = [t for t in beneath if t.get_position()[1] > y]
+        assert first.get_text() == f"{100 * rows[name][0][0]:.1f}"
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["math", "code"] * len(
+        {x for x, _ in names.values()}
     )
-    np.testing.assert_allclose(right.collections[0].get_array(), 100 * np.array(FORGETS, float))
-    assert {ax.collections[0].get_clim() for ax in (left, right)} == {(0.0, 100.0)}
-    written = [t.get_text() for t in left.texts]
-    assert written == ["20.0", "30.0", "70.0", "35.0", "65.0", "60.0"]
-    assert [t.get_text() for t in left.get_yticklabels()] == ["base", "after math", "after code"]
-    assert [t.get_text() for t in left.get_xticklabels()] == ["math", "code"]
-    assert left.yaxis_inverted()  # the base model on top
 
 
 def test_heatmaps_frame_what_was_just_learned_and_hatch_what_was_not_measured() -> None:
@@ -115,14 +148,15 @@ def test_heatmaps_frame_what_was_just_learned_and_hatch_what_was_not_measured() 
     hatched = {p.get_xy() for p in boxes if p.get_hatch()}
     assert framed == {(0, 1), (1, 2)}  # x is the task, y the stage that learned it
     assert hatched == {(1, 1)}
-    assert len(ax.texts) == 5  # no number where nothing was measured
+    assert len(texts(ax, "score")) == 5  # no number where nothing was measured
 
 
 def test_heatmaps_name_an_incomplete_cell() -> None:
     rows: Rows = [[0.2, 0.3], [0.8, 0.3], [None, None]]
-    whole, part = panels(heatmaps([cell(matrix=rows, complete=False, seed=4), cell(seed=0)]))
-    assert whole.get_title() == "graftllm"
-    assert "incomplete: seed 4" in part.get_title().replace("\n", " ")
+    (ax,) = panels(heatmaps([cell(matrix=rows, complete=False, seed=4), cell(seed=0)]))
+    whole, part = (t.get_text() for t in texts(ax, "name"))
+    assert whole == "graftllm"
+    assert "incomplete: seed 4" in part.replace("\n", " ")
 
 
 def luminance(colour: Any) -> float:
@@ -136,7 +170,7 @@ def test_every_number_can_be_read_on_its_colour() -> None:
     ramp = [[min(x or 0.0, 1.0) for x in row] for row in ramp]
     (ax,) = panels(heatmaps([cell(matrix=ramp, tasks=list("abcde"))]))
     mesh = ax.collections[0]
-    for text in ax.texts:
+    for text in texts(ax, "score"):
         light, dark = sorted(
             (luminance(text.get_color()), luminance(mesh.to_rgba(float(text.get_text())))),
             reverse=True,

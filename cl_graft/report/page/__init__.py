@@ -15,7 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..standing import reader, standings, table
 from ..table import write_atomic
 from . import cell, index, sources
 
-ALONE = 20  # work below this, in figures, is done in this process
+ALONE = 8  # work below this, in figures, is done in this process
 SMALL = 0.02  # a cell's page beside a figure
 CHUNK = 25  # cells' pages of one task
 
@@ -64,6 +64,15 @@ def write(found: Sequence[Found], folder: Path) -> Path:
     shown = [(f"{slug}-budgets", f"{c[0]['scenario']} · {c[0]['model']}") for slug, c in over]
     text = index.render(members, list(titled), known, shown)
     return write_atomic(folder / "index.html", text.encode())
+
+
+def _context() -> Any:
+    """Processes forked from one that has imported what draws, where the system can."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.preload"])
+    return context
 
 
 def _all(calls: Sequence[partial[Any]]) -> None:
@@ -111,7 +120,7 @@ class _Work:
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count() or 1,
         )
-        self.pool = ProcessPoolExecutor(workers, get_context("spawn"))
+        self.pool = ProcessPoolExecutor(workers, _context())
         self.waiting = [self.pool.submit(_all, chunk) for chunk in chunks]
 
     def __exit__(self, kind: Any, *_: object) -> None:

@@ -79,6 +79,7 @@ def _group(
     slug: str, title: str, found: Sequence[Standing], members: Sequence[Found]
 ) -> dict[str, Any]:
     cells = [f.cell for f in members]
+    links = {id(f.cell): _link(f) for f in members}
     lines = [s.line for s in found]
     looks = looks_of(lines)
     colours = {
@@ -105,21 +106,11 @@ def _group(
         "breakdown": [_by_task(s) for s in found],
         "costs": [_costs(s) for s in found],
         "matrices": matrices(cells),
-        "pages": {
-            s.line.name: [
-                (c["seed"], page) for c, page in zip(s.line.cells, _pages(s, members), strict=True)
-            ]
-            for s in found
-        },
+        "pages": {s.line.name: [(c["seed"], links[id(c)]) for c in s.line.cells] for s in found},
         "figures": [(name, f"{slug}-{name}") for name in FIGURES],
         "commands": commands(cells),
         "kinds": KINDS,
     }
-
-
-def _pages(found: Standing, members: Sequence[Found]) -> list[str]:
-    paths = {id(f.cell): _link(f) for f in members}
-    return [paths[id(cell)] for cell in found.line.cells]
 
 
 def _link(found: Found) -> str:
