@@ -54,13 +54,13 @@ def _entries(cache: Path) -> Iterator[Entry]:
             continue
         if folder.suffix == ".work":
             yield _entry(folder, "unfinished", "step checkpoints", True)
+        elif folder.name.endswith(".tmp"):
+            yield _entry(folder, "unfinished", "being written, or removed", True)
         elif (folder / MARKER).is_file():
             made = read_json(folder / MARKER)
             job = made["config"]
             about = f"{job['kind']}, {job['steps']} steps of {job['batch']}, seed {job['seed']}"
             yield _entry(folder, "stage", about, _current(made["made_by"], training_code()))
-        elif folder.name.endswith(".tmp"):
-            yield _entry(folder, "unfinished", "a checkpoint that was being written", True)
     for file in (cache / "pairs").glob("*.jsonl"):
         found = read_lines(file)
         yield _entry(file, "pairs", f"{len(found[1])} pairs" if found else TORN, bool(found))

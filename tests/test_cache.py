@@ -54,6 +54,20 @@ def test_prune_removes_only_what_cannot_be_recalled(filled):
     assert not marker.parent.exists() and kinds(cache.entries(filled)) == ["pairs", "unfinished"]
 
 
+def test_a_stage_whose_removal_was_cut_short_is_none(filled, monkeypatch):
+    def cut_short(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache.shutil, "rmtree", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        cache.prune(filled, everything=True)
+    found = [entry for entry in cache.entries(filled) if entry.kind == "stage"]
+    assert found == [] and len(list(filled.glob("stages/*/stage.json"))) == 1
+    monkeypatch.undo()
+    cache.prune(filled, everything=True)
+    assert list(filled.glob("stages/*/")) == [] and list(filled.glob("stages/.*/")) == []
+
+
 def test_prune_by_age_and_everything(filled):
     long_ago = time.time() - 10 * 86400
     os.utime(filled / "pairs" / "x.jsonl", (long_ago, long_ago))

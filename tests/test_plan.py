@@ -12,6 +12,7 @@ from cl_graft import cell
 from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError
 from cl_graft.plan import plan
+from cl_graft.record import write_lines
 from cl_graft.spec import Sweep
 
 SMALL = {"steps": 6, "batch": 8, "train_size": 48, "test_size": 8, "tasks": "math,cipher"}
@@ -93,6 +94,19 @@ def test_a_preference_half_follows_its_sft_and_adapters_train_little(tmp_path):
     assert full.trained == full.parameters and adapter.trained < 0.2 * adapter.parameters
     assert adapter.memory.optimizer == 8 * adapter.trained
     assert found.stages[1].memory.device > full.memory.device, "both answers of a pair run together"
+
+
+def test_a_model_that_was_found_to_prefer_nothing_has_no_preference_half(tmp_path):
+    first, shares = cells(tmp_path, ["individual", "graftllm"], dpo=True)
+    cell.run(first)
+    sampled = list(tmp_path.glob("cache/pairs/*.jsonl"))
+    assert len(sampled) == 2
+    for file in sampled:
+        write_lines(file, {}, [])
+    assert told(plan([shares])) == [
+        ("math", "sft", "base", "cached", 1),
+        ("cipher", "sft", "base", "cached", 1),
+    ]
 
 
 def test_time_is_probed_or_follows_from_operations(tmp_path):

@@ -119,6 +119,19 @@ def test_a_training_that_fails_leaves_nothing(
     assert [p.name for p in (tmp_path / "models").iterdir() if p.is_dir()] == []
 
 
+def test_what_a_killed_training_left_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CL_GRAFT_CACHE", str(tmp_path))
+    target = embedded.folder(NAME, [])
+    (target.parent / f".building-{target.name}-abcd").mkdir(parents=True)
+    (target.parent / ".building-other-abcd").mkdir()
+    monkeypatch.setattr(embedded, "_train", lambda spec, texts, build: (build / "all").touch())
+    assert embedded.obtain(NAME) == target
+    left = {p.name for p in target.parent.iterdir() if p.is_dir()}
+    assert left == {target.name, ".building-other-abcd"}, "another model may be in the making"
+
+
 def test_a_cache_that_cannot_be_written_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
