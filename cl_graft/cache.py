@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from .identity import versions
-from .record import RecordError, read_json, read_lines
+from .record import RecordError, file_lock, read_json, read_lines, used
 
 TORN = "not all there"
 
@@ -112,16 +112,21 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _free(path: Path) -> Iterator[bool]:
-    """Whether no process holds the lock of this outcome, which is held meanwhile and removed afterwards."""
+    """Whether no process makes or reads this outcome; its lock is held meanwhile, and removed afterwards."""
     name = path.name.removeprefix(".").split(".")[0].split("-")[0] if path.is_dir() else path.name
-    lock = FileLock(path.with_name(f"{name}.lock"))
+    made = path.with_name(name)
+    lock = file_lock(Path(f"{made}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
         yield False
         return
     try:
+        if used(made):
+            yield False
+            return
         yield True
-    finally:
+        Path(f"{made}.used").unlink(missing_ok=True)
         Path(lock.lock_file).unlink(missing_ok=True)
+    finally:
         lock.release()

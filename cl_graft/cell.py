@@ -7,22 +7,25 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from . import prompts
 from .config import RunConfig
-from .identity import data_fingerprint, machine, peak_memory_mb, versions
+from .identity import data_fingerprint, machine, package_digest, peak_memory_mb, versions
 from .mirror import Mirror
 from .models.load import locate
 from .prepare import prepare, strategy_of
-from .record import CellFolder, RecordError, read_json, read_jsonl, write_json
+from .record import CellFolder, RecordError, read_json, read_jsonl, refused, write_json
 from .result import collect
 from .scores import by_metric, cells
+from .skillpack.errors import SkillPackError
 from .task import Scenario
 
 if TYPE_CHECKING:
     from .evaluation.scorers import Scored
+    from .skillpack.file import SkillPack
     from .strategy import Strategy
     from .tracking import Trackers
 
@@ -42,15 +45,17 @@ def run(
     Raises CLGraftError in one sentence for whatever the user can mend.
     """
     config = config or RunConfig(**fields)
+    folder = CellFolder(config.out / config.cell)
+    mirror = Mirror(config.mirror) if config.mirror else None
     if (result := finished(config)) is not None:
+        if mirror:  # the attempt that finished it may not have come to this
+            mirror.push(folder.path, config.cell)
         return result
     begun = perf_counter()
     scenario, strategy_class, options = prepare(config)
     report = _forwards(progress or (lambda what, done: None))
     report("loading the model", 0.0)
     locate(config.model, config.data_dir)
-    folder = CellFolder(config.out / config.cell)
-    mirror = Mirror(config.mirror) if config.mirror else None
     with folder.lock(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of libraries to each other
         if mirror:
@@ -111,6 +116,7 @@ def _compute(
         "config": _experiment(config),
         "options": options,
         "versions": versions(),
+        "code": package_digest(),
         "machine": machine(),
         "reads_data_dir": config.data_dir is not None,
         "base": strategy.grafted.base,
@@ -121,13 +127,15 @@ def _compute(
     }
     folder.begin(json.loads(json.dumps(identity)))
     folder.mark("running")
-    prompts.keep(folder.path.parent, identity["data"], scenario)
+    asked = prompts.keep(folder.path.parent, identity["data"], scenario)
+    if strategy.stages.mirror:
+        strategy.stages.mirror.push(asked, f"{prompts.FOLDER}/{asked.name}")
     tracker = trackers(config, folder.path, identity)
     try:
         _stages(folder, strategy, benchmark(scenario), tracker, progress, begun)
         result = collect(folder.path)
+        tracker.finish(result)  # before the cell is complete: what is cut short here is done again
         write_json(folder.path / "result.json", result)
-        tracker.finish(result)
     except BaseException as error:
         tracker.abandon(error)
         raise
@@ -156,7 +164,7 @@ def _stages(
         if task:
             strategy.train(stream.train_stream[stage - 1], eval_streams=[])
             pack = strategy.packs[-1]
-            size = pack.save(folder.new_pack_path(stage, task.name))
+            size = _saved(pack, folder.new_pack_path(stage, task.name))
             kept = {"pack": pack.digest, "pack_bytes": size}
         what = f"evaluating after {task.name}" if task else "evaluating the base model"
         progress(what, (stage + 0.8) / total)
@@ -168,6 +176,16 @@ def _stages(
         if strategy.stages.mirror:
             strategy.stages.mirror.push(folder.path, folder.path.name)
         begun = perf_counter()
+
+
+def _saved(pack: SkillPack, path: Path) -> int:
+    """Bytes of the pack's file. Raises DiskRefused if the disk does."""
+    try:
+        return pack.save(path)
+    except SkillPackError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise refused(path, str(error.__cause__.strerror)) from error
 
 
 def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -193,5 +193,5 @@ def _cores() -> Iterator[Finding]:
     from .executors.local import default_workers
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    said = f"{os.cpu_count()}, {memory:.0f} GiB of memory; a sweep runs {default_workers()} cells at a time"
+    said = f"{os.cpu_count()}, {memory:.0f} GiB of memory; a sweep runs {default_workers(1)} cells at a time"
     yield Finding("cores", "ok", said)

@@ -21,5 +21,9 @@ class UnknownName(CLGraftError):
         self.kind, self.name, self.known = kind, name, known
 
 
+class Refused(CLGraftError):
+    """A disk or a network did not take or give a file. The cell is as it was, and the same command continues it."""
+
+
 class OverBudget(CLGraftError):
     """A method's artefact does not fit the storage declared for a task."""

@@ -7,12 +7,13 @@ trust it as far as they go.
 from __future__ import annotations
 
 import os
+import secrets
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .errors import CLGraftError
+from .errors import CLGraftError, Refused
 
 MARKERS = ("stage.json", "result.json")
 OWN = (".lock", ".tmp", ".part")  # of a process on its disk
@@ -22,10 +23,14 @@ OWN = (".lock", ".tmp", ".part")  # of a process on its disk
 class Mirror:
     """`url`: any that fsspec knows, such as s3://bucket/sweep or file:///mnt/sweep. Paths below are relative to it.
 
-    Raises CLGraftError where it cannot be reached, in one sentence.
+    Raises CLGraftError for another, and Refused where it cannot be reached, in one sentence.
     """
 
     url: str
+
+    def check(self) -> None:
+        """Raises CLGraftError for a URL that fsspec does not know, or lacks the library for."""
+        self._place  # noqa: B018
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
@@ -71,11 +76,14 @@ class Mirror:
                     f"{root}/{name}/{inside.as_posix()}" if file != folder else f"{root}/{name}"
                 )
                 known = there.get(target, {}).get("size")
-                if file.name.endswith(OWN) or (known == file.stat().st_size and _grown(file)):
+                if file.name.endswith(OWN) or (known == file.stat().st_size and _once(file)):
                     continue
                 filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-                filesystem.put_file(str(file), f"{target}.part")
-                filesystem.mv(f"{target}.part", target)
+                part = (
+                    f"{target}.{secrets.token_hex(4)}.part"  # another node may send the same file
+                )
+                filesystem.put_file(str(file), part)
+                filesystem.mv(part, target)
 
 
 def _late(path: str) -> tuple[bool, bool, str]:
@@ -83,7 +91,7 @@ def _late(path: str) -> tuple[bool, bool, str]:
     return name == "result.json", name in MARKERS, path
 
 
-def _grown(file: Path) -> bool:
+def _once(file: Path) -> bool:
     """Whether a file is written once; a state is written again in the same size."""
     return file.name != "state.json"
 
@@ -101,7 +109,7 @@ class _said:
         if isinstance(error, CLGraftError) or not isinstance(error, Exception):
             return
         reason = str(error).strip().split("\n", 1)[0].rstrip(".")
-        raise CLGraftError(
+        raise Refused(
             f"{self.url} cannot be read or written ({type(error).__name__}: {reason}); what is on this machine stays, "
             "and the same command continues it."
         ) from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import plugins
 from .budget import Budget
-from .config import RunConfig
+from .config import Launch, RunConfig
 from .errors import CLGraftError, UnknownName
 from .identity import digest
 from .mirror import Mirror
@@ -23,20 +23,43 @@ if TYPE_CHECKING:
 
 def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]]:
     """Find and check everything a run names, before anything is computed."""
-    return _scenario(config), *_strategy(config)
+    scenario = _scenario(config)
+    _launch(config.launch, scenario)
+    return scenario, *_strategy(config)
 
 
 def check(cells: Iterable[RunConfig]) -> None:
-    """What `prepare` would raise for any of the cells; a scenario that they share is made once."""
+    """Raise what `prepare` would for any of the cells, and for their models, mirrors and launches.
+
+    A scenario that cells share is made once.
+    """
+    from .models import load
+
     made = set()
     for config in cells:
         _strategy(config)
+        load.check(config.model)
+        if config.mirror:
+            Mirror(config.mirror).check()
         name = config.short(config.scenario)
         told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
         scenario = digest(*map(str, told), config.options.get(name), str(config.train_on))
         if scenario not in made:
-            _scenario(config)
+            _launch(config.launch, _scenario(config))
             made.add(scenario)
+
+
+def _launch(launch: Launch, scenario: Scenario) -> None:
+    """Raises CLGraftError where it cannot work here, or cannot make a task's batches."""
+    from .training.config import accumulation
+    from .training.launch import check
+
+    if launch.processes:
+        check(launch)
+    for task in scenario.tasks:
+        for half in (task.training, task.training.preference):
+            if half:
+                accumulation(half.batch, launch)
 
 
 def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:

@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .record import read_jsonl, write_text
+from .record import locked, read_jsonl, write_text
 from .task import Example, Scenario
+
+FOLDER = "data"
 
 
 @dataclass(frozen=True)
@@ -22,21 +26,23 @@ class Asked:
     suite: str = ""
 
 
-def keep(out: Path, fingerprint: str, scenario: Scenario) -> None:
-    """Write the scenario's test examples, unless they are there. Raises RecordError if the disk refuses them."""
+def keep(out: Path, fingerprint: str, scenario: Scenario) -> Path:
+    """The file with the scenario's test examples, written if need be. Raises DiskRefused if the disk does."""
     path = _file(out, fingerprint)
-    if path.is_file():
-        return
+    if not path.is_file():
+        with locked(path):
+            write_text(path, "".join(json.dumps(line) + "\n" for line in _lines(scenario)))
+    return path
+
+
+def _lines(scenario: Scenario) -> Iterator[dict[str, Any]]:
     examples = {task.name: task.test for task in scenario.tasks}
     if scenario.general:
         examples[f"general:{scenario.general.name}"] = scenario.general.test
-    lines = [
-        {"task": task, "index": i, "prompt": e.prompt, "reference": _reference(e)}
-        | ({"suite": e.suite} if e.suite else {})
-        for task, those in examples.items()
-        for i, e in enumerate(those)
-    ]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    for task, those in examples.items():
+        for i, e in enumerate(those):
+            line = {"task": task, "index": i, "prompt": e.prompt, "reference": _reference(e)}
+            yield line | ({"suite": e.suite} if e.suite else {})
 
 
 def recall(out: Path, fingerprint: str) -> dict[str, list[Asked]]:
@@ -50,7 +56,7 @@ def recall(out: Path, fingerprint: str) -> dict[str, list[Asked]]:
 
 
 def _file(out: Path, fingerprint: str) -> Path:
-    return out / "data" / f"{fingerprint}.jsonl"
+    return out / FOLDER / f"{fingerprint}.jsonl"
 
 
 def _reference(example: Example) -> str:

@@ -11,18 +11,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import os
 import shutil
 import socket
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import CLGraftError
+from .errors import CLGraftError, Refused
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 FORMAT = 2
 State = Literal["waiting", "running", "done", "failed"]
@@ -36,6 +41,10 @@ class RecordError(CLGraftError):
     """A results folder cannot be read, written, or continued."""
 
 
+class DiskRefused(RecordError, Refused):
+    """The disk takes no file."""
+
+
 class Busy(RecordError):
     """Another process is making it."""
 
@@ -45,7 +54,7 @@ class CellBusy(Busy):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomic: a sibling temporary file, flushed to disk, then renamed. Raises RecordError if the disk refuses."""
+    """Atomic: a sibling temporary file, flushed to disk, then renamed. Raises DiskRefused if the disk does."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise RecordError(
+        raise DiskRefused(
             f"{path} cannot be written ({error.strerror}); free space or choose another --out, "
             "then run the same command again to continue."
         ) from error
@@ -135,9 +144,9 @@ def locked(path: Path, patient: bool = True) -> Iterator[None]:
     What a process that was killed meanwhile left half-made beside `path` is removed.
     Raises RecordError where the disk refuses even a lock, and Busy, if not patient, where it would have to wait.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    lock = FileLock(f"{path}.lock")
+    lock = file_lock(Path(f"{path}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=-1 if patient else 0)
@@ -154,9 +163,44 @@ def locked(path: Path, patient: bool = True) -> Iterator[None]:
         lock.release()
 
 
-def refused(path: Path, reason: str) -> RecordError:
+def file_lock(path: Path) -> FileLock:
+    """The system's own lock, which it releases when its holder dies; where it has none, taking it raises OSError."""
+    from filelock import FileLock
+
+    return FileLock(path, fallback_to_soft=False)
+
+
+def use(path: Path, reader: object) -> None:
+    """Tell that `path` is read for as long as `reader` lives; under its lock, so that it cannot vanish before."""
+    with suppress(OSError):  # a disk without locks protects nothing
+        descriptor = os.open(f"{path}.used", os.O_RDWR | os.O_CREAT, 0o666)
+        weakref.finalize(reader, os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def used(path: Path) -> bool:
+    """Whether a process has told by `use` that it reads `path`."""
+    return held(Path(f"{path}.used"), fcntl.LOCK_EX)
+
+
+def held(path: Path, kind: int = fcntl.LOCK_SH) -> bool:
+    """Whether a process holds the lock of this file now; kind: LOCK_EX asks for shared ones, too."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def refused(path: Path, reason: str) -> DiskRefused:
     """What to raise where the disk does not take a file of the cache."""
-    return RecordError(
+    return DiskRefused(
         f"{path} cannot be written ({reason}); free space or choose another --out or --cache, "
         "then run the same command again to continue."
     )
@@ -169,16 +213,20 @@ class CellFolder:
         self.path = path
 
     @property
+    def lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    @property
     def complete(self) -> bool:
         return (self.path / "result.json").is_file()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Held while a process works on the cell; released by the system if the process dies."""
-        from filelock import FileLock, Timeout
+        from filelock import Timeout
 
         self._make(self.path)
-        lock = FileLock(self.path / ".lock")
+        lock = file_lock(self.lock_file)
         try:
             lock.acquire(timeout=PATIENCE)
         except Timeout:
@@ -186,7 +234,7 @@ class CellFolder:
                 f"{self.path} is being computed by another process; wait for it or choose another --out."
             ) from None
         except OSError as error:
-            raise RecordError(
+            raise DiskRefused(
                 f"{self.path} cannot be locked ({error.strerror}); choose another --out."
             ) from error
         try:
@@ -205,15 +253,16 @@ class CellFolder:
             (self.path / "traceback.txt").unlink(missing_ok=True)
 
     def state(self) -> dict[str, Any]:
-        """What `mark` wrote last, put right: a result says `done`, and what a killed process left is `waiting`."""
+        """What `mark` wrote last, put right: a result says `done`, and what a killed process left is `waiting`.
+
+        Whether one runs is told by its lock, wherever it runs: a pid may be of another machine, or another's by now.
+        """
         file = self.path / "state.json"
         found: dict[str, Any] = read_json(file) if file.is_file() else {"state": "waiting"}
         if self.complete:
             return found | {"state": "done"}
-        dead = found.get("host") == socket.gethostname() and not _lives(found["pid"])
-        if found["state"] == "done" or (found["state"] == "running" and dead):
-            return found | {"state": "waiting"}
-        return found
+        dead = found["state"] == "running" and not held(self.lock_file)
+        return found | {"state": "waiting"} if dead or found["state"] == "done" else found
 
     def failed(self, reason: str, trace: str) -> None:
         write_text(self.path / "traceback.txt", trace)
@@ -257,7 +306,7 @@ class CellFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RecordError(
+            raise DiskRefused(
                 f"{path} cannot be made ({error.strerror}); choose another --out."
             ) from error
 
@@ -286,16 +335,6 @@ class CellFolder:
         while (file := self.stage_path(len(records)) / "stage.json").is_file():
             records.append(read_json(file))
         return records
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's, but there
-        return True
-    return True
 
 
 def states(folder: Path) -> dict[Path, dict[str, Any]]:

@@ -49,6 +49,8 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "peak_memory_mb": max((r["peak_memory_mb"] for r in records), default=None),
         "options": identity["options"],
         "versions": identity["versions"],
+        "code": identity.get("code"),
+        "base": identity["base"],
         "machine": identity["machine"],
         "reads_data_dir": identity["reads_data_dir"],
         "config": identity["config"],
@@ -70,4 +72,4 @@ def kept(path: Path) -> dict[str, Any] | None:
         return None
     folder.identity()  # refuses another version's
     result = read_json(path / "result.json")
-    return result if "data" in result else None
+    return result if "base" in result else None

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from . import plugins
 from .config import Launch, RunConfig, Track, WandbMode
 from .errors import CLGraftError, UnknownName
-from .record import write_text
+from .record import locked, write_text
 
 FILE = "sweep.yaml"  # in the results folder: what was asked for last
 
@@ -22,13 +22,21 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str | int | float | dict) else value
 
 
+def _off(value: Any) -> Any:
+    """YAML reads `wandb: off` as false."""
+    return "off" if value is False else value
+
+
 def _read_as_text(value: Any) -> Any:
     """YAML reads `budgets: [1000]` as a number."""
     return [str(v) if isinstance(v, int | float) else v for v in _listed(value)]
 
 
+Executor = Literal["local", "ray"]
+EXECUTORS = get_args(Executor)
+
 Options = dict[str, Any]
-Entries = Annotated[list[str | dict[str, Options | None]], BeforeValidator(_listed)]
+Entries = Annotated[list[str | dict[str, Any]], BeforeValidator(_listed)]
 Names = Annotated[list[str], Field(min_length=1), BeforeValidator(_read_as_text)]
 
 
@@ -70,10 +78,10 @@ class Sweep(BaseModel):
     cache: Path | None = None
     mirror: str | None = None
     launch: Launch = Launch()
-    wandb: WandbMode = "auto"
+    wandb: Annotated[WandbMode, BeforeValidator(_off)] = "auto"
     track: Annotated[list[Track], BeforeValidator(_listed)] = []
     allow_code_execution: bool = False
-    executor: Literal["local", "ray"] = "local"
+    executor: Executor = "local"
     workers: int = Field(default=0, ge=0)
     ray: Ray = Ray()
 
@@ -109,7 +117,8 @@ class Sweep(BaseModel):
     def save(self, folder: Path) -> None:
         """As `folder`/sweep.yaml, from which it can be resumed."""
         said = self.model_dump(mode="json", exclude_defaults=True, exclude={"out"})
-        write_text(folder / FILE, yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
+        with locked(folder / FILE):
+            write_text(folder / FILE, yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
 
 
 def sweep_of(fields: Mapping[str, Any], where: str) -> Sweep:
@@ -117,14 +126,25 @@ def sweep_of(fields: Mapping[str, Any], where: str) -> Sweep:
     for name in fields:
         if name not in Sweep.model_fields:
             raise UnknownName(f"field of a sweep ({where})", str(name), Sweep.model_fields)
+    fields = {name: value for name, value in fields.items() if value is not None}  # `models:` alone
     parts: dict[str, type[BaseModel]] = {"launch": Launch, "ray": Ray}
     for part, kind in parts.items():
-        for name in fields.get(part) or {}:
+        given = fields.get(part, {})
+        if not isinstance(given, dict | kind):
+            raise CLGraftError(
+                f"{where}: {part} is {given!r}; write its settings: {', '.join(kind.model_fields)}."
+            )
+        for name in given if isinstance(given, dict) else ():
             if name not in kind.model_fields:
                 raise UnknownName(f"setting of {part} ({where})", str(name), kind.model_fields)
-    for name in _listed(fields.get("track") or []):
-        if name not in get_args(Track):
-            raise UnknownName(f"tracker ({where})", str(name), get_args(Track))
+    for what, field, known in (
+        ("tracker", "track", get_args(Track)),
+        ("W&B mode", "wandb", get_args(WandbMode)),
+        ("executor", "executor", EXECUTORS),
+    ):
+        for name in _listed(_off(fields.get(field, []))):
+            if name not in known:
+                raise UnknownName(f"{what} ({where})", str(name), known)
     for name in ("scenarios", "strategies"):
         if not fields.get(name):
             raise CLGraftError(
@@ -191,6 +211,10 @@ def _pairs(entries: Sequence[Any]) -> Iterator[tuple[str, Options]]:
             yield entry, {}
         elif isinstance(entry, dict) and len(entry) == 1:
             ((name, options),) = entry.items()
+            if not isinstance(options, dict | None):
+                raise CLGraftError(
+                    f"{options!r} is no option of {name}; write `- {name}: {{rank: 8}}`."
+                )
             yield str(name), options or {}
         else:
             raise CLGraftError(

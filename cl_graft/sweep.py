@@ -11,10 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from . import prompts
 from .config import RunConfig
-from .executors import Executor, Report
+from .errors import CLGraftError
+from .executors import Executor, Outcome, Report
 from .mirror import Mirror
-from .record import CellBusy, CellFolder
+from .record import CellBusy, CellFolder, DiskRefused
+
+Aside = Callable[[Callable[[Report], None], Report], None]  # calls the first with the second
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ def sweep(
     cells: Sequence[RunConfig],
     executor: Executor,
     report: Report,
-    aside: Callable[[Callable[[Report], None], Report], None] = lambda task, report: task(report),
+    aside: Aside = lambda task, report: task(report),  # noqa: E731
     retry_failed: bool = False,
     fail_fast: bool = False,
 ) -> list[Failure]:
@@ -49,21 +53,45 @@ def sweep(
     failures = [] if retry_failed else [f for c in waiting if (f := _failed_before(c))]
     given_up = {f.cell for f in failures}
     waiting = [c for c in waiting if c.cell not in given_up]
+    for failure in failures:
+        report(failure.cell, "failed", 1.0)
     for config in waiting:
         folder = CellFolder(config.out / config.cell)
         with suppress(CellBusy), folder.lock():  # else another sweep computes it, and has said so
             folder.mark("waiting")
+    left = {config.cell for config in waiting}
     for config, outcome in executor(waiting, report) if waiting else ():
-        if outcome.state == "done":
+        left.remove(config.cell)
+        failed = _settled(config, outcome)
+        report(config.cell, "failed" if failed else "done", 1.0)
+        if failed:
+            failures.append(failed)
+            if fail_fast:
+                return failures
+    return failures + [
+        Failure(cell, "it was not run; run the same command again.") for cell in left
+    ]
+
+
+def _settled(config: RunConfig, outcome: Outcome) -> Failure | None:
+    """Bring a cell's outcome to this disk, and its failure if it is one."""
+    from .cell import finished
+
+    folder = CellFolder(config.out / config.cell)
+    if outcome.state == "done":
+        try:
             if config.mirror:  # it may have been computed on another machine's disk
-                Mirror(config.mirror).pull(config.cell, config.out / config.cell)
-            report(config.cell, "done", 1.0)
-            continue
-        report(config.cell, "failed", 1.0)
-        failures.append(Failure(config.cell, outcome.reason))
-        if fail_fast:
-            break
-    return failures
+                Mirror(config.mirror).pull(config.cell, folder.path)
+                Mirror(config.mirror).pull(prompts.FOLDER, config.out / prompts.FOLDER)
+        except CLGraftError as error:
+            return Failure(config.cell, str(error))
+        if finished(config) is None:
+            return Failure(config.cell, f"{folder.path} holds no result; is it a shared folder?")
+        return None
+    if outcome.state != "refused":  # else the same command tries it again
+        with suppress(CellBusy, DiskRefused), folder.lock():
+            folder.failed(outcome.reason, outcome.trace or outcome.reason)
+    return Failure(config.cell, outcome.reason)
 
 
 def _prepared(cells: Sequence[RunConfig], report: Report) -> None:

@@ -17,6 +17,8 @@ from cl_graft.models.load import load
 from cl_graft.task import Scenario
 from tests.command import Call, Done
 
+pytest.register_assert_rewrite("tests.faults", "tests.kills", "tests.refusals")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with the most slow tests first, so that no worker is left alone with one of them at the end."""

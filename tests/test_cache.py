@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,6 +12,7 @@ from filelock import FileLock
 from cl_graft import cache
 from cl_graft.record import RecordError
 from cl_graft.training.stages import Stages
+from tests.command import assert_refused
 from tests.training.test_stages import TASK, sft_job
 
 
@@ -81,22 +80,25 @@ def test_what_a_process_is_working_on_stays(filled):
     assert (filled / "stages" / "abc.work").is_dir()
 
 
-def test_the_command_lists_and_prunes_a_results_folder(filled, tmp_path):
+def test_a_stage_that_a_cell_still_reads_stays(nano, tmp_path):
+    """While it compresses, say: its training is over, and nothing holds the stage's lock."""
+    stages = Stages(tmp_path)
+    folder, _ = stages.run(*nano, *sft_job(TASK, 0))
+    assert cache.prune(tmp_path, everything=True) == [] and folder.is_dir()
+    del stages
+    assert kinds(cache.prune(tmp_path, everything=True)) == ["stage"]
+    assert list((tmp_path / "stages").iterdir()) == []
+
+
+def test_the_command_lists_and_prunes_a_results_folder(filled, call, tmp_path):
     out = tmp_path / "results"
     out.mkdir()
     for name in ("stages", "pairs"):
         (out / "cache").mkdir(exist_ok=True)
         (filled / name).rename(out / "cache" / name)
-
-    def call(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "cl_graft", "cache", *arguments], capture_output=True, text=True
-        )
-
-    listed = call("ls", str(out)).stdout
+    listed = call("cache", "ls", out).out
     assert "sft, 8 steps of 4, seed 0" in listed and "in 3, of which 0 B in 0" in listed
-    assert "removed 3" in call("prune", str(out), "--all").stdout
-    empty = call("ls", str(tmp_path / "none"))
-    assert empty.returncode == 1 and "holds no stages" in empty.stderr
+    assert "removed 3" in call("cache", "prune", out, "--all").out
+    assert_refused(call("cache", "ls", tmp_path / "none"), "holds no stages")
     with pytest.raises(RecordError):
         cache.entries(tmp_path / "none")

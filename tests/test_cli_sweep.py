@@ -93,11 +93,3 @@ def test_the_status_of_a_cell_that_failed_is_its_reason(call: Call, tmp_path: Pa
         "0 done, 0 running, 1 waiting, 1 failed",
     ]
     assert_refused(call("status", "nowhere"), "holds no cell")
-
-
-def test_a_process_that_is_gone_does_not_run(tmp_path: Path) -> None:
-    folder = CellFolder(tmp_path / "a")
-    folder.mark("running")
-    assert folder.state()["state"] == "running"
-    folder.mark("running", pid=2**22 + 1)
-    assert folder.state()["state"] == "waiting"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -14,6 +12,7 @@ from cl_graft.errors import CLGraftError
 from cl_graft.plan import plan
 from cl_graft.record import write_lines
 from cl_graft.spec import Sweep
+from tests.command import Call, assert_refused
 
 SMALL = {"steps": 6, "batch": 8, "train_size": 48, "test_size": 8, "tasks": "math,cipher"}
 
@@ -132,41 +131,17 @@ def test_processes_share_what_zero_shares(tmp_path):
         first(processes=3)
 
 
-def test_the_command_prints_stages_disk_and_packs_and_starts_nothing(tmp_path):
-    base = [
-        sys.executable,
-        "-m",
-        "cl_graft",
-        "plan",
-        "--scenarios",
-        "mini",
-        "--models",
-        "nano-llama",
-    ]
-    base += ["--out", str(tmp_path / "out")]
+def test_the_command_prints_stages_disk_and_packs_and_starts_nothing(call: Call, tmp_path):
+    base = ["plan", "--scenarios", "mini", "--models", "nano-llama", "--out", tmp_path / "out"]
     sets = [x for k, v in SMALL.items() for x in ("--set", f"mini.{k}={v}")]
-    found = subprocess.run(
-        [*base, "--strategies", "individual,lora", *sets, "--peak", "1e12"],
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stderr
-    assert "12 x 8 (8x1x1)" in found.stdout and "2 packs of at most 12.6 kB" in found.stdout
-    assert "stages: 4 to run" in found.stdout and not (tmp_path / "out").exists()
-    listed = json.loads(
-        subprocess.run(
-            [*base, "--strategies", "individual", *sets, "--json"], capture_output=True, text=True
-        ).stdout
-    )
+    found = call(*base, "--strategies", "individual,lora", *sets, "--peak", "1e12")
+    assert found.code == 0, found
+    assert "12 x 8 (8x1x1)" in found.out and "2 packs of at most 12.6 kB" in found.out
+    assert "stages: 4 to run" in found.out and not (tmp_path / "out").exists()
+    listed = json.loads(call(*base, "--strategies", "individual", *sets, "--json").out)
     assert [s["task"] for s in listed["stages"]] == ["math", "cipher"]
-    wrong = subprocess.run([*base, "--strategies", "individal"], capture_output=True, text=True)
-    assert wrong.returncode == 1 and "individual" in wrong.stderr
-    setting = subprocess.run(
-        [*base, "--strategies", "individual", "--launch", "proceses=8"],
-        capture_output=True,
-        text=True,
-    )
-    assert setting.returncode == 1 and "processes" in setting.stderr
+    assert_refused(call(*base, "--strategies", "individal"), "individual")
+    assert_refused(call(*base, "--strategies", "individual", "--launch", "proceses=8"), "processes")
 
 
 def test_a_model_whose_weights_are_not_there_is_planned_from_its_configuration(tmp_path, nano):

@@ -116,6 +116,16 @@ def test_a_wrong_field_is_answered_with_the_nearest() -> None:
     assert "did you mean gpus" in refusal(ray={"gpu": 3})
 
 
+def test_a_field_without_a_value_is_not_set() -> None:
+    """As YAML reads `models:` alone."""
+    assert labels(models=None, budgets=None, launch=None) == labels()
+
+
+def test_off_is_off() -> None:
+    """YAML reads `wandb: off` as false."""
+    assert sweep_of(SMALL | yaml.safe_load("wandb: off"), "").wandb == "off"
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -127,8 +137,13 @@ def test_a_wrong_field_is_answered_with_the_nearest() -> None:
         ({"strategies": []}, "names no strategies"),
         ({"seeds": []}, "seeds: List should have at least 1 item"),
         ({"seeds": ["one"]}, "seeds.0: Input should be a valid integer"),
-        ({"wandb": "on"}, "wandb: Input should be 'auto', 'offline', 'online' or 'off', not 'on'"),
-        ({"executor": "slurm"}, "executor: Input should be 'local' or 'ray'"),
+        ({"strategies": [{"lora": 5}]}, "5 is no option of lora; write `- lora: {rank: 8}`"),
+        ({"strategies": [{"lora": "rank"}]}, "'rank' is no option of lora"),
+        ({"wandb": "ofline"}, "there is no W&B mode (here) named 'ofline'; did you mean offline"),
+        ({"executor": "rai"}, "there is no executor (here) named 'rai'; did you mean ray"),
+        ({"launch": 3}, "launch is 3; write its settings: processes, zero"),
+        ({"launch": "auto"}, "launch is 'auto'; write its settings"),
+        ({"ray": True}, "ray is True; write its settings: address"),
         ({"workers": -1}, "workers: Input should be greater than or equal to 0"),
         ({"launch": {"zero": 1}}, "launch.zero"),
     ],

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ import yaml
 
 from cl_graft.cli import sweep as cli
 from cl_graft.config import RunConfig
+from cl_graft.errors import Refused
 from cl_graft.executors import Outcome, local
 from cl_graft.executors.attempt import attempt
-from cl_graft.executors.queue import LIVES, Queue
-from cl_graft.record import CellFolder, states
+from cl_graft.record import Busy, CellFolder, DiskRefused, states
 from cl_graft.spec import FILE, Sweep
+from cl_graft.sweep import Failure
+from cl_graft.sweep import sweep as run_sweep
 from tests import kills
 from tests.command import Call
 
@@ -122,6 +123,10 @@ def words(made: Sweep) -> list[str]:
     return [*shown, "--models", "nano-llama", "--out", str(made.out), "--wandb", "off"]
 
 
+def directly(task: Any, report: Any) -> None:
+    task(report)
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Cells are run in this process, one after another; the states on disk when each sweep begins to."""
@@ -132,7 +137,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         for config in cells:
             yield config, attempt(config, lambda what, done: None, True)
 
-    monkeypatch.setattr(cli, "_executor", lambda asked, cells: (here, {}))
+    monkeypatch.setattr(cli, "_executor", lambda asked, cells: (here, directly))
     return found
 
 
@@ -164,15 +169,117 @@ def test_cells_wait_and_are_done_or_failed_with_the_traceback(
 
 
 def test_what_a_killed_process_was_running_is_waiting(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+    folder = CellFolder(tmp_path / "cell")
+    script = "import sys, time; from pathlib import Path; from cl_graft.record import CellFolder\n"
+    script += "folder = CellFolder(Path(sys.argv[1]))\nwith folder.lock():\n"
+    script += "    folder.mark('running'); print('marked', flush=True); time.sleep(600)"
+    words = [sys.executable, "-c", script, str(folder.path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"marked\n"
+        assert folder.state()["state"] == "running"
+        process.kill()
+    assert folder.state()["state"] == "waiting"
+
+
+def test_who_runs_is_told_by_the_lock(tmp_path: Path) -> None:
+    """Its pid means nothing in another container, and its host's name is new each time one starts."""
     folder = CellFolder(tmp_path / "cell")
     with folder.lock():
-        folder.mark("running")
-    assert folder.state()["state"] == "running"
-    file = folder.path / "state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"pid": dead.pid}))
+        folder.mark("running", host="elsewhere", pid=2**22 + 1)
+        assert folder.state()["state"] == "running"
     assert folder.state()["state"] == "waiting"
+
+
+Ends = Callable[[RunConfig], Outcome]
+
+
+def swept(cells: Sequence[RunConfig], ends: Ends | None) -> tuple[list[Failure], list[str]]:
+    """The failures of a sweep whose cells end so (None: the executor forgets them), and what was reported."""
+
+    def executor(cells: Sequence[RunConfig], report: Any) -> Iterator[tuple[RunConfig, Outcome]]:
+        for config in cells if ends else ():
+            yield config, ends(config)
+
+    said: list[str] = []
+    return run_sweep(cells, executor, lambda cell, what, done: said.append(what)), said
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state", "reason"),
+    [
+        (Outcome("failed", "no luck.", "Traceback of it"), "failed", "no luck."),
+        (Outcome("lost", "its process was killed"), "failed", "its process was killed"),
+        (Outcome("refused", "the disk is full"), "waiting", "the disk is full"),
+        (Outcome("done"), "waiting", "holds no result"),
+        (None, "waiting", "it was not run"),
+    ],
+)
+def test_what_becomes_of_a_cell_is_told_and_kept(
+    outcome: Outcome | None, state: str, reason: str, plugins: Path, tmp_path: Path
+) -> None:
+    """What disks and networks refuse is no failure of the cell: the same command tries it again."""
+    (config,) = asked(plugins, tmp_path / "out", "lucky").cells()
+    ((failure,), _) = swept([config], (lambda _: outcome) if outcome else None)
+    assert failure.cell == config.cell and reason in failure.reason
+    folder = CellFolder(config.out / config.cell)
+    assert folder.state()["state"] == state
+    trace = folder.path / "traceback.txt"
+    assert trace.is_file() == (state == "failed")
+    if outcome and outcome.trace:
+        assert trace.read_text() == outcome.trace
+    again, said = swept([config], lambda config: attempt(config, lambda *_: None, True))
+    assert [f.reason for f in again] == ([failure.reason] if state == "failed" else [])
+    assert said[-1] == ("failed" if state == "failed" else "done")
+
+
+def test_a_refused_sweep_leaves_the_folder_what_it_was(
+    plugins: Path, call: Call, seen: list[list[str]], tmp_path: Path
+) -> None:
+    made = asked(plugins, tmp_path / "out", "lucky")
+    assert call(*words(made)).code == 0
+    before = (made.out / FILE).read_bytes()
+    assert "budget" in call(*words(made), "--budgets", "much").reason
+    assert (made.out / FILE).read_bytes() == before
+
+
+def test_a_finished_sweep_whose_report_lacks_a_cell_is_reported(
+    plugins: Path, call: Call, seen: list[list[str]], tmp_path: Path
+) -> None:
+    made = asked(plugins, tmp_path / "out", "lucky")
+    assert call(*words(made)).code == 0
+    assert "finished already" in call(*words(made)).out
+    (config,) = made.model_copy(update={"seeds": [1]}).cells()
+    assert attempt(config, lambda *_: None, True) == Outcome("done")
+    again = call(*words(made), "--seeds", "0,1")
+    assert "finished already" not in again.out
+    assert (made.out / "report" / "cells" / f"{config.cell}.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("raised", "outcome"),
+    [
+        (DiskRefused("the disk is full"), "refused"),
+        (Refused("s3://x cannot be read"), "refused"),
+        (Busy("another makes it"), "busy"),
+        (SystemExit(3), "failed"),
+        (ValueError("a long story\nin two lines"), "failed"),
+    ],
+)
+def test_how_an_attempt_ends(
+    raised: BaseException,
+    outcome: str,
+    plugins: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("cl_graft.cell.run", fails)
+    (config,) = asked(plugins, tmp_path / "out", "lucky").cells()
+    found = attempt(config, lambda *_: None, True)
+    assert found.state == outcome and "\n" not in found.reason
+    assert ("Traceback" in found.trace) == (outcome == "failed")
 
 
 def test_a_sweep_leaves_the_state_of_a_cell_that_another_computes(
@@ -189,7 +296,7 @@ def test_a_sweep_leaves_the_state_of_a_cell_that_another_computes(
     def none(cells: Sequence[RunConfig], report: Any) -> Iterator[tuple[RunConfig, Outcome]]:
         yield from ()
 
-    monkeypatch.setattr(cli, "_executor", lambda asked, cells: (none, {}))
+    monkeypatch.setattr(cli, "_executor", lambda asked, cells: (none, directly))
     monkeypatch.setattr("cl_graft.cli.show.report", lambda *_: None)
     with folder.lock():
         folder.mark("running")
@@ -296,37 +403,7 @@ def test_resume_takes_the_sweep_from_the_folder_of_its_results(
     assert state_of(made) == {"unlucky": "done", "lucky": "done"}
 
 
-def test_resume_is_refused_where_there_is_no_sweep_or_another_is_named(
-    plugins: Path, call: Call, tmp_path: Path
-) -> None:
-    assert (
-        "no folder that a sweep was begun in" in call("sweep", "--resume", "--out", tmp_path).reason
-    )
-    made = asked(plugins, tmp_path / "out", "lucky")
-    assert "give --out alone" in call(*words(made), "--resume").reason
-
-
 # --- who is next ---
-
-
-def some(plugins: Path, tmp_path: Path) -> tuple[list[RunConfig], Queue]:
-    cells = asked(plugins, tmp_path, "one", "two").cells()
-    return cells, Queue(cells)
-
-
-def test_a_cell_whose_process_dies_has_three_lives(plugins: Path, tmp_path: Path) -> None:
-    (one, _), queue = some(plugins, tmp_path)
-    lost = Outcome("lost", "its process was killed")
-    assert [queue.after(one, lost) for _ in range(LIVES)] == [None] * (LIVES - 1) + [lost]
-
-
-def test_a_cell_that_another_holds_up_waits_until_nothing_else_is_to_be_begun(
-    plugins: Path, tmp_path: Path
-) -> None:
-    (one, two), queue = some(plugins, tmp_path)
-    assert queue.next() == (one, False)
-    assert queue.after(one, Outcome("busy", "another makes it")) is None
-    assert [queue.next(), queue.next(), queue.next()] == [(two, False), (one, True), None]
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from tests.test_sweep import alive, numbers, start, wait_for_stages
 pytestmark = pytest.mark.slow
 
 SCENARIO = '''
+import time
 from dataclasses import replace
 from pathlib import Path
 from cl_graft import plugins
@@ -29,9 +30,12 @@ from cl_graft.training import fit
 
 
 def trained(*given, counted=fit.fit, **named):
-    """Whoever trains a stage writes its key down."""
+    """Whoever trains a stage writes its key down, and waits while there is a file `hold`, but for a minute."""
     with Path(__file__).with_name("trained").open("a") as file:
         file.write(given[5].name + "\\n")
+    deadline = time.monotonic() + 60
+    while Path(__file__).with_name("hold").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
     return counted(*given, **named)
 
 
@@ -95,11 +99,17 @@ def test_at_once_each_cell_and_stage_is_computed_once(scenario: Path, tmp_path: 
 def test_one_takes_over_the_cells_of_one_that_is_killed(scenario: Path, tmp_path: Path) -> None:
     """Of which the kill hits the main process only: its worker ends by itself, and frees what it held."""
     out, strategies = tmp_path / "out", "sequential,individual"
+    hold = scenario.with_name("hold")
+    hold.touch()
     struck = start(command(scenario, out, strategies))
     wait_for_stages(struck, out, 1)
     family = psutil.Process(struck.pid).children(recursive=True)
     spared = start(command(scenario, out, strategies))
+    assert spared.stderr is not None
+    while "waiting for another sweep" not in (line := spared.stderr.readline()):
+        assert line, spared.communicate()
     os.kill(struck.pid, signal.SIGKILL)
+    hold.unlink()
     struck.communicate()
     assert ended(spared) == 0
     assert alive(family) == []

@@ -126,7 +126,7 @@ class Progress:
         from rich.text import Text
 
         groups: dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, float]]]]] = {}
-        for name, row in self.rows.items():
+        for name, row in list(self.rows.items()):  # drawn in another thread
             config = self.configs[name]
             group = (config.scenario_label, config.model, config.budget)
             groups.setdefault(group, {}).setdefault(config.label, []).append(row)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CLGraftError, UnknownName
+from ..errors import CLGraftError
 from . import complete
 
 if TYPE_CHECKING:
@@ -116,15 +116,13 @@ def sweep_from(file: Path | None, given: dict[str, Any]) -> Sweep:
     from ..spec import read, sweep_of, with_options
 
     fields: dict[str, Any] = {name: names(given[name]) for name in LISTS if given.get(name)}
-    fields |= {name: given[name] for name in PLAIN if given.get(name)}
+    fields |= {name: given[name] for name in PLAIN if given.get(name) not in (None, False)}
     if seeds := given.get("seeds"):
         fields["seeds"] = [_integer(s) for s in names(seeds)]
     if launch := given.get("launch"):
         fields["launch"] = dict(_pair(part, "--launch") for part in names(launch))
     if train_on := given.get("train_on"):
         fields["train_on"] = dict(_pair(text, "--train-on") for text in train_on)
-    if fields.get("wandb") not in (None, "auto", "offline", "online", "off"):
-        raise UnknownName("W&B mode", fields["wandb"], ["auto", "offline", "online", "off"])
     where = str(file) if file else "the command"
     everything = {**(read(file) if file else {}), **fields}
     sets = [parse_set(text) for text in given.get("set_") or []]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CLGraftError, UnknownName
+from ..errors import CLGraftError
 from .options import (
     Budgets,
     Cache,
@@ -31,11 +32,9 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..config import RunConfig
-    from ..executors import Executor
+    from ..executors import Executor, Report
     from ..spec import Sweep
-    from ..sweep import Failure
-
-EXECUTORS = ("local", "ray")
+    from ..sweep import Aside, Failure
 
 
 def sweep(
@@ -73,8 +72,6 @@ def sweep(
     ] = False,
 ) -> None:
     """Run every combination, of a file or of these options; run it again to continue what was stopped."""
-    if executor not in (None, *EXECUTORS):
-        raise UnknownName("executor", executor, EXECUTORS)
     given = locals()
     if resume:
         file = _held(file, given)
@@ -112,33 +109,47 @@ def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
 
     cells = asked.cells()
     results = [finished(c) for c in cells]
-    if all(results) and (asked.out / "report").is_dir():
+    if all(results) and _reported(cells, asked.out / "report"):
         print_finished([r for r in results if r], asked.out)
         return []
     left = [config for config, result in zip(cells, results, strict=True) if result is None]
-    asked.save(asked.out)
-    executor, further = _executor(asked, cells)
+    executor, aside = _executor(asked, cells)
+
+    def checked(task: Callable[[Report], None], report: Report) -> None:
+        aside(task, report)
+        asked.save(asked.out)  # what is refused is not what the folder is of
+
     failures: list[Failure] = []
     with interruptible(), view(cells) as report:
-        failures = run_cells(
-            left, executor, report, retry_failed=retry_failed, fail_fast=fail_fast, **further
-        )
+        failures = run_cells(left, executor, report, checked, retry_failed, fail_fast)
     if len(failures) < len(cells):
         write_report([asked.out], asked.out / "report")
     return failures
 
 
-def _executor(asked: Sweep, cells: list[RunConfig]) -> tuple[Executor, dict[str, Any]]:
-    """The executor, and what further it brings for `cl_graft.sweep.sweep`."""
+def _reported(cells: list[RunConfig], folder: Path) -> bool:
+    """Whether the report there is of all these cells."""
+    from ..record import RecordError, read_json
+
+    try:
+        made = read_json(folder / "made.json")
+    except RecordError:
+        return False
+    return all(f"cells/{config.cell}.html" in made for config in cells)
+
+
+def _executor(asked: Sweep, cells: list[RunConfig]) -> tuple[Executor, Aside]:
+    """The executor, and how the checks before it are called."""
+    from ..executors import local
+
     if asked.executor == "ray":
         from ..executors import ray
 
-        return partial(ray.run_cells, workers=asked.workers, asks=asked.ray), {}
-    from ..executors import local
-
+        return partial(ray.run_cells, workers=asked.workers, asks=asked.ray), local.aside
     # a stage of several processes has all of the machine's devices to itself
-    alone = 1 if any(c.launch.processes for c in cells) else local.default_workers()
-    return partial(local.run_cells, workers=asked.workers or alone), {"aside": local.aside}
+    several = any(c.launch.processes for c in cells)
+    workers = asked.workers or (1 if several else local.default_workers(asked.threads))
+    return partial(local.run_cells, workers=workers), local.aside
 
 
 def validate(

@@ -20,12 +20,14 @@ Progress = Callable[[str, float], None]  # the same of one cell
 class Outcome:
     """How an attempt at a cell ended.
 
-    busy: what it needs next is being made by another cell or sweep. lost: its process or its node died, or was told
-    to stop; what was finished is on disk. reason: of anything but `done`, in one sentence.
+    refused: by a disk or a network, and the same command tries it again. busy: what it needs next is being made by
+    another cell or sweep. lost: its process or its node died, or was told to stop; what was finished is on disk.
+    reason: of anything but `done`, in one sentence. trace: of a failure.
     """
 
-    state: Literal["done", "failed", "busy", "lost"]
+    state: Literal["done", "failed", "refused", "busy", "lost"]
     reason: str = ""
+    trace: str = ""
 
 
 # What a cell that is tried again is told to be doing until then.

@@ -5,23 +5,21 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from ..config import RunConfig
-from ..errors import CLGraftError
-from ..record import Busy, CellBusy, CellFolder
+from ..errors import CLGraftError, Refused
+from ..record import Busy, CellBusy, CellFolder, held
 from . import Outcome, Progress
 
 
 def attempt(config: RunConfig, progress: Progress, patient: bool) -> Outcome:
-    """Run the cell or continue it; its folder says meanwhile that it runs, and afterwards how it ended.
+    """Run the cell or continue it; its folder says meanwhile that it runs.
 
     patient: wait for what another process is making; else the outcome is `busy`.
     """
     from ..cell import run
 
-    folder = CellFolder(config.out / config.cell)
     try:
         while True:
             try:
@@ -31,19 +29,17 @@ def attempt(config: RunConfig, progress: Progress, patient: bool) -> Outcome:
                 if not patient:
                     raise
                 progress("waiting for another sweep", 0.0)
-                time.sleep(1.0)
+                while held(CellFolder(config.out / config.cell).lock_file):
+                    time.sleep(1.0)
     except Busy as error:
         return Outcome("busy", str(error))
+    except Refused as error:
+        return Outcome("refused", str(error))
     except CLGraftError as error:
-        reason, trace = str(error), traceback.format_exc()
-    except Exception as error:
-        reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
-    try:
-        with suppress(CellBusy), folder.lock():  # else another sweep tries again already
-            folder.failed(reason, trace)
-    except CLGraftError as error:
-        reason += f" ({error})"
-    return Outcome("failed", reason)
+        return Outcome("failed", str(error), traceback.format_exc())
+    except (Exception, SystemExit) as error:
+        said = str(error).strip().split("\n", 1)[0]
+        return Outcome("failed", f"{type(error).__name__}: {said}", traceback.format_exc())
 
 
 def seldom(report: Callable[..., None], seconds: float = 0.2) -> Callable[..., None]:

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,11 +38,12 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
-def default_workers() -> int:
-    """One a GPU where there are GPUs, else one a core."""
-    if hasattr(os, "sched_getaffinity"):
-        return gpus() or len(os.sched_getaffinity(0))
-    return gpus() or os.cpu_count() or 1
+def default_workers(threads: int) -> int:
+    """One a GPU where there are GPUs, else as many as the cores suffice for."""
+    if found := gpus():
+        return found
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // threads)
 
 
 def aside(task: Callable[[Report], None], report: Report) -> None:
@@ -146,8 +148,7 @@ def _heard(worker: _Worker, report: Report) -> Outcome | None:
         worker.process.join()
         return Outcome(
             "lost",
-            "its process was killed; run the same command again to continue, with fewer --workers if memory "
-            "was short",
+            "its process was killed; with fewer --workers there is more memory for each",
         )
     return None
 
@@ -185,6 +186,9 @@ def _aside(says: connection.Connection, task: Callable[[Report], None]) -> None:
             task(lambda *said: says.send(said))
         except CLGraftError as error:
             says.send(str(error))
+        except Exception as error:  # a scenario's own, most likely
+            traceback.print_exc()
+            says.send(f"{type(error).__name__}: {error}")
 
 
 def _work(

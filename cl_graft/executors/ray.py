@@ -7,6 +7,7 @@ given to another, which goes on from what the first left: in the shared results 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ def run_cells(
     left, running = Queue(cells), dict[Any, RunConfig]()
     try:
         while True:
-            slots = workers or _room(ray, asks)
+            slots = workers or max(1, _room(ray, asks))  # without a node Ray waits for one
             while len(running) < slots and (chosen := left.next()):
                 config, patient = chosen
                 running[
@@ -75,7 +76,9 @@ def _connected(asks: Ray, workers: int) -> Any:
         raise CLGraftError("Ray is not installed; `pip install cl-graft[ray]`.") from error
     if not ray.is_initialized():
         address = asks.address or os.environ.get("RAY_ADDRESS")
-        here: dict[str, Any] = {"address": address} if address else {"num_cpus": workers or None}
+        here: dict[str, Any] = {"address": address}
+        if not address:  # one of our own, even where another's is running
+            here = {"address": "local", "num_cpus": math.ceil(workers * asks.cpus) or None}
         try:
             _reach(address)  # Ray itself would try for minutes
             ray.init(
@@ -116,21 +119,26 @@ def _outcome(ray: Any, reference: Any) -> Outcome:
         return Outcome(*ray.get(reference))
     except ray.exceptions.RayError as error:
         reason = str(error).strip().split("\n", 1)[0].rstrip(".")
-        return Outcome("lost", f"its node or process was lost ({type(error).__name__}: {reason})")
+        return Outcome("lost", f"its node or process was lost ({type(error).__name__}: {reason}).")
 
 
-def _work(work: Work, config: str, patient: bool, events: Any, folder: str) -> tuple[Any, str]:
+def _work(work: Work, config: str, patient: bool, events: Any, folder: str) -> tuple[Any, ...]:
     """On a node: an attempt at the cell; plain values go back.
 
     folder: where the sweep was started, which relative paths begin from if the node has it, too.
     """
+    from ray.exceptions import RayError
+
     if os.path.isdir(folder):
         os.chdir(folder)
     made = RunConfig.model_validate_json(config)
     os.environ["OMP_NUM_THREADS"] = str(made.threads)
 
     def report(what: str, done: float) -> None:
-        events.put_nowait((made.cell, what, done))
+        try:
+            events.put_nowait((made.cell, what, done))
+        except RayError:  # nobody listens any more: no failure of the cell
+            raise KeyboardInterrupt from None
 
     outcome = work(made, seldom(report, 1.0), patient)
-    return outcome.state, outcome.reason
+    return outcome.state, outcome.reason, outcome.trace

@@ -104,14 +104,14 @@ def obtain(name: str, data_dir: Path | None = None) -> Path:
     Raises DataError where a model that is trained on the user's data finds none, CLGraftError where the
     cache cannot be written.
     """
-    from filelock import FileLock
+    from ..record import file_lock
 
     spec = SPECS[name]
     texts = corpus.texts(data_dir) if spec.corpus == "data" else []
     target = folder(name, texts)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
+        with file_lock(Path(f"{target}.lock")):
             if not target.exists():
                 for left in target.parent.glob(
                     f".building-{target.name}-*"

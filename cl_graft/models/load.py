@@ -13,19 +13,23 @@ if TYPE_CHECKING:
 
 
 def locate(name: str, data_dir: Path | None = None) -> str:
-    """The folder or hub id behind a model's name; an embedded model is trained now if need be.
+    """The folder or hub id behind a model's name; an embedded model is trained now if need be. Raises as `check`."""
+    check(name)
+    return str(embedded.obtain(name, data_dir)) if name in embedded.SPECS else name
 
-    Raises UnknownName for a name that is neither embedded, nor a folder, nor shaped like `owner/model`.
+
+def check(name: str) -> None:
+    """Raises UnknownName for a name that is neither embedded, nor a folder, nor shaped like `owner/model`.
+
+    Raises CLGraftError for a folder that is no model's.
     """
     if name in embedded.SPECS:
-        return str(embedded.obtain(name, data_dir))
+        return
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise CLGraftError(f"{name} holds no config.json; give a Hugging Face model folder.")
-        return name
-    if name.count("/") == 1 and not name.startswith((".", "/")):
-        return name
-    raise UnknownName("model", name, [*embedded.SPECS, "a model folder", "owner/model"])
+    elif name.count("/") != 1 or name.startswith((".", "/")):
+        raise UnknownName("model", name, [*embedded.SPECS, "a model folder", "owner/model"])
 
 
 def attention() -> str:

@@ -40,11 +40,14 @@ def resolve(mode: WandbMode) -> str:
         return mode
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return "offline" if os.environ["WANDB_MODE"] == "offline" else "off"
-    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    logged_in = os.environ.get("WANDB_API_KEY") or (
-        netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
-    )
-    return "online" if logged_in else "offline"
+    return "online" if os.environ.get("WANDB_API_KEY") or _in_netrc() else "offline"
+
+
+def _in_netrc() -> bool:
+    with suppress(OSError, RuntimeError):  # it may be somebody else's, and there may be no home
+        netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+        return "api.wandb.ai" in netrc.read_text(errors="ignore")
+    return False
 
 
 class Wandb:

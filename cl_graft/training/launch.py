@@ -54,7 +54,8 @@ def launched(
     """
     from datasets import Dataset
 
-    check(config, launch)
+    check(launch)
+    accumulation(config.batch, launch)
     for left in work.glob(f"{FAILED}*"):
         left.unlink()
     checkpoint.save_start(model, tokenizer, work / "start")
@@ -77,13 +78,12 @@ def launched(
         model.to(device)
 
 
-def check(config: StageConfig, launch: Launch) -> None:
+def check(launch: Launch) -> None:
     """Raises CLGraftError for what can be seen not to work before anything is started."""
     if find_spec("deepspeed") is None:
         raise CLGraftError(
             "launching a stage needs DeepSpeed; install it with `pip install cl-graft[deepspeed]`."
         )
-    accumulation(config.batch, launch)
     gpus = torch.cuda.device_count()
     if launch.hostfile is None and gpus and launch.processes > gpus:
         raise CLGraftError(

@@ -35,6 +35,7 @@ from ..record import (
     read_jsonl,
     read_lines,
     refused,
+    use,
     write_json,
     write_lines,
 )
@@ -97,6 +98,7 @@ class Stages:
         target, begun = self.folder / "stages" / key, perf_counter()
         with _refusals(target), locked(target, self.patient):
             waited = perf_counter() - begun
+            use(target, self)
             self._fetch(target)
             work = target.with_name(f"{key}.work")
             if not is_whole(target):

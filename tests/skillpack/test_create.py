@@ -25,6 +25,7 @@ from cl_graft.skillpack.create import Calibration, create
 from cl_graft.skillpack.file import SkillPack
 from cl_graft.skillpack.folder import apply_pack, remove_pack
 from cl_graft.skillpack.pair import pair
+from tests.command import Call, assert_refused
 
 SIZE = {
     "vocab_size": 96,
@@ -237,35 +238,37 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "cl_graft", "pack", *map(str, words)]
 
 
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*words), capture_output=True, text=True, check=False)
+@pytest.fixture
+def run(call: Call) -> Call:
+    """`cl-graft pack` with these words."""
+    return lambda *words: call("pack", *words)
 
 
-def test_create_verify_apply_export_by_command(nano, tmp_path: Path) -> None:
+def test_create_verify_apply_export_by_command(nano, run: Call, tmp_path: Path) -> None:
     base, after, text = nano
     out = tmp_path / "skill.safetensors"
     (tmp_path / "policy.toml").write_text("group_size = 64\n")
     options = ["--calibration", text, "--policy", tmp_path / "policy.toml", "--budget", "12%"]
     made = run("create", "--base", base, "--tuned", after, "--out", out, "--task", "sums", *options)
-    assert made.returncode == 0, made.stderr
-    assert f"{out.stat().st_size:,} bytes of" in made.stdout and "peak memory" in made.stdout
+    assert made.code == 0, made.err
+    assert f"{out.stat().st_size:,} bytes of" in made.out and "peak memory" in made.out
     pack = SkillPack.load(out)
     assert (pack.task, pack.options["group_size"], pack.options["budget"]) == ("sums", 64, "12%")
     checked = run("verify", out, "--base", base)
-    assert checked.returncode == 0 and "is whole" in checked.stdout
+    assert checked.code == 0 and "is whole" in checked.out
     applied = run("apply", "--base", base, "--pack", out, "--out", tmp_path / "applied")
-    assert applied.returncode == 0, applied.stderr
+    assert applied.code == 0, applied.err
     again = run("create", "--base", base, "--tuned", tmp_path / "none", "--out", out)
-    assert again.returncode == 1 and again.stderr.startswith("error: ") and "none" in again.stderr
+    assert again.code == 1 and again.err.startswith("error: ") and "none" in again.err
     assert SkillPack.load(out).digest == pack.digest
 
 
-def test_inspect_tells_the_error_of_every_tensor_and_role(nano, tmp_path: Path) -> None:
+def test_inspect_tells_the_error_of_every_tensor_and_role(nano, run: Call, tmp_path: Path) -> None:
     base, after, _ = nano
     out = tmp_path / "p.safetensors"
     create(base, after, out, budget="30%")
     done = run("inspect", out, "--base", base, "--tuned", after, "--json")
-    found, pairing = json.loads(done.stdout), pair(Checkpoint(base), Checkpoint(after))
+    found, pairing = json.loads(done.out), pair(Checkpoint(base), Checkpoint(after))
     pack, sums = SkillPack.load(out), {"mlp": [0.0, 0.0]}
     for row in found["tensors"]:
         delta = pairing.delta(row["tensor"])
@@ -277,14 +280,14 @@ def test_inspect_tells_the_error_of_every_tensor_and_role(nano, tmp_path: Path) 
             ]
     (mlp,) = (row for row in found["roles"] if row["role"] == "mlp")
     assert mlp["error"] == pytest.approx((sums["mlp"][0] / sums["mlp"][1]) ** 0.5, abs=1e-3)
-    assert run("inspect", out, "--tuned", after).returncode == 1
+    assert run("inspect", out, "--tuned", after).code == 1
 
 
-def test_a_killed_command_is_continued_by_the_same_command(nano, tmp_path: Path) -> None:
+def test_a_killed_command_is_continued_by_the_same_command(nano, run: Call, tmp_path: Path) -> None:
     base, after, text = nano
     whole, out = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
     words = ["create", "--base", base, "--tuned", after, "--calibration", text, "--out"]
-    assert run(*words, whole).returncode == 0
+    assert run(*words, whole).code == 0
     process = subprocess.Popen(command(*words, out), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("killed*.work/*/*.safetensors")) and time.monotonic() < deadline:
@@ -293,12 +296,12 @@ def test_a_killed_command_is_continued_by_the_same_command(nano, tmp_path: Path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists() and list(tmp_path.glob("killed*.work"))
-    assert run(*words, out).returncode == 0
+    assert run(*words, out).code == 0
     assert out.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.work"))
 
 
-def test_the_commands_of_the_readme(nano, tmp_path: Path, monkeypatch) -> None:
+def test_the_commands_of_the_readme(nano, run: Call, tmp_path: Path, monkeypatch) -> None:
     base, after, text = nano
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     block = next(b for b in re.findall(r"```bash\n(.*?)```", readme, re.S) if "pack remove" in b)
@@ -310,7 +313,7 @@ def test_the_commands_of_the_readme(nano, tmp_path: Path, monkeypatch) -> None:
         words = shlex.split(line.replace("--budget 5%", "--budget 40%"), comments=True)
         assert words[:2] == ["cl-graft", "pack"]
         found = run(*words[2:])
-        assert found.returncode == 0, (line, found.stderr)
+        assert found.code == 0, (line, found.err)
 
 
 @pytest.mark.parametrize(
@@ -322,9 +325,8 @@ def test_the_commands_of_the_readme(nano, tmp_path: Path, monkeypatch) -> None:
         (["--calibration", "gone.jsonl"], "gone.jsonl"),
     ],
 )
-def test_bad_options_are_one_sentence(nano, tmp_path: Path, words, answer) -> None:
+def test_bad_options_are_one_sentence(nano, run: Call, tmp_path: Path, words, answer) -> None:
     base, after, _ = nano
     out = tmp_path / "x.safetensors"
     found = run("create", "--base", base, "--tuned", after, "--out", out, *words)
-    assert found.returncode == 1 and answer in found.stderr
-    assert found.stderr.count("\n") == 1 and "Traceback" not in found.stderr
+    assert_refused(found, answer)
