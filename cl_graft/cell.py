@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import prompts
 from .config import RunConfig
+from .executors import Progress
 from .identity import data_fingerprint, machine, package_digest, peak_memory_mb, versions
 from .mirror import Mirror
 from .models.load import locate
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from .skillpack.file import SkillPack
     from .strategy import Strategy
     from .tracking import Trackers
-
-Progress = Callable[[str, float], None]  # what is being done, fraction of the whole cell
 
 
 def run(

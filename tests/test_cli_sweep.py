@@ -59,6 +59,22 @@ def test_validate_finds_what_would_stop_a_sweep(call: Call, file: Path) -> None:
     assert call("validate", str(file), "--allow-code-execution").code == 0
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("models: mini-lama", "did you mean mini-llama"),
+        ("mirror: nothing://x", "give a URL that fsspec knows"),
+        ("launch: {processes: 3}", "3 processes with micro-batches of 5 cannot make a batch of 16"),
+        ("launch: {processes: 2, hostfile: no-file}", "no-file cannot be read"),
+    ],
+)
+def test_validate_looks_at_all_that_cells_are_run_with(
+    line: str, words: str, call: Call, file: Path
+) -> None:
+    file.write_text(f"scenarios: mini\nstrategies: lora\n{line}\n")
+    assert_refused(call("validate", str(file), "--allow-code-execution"), words)
+
+
 @pytest.mark.slow
 def test_a_sweep_from_its_file_with_options_over_it(call: Call, file: Path, tmp_path: Path) -> None:
     """Here the options add a seed; what was asked for is kept beside the results, and can be resumed."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cl_graft.cli.live import Progress, view
+from cl_graft.cli.live import Board, view
 from cl_graft.config import RunConfig
 from cl_graft.record import CellFolder
 
@@ -26,7 +26,7 @@ def stage(config: RunConfig, number: int, **scores: float) -> None:
     (folder / "stage.json").write_text(json.dumps({"scores": made}))
 
 
-def shown(progress: Progress) -> str:
+def shown(progress: Board) -> str:
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(progress.drawn())
     return console.export_text()
@@ -41,7 +41,7 @@ class Clock:
 
 def test_cells_by_state_what_each_does_and_the_time_left(tmp_path: Path) -> None:
     clock, (a, b, c) = Clock(), cells(tmp_path)
-    progress = Progress([a, b, c], clock)
+    progress = Board([a, b, c], clock)
     assert "3 cells: 3 waiting" in shown(progress)
     progress.take("models", "preparing mini-llama", 0.0)
     assert "preparing mini-llama" in shown(progress)
@@ -58,7 +58,7 @@ def test_cells_by_state_what_each_does_and_the_time_left(tmp_path: Path) -> None
 
 def test_a_cell_that_another_holds_up_is_waiting(tmp_path: Path) -> None:
     (a,) = cells(tmp_path, 1)
-    progress = Progress([a])
+    progress = Board([a])
     progress.take(a.cell, "waiting for another's work", 0.0)
     assert progress.states() == {"waiting": 1}
 
@@ -66,7 +66,7 @@ def test_a_cell_that_another_holds_up_is_waiting(tmp_path: Path) -> None:
 def test_the_matrix_fills_up(tmp_path: Path) -> None:
     a, b, _ = made = cells(tmp_path)
     stage(a, 0, math=0.0, code=0.0)
-    progress = Progress(made)
+    progress = Board(made)
     assert "graftllm" in shown(progress) and "0 of 2" in shown(progress)
     stage(a, 1, math=0.885, code=0.25)
     progress.take(a.cell, "training code", 0.4)
@@ -85,7 +85,7 @@ def test_what_was_done_before_counts_but_not_for_the_speed(tmp_path: Path) -> No
     folder = tmp_path / made[0].cell
     folder.mkdir()
     (folder / "result.json").write_text("{}")
-    progress = Progress(made, clock)
+    progress = Board(made, clock)
     assert progress.states() == {"done": 1, "waiting": 1}
     clock.now = 30.0
     progress.take(made[1].cell, "training math", 0.5)
@@ -96,7 +96,7 @@ def test_names_are_no_markup(tmp_path: Path) -> None:
     config = RunConfig(
         scenario="mini", strategy="lora", out=tmp_path, options={"lora": {"tag": "[red]"}}
     )
-    progress = Progress([config])
+    progress = Board([config])
     progress.take(config.cell, "training [bold]", 0.5)
     assert "lora(tag=[red]), seed 0" in shown(progress) and "training [bold]" in shown(progress)
 

@@ -11,7 +11,8 @@ import pytest
 
 from cl_graft.cell import run
 from cl_graft.config import RunConfig
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, Refused
+from cl_graft.executors.attempt import attempt
 from cl_graft.mirror import Mirror
 
 
@@ -83,22 +84,63 @@ def test_a_url_that_nobody_knows(wrong: str, tmp_path: Path) -> None:
         Mirror(wrong).pull("cell", tmp_path)
 
 
+def test_several_send_the_same_file(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes that finish a stage at once: whoever is second finds no file of its own gone."""
+    folder = write(tmp_path / "a", cell_json="x")
+    memory = type(fsspec.filesystem("memory"))
+    move, moves = memory.mv, []
+
+    def late(self: object, source: str, target: str) -> None:
+        moves.append((source, target))
+        if len(moves) == 1:
+            Mirror(url).push(folder, "cell")
+        move(self, source, target)
+
+    monkeypatch.setattr(memory, "mv", late)
+    Mirror(url).push(folder, "cell")
+    assert len({source for source, _ in moves}) == 2
+    assert fsspec.filesystem("memory").find("/sweep") == ["/sweep/cell/cell.json"]
+
+
+def config(out: Path, mirror: str | None) -> RunConfig:
+    sizes = {"tasks": "math,cipher", "steps": 4, "train_size": 32, "test_size": 8}
+    return RunConfig(
+        scenario="mini",
+        strategy="graftllm",
+        model="nano-llama",
+        out=out,
+        mirror=mirror,
+        wandb="off",
+        options={"mini": sizes},
+    )
+
+
+@pytest.mark.slow
+def test_what_could_not_be_sent_at_last_is_sent_by_the_next_attempt(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config(tmp_path, url)
+    push = Mirror.push
+
+    def fails(self: Mirror, folder: Path, name: str) -> None:
+        if (folder / "result.json").exists():
+            raise Refused("memory:// cannot be written.")
+        push(self, folder, name)
+
+    monkeypatch.setattr(Mirror, "push", fails)
+    refused = attempt(made, lambda *_: None, True)
+    assert (refused.state, refused.reason) == ("refused", "memory:// cannot be written.")
+    monkeypatch.undo()
+    assert attempt(made, lambda *_: None, True).state == "done"
+    Mirror(url).pull(made.cell, tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "result.json").is_file()
+
+
 @pytest.mark.slow
 def test_a_cell_goes_on_from_its_copy_on_another_disk(url: str, tmp_path: Path) -> None:
     """The first machine is lost after the first task: with all of its disk."""
-
-    def config(out: Path, mirror: str | None) -> RunConfig:
-        return RunConfig(
-            scenario="mini",
-            strategy="graftllm",
-            model="nano-llama",
-            out=out,
-            mirror=mirror,
-            wandb="off",
-            options={
-                "mini": {"tasks": "math,cipher", "steps": 4, "train_size": 32, "test_size": 8}
-            },
-        )
 
     class Lost(Exception):
         pass
@@ -117,5 +159,7 @@ def test_a_cell_goes_on_from_its_copy_on_another_disk(url: str, tmp_path: Path) 
     assert result["matrix"] == alone["matrix"]
     Mirror(url).pull(second.cell, tmp_path / "third")
     assert json.loads((tmp_path / "third" / "result.json").read_text()) == result
+    (asked,) = fsspec.filesystem("memory").find("/sweep/data")
+    assert asked == f"/sweep/data/{result['data']}.jsonl"
     kinds = {path.split("/")[3] for path in fsspec.filesystem("memory").find("/sweep/cache")}
     assert kinds == {"stages", "evaluations"}

@@ -75,7 +75,7 @@ def test_a_cell_says_what_it_spent_and_what_the_harness_took(tmp_path):
 @pytest.mark.slow
 def test_a_fifth_delta_method_costs_less_than_a_seventh_of_the_sweep(tmp_path):
     """On the embedded scenario, as ratios within one run; a finished sweep does no work when it is run again."""
-    sizes = ["mini.steps=250", "mini.test_size=24", "mini.tasks=math,cipher"]
+    sizes = ["mini.steps=60", "mini.test_size=24", "mini.tasks=math,cipher"]
     base = [
         sys.executable,
         "-m",

@@ -12,9 +12,9 @@ from typing import Any
 import typer
 
 from ..config import RunConfig
+from ..executors import Report
 from ..record import CellFolder
 
-Report = Callable[[str, str, float], None]
 ROWS = 16  # of the matrix that fit beside the rest
 
 
@@ -24,15 +24,15 @@ def view(cells: Sequence[RunConfig]) -> Iterator[Report]:
     from rich.console import Console
     from rich.live import Live
 
-    console, progress = Console(stderr=True), Progress(cells)
+    console, board = Console(stderr=True), Board(cells)
     if not console.is_terminal:
-        yield progress.line
+        yield board.line
         return
-    with Live(get_renderable=progress.drawn, console=console, refresh_per_second=4):
-        yield progress.take
+    with Live(get_renderable=board.drawn, console=console, refresh_per_second=4):
+        yield board.take
 
 
-class Progress:
+class Board:
     """What is known of each cell: what it does, how far it is, and the last row of its matrix."""
 
     def __init__(self, cells: Sequence[RunConfig], clock: Callable[[], float] = time.monotonic):

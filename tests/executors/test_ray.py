@@ -13,6 +13,7 @@ import pytest
 
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
+from cl_graft.executors import ray as executor
 from cl_graft.executors.ray import run_cells
 from cl_graft.spec import Ray
 
@@ -98,6 +99,27 @@ def test_the_cells_of_a_lost_node_go_on_at_another(
     assert result["complete"]
     assert heard.count("loading the model") == 2
     assert heard.count("evaluating the base model") == 1, "what was whole is not done again"
+
+
+def test_a_cluster_that_has_no_node_for_a_moment_loses_no_cell(
+    strategy: str, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.add_node(num_cpus=1)
+    ray.init(cluster.address, log_to_driver=False)
+    rooms = iter([1])  # when it is first asked
+    monkeypatch.setattr(executor, "_room", lambda *_: next(rooms, 0))
+    made = cells(strategy, tmp_path / "out", 2)
+    assert states(run_cells(made, lambda *_: None, 0, Ray())) == ["done", "done"]
+
+
+def test_a_cluster_of_our_own_has_what_so_many_workers_ask_for(
+    strategy: str, tmp_path: Path
+) -> None:
+    try:
+        made = cells(strategy, tmp_path / "out", 1)
+        assert states(run_cells(made, lambda *_: None, 1, Ray(cpus=3))) == ["done"]
+    finally:
+        ray.shutdown()
 
 
 def test_what_the_cluster_never_has_is_refused(strategy: str, tmp_path: Path, cluster: Any) -> None:
