@@ -24,7 +24,7 @@ class Asked:
 
 def keep(out: Path, fingerprint: str, scenario: Scenario) -> None:
     """Write the scenario's test examples, unless they are there. Raises RecordError if the disk refuses them."""
-    path = _file(out, fingerprint)
+    path = file(out, fingerprint)
     if path.is_file():
         return
     examples = {task.name: task.test for task in scenario.tasks}
@@ -42,14 +42,15 @@ def keep(out: Path, fingerprint: str, scenario: Scenario) -> None:
 def recall(out: Path, fingerprint: str) -> dict[str, list[Asked]]:
     """{task: its test examples}; empty where none were kept, as by earlier versions."""
     found: dict[str, list[Asked]] = {}
-    path = _file(out, fingerprint)
+    path = file(out, fingerprint)
     for line in read_jsonl(path) if path.is_file() else ():
         asked = Asked(line["prompt"], line["reference"], line.get("suite", ""))
         found.setdefault(line["task"], []).append(asked)
     return found
 
 
-def _file(out: Path, fingerprint: str) -> Path:
+def file(out: Path, fingerprint: str) -> Path:
+    """Where they are kept."""
     return out / "data" / f"{fingerprint}.jsonl"
 
 

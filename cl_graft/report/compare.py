@@ -146,7 +146,7 @@ def _over(values: Sequence[float | None]) -> Interval | None:
     if not known or len(known) < len(values):
         return None
     if len(known) == 1:
-        return Interval(known[0], math.nan, math.nan, "seeds")
+        return Interval(known[0], math.nan, math.nan)
     return over_seeds(known)
 
 

@@ -24,15 +24,11 @@ MANY = 64  # more different outcomes than these are drawn one by one
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval, whose ends are NaN where nothing tells them.
-
-    over: what varies, `seeds` (Student's t) or `examples` (`over_examples`, or the normal where they are not on disk).
-    """
+    """A mean with its 95 % interval, whose ends are NaN where nothing tells them."""
 
     mean: float
     low: float
     high: float
-    over: str
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
     """
     x = np.asarray(values, dtype=np.float64)
     half = _t(x.size - 1) * float(x.std(ddof=1)) / math.sqrt(x.size)
-    return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half, "seeds")
+    return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
 
 
 def over_examples(strata: Strata) -> Interval:
@@ -70,13 +66,13 @@ def over_examples(strata: Strata) -> Interval:
     limits = [(weight, float(x.mean()), *_limits(x, rng)) for weight, x in strata]
     below = math.hypot(*(weight * (m - low) for weight, m, low, _ in limits))
     above = math.hypot(*(weight * (high - m) for weight, m, _, high in limits))
-    return Interval(mean, mean - below, mean + above, "examples")
+    return Interval(mean, mean - below, mean + above)
 
 
 def over_normal(mean: float, stderr: float) -> Interval:
     """Of a mean of which only the standard error is known."""
     half = _z() * stderr
-    return Interval(mean, mean - half, mean + half, "examples")
+    return Interval(mean, mean - half, mean + half)
 
 
 def paired(seeds: Sequence[Strata], tests: Sequence[Hashable] = ()) -> Difference:

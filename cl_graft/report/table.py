@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import rich.table
 
 UNMEASURED = "–"
+TEXTS = ("md", "csv", "tex")  # what a table is written as
 PAGE = 80  # characters that a line of LaTeX's text holds, about
 
 
@@ -75,10 +76,10 @@ class Table:
 
     def write(self, stem: Path) -> list[Path]:
         """STEM.md, STEM.csv and STEM.tex, each whole or not at all."""
-        kinds = {"md": self.markdown() + "\n", "csv": self.csv(), "tex": self.latex()}
+        texts = (self.markdown() + "\n", self.csv(), self.latex())
         return [
             write_atomic(stem.with_name(f"{stem.name}.{kind}"), text.encode())
-            for kind, text in kinds.items()
+            for kind, text in zip(TEXTS, texts, strict=True)
         ]
 
     def rich(self) -> rich.table.Table:

@@ -64,7 +64,7 @@ def test_the_best_mean_comes_first_and_each_is_compared_to_it():
     assert list(known) == ["high", "low"]
     high, low = known.values()
     assert high.behind is None and not high.significant
-    assert high.op.over == "seeds" and high.op.mean == 0.75
+    assert high.op.mean == 0.75
     assert high.op.high - 0.75 == pytest.approx(12.7062 * 0.025, abs=1e-4)  # s.e. of .725 and .775
     assert low.behind.mean == pytest.approx(-0.25)
     assert (low.behind.seeds, low.behind.examples, low.seeds) == (2, 2 * N, 2)
@@ -72,7 +72,6 @@ def test_the_best_mean_comes_first_and_each_is_compared_to_it():
 
 def test_one_seed_has_limits_over_its_examples_and_never_a_star():
     known = ranked(a={0: 40}, b={0: 10})
-    assert known["a"].op.over == "examples"
     assert known["a"].op.high == pytest.approx(1.0)
     assert known["a"].op.low == pytest.approx(N / (N + 1.96**2), abs=1e-3)  # Wilson, all right
     assert known["b"].behind.p < 0.001
