@@ -94,6 +94,16 @@ def test_markup_in_names_and_answers_stays_text(made: Path) -> None:
     assert sum("&lt;script&gt;alert" in p.read_text() for p in pages) >= 2
 
 
+def test_a_page_may_fetch_nothing_from_the_network(made: Path) -> None:
+    for file in (made / "index.html", next((made / "cells").iterdir())):
+        (policy,) = re.findall(
+            r'http-equiv="Content-Security-Policy" content="(.*?)"', file.read_text()
+        )
+        rules = dict(rule.strip().partition(" ")[::2] for rule in policy.split(";"))
+        assert rules["default-src"] == rules["form-action"] == rules["base-uri"] == "'none'"
+        assert not any(word in policy for word in ("http", "*", "connect-src"))
+
+
 def test_what_has_not_changed_is_not_written_again(made: Path) -> None:
     kept = [*(made / "cells").iterdir(), *made.glob("*.png"), *made.glob("dark/*.svg")]
     before = {p: p.stat().st_mtime_ns for p in kept}
