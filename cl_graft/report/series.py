@@ -124,9 +124,10 @@ def told_apart(cells: Sequence[Cell]) -> list[Cell]:
         for stem, alike in called.items():
             tails = _tails(alike) if len(alike) > 1 else {}
             for k, cell in enumerate(found):
-                tail = tails.get(cell["config"][kind]) if "config" in cell else None
-                if tail and not cell[shown].startswith(tail):
-                    found[k] = {**cell, shown: tail + cell[shown].removeprefix(stem)}
+                tail = tails.get(cell["config"][kind], stem) if "config" in cell else stem
+                name, bracket, options = cell[shown].partition("(")
+                if tail != stem and name == stem:  # else it was told apart before
+                    found[k] = {**cell, shown: tail + bracket + options}
     return found
 
 

@@ -166,6 +166,21 @@ def test_a_report_of_a_sweep_under_way_tells_what_is_known(tmp_path: Path) -> No
     assert re.search(r"together: train \d+, compress \d+, evaluate \d+, harness \d+\.", told)
 
 
+def test_a_report_tells_plugins_of_one_name_apart(tmp_path: Path) -> None:
+    """Cells that `RunConfig.cell` keeps in folders of their own are lines of their own."""
+    make(tmp_path, cells=2, examples=4, strategies=2, scenarios=1)
+    for folder, cell in zip("ab", sorted(tmp_path.glob("*__*")), strict=True):
+        for name in ("cell.json", "result.json"):
+            told = json.loads((cell / name).read_text())
+            told["config"]["strategy"] = f"/home/me/{folder}/mine.py"
+            (cell / name).write_text(json.dumps(told | {"strategy": "mine", "label": "mine"}))
+    report(tmp_path)
+    index = (tmp_path / "report" / "index.html").read_text()
+    for name in ("a/mine", "b/mine"):
+        assert f"</span>{name}" in index
+    assert (tmp_path / "report" / "cells-table.csv").read_text().count("/mine,") == 2
+
+
 def test_right_and_wrong_are_told_by_a_sign_and_a_word() -> None:
     """Not by colour alone; and a score between 0 and 1 as a number."""
     row = Row(0, None, Answer(0.0, "no", ""), Answer(0.75, "nearly", ""), Answer(1.0, "yes", ""))

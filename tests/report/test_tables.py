@@ -215,10 +215,9 @@ def test_the_same_seed_twice_is_refused() -> None:
     assert isinstance(caught.value, CLGraftError)
 
 
-def plugin(path: str, **changes: Any) -> dict[str, Any]:
-    return cell(
-        "mine", strategy="mine", config={"scenario": "math-code", "strategy": path}, **changes
-    )
+def plugin(path: str, label: str = "mine", **changes: Any) -> dict[str, Any]:
+    config = {"scenario": "math-code", "strategy": path}
+    return cell(label, strategy="mine", config=config, **changes)
 
 
 def test_plugins_of_one_name_are_told_apart_by_their_folders() -> None:
@@ -229,7 +228,13 @@ def test_plugins_of_one_name_are_told_apart_by_their_folders() -> None:
         ("b/mine", 2),
     ]
     told = told_apart(cells)
-    assert all(one is other for one, other in zip(told, told_apart(told), strict=True))
+    some = [plugin(f"{path}/mine.py") for path in ("x/a/b", "x/c/b", "x/d")] + [plugin("mine")]
+    deep = told_apart(some)
+    assert [c["label"] for c in deep] == ["a/b/mine", "c/b/mine", "x/d/mine", "mine"]
+    for cells in (told, deep, deep[1:], deep[2:]):  # what was told apart stays as it is
+        assert all(one is other for one, other in zip(cells, told_apart(cells), strict=True))
+    (mine, _) = told_apart([plugin("a/mine.py", label="mine(rank=8)"), plugin("b/mine.py")])
+    assert mine["label"] == "a/mine(rank=8)"
     assert [line.name for line in series([plugin("mine"), plugin("x/mine.py")])] == [
         "mine",
         "x/mine",
