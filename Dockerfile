@@ -5,7 +5,8 @@
 #   docker run --rm cl-graft make test
 #   docker run --rm cl-graft .venv/bin/cl-graft doctor    # also: which walls of the sandbox the container leaves
 #   docker run --rm -v "$PWD/results:/home/graft/results" cl-graft \
-#     .venv/bin/cl-graft sweep --scenarios mini --strategies graftllm --out /home/graft/results
+#     .venv/bin/cl-graft sweep --scenarios mini --strategies graftllm --allow-code-execution \
+#     --out /home/graft/results
 #
 # (that folder must be writable for the container's user.)
 #

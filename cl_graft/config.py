@@ -80,17 +80,22 @@ class RunConfig(BaseModel):
 
     @property
     def label(self) -> str:
-        """The strategy with the options that were set, as tables show it."""
-        return self._with_options(self.short(self.strategy))
+        """The strategy with the options that were set, and what else tells its cells apart, as tables show it."""
+        more: dict[str, Any] = {
+            f"train_on.{task}": folder for task, folder in self.train_on.items()
+        }
+        if self.threads != 1:
+            more["threads"] = self.threads
+        return self._with_options(self.short(self.strategy), more)
 
     @property
     def scenario_label(self) -> str:
         """The scenario with the options that were set."""
-        return self._with_options(self.short(self.scenario))
+        return self._with_options(self.short(self.scenario), {})
 
-    def _with_options(self, name: str) -> str:
-        chosen = ", ".join(f"{k}={v}" for k, v in sorted(self.options.get(name, {}).items()))
-        return f"{name}({chosen})" if chosen else name
+    def _with_options(self, name: str, more: dict[str, Any]) -> str:
+        told = [*sorted(self.options.get(name, {}).items()), *sorted(more.items())]
+        return f"{name}({', '.join(f'{k}={v}' for k, v in told)})" if told else name
 
     @property
     def cell(self) -> str:

@@ -28,7 +28,7 @@ class Asked:
 
 def keep(out: Path, fingerprint: str, scenario: Scenario) -> Path:
     """The file with the scenario's test examples, written if need be. Raises DiskRefused if the disk does."""
-    path = _file(out, fingerprint)
+    path = file(out, fingerprint)
     if not path.is_file():
         with locked(path):
             write_text(path, "".join(json.dumps(line) + "\n" for line in _lines(scenario)))
@@ -48,14 +48,15 @@ def _lines(scenario: Scenario) -> Iterator[dict[str, Any]]:
 def recall(out: Path, fingerprint: str) -> dict[str, list[Asked]]:
     """{task: its test examples}; empty where none were kept, as by earlier versions."""
     found: dict[str, list[Asked]] = {}
-    path = _file(out, fingerprint)
+    path = file(out, fingerprint)
     for line in read_jsonl(path) if path.is_file() else ():
         asked = Asked(line["prompt"], line["reference"], line.get("suite", ""))
         found.setdefault(line["task"], []).append(asked)
     return found
 
 
-def _file(out: Path, fingerprint: str) -> Path:
+def file(out: Path, fingerprint: str) -> Path:
+    """Where they are kept."""
     return out / FOLDER / f"{fingerprint}.jsonl"
 
 

@@ -243,7 +243,18 @@ KEYS = {
     *("scenario", "strategy", "label", "model", "seed", "budget", "tasks", "complete"),
     *("matrix", "n", "stderr", "metrics", "extra_matrices", "general"),
     *("pack_bytes", "base_bytes", "budget_bytes", "seconds", "tokens", "peak_memory_mb"),
-    *("config", "options", "versions", "machine", "reads_data_dir", "identical", "spent", "data", "code", "base"),
+    *(
+        "config",
+        "options",
+        "versions",
+        "machine",
+        "reads_data_dir",
+        "identical",
+        "spent",
+        "data",
+        "code",
+        "base",
+    ),
 }
 
 

@@ -133,6 +133,12 @@ def test_the_order_in_which_options_were_set_does_not_matter() -> None:
         ),
         ({"strategy": "x/own.py", "options": {"own": {"k": 1}}}, "own(k=1)", "mini"),
         ({"scenario": "x/stream.py"}, "lora", "stream"),
+        ({"threads": 2}, "lora(threads=2)", "mini"),
+        (
+            {"train_on": {"math": "built/a"}, "options": {"lora": {"rank": 8}}},
+            "lora(rank=8, train_on.math=built/a)",
+            "mini",
+        ),
     ],
 )
 def test_labels(fields: dict[str, Any], label: str, scenario_label: str) -> None:

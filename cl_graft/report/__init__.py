@@ -17,11 +17,14 @@ class Found:
 
 
 def find(folders: Sequence[Path]) -> list[Found]:
-    """All cells at or below the folders, complete or not, in a stable order."""
+    """All cells at or below the folders, complete or not, in a stable order, as `series.told_apart`."""
     from ..record import cells
     from ..result import collect, kept
+    from .series import told_apart
 
-    return [Found(p, kept(p) or collect(p)) for folder in folders for p in cells(folder)]
+    paths = [path for folder in folders for path in cells(folder)]
+    told = told_apart([kept(path) or collect(path) for path in paths])
+    return [Found(path, dict(cell)) for path, cell in zip(paths, told, strict=True)]
 
 
 def gather(folders: Sequence[Path]) -> list[dict[str, Any]]:

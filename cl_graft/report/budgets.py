@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..matrix import mean_stderr
-from .series import Cell, Estimate
-from .style import save, styled
-from .table import Table
+from .series import Cell, Estimate, estimate, number, packs, told_apart
+from .style import looks_of, save, styled, wrap
+from .table import Table, show
+from .tradeoff import log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,10 +24,16 @@ if TYPE_CHECKING:
 FULL = "individual"  # the reference: each task's own full fine-tuning
 
 
+class _Line(NamedTuple):
+    name: str
+    strategy: str
+    complete: bool = True
+
+
 def groups(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Complete cells of each scenario and model that were run at two budgets or more."""
     found: dict[str, list[Cell]] = {}
-    for cell in cells:
+    for cell in told_apart(cells):
         if cell["complete"]:
             found.setdefault(f"{cell['scenario']} · {cell['model']}", []).append(cell)
     return {t: members for t, members in found.items() if len({c["budget"] for c in members}) > 1}
@@ -41,7 +47,7 @@ def table(title: str, cells: Sequence[Cell]) -> Table:
     for label, members in by_label.items():
         row = [label]
         for budget in budgets:
-            row += [_show(_op(members, budget), ".1f"), _show(_kept(cells, members, budget), ".0f")]
+            row += [_show(_op(members, budget)), _show(_kept(cells, members, budget))]
         rows.append(tuple(row))
     columns = ["Strategy"]
     for budget in budgets:
@@ -55,35 +61,37 @@ def table(title: str, cells: Sequence[Cell]) -> Table:
 
 @styled
 def figure(title: str, cells: Sequence[Cell]) -> Figure:
-    """OP against the bytes of the largest pack, in per cent of the base model."""
+    """OP against the bytes of the largest pack, in per cent of the base model, on a log axis.
+
+    Whiskers are one standard error over seeds; the horizontals are the base model and full fine-tuning.
+    """
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
+    lines = {_Line(m[0]["label"], m[0]["strategy"]): m for m in _by_label(cells).values()}
+    lines = {line: members for line, members in lines.items() if line.strategy != FULL}
+    looks = looks_of(list(lines))
+    drawn = Figure(figsize=(7.0, max(3.4, 1.2 + 0.3 * len(lines))), layout="constrained")
     ax = drawn.subplots()
-    for label, members in _by_label(cells).items():
-        if members[0]["strategy"] == FULL:
+    ax.set_xscale("log")
+    for line, members in lines.items():
+        points = sorted((_share(chosen), *_score(chosen)) for chosen in _each_budget(members))
+        points = [p for p in points if p[0] > 0 and not math.isnan(p[1])]
+        if not points:
             continue
-        points = sorted(
-            (
-                100 * _mean([max(c["pack_bytes"]) / c["base_bytes"] for c in chosen])[0],
-                *_score(chosen),
-            )
-            for chosen in _each_budget(members)
-        )
         x, y, e = zip(*points, strict=True)
         error = None if any(map(math.isnan, e)) else list(e)
-        ax.errorbar(x, y, error, marker="o", markersize=4, capsize=2, label=label)
-    for name, value in (("base", _base(cells)), ("full fine-tuning", _op_of_full(cells))):
+        look: Any = {"markersize": 5, "linewidth": 1.2, "capsize": 2, **looks[line.name]}
+        ax.errorbar(x, y, error, label=wrap(line.name, 34), **look)
+    for name, value in (("full fine-tuning", _op_of_full(cells)), ("base model", _base(cells))):
         if not math.isnan(value):
-            ax.axhline(value, color="0.5", linewidth=1, linestyle="--" if name == "base" else "-")
-            ax.annotate(
-                name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-            )
-    ax.set_xscale("log")
-    ax.set_xlabel("largest pack, per cent of the base model's bytes in bf16")
-    ax.set_ylabel("OP, per cent")
-    ax.set_title(title, fontsize=9)
-    ax.legend(fontsize=8)
+            dashes = "--" if name == "base model" else "-"
+            ax.axhline(value, color="#9A9A9A", linewidth=1, linestyle=dashes, label=name, zorder=1)
+    log_ticks(ax)
+    ax.grid()
+    ax.set_xlabel("largest pack of a task, % of the base model's bytes")
+    ax.set_ylabel("overall performance (OP), %")
+    drawn.suptitle(wrap(title, 98))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), labelspacing=0.7)
     return drawn
 
 
@@ -97,7 +105,10 @@ def _by_label(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     found: dict[str, list[Cell]] = {}
     for cell in cells:
         found.setdefault(cell["label"], []).append(cell)
-    best = {label: max(c["metrics"]["op"] for c in members) for label, members in found.items()}
+    best = {
+        label: max((c["metrics"]["op"] or 0.0 for c in members), default=0.0)
+        for label, members in found.items()
+    }
     return {label: found[label] for label in sorted(found, key=lambda name: -best[name])}
 
 
@@ -117,36 +128,36 @@ def _op(members: Sequence[Cell], budget: str) -> Estimate:
 
 
 def _score(members: Sequence[Cell]) -> Estimate:
-    return _mean([100 * c["metrics"]["op"] for c in members])
+    return estimate([100 * number(c["metrics"]["op"]) for c in members])
+
+
+def _share(members: Sequence[Cell]) -> float:
+    """Bytes of the largest pack in per cent of the base model's."""
+    return estimate([100 * max(packs(c), default=math.nan) / c["base_bytes"] for c in members])[0]
+
+
+def _show(found: Estimate) -> str:
+    return show(found[0], ".1f", found[1])
 
 
 def _kept(cells: Sequence[Cell], members: Sequence[Cell], budget: str) -> Estimate:
     """Seed by seed, against the full fine-tuning of the same seed."""
     full = {c["seed"]: _gain(c) for c in cells if c["strategy"] == FULL}
     mine = [c for c in members if c["budget"] == budget and full.get(c["seed"])]
-    return _mean([100 * _gain(c) / full[c["seed"]] for c in mine])
+    return estimate([100 * _gain(c) / full[c["seed"]] for c in mine])
 
 
 def _gain(cell: Mapping[str, Any]) -> float:
-    return cell["metrics"]["op"] - float(np.mean(cell["matrix"][0]))
+    return number(cell["metrics"]["op"]) - _start(cell)
+
+
+def _start(cell: Mapping[str, Any]) -> float:
+    return float(np.mean([number(x) for x in cell["matrix"][0]]))
 
 
 def _base(cells: Sequence[Cell]) -> float:
-    return _mean([100 * float(np.mean(c["matrix"][0])) for c in cells])[0]
+    return estimate([100 * _start(c) for c in cells])[0]
 
 
 def _op_of_full(cells: Sequence[Cell]) -> float:
     return _score([c for c in cells if c["strategy"] == FULL])[0]
-
-
-def _mean(values: Sequence[float]) -> Estimate:
-    if not values:
-        return math.nan, math.nan
-    return float(np.mean(values)), mean_stderr(list(values))
-
-
-def _show(found: Estimate, spec: str) -> str:
-    mean, error = found
-    if math.isnan(mean):
-        return "–"
-    return format(mean, spec) + ("" if math.isnan(error) else f" ± {format(error, '.1f')}")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import Found, find
-from .series import Cell
-from .standing import Sample, difference, probability, reader
-from .statistics import Difference
+from .series import Cell, Series, series
+from .standing import Sample, difference, op_interval, probability, reader
+from .statistics import Difference, Interval, over_seeds
 from .table import UNMEASURED, Table, show
 
-ABOUT = ("config", "options", "versions", "machine", "data", "tasks", "budget_bytes", "base_bytes")
+ABOUT = (
+    *("config", "options", "versions", "code", "machine", "data", "tasks"),
+    *("budget_bytes", "base", "base_bytes"),  # base: fingerprint of its weights
+)
 NAMES = ("scenario", "label", "model", "budget", "seed")
 NOTE = (
-    "In per cent, B less A, with the 95 % interval and two-sided p of a paired hierarchical bootstrap "
-    "(seeds, then test examples) over the seeds that both ran on the same data."
+    "In per cent, means over the seeds that both completed, with 95 % intervals: Student's t over seeds; for OP of one "
+    "seed over its test examples. B - A of OP with the interval and two-sided p of a paired hierarchical bootstrap "
+    "(seeds, then test examples) over the seeds that both tested on the same examples; a p of one seed says nothing of "
+    "others. The other scores are not tested."
 )
 
 
@@ -29,7 +35,7 @@ def compare(a: Path, b: Path) -> list[Table]:
     pairs, alone = _matched(ours, theirs)
     tables = [_cells(alone)] if alone[0] or alone[1] else []
     tables.append(_about([(x.cell, y.cell) for x, y in pairs]))
-    return [*tables, _scores(pairs)]
+    return [*tables, _scores(pairs)] if pairs else tables
 
 
 def flattened(value: Any, name: str = "") -> dict[str, Any]:
@@ -80,7 +86,13 @@ def _about(pairs: Sequence[tuple[Cell, Cell]]) -> Table:
                 told = (name, _text(a.get(name, ...)), _text(b.get(name, ...)))
                 counts[told] = counts.get(told, 0) + 1
     rows = tuple((*told, str(count)) for told, count in counts.items())
-    note = "" if rows else "Config, options, versions, machine and data are the same."
+    note = (
+        ""
+        if rows
+        else "Config, options, versions, code, machine, data and base model are the same."
+    )
+    if not pairs:
+        note = "No cell of A has its like in B (scenario, strategy, model, budget and seed), so nothing is compared."
     return Table(
         f"What differs between {len(pairs)} cells and theirs",
         ("What", "A", "B", "Cells"),
@@ -90,34 +102,82 @@ def _about(pairs: Sequence[tuple[Cell, Cell]]) -> Table:
 
 
 def _scores(pairs: Pairs) -> Table:
-    """OP of A and B for each strategy, and of each task where both have it, with the paired difference of OP."""
-    groups: dict[str, Pairs] = {}
+    """OP, BWT, FM and each task's final score of A and B for each strategy, with the paired difference of OP."""
+    groups: dict[tuple[str, ...], Pairs] = {}
     for one, other in pairs:
-        groups.setdefault(_title(one.cell), []).append((one, other))
-    examples, rows = reader(), []
-    for title, members in groups.items():
+        key = (_title(one.cell), *one.cell["tasks"], "", *other.cell["tasks"])
+        groups.setdefault(key, []).append((one, other))
+    tested, rows, untold = reader(), [], []
+    for (title, *_), members in groups.items():
         whole = [(x, y) for x, y in members if x.cell["complete"] and y.cell["complete"]]
-        samples: list[Sample] = [
-            {p[0].cell["seed"]: (p[side].cell.get("data", ""), examples(p[side])) for p in whole}
-            for side in (0, 1)
-        ]
+        if not whole:
+            rows.append((title, "OP", *[UNMEASURED] * 4, "0"))
+            untold.append(f"{title} (not complete in both)")
+            continue
+        samples = [{p[0].cell["seed"]: tested(p[side]) for p in whole} for side in (0, 1)]
+        lines = [series([p[side].cell for p in whole])[0] for side in (0, 1)]
         found = difference(samples[1], samples[0])
-        means = [_mean([p[side].cell["metrics"]["op"] for p in whole]) for side in (0, 1)]
-        rows.append((title, *means, *_told(found), str(len(whole))))
-    columns = ("Cell", "OP of A", "OP of B", "B - A", "low", "high", "p", "Seeds")
-    return Table("Scores", columns, tuple(rows), NOTE)
+        if found is None or found.seeds < len(whole):
+            untold.append(f"{title} ({_why_not(*samples)})")
+        a, b = (op_interval(line, sample) for line, sample in zip(lines, samples, strict=True))
+        rows.append((title, "OP", _told(a), _told(b), *_tested(found, a, b), _seeds(found, whole)))
+        for name, a, b in _further(*lines):
+            rows.append((title, name, _told(a), _told(b), _less(b, a), "", str(len(whole))))
+    note = f"{NOTE} Not paired: {'; '.join(untold)}." if untold else NOTE
+    return Table("Scores", ("Cell", "Score", "A", "B", "B - A", "p", "Seeds"), tuple(rows), note)
 
 
-def _told(found: Difference | None) -> list[str]:
-    if found is None:
-        return [UNMEASURED] * 4
-    shown = [show(100 * x, "+.1f") for x in (found.mean, found.low, found.high)]
-    return [*shown, probability(found.p)]
+def _further(one: Series, other: Series) -> list[tuple[str, Interval | None, Interval | None]]:
+    """BWT, FM and the final scores of the tasks that both have."""
+    found = []
+    for key in ("bwt", "fm"):
+        a, b = (_over([c["metrics"].get(key) for c in x.cells]) for x in (one, other))
+        found.append((key.upper(), a, b))
+    for task in (task for task in one.tasks if task in other.tasks):
+        a, b = (
+            _over([c["matrix"][-1][x.tasks.index(task)] for c in x.cells]) for x in (one, other)
+        )
+        found.append((task, a, b))
+    return found
 
 
-def _mean(values: Sequence[float | None]) -> str:
+def _over(values: Sequence[float | None]) -> Interval | None:
     known = [v for v in values if v is not None]
-    return show(100 * sum(known) / len(known), ".1f") if known else UNMEASURED
+    if not known or len(known) < len(values):
+        return None
+    if len(known) == 1:
+        return Interval(known[0], math.nan, math.nan)
+    return over_seeds(known)
+
+
+def _why_not(one: Sample, other: Sample) -> str:
+    if any(not scores for sample in (one, other) for _, scores in sample.values()):
+        return "the outcomes of its test examples are not on disk, or do not come to its scores"
+    return "its test examples differ"
+
+
+def _tested(found: Difference | None, a: Interval | None, b: Interval | None) -> tuple[str, str]:
+    if found is None:
+        return _less(b, a), UNMEASURED
+    return _told(found, "+.1f"), probability(found.p)
+
+
+def _seeds(found: Difference | None, whole: Pairs) -> str:
+    """Those that were paired, and of how many if not of all."""
+    if found is None or found.seeds == len(whole):
+        return str(len(whole))
+    return f"{found.seeds} of {len(whole)}"
+
+
+def _less(b: Interval | None, a: Interval | None) -> str:
+    return UNMEASURED if a is None or b is None else show(100 * (b.mean - a.mean), "+.1f")
+
+
+def _told(found: Interval | Difference | None, spec: str = ".1f") -> str:
+    if found is None:
+        return UNMEASURED
+    mean, low, high = (show(100 * x, spec) for x in (found.mean, found.low, found.high))
+    return mean if math.isnan(found.low) else f"{mean} [{low}, {high}]"
 
 
 def _title(cell: Cell) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cl_graft.report.series import Cell, Series, groups, number, series, slugged
+from cl_graft.report.series import KINDS, Cell, Series, groups, number, series, slugged
 from cl_graft.report.style import (
     FRAME,
     GREY,
@@ -38,12 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-COSTS = (
-    ("train", "#0072B2"),
-    ("compress", "#D55E00"),
-    ("evaluate", "#E69F00"),
-    ("harness", "#888888"),
-)
+COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#888888")  # of series.KINDS
 
 
 @styled
@@ -130,15 +125,10 @@ def costs(cells: Sequence[Cell]) -> Figure:
     height = 1.1 + sum(0.17 * (1 + name.count("\n")) + 0.06 for name in names)
     figure = Figure(figsize=(7.2, max(2.0, height)), layout="constrained")
     time, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    left = [0.0] * len(lines)
-    for kind, colour in COSTS:
-        found = [
-            line.over_seeds(lambda c: number((c.get("seconds") or {}).get(kind)))[0]  # noqa: B023
-            for line in lines
-        ]
-        widths = [0.0 if math.isnan(x) else x for x in found]
+    left, spent = np.zeros(len(lines)), np.nan_to_num([line.seconds() for line in lines])
+    for kind, colour, widths in zip(KINDS, COLOURS, spent.T, strict=True):
         time.barh(range(len(lines)), widths, 0.66, left, color=colour, label=kind)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
+        left = left + widths
     peaks = [line.over_seeds(lambda c: number(c.get("peak_memory_mb")))[0] for line in lines]
     memory.barh(
         range(len(lines)), [0.0 if math.isnan(x) else x for x in peaks], 0.66, color="#999933"
@@ -152,7 +142,7 @@ def costs(cells: Sequence[Cell]) -> Figure:
         ax.spines["left"].set_visible(False)
     memory.locator_params(axis="x", nbins=3)
     figure.suptitle(wrap(title, 98))
-    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=len(COSTS))
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS))
     return figure
 
 

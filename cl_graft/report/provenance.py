@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..record import write_text
+import yaml
 
-Cell = Mapping[str, Any]
+from ..config import RunConfig
+from ..record import write_text
+from .series import KINDS, Cell
 
 
 def write_provenance(cells: Sequence[Cell], folder: Path) -> Path:
@@ -21,15 +23,15 @@ def write_provenance(cells: Sequence[Cell], folder: Path) -> Path:
         found = {tuple(sorted(c[key].items())) for c in cells}
         for entries in sorted(found, key=str):
             lines += [*(f"- {name}: {value}" for name, value in entries), ""]
-    spent = {k: sum(c["seconds"].get(k, 0.0) for c in cells) for k in cells[0]["seconds"]}
+    spent = {kind: sum((c["seconds"] or {}).get(kind, 0.0) for c in cells) for kind in KINDS}
     told = ", ".join(f"{kind} {seconds:.0f}" for kind, seconds in spent.items())
     lines += [
         "## Seconds",
         "",
-        f"In all cells together: {told}. Training counts for every cell that used it,",
+        f"In all cells together: {told}. Training counts for every cell that used it, shared or not; harness is what "
+        "was neither training, generating nor compressing.",
         "",
     ]
-    lines[-2] += " shared or not; harness is what was neither training, generating nor compressing."
     lines += ["## Cells", "", "| cell | seed | complete | seconds |", "|:--|--:|--:|--:|"]
     for c in cells:
         name = f"{c['scenario']} · {c['label']} · {c['model']} · {c['budget']}"
@@ -42,7 +44,11 @@ def write_provenance(cells: Sequence[Cell], folder: Path) -> Path:
 
 
 def commands(cells: Sequence[Cell]) -> list[str]:
-    """`cl-graft sweep` commands that make these cells anew; those that differ in strategy and seed alone share one."""
+    """`cl-graft sweep` commands that make these cells anew; those that differ in strategy and seed alone share one.
+
+    Each for a shell, every word quoted that needs it; DATA stands for the folder of --data-dir. What options cannot
+    say, the command says in a sweep file that it writes first.
+    """
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         key = {k: v for k, v in cell["config"].items() if k not in ("strategy", "seed")}
@@ -52,24 +58,44 @@ def commands(cells: Sequence[Cell]) -> list[str]:
 
 def _command(members: Sequence[Cell]) -> str:
     config = members[0]["config"]
-    strategies = ",".join(dict.fromkeys(m["config"]["strategy"] for m in members))
-    seeds = ",".join(str(s) for s in sorted({m["seed"] for m in members}))
-    return " ".join(
-        [
-            f"cl-graft sweep --scenarios {config['scenario']} --strategies {strategies}",
-            f"--seeds {seeds} --models {config['model']} --budgets {config['budget']}",
-            *(["--data-dir DATA"] if members[0]["reads_data_dir"] else []),
-            *(f"--train-on {task}={folder}" for task, folder in config["train_on"].items()),
-            *sorted(
-                f"--set {owner}.{option}={_word(value)}"
-                for owner, options in config["options"].items()
-                for option, value in options.items()
-            ),
-            "--allow-code-execution",
-        ]
-    )
+    strategies = list(dict.fromkeys(m["config"]["strategy"] for m in members))
+    seeds = sorted({m["seed"] for m in members})
+    further = ["--data-dir", "DATA"] if members[0]["reads_data_dir"] else []
+    further.append("--allow-code-execution")
+    lists = [config["scenario"], config["model"], config["budget"], *strategies]
+    if config["threads"] != 1 or any("," in name for name in lists):
+        told = _file(config, strategies, seeds)
+        return f"cat > sweep.yaml <<'END'\n{told}END\n{shlex.join(['cl-graft', 'sweep', 'sweep.yaml', *further])}"
+    words = ["cl-graft", "sweep", "--scenarios", config["scenario"]]
+    words += ["--strategies", ",".join(strategies), "--seeds", ",".join(map(str, seeds))]
+    words += ["--models", config["model"], "--budgets", config["budget"]]
+    for task, folder in config["train_on"].items():
+        words += ["--train-on", f"{task}={folder}"]
+    for owner, options in sorted(config["options"].items()):
+        for option, value in sorted(options.items()):
+            words += ["--set", f"{owner}.{option}={_value(value)}"]
+    return shlex.join([*words, *further])
 
 
-def _word(value: Any) -> str:
-    """A value as `--set` reads it, as a shell passes it on."""
-    return shlex.quote(value if isinstance(value, str) else json.dumps(value))
+def _file(config: Mapping[str, Any], strategies: Sequence[str], seeds: Sequence[int]) -> str:
+    """The sweep file of these cells."""
+
+    def entry(name: str) -> Any:
+        options = config["options"].get(RunConfig.short(name))
+        return {name: options} if options else name
+
+    told = {
+        "scenarios": [entry(config["scenario"])],
+        "strategies": [entry(name) for name in strategies],
+        "models": [config["model"]],
+        "seeds": list(seeds),
+        "budgets": [config["budget"]],
+        **({"train_on": dict(config["train_on"])} if config["train_on"] else {}),
+        **({"threads": config["threads"]} if config["threads"] != 1 else {}),
+    }
+    return yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+
+
+def _value(value: Any) -> str:
+    """As `--set` reads it."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -11,15 +11,18 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
 from cl_graft.matrix import FloatArray, PerformanceMatrix, mean_stderr
 
 Cell = Mapping[str, Any]
 Estimate = tuple[float, float]  # a mean and its standard error; either may be NaN
+KINDS = ("train", "compress", "evaluate", "harness")  # what a cell's seconds went into
 
 
 class ReportError(CLGraftError, ValueError):
@@ -44,8 +47,7 @@ class Series:
 
     def over_seeds(self, value: Callable[[Cell], float]) -> Estimate:
         """Mean and standard error over the cells of one number per cell."""
-        values = [value(cell) for cell in self.cells]
-        return float(np.mean(values)), mean_stderr(values)
+        return estimate([value(cell) for cell in self.cells])
 
     def metric(self, key: str) -> Estimate:
         """A metric of the cells as a share of 1; unmeasured for an incomplete cell.
@@ -60,6 +62,32 @@ class Series:
             se = math.sqrt(float(np.sum(self.stderr[-1] ** 2))) / len(self.tasks)
         return mean, se
 
+    def drift(self) -> Estimate:
+        """Change of general ability from the base model to the end."""
+        return self.over_seeds(lambda cell: general(cell)[-1] - general(cell)[0])
+
+    def total_bytes(self) -> float:
+        """Of all packs of a cell."""
+        return self.over_seeds(lambda cell: sum(packs(cell)) if packs(cell) else math.nan)[0]
+
+    def seconds(self) -> list[float]:
+        """By KINDS."""
+        return [
+            self.over_seeds(lambda cell: number((cell.get("seconds") or {}).get(kind)))[0]  # noqa: B023
+            for kind in KINDS
+        ]
+
+    def costs(self) -> tuple[list[float], list[float]]:
+        """Seconds by KINDS and in all; tokens trained and peak memory in MiB."""
+        spent = self.seconds()
+        rest = ("tokens", "peak_memory_mb")
+        return [*spent, sum(spent)], [self.over_seeds(lambda c: number(c.get(k)))[0] for k in rest]  # noqa: B023
+
+    def by_task(self) -> list[tuple[float, float, float, float]]:
+        """Of each task: before any learning, once it was learned, at the end, and the end less once learned."""
+        ends = zip(self.mean[0], np.diagonal(self.mean, -1), self.mean[-1], strict=True)
+        return [(float(b), float(k), float(e), float(e - k)) for b, k, e in ends]
+
     def storage(self) -> float:
         """Bytes of the largest pack of a task, in per cent of the base model's bytes."""
         share = self.over_seeds(lambda c: max(packs(c), default=math.nan) / c["base_bytes"])
@@ -67,12 +95,12 @@ class Series:
 
 
 def groups(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """The cells of each scenario, model and budget under a title, in order of first appearance.
+    """The cells of each scenario, model and budget under a title, in order of first appearance, as `told_apart`.
 
     One scenario learned in two orders is two groups, whose titles then name the order.
     """
     found: dict[tuple[str, tuple[str, ...]], list[Cell]] = {}
-    for cell in cells:
+    for cell in told_apart(cells):
         title = f"{cell['scenario']} · {cell['model']} · budget {cell['budget']}"
         found.setdefault((title, tuple(cell["tasks"])), []).append(cell)
     titles = [title for title, _ in found]
@@ -82,12 +110,44 @@ def groups(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     }
 
 
+def told_apart(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells; those of plugins whose names are alike are copies with as much of the path as tells which is which.
+
+    `a/mine.py` and `b/mine.py`, both called mine, become a/mine and b/mine.
+    """
+    found = list(cells)
+    for kind, shown in (("scenario", "scenario"), ("strategy", "label")):
+        names = {c["config"][kind] for c in cells if "config" in c}
+        called: dict[str, set[str]] = {}
+        for name in names:
+            called.setdefault(RunConfig.short(name), set()).add(name)
+        for stem, alike in called.items():
+            tails = _tails(alike) if len(alike) > 1 else {}
+            for k, cell in enumerate(found):
+                tail = tails.get(cell["config"][kind], stem) if "config" in cell else stem
+                name, bracket, options = cell[shown].partition("(")
+                if tail != stem and name == stem:  # else it was told apart before
+                    found[k] = {**cell, shown: tail + bracket + options}
+    return found
+
+
+def _tails(names: set[str]) -> dict[str, str]:
+    """The shortest ends of these paths that differ; the paths where none do."""
+    parts = {name: Path(name.removesuffix(".py")).parts for name in names}
+    for length in range(2, max(map(len, parts.values())) + 1):
+        tails = {name: "/".join(those[-length:]) for name, those in parts.items()}
+        if len(set(tails.values())) == len(names):
+            return tails
+    return {name: name for name in names}
+
+
 def series(cells: Sequence[Cell]) -> list[Series]:
     """The cells of one group as series, in order of first appearance, the incomplete ones last.
 
     Raises ReportError unless the cells are of one group, each seed of a label once.
     """
-    titles = list(groups(cells))
+    grouped = groups(cells)
+    titles = list(grouped)
     if len(titles) != 1:
         raise ReportError(
             f"the cells are of {len(titles)} groups ({'; '.join(titles) or 'there are no cells'}); "
@@ -96,7 +156,7 @@ def series(cells: Sequence[Cell]) -> list[Series]:
     complete: dict[str, list[Cell]] = {}
     incomplete: dict[str, list[Cell]] = {}
     seen: set[tuple[str, Any]] = set()
-    for cell in cells:
+    for cell in grouped[titles[0]]:
         label, seed, tasks = cell["label"], cell["seed"], len(cell["tasks"])
         if (label, seed) in seen:
             raise ReportError(
@@ -139,6 +199,13 @@ def extra(cell: Cell, metric: str) -> FloatArray:
 
 def packs(cell: Cell) -> list[float]:
     return [number(size) for size in cell.get("pack_bytes") or []]
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error; NaN of none."""
+    return (
+        (float(np.mean(values)), mean_stderr(list(values))) if len(values) else (math.nan, math.nan)
+    )
 
 
 def number(value: float | None) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from ..identity import digest
 from ..prompts import Asked, recall
 from . import Found
 from .examples import final
@@ -26,38 +27,46 @@ from .table import UNMEASURED, Table, show
 
 ALPHA = 0.05
 NOTE = (
-    "OP in per cent with its 95 % interval: Student's t over seeds; for one seed a bootstrap over test examples, which "
-    "says nothing of other seeds. Δ: less the best, with the 95 % interval and two-sided p of a paired hierarchical "
-    "bootstrap (seeds, then test examples), p after Holm within the group; * below 0.05. The best was chosen by the "
-    "same scores, which favours it a little."
+    "OP in per cent with its 95 % interval: Student's t over seeds; for one seed Wilson's limits over test examples, "
+    "or a bootstrap where scores are not 0 or 1. Δ: less the best, with the 95 % interval and two-sided p of a paired "
+    "hierarchical bootstrap (seeds, then test examples), p after Holm within the group; * marks what is behind with p "
+    "below 0.05 by two seeds or more. What one seed tells, its interval, Δ and p, says nothing of other seeds. No * is "
+    "no proof of being as good. The best was chosen by the same scores, which favours it a little."
 )
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A line of a group. behind: less the best, p after Holm; None for the best and where nothing is paired."""
+    """A line of a group. behind: less the best, p after Holm; None for the best and where nothing is paired.
+
+    seeds: those that it or the best has, of which `behind` may have paired fewer.
+    """
 
     line: Series
     op: Interval | None
     behind: Difference | None = None
+    seeds: int = 0
 
     @property
     def significant(self) -> bool:
-        return self.behind is not None and self.behind.p < ALPHA
+        """Behind the best, and not by chance. The best by mean may be worse where both are paired."""
+        d = self.behind
+        return d is not None and d.seeds > 1 and d.mean < 0 and d.p < ALPHA
 
 
-Sample = dict[int, tuple[str, Strata]]  # seed -> fingerprint of the data, scores at the end
+Tested = tuple[str, Strata]  # digest of the test examples, their scores at the end
+Sample = dict[int, Tested]  # by seed
 
 
-def standings(members: Sequence[Found], examples: Callable[[Found], Strata]) -> list[Standing]:
-    """The lines of one group, the best OP first, incomplete ones last."""
+def standings(members: Sequence[Found], tested: Callable[[Found], Tested]) -> list[Standing]:
+    """The lines of one group, the best OP first, incomplete ones last. tested: a `reader`."""
     lines = series([found.cell for found in members])
     placed = {(f.cell["label"], f.cell["seed"]): f for f in members}
-    samples = {}
+    samples: dict[str, Sample] = {}
     for line in lines:
         founds = [placed[c["label"], c["seed"]] for c in line.cells if line.complete]
-        samples[line.name] = {f.cell["seed"]: (f.cell.get("data", ""), examples(f)) for f in founds}
-    known = [Standing(line, _interval(line, samples[line.name])) for line in lines]
+        samples[line.name] = {f.cell["seed"]: tested(f) for f in founds}
+    known = [Standing(line, op_interval(line, samples[line.name])) for line in lines]
     known.sort(key=lambda s: (not s.line.complete, s.op is None, -s.op.mean if s.op else 0.0))
     if not known or known[0].op is None:
         return known
@@ -65,23 +74,21 @@ def standings(members: Sequence[Found], examples: Callable[[Found], Strata]) -> 
     found = [None, *(difference(samples[s.line.name], best) for s in known[1:])]
     adjusted = holm([math.nan if d is None else d.p for d in found])
     return [
-        replace(s, behind=d and replace(d, p=p))
+        replace(s, behind=d and replace(d, p=p), seeds=len(samples[s.line.name].keys() | best))
         for s, d, p in zip(known, found, adjusted, strict=True)
     ]
 
 
 def difference(one: Sample, other: Sample) -> Difference | None:
-    """One minus the other over the seeds that both ran on the same data; None where there is none."""
-    pairs, data = [], set()
+    """One minus the other over the seeds that both tested on the same examples; None where there is none."""
+    pairs, tests = [], []
     for seed in sorted(one.keys() & other.keys()):
         (mine, a), (theirs, b) = one[seed], other[seed]
-        if mine == theirs and a and [(w, x.size) for w, x in a] == [(w, x.size) for w, x in b]:
+        sizes = [(w, x.size) for w, x in a]
+        if mine == theirs and a and sizes == [(w, x.size) for w, x in b]:
             pairs.append([(w, x - y) for (w, x), (_, y) in zip(a, b, strict=True)])
-            data.add(mine)
-    if not pairs:
-        return None
-    sizes = {tuple(x.size for _, x in strata) for strata in pairs}
-    return paired(pairs, shared=len(data) == 1 and len(sizes) == 1 and len(pairs) > 1)
+            tests.append((mine, *sizes))
+    return paired(pairs, tests) if pairs else None
 
 
 def table(title: str, found: Sequence[Standing]) -> Table:
@@ -97,22 +104,37 @@ def table(title: str, found: Sequence[Standing]) -> Table:
         "p (Holm)",
     )
     columns += ("p < 0.05", "Seeds", "Seeds compared", "Examples compared")
-    return Table(f"Intervals: {title}", columns, tuple(map(_row, found)), NOTE)
+    exact = tuple(_row(s, ".4f", "{:.6g}".format) for s in found)
+    return Table(f"Intervals: {title}", columns, tuple(map(_row, found)), NOTE, exact)
 
 
-def reader() -> Callable[[Found], Strata]:
-    """Scores of a cell at its end; what was asked is read once for all cells of the same data."""
+def reader() -> Callable[[Found], Tested]:
+    """Test examples of a cell and its scores on them; what was asked is read once for all cells of the same data.
+
+    Where the prompts were not kept, the fingerprint of all the data stands for the examples.
+    """
 
     @cache
     def asked(out: Path, data: str) -> dict[str, list[Asked]]:
         return recall(out, data)
 
-    return lambda found: final(
-        found.path, found.cell, asked(found.path.parent, found.cell.get("data", ""))
-    )
+    @cache
+    def named(out: Path, data: str, tasks: tuple[str, ...]) -> str:
+        kept = asked(out, data)
+        if not all(task in kept for task in tasks):
+            return data
+        return digest([[[t, a.prompt, a.reference, a.suite] for a in kept[t]] for t in tasks])
+
+    def tested(found: Found) -> Tested:
+        out, data = found.path.parent, found.cell.get("data", "")
+        scores = final(found.path, found.cell, asked(out, data))
+        return named(out, data, tuple(found.cell["tasks"])), scores
+
+    return tested
 
 
-def _interval(line: Series, sample: Sample) -> Interval | None:
+def op_interval(line: Series, sample: Sample) -> Interval | None:
+    """Over seeds, or over the test examples of a single one; None where OP is unmeasured."""
     values = [cell["metrics"].get("op") for cell in line.cells]
     if not line.complete or any(v is None for v in values):
         return None
@@ -122,19 +144,21 @@ def _interval(line: Series, sample: Sample) -> Interval | None:
     return over_examples(strata) if strata else over_normal(*line.metric("op"))
 
 
-def _row(found: Standing) -> tuple[str, ...]:
+def probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _row(
+    found: Standing, spec: str = ".1f", p: Callable[[float], str] = probability
+) -> tuple[str, ...]:
     op, behind = found.op, found.behind
     shown = [UNMEASURED] * 3
     if op:
-        shown = [show(100 * x, ".1f") for x in (op.mean, op.low, op.high)]
+        shown = [show(100 * x, spec) for x in (op.mean, op.low, op.high)]
     told = [UNMEASURED] * 4
     if behind:
-        told = [show(100 * x, "+.1f") for x in (behind.mean, behind.low, behind.high)]
-        told.append(probability(behind.p))
+        told = [show(100 * x, f"+{spec}") for x in (behind.mean, behind.low, behind.high)]
+        told.append(p(behind.p))
     counts = [str(behind.seeds), f"{behind.examples:,}"] if behind else [UNMEASURED] * 2
     seeds = str(len(found.line.cells)) if found.line.complete else UNMEASURED
     return (found.line.name, *shown, *told, "*" if found.significant else "", seeds, *counts)
-
-
-def probability(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"

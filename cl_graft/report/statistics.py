@@ -7,7 +7,7 @@ examples, an array a task or suite with its weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,15 +24,11 @@ MANY = 64  # more different outcomes than these are drawn one by one
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval, whose ends are NaN where nothing tells them.
-
-    over: what varies, `seeds` (Student's t) or `examples` (bootstrap, or the normal where they are not on disk).
-    """
+    """A mean with its 95 % interval, whose ends are NaN where nothing tells them."""
 
     mean: float
     low: float
     high: float
-    over: str
 
 
 @dataclass(frozen=True)
@@ -54,61 +50,67 @@ def over_seeds(values: Sequence[float]) -> Interval:
     """
     x = np.asarray(values, dtype=np.float64)
     half = _t(x.size - 1) * float(x.std(ddof=1)) / math.sqrt(x.size)
-    return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half, "seeds")
+    return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
 
 
 def over_examples(strata: Strata) -> Interval:
-    """Score of one seed and its percentile bootstrap interval, examples drawn anew within each stratum.
+    """Score of one seed with limits over its examples.
 
-    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    Limits of a stratum are Wilson's where every outcome is 0 or 1 (Probable inference, Journal of the American
+    Statistical Association 1927), since a bootstrap of examples that are all right knows no doubt; else those of a
+    percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). Their distances
+    from the strata's means are put together as independent errors are (Zou and Donner, Construction of confidence
+    limits about effect measures, Statistics in Medicine 2008).
     """
-    mean = _mean(strata)
-    drawn = mean + _noise([strata], FINE, np.random.default_rng(0))[:, 0]
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(mean, float(low), float(high), "examples")
+    mean, rng = _mean(strata), np.random.default_rng(0)
+    limits = [(weight, float(x.mean()), *_limits(x, rng)) for weight, x in strata]
+    below = math.hypot(*(weight * (m - low) for weight, m, low, _ in limits))
+    above = math.hypot(*(weight * (high - m) for weight, m, _, high in limits))
+    return Interval(mean, mean - below, mean + above)
 
 
 def over_normal(mean: float, stderr: float) -> Interval:
     """Of a mean of which only the standard error is known."""
-    from scipy.special import ndtri
-
-    half = float(ndtri((1 + LEVEL) / 2)) * stderr
-    return Interval(mean, mean - half, mean + half, "examples")
+    half = _z() * stderr
+    return Interval(mean, mean - half, mean + half)
 
 
-def paired(seeds: Sequence[Strata], shared: bool = False) -> Difference:
+def paired(seeds: Sequence[Strata], tests: Sequence[Hashable] = ()) -> Difference:
     """The mean difference of two strategies by a hierarchical bootstrap: seeds are drawn anew, then their examples.
 
-    seeds: of each seed, the differences example by example, so that the draws are paired. shared: all seeds were
-    tested on the same examples, of which one draw then serves all of them; else each seed has examples of its own.
+    seeds: of each seed, the differences example by example, so that the draws are paired. tests: of each seed, what
+    names its test set; one draw of examples serves all seeds of the same. Without them every seed has its own.
 
     One seed: percentile interval and achieved significance level over its examples (Efron and Tibshirani 1993, 13
     and 15), a statement about this seed alone. Several: Student's t on the bootstrap's standard error (the same, 12.5),
     since the percentiles of a bootstrap are too narrow for few seeds (Hesterberg, What teachers should know about the
-    bootstrap, The American Statistician 2015); the seeds' part is scaled by n / (n - 1) for the same reason, and the
-    degrees of freedom are Satterthwaite's (Biometrics Bulletin 1946), n - 1 of them for the seeds' part. Where seeds
-    have examples of their own this counts the noise of examples in both parts, so it rejects too seldom rather
-    than too often. No p is smaller than that of a sign test on as many examples that differ.
+    bootstrap, The American Statistician 2015); the seeds' part is scaled by n / (n - 1) for the same reason. The
+    degrees of freedom are n - 1 whatever the examples' part is: Satterthwaite's, which would credit it, are estimated
+    from the few seeds and run wild where those happen to be alike. Where seeds have examples of their own this counts
+    the noise of examples in both parts, so it rejects too seldom rather than too often.
+
+    No p is smaller than that of a sign test on as many examples that differ, and an interval holds 0 where p says so.
     """
     n, rng = len(seeds), np.random.default_rng(0)
+    tests = tests or range(n)
     means = np.array([_mean(strata) for strata in seeds])
     mean = float(means.mean())
     examples = sum(x.size for strata in seeds for _, x in strata)
     differ = sum(int(np.count_nonzero(x)) for strata in seeds for _, x in strata)
-    least = min(1.0, 2.0 * 0.5**differ)
-    noise = _noise(seeds, FINE if n == 1 else DRAWS, rng, shared)
+    noise = _noise(seeds, tests, FINE if n == 1 else DRAWS, rng)
     if n == 1:
         drawn = mean + noise[:, 0]
-        low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = _percentiles(drawn)
         tail = 1 + min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
         p = min(1.0, 2.0 * tail / (FINE + 1))
-        return Difference(mean, float(low), float(high), max(p, least), n, examples)
-    error = _hierarchical(means, noise, rng, shared)
-    of_seeds = float(means.var(ddof=1)) / n
-    freedom = (n - 1) * max(1.0, error**2 / of_seeds) ** 2 if of_seeds > 1e-12 else 1e9
-    half = _t(freedom) * error
-    p = max(_p(mean, error, freedom), least)
-    return Difference(mean, mean - half, mean + half, p, n, examples)
+    else:
+        error = _hierarchical(means, noise, tests, rng)
+        half = _t(n - 1) * error
+        low, high, p = mean - half, mean + half, _p(mean, error, n - 1)
+    p = max(p, min(1.0, 2.0 * 0.5**differ))
+    if p > 1 - LEVEL:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return Difference(mean, low, high, p, n, examples)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -125,31 +127,28 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def _hierarchical(
-    means: FloatArray, noise: FloatArray, rng: np.random.Generator, shared: bool
+    means: FloatArray, noise: FloatArray, tests: Sequence[Hashable], rng: np.random.Generator
 ) -> float:
     """Standard error of the mean over seeds that are drawn anew, each with one of the draws of its examples."""
     draws, n = noise.shape
     centred = math.sqrt(n / (n - 1)) * (means - means.mean())
     picks = rng.integers(0, n, (draws, n))
-    rows = np.arange(draws)[:, None]
-    if not shared:  # a seed drawn twice is drawn with different examples
-        rows = (rows + np.arange(n)) % draws
+    # a seed with examples of its own that is drawn twice is drawn with different ones
+    alone = np.array([list(tests).count(test) == 1 for test in tests])
+    rows = (np.arange(draws)[:, None] + np.arange(n) * alone[picks]) % draws
     return float((centred[picks] + noise[rows, picks]).mean(axis=1).std())
 
 
 def _noise(
-    seeds: Sequence[Strata], draws: int, rng: np.random.Generator, shared: bool = False
+    seeds: Sequence[Strata], tests: Sequence[Hashable], draws: int, rng: np.random.Generator
 ) -> FloatArray:
     """(draws, seeds): by how much each seed's score changes when its examples are drawn anew."""
     found = np.zeros((draws, len(seeds)))
-    if shared:
-        for parts in zip(*seeds, strict=True):
+    for test in dict.fromkeys(tests):
+        those = [k for k, other in enumerate(tests) if other == test]
+        for parts in zip(*(seeds[k] for k in those), strict=True):
             values = np.column_stack([x for _, x in parts])
-            found += parts[0][0] * _redrawn(values, draws, rng)
-        return found
-    for s, strata in enumerate(seeds):
-        for weight, x in strata:
-            found[:, s] += weight * _redrawn(x[:, None], draws, rng)[:, 0]
+            found[:, those] += parts[0][0] * _redrawn(values, draws, rng)
     return found
 
 
@@ -173,8 +172,29 @@ def _redrawn(values: FloatArray, draws: int, rng: np.random.Generator) -> FloatA
     )
 
 
+def _limits(x: FloatArray, rng: np.random.Generator) -> tuple[float, float]:
+    """Of a stratum's mean."""
+    if not np.isin(x, (0.0, 1.0)).all():
+        return _percentiles(x.mean() + _redrawn(x[:, None], FINE, rng)[:, 0])
+    n, p, z = x.size, float(x.mean()), _z()
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    ends = [(middle + way * half) / (1 + z * z / n) for way in (-1, 1)]
+    return min(ends[0], p), max(ends[1], p)  # at 0 and 1 they differ from p in the last digit
+
+
+def _percentiles(drawn: FloatArray) -> tuple[float, float]:
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
 def _mean(strata: Strata) -> float:
     return float(sum(weight * x.mean() for weight, x in strata))
+
+
+def _z() -> float:
+    from scipy.special import ndtri
+
+    return float(ndtri((1 + LEVEL) / 2))
 
 
 def _t(freedom: float) -> float:

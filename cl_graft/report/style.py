@@ -9,9 +9,9 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 
-from cl_graft.report.series import Cell, Series, groups
+from cl_graft.report.series import Cell, groups
 from cl_graft.report.table import write_atomic
 
 if TYPE_CHECKING:
@@ -72,20 +72,28 @@ STYLE: Any = {
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draws under STYLE, whatever the user's own settings are."""
+    """Draws under STYLE, whatever the user's own settings are; a notebook shows what is drawn, without pyplot."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **more: P.kwargs) -> Figure:
         import matplotlib
 
         with matplotlib.rc_context(STYLE):
-            return draw(*args, **more)
+            figure: Any = draw(*args, **more)
+        figure._repr_png_ = functools.partial(png, figure)
+        return figure
 
     return drawn
 
 
+def files_of(stem: Path) -> list[Path]:
+    """What `save` writes: STEM.png, STEM.svg and dark/STEM.svg."""
+    light = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    return [*light, stem.parent / "dark" / f"{stem.name}.svg"]
+
+
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Writes STEM.png (150 dpi), STEM.svg and dark/STEM.svg; the bytes depend on the figure and matplotlib alone."""
+    """Writes `files_of` the stem, the PNG at 150 dpi; the bytes depend on the figure and matplotlib alone."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -93,12 +101,9 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     with matplotlib.rc_context(STYLE):  # by the canvas, since savefig draws twice
         figure.set_layout_engine("none")  # everything has its place now
         FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
-    written = [
-        write_atomic(stem.with_name(f"{stem.name}.{kind}"), data)
-        for kind, data in (("png", pixels), ("svg", svg.getvalue()))
-    ]
     dark = darkened(svg.getvalue().decode()).encode()
-    return [*written, write_atomic(stem.parent / "dark" / f"{stem.name}.svg", dark)]
+    contents = zip(files_of(stem), (pixels, svg.getvalue(), dark), strict=True)
+    return [write_atomic(file, data) for file, data in contents]
 
 
 def png(figure: Figure) -> bytes:
@@ -123,7 +128,18 @@ def darkened(svg: str) -> str:
     )
 
 
-def looks_of(lines: Sequence[Series]) -> dict[str, dict[str, Any]]:
+class Line(Protocol):
+    """What a look depends on."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def complete(self) -> bool: ...
+
+
+def looks_of(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
     """Colour and marker by strategy; dash and fill by label within the strategy."""
     places: dict[str, int] = {}
     labels: dict[str, int] = {}

@@ -15,16 +15,19 @@ if TYPE_CHECKING:
     import rich.table
 
 UNMEASURED = "–"
+TEXTS = ("md", "csv", "tex")  # what a table is written as
+PAGE = 80  # characters that a line of LaTeX's text holds, about
 
 
 @dataclass(frozen=True)
 class Table:
-    """A titled grid of strings; every row has one string per column."""
+    """A titled grid of strings; every row has one string per column. exact: the rows for a program, if they differ."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    exact: tuple[tuple[str, ...], ...] = ()
 
     def markdown(self) -> str:
         """A heading, a pipe table with its numbers to the right, and the note."""
@@ -37,10 +40,11 @@ class Table:
     def csv(self) -> str:
         """The grid for a program: "mean ± s.e." becomes two columns, a number has no thousands
         separator, and an unmeasured value is empty."""
-        split = [any(" ± " in row[i] for row in self.rows) for i in range(len(self.columns))]
+        rows = self.exact or self.rows
+        split = [any(" ± " in row[i] for row in rows) for i in range(len(self.columns))]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        for i, row in enumerate((self.columns, *self.rows)):
+        for i, row in enumerate((self.columns, *rows)):
             fields: list[str] = []
             for cell, two in zip(row, split, strict=True):
                 mean, _, se = cell.partition(" ± ")
@@ -49,15 +53,22 @@ class Table:
         return text.getvalue()
 
     def latex(self) -> str:
-        """A booktabs table with its numbers to the right; every character of the text stands for itself."""
+        """A booktabs table with its numbers to the right; every character of the text stands for itself.
+
+        One that is wider than a page's text is made smaller to fit.
+        """
+        grid = (self.columns, *self.rows)
+        wide = sum(max(map(len, column)) + 3 for column in zip(*grid, strict=True)) > PAGE
         head, *body = (" & ".join(map(_tex, row)) + r" \\" for row in (self.columns, *self.rows))
         lines = [
-            "% needs \\usepackage{booktabs}",
+            "% needs \\usepackage{booktabs,graphicx}",
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{_tex(self.title)}}}",
+            *([r"\resizebox{\textwidth}{!}{%"] if wide else []),
             rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
-            *(r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"),
+            *(r"\toprule", head, r"\midrule", *body, r"\bottomrule"),
+            r"\end{tabular}" + ("}" if wide else ""),
             *([rf"\par\smallskip\footnotesize {_tex(self.note)}"] if self.note else []),
             r"\end{table}",
         ]
@@ -65,10 +76,10 @@ class Table:
 
     def write(self, stem: Path) -> list[Path]:
         """STEM.md, STEM.csv and STEM.tex, each whole or not at all."""
-        kinds = {"md": self.markdown() + "\n", "csv": self.csv(), "tex": self.latex()}
+        texts = (self.markdown() + "\n", self.csv(), self.latex())
         return [
             write_atomic(stem.with_name(f"{stem.name}.{kind}"), text.encode())
-            for kind, text in kinds.items()
+            for kind, text in zip(TEXTS, texts, strict=True)
         ]
 
     def rich(self) -> rich.table.Table:

@@ -1,4 +1,4 @@
-"""Tables of a sweep: the ranking, the forgetting matrices and the costs, as text, CSV, Markdown and LaTeX.
+"""Tables of a sweep: ranking, forgetting matrices, tasks, costs and cells, as text, CSV, Markdown and LaTeX.
 
 Every function takes a list of cells; `series.py` says what a cell is and how cells are averaged over seeds. Scores are
 per cent in the tables.
@@ -14,6 +14,7 @@ import numpy as np
 
 from cl_graft.matrix import FloatArray
 from cl_graft.report.series import (
+    KINDS,
     Cell,
     Series,
     average,
@@ -21,13 +22,12 @@ from cl_graft.report.series import (
     general,
     groups,
     number,
-    packs,
     series,
     slugged,
+    told_apart,
 )
 from cl_graft.report.table import UNMEASURED, Table, show, write_atomic
 
-KINDS = ("train", "compress", "evaluate", "harness")
 COST_NOTE = (
     "Means over seeds. Training counts for every cell that used it, shared or not; harness is what was neither "
     "training, generating nor compressing. Peak memory is that of the process."
@@ -49,8 +49,8 @@ def ranking(cells: Sequence[Cell]) -> list[Table]:
         lines.sort(key=lambda s: not s.complete)
         columns = ("Strategy", *lines[0].tasks, "OP", "BWT", "FM", "General Δ")
         columns += ("Storage %", "Total bytes", "Train s", "Seeds")
-        rows = tuple(map(_ranking_row, lines))
-        tables.append(Table(f"Ranking: {title}", columns, rows, NOTE))
+        rows, exact = (tuple(_ranking_row(line, spec) for line in lines) for spec in (".1f", ".4f"))
+        tables.append(Table(f"Ranking: {title}", columns, rows, NOTE, exact))
     return tables
 
 
@@ -88,57 +88,103 @@ def costs(cells: Sequence[Cell]) -> list[Table]:
     return tables
 
 
+def by_task(cells: Sequence[Cell]) -> list[Table]:
+    """Each task of each group before any learning, once it was learned and at the end, with what was lost between."""
+    tables = []
+    for title, members in groups(cells).items():
+        lines = series(members)
+        parts = ("base", "learned", "end", "Δ")
+        columns = ("Strategy", *(f"{task} {part}" for task in lines[0].tasks for part in parts))
+        rows, exact = (
+            tuple((line.name, *_by_task(line, spec)) for line in lines) for spec in (".1f", ".4f")
+        )
+        note = "In per cent, means over seeds. Δ: the end less just learned."
+        tables.append(Table(f"By task: {title}", columns, rows, note, exact))
+    return tables
+
+
+def overview(cells: Sequence[Cell]) -> Table:
+    """A row for each cell: what it is, its scores in per cent, how far it is and what it took."""
+    columns = ("Strategy", "Scenario", "Model", "Budget", "Seed", "OP", "BWT", "Stages", "Of")
+    rows, exact = (
+        tuple(_overview_row(cell, spec) for cell in told_apart(cells)) for spec in (".1f", ".4f")
+    )
+    return Table("Cells", (*columns, "Seconds"), rows, exact=exact)
+
+
+def stages_done(cell: Cell) -> int:
+    """Stages of which anything was measured, the base model's among them."""
+    return sum(any(score is not None for score in row) for row in cell["matrix"])
+
+
 def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
-    """Writes the ranking, the costs and the matrices of each group as Markdown, CSV and LaTeX; returns the files.
+    """Writes every table of each group, and one of all cells, as Markdown, CSV and LaTeX; returns the files.
 
     The matrices of a group share one file, in CSV with their title as the first column. A file
     appears whole or not at all.
     """
     written = []
     for slug, members in slugged(groups(cells)):
-        (rank,), (cost,), tables = ranking(members), costs(members), matrices(members)
+        for name, make in (("ranking", ranking), ("costs", costs), ("tasks", by_task)):
+            (table,) = make(members)
+            written += table.write(Path(folder) / f"{slug}-{name}")
+        tables = matrices(members)
         columns = max((table.columns for table in tables), key=len)
         joined = [
             (table.title, *row, *[UNMEASURED] * (len(columns) - len(row)))
             for table in tables
-            for row in table.rows
+            for row in table.exact
         ]
-        written += rank.write(Path(folder) / f"{slug}-ranking")
-        written += cost.write(Path(folder) / f"{slug}-costs")
         for name, text in {
             "matrices.md": "\n\n".join(table.markdown() for table in tables) + "\n",
             "matrices.csv": Table("", ("Matrix", *columns), tuple(joined)).csv(),
             "matrices.tex": "\n".join(table.latex() for table in tables),
         }.items():
             written.append(write_atomic(Path(folder) / f"{slug}-{name}", text.encode()))
-    return written
+    return written + (overview(cells).write(Path(folder) / "cells-table") if cells else [])
 
 
 def _cost_row(line: Series) -> tuple[str, ...]:
-    seconds = [line.over_seeds(lambda c: number((c.get("seconds") or {}).get(k)))[0] for k in KINDS]  # noqa: B023
-    rest = [line.over_seeds(lambda c: number(c.get(k)))[0] for k in ("tokens", "peak_memory_mb")]  # noqa: B023
-    total = line.over_seeds(lambda cell: sum(packs(cell)) if packs(cell) else math.nan)[0]
+    seconds, rest = line.costs()
     return (
         line.name,
-        *(show(x, ",.1f") for x in [*seconds, sum(seconds)]),
-        *(show(x, ",.0f") for x in [*rest, total]),
+        *(show(x, ",.1f") for x in seconds),
+        *(show(x, ",.0f") for x in [*rest, line.total_bytes()]),
     )
 
 
-def _ranking_row(line: Series) -> tuple[str, ...]:
-    drift = line.over_seeds(lambda cell: general(cell)[-1] - general(cell)[0])
-    total = line.over_seeds(lambda cell: sum(packs(cell)) if packs(cell) else math.nan)
-    train = line.over_seeds(lambda cell: number((cell.get("seconds") or {}).get("train")))
-    scores = list(zip(line.mean[-1], line.stderr[-1], [".1f"] * len(line.tasks), strict=True))
-    for key, spec in (("op", ".1f"), ("bwt", "+.1f"), ("fm", ".1f")):
-        scores.append((*line.metric(key), spec))
+def _ranking_row(line: Series, spec: str = ".1f") -> tuple[str, ...]:
+    scores = list(zip(line.mean[-1], line.stderr[-1], [spec] * len(line.tasks), strict=True))
+    for key, how in (("op", spec), ("bwt", f"+{spec}"), ("fm", spec)):
+        scores.append((*line.metric(key), how))
+    scores.append((*line.drift(), f"+{spec}"))
     return (
         line.name,
-        *(show(100.0 * mean, spec, 100.0 * se) for mean, se, spec in [*scores, (*drift, "+.1f")]),
+        *(show(100.0 * mean, how, 100.0 * se) for mean, se, how in scores),
         show(line.storage(), ".2f"),
-        show(total[0], ",.0f"),
-        show(train[0], ",.1f"),
+        show(line.total_bytes(), ",.0f"),
+        show(line.seconds()[0], ",.1f"),
         str(len(line.cells)) if line.complete else UNMEASURED,
+    )
+
+
+def _by_task(line: Series, spec: str) -> list[str]:
+    return [
+        show(100.0 * x, f"+{spec}" if k == 3 else spec)
+        for parts in line.by_task()
+        for k, x in enumerate(parts)
+    ]
+
+
+def _overview_row(cell: Cell, spec: str) -> tuple[str, ...]:
+    scores = [100.0 * number(cell["metrics"].get(key)) for key in ("op", "bwt")]
+    return (
+        *(str(cell[key]) for key in ("label", "scenario", "model", "budget", "seed")),
+        show(scores[0], spec),
+        show(scores[1], f"+{spec}"),
+        str(stages_done(cell)),
+        str(len(cell["matrix"])),
+        show(number(cell.get("spent")), ",.1f"),
     )
 
 
@@ -150,11 +196,14 @@ def _matrix(
     spec: str,
     note: str = "",
 ) -> Table:
-    rows = [
-        (stage, *(show(x, spec, e) for x, e in zip(mean[i], se[i], strict=True)))
-        for i, stage in enumerate(_stages(columns[1 : len(mean)]))
-    ]
-    return Table(title, columns, tuple(rows), note)
+    rows, exact = (
+        tuple(
+            (stage, *(show(x, digits, e) for x, e in zip(mean[i], se[i], strict=True)))
+            for i, stage in enumerate(_stages(columns[1 : len(mean)]))
+        )
+        for digits in (spec, ".4f")
+    )
+    return Table(title, columns, rows, note, exact)
 
 
 def _stages(tasks: Sequence[str]) -> list[str]:

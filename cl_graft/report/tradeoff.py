@@ -59,7 +59,7 @@ def _against_bytes(cells: Sequence[Cell], metric: str, name: str, better: int) -
         ax.axvline(budget, color=GREY, linestyle="--", linewidth=1.0, zorder=1)
         above: Any = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "bottom"}
         ax.text(budget, 1.01, f"budget {first['budget']}", color=GREY, **above)
-    _log_ticks(ax)
+    log_ticks(ax)
     ax.grid()
     ax.set_xlabel("largest pack of a task, % of the base model's bytes")
     ax.set_ylabel(name)
@@ -88,7 +88,7 @@ def _why_not(name: str, complete: bool, share: float) -> str:
     return f"{name} (no pack)" if not share > 0 else f"{name} (unmeasured)"
 
 
-def _log_ticks(ax: Axes) -> None:
+def log_ticks(ax: Axes) -> None:
     """Room to either side, and plain numbers at as many places of a decade as do not crowd."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
+
+from cl_graft.cli import app
 
 ROOT = Path(__file__).parents[2]
 KNOWN = {"ARG", "FROM", "RUN", "USER", "WORKDIR", "COPY", "CMD"}
@@ -58,6 +63,19 @@ def test_what_the_two_commands_need_is_copied(needed: str) -> None:
         if fnmatch.fnmatch(needed, pattern.removeprefix("**/")):
             ignored = not keeps
     assert not ignored
+
+
+def test_the_commands_in_its_comments_are_those_of_the_command_line() -> None:
+    """And the one that runs mini, which has programs to run, gives its consent."""
+    text = re.sub(r"\\\n# *", "", (ROOT / "Dockerfile").read_text())
+    lines = re.findall(r"^# .*\.venv/bin/cl-graft (.*)$", text, re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["doctor", "sweep"]
+    for line in lines:
+        name, *words = shlex.split(line, comments=True)
+        command: Any = get_command(app)
+        command = command.commands[name]
+        with command.make_context(name, words) as context:
+            assert name != "sweep" or context.params["allow_code_execution"]
 
 
 def test_the_shell_commands_are_shell() -> None:

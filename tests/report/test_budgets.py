@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from cl_graft.report import budgets
+from cl_graft.report.style import KNOWN, PALETTE
+from tests.report.test_figures import shown_text
 from tests.report.test_tables import cell
 
 
@@ -38,9 +42,9 @@ def test_kept_is_the_share_of_the_gain_of_the_same_seeds_full_fine_tuning():
     made = budgets.table(title, members)
     assert made.columns == ("Strategy", "OP at 5%", "kept at 5%", "OP at 10%", "kept at 10%")
     full, lora = made.rows
-    assert full == ("individual", "85.0 ± 5.0", "100 ± 0.0", "85.0 ± 5.0", "100 ± 0.0")
-    assert lora[:3] == ("lora", "52.5 ± 2.5", "50 ± 0.0")
-    assert lora[4] == "72 ± 2.5"  # .45 / .6 and .49 / .7
+    assert full == ("individual", "85.0 ± 5.0", "100.0 ± 0.0", "85.0 ± 5.0", "100.0 ± 0.0")
+    assert lora[:3] == ("lora", "52.5 ± 2.5", "50.0 ± 0.0")
+    assert lora[4] == "72.5 ± 2.5"  # .45 / .6 and .49 / .7
 
 
 def test_one_budget_and_unfinished_cells_make_no_group():
@@ -48,12 +52,36 @@ def test_one_budget_and_unfinished_cells_make_no_group():
     assert budgets.groups([{**c, "complete": False} for c in CELLS]) == {}
 
 
+def test_what_was_not_measured_leaves_a_gap():
+    gap = at("ewc", "5%", 0, 0.5)
+    gap["metrics"]["op"] = None
+    ((title, members),) = budgets.groups([*CELLS, gap]).items()
+    assert budgets.table(title, members).rows[-1] == ("ewc", "–", "–", "–", "–")
+    assert "ewc" not in legend(budgets.figure(title, members))
+
+
+def legend(figure: Figure) -> list[str]:
+    (ax,) = figure.axes
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
 def test_the_figure_has_a_line_a_strategy_and_the_two_levels(tmp_path):
     ((title, members),) = budgets.groups(CELLS).items()
-    (ax,) = budgets.figure(title, members).axes
+    drawn = budgets.figure(title, members)
+    (ax,) = drawn.axes
     (line,) = ax.containers
     assert list(line.lines[0].get_xdata()) == [5.0, 10.0]
     assert list(line.lines[0].get_ydata()) == pytest.approx([52.5, 67.0])
-    assert sorted(t.get_text() for t in ax.texts) == ["base", "full fine-tuning"]
-    names = {p.suffix for p in budgets.write(CELLS, tmp_path / "mini-budgets")}
-    assert names == {".md", ".csv", ".tex", ".png", ".svg"}
+    assert to_hex(line.lines[0].get_color()) == PALETTE[KNOWN.index("lora")].lower()
+    assert sorted(legend(drawn)) == ["base model", "full fine-tuning", "lora"]
+    files = budgets.write(CELLS, tmp_path / "mini-budgets")
+    assert {p.suffix for p in files} == {".md", ".csv", ".tex", ".png", ".svg"}
+
+
+def test_its_ticks_are_plain_numbers():
+    """STYLE takes a dollar sign for a dollar sign, and matplotlib's own labels of a log axis are full of them."""
+    ((title, members),) = budgets.groups(CELLS).items()
+    drawn = budgets.figure(title, members)
+    drawn.draw_without_rendering()
+    ticks = [t.get_text() for t in shown_text(drawn) if t in drawn.axes[0].get_xticklabels()]
+    assert {"5", "10"} <= {f"{float(tick):g}" for tick in ticks}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,10 +22,79 @@ def test_a_run_and_itself_differ_in_nothing(tmp_path: Path) -> None:
     make(tmp_path, cells=8, examples=6, strategies=2)
     about, scores = compare(tmp_path, tmp_path)
     assert about.rows == () and "are the same" in about.note
-    assert len(scores.rows) == 4
-    for row in scores.rows:
-        assert row[1] == row[2]
-        assert row[3:] == ("+0.0", "+0.0", "+0.0", "1.000", "2")
+    rows = [row for row in scores.rows if row[1] == "OP"]
+    assert len(rows) == 4
+    for row in rows:
+        assert row[2] == row[3]
+        assert row[4:] == ("+0.0 [+0.0, +0.0]", "1.000", "2")
+
+
+def one_cell(out: Path, right: int, examples: int = 20, **result: Any) -> None:
+    """A run of one seed that got `right` of the examples of each of its three tasks right at the end."""
+    make(out, cells=1, examples=examples, strategies=1, scenarios=1)
+    (cell,) = (p.parent for p in out.glob("*/result.json"))
+    file = cell / "stages" / "03" / "examples.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        line["score"] = float(line["index"] < right)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = json.loads((cell / "result.json").read_text())
+    told["matrix"][-1] = [right / examples] * 3
+    told["metrics"]["op"] = right / examples
+    (cell / "result.json").write_text(json.dumps(told | result))
+
+
+def test_the_difference_is_b_less_a(tmp_path: Path) -> None:
+    """15 of 20 less 5 of 20 is 50 points; the ten examples of each task that differ make it sure."""
+    one_cell(tmp_path / "a", 5)
+    one_cell(tmp_path / "b", 15)
+    _, scores = compare(tmp_path / "a", tmp_path / "b")
+    rows = {row[1]: row[2:] for row in scores.rows}
+    a, b, less, p, seeds = rows["OP"]
+    assert a.startswith("25.0 [1") and b.startswith("75.0 [6")  # with Wilson's limits
+    assert less.startswith("+50.0 [+3") and (p, seeds) == ("< 0.001", "1")
+    assert set(rows) == {"OP", "BWT", "FM", "math", "code", "cipher"}
+    assert rows["code"] == ("25.0", "75.0", "+50.0", "", "1")
+
+
+def test_runs_that_differ_in_training_alone_are_paired(tmp_path: Path) -> None:
+    """Another fingerprint of the data, the same test examples: as mini has them for all seeds."""
+    one_cell(tmp_path / "a", 5)
+    one_cell(tmp_path / "b", 15, data="e" * 32)
+    (kept,) = (tmp_path / "b" / "data").iterdir()
+    kept.rename(kept.with_name(f"{'e' * 32}.jsonl"))
+    about, scores = compare(tmp_path / "a", tmp_path / "b")
+    assert [row[0] for row in about.rows] == ["data"]
+    assert scores.rows[0][4].startswith("+50.0 [")
+
+
+def test_why_nothing_was_paired_is_told(tmp_path: Path) -> None:
+    one_cell(tmp_path / "a", 5)
+    one_cell(tmp_path / "b", 15)
+    (kept,) = (tmp_path / "b" / "data").iterdir()
+    kept.write_text(kept.read_text().replace("Anna", "Berta"))
+    scores = compare(tmp_path / "a", tmp_path / "b")[-1]
+    assert scores.rows[0][4:] == ("+50.0", "–", "1")
+    assert scores.note.endswith("(its test examples differ).")
+    for file in tmp_path.glob("b/*/stages/03/examples.jsonl"):
+        file.unlink()
+    assert "are not on disk" in compare(tmp_path / "a", tmp_path / "b")[-1].note
+
+
+def test_base_weights_and_code_that_differ_are_told(tmp_path: Path) -> None:
+    one_cell(tmp_path / "a", 5, base="0" * 32, code="a" * 32)
+    one_cell(tmp_path / "b", 5, base="1" * 32, code="b" * 32)
+    assert {row[0] for row in compare(tmp_path / "a", tmp_path / "b")[0].rows} == {"base", "code"}
+
+
+def test_runs_without_a_common_cell_are_not_called_the_same(tmp_path: Path) -> None:
+    make(tmp_path / "a", cells=2, examples=4, strategies=2, scenarios=1)
+    make(tmp_path / "b", cells=2, examples=4, strategies=2, scenarios=1)
+    for file in tmp_path.glob("b/*/result.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"budget": "5%"}))
+    alone, about = compare(tmp_path / "a", tmp_path / "b")
+    assert len(alone.rows) == 4
+    assert about.rows == () and about.note.startswith("No cell of A has its like in B")
 
 
 def test_versions_options_data_and_cells_that_differ_are_told(tmp_path: Path, call: Call) -> None:
@@ -44,7 +114,7 @@ def test_versions_options_data_and_cells_that_differ_are_told(tmp_path: Path, ca
     rows = {row[0]: row[1:] for row in about["rows"]}
     assert set(rows) == {"versions.torch", "options.rank", "data"}
     assert rows["options.rank"] == ["8", "64", "2"]
-    assert [row[-1] for row in scores["rows"]] == ["2", "2"]
+    assert [row[-1] for row in scores["rows"] if row[1] == "OP"] == ["1 of 2", "1 of 2"]
     done = call("compare", str(one), str(next(two.iterdir())))
     assert "Cells of one run alone" in done.out
 
@@ -58,13 +128,12 @@ def test_two_real_runs_of_two_strategies(tmp_path: Path, call: Call) -> None:
     """Their pages show prompts, which both keep in one file, since their data is the same."""
     small = {"mini": {"steps": 2, "test_size": 4, "train_size": 16, "tasks": "math,cipher"}}
     for strategy in ("sequential", "lora"):
-        out = tmp_path / "results" if strategy == "lora" else tmp_path / "results"
         run(
             scenario="mini",
             strategy=strategy,
             model="nano-llama",
             options=small,
-            out=out,
+            out=tmp_path / "results",
             wandb="off",
         )
     (data,) = (tmp_path / "results" / "data").iterdir()

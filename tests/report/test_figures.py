@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from cl_graft.matrix import PerformanceMatrix
+from cl_graft.report import budgets
 from cl_graft.report.figures import FIGURES, costs, curves, heatmaps, write_figures
 from cl_graft.report.series import ReportError
 from cl_graft.report.style import DARK, KNOWN, PALETTE, darkened
@@ -388,7 +390,15 @@ def crowded(count: int = 8) -> list[dict[str, Any]]:
     return made
 
 
-@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
+def over_budgets(cells: list[dict[str, Any]]) -> Figure:
+    """The same at a tenth of the budget, a little worse, and full fine-tuning."""
+    small = [c | {"budget": "1%", "pack_bytes": [x // 10 for x in c["pack_bytes"]]} for c in cells]
+    full = cells[0] | {"label": "individual", "strategy": "individual"}
+    ((title, members),) = budgets.groups([*cells, *small, full]).items()
+    return budgets.figure(title, members)
+
+
+@pytest.mark.parametrize("draw", [*FIGURES.values(), over_budgets], ids=[*FIGURES, "budgets"])
 @pytest.mark.parametrize("cells", [crowded(), crowded(3), [cell()]], ids=["8x5", "3x5", "1x2"])
 def test_no_text_is_clipped_or_covered(draw: Any, cells: list[dict[str, Any]]) -> None:
     figure = draw(cells)
@@ -402,6 +412,14 @@ def test_no_text_is_clipped_or_covered(draw: Any, cells: list[dict[str, Any]]) -
     for k, (one, a) in enumerate(boxes):
         for other, b in boxes[k + 1 :]:
             assert not a.padded(-1.0).overlaps(b.padded(-1.0)), (one.get_text(), other.get_text())
+
+
+def test_a_notebook_shows_a_figure_that_is_returned() -> None:
+    """IPython asks an object for `_repr_png_`; of matplotlib's own figures it shows those of pyplot alone."""
+    data = heatmaps([cell()])._repr_png_()  # type: ignore[attr-defined]
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "PNG" and min(image.size) > 200
+        assert len(image.getcolors(1 << 20) or []) > 10
 
 
 # --- files ------------------------------------------------------------------------------------

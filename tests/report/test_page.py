@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
 from cl_graft.bench.report import make
 from cl_graft.report import Found, find, page
-from cl_graft.report.examples import breakdown, final
+from cl_graft.report.examples import Answer, Row, breakdown, final
 from cl_graft.report.page import template
+from cl_graft.report.provenance import write_provenance
 from cl_graft.report.standing import reader
 from cl_graft.report.tables import write_tables
+from tests.report.test_figures import luminance
 
 EVIL = "<script>alert('x')</script> & \"co\""
+MACROS = resources.files("cl_graft.report.page").joinpath("templates/macros.html")
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
@@ -71,14 +78,12 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_cell_has_a_page_and_every_link_a_file(made: Path) -> None:
-    import re
-    from urllib.parse import unquote
-
     assert len(list((made / "cells").iterdir())) == 28
     text = (made / "index.html").read_text()
     links = re.findall(r'(?:href|src|srcset)="([^"#][^"]*)"', text)
     local = {unquote(link) for link in links if not link.startswith("data:")} - {"provenance.md"}
     assert len(local) > 28 + 2 * 5 * 3
+    assert {name for name in local if name.endswith(".csv")} == {p.name for p in made.glob("*.csv")}
     assert [link for link in sorted(local) if not (made / link).is_file()] == []
 
 
@@ -87,6 +92,16 @@ def test_markup_in_names_and_answers_stays_text(made: Path) -> None:
     assert not [p for p in pages if "<script>alert" in p.read_text()]
     assert "&lt;script&gt;alert" in (made / "index.html").read_text()
     assert sum("&lt;script&gt;alert" in p.read_text() for p in pages) >= 2
+
+
+def test_a_page_may_fetch_nothing_from_the_network(made: Path) -> None:
+    for file in (made / "index.html", next((made / "cells").iterdir())):
+        (policy,) = re.findall(
+            r'http-equiv="Content-Security-Policy" content="(.*?)"', file.read_text()
+        )
+        rules = dict(rule.strip().partition(" ")[::2] for rule in policy.split(";"))
+        assert rules["default-src"] == rules["form-action"] == rules["base-uri"] == "'none'"
+        assert not any(word in policy for word in ("http", "*", "connect-src"))
 
 
 def test_what_has_not_changed_is_not_written_again(made: Path) -> None:
@@ -103,6 +118,116 @@ def test_what_has_not_changed_is_not_written_again(made: Path) -> None:
     assert "12.3" in (made / "cells" / f"{cell.name}.html").read_text()
 
 
+def test_what_is_missing_is_made_again_and_prompts_that_change_are_shown(tmp_path: Path) -> None:
+    """A figure is three files, and a cell's page shows prompts that are in no file of the cell."""
+    make(tmp_path, cells=1, examples=4, strategies=1, scenarios=1)
+    report(tmp_path)
+    made = tmp_path / "report"
+    gone = [next(made.glob("*-curves.png")), next(made.glob("dark/*-curves.svg"))]
+    for file in gone:
+        file.unlink()
+        report(tmp_path)
+        assert file.is_file()
+    (prompts,) = (tmp_path / "data").iterdir()
+    prompts.write_text(prompts.read_text().replace("Anna", "Berta"))
+    report(tmp_path)
+    (cell,) = (made / "cells").iterdir()
+    assert "Berta" in cell.read_text() and "Anna" not in cell.read_text()
+
+
+def test_a_page_leads_back_to_the_section_of_its_group(tmp_path: Path) -> None:
+    """The section's name may change with what else is reported: here there are two orders of the tasks then."""
+    make(tmp_path, cells=2, examples=4, strategies=2, scenarios=1)
+    report(tmp_path)
+    cell = sorted(tmp_path.glob("*/result.json"))[0]
+    told = json.loads(cell.read_text())
+    cell.write_text(json.dumps(told | {"budget": "5%"}))
+    report(tmp_path)
+    index = (tmp_path / "report" / "index.html").read_text()
+    for file in (tmp_path / "report" / "cells").iterdir():
+        (section,) = re.findall(r'index\.html#([^"]+)"', file.read_text())
+        assert f'<section id="{section}">' in index
+
+
+def test_a_report_of_a_sweep_under_way_tells_what_is_known(tmp_path: Path) -> None:
+    """Two strategies of two seeds, of which one cell has but its base model and another not even that."""
+    make(tmp_path, cells=4, examples=4, strategies=2, scenarios=1)
+    begun, waits = sorted(p.parent for p in tmp_path.glob("*/result.json"))[:2]
+    for cell, left in ((begun, 1), (waits, 0)):
+        (cell / "result.json").unlink()
+        for stage in sorted((cell / "stages").iterdir())[left:]:
+            shutil.rmtree(stage)
+    found = report(tmp_path)
+    write_provenance([f.cell for f in found], tmp_path / "report")
+    index = (tmp_path / "report" / "index.html").read_text()
+    assert "<span>Base model</span><b>–" not in index
+    assert "<span>Strategies × seeds</span><b>2 × 2 <span>4 cells</span>" in index
+    told = (tmp_path / "report" / "provenance.md").read_text()
+    assert re.search(r"together: train \d+, compress \d+, evaluate \d+, harness \d+\.", told)
+
+
+def test_a_report_tells_plugins_of_one_name_apart(tmp_path: Path) -> None:
+    """Cells that `RunConfig.cell` keeps in folders of their own are lines of their own."""
+    make(tmp_path, cells=2, examples=4, strategies=2, scenarios=1)
+    for folder, cell in zip("ab", sorted(tmp_path.glob("*__*")), strict=True):
+        for name in ("cell.json", "result.json"):
+            told = json.loads((cell / name).read_text())
+            told["config"]["strategy"] = f"/home/me/{folder}/mine.py"
+            (cell / name).write_text(json.dumps(told | {"strategy": "mine", "label": "mine"}))
+    report(tmp_path)
+    index = (tmp_path / "report" / "index.html").read_text()
+    for name in ("a/mine", "b/mine"):
+        assert f"</span>{name}" in index
+    assert (tmp_path / "report" / "cells-table.csv").read_text().count("/mine,") == 2
+
+
+def test_right_and_wrong_are_told_by_a_sign_and_a_word() -> None:
+    """Not by colour alone; and a score between 0 and 1 as a number."""
+    row = Row(0, None, Answer(0.0, "no", ""), Answer(0.75, "nearly", ""), Answer(1.0, "yes", ""))
+    cells = re.findall(r'<b class="m">(.*?)</b>', page.cell._row(row, False))
+    words = [re.sub(r"<[^>]*>", "", cell) for cell in cells]
+    assert words == ["✗wrong", "✓right 0.75", "✓right"]
+
+
+# --- contrast ---------------------------------------------------------------------------------
+
+
+def colours(scheme: str) -> dict[str, Any]:
+    """The page's colours as red, green and blue of 0 to 1, and what else its style sheet names."""
+    css = resources.files("cl_graft.report.page").joinpath("templates/style.css").read_text("utf-8")
+    light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    found: dict[str, Any] = {}
+    for name, value in re.findall(r"--(\w+): ([^;]+);", light + (dark if scheme == "dark" else "")):
+        if value.startswith("#"):
+            found[name] = np.array([int(value[k : k + 2], 16) / 255 for k in (1, 3, 5)])
+        elif re.fullmatch(r"\d+, \d+, \d+", value):
+            found[name] = np.array([int(part) / 255 for part in value.split(",")])
+        elif name == "most":
+            found[name] = float(value)
+    return found
+
+
+def contrast(one: Any, other: Any) -> float:
+    """WCAG 2.1."""
+    a, b = sorted((luminance(one), luminance(other)))
+    return (b + 0.05) / (a + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_numbers_on_a_tint_can_be_read(scheme: str) -> None:
+    """4.5 is what small text needs, whatever the score; tints of what was lost or gained end at a half."""
+    css = colours(scheme)
+    for score in np.linspace(0, 1, 21):
+        paper = css["card"] + score * css["most"] * (css["heat"] - css["card"])
+        assert contrast(css["ink"], paper) >= 4.5, score
+    for tint in ("better", "worse"):
+        (most,) = re.findall(r"\[d\.tint\|abs, ([\d.]+)\]\|min", MACROS.read_text("utf-8"))
+        paper = css["card"] + float(most) * (css[tint] - css["card"])
+        assert contrast(css["ink"], paper) >= 4.5, tint
+    for ink in ("muted", "best", "wrong", "accent"):
+        assert contrast(css[ink], css["card"]) >= 4.5, ink
+
+
 def test_an_example_is_followed_from_before_to_the_end(tmp_path: Path) -> None:
     make(tmp_path, cells=1, examples=40, strategies=1, scenarios=1)
     (found,) = find([tmp_path])
@@ -113,7 +238,7 @@ def test_an_example_is_followed_from_before_to_the_end(tmp_path: Path) -> None:
             scores = [getattr(row, answers).score for row in those]
             assert sum(scores) / 40 == pytest.approx(found.cell["matrix"][stage][j])
     assert {row.outcome for row in rows["cipher"]} <= {"kept", "known", "never"}  # learned last
-    score = sum(weight * x.mean() for weight, x in reader()(found))
+    score = sum(weight * x.mean() for weight, x in reader()(found)[1])
     assert score == pytest.approx(found.cell["metrics"]["op"])
 
 

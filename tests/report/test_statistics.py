@@ -25,7 +25,7 @@ def test_the_interval_over_seeds_is_students():
     """1, 2, 3: mean 2, deviation 1; t of 2 degrees of freedom at 97.5 % is 4.3027 (any table of t)."""
     found = over_seeds([1.0, 2.0, 3.0])
     half = 4.302653 / math.sqrt(3)
-    assert (found.mean, found.over) == (2.0, "seeds")
+    assert found.mean == 2.0
     assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), abs=1e-5)
 
 
@@ -34,16 +34,38 @@ def test_the_interval_over_examples_is_that_of_all_draws():
     values = [0.0, 1.0, 2.0, 7.0]
     means = sorted(sum(draw) / 4 for draw in itertools.product(values, repeat=4))
     found = over_examples(strata(*values))
-    assert (found.mean, found.over) == (2.5, "examples")
+    assert found.mean == 2.5
     assert (found.low, found.high) == (means[6], means[249])
 
 
+def test_the_interval_over_outcomes_of_0_and_1_is_wilsons():
+    """5 of 10 is [.2366, .7634], 0 of 10 [0, .2775] (Newcombe, Statistics in Medicine 1998, method 3)."""
+    half, none = over_examples(strata(*[0, 1] * 5)), over_examples(strata(*[0] * 10))
+    assert (half.low, half.high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert (none.low, none.high) == pytest.approx((0.0, 0.2775), abs=1e-4)
+
+
+def test_all_right_is_no_certainty():
+    found = over_examples(strata(*[1] * 10))
+    assert (found.low, found.high) == pytest.approx((1 - 0.2775, 1.0), abs=1e-4)
+
+
 def test_tasks_are_drawn_apart_and_weigh_alike():
-    """Task one is always right, so all that varies is half of task two: 100 coins."""
-    two = np.array([0.0, 1.0] * 50)
-    found = over_examples([(0.5, np.ones(10)), (0.5, two)])
+    """Half of each task's distance to its limit, as the sides of a right angle: 5 of 10, and 10 of 10."""
+    found = over_examples([(0.5, np.ones(10)), (0.5, np.array([0.0, 1.0] * 5))])
     assert found.mean == 0.75
-    assert (found.high - found.low) / 2 == pytest.approx(0.5 * 1.96 * 0.05, rel=0.1)
+    assert found.high - 0.75 == pytest.approx(0.5 * 0.2634, abs=1e-4)
+    assert 0.75 - found.low == pytest.approx(0.5 * math.hypot(0.2634, 0.2775), abs=1e-4)
+
+
+def test_the_interval_over_examples_holds_the_truth_at_an_edge():
+    """Two tasks of 20 at 95 % each: the bootstrap's holds it 87 times in 100."""
+    rng = np.random.default_rng(3)
+    tries = [
+        over_examples([(0.5, (rng.random(20) < 0.95).astype(float)) for _ in range(2)])
+        for _ in range(400)
+    ]
+    assert sum(found.low <= 0.95 <= found.high for found in tries) / 400 >= 0.93
 
 
 def test_without_examples_the_interval_is_the_normal():
@@ -71,10 +93,17 @@ def test_a_difference_that_is_always_there_is_as_sure_as_a_sign_test():
     assert paired([strata(*[1] * 40)] * 3).p < 1e-9
 
 
+def test_an_interval_holds_0_where_p_is_not_below_5_per_cent():
+    """Three examples that all say yes: a sign test has p = 1/4, and their bootstrap knows no doubt."""
+    for found in (paired([strata(1, 1, 1)]), paired([strata(1), strata(1), strata(1)])):
+        assert (found.low, found.mean, found.high) == (0.0, 1.0, 1.0)
+        assert found.p == 0.25
+
+
 def test_the_standard_error_is_that_of_all_draws():
     """Two seeds of two examples: the variance of all draws of seeds and of examples within them, by listing them.
 
-    The seeds' part is scaled by n / (n - 1) = 2, and Satterthwaite's degrees of freedom follow.
+    The seeds' part is scaled by n / (n - 1) = 2; one degree of freedom is left.
     """
     one, two = (0.0, 1.0), (2.0, 5.0)
     means = np.array([0.5, 3.5])
@@ -87,27 +116,36 @@ def test_the_standard_error_is_that_of_all_draws():
         for noise in itertools.product(*(within[s] for s in seeds))
     ]
     error = float(np.std(draws))
-    freedom = (error**2 / (means.var(ddof=1) / 2)) ** 2
     found = paired([strata(*one), strata(*two)])
     from scipy.stats import t
 
-    half = t.ppf(0.975, freedom) * error
+    half = t.ppf(0.975, 1) * error
     assert found.mean == 2.0
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
-    assert found.p == pytest.approx(2 * t.sf(2.0 / error, freedom), rel=0.1)
+    assert found.p == pytest.approx(2 * t.sf(2.0 / error, 1), rel=0.1)
 
 
 def test_one_draw_of_examples_serves_all_seeds_that_share_them():
     """Five seeds alike: their common examples vary as much as those of one seed, not a fifth as much."""
     seeds = [strata(*([0.0, 1.0] * 50))] * 5
-    shared, apart = paired(seeds, shared=True), paired(seeds)
+    shared, apart = paired(seeds, "aaaaa"), paired(seeds)
     width = [found.high - found.low for found in (shared, apart)]
-    assert width[0] / 2 == pytest.approx(1.96 * 0.05, rel=0.1)
+    assert width[0] / 2 == pytest.approx(2.776 * 0.05, rel=0.1)  # t of 4 degrees of freedom
     assert width[0] / width[1] == pytest.approx(math.sqrt(5), rel=0.1)
 
 
+def test_seeds_that_share_examples_in_part_are_between_the_two():
+    """Four seeds alike, two and two on the same examples: as wide as two seeds would be, if not for their t."""
+    seeds = [strata(*([0.0, 1.0] * 50))] * 4
+    widths = [found.high - found.low for found in (paired(seeds, "aabb"), paired(seeds, "aaaa"))]
+    assert widths[1] / widths[0] == pytest.approx(math.sqrt(2), rel=0.2)
+
+
 def rejected(n: int, of_seeds: float, tries: int = 400) -> float:
-    """How often two strategies that are equal on average are told apart at 5 %; 60 examples, which vary by 1."""
+    """How often two strategies that are equal on average are told apart at 5 %; 60 examples, which vary by 1.
+
+    of_seeds: how much seeds vary, in standard errors of a seed's examples.
+    """
     rng = np.random.default_rng(7)
     count = 0
     for _ in range(tries):
@@ -119,11 +157,23 @@ def rejected(n: int, of_seeds: float, tries: int = 400) -> float:
 
 @pytest.mark.parametrize(
     ("n", "of_seeds", "low", "high"),
-    [(1, 0.0, 0.03, 0.08), (3, 8.0, 0.03, 0.08), (5, 8.0, 0.03, 0.08), (3, 0.0, 0.0, 0.05), (5, 1.0, 0.0, 0.06)],
+    [(1, 0.0, 0.03, 0.08), (2, 3.0, 0.0, 0.05), (3, 3.0, 0.0, 0.05), (3, 8.0, 0.02, 0.08), (5, 8.0, 0.03, 0.08), (3, 0.0, 0.0, 0.05), (5, 1.0, 0.0, 0.06)],
 )  # fmt: skip
 def test_a_true_null_is_rejected_about_one_time_in_twenty_or_less(n, of_seeds, low, high):
     """Where seeds differ by much more than their examples it is 5 %; where they do not, less."""
     assert low <= rejected(n, of_seeds) <= high
+
+
+@pytest.mark.parametrize(("tests", "low", "high"), [("aaaaa", 0.0, 0.05), ("abcde", 0.1, 1.0)])
+def test_seeds_on_the_same_examples_are_no_fresh_evidence(tests, low, high):
+    """Two strategies, equal on average, differ on 60 examples that all five seeds share; taken for seeds with examples
+    of their own they would be told apart one time in five."""
+    rng, tries, count = np.random.default_rng(7), 200, 0
+    for _ in range(tries):
+        of_examples = rng.normal(0, 1, 60)
+        seeds = [strata(*np.round(of_examples + rng.normal(0, 0.3, 60), 1)) for _ in tests]
+        count += paired(seeds, tests).p < 0.05
+    assert low <= count / tries <= high
 
 
 # --- several comparisons ----------------------------------------------------------------------

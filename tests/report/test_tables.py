@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cl_graft.errors import CLGraftError
 from cl_graft.matrix import PerformanceMatrix
-from cl_graft.report.series import ReportError, groups, series
+from cl_graft.report.series import ReportError, groups, series, told_apart
 from cl_graft.report.table import Table, write_atomic
 from cl_graft.report.tables import costs, matrices, ranking, write_tables
 
@@ -215,6 +215,35 @@ def test_the_same_seed_twice_is_refused() -> None:
     assert isinstance(caught.value, CLGraftError)
 
 
+def plugin(path: str, label: str = "mine", **changes: Any) -> dict[str, Any]:
+    config = {"scenario": "math-code", "strategy": path}
+    return cell(label, strategy="mine", config=config, **changes)
+
+
+def test_plugins_of_one_name_are_told_apart_by_their_folders() -> None:
+    """As `RunConfig.cell` tells them; a cell that is there twice is still refused."""
+    cells = [plugin("x/a/mine.py"), plugin("x/b/mine.py"), plugin("x/b/mine.py", seed=1)]
+    assert [(line.name, len(line.cells)) for line in series(cells)] == [
+        ("a/mine", 1),
+        ("b/mine", 2),
+    ]
+    told = told_apart(cells)
+    some = [plugin(f"{path}/mine.py") for path in ("x/a/b", "x/c/b", "x/d")] + [plugin("mine")]
+    deep = told_apart(some)
+    assert [c["label"] for c in deep] == ["a/b/mine", "c/b/mine", "x/d/mine", "mine"]
+    for cells in (told, deep, deep[1:], deep[2:]):  # what was told apart stays as it is
+        assert all(one is other for one, other in zip(cells, told_apart(cells), strict=True))
+    (mine, _) = told_apart([plugin("a/mine.py", label="mine(rank=8)"), plugin("b/mine.py")])
+    assert mine["label"] == "a/mine(rank=8)"
+    assert [line.name for line in series([plugin("mine"), plugin("x/mine.py")])] == [
+        "mine",
+        "x/mine",
+    ]
+    assert [line.name for line in series([plugin("x/a/mine.py")])] == ["mine"]
+    with pytest.raises(ReportError, match="seed 0 of mine occurs twice"):
+        series([plugin("mine.py"), plugin("mine.py")])
+
+
 def test_series_are_of_one_group() -> None:
     with pytest.raises(ReportError, match="are of 2 groups"):
         series([cell(), cell(model="8b")])
@@ -311,6 +340,13 @@ def test_latex_is_balanced_and_every_character_stands_for_itself() -> None:
         assert text.count("\\" + rule) == 1
 
 
+def test_only_a_wide_table_of_latex_is_made_smaller() -> None:
+    wide = Table("", ("Strategy", *(f"task {k}" for k in range(12))), (("lora", *["70.0"] * 12),))
+    assert "resizebox" not in TABLE.latex()
+    text = wide.latex()
+    assert r"\resizebox{\textwidth}{!}{%" in text and "\\end{tabular}}\n" in text
+
+
 def test_costs_are_means_over_seeds() -> None:
     slow = {"train": 2000.0, "compress": 30.0, "evaluate": 5.0, "harness": 0.5}
     (table,) = costs(
@@ -337,12 +373,13 @@ def test_written_tables_hold_what_was_printed(tmp_path: Path) -> None:
     cells = [cell(extra_matrices={"exact": FORGETS}), cell("lora(rank=8)"), half_done(seed=3)]
     paths = write_tables(cells, tmp_path / "report")
     stem = "math-code-mini-budget-10pct"
-    names = [f"{n}.{e}" for n in ("ranking", "costs", "matrices") for e in ("md", "csv", "tex")]
-    assert paths == [tmp_path / "report" / f"{stem}-{name}" for name in names]
+    names = [f"{stem}-{name}" for name in ("ranking", "costs", "tasks", "matrices")]
+    files = [f"{name}.{end}" for name in (*names, "cells-table") for end in ("md", "csv", "tex")]
+    assert paths == [tmp_path / "report" / file for file in files]
     assert sorted((tmp_path / "report").iterdir()) == sorted(paths)  # no temporary file is left
     assert paths[0].read_text() == ranking(cells)[0].markdown() + "\n"
     for table in matrices(cells):
-        assert table.markdown() in paths[6].read_text()
+        assert table.markdown() in paths[9].read_text()
 
     with paths[1].open(newline="") as file:
         rank = list(csv.DictReader(file))
@@ -351,18 +388,39 @@ def test_written_tables_hold_what_was_printed(tmp_path: Path) -> None:
     assert int(rank[0]["Total bytes"]) == 389_600
 
     with paths[7].open(newline="") as file:
+        (task, *_) = csv.DictReader(file)
+    assert (task["math base"], task["math learned"], task["math end"]) == (
+        "20.0000",
+        "80.0000",
+        "60.0000",
+    )
+    assert task["math Δ"] == "-20.0000"
+
+    with paths[13].open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert [(c["Strategy"], c["Seed"], c["OP"], c["Stages"], c["Of"]) for c in listed] == [
+        ("graftllm", "0", "65.0000", "3", "3"),
+        ("lora(rank=8)", "0", "65.0000", "3", "3"),
+        ("graftllm", "3", "", "2", "3"),
+    ]
+
+    with paths[10].open(newline="") as file:
         stages = list(csv.DictReader(file))
     assert len(stages) == 4 * 3  # graftllm, its exact match, lora and the incomplete cell
     assert {None} == {row.get(None) for row in stages}  # every row fits the header
     last = [row for row in stages if row["Matrix"].endswith(": lora(rank=8)")][-1]
-    assert (last["Stage"], last["math"], last["General ability"]) == ("after code", "60.0", "47.0")
+    assert (last["Stage"], last["math"], last["General ability"]) == (
+        "after code",
+        "60.0000",
+        "47.0000",
+    )
 
 
 def test_groups_never_share_a_file(tmp_path: Path) -> None:
     cells = [cell(model=model) for model in ("a/b", "a-b", "A b")]
     paths = write_tables(cells, tmp_path)
-    assert len(paths) == 27
-    assert len({str(path).lower() for path in paths}) == 27
+    assert len(paths) == 3 * 4 * 3 + 3
+    assert len({str(path).lower() for path in paths}) == len(paths)
     assert all(path.parent == tmp_path for path in paths)
 
 

@@ -24,7 +24,8 @@ from .. import Found, budgets
 from ..figures import FIGURES, draw
 from ..series import groups, slugged
 from ..standing import reader, standings, table
-from ..table import write_atomic
+from ..style import files_of
+from ..table import TEXTS, write_atomic
 from . import cell, index, sources
 
 ALONE = 8  # work below this, in figures, is done in this process
@@ -43,19 +44,18 @@ def write(found: Sequence[Found], folder: Path) -> Path:
         key = digest(cells, sources.of_figures())
         for name in FIGURES:
             stem = folder / f"{slug}-{name}"
-            work.add(stem.with_name(f"{stem.name}.svg"), key, partial(draw, name, cells, stem), 1.0)
+            work.add(files_of(stem), key, partial(draw, name, cells, stem), 1.0)
     over = list(slugged(budgets.groups([f.cell for f in found])))
     for slug, several in over:
         stem = folder / f"{slug}-budgets"
         key = digest(several, sources.of_figures())
-        work.add(
-            stem.with_name(f"{stem.name}.svg"), key, partial(budgets.write, several, stem), 1.0
-        )
+        files = [*files_of(stem), *(stem.with_name(f"{stem.name}.{kind}") for kind in TEXTS)]
+        work.add(files, key, partial(budgets.write, several, stem), 1.0)
     pages = {f.path: cell.file(f, folder) for f in found}
     for slug, those in members.items():
         for f in those:
             page = partial(cell.write, f, pages[f.path], slug)
-            work.add(pages[f.path], sources.of_cell(f.path), page, SMALL)
+            work.add([pages[f.path]], sources.of_cell(f, slug), page, SMALL)
     with work:
         examples = reader()
         known = {slug: standings(those, examples) for slug, those in members.items()}
@@ -97,11 +97,11 @@ class _Work:
         with suppress(OSError, ValueError):
             self.before = json.loads(self.record.read_text(encoding="utf-8"))
 
-    def add(self, file: Path, key: str, call: partial[Any], cost: float) -> None:
-        """To be made unless it was made of the same before; key: of what."""
-        name = file.relative_to(self.record.parent).as_posix()
+    def add(self, files: Sequence[Path], key: str, call: partial[Any], cost: float) -> None:
+        """To be made by one call unless all were made of the same before and are there; key: of what."""
+        name = files[0].relative_to(self.record.parent).as_posix()
         self.made[name] = key
-        if self.before.get(name) == key and file.is_file():
+        if self.before.get(name) == key and all(file.is_file() for file in files):
             return
         self.cost += cost
         (self.small if cost == SMALL else self.large).append(call)

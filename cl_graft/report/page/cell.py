@@ -11,7 +11,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ...prompts import Asked, recall
+from ... import prompts
+from ...prompts import Asked
 from .. import Found
 from ..examples import OUTCOMES, RIGHT, Answer, Row, breakdown
 from ..provenance import commands
@@ -64,9 +65,15 @@ def _task(name: str, rows: list[Row], asked: bool) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=16)
 def _asked(out: Path, data: str) -> dict[str, list[Asked]]:
-    return recall(out, data)
+    kept = prompts.file(out, data)
+    return _read(out, data, kept.stat().st_mtime_ns) if kept.is_file() else {}
+
+
+@lru_cache(maxsize=16)
+def _read(out: Path, data: str, _written: int) -> dict[str, list[Asked]]:
+    """Once for all cells of the data, unless they change meanwhile."""
+    return prompts.recall(out, data)
 
 
 def _losses(path: Path) -> list[dict[str, Any]]:
@@ -98,8 +105,8 @@ def _row(row: Row, asked: bool) -> str:
         ]
     cells += [_answer(row.before, "Base model"), _answer(row.learned, "Once learned")]
     if row.end is not None and row.end == row.learned:
-        right = "y" if row.end.score >= RIGHT else "n"
-        cells.append(f'<td data-l="At the end" class="{right} same">same</td>')
+        kind = _kind(row.end)
+        cells.append(f'<td data-l="At the end" class="{kind} same">{_mark(row.end)}same</td>')
     else:
         cells.append(_answer(row.end, "At the end"))
     outcome = row.outcome
@@ -112,9 +119,22 @@ def _row(row: Row, asked: bool) -> str:
 def _answer(answer: Answer | None, label: str) -> str:
     if answer is None:
         return f'<td data-l="{label}"></td>'
-    right = "y" if answer.score >= RIGHT else "n"
     note = f' title="{escape(answer.note[:300])}"' if answer.note else ""
-    return f'<td data-l="{label}" class="{right}"><span class="t"{note}>{_text(answer.text)}</span></td>'
+    text = f'<span class="t"{note}>{_text(answer.text)}</span>'
+    return f'<td data-l="{label}" class="{_kind(answer)}">{_mark(answer)}{text}</td>'
+
+
+def _kind(answer: Answer) -> str:
+    return "y" if answer.score >= RIGHT else "n"
+
+
+def _mark(answer: Answer) -> str:
+    """Whether it is right, for those who do not see colours and for those who hear a page; a share as a number."""
+    sign, told = ("✓", "right") if answer.score >= RIGHT else ("✗", "wrong")
+    share = "" if answer.score in (0, 1) else f" {answer.score:.2f}"
+    return (
+        f'<b class="m"><i aria-hidden="true">{sign}</i><span class="sr">{told}</span>{share}</b> '
+    )
 
 
 def _text(text: str) -> str:

@@ -5,16 +5,27 @@ from __future__ import annotations
 import hashlib
 from functools import cache
 from importlib import metadata, resources
-from pathlib import Path
 
 from ... import identity, prompts
-from .. import budgets, examples, figures, provenance, series, style, tables, tradeoff
+from .. import (
+    Found,
+    budgets,
+    examples,
+    figures,
+    provenance,
+    series,
+    style,
+    table,
+    tables,
+    tradeoff,
+    units,
+)
 
 
 @cache
 def of_figures() -> str:
     """The code that draws figures, and the version of the library that it draws with."""
-    code = identity.code_digest(budgets, figures, series, style, tables, tradeoff)
+    code = identity.code_digest(budgets, figures, series, style, table, tables, tradeoff)
     return identity.digest(code, metadata.version("matplotlib"))
 
 
@@ -24,16 +35,18 @@ def of_pages() -> str:
     from . import cell, template
 
     found = hashlib.blake2b(digest_size=16)
-    found.update(
-        identity.code_digest(examples, provenance, tables, cell, template, prompts).encode()
-    )
+    code = (examples, provenance, series, table, tables, units, cell, template, prompts)
+    found.update(identity.code_digest(*code).encode())
     for file in sorted(resources.files(__package__).joinpath("templates").iterdir(), key=str):
         found.update(file.read_bytes())
     return found.hexdigest()
 
 
-def of_cell(path: Path) -> str:
-    """What a cell's page is made of."""
+def of_cell(found: Found, group: str) -> str:
+    """What a cell's page is made of. group: the section of the index that it leads back to."""
+    path, cell = found.path, found.cell
     files = [path / "cell.json", path / "result.json", *sorted(path.glob("stages/*/stage.json"))]
+    files.append(prompts.file(path.parent, cell.get("data", "")))
     told = [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
-    return identity.digest(told, of_pages())
+    # names, for those of plugins hang on what else is reported
+    return identity.digest(told, group, cell["label"], cell["scenario"], of_pages())

@@ -11,7 +11,7 @@ const order = (a, b) => (typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : 
 for (const button of document.querySelectorAll("table.sort thead th button")) {
   button.addEventListener("click", () => {
     const head = button.closest("th"), table = head.closest("table"), body = table.tBodies[0];
-    const column = Number(head.dataset.i ?? head.cellIndex);
+    const column = head.cellIndex;
     const first = head.classList.contains("l") || head.classList.contains("name") ? "ascending" : "descending";
     const other = first === "ascending" ? "descending" : "ascending";
     const way = head.getAttribute("aria-sort") === first ? other : first;

@@ -1,0 +1,146 @@
+"""Rows of the page's tables, as plain values for its template."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from .. import Found
+from ..series import number
+from ..standing import Standing, probability
+from ..statistics import Difference, Interval
+from ..table import UNMEASURED, show
+from ..tables import stages_done
+from .cell import file
+
+WIDTH = 132  # pixels of an interval's plot
+
+
+@dataclass(frozen=True)
+class Datum:
+    """A cell of a table: its text, what it sorts by, small print beneath, and a tint from -1 (lost) to 1 (gained)."""
+
+    text: str
+    value: float | None = None
+    small: str = ""
+    tint: float = 0.0
+
+
+def link(found: Found) -> str:
+    """Of a cell's page, from the index."""
+    return quote(file(found, Path()).as_posix())
+
+
+def ranking(found: Sequence[Standing]) -> list[dict[str, Any]]:
+    """A row for each line of a group, the best first."""
+    plots = _plots([s.op for s in found])
+    rows = []
+    for rank, (s, plot) in enumerate(zip(found, plots, strict=True)):
+        line, op, behind = s.line, s.op, s.behind
+        ends = zip(line.mean[-1], line.stderr[-1], strict=True)
+        rows.append(
+            {
+                "name": line.name,
+                "complete": line.complete,
+                "plot": plot,
+                "mark": "best" if op and not rank else "behind" if s.significant else "",
+                "op": _interval(op),
+                "behind": _interval(behind, "+.1f"),
+                "p": _p(s),
+                "tasks": [_per_cent(mean, stderr) for mean, stderr in ends],
+                "bwt": _per_cent(*line.metric("bwt"), spec="+.1f"),
+                "fm": _per_cent(*line.metric("fm")),
+                "general": _per_cent(*line.drift(), spec="+.1f"),
+                "storage": _number(line.storage(), ".2f"),
+                "bytes": _number(line.total_bytes()),
+                "seeds": len(line.cells) if line.complete else 0,
+            }
+        )
+    return rows
+
+
+def by_task(found: Standing) -> dict[str, Any]:
+    """Of each task: before any learning, once learned, at the end, and what was lost since it was learned."""
+    parts = []
+    for *scores, change in found.line.by_task():
+        tint = 0.0 if math.isnan(change) else round(max(-1.0, min(1.0, change)), 3)
+        lost = Datum(show(100 * change, "+.1f"), _value(change), tint=tint)
+        parts.append((*map(_per_cent, scores), lost))
+    return {"name": found.line.name, "complete": found.line.complete, "parts": parts}
+
+
+def costs(found: Standing) -> dict[str, Any]:
+    """Seconds by what they went into and in all, tokens, memory."""
+    seconds, rest = found.line.costs()
+    parts = [*(_number(x, ",.1f") for x in seconds), *map(_number, rest)]
+    return {"name": found.line.name, "complete": found.line.complete, "parts": parts}
+
+
+def cell(found: Found) -> dict[str, Any]:
+    """A cell in the list of all."""
+    told = found.cell
+    done = stages_done(told)
+    return {
+        "page": link(found),
+        "cell": told,
+        "op": _per_cent(number(told["metrics"].get("op"))),
+        "bwt": _per_cent(number(told["metrics"].get("bwt")), spec="+.1f"),
+        "stages": Datum(f"{done} of {len(told['matrix'])}", done),
+        "seconds": _number(told.get("spent"), ",.1f"),
+    }
+
+
+def _plots(found: Sequence[Interval | None]) -> list[list[float]]:
+    """Where each interval begins, its mean, its end, and the first's mean, in pixels of one scale; none for None.
+
+    Nothing is drawn beyond scores of 0 and 1: the t interval of two seeds would leave the others no room.
+    """
+    clipped = [[min(max(x, 0.0), 1.0) for x in _ends(i)] if i else [] for i in found]
+    ends = [x for those in clipped for x in those]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
+    best = clipped[0][1:2] if clipped else []
+
+    def place(x: float) -> float:
+        return round(5 + (WIDTH - 10) * (x - low) / ((high - low) or 1.0), 1)
+
+    return [[place(x) for x in those + best] if those else [] for those in clipped]
+
+
+def _ends(found: Interval) -> list[float]:
+    ends = (found.low, found.mean, found.high)
+    return [found.mean if math.isnan(x) else x for x in ends]
+
+
+def _p(found: Standing) -> Datum:
+    """With the seeds that were paired, where those are not all."""
+    d = found.behind
+    if d is None:
+        return Datum(UNMEASURED)
+    some = f"{d.seeds} of {found.seeds} seeds" if d.seeds < found.seeds else ""
+    return Datum(probability(d.p) + ("\u2009*" if found.significant else ""), d.p, some)
+
+
+def _interval(found: Interval | Difference | None, spec: str = ".1f") -> Datum:
+    if found is None:
+        return Datum(UNMEASURED)
+    told = ""
+    if not math.isnan(found.low):
+        told = f"[{show(100 * found.low, spec)}, {show(100 * found.high, spec)}]"
+    return Datum(show(100 * found.mean, spec), found.mean, told)
+
+
+def _per_cent(mean: float, stderr: float = math.nan, spec: str = ".1f") -> Datum:
+    small = "" if math.isnan(mean) or math.isnan(stderr) else f"± {show(100 * stderr, '.1f')}"
+    return Datum(show(100 * mean, spec), _value(mean), small)
+
+
+def _number(value: float | None, spec: str = ",.0f") -> Datum:
+    return Datum(show(number(value), spec), _value(number(value)))
+
+
+def _value(value: float) -> float | None:
+    return None if math.isnan(value) else round(float(value), 6)
