@@ -27,10 +27,7 @@ from ..standing import reader, standings, table
 from ..style import files_of
 from ..table import TEXTS, write_atomic
 from . import cell, index, sources
-
-ALONE = 8  # work below this, in figures, is done in this process
-SMALL = 0.02  # a cell's page beside a figure
-CHUNK = 25  # cells' pages of one task
+from .work import SMALL, Work
 
 
 def write(found: Sequence[Found], folder: Path) -> Path:
@@ -38,7 +35,7 @@ def write(found: Sequence[Found], folder: Path) -> Path:
     placed = {id(f.cell): f for f in found}
     titled = groups([f.cell for f in found])
     members = {slug: [placed[id(c)] for c in those] for slug, those in slugged(titled)}
-    work = _Work(folder / "made.json")
+    work = Work(folder / "made.json")
     for slug, those in members.items():
         cells = [f.cell for f in those]
         key = digest(cells, sources.of_figures())
@@ -63,71 +60,6 @@ def write(found: Sequence[Found], folder: Path) -> Path:
             table(title, ranked).write(folder / f"{slug}-intervals")
     shown = [(f"{slug}-budgets", f"{c[0]['scenario']} · {c[0]['model']}") for slug, c in over]
     text = index.render(members, list(titled), known, shown)
-    return write_atomic(folder / "index.html", text.encode())
-
-
-def _context() -> Any:
-    """Processes forked from one that has imported what draws, where the system can."""
-    if "forkserver" not in get_all_start_methods():
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.preload"])
-    return context
-
-
-def _all(calls: Sequence[partial[Any]]) -> None:
-    for call in calls:
-        call()
-
-
-@dataclass
-class _Work:
-    """Files that are to be made, in other processes where that pays; `with` waits for them."""
-
-    record: Path
-    made: dict[str, str] = field(default_factory=dict)
-    large: list[partial[Any]] = field(default_factory=list)
-    small: list[partial[Any]] = field(default_factory=list)
-    cost: float = 0.0
-    pool: ProcessPoolExecutor | None = None
-    waiting: list[Future[None]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.before: dict[str, str] = {}
-        with suppress(OSError, ValueError):
-            self.before = json.loads(self.record.read_text(encoding="utf-8"))
-
-    def add(self, files: Sequence[Path], key: str, call: partial[Any], cost: float) -> None:
-        """To be made by one call unless all were made of the same before and are there; key: of what."""
-        name = files[0].relative_to(self.record.parent).as_posix()
-        self.made[name] = key
-        if self.before.get(name) == key and all(file.is_file() for file in files):
-            return
-        self.cost += cost
-        (self.small if cost == SMALL else self.large).append(call)
-
-    def __enter__(self) -> None:
-        self.record.parent.mkdir(parents=True, exist_ok=True)
-        chunks = [[call] for call in self.large]
-        chunks += [self.small[k : k + CHUNK] for k in range(0, len(self.small), CHUNK)]
-        if self.cost < ALONE:
-            for chunk in chunks:
-                _all(chunk)
-            return
-        workers = min(
-            len(chunks),
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1,
-        )
-        self.pool = ProcessPoolExecutor(workers, _context())
-        self.waiting = [self.pool.submit(_all, chunk) for chunk in chunks]
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        if self.pool:
-            self.pool.shutdown(wait=True, cancel_futures=kind is not None)
-        for done in self.waiting:
-            if kind is None:
-                done.result()
-        if kind is None:
-            write_atomic(self.record, json.dumps(self.made, indent=0).encode())
+    written = write_atomic(folder / "index.html", text.encode())
+    work.keep()
+    return written

@@ -1,0 +1,91 @@
+"""Making only what has changed, with all cores."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
+from typing import Any
+
+from ..table import write_atomic
+
+ALONE = 8  # work below this, in figures, is done in this process
+SMALL = 0.02  # a cell's page beside a figure
+CHUNK = 25  # cells' pages of one task
+
+
+def _context() -> Any:
+    """Processes forked from one that has imported what draws, where the system can."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.preload"])
+    return context
+
+
+def _all(calls: Sequence[partial[Any]]) -> None:
+    for call in calls:
+        call()
+
+
+@dataclass
+class Work:
+    """Files that are to be made, in other processes where that pays; `with` waits for them.
+
+    record: what each was made of, by its name; written by `keep`, once all that belongs to them is there.
+    """
+
+    record: Path
+    made: dict[str, str] = field(default_factory=dict)
+    large: list[partial[Any]] = field(default_factory=list)
+    small: list[partial[Any]] = field(default_factory=list)
+    cost: float = 0.0
+    pool: ProcessPoolExecutor | None = None
+    waiting: list[Future[None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.before: dict[str, str] = {}
+        with suppress(OSError, ValueError):
+            self.before = json.loads(self.record.read_text(encoding="utf-8"))
+
+    def add(self, files: Sequence[Path], key: str, call: partial[Any], cost: float) -> None:
+        """To be made by one call unless all were made of the same before and are there; key: of what."""
+        name = files[0].relative_to(self.record.parent).as_posix()
+        self.made[name] = key
+        if self.before.get(name) == key and all(file.is_file() for file in files):
+            return
+        self.cost += cost
+        (self.small if cost == SMALL else self.large).append(call)
+
+    def __enter__(self) -> None:
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        chunks = [[call] for call in self.large]
+        chunks += [self.small[k : k + CHUNK] for k in range(0, len(self.small), CHUNK)]
+        if self.cost < ALONE:
+            for chunk in chunks:
+                _all(chunk)
+            return
+        workers = min(
+            len(chunks),
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1,
+        )
+        self.pool = ProcessPoolExecutor(workers, _context())
+        self.waiting = [self.pool.submit(_all, chunk) for chunk in chunks]
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if self.pool:
+            self.pool.shutdown(wait=True, cancel_futures=kind is not None)
+        for done in self.waiting:
+            if kind is None:
+                done.result()
+
+    def keep(self) -> None:
+        write_atomic(self.record, json.dumps(self.made, indent=0).encode())
