@@ -329,7 +329,7 @@ def test_a_cell_under_way_is_shown_as_one(partial: Path, call: Call) -> None:
         (["--scenario", "minni"], ["no scenario named 'minni'", "mini"]),
         (["--strategy", "graftlm"], ["no strategy named 'graftlm'", "graftllm"]),
         (["--model", "nano-lama"], ["no model named 'nano-lama'", "nano-llama"]),
-        (["--wandb", "ofline"], ["no W&B mode named 'ofline'", "offline"]),
+        (["--wandb", "ofline"], ["no W&B mode", "'ofline'", "offline"]),
         (["--track", "csv,tensorbord"], ["named 'tensorbord'", "tensorboard"]),
         (["--set", "mini.step=3"], ["option", "'step'", "steps"]),
         (["--set", "graftllm.betta=1.0"], ["option", "'betta'", "beta"]),

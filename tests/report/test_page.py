@@ -128,7 +128,7 @@ def test_what_is_missing_is_made_again_and_prompts_that_change_are_shown(tmp_pat
         file.unlink()
         report(tmp_path)
         assert file.is_file()
-    (prompts,) = (tmp_path / "data").iterdir()
+    (prompts,) = (tmp_path / "data").glob("*.jsonl")
     prompts.write_text(prompts.read_text().replace("Anna", "Berta"))
     report(tmp_path)
     (cell,) = (made / "cells").iterdir()
