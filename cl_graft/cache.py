@@ -13,8 +13,9 @@ from typing import Any
 
 from filelock import Timeout
 
+from .files import RecordError, read_json, read_lines
 from .identity import versions
-from .record import RecordError, file_lock, read_json, read_lines, used
+from .locks import file_lock, used
 
 TORN = "not all there"
 

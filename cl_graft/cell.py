@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from . import prompts
 from .config import RunConfig
 from .executors import Progress
+from .files import RecordError, read_json, read_jsonl, refused, write_json
 from .identity import data_fingerprint, machine, package_digest, peak_memory_mb, versions
 from .mirror import Mirror
 from .models.load import locate
 from .prepare import prepare, strategy_of
-from .record import CellFolder, RecordError, read_json, read_jsonl, refused, write_json
+from .record import CellFolder
 from .result import collect
 from .scores import by_metric, cells
 from .skillpack.errors import SkillPackError

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .record import locked, read_jsonl, write_text
+from .files import read_jsonl, write_text
+from .locks import locked
 from .task import Example, Scenario
 
 FOLDER = "data"

@@ -11,199 +11,27 @@
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import json
 import os
-import shutil
 import socket
 import time
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from .errors import CLGraftError, Refused
-
-if TYPE_CHECKING:
-    from filelock import FileLock
+from .files import LEFT, DiskRefused, RecordError, read_json, write_json, write_text
+from .locks import Busy, file_lock, held
 
 FORMAT = 2
 State = Literal["waiting", "running", "done", "failed"]
-LEFT = (".tmp", ".part")  # ends of the names of what is being written, here or from a mirror
 PATIENCE = (
     0.5  # seconds that a cell's lock is waited for: a sweep holds it while it marks what waits
 )
 
 
-class RecordError(CLGraftError):
-    """A results folder cannot be read, written, or continued."""
-
-
-class DiskRefused(RecordError, Refused):
-    """The disk takes no file."""
-
-
-class Busy(RecordError):
-    """Another process is making it."""
-
-
 class CellBusy(Busy):
     """Another process computes this cell."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomic: a sibling temporary file, flushed to disk, then renamed. Raises DiskRefused if the disk does."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DiskRefused(
-            f"{path} cannot be written ({error.strerror}); free space or choose another --out, "
-            "then run the same command again to continue."
-        ) from error
-    finally:
-        with suppress(OSError):  # there is none after a success, or where no file can be
-            temporary.unlink()
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecordError(
-            f"{path} cannot be read ({error}); delete its cell's folder to compute it anew."
-        ) from error
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a JSON-lines file; a torn last line, as a kill leaves, is passed over.
-
-    Raises RecordError for a broken line elsewhere, with its number, and for a file that cannot be read.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise RecordError(
-            f"{path} cannot be read ({error.strerror}); delete its cell's folder to compute it anew."
-        ) from error
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                return
-            raise RecordError(
-                f"{path}, line {number} is not JSON ({error}); delete its cell's folder to compute it anew."
-            ) from error
-
-
-def write_lines(path: Path, about: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> None:
-    """JSON lines under a first one, which says `about` and how many follow it."""
-    texts = [json.dumps(line) for line in lines]
-    first = json.dumps({**about, "lines": len(texts)})
-    write_text(path, "".join(f"{text}\n" for text in (first, *texts)))
-
-
-def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    """What `write_lines` wrote; None for a file that is not there, or not all there."""
-    try:
-        first, *lines = read_jsonl(path)
-    except (RecordError, ValueError):
-        return None
-    return (first, lines) if first.get("lines") == len(lines) else None
-
-
-def flush(folder: Path) -> None:
-    """Push every file of a folder to the disk, before a marker says that it is whole."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-@contextmanager
-def locked(path: Path, patient: bool = True) -> Iterator[None]:
-    """Held while `path` is made: whoever comes second waits, and finds the work done.
-
-    What a process that was killed meanwhile left half-made beside `path` is removed.
-    Raises RecordError where the disk refuses even a lock, and Busy, if not patient, where it would have to wait.
-    """
-    from filelock import Timeout
-
-    lock = file_lock(Path(f"{path}.lock"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=-1 if patient else 0)
-    except Timeout:
-        raise Busy(f"{path} is being made by another process; wait for it.") from None
-    except OSError as error:
-        raise refused(path, str(error.strerror)) from error
-    try:
-        for left in path.parent.glob(f".{glob.escape(path.name)}[.-]*"):
-            if left.suffix in LEFT:
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-        yield
-    finally:
-        lock.release()
-
-
-def file_lock(path: Path) -> FileLock:
-    """The system's own lock, which it releases when its holder dies; where it has none, taking it raises OSError."""
-    from filelock import FileLock
-
-    return FileLock(path, fallback_to_soft=False)
-
-
-def use(path: Path, reader: object) -> None:
-    """Tell that `path` is read for as long as `reader` lives; under its lock, so that it cannot vanish before."""
-    with suppress(OSError):  # a disk without locks protects nothing
-        descriptor = os.open(f"{path}.used", os.O_RDWR | os.O_CREAT, 0o666)
-        weakref.finalize(reader, os.close, descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-
-
-def used(path: Path) -> bool:
-    """Whether a process has told by `use` that it reads `path`."""
-    return held(Path(f"{path}.used"), fcntl.LOCK_EX)
-
-
-def held(path: Path, kind: int = fcntl.LOCK_SH) -> bool:
-    """Whether a process holds the lock of this file now; kind: LOCK_EX asks for shared ones, too."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def refused(path: Path, reason: str) -> DiskRefused:
-    """What to raise where the disk does not take a file of the cache."""
-    return DiskRefused(
-        f"{path} cannot be written ({reason}); free space or choose another --out or --cache, "
-        "then run the same command again to continue."
-    )
 
 
 class CellFolder:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .config import RunConfig
+from .files import read_json
 from .matrix import PerformanceMatrix
-from .record import CellFolder, read_json
+from .record import CellFolder
 
 
 def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from . import plugins
 from .config import Launch, RunConfig, Track, WandbMode
 from .errors import CLGraftError, UnknownName
-from .record import locked, write_text
+from .files import write_text
+from .locks import locked
 
 FILE = "sweep.yaml"  # in the results folder: what was asked for last
 

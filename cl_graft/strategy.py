@@ -29,7 +29,7 @@ from .budget import Budget
 from .context import Context
 from .evaluation.outcomes import Outcomes
 from .evaluation.scorers import Examinee, Scored, score
-from .record import locked
+from .locks import locked
 from .skillpack.apply import Grafted
 from .skillpack.codecs import Encoded, dense
 from .skillpack.file import SkillPack, fingerprint

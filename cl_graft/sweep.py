@@ -15,8 +15,9 @@ from . import prompts
 from .config import RunConfig
 from .errors import CLGraftError
 from .executors import Executor, Outcome, Report
+from .files import DiskRefused
 from .mirror import Mirror
-from .record import CellBusy, CellFolder, DiskRefused
+from .record import CellBusy, CellFolder
 
 Aside = Callable[[Callable[[Report], None], Report], None]  # calls the first with the second
 

@@ -35,8 +35,9 @@ from cl_graft import cache, plugins
 from cl_graft.cell import run
 from cl_graft.config import Launch, RunConfig
 from cl_graft.executors import local
+from cl_graft.files import LEFT, read_json, read_jsonl, read_lines
 from cl_graft.identity import machine, versions
-from cl_graft.record import LEFT, CellFolder, read_json, read_jsonl, read_lines, states
+from cl_graft.record import CellFolder, states
 from cl_graft.result import collect
 from cl_graft.skillpack.checkpoint import Checkpoint
 from cl_graft.skillpack.file import SkillPack, fingerprint

@@ -9,8 +9,8 @@ import pytest
 from cl_graft import cell
 from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError
+from cl_graft.files import write_lines
 from cl_graft.plan import plan
-from cl_graft.record import write_lines
 from cl_graft.spec import Sweep
 from tests.command import Call, assert_refused
 

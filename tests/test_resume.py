@@ -18,7 +18,8 @@ import pytest
 import cl_graft
 from cl_graft.cell import run
 from cl_graft.config import RunConfig
-from cl_graft.record import CellFolder, RecordError
+from cl_graft.files import RecordError
+from cl_graft.record import CellFolder
 from cl_graft.result import collect
 from cl_graft.skillpack.file import SkillPack, TruncatedPack, WrongBase
 

@@ -17,7 +17,9 @@ from cl_graft.config import RunConfig
 from cl_graft.errors import Refused
 from cl_graft.executors import Outcome, local
 from cl_graft.executors.attempt import attempt
-from cl_graft.record import Busy, CellFolder, DiskRefused, states
+from cl_graft.files import DiskRefused
+from cl_graft.locks import Busy
+from cl_graft.record import CellFolder, states
 from cl_graft.spec import FILE, Sweep
 from cl_graft.sweep import Failure
 from cl_graft.sweep import sweep as run_sweep
@@ -71,7 +73,7 @@ SHARING = """
 import time
 from pathlib import Path
 from cl_graft import Strategy
-from cl_graft.record import locked
+from cl_graft.locks import locked
 
 HERE = Path(__file__).parent
 

@@ -21,7 +21,7 @@ import cl_graft
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
 from cl_graft.executors.attempt import attempt
-from cl_graft.record import Busy
+from cl_graft.locks import Busy
 from cl_graft.report.figures import FIGURES, write_figures
 from cl_graft.skillpack.file import SkillPack
 from cl_graft.spec import sweep_of
@@ -47,7 +47,7 @@ MOODY = """
 import time
 from pathlib import Path
 from cl_graft import Strategy
-from cl_graft.record import Busy
+from cl_graft.locks import Busy
 
 THEN = Path(__file__).with_name("then")
 

@@ -129,7 +129,7 @@ def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
 
 def _reported(cells: list[RunConfig], folder: Path) -> bool:
     """Whether the report there is of all these cells."""
-    from ..record import RecordError, read_json
+    from ..files import RecordError, read_json
 
     try:
         made = read_json(folder / "made.json")
@@ -190,7 +190,7 @@ def init(
     """Write a sweep file with comments, to begin with."""
     from importlib import resources
 
-    from ..record import write_text
+    from ..files import write_text
 
     if file.exists():
         raise CLGraftError(f"{file} is there already; choose another name.")

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import read_lines, write_lines
 from ..identity import code_digest, digest, place, versions, vocabulary
 from ..mirror import Mirror
 from ..models import text
-from ..record import read_lines, write_lines
 from ..task import Task
 from . import _child, _math_child, answers, generate, sandbox, scorers
 from .scorers import Scored

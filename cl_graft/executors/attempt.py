@@ -9,7 +9,8 @@ from typing import Any
 
 from ..config import RunConfig
 from ..errors import CLGraftError, Refused
-from ..record import Busy, CellBusy, CellFolder, held
+from ..locks import Busy, held
+from ..record import CellBusy, CellFolder
 from . import Outcome, Progress
 
 

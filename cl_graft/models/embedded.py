@@ -104,7 +104,7 @@ def obtain(name: str, data_dir: Path | None = None) -> Path:
     Raises DataError where a model that is trained on the user's data finds none, CLGraftError where the
     cache cannot be written.
     """
-    from ..record import file_lock
+    from ..locks import file_lock
 
     spec = SPECS[name]
     texts = corpus.texts(data_dir) if spec.corpus == "data" else []

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..config import RunConfig
-from ..record import write_text
+from ..files import write_text
 from .series import KINDS, Cell
 
 

@@ -23,7 +23,7 @@ class Tracker(Protocol):
         """The cell is complete; `result` is its result.json."""
 
     def abandon(self, error: BaseException) -> None:
-        """This attempt ends by the error; where it is record.Busy, the cell has not failed but waits for another."""
+        """This attempt ends by the error; where it is locks.Busy, the cell has not failed but waits for another."""
 
 
 def trackers(config: RunConfig, folder: Path, identity: dict[str, Any]) -> Trackers:

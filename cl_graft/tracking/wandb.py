@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import RunConfig, WandbMode
+from ..files import write_text
 from ..identity import digest
-from ..record import Busy, CellFolder, write_text
+from ..locks import Busy
+from ..record import CellFolder
 from .values import figures, matrices, of_point, of_result, of_stage
 
 T = TypeVar("T")

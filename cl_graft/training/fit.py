@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Launch
+from ..files import flush, read_jsonl, write_json, write_text
 from ..identity import peak_memory_mb
 from ..models.text import encode
-from ..record import flush, read_jsonl, write_json, write_text
 from .config import Row, StageConfig, accumulation, logging_steps, order, save_steps
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import Launch
 from ..errors import CLGraftError
-from ..record import read_json, write_text
+from ..files import read_json, write_text
 from . import checkpoint, fit, launch
 from .config import StageConfig
 

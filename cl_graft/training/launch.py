@@ -20,8 +20,9 @@ import torch
 
 from ..config import Launch
 from ..errors import CLGraftError
+from ..files import RecordError, read_jsonl, write_json
+from ..locks import locked
 from ..models.embedded import cache_root
-from ..record import RecordError, locked, read_jsonl, write_json
 from . import checkpoint
 from .config import Row, StageConfig, accumulation
 from .fit import LOG, Progress, quiet

@@ -24,21 +24,20 @@ from torch import nn
 
 from ..config import Launch
 from ..evaluation import generate, scorers
-from ..identity import code_digest, digest, place, versions, vocabulary
-from ..mirror import Mirror
-from ..models import text
-from ..record import (
+from ..files import (
     RecordError,
     flush,
-    locked,
     read_json,
     read_jsonl,
     read_lines,
     refused,
-    use,
     write_json,
     write_lines,
 )
+from ..identity import code_digest, digest, place, versions, vocabulary
+from ..locks import locked, use
+from ..mirror import Mirror
+from ..models import text
 from ..skillpack.checkpoint import CheckpointError, new_folder
 from ..skillpack.file import fingerprint
 from ..task import Pair, Preference, Task
@@ -74,7 +73,7 @@ class Log:
 class Stages:
     """The folder of finished stages, and how those that are missing are run.
 
-    patient: wait for a stage that another process is running; else record.Busy is raised.
+    patient: wait for a stage that another process is running; else locks.Busy is raised.
     """
 
     folder: Path

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.sandbox import require_consent
+from ..files import RecordError, write_json, write_text
 from ..identity import versions
-from ..record import CellFolder, RecordError, write_json, write_text
+from ..record import CellFolder
 from ..task import Example
 from . import folder, lines, report, select
 from .config import BuildConfig

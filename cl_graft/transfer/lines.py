@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..record import RecordError
+from ..files import RecordError
 
 
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:

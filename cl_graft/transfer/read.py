@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..record import RecordError
+from ..files import RecordError
 from ..task import Example, Pair
 from . import folder
 
