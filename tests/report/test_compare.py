@@ -61,7 +61,7 @@ def test_runs_that_differ_in_training_alone_are_paired(tmp_path: Path) -> None:
     """Another fingerprint of the data, the same test examples: as mini has them for all seeds."""
     one_cell(tmp_path / "a", 5)
     one_cell(tmp_path / "b", 15, data="e" * 32)
-    (kept,) = (tmp_path / "b" / "data").iterdir()
+    (kept,) = (tmp_path / "b" / "data").glob("*.jsonl")
     kept.rename(kept.with_name(f"{'e' * 32}.jsonl"))
     about, scores = compare(tmp_path / "a", tmp_path / "b")
     assert [row[0] for row in about.rows] == ["data"]
@@ -71,7 +71,7 @@ def test_runs_that_differ_in_training_alone_are_paired(tmp_path: Path) -> None:
 def test_why_nothing_was_paired_is_told(tmp_path: Path) -> None:
     one_cell(tmp_path / "a", 5)
     one_cell(tmp_path / "b", 15)
-    (kept,) = (tmp_path / "b" / "data").iterdir()
+    (kept,) = (tmp_path / "b" / "data").glob("*.jsonl")
     kept.write_text(kept.read_text().replace("Anna", "Berta"))
     scores = compare(tmp_path / "a", tmp_path / "b")[-1]
     assert scores.rows[0][4:] == ("+50.0", "–", "1")
@@ -136,7 +136,7 @@ def test_two_real_runs_of_two_strategies(tmp_path: Path, call: Call) -> None:
             out=tmp_path / "results",
             wandb="off",
         )
-    (data,) = (tmp_path / "results" / "data").iterdir()
+    (data,) = (tmp_path / "results" / "data").glob("*.jsonl")
     lines = [json.loads(line) for line in data.read_text().splitlines()]
     assert {line["task"] for line in lines} >= {"math", "cipher"}
     a, b = (next((tmp_path / "results").glob(f"*__{s}__*")) for s in ("sequential", "lora"))

@@ -205,7 +205,7 @@ def test_a_hostfile_that_cannot_be_meant_is_refused(tmp_path):
         slots(tmp_path / "none")
     hosts.write_text("a slots=8\n")
     with pytest.raises(CLGraftError, match="8 slots and the launch 4 processes"):
-        launching.check(SFT[1], Launch(processes=4, hostfile=hosts))
+        launching.check(Launch(processes=4, hostfile=hosts))
 
 
 def test_processes_find_the_package_and_compiled_parts_again(monkeypatch):
