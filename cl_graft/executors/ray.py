@@ -31,7 +31,6 @@ def run_cells(
     Raises CLGraftError where Ray is not installed, cannot be reached, or never has what a cell asks for.
     """
     ray = _connected(asks, workers)
-    from ray.util.queue import Empty
     from ray.util.queue import Queue as Events
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -50,13 +49,11 @@ def run_cells(
                 ] = config
             if not running:
                 return
-            done, _ = ray.wait(list(running), timeout=0.5)
-            try:
-                while True:
-                    report(*events.get_nowait())
-            except Empty:
-                pass
-            for reference in done:
+            ray.wait(list(running), timeout=0.5)
+            if count := events.qsize():  # asking an empty one costs an exception from afar
+                for event in events.get_nowait_batch(count):
+                    report(*event)
+            for reference in ray.wait(list(running), num_returns=len(running), timeout=0)[0]:
                 config = running.pop(reference)
                 outcome = _outcome(ray, reference)
                 if final := left.after(config, outcome):
@@ -127,18 +124,14 @@ def _work(work: Work, config: str, patient: bool, events: Any, folder: str) -> t
 
     folder: where the sweep was started, which relative paths begin from if the node has it, too.
     """
-    from ray.exceptions import RayError
-
     if os.path.isdir(folder):
         os.chdir(folder)
     made = RunConfig.model_validate_json(config)
     os.environ["OMP_NUM_THREADS"] = str(made.threads)
 
     def report(what: str, done: float) -> None:
-        try:
-            events.put_nowait((made.cell, what, done))
-        except RayError:  # nobody listens any more: no failure of the cell
-            raise KeyboardInterrupt from None
+        # not waited for, and so no failure of the cell where nobody listens any more
+        events.actor.put_nowait.remote((made.cell, what, done))
 
     outcome = work(made, seldom(report, 1.0), patient)
     return outcome.state, outcome.reason, outcome.trace
