@@ -78,7 +78,7 @@ def test_the_python_listing_has_ten_lines_at_most_and_runs(tmp_path):
 @pytest.mark.parametrize(
     "line",
     re.findall(
-        r"^cl-graft (?:list|report|pack|run|sweep|init|doctor|plan|cache|transfer).*$",
+        r"^cl-graft (?:list|report|pack|run|sweep|init|doctor|plan|cache|compare|bench|transfer).*$",
         README.read_text(),
         re.M,
     ),
