@@ -26,9 +26,7 @@ def bench_report(
     cells: int = 500, examples: int = 64, say: Callable[[str], None] = lambda what: None
 ) -> dict[str, Any]:
     """Seconds on the clock of a first report and of one where nothing has changed, and what they leave."""
-    from ..report import find, page
-    from ..report.provenance import write_provenance
-    from ..report.tables import write_tables
+    from ..report import find, write
 
     with TemporaryDirectory() as work:
         out, target = Path(work), Path(work) / "report"
@@ -38,10 +36,7 @@ def bench_report(
         for what in ("first report", "second report"):
             say(what)
             begun = perf_counter()
-            found = find([out])
-            write_tables([f.cell for f in found], target)
-            write_provenance([f.cell for f in found], target)
-            index = page.write(found, target)
+            index = write(find([out]), target)
             seconds.append(round(perf_counter() - begun, 2))
         pages = list((target / "cells").iterdir())
         return {

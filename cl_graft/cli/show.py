@@ -12,17 +12,14 @@ from ..errors import CLGraftError
 
 
 def report(folders: list[Path], target: Path) -> None:
-    from ..report import find, page
-    from ..report.provenance import write_provenance
-    from ..report.tables import matrices, ranking, write_tables
+    from ..report import find, write
+    from ..report.tables import matrices, ranking
 
     found = find(folders)
     cells = [f.cell for f in found]
     print_tables([*matrices(cells), *ranking(cells)])
     try:
-        write_tables(cells, target)
-        write_provenance(cells, target)
-        index = page.write(found, target)
+        index = write(found, target)
     except OSError as error:
         raise CLGraftError(
             f"{target} cannot be written ({error.strerror or error}); free space or copy the results elsewhere."

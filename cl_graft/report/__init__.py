@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+MANY = 100  # cells, whose report is made by several processes
+
 
 @dataclass(frozen=True)
 class Found:
@@ -30,3 +32,18 @@ def find(folders: Sequence[Path]) -> list[Found]:
 def gather(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The result objects of `find`."""
     return [found.cell for found in find(folders)]
+
+
+def write(found: Sequence[Found], target: Path) -> Path:
+    """Tables, provenance, figures and pages; returns the page to open. Raises OSError where the disk refuses."""
+    from .page import work
+    from .page import write as write_page
+    from .provenance import write_provenance
+    from .tables import write_tables
+
+    if len(found) > MANY:
+        work.warm()  # while the tables are being made
+    cells = [f.cell for f in found]
+    write_tables(cells, target)
+    write_provenance(cells, target)
+    return write_page(found, target)

@@ -28,31 +28,31 @@ def write(found: Sequence[Found], folder: Path) -> Path:
     placed = {id(f.cell): f for f in found}
     titled = groups([f.cell for f in found])
     members = {slug: [placed[id(c)] for c in those] for slug, those in slugged(titled)}
-    work = Work(folder / "made.json")
+    making = Work(folder / "made.json")
     for slug, those in members.items():
         cells = [f.cell for f in those]
         key = digest(cells, sources.of_figures())
         for name in FIGURES:
             stem = folder / f"{slug}-{name}"
-            work.add(files_of(stem), key, partial(draw, name, cells, stem), 1.0)
+            making.add(files_of(stem), key, partial(draw, name, cells, stem), 1.0)
     over = list(slugged(budgets.groups([f.cell for f in found])))
     for slug, several in over:
         stem = folder / f"{slug}-budgets"
         key = digest(several, sources.of_figures())
         files = [*files_of(stem), *(stem.with_name(f"{stem.name}.{kind}") for kind in TEXTS)]
-        work.add(files, key, partial(budgets.write, several, stem), 1.0)
+        making.add(files, key, partial(budgets.write, several, stem), 1.0)
     pages = {f.path: cell.file(f, folder) for f in found}
     for slug, those in members.items():
         for f in those:
             page = partial(cell.write, f, pages[f.path], slug)
-            work.add([pages[f.path]], sources.of_cell(f, slug), page, SMALL)
-    with work:
+            making.add([pages[f.path]], sources.of_cell(f, slug), page, SMALL)
+    with making:
         examples = reader()
         known = {slug: standings(those, examples) for slug, those in members.items()}
         for title, (slug, ranked) in zip(titled, known.items(), strict=True):
             table(title, ranked).write(folder / f"{slug}-intervals")
-    shown = [(f"{slug}-budgets", f"{c[0]['scenario']} · {c[0]['model']}") for slug, c in over]
-    text = index.render(members, list(titled), known, shown)
+        shown = [(f"{slug}-budgets", f"{c[0]['scenario']} · {c[0]['model']}") for slug, c in over]
+        text = index.render(members, list(titled), known, shown)
     written = write_atomic(folder / "index.html", text.encode())
-    work.keep()
+    making.keep()
     return written

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import forkserver, get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ def _context() -> Any:
     context = get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.preload"])
     return context
+
+
+def warm() -> None:
+    """Begin to import what draws, in the process that the others are forked from, and return at once."""
+    if _context().get_start_method() == "forkserver":
+        forkserver.ensure_running()
 
 
 def _all(calls: Sequence[partial[Any]]) -> None:
