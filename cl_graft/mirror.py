@@ -79,9 +79,8 @@ class Mirror:
                 if file.name.endswith(OWN) or (known == file.stat().st_size and _once(file)):
                     continue
                 filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-                part = (
-                    f"{target}.{secrets.token_hex(4)}.part"  # another node may send the same file
-                )
+                # of its own, for another node may send the same file
+                part = f"{target}.{secrets.token_hex(4)}.part"
                 filesystem.put_file(str(file), part)
                 filesystem.mv(part, target)
 

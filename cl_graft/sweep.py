@@ -82,8 +82,9 @@ def _settled(config: RunConfig, outcome: Outcome) -> Failure | None:
     if outcome.state == "done":
         try:
             if config.mirror:  # it may have been computed on another machine's disk
-                Mirror(config.mirror).pull(config.cell, folder.path)
-                Mirror(config.mirror).pull(prompts.FOLDER, config.out / prompts.FOLDER)
+                mirror = Mirror(config.mirror)
+                mirror.pull(config.cell, folder.path)
+                mirror.pull(prompts.FOLDER, config.out / prompts.FOLDER)
         except CLGraftError as error:
             return Failure(config.cell, str(error))
         if finished(config) is None:

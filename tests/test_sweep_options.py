@@ -139,7 +139,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         for config in cells:
             yield config, attempt(config, lambda what, done: None, True)
 
-    monkeypatch.setattr(cli, "_executor", lambda asked, cells: (here, directly))
+    monkeypatch.setattr(cli, "_executor", lambda asked, cells: here)
+    monkeypatch.setattr(local, "aside", directly)
     return found
 
 
@@ -298,7 +299,7 @@ def test_a_sweep_leaves_the_state_of_a_cell_that_another_computes(
     def none(cells: Sequence[RunConfig], report: Any) -> Iterator[tuple[RunConfig, Outcome]]:
         yield from ()
 
-    monkeypatch.setattr(cli, "_executor", lambda asked, cells: (none, directly))
+    monkeypatch.setattr(cli, "_executor", lambda asked, cells: none)
     monkeypatch.setattr("cl_graft.cli.show.report", lambda *_: None)
     with folder.lock():
         folder.mark("running")

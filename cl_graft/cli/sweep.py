@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..config import RunConfig
     from ..executors import Executor, Report
     from ..spec import Sweep
-    from ..sweep import Aside, Failure
+    from ..sweep import Failure
 
 
 def sweep(
@@ -101,6 +101,7 @@ def _held(file: Path | None, given: dict[str, Any]) -> Path:
 def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
     """All cells that are left, under the live view, and then the report."""
     from ..cell import finished
+    from ..executors import local
     from ..sweep import sweep as run_cells
     from .live import view
     from .progress import interruptible
@@ -113,10 +114,10 @@ def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
         print_finished([r for r in results if r], asked.out)
         return []
     left = [config for config, result in zip(cells, results, strict=True) if result is None]
-    executor, aside = _executor(asked, cells)
+    executor = _executor(asked, cells)
 
     def checked(task: Callable[[Report], None], report: Report) -> None:
-        aside(task, report)
+        local.aside(task, report)
         asked.save(asked.out)  # what is refused is not what the folder is of
 
     failures: list[Failure] = []
@@ -138,18 +139,17 @@ def _reported(cells: list[RunConfig], folder: Path) -> bool:
     return all(f"cells/{config.cell}.html" in made for config in cells)
 
 
-def _executor(asked: Sweep, cells: list[RunConfig]) -> tuple[Executor, Aside]:
-    """The executor, and how the checks before it are called."""
+def _executor(asked: Sweep, cells: list[RunConfig]) -> Executor:
     from ..executors import local
 
     if asked.executor == "ray":
         from ..executors import ray
 
-        return partial(ray.run_cells, workers=asked.workers, asks=asked.ray), local.aside
+        return partial(ray.run_cells, workers=asked.workers, asks=asked.ray)
     # a stage of several processes has all of the machine's devices to itself
     several = any(c.launch.processes for c in cells)
     workers = asked.workers or (1 if several else local.default_workers(asked.threads))
-    return partial(local.run_cells, workers=workers), local.aside
+    return partial(local.run_cells, workers=workers)
 
 
 def validate(

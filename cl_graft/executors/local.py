@@ -22,6 +22,7 @@ from typing import Any
 
 from ..config import RunConfig
 from ..errors import CLGraftError
+from ..processes import cores, forked_from
 from . import WAITS, Outcome, Report, Work
 from .attempt import attempt, seldom
 from .queue import Queue
@@ -40,10 +41,7 @@ def gpus() -> int:
 
 def default_workers(threads: int) -> int:
     """One a GPU where there are GPUs, else as many as the cores suffice for."""
-    if found := gpus():
-        return found
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // threads)
+    return gpus() or max(1, cores() // threads)
 
 
 def aside(task: Callable[[Report], None], report: Report) -> None:
@@ -110,11 +108,7 @@ def run_cells(
 
 
 def _context() -> Any:
-    if gpus() or "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.preload"])
-    return context
+    return multiprocessing.get_context("spawn") if gpus() else forked_from(f"{__package__}.preload")
 
 
 def _begin(context: Any, work: Work, config: RunConfig, patient: bool, slot: int) -> _Worker:

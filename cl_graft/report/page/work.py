@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import forkserver, get_all_start_methods, get_context
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from ...processes import cores, forked_from
 from ..table import write_atomic
 
 ALONE = 8  # work below this, in figures, is done in this process
@@ -21,12 +21,8 @@ CHUNK = 25  # cells' pages of one task
 
 
 def _context() -> Any:
-    """Processes forked from one that has imported what draws, where the system can."""
-    if "forkserver" not in get_all_start_methods():
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.preload"])
-    return context
+    """Processes forked from one that has imported what draws."""
+    return forked_from(f"{__package__}.preload")
 
 
 def warm() -> None:
@@ -77,13 +73,7 @@ class Work:
             for chunk in chunks:
                 _all(chunk)
             return
-        workers = min(
-            len(chunks),
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1,
-        )
-        self.pool = ProcessPoolExecutor(workers, _context())
+        self.pool = ProcessPoolExecutor(min(len(chunks), cores()), _context())
         self.waiting = [self.pool.submit(_all, chunk) for chunk in chunks]
 
     def __exit__(self, kind: Any, *_: object) -> None:
