@@ -208,7 +208,7 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_behind(story: Story) -> Non
     assert stop.strays == []
 
 
-def test_a_worker_does_not_outlive_the_process_that_started_it(
+def test_a_worker_hears_no_ctrl_c_and_does_not_outlive_the_process_that_started_it(
     plugins: Path, tmp_path: Path
 ) -> None:
     names = [str(plugins / name) for name in ("moving.py", "endless.py")]
@@ -217,9 +217,19 @@ def test_a_worker_does_not_outlive_the_process_that_started_it(
     assert process.stdout.readline() == "loading the model\n"
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
+    deaf = [hears_no_interrupt(child.pid) for child in family]
     process.kill()
     process.communicate()
     assert alive(family) == []
+    assert all(deaf), "a second interrupt would cut the tidying after the first one short"
+
+
+def hears_no_interrupt(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():  # only Linux tells
+        return True
+    masks = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+    return any(int(masks[which], 16) >> (signal.SIGINT - 1) & 1 for which in ("SigBlk", "SigIgn"))
 
 
 def test_a_cell_whose_process_is_killed_goes_on_in_another(plugins: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, util
+from multiprocessing import connection, resource_tracker, util
 from typing import Any
 
 from ..config import RunConfig
@@ -150,6 +150,7 @@ def _heard(worker: _Worker, report: Report) -> Outcome | None:
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Hold Ctrl-C back. Processes started meanwhile never see it: it is this one that stops them."""
+    resource_tracker.ensure_running()  # which lets interrupts through again when it begins
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
