@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 
 import pytest
@@ -73,27 +71,17 @@ def test_a_cell_says_what_it_spent_and_what_the_harness_took(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fifth_delta_method_costs_less_than_a_seventh_of_the_sweep(tmp_path):
+def test_a_fifth_delta_method_costs_less_than_a_seventh_of_the_sweep(call, tmp_path):
     """On the embedded scenario, as ratios within one run; a finished sweep does no work when it is run again."""
     sizes = ["mini.steps=60", "mini.test_size=24", "mini.tasks=math,cipher"]
-    base = [
-        sys.executable,
-        "-m",
-        "cl_graft",
-        "sweep",
-        "--scenarios",
-        "mini",
-        "--models",
-        "nano-llama",
-    ]
-    base += ["--workers", "1", "--wandb", "off", "--out", str(tmp_path)]
+    base = ["sweep", "--scenarios", "mini", "--models", "nano-llama", "--workers", 1]
+    base += ["--wandb", "off", "--out", tmp_path]
     base += [part for size in sizes for part in ("--set", size)]
 
     def sweep(*strategies):
         begun = time.perf_counter()
-        subprocess.run(
-            [*base, "--strategies", ",".join(strategies)], check=True, capture_output=True
-        )
+        done = call(*base, "--strategies", ",".join(strategies))
+        assert done.code == 0, done
         return time.perf_counter() - begun
 
     first = sweep(*FIRST)

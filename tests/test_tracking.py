@@ -28,6 +28,7 @@ from cl_graft.spec import sweep_of
 from cl_graft.tracking import wandb as tracked
 from cl_graft.tracking.values import along
 from cl_graft.tracking.wandb import bounded, held, resolve
+from tests import kills
 from tests.wandb_reader import Logged, read
 
 MOVING = '''
@@ -289,9 +290,6 @@ def one_run(logged: list[Logged], result: dict[str, Any]) -> None:
     assert logged[-1].summary["metrics/op"] == result["metrics"]["op"]
 
 
-ALONE = "import sys, cl_graft.config as c, cl_graft.cell as r; r.run(c.RunConfig.model_validate_json(sys.argv[1]))"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("written", [False, True])
 def test_a_cell_that_is_killed_and_continued_is_one_run(
@@ -301,16 +299,17 @@ def test_a_cell_that_is_killed_and_continued_is_one_run(
     (plugin / "then").write_text("wait")
     fields: dict[str, Any] = {"strategy": str(plugin / "moody.py"), "track": ["csv", "tensorboard"]}
     made = config(plugin, cache, tmp_path / "out", **fields)
-    process = subprocess.Popen([sys.executable, "-c", ALONE, made.model_dump_json()])
-    while (plugin / "then").exists() and process.poll() is None:
+    process = kills.server().Process(target=cl_graft.run, args=[made])
+    process.start()
+    while (plugin / "then").exists() and process.is_alive():
         time.sleep(0.02)
     cores = psutil.Process(process.pid).children()
     assert any(core.name().startswith("wandb") for core in cores)
     (file,) = files(tmp_path / "out")
-    while written and not held(file, "record") and process.poll() is None:
+    while written and not held(file, "record") and process.is_alive():
         time.sleep(0.1)
     process.kill()
-    process.wait()
+    process.join()
     psutil.wait_procs(cores, timeout=30)
     assert not any(core.is_running() for core in cores)
     result = run(tmp_path / "out", **fields)
@@ -352,11 +351,13 @@ def test_an_attempt_that_logs_nothing_leaves_no_run(
     assert not list(tmp_path.rglob("tracking"))
 
 
-def test_ids_are_those_of_experiments(run: Run, tmp_path: Path) -> None:
-    for out, seed in (("one", 0), ("two", 0), ("three", 1)):
+def test_ids_are_those_of_experiments(
+    both: tuple[dict[str, Any], Logged, Path], run: Run, tmp_path: Path
+) -> None:
+    for out, seed in (("again", 0), ("other", 1)):
         run(tmp_path / out, seed=seed)
-    one, two, three = (logs(tmp_path / out)[0].id for out in ("one", "two", "three"))
-    assert one == two != three
+    again, other = (logs(tmp_path / out)[0].id for out in ("again", "other"))
+    assert both[1].id == again != other
 
 
 @pytest.mark.slow
@@ -369,7 +370,7 @@ def test_w_and_b_s_processes_end_with_a_sweep(plugin: Path, cache: Path, tmp_pat
     family: set[psutil.Process] = set()
     while process.poll() is None:
         family |= set(psutil.Process(process.pid).children(recursive=True))
-        time.sleep(0.05)
+        time.sleep(0.3)
     assert process.stderr is not None and process.returncode == 0, process.stderr.read()
     assert len(family) > 2
     _, left = psutil.wait_procs(family, timeout=30)

@@ -60,12 +60,15 @@ def cells(strategy: str, out: Path, count: int, **options: Any) -> list[RunConfi
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
+    """One for all tests, with a head that computes nothing and one node; its processes import everything once."""
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
+        made.add_node(num_cpus=1)
+        ray.init(made.address, log_to_driver=False)
         yield made
     finally:
         ray.shutdown()
@@ -76,12 +79,28 @@ def states(found: Any) -> list[str]:
     return [outcome.state for _, outcome in found]
 
 
+def test_a_cluster_of_our_own_has_what_so_many_workers_ask_for(
+    strategy: str, tmp_path: Path
+) -> None:
+    """Before the other tests, which are connected to a cluster already."""
+    try:
+        made = cells(strategy, tmp_path / "out", 1)
+        assert states(run_cells(made, lambda *_: None, 1, Ray(cpus=3))) == ["done"]
+    finally:
+        ray.shutdown()
+
+
+def test_nobody_answers(strategy: str, tmp_path: Path) -> None:
+    with pytest.raises(CLGraftError, match="no Ray cluster answers at 127.0.0.1:1 .*refused"):
+        list(run_cells(cells(strategy, tmp_path, 1), print, 0, Ray(address="127.0.0.1:1")))
+
+
 def test_the_cells_of_a_lost_node_go_on_at_another(
     strategy: str, tmp_path: Path, cluster: Any
 ) -> None:
     """The node dies while the cell's task is under way, when the base model is measured already."""
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    ray.init(cluster.address, log_to_driver=False)
+    cluster.add_node(num_cpus=1)
+    nodes = [node for node in cluster.list_all_nodes() if node is not cluster.head_node]
     mark = tmp_path / "mark"
     (config,) = cells(strategy, tmp_path / "out", 1, mark=str(mark))
     heard: list[str] = []
@@ -104,40 +123,19 @@ def test_the_cells_of_a_lost_node_go_on_at_another(
 def test_a_cluster_that_has_no_node_for_a_moment_loses_no_cell(
     strategy: str, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster.add_node(num_cpus=1)
-    ray.init(cluster.address, log_to_driver=False)
     rooms = iter([1])  # when it is first asked
     monkeypatch.setattr(executor, "_room", lambda *_: next(rooms, 0))
     made = cells(strategy, tmp_path / "out", 2)
     assert states(run_cells(made, lambda *_: None, 0, Ray())) == ["done", "done"]
 
 
-def test_a_cluster_of_our_own_has_what_so_many_workers_ask_for(
-    strategy: str, tmp_path: Path
-) -> None:
-    try:
-        made = cells(strategy, tmp_path / "out", 1)
-        assert states(run_cells(made, lambda *_: None, 1, Ray(cpus=3))) == ["done"]
-    finally:
-        ray.shutdown()
-
-
 def test_what_the_cluster_never_has_is_refused(strategy: str, tmp_path: Path, cluster: Any) -> None:
-    cluster.add_node(num_cpus=1)
-    ray.init(cluster.address, log_to_driver=False)
     made = cells(strategy, tmp_path, 1)
     with pytest.raises(CLGraftError, match="asks for 1 CPUs, 4 GPUs.*ask for less"):
         list(run_cells(made, lambda *_: None, 0, Ray(gpus=4)))
 
 
-def test_nobody_answers(strategy: str, tmp_path: Path) -> None:
-    with pytest.raises(CLGraftError, match="no Ray cluster answers at 127.0.0.1:1 .*refused"):
-        list(run_cells(cells(strategy, tmp_path, 1), print, 0, Ray(address="127.0.0.1:1")))
-
-
 def test_a_failing_cell_sends_its_traceback(strategy: str, tmp_path: Path, cluster: Any) -> None:
-    cluster.add_node(num_cpus=1)
-    ray.init(cluster.address, log_to_driver=False)
     (config,) = cells(strategy, tmp_path / "out", 1, seconds=-1.0)
     ((_, outcome),) = run_cells([config], lambda *_: None, 0, Ray())
     assert outcome.state == "failed" and "ValueError" in outcome.reason

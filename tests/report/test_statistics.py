@@ -150,7 +150,7 @@ def rejected(n: int, of_seeds: float, tries: int = 400) -> float:
     count = 0
     for _ in range(tries):
         effects = rng.normal(0, of_seeds / math.sqrt(60), n)
-        seeds = [strata(*np.round(rng.normal(effect, 1, 60), 1)) for effect in effects]
+        seeds = [strata(*np.round(rng.normal(effect, 1, 60))) for effect in effects]
         count += paired(seeds).p < 0.05
     return count / tries
 
@@ -171,7 +171,7 @@ def test_seeds_on_the_same_examples_are_no_fresh_evidence(tests, low, high):
     rng, tries, count = np.random.default_rng(7), 200, 0
     for _ in range(tries):
         of_examples = rng.normal(0, 1, 60)
-        seeds = [strata(*np.round(of_examples + rng.normal(0, 0.3, 60), 1)) for _ in tests]
+        seeds = [strata(*np.round(2 * (of_examples + rng.normal(0, 0.3, 60)))) for _ in tests]
         count += paired(seeds, tests).p < 0.05
     assert low <= count / tries <= high
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 
 from cl_graft.config import Launch
+from cl_graft.errors import CLGraftError
 from cl_graft.models.load import load
 from cl_graft.skillpack.file import fingerprint
 from cl_graft.stream import benchmark
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training import fit
-from cl_graft.training.config import dpo_job, sft_job
+from cl_graft.training.config import StageConfig, dpo_job, sft_job
 from cl_graft.training.delta import Delta
 from cl_graft.training.stages import Stages, in_full_precision, is_whole
+from tests import kills
 
 EXAMPLES = [Example(f"Q: Copy ab{c}.\nA: ", f"ab{c}") for c in "cdefghij"]
 TASK = Task(
@@ -256,38 +258,38 @@ def test_small_steps_of_a_bfloat16_model_are_not_rounded_away(nano, tmp_path):
             assert (delta[name] != 0).float().mean() > 0.9, name
 
 
-DISK = """
-import resource, signal, sys
-from pathlib import Path
-from cl_graft.config import Launch
-from cl_graft.errors import CLGraftError
-from cl_graft.models.load import load
-from cl_graft.training.config import StageConfig
-from cl_graft.training.stages import Stages
-rows = [dict(prompt="Q: Copy ab.", completion="ab")] * 4
-job, seen = StageConfig("sft", 8, 4, 1e-3, 0.1, 0.0, 64, 0), []
-def progress(done):
-    seen.append(done)
-    if len(sys.argv) > 2 and done >= 5 / 8:  # from here on the system takes no file beyond so many bytes
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-try:
-    Stages(Path(sys.argv[1]), Launch(save_steps=4)).run(*load("nano-llama"), rows, job, progress)
-    print("done from", seen[0])
-except CLGraftError as error:
-    print(error)
-"""
+def on_a_small_disk(says, cache, room):
+    """In a process of its own; after five of eight steps the system takes no file beyond so many bytes."""
+    rows = [dict(prompt="Q: Copy ab.", completion="ab")] * 4
+    job, seen = StageConfig("sft", 8, 4, 1e-3, 0.1, 0.0, 64, 0), []
+
+    def progress(done):
+        seen.append(done)
+        if room and done >= 5 / 8:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+    try:
+        Stages(cache, Launch(save_steps=4)).run(*load("nano-llama"), rows, job, progress)
+        says.send(f"done from {seen[0]}")
+    except CLGraftError as error:
+        says.send(str(error))
 
 
 @pytest.mark.parametrize("room", [100_000, 300_000], ids=["the weights", "the optimizer"])
 def test_a_disk_that_takes_no_more_is_one_sentence_and_the_next_run_goes_on(tmp_path, room):
     """In the middle of the second step checkpoint; the first one stays, and is gone on from."""
-    (tmp_path / "p.py").write_text(DISK)
 
-    def run(*limit):
-        command = [sys.executable, tmp_path / "p.py", tmp_path / "cache", *limit]
-        return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[-1]
+    def run(room):
+        hears, says = kills.server().Pipe(duplex=False)
+        given = (says, tmp_path / "cache", room)
+        process = kills.server().Process(target=on_a_small_disk, args=given)
+        process.start()
+        says.close()
+        said = hears.recv()
+        process.join()
+        return said
 
-    assert re.search("cannot be written .*free space .*run the same command again", run(str(room)))
-    assert run() == "done from 0.625"
+    assert re.search("cannot be written .*free space .*run the same command again", run(room))
+    assert run(None) == "done from 0.625"
     assert len(stages_in(tmp_path / "cache")) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -189,19 +190,19 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("torn_end", [b"", b'{"source": "x", "ind', b'{"source": "x"}\n'])
 def test_a_build_stopped_after_any_chunk_ends_the_same(
-    config: BuildConfig, tmp_path: Path, torn_end: bytes, monkeypatch: pytest.MonkeyPatch
+    config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twelve appends, six of samples and six of rewards; each build is stopped after one more of them, and may leave
     the beginning of the next behind."""
+    torn_ends = itertools.cycle([b"", b'{"source": "x", "ind', b'{"source": "x"}\n', b"{"])
     build(config)
     stopped = config.model_copy(update={"out": tmp_path / "stopped"})
-    for _ in range(12):
+    for torn_end in itertools.islice(torn_ends, 12):
         with monkeypatch.context() as patch:
             append, calls = lines.append, []
 
-            def once(path: Path, new: list, append=append, calls=calls) -> None:
+            def once(path: Path, new: list, append=append, calls=calls, torn_end=torn_end) -> None:
                 if calls:
                     with open(path, "ab") as file:
                         file.write(torn_end)
@@ -222,13 +223,14 @@ def test_a_build_stopped_after_any_chunk_ends_the_same(
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on_to_the_same_bytes(
-    words: list, config: BuildConfig, tmp_path: Path
+    words: list, config: BuildConfig, call: Call, tmp_path: Path
 ) -> None:
     """SIGKILL as soon as the first chunk is on disk."""
     build(config)
     stopped = tmp_path / "stopped"
+    words = [*words[:-1], stopped]
     command = [sys.executable, "-W", "ignore", "-m", "cl_graft", "transfer", "build"]
-    command += [str(word) for word in words[:-1]] + [str(stopped)]
+    command += map(str, words)
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     samples = stopped / "samples.jsonl"
     while process.poll() is None and not (samples.exists() and samples.stat().st_size):
@@ -237,8 +239,8 @@ def test_a_killed_command_goes_on_to_the_same_bytes(
     assert process.wait() == -signal.SIGKILL
     begun = samples.read_bytes()
     assert 0 < len(begun) < len(contents(config.out)["samples.jsonl"])
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = call(*words)
+    assert done.code == 0, done.err
     assert contents(stopped) == contents(config.out)
 
 
