@@ -1,9 +1,15 @@
-"""Other processes of this machine: how many there is room for, and how they are begun."""
+"""Other processes of this machine: how many there is room for, how they are begun, and when they end."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 
@@ -24,3 +30,36 @@ def forked_from(preload: str) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     return context
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the end. Processes started meanwhile never hear it: it is this one that stops them."""
+    resource_tracker.ensure_running()  # which lets interrupts through again when it begins
+    heard: list[int] = []
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        # what the main thread does not take, any other does, and it is raised in the main thread all the same
+        before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
+
+
+def end_with_parent() -> None:
+    """This process is not to outlive the one that started it: it is told to end, and ends within ten seconds."""
+
+    def wait(parent: Any) -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        os._exit(1)
+
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=wait, args=[parent], daemon=True).start()

@@ -14,12 +14,14 @@ from ..errors import CLGraftError
 def report(folders: list[Path], target: Path) -> None:
     from ..report import find, write
     from ..report.tables import matrices, ranking
+    from .progress import interruptible
 
-    found = find(folders)
-    cells = [f.cell for f in found]
-    print_tables([*matrices(cells), *ranking(cells)])
     try:
-        index = write(found, target)
+        with interruptible():
+            found = find(folders)
+            cells = [f.cell for f in found]
+            print_tables([*matrices(cells), *ranking(cells)])
+            index = write(found, target)
     except OSError as error:
         raise CLGraftError(
             f"{target} cannot be written ({error.strerror or error}); free space or copy the results elsewhere."

@@ -11,18 +11,17 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, resource_tracker, util
+from multiprocessing import connection, util
 from typing import Any
 
 from ..config import RunConfig
 from ..errors import CLGraftError
-from ..processes import cores, forked_from
+from ..processes import cores, end_with_parent, forked_from, interrupts_held
 from . import WAITS, Outcome, Report, Work
 from .attempt import attempt, seldom
 from .queue import Queue
@@ -52,7 +51,7 @@ def aside(task: Callable[[Report], None], report: Report) -> None:
     context = _context()
     hears, says = context.Pipe(duplex=False)
     process = context.Process(target=_aside, args=(says, task))
-    with _interrupts_held():
+    with interrupts_held():
         process.start()
     says.close()
     try:
@@ -115,7 +114,7 @@ def _begin(context: Any, work: Work, config: RunConfig, patient: bool, slot: int
     hears, says = context.Pipe(duplex=False)
     visible = None if config.launch.processes else _gpu_of(slot)  # a job of several takes them all
     process = context.Process(target=_work, args=(says, work, config, patient, visible))
-    with _interrupts_held():
+    with interrupts_held():
         process.start()
     says.close()
     return _Worker(process, hears, config)
@@ -145,17 +144,6 @@ def _heard(worker: _Worker, report: Report) -> Outcome | None:
             "its process was killed; with fewer --workers there is more memory for each",
         )
     return None
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back. Processes started meanwhile never see it: it is this one that stops them."""
-    resource_tracker.ensure_running()  # which lets interrupts through again when it begins
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _stop(workers: Sequence[Any], ask: bool = True) -> None:
@@ -213,7 +201,7 @@ def _worker() -> Iterator[None]:
     signal.signal(signal.SIGTERM, _unwind)
     signal.signal(signal.SIGALRM, _unwind)
     sys.unraisablehook = _unwind_again
-    threading.Thread(target=_end_with_parent, args=[os.getpid()], daemon=True).start()
+    end_with_parent()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         yield
@@ -233,13 +221,3 @@ def _unwind_again(lost: Any) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
     else:
         sys.__unraisablehook__(lost)
-
-
-def _end_with_parent(worker: int) -> None:
-    """A worker does not outlive the process that started it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(worker, signal.SIGTERM)
-        time.sleep(10)
-        os._exit(1)

@@ -12,7 +12,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from ...processes import cores, forked_from
+from ...processes import cores, end_with_parent, forked_from, interrupts_held
 from ..table import write_atomic
 
 ALONE = 8  # work below this, in figures, is done in this process
@@ -28,7 +28,8 @@ def _context() -> Any:
 def warm() -> None:
     """Begin to import what draws, in the process that the others are forked from, and return at once."""
     if _context().get_start_method() == "forkserver":
-        forkserver.ensure_running()
+        with interrupts_held():
+            forkserver.ensure_running()
 
 
 def _all(calls: Sequence[partial[Any]]) -> None:
@@ -73,15 +74,22 @@ class Work:
             for chunk in chunks:
                 _all(chunk)
             return
-        self.pool = ProcessPoolExecutor(min(len(chunks), cores()), _context())
-        self.waiting = [self.pool.submit(_all, chunk) for chunk in chunks]
+        self.pool = ProcessPoolExecutor(min(len(chunks), cores()), _context(), end_with_parent)
+        try:
+            with interrupts_held():  # it begins its processes with what it is given to do
+                self.waiting = [self.pool.submit(_all, chunk) for chunk in chunks]
+        except KeyboardInterrupt:
+            self.pool.shutdown(cancel_futures=True)
+            raise
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        if self.pool:
-            self.pool.shutdown(wait=True, cancel_futures=kind is not None)
-        for done in self.waiting:
-            if kind is None:
+        if self.pool is None:
+            return
+        try:
+            for done in self.waiting if kind is None else ():
                 done.result()
+        finally:  # what is not begun by a failure or an interrupt is left
+            self.pool.shutdown(cancel_futures=True)
 
     def keep(self) -> None:
         write_atomic(self.record, json.dumps(self.made, indent=0).encode())
