@@ -17,8 +17,7 @@ from cl_graft.matrix import FloatArray
 Strata = Sequence[tuple[float, FloatArray]]
 
 LEVEL = 0.95
-DRAWS = 2000  # of which a standard error is taken: it is right to 2 %
-FINE = 10_000  # of which a tail is taken
+DRAWS = 10_000  # of which a tail is taken
 MANY = 64  # more different outcomes than these are drawn one by one
 
 
@@ -81,30 +80,30 @@ def paired(seeds: Sequence[Strata], tests: Sequence[Hashable] = ()) -> Differenc
     seeds: of each seed, the differences example by example, so that the draws are paired. tests: of each seed, what
     names its test set; one draw of examples serves all seeds of the same. Without them every seed has its own.
 
-    One seed: percentile interval and achieved significance level over its examples (Efron and Tibshirani 1993, 13
-    and 15), a statement about this seed alone. Several: Student's t on the bootstrap's standard error (the same, 12.5),
-    since the percentiles of a bootstrap are too narrow for few seeds (Hesterberg, What teachers should know about the
-    bootstrap, The American Statistician 2015); the seeds' part is scaled by n / (n - 1) for the same reason. The
-    degrees of freedom are n - 1 whatever the examples' part is: Satterthwaite's, which would credit it, are estimated
-    from the few seeds and run wild where those happen to be alike. Where seeds have examples of their own this counts
-    the noise of examples in both parts, so it rejects too seldom rather than too often.
+    One seed: percentile interval and achieved significance level over its examples (Efron and Tibshirani 1993, 13 and
+    15), a statement about this seed alone. Several: Student's t on the bootstrap's standard error (the same, 12.5),
+    in closed form, since the percentiles of a bootstrap are too narrow for few seeds (Hesterberg, What teachers
+    should know about the bootstrap, The American Statistician 2015); the seeds' part is scaled by n / (n - 1) for the
+    same reason. The degrees of freedom are n - 1 whatever the examples' part is: Satterthwaite's, which would credit
+    it, are estimated from the few seeds and run wild where those happen to be alike. Where seeds have examples of
+    their own this counts the noise of examples in both parts, so it rejects too seldom rather than too often.
 
     No p is smaller than that of a sign test on as many examples that differ, and an interval holds 0 where p says so.
     """
-    n, rng = len(seeds), np.random.default_rng(0)
-    tests = tests or range(n)
+    n = len(seeds)
     means = np.array([_mean(strata) for strata in seeds])
     mean = float(means.mean())
     examples = sum(x.size for strata in seeds for _, x in strata)
     differ = sum(int(np.count_nonzero(x)) for strata in seeds for _, x in strata)
-    noise = _noise(seeds, tests, FINE if n == 1 else DRAWS, rng)
     if n == 1:
-        drawn = mean + noise[:, 0]
+        rng = np.random.default_rng(0)
+        noise = [weight * _redrawn(x, rng) for weight, x in seeds[0]]
+        drawn = mean + np.sum(noise, axis=0)
         low, high = _percentiles(drawn)
         tail = 1 + min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
-        p = min(1.0, 2.0 * tail / (FINE + 1))
+        p = min(1.0, 2.0 * tail / (DRAWS + 1))
     else:
-        error = _hierarchical(means, noise, tests, rng)
+        error = _hierarchical(means, seeds, tests or range(n))
         half = _t(n - 1) * error
         low, high, p = mean - half, mean + half, _p(mean, error, n - 1)
     p = max(p, min(1.0, 2.0 * 0.5**differ))
@@ -126,48 +125,47 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _hierarchical(
-    means: FloatArray, noise: FloatArray, tests: Sequence[Hashable], rng: np.random.Generator
-) -> float:
-    """Standard error of the mean over seeds that are drawn anew, each with one of the draws of its examples."""
-    draws, n = noise.shape
-    centred = math.sqrt(n / (n - 1)) * (means - means.mean())
-    picks = rng.integers(0, n, (draws, n))
-    # a seed with examples of its own that is drawn twice is drawn with different ones
-    alone = np.array([list(tests).count(test) == 1 for test in tests])
-    rows = (np.arange(draws)[:, None] + np.arange(n) * alone[picks]) % draws
-    return float((centred[picks] + noise[rows, picks]).mean(axis=1).std())
+def _hierarchical(means: FloatArray, seeds: Sequence[Strata], tests: Sequence[Hashable]) -> float:
+    """Standard error of the mean over seeds that are drawn anew, each with its examples drawn anew: that of all draws.
+
+    A mean of n picked seeds varies with which those are, and with the noise of their examples. Two picks of the same
+    test set share its draw; a seed that is alone with its test set and picked twice has a draw of its own each time.
+    """
+    n = len(seeds)
+    of_seeds = float(means.var()) * n / (n - 1)
+    noise = _noise(seeds, tests)
+    shared = noise.copy()
+    for k, test in enumerate(tests):
+        if list(tests).count(test) == 1:
+            shared[k, k] = 0.0
+    of_examples = float(np.trace(noise)) / n + (n - 1) * float(shared.mean())
+    return math.sqrt((of_seeds + of_examples) / n)
 
 
-def _noise(
-    seeds: Sequence[Strata], tests: Sequence[Hashable], draws: int, rng: np.random.Generator
-) -> FloatArray:
-    """(draws, seeds): by how much each seed's score changes when its examples are drawn anew."""
-    found = np.zeros((draws, len(seeds)))
+def _noise(seeds: Sequence[Strata], tests: Sequence[Hashable]) -> FloatArray:
+    """(seeds, seeds): covariance of their scores where the examples of every test set are drawn anew."""
+    found = np.zeros((len(seeds), len(seeds)))
     for test in dict.fromkeys(tests):
         those = [k for k, other in enumerate(tests) if other == test]
         for parts in zip(*(seeds[k] for k in those), strict=True):
-            values = np.column_stack([x for _, x in parts])
-            found[:, those] += parts[0][0] * _redrawn(values, draws, rng)
+            values = np.column_stack([x - x.mean() for _, x in parts])
+            found[np.ix_(those, those)] += (parts[0][0] / len(values)) ** 2 * (values.T @ values)
     return found
 
 
-def _redrawn(values: FloatArray, draws: int, rng: np.random.Generator) -> FloatArray:
-    """(N, k) -> (draws, k): means of N rows drawn with replacement, less the mean of all of them.
+def _redrawn(x: FloatArray, rng: np.random.Generator) -> FloatArray:
+    """(N,) -> (DRAWS,): means of N values drawn with replacement, less the mean of all of them.
 
-    Rows that are alike are drawn together, by how many there are of them, which is the same and much less work.
+    Values that are alike are drawn together, by how many there are of them, which is the same and much less work.
     """
-    size = len(values)
-    rows, counts = np.unique(values, axis=0, return_counts=True)
-    rows = rows - values.mean(axis=0)
-    if len(rows) <= MANY:
-        return rng.multinomial(size, counts / size, size=draws) @ rows / size
-    centred = values - values.mean(axis=0)
-    step = max(1, 4_000_000 // (size * values.shape[1]))
+    values, counts = np.unique(x, return_counts=True)
+    if len(values) <= MANY:
+        return rng.multinomial(x.size, counts / x.size, size=DRAWS) @ (values - x.mean()) / x.size
+    step = max(1, 4_000_000 // x.size)
     return np.concatenate(
         [
-            centred[rng.integers(0, size, (min(step, draws - k), size))].mean(axis=1)
-            for k in range(0, draws, step)
+            (x - x.mean())[rng.integers(0, x.size, (min(step, DRAWS - k), x.size))].mean(axis=1)
+            for k in range(0, DRAWS, step)
         ]
     )
 
@@ -175,7 +173,7 @@ def _redrawn(values: FloatArray, draws: int, rng: np.random.Generator) -> FloatA
 def _limits(x: FloatArray, rng: np.random.Generator) -> tuple[float, float]:
     """Of a stratum's mean."""
     if not np.isin(x, (0.0, 1.0)).all():
-        return _percentiles(x.mean() + _redrawn(x[:, None], FINE, rng)[:, 0])
+        return _percentiles(x.mean() + _redrawn(x, rng))
     n, p, z = x.size, float(x.mean()), _z()
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     ends = [(middle + way * half) / (1 + z * z / n) for way in (-1, 1)]

@@ -184,7 +184,7 @@ def test_a_report_tells_plugins_of_one_name_apart(tmp_path: Path) -> None:
 def test_right_and_wrong_are_told_by_a_sign_and_a_word() -> None:
     """Not by colour alone; and a score between 0 and 1 as a number."""
     row = Row(0, None, Answer(0.0, "no", ""), Answer(0.75, "nearly", ""), Answer(1.0, "yes", ""))
-    cells = re.findall(r'<b class="m">(.*?)</b>', page.cell._row(row, False))
+    cells = re.findall(r'<b class="m">(.*?)</b>', page.cell._row(row, row.outcome, False))
     words = [re.sub(r"<[^>]*>", "", cell) for cell in cells]
     assert words == ["✗wrong", "✓right 0.75", "✓right"]
 

@@ -100,29 +100,38 @@ def test_an_interval_holds_0_where_p_is_not_below_5_per_cent():
         assert found.p == 0.25
 
 
-def test_the_standard_error_is_that_of_all_draws():
-    """Two seeds of two examples: the variance of all draws of seeds and of examples within them, by listing them.
+@pytest.mark.parametrize("tests", ["ab", "aa"])
+def test_the_standard_error_is_that_of_all_draws(tests):
+    """Two seeds of two examples: the variance of all draws of seeds and of examples, by listing them; with test sets of
+    their own, where a seed picked twice has two draws of its examples, and with one that has one draw for both.
 
     The seeds' part is scaled by n / (n - 1) = 2; one degree of freedom is left.
     """
+    from scipy.stats import t
+
     one, two = (0.0, 1.0), (2.0, 5.0)
     means = np.array([0.5, 3.5])
     within = [
         [np.mean(draw) - np.mean(x) for draw in itertools.product(x, repeat=2)] for x in (one, two)
     ]
+    examples = (
+        [(e, e) for e in range(4)] if tests == "aa" else itertools.product(range(4), repeat=2)
+    )
     draws = [
-        np.mean([math.sqrt(2) * (means[s] - 2) + noise[k] for k, s in enumerate(seeds)])
+        np.mean(
+            [
+                math.sqrt(2) * (means[s] - 2) + within[s][e]
+                for s, e in zip(seeds, those, strict=True)
+            ]
+        )
+        for those in examples
         for seeds in itertools.product((0, 1), repeat=2)
-        for noise in itertools.product(*(within[s] for s in seeds))
     ]
     error = float(np.std(draws))
-    found = paired([strata(*one), strata(*two)])
-    from scipy.stats import t
-
-    half = t.ppf(0.975, 1) * error
+    found = paired([strata(*one), strata(*two)], tests)
     assert found.mean == 2.0
-    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
-    assert found.p == pytest.approx(2 * t.sf(2.0 / error, 1), rel=0.1)
+    assert (found.high - found.low) / 2 == pytest.approx(t.ppf(0.975, 1) * error)
+    assert found.p == pytest.approx(2 * t.sf(2.0 / error, 1))
 
 
 def test_one_draw_of_examples_serves_all_seeds_that_share_them():
@@ -130,15 +139,15 @@ def test_one_draw_of_examples_serves_all_seeds_that_share_them():
     seeds = [strata(*([0.0, 1.0] * 50))] * 5
     shared, apart = paired(seeds, "aaaaa"), paired(seeds)
     width = [found.high - found.low for found in (shared, apart)]
-    assert width[0] / 2 == pytest.approx(2.776 * 0.05, rel=0.1)  # t of 4 degrees of freedom
-    assert width[0] / width[1] == pytest.approx(math.sqrt(5), rel=0.1)
+    assert width[0] / 2 == pytest.approx(2.776445 * 0.05, rel=1e-6)  # t of 4 degrees of freedom
+    assert width[0] / width[1] == pytest.approx(math.sqrt(5))
 
 
 def test_seeds_that_share_examples_in_part_are_between_the_two():
-    """Four seeds alike, two and two on the same examples: as wide as two seeds would be, if not for their t."""
+    """Four seeds alike, two and two on the same examples. Of two picks, half share them: (1 + 3 / 2) / 4 of the variance."""
     seeds = [strata(*([0.0, 1.0] * 50))] * 4
     widths = [found.high - found.low for found in (paired(seeds, "aabb"), paired(seeds, "aaaa"))]
-    assert widths[1] / widths[0] == pytest.approx(math.sqrt(2), rel=0.2)
+    assert widths[1] / widths[0] == pytest.approx(math.sqrt(8 / 5))
 
 
 def rejected(n: int, of_seeds: float, tries: int = 400) -> float:

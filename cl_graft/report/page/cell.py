@@ -56,11 +56,13 @@ def write(found: Found, path: Path, group: str) -> None:
 
 
 def _task(name: str, rows: list[Row], asked: bool) -> dict[str, Any]:
-    counts = Counter(row.outcome for row in rows)
+    outcomes = [row.outcome for row in rows]
+    counts = Counter(outcomes)
+    shown = zip(rows[:MOST], outcomes, strict=False)
     return {
         "name": name,
         "count": len(rows),
-        "rows": Markup("\n".join(_row(row, asked) for row in rows[:MOST])),
+        "rows": Markup("\n".join(_row(row, outcome, asked) for row, outcome in shown)),
         "counts": [(kind, counts[kind]) for kind in OUTCOMES if counts[kind]],
     }
 
@@ -94,7 +96,7 @@ def _losses(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _row(row: Row, asked: bool) -> str:
+def _row(row: Row, outcome: str, asked: bool) -> str:
     """A test example as a row of its table, escaped: the bulk of a report, for which a template takes too long."""
     cells = []
     if asked:
@@ -109,7 +111,6 @@ def _row(row: Row, asked: bool) -> str:
         cells.append(f'<td data-l="At the end" class="{kind} same">{_mark(row.end)}same</td>')
     else:
         cells.append(_answer(row.end, "At the end"))
-    outcome = row.outcome
     return (
         f'<tr data-o="{outcome}"><td>{row.number}</td>{"".join(cells)}'
         f'<td class="o o-{outcome}">{outcome or "not learned yet"}</td></tr>'
