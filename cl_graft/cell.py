@@ -63,7 +63,6 @@ def run(
             result = _compute(
                 config, folder, scenario, strategy_class, options, report, begun, patient
             )
-            folder.mark("done")
         if mirror:
             mirror.push(folder.path, config.cell)
         return result
@@ -134,6 +133,9 @@ def _compute(
         _stages(folder, strategy, benchmark(scenario), tracker, progress, begun)
         result = collect(folder.path)
         tracker.finish(result)  # before the cell is complete: what is cut short here is done again
+        folder.mark(
+            "done"
+        )  # the result comes last: after it nothing is looked at, and so nothing swept
         write_json(folder.path / "result.json", result)
     except BaseException as error:
         tracker.abandon(error)

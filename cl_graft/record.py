@@ -89,8 +89,9 @@ class CellFolder:
         found: dict[str, Any] = read_json(file) if file.is_file() else {"state": "waiting"}
         if self.complete:
             return found | {"state": "done"}
-        dead = found["state"] == "running" and not held(self.lock_file)
-        return found | {"state": "waiting"} if dead or found["state"] == "done" else found
+        if found["state"] in ("running", "done"):
+            return found | {"state": "running" if held(self.lock_file) else "waiting"}
+        return found
 
     def failed(self, reason: str, trace: str) -> None:
         write_text(self.path / "traceback.txt", trace)

@@ -19,7 +19,7 @@ import pytest
 import cl_graft
 from cl_graft.cell import run
 from cl_graft.config import RunConfig
-from cl_graft.files import RecordError
+from cl_graft.files import RecordError, write_text
 from cl_graft.record import CellFolder
 from cl_graft.result import collect
 from cl_graft.skillpack.file import SkillPack, TruncatedPack, WrongBase
@@ -144,6 +144,31 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(
     assert numbers(cell(again)) == numbers(graftllm)
     assert numbers(cell(other))[1]["matrix"] != numbers(graftllm)[1]["matrix"]
     assert not set(numbers(cell(other))[0].values()) & set(numbers(graftllm)[0].values())
+
+
+def test_the_result_is_the_last_file_that_is_written(
+    plugin: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kill leaves half-written is swept by who goes on with the cell, and nobody goes on with a complete one."""
+    begun: list[str] = []
+
+    def noted(path: Path, text: str) -> None:
+        begun.append(path.name)
+        write_text(path, text)
+
+    monkeypatch.setattr("cl_graft.files.write_text", noted)
+    made = config(plugin, "magnitude", tmp_path)
+    run(made)
+    assert begun[-2:] == ["state.json", "result.json"]
+    assert json.loads((cell(made) / "state.json").read_text())["state"] == "done"
+
+
+def test_a_cell_that_was_killed_before_its_last_file_waits(tmp_path: Path) -> None:
+    folder = CellFolder(tmp_path / "cell")
+    with folder.lock():
+        folder.mark("done")
+        assert folder.state()["state"] == "running"
+    assert folder.state()["state"] == "waiting"
 
 
 @pytest.mark.slow
