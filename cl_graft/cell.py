@@ -133,9 +133,8 @@ def _compute(
         _stages(folder, strategy, benchmark(scenario), tracker, progress, begun)
         result = collect(folder.path)
         tracker.finish(result)  # before the cell is complete: what is cut short here is done again
-        folder.mark(
-            "done"
-        )  # the result comes last: after it nothing is looked at, and so nothing swept
+        # the result comes last: after it nothing is looked at, and so nothing swept
+        folder.mark("done")
         write_json(folder.path / "result.json", result)
     except BaseException as error:
         tracker.abandon(error)
