@@ -50,12 +50,14 @@ def main(job: dict[str, Any]) -> None:
             given["user_namespace"] = attempt(enter_user_namespace, libc)
         given["pid_namespace"] = attempt(call, libc, "unshare", NEWPID)
     attempt(call, libc, "prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    gate, go = os.pipe()  # holds the worker back until its number has been reported
+    tie, go = os.pipe()  # holds the worker back until its number is reported; ends with the keeper
     worker = os.fork()
     if worker == 0:
         try:
-            os.read(gate, 1)
-            work(job, libc, uid, given)
+            os.close(go)  # else it would hold up its own end
+            os.dup2(tie, 0)
+            if os.read(0, 1):
+                work(job, libc, uid, given)
         finally:
             os._exit(3)
     os.write(2, f'{job["nonce"]} {{"worker":{worker}}}\n'.encode())
@@ -319,13 +321,16 @@ def limit(name: str, soft: int, hard: int) -> None:
 
 
 def work(job: dict[str, Any], libc: Any, uid: int | None, given: dict[str, bool]) -> None:
-    """Become the sandbox, run the job's steps, send a frame for each, and leave at once."""
+    """Become the sandbox, run the job's steps, send a frame for each, and leave at once.
+
+    Stdin is the tie to the keeper until the kernel has promised to end the worker with it.
+    """
     os.setsid()
     report = os.dup(2)
     os.closerange(3, report)
     os.closerange(report + 1, 256)
     os.dup2(1, 2)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    null = os.open(os.devnull, os.O_RDONLY)
     # Bound here, because the program may replace every name it can reach.
     write, leave, nonce, as_json, fail = os.write, os._exit, job["nonce"], plain, failure
 
@@ -339,6 +344,10 @@ def work(job: dict[str, Any], libc: Any, uid: int | None, given: dict[str, bool]
     except BaseException as error:
         send("broken", as_json(repr(error)))
         return
+    if select.select([0], [], [], 0)[0]:  # the keeper died before that promise
+        return
+    os.dup2(null, 0)
+    os.close(null)
     send("ready", as_json(given))
     module = type(sys)("program")
     sys.modules["program"] = module  # dataclasses and typing look their module up

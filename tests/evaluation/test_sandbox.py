@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -542,6 +543,20 @@ def test_a_keeper_that_hangs_does_not_hang_the_caller(
         os.kill(min(processes_marked(mark)), signal.SIGSTOP)
         assert run.result().reason == "killed"
     wait_for(lambda: processes_marked(mark) == [])
+
+
+@pytest.mark.parametrize("started", [1, 2], ids=["alone", "as soon as it has a worker"])
+def test_a_keeper_that_dies_takes_its_worker_with_it(walls: dict[str, bool], started: int) -> None:
+    mark = os.environ["LD_LIBRARY_PATH"]
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(5):
+            run = pool.submit(attack, "import time\ntime.sleep(60)", seconds=60.0)
+            while len(found := processes_marked(mark)) < started:
+                assert not run.done()
+            os.kill(min(found), signal.SIGKILL)
+            with suppress(sandbox.SandboxError):  # it could not start
+                assert run.result().reason == "killed"
+            wait_for(lambda: processes_marked(mark) == [])
 
 
 def wait_for(condition: Any, seconds: float = 10.0) -> None:
