@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from . import Found, find
-from .series import Cell, Series, series
-from .standing import Sample, difference, op_interval, probability, reader
-from .statistics import Difference, Interval, over_seeds
+from .series import Cell, series
+from .standing import Reader, Sample, difference, interval, op_interval, probability, reader
+from .statistics import Difference, Interval
 from .table import UNMEASURED, Table, show
 
 ABOUT = (
@@ -19,10 +19,11 @@ ABOUT = (
 )
 NAMES = ("scenario", "label", "model", "budget", "seed")
 NOTE = (
-    "In per cent, means over the seeds that both completed, with 95 % intervals: Student's t over seeds; for OP of one "
-    "seed over its test examples. B - A of OP with the interval and two-sided p of a paired hierarchical bootstrap "
-    "(seeds, then test examples) over the seeds that both tested on the same examples; a p of one seed says nothing of "
-    "others. The other scores are not tested."
+    "In per cent, means over the seeds that both completed, with 95 % intervals: Student's t over seeds; of one seed "
+    "over its test examples, which BWT and FM have not. B - A of OP and of each task at the end with the interval and "
+    "two-sided p of a paired hierarchical bootstrap (seeds, then test examples) over the seeds that both tested on the "
+    "same examples; a p of one seed says nothing of others. Each p is of its row alone: among many rows one below 0.05 "
+    "is to be expected. BWT and FM are not tested."
 )
 
 
@@ -102,7 +103,7 @@ def _about(pairs: Sequence[tuple[Cell, Cell]]) -> Table:
 
 
 def _scores(pairs: Pairs) -> Table:
-    """OP, BWT, FM and each task's final score of A and B for each strategy, with the paired difference of OP."""
+    """OP, BWT, FM and each task's final score of A and B for each strategy, with the paired differences."""
     groups: dict[tuple[str, ...], Pairs] = {}
     for one, other in pairs:
         key = (_title(one.cell), *one.cell["tasks"], "", *other.cell["tasks"])
@@ -114,40 +115,33 @@ def _scores(pairs: Pairs) -> Table:
             rows.append((title, "OP", *[UNMEASURED] * 4, "0"))
             untold.append(f"{title} (not complete in both)")
             continue
-        samples = [{p[0].cell["seed"]: tested(p[side]) for p in whole} for side in (0, 1)]
-        lines = [series([p[side].cell for p in whole])[0] for side in (0, 1)]
-        found = difference(samples[1], samples[0])
-        if found is None or found.seeds < len(whole):
-            untold.append(f"{title} ({_why_not(*samples)})")
-        a, b = (op_interval(line, sample) for line, sample in zip(lines, samples, strict=True))
-        rows.append((title, "OP", _told(a), _told(b), *_tested(found, a, b), _seeds(found, whole)))
-        for name, a, b in _further(*lines):
-            rows.append((title, name, _told(a), _told(b), _less(b, a), "", str(len(whole))))
+        a, b = (_side([pair[k] for pair in whole], tested) for k in (0, 1))
+        for name in (name for name in a if name in b):
+            (x, ours), (y, theirs) = a[name], b[name]
+            found = difference(theirs, ours)
+            if name == "OP" and (found is None or found.seeds < len(whole)):
+                untold.append(f"{title} ({_why_not(ours, theirs)})")
+            less = _tested(found, x, y) if ours else (_less(y, x), "")
+            rows.append((title, name, _told(x), _told(y), *less, _seeds(found, whole)))
     note = f"{NOTE} Not paired: {'; '.join(untold)}." if untold else NOTE
     return Table("Scores", ("Cell", "Score", "A", "B", "B - A", "p", "Seeds"), tuple(rows), note)
 
 
-def _further(one: Series, other: Series) -> list[tuple[str, Interval | None, Interval | None]]:
-    """BWT, FM and the final scores of the tasks that both have."""
-    found = []
+def _side(founds: Sequence[Found], tested: Reader) -> dict[str, tuple[Interval | None, Sample]]:
+    """{OP, BWT, FM and each task: its interval, and the test examples behind it, which BWT and FM have not}."""
+    line = series([f.cell for f in founds])[0]
+    sample = {f.cell["seed"]: tested(f) for f in founds}
+    found: dict[str, tuple[Interval | None, Sample]] = {"OP": (op_interval(line, sample), sample)}
     for key in ("bwt", "fm"):
-        a, b = (_over([c["metrics"].get(key) for c in x.cells]) for x in (one, other))
-        found.append((key.upper(), a, b))
-    for task in (task for task in one.tasks if task in other.tasks):
-        a, b = (
-            _over([c["matrix"][-1][x.tasks.index(task)] for c in x.cells]) for x in (one, other)
-        )
-        found.append((task, a, b))
+        values = [cell["metrics"].get(key) for cell in line.cells]
+        alone: Sample = {seed: ("", []) for seed in sample}
+        found[key.upper()] = (interval(values, alone, line.metric(key)), {})
+    for j, task in enumerate(line.tasks):
+        values = [cell["matrix"][-1][j] for cell in line.cells]
+        sample = {f.cell["seed"]: tested(f, task) for f in founds}
+        known = (float(line.mean[-1, j]), float(line.stderr[-1, j]))
+        found[task] = (interval(values, sample, known), sample)
     return found
-
-
-def _over(values: Sequence[float | None]) -> Interval | None:
-    known = [v for v in values if v is not None]
-    if not known or len(known) < len(values):
-        return None
-    if len(known) == 1:
-        return Interval(known[0], math.nan, math.nan)
-    return over_seeds(known)
 
 
 def _why_not(one: Sample, other: Sample) -> str:

@@ -77,25 +77,27 @@ def breakdown(
     return found
 
 
-def final(path: Path, cell: Mapping[str, Any], asked: Mapping[str, Sequence[Asked]]) -> Strata:
-    """The scores at the end of a complete cell with their weights in OP.
+def final(
+    path: Path, cell: Mapping[str, Any], asked: Mapping[str, Sequence[Asked]]
+) -> dict[str, Strata]:
+    """{task: its scores at the end of a complete cell}, the weights of a task's suites summing to 1.
 
     Empty where they do not come to the scores that the cell recorded: the suites of a task are told by `asked` alone.
     """
-    tasks, strata = list(cell["tasks"]), []
+    tasks, found = list(cell["tasks"]), dict[str, Strata]()
     answers = _answers(path, len(tasks), tasks)
     for task, recorded in zip(tasks, cell["matrix"][-1], strict=True):
         scores = np.array([a.score for a in answers.get(task, ())])
         suites = [a.suite for a in asked.get(task, ())] or [""] * len(scores)
         if not len(scores) or len(suites) != len(scores):
-            return []
+            return {}
         names = list(dict.fromkeys(suites))
         parts = [scores[[s == name for s in suites]] for name in names]
         mean = sum(float(x.mean()) for x in parts) / len(parts)
         if recorded is None or not math.isclose(mean, recorded, abs_tol=1e-9):
-            return []
-        strata += [(1 / len(tasks) / len(parts), x) for x in parts]
-    return strata
+            return {}
+        found[task] = [(1 / len(parts), x) for x in parts]
+    return found
 
 
 def _whole(cell: Mapping[str, Any]) -> int:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 from ..identity import digest
 from ..prompts import Asked, recall
 from . import Found
 from .examples import final
-from .series import Series, series
+from .series import Estimate, Series, series
 from .statistics import (
     Difference,
     Interval,
@@ -56,6 +57,15 @@ class Standing:
 
 Tested = tuple[str, Strata]  # digest of the test examples, their scores at the end
 Sample = dict[int, Tested]  # by seed
+
+
+class Reader(Protocol):
+    def __call__(self, found: Found, task: str | None = None) -> Tested:
+        """The test examples of one task, or of all as OP weighs them, and the cell's scores on them at the end.
+
+        No scores where they are not on disk, or do not come to those that the cell recorded.
+        """
+        ...
 
 
 def standings(members: Sequence[Found], tested: Callable[[Found], Tested]) -> list[Standing]:
@@ -108,8 +118,8 @@ def table(title: str, found: Sequence[Standing]) -> Table:
     return Table(f"Intervals: {title}", columns, tuple(map(_row, found)), NOTE, exact)
 
 
-def reader() -> Callable[[Found], Tested]:
-    """Test examples of a cell and its scores on them; what was asked is read once for all cells of the same data.
+def reader() -> Reader:
+    """Reads what was asked once for all cells of the same data, and the scores of a cell once for all its tasks.
 
     Where the prompts were not kept, the fingerprint of all the data stands for the examples.
     """
@@ -125,23 +135,39 @@ def reader() -> Callable[[Found], Tested]:
             return data
         return digest([[[t, a.prompt, a.reference, a.suite] for a in kept[t]] for t in tasks])
 
-    def tested(found: Found) -> Tested:
+    scored: dict[Path, dict[str, Strata]] = {}
+
+    def tested(found: Found, task: str | None = None) -> Tested:
         out, data = found.path.parent, found.cell.get("data", "")
-        scores = final(found.path, found.cell, asked(out, data))
-        return named(out, data, tuple(found.cell["tasks"])), scores
+        if found.path not in scored:
+            scored[found.path] = final(found.path, found.cell, asked(out, data))
+        scores = scored[found.path]
+        if task is not None:
+            return named(out, data, (task,)), scores.get(task, [])
+        even = [(w / len(scores), x) for strata in scores.values() for w, x in strata]
+        return named(out, data, tuple(found.cell["tasks"])), even
 
     return tested
 
 
 def op_interval(line: Series, sample: Sample) -> Interval | None:
-    """Over seeds, or over the test examples of a single one; None where OP is unmeasured."""
+    """None where OP is unmeasured."""
     values = [cell["metrics"].get("op") for cell in line.cells]
-    if not line.complete or any(v is None for v in values):
+    return interval(values, sample, line.metric("op")) if line.complete else None
+
+
+def interval(values: Sequence[float | None], sample: Sample, known: Estimate) -> Interval | None:
+    """Of a score, one value a seed: over seeds, or over the test examples of a single one.
+
+    known: mean and standard error, which serve where those examples are not on disk. None where a seed is unmeasured.
+    """
+    measured = [v for v in values if v is not None]
+    if not measured or len(measured) < len(values):
         return None
-    if len(values) > 1:
-        return over_seeds(values)
+    if len(measured) > 1:
+        return over_seeds(measured)
     ((_, strata),) = sample.values()
-    return over_examples(strata) if strata else over_normal(*line.metric("op"))
+    return over_examples(strata) if strata else over_normal(*known)
 
 
 def probability(p: float) -> str:

@@ -27,6 +27,7 @@ def test_a_run_and_itself_differ_in_nothing(tmp_path: Path) -> None:
     for row in rows:
         assert row[2] == row[3]
         assert row[4:] == ("+0.0 [+0.0, +0.0]", "1.000", "2")
+    assert all(row[5] == "1.000" for row in scores.rows if row[1] in ("math", "code", "cipher"))
 
 
 def one_cell(out: Path, right: int, examples: int = 20, **result: Any) -> None:
@@ -54,7 +55,12 @@ def test_the_difference_is_b_less_a(tmp_path: Path) -> None:
     assert a.startswith("25.0 [1") and b.startswith("75.0 [6")  # with Wilson's limits
     assert less.startswith("+50.0 [+3") and (p, seeds) == ("< 0.001", "1")
     assert set(rows) == {"OP", "BWT", "FM", "math", "code", "cipher"}
-    assert rows["code"] == ("25.0", "75.0", "+50.0", "", "1")
+    a, b, less, p, _ = rows["code"]  # a third of the examples: wider
+    assert a.startswith("25.0 [1") and b.startswith("75.0 [5")
+    assert (
+        less.startswith("+50.0 [+30.0, +70.0]") and p == "0.002"
+    )  # no less than that of a sign test of ten
+    assert rows["BWT"][3:] == rows["FM"][3:] == ("", "1")
 
 
 def test_runs_that_differ_in_training_alone_are_paired(tmp_path: Path) -> None:
@@ -66,6 +72,22 @@ def test_runs_that_differ_in_training_alone_are_paired(tmp_path: Path) -> None:
     about, scores = compare(tmp_path / "a", tmp_path / "b")
     assert [row[0] for row in about.rows] == ["data"]
     assert scores.rows[0][4].startswith("+50.0 [")
+
+
+def test_a_task_with_other_test_examples_is_not_paired_though_the_others_are(
+    tmp_path: Path,
+) -> None:
+    one_cell(tmp_path / "a", 5)
+    one_cell(tmp_path / "b", 15)
+    (kept,) = (tmp_path / "b" / "data").glob("*.jsonl")
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    for line in lines:
+        if line["task"] == "math":
+            line["prompt"] += "?"
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = {row[1]: row[4:] for row in compare(tmp_path / "a", tmp_path / "b")[-1].rows}
+    assert rows["OP"] == rows["math"] == ("+50.0", "–", "1")
+    assert rows["code"][0].startswith("+50.0 [+30.0, +70.0]")
 
 
 def test_why_nothing_was_paired_is_told(tmp_path: Path) -> None:
