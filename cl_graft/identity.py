@@ -82,8 +82,13 @@ def versions() -> dict[str, str]:
     return {
         "cl_graft": __version__,
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in names},
+        **{name: _installed(name) for name in names},
     }
+
+
+@cache  # reads a file
+def _installed(name: str) -> str:
+    return metadata.version(name)
 
 
 def machine() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from cl_graft.models.load import load
 from cl_graft.task import Scenario
 from tests.command import Call, Done
 
+_frozen = 0  # modules when garbage was last looked for among them
+
 pytest.register_assert_rewrite("tests.faults", "tests.kills", "tests.refusals")
 
 
@@ -30,6 +33,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> None:
     """Same numbers whatever the machine's number of cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def modules_are_no_garbage() -> None:
+    """Trainers collect garbage; looking through all that was imported is a quarter of a tiny stage's time."""
+    global _frozen
+    if len(sys.modules) > _frozen + 300:
+        _frozen = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 
@@ -32,16 +35,42 @@ def scenario_score(scenario, name):
     return next(t.score for t in scenario.tasks if t.name == name)
 
 
+@dataclass
+class Played:
+    """A strategy that has learned the tiny scenario, to be looked at; its base and scores by the way."""
+
+    strategy: Any
+    base: str
+    structure: str
+    rows: list
+
+
+@pytest.fixture(scope="module")
+def plays():
+    return {}
+
+
+@pytest.fixture
+def played(plays, build, tiny_scenario):
+    """Every strategy learns once for all tests of this file."""
+
+    def by(name):
+        if name not in plays:
+            strategy = build(name)
+            base, structure = fingerprint(strategy.model.named_parameters()), str(strategy.model)
+            plays[name] = Played(strategy, base, structure, play(strategy, tiny_scenario))
+        return plays[name]
+
+    return by
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_every_strategy_leaves_the_base_bit_for_bit_and_keeps_its_budget(
-    name, build, tiny_scenario, tmp_path
+    name, played, tiny_scenario, tmp_path
 ):
-    strategy = build(name)
-    before = fingerprint(strategy.model.named_parameters())
-    structure = str(strategy.model)
-    play(strategy, tiny_scenario)
+    strategy, before = played(name).strategy, played(name).base
     assert fingerprint(strategy.model.named_parameters()) == before
-    assert str(strategy.model) == structure
+    assert str(strategy.model) == played(name).structure
     assert len(strategy.packs) == len(tiny_scenario.tasks)
     for task, pack in zip(tiny_scenario.tasks, strategy.packs, strict=True):
         size = pack.save(tmp_path / f"{task.name}.safetensors")
@@ -57,10 +86,9 @@ def test_every_strategy_leaves_the_base_bit_for_bit_and_keeps_its_budget(
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_strategy_given_its_packs_back_goes_on_as_if_never_stopped(
-    name, build, tiny_scenario, tmp_path
+    name, played, build, tiny_scenario, tmp_path
 ):
-    whole = build(name)
-    play(whole, tiny_scenario)
+    whole = played(name).strategy
     whole.packs[0].save(tmp_path / "first.safetensors")
     resumed = build(name)
     resumed.packs = [SkillPack.load(tmp_path / "first.safetensors")]
@@ -71,26 +99,20 @@ def test_a_strategy_given_its_packs_back_goes_on_as_if_never_stopped(
 
 
 @pytest.mark.parametrize("name", ["graftllm", "individual", "magnitude"])
-def test_a_forget_free_strategy_answers_old_tasks_with_the_very_same_pack(
-    name, build, tiny_scenario
-):
-    strategy = build(name)
-    rows = play(strategy, tiny_scenario)
+def test_a_forget_free_strategy_answers_old_tasks_with_the_very_same_pack(name, played):
+    strategy, rows = played(name).strategy, played(name).rows
     assert rows[1]["math"] == rows[0]["math"]
     assert strategy.active(0) == [strategy.packs[0]] and strategy.active(None) == []
 
 
-def test_sequential_answers_with_the_newest_weights_and_sum_with_all_packs(build, tiny_scenario):
-    sequential, grafting = build("sequential"), build("model_grafting", epochs=1, batches=1)
-    play(sequential, tiny_scenario)
+def test_sequential_answers_with_the_newest_weights_and_sum_with_all_packs(played):
+    sequential, grafting = played("sequential").strategy, played("model_grafting").strategy
     assert sequential.active(0) == sequential.active(1) == [sequential.packs[1]]
-    play(grafting, tiny_scenario)
     assert grafting.active(0) == grafting.packs
 
 
-def test_a_tasks_weights_are_base_plus_exactly_the_active_deltas(build, tiny_scenario):
-    strategy = build("model_grafting", epochs=1, batches=1)
-    play(strategy, tiny_scenario)
+def test_a_tasks_weights_are_base_plus_exactly_the_active_deltas(played):
+    strategy = played("model_grafting").strategy
     expected = {n: w.clone() for n, w in strategy.base.items()}
     for name in expected:
         for pack in strategy.packs:
