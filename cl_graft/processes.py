@@ -52,6 +52,12 @@ def interrupts_held() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+def signal_name(number: int) -> str:
+    """SIGKILL for 9; Python has no names for most real-time signals."""
+    names = {known.value: known.name for known in signal.Signals}
+    return names.get(number, f"signal {number}")
+
+
 def end_with_parent() -> None:
     """This process is not to outlive the one that started it: it is told to end, and ends within ten seconds."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from cl_graft import plugins
 from cl_graft.budget import Budget
@@ -19,6 +20,9 @@ from cl_graft.task import Scenario
 from tests.command import Call, Done
 
 _frozen = 0  # modules when garbage was last looked for among them
+
+settings.register_profile("any machine", deadline=None)  # a busy one may take a second for anything
+settings.load_profile("any machine")
 
 pytest.register_assert_rewrite("tests.faults", "tests.kills", "tests.refusals")
 

@@ -90,7 +90,7 @@ class {name}(Strategy):
             return {{}}
         with locked(HERE / "shared", self.stages.patient):
             tell("{name} begins")
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 500
             while "three" not in (HERE / "events").read_text().split("\\n"):
                 assert time.monotonic() < deadline, "three never came"
                 time.sleep(0.02)
@@ -344,7 +344,7 @@ def test_a_worker_that_nobody_listens_to_is_stopped_and_has_not_failed(
     (config,) = asked(plugins, tmp_path / "out", "lucky").cells()
     context = kills.server()
     hears, says = context.Pipe(duplex=False)
-    process = context.Process(target=local._work, args=(says, config, True, None))
+    process = context.Process(target=local._work, args=(says, attempt, config, True, None))
     hears.close()
     process.start()
     says.close()
@@ -383,7 +383,7 @@ def test_a_worker_unwinds_where_python_drops_its_interrupt(plugins: Path, tmp_pa
     process.start()
     assert hears.recv() == ("deleting", 0.0)
     process.terminate()
-    process.join(10)
+    process.join(60)
     process.kill()
     assert process.exitcode == 1
     assert config.out.is_dir()

@@ -322,8 +322,15 @@ def test_a_cell_that_is_killed_and_continued_is_one_run(
 
 @pytest.mark.parametrize(("then", "code"), [("busy", 0), ("fail", 1), ("interrupt", 1)])
 def test_how_an_attempt_ended_and_the_next_goes_on_with_the_run(
-    then: str, code: int, plugin: Path, cache: Path, run: Run, tmp_path: Path
+    then: str,
+    code: int,
+    plugin: Path,
+    cache: Path,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("cl_graft.tracking.wandb.INTERRUPTED_SECONDS", 60.0)
     (plugin / "then").write_text(then)
     fields: dict[str, Any] = {"strategy": str(plugin / "moody.py")}
     made = config(plugin, cache, tmp_path / "out", **fields)

@@ -30,10 +30,10 @@ from cl_graft.training import fit
 
 
 def trained(*given, counted=fit.fit, **named):
-    """Whoever trains a stage writes its key down, and waits while there is a file `hold`, but for a minute."""
+    """Whoever trains a stage writes its key down, and waits while there is a file `hold`, but not for ever."""
     with Path(__file__).with_name("trained").open("a") as file:
         file.write(given[5].name + "\\n")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 500
     while Path(__file__).with_name("hold").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     return counted(*given, **named)

@@ -129,14 +129,16 @@ def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
 
 
 def _reported(cells: list[RunConfig], folder: Path) -> bool:
-    """Whether the report there is of all these cells."""
+    """Whether the report there is of all these cells, and none of their results younger than it."""
     from ..files import RecordError, read_json
 
     try:
         made = read_json(folder / "made.json")
-    except RecordError:
+        then = (folder / "made.json").stat().st_mtime_ns
+        results = [(c.out / c.cell / "result.json").stat().st_mtime_ns for c in cells]
+    except (RecordError, OSError):
         return False
-    return all(f"cells/{config.cell}.html" in made for config in cells)
+    return max(results) <= then and all(f"cells/{c.cell}.html" in made for c in cells)
 
 
 def _executor(asked: Sweep, cells: list[RunConfig]) -> Executor:

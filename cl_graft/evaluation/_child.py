@@ -123,6 +123,7 @@ def sweep(uid: int | None) -> None:
 def confine(job: dict[str, Any], libc: Any, uid: int | None, given: dict[str, bool]) -> None:
     """Raise every wall the kernel grants, in the one order that works; note each in `given`."""
     walls = job["walls"]
+    os.umask(0o022)  # the caller's may keep another user out of every folder that is made here
     spaces = {"mount_namespace": NEWNS, "network_cut": NEWNET, "ipc_namespace": NEWIPC | NEWUTS}
     for name, flag in spaces.items():
         given[name] = "namespaces" in walls and attempt(call, libc, "unshare", flag)
@@ -262,7 +263,8 @@ def private_uid() -> int | None:
     """A random user number that nobody holds, if we are root; None if we are an ordinary user.
 
     Root in a user namespace that holds one user is ordinary; real root that may not change its
-    user is refused (PermissionError), for neither files nor fork bombs could be held off.
+    user, or not end what another runs, is refused (PermissionError), for neither files nor fork
+    bombs could be held off.
     """
     if os.geteuid() != 0:
         return None
@@ -274,11 +276,13 @@ def private_uid() -> int | None:
             rights = [int(line.split()[1], 16) for line in file if line.startswith("CapEff")][0]
     start, _, count = max(rows, key=lambda row: row[2])
     half = min(count, 1 << 31) // 2
-    needed = 1 << 0 | 1 << 6 | 1 << 7  # CAP_CHOWN, CAP_SETGID, CAP_SETUID
+    needed = 1 << 0 | 1 << 5 | 1 << 6 | 1 << 7  # CAP_CHOWN, CAP_KILL, CAP_SETGID, CAP_SETUID
     if half > 1000 and rights & needed == needed:
         return start + half + int.from_bytes(os.urandom(4), "big") % half
     if any(first == outside == 0 for first, outside, _ in rows):
-        raise PermissionError("root that may not change its user; run as an ordinary user")
+        raise PermissionError(
+            "root that may not change its user or end its processes; run as an ordinary user"
+        )
     return None
 
 

@@ -24,13 +24,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 from ..errors import CLGraftError
+from ..processes import signal_name
 
 CONSENT_VARIABLE = "CL_GRAFT_ALLOW_CODE_EXECUTION"
 _CHILD = Path(__file__).with_name("_child.py")
@@ -231,7 +232,7 @@ def _bad_end(raw: _Raw, limits: Limits) -> Outcome | None:
     if raw.code == _TIMED_OUT:
         return Outcome(False, "timeout", f"not done within {limits.seconds:g} s")
     if raw.code >= _SIGNALLED:
-        return Outcome(False, "killed", f"ended by {signal.Signals(raw.code - _SIGNALLED).name}")
+        return Outcome(False, "killed", f"ended by {signal_name(raw.code - _SIGNALLED)}")
     if raw.code != 0:
         return Outcome(False, "killed", f"the run was broken off (code {raw.code})")
     return None
@@ -245,7 +246,13 @@ def _expected(texts: Sequence[str], limits: Limits) -> list[Any]:
             values[text] = ast.literal_eval(text)
     rest = [text for text in dict.fromkeys(texts) if text not in values]
     if rest:
-        frames = _frames(_exchange("", "", [("call", text) for text in rest], limits))[2:]
+        limits = replace(limits, seconds=max(60.0, limits.seconds))  # they are no program's
+        raw = _exchange("", "", [("call", text) for text in rest], limits)
+        if bad := _bad_end(raw, limits):
+            raise SandboxError(
+                f"the expected values cannot be computed ({bad.detail}); write them as Python literals."
+            )
+        frames = _frames(raw)[2:]
         for text, frame in zip(rest, frames, strict=False):
             if "value" not in frame:
                 raise SandboxError(

@@ -107,11 +107,13 @@ def exact(examinee: Examinee, examples: Sequence[Example], answers: Sequence[str
 def _verdict(program: str, asserts: tuple[str, ...], setup: str) -> Outcome:
     """The sandbox's outcome; the same program with the same tests is run once a process.
 
-    A time-out may be the machine's fault rather than the program's, so it is never remembered.
+    A time-out may be the machine's fault rather than the program's, so it is tried twice and never remembered.
     """
     job = (program, asserts, setup)
     if job not in _VERDICTS:
         outcome = run_asserts(program, asserts, setup)
+        if outcome.reason == "timeout":
+            outcome = run_asserts(program, asserts, setup)
         if outcome.reason == "timeout":
             return outcome
         _VERDICTS[job] = outcome

@@ -51,10 +51,10 @@ def aside(task: Callable[[Report], None], report: Report) -> None:
     context = _context()
     hears, says = context.Pipe(duplex=False)
     process = context.Process(target=_aside, args=(says, task))
-    with interrupts_held():
-        process.start()
-    says.close()
     try:
+        with interrupts_held():
+            process.start()
+        says.close()
         while True:
             said = hears.recv()
             if isinstance(said, str):
@@ -114,8 +114,12 @@ def _begin(context: Any, work: Work, config: RunConfig, patient: bool, slot: int
     hears, says = context.Pipe(duplex=False)
     visible = None if config.launch.processes else _gpu_of(slot)  # a job of several takes them all
     process = context.Process(target=_work, args=(says, work, config, patient, visible))
-    with interrupts_held():
-        process.start()
+    try:
+        with interrupts_held():
+            process.start()
+    except BaseException:  # an interrupt that was held back
+        _stop([process])
+        raise
     says.close()
     return _Worker(process, hears, config)
 
@@ -130,27 +134,29 @@ def _gpu_of(slot: int) -> str | None:
 
 def _heard(worker: _Worker, report: Report) -> Outcome | None:
     """Pass its progress on; what became of it, when it says so or is dead."""
-    try:
-        while worker.pipe.poll():
-            said = worker.pipe.recv()
-            if isinstance(said, Outcome):
-                _stop([worker.process], ask=False)
-                return said
-            report(worker.config.cell, *said)
-    except (EOFError, OSError):
-        worker.process.join()
-        return Outcome(
-            "lost",
-            "its process was killed; with fewer --workers there is more memory for each",
-        )
-    return None
+    while True:
+        try:
+            said = worker.pipe.recv() if worker.pipe.poll() else None
+        except (EOFError, OSError):
+            worker.process.join()
+            return Outcome(
+                "lost",
+                "its process was killed; with fewer --workers there is more memory for each",
+            )
+        if said is None:
+            return None
+        if isinstance(said, Outcome):
+            _stop([worker.process], ask=False)
+            return said
+        report(worker.config.cell, *said)
 
 
 def _stop(workers: Sequence[Any], ask: bool = True) -> None:
     """End the workers. Each unwinds, so that nothing stays half-written; one that cannot is killed.
 
-    ask: they do not know yet that they are to end.
+    ask: they do not know yet that they are to end. Those that were never begun are passed over.
     """
+    workers = [worker for worker in workers if worker.pid]
     for worker in workers if ask else ():
         worker.terminate()
     deadline = time.monotonic() + 10
@@ -164,9 +170,13 @@ def _stop(workers: Sequence[Any], ask: bool = True) -> None:
 
 
 def _aside(says: connection.Connection, task: Callable[[Report], None]) -> None:
+    def report(*said: Any) -> None:
+        with _heard_or_ended():
+            says.send(said)
+
     with _worker():
         try:
-            task(lambda *said: says.send(said))
+            task(report)
         except CLGraftError as error:
             says.send(str(error))
         except Exception as error:  # a scenario's own, most likely
@@ -186,13 +196,20 @@ def _work(
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
     def report(what: str, done: float) -> None:
-        try:
+        with _heard_or_ended():
             says.send((what, done))
-        except OSError:  # nobody listens any more: no failure of the cell
-            raise KeyboardInterrupt from None
 
     with _worker():
         says.send(work(config, seldom(report), patient))
+
+
+@contextmanager
+def _heard_or_ended() -> Iterator[None]:
+    """Where nobody listens any more, that is no failure of the work."""
+    try:
+        yield
+    except OSError:
+        raise KeyboardInterrupt from None
 
 
 @contextmanager

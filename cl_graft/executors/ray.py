@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
 from ..errors import CLGraftError
+from ..identity import forget_peak_memory
 from . import WAITS, Outcome, Report, Work
 from .attempt import attempt, seldom
 from .queue import Queue
@@ -127,6 +128,7 @@ def _work(work: Work, config: str, patient: bool, events: Any, folder: str) -> t
     if os.path.isdir(folder):
         os.chdir(folder)
     made = RunConfig.model_validate_json(config)
+    forget_peak_memory()  # Ray gives one process to several cells
     os.environ["OMP_NUM_THREADS"] = str(made.threads)
 
     def report(what: str, done: float) -> None:

@@ -145,6 +145,8 @@ def _side(founds: Sequence[Found], tested: Reader) -> dict[str, tuple[Interval |
 
 
 def _why_not(one: Sample, other: Sample) -> str:
+    if not one.keys() & other.keys():
+        return "their seeds differ"
     if any(not scores for sample in (one, other) for _, scores in sample.values()):
         return "the outcomes of its test examples are not on disk, or do not come to its scores"
     return "its test examples differ"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,12 @@ from .config import StageConfig
 def main(work: Path) -> None:
     """Train on `work`/rows from `work`/start as `work`/job.json says, and write the checkpoint where it says."""
     given = read_json(work / "job.json")
-    if given["launch"]["hostfile"] is None:  # on other nodes nobody holds the other end
-        threading.Thread(target=_end_with_the_launcher, daemon=True).start()
+    if given["launch"]["hostfile"] is None:
+        watch = threading.Thread(target=_end_with_the_launcher, daemon=True)
+    else:  # on other nodes nobody holds the other end of standard input
+        words = (work / launch.ALIVE, given["token"], given["silence"])
+        watch = threading.Thread(target=_end_in_silence, args=words, daemon=True)
+    watch.start()
     try:
         _run(work, given)
     except BaseException as error:
@@ -57,6 +63,8 @@ def _run(work: Path, given: dict[str, Any]) -> None:
         inner, tokenizer, Path(given["out"]), whole, trainer.accelerator.is_main_process
     )
     trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        write_text(work / launch.DONE, "")
     torch.distributed.destroy_process_group()
 
 
@@ -64,6 +72,23 @@ def _end_with_the_launcher() -> None:
     """The launcher holds the other end of standard input: when it dies, however it dies, the job ends, too."""
     while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
         pass
+    os._exit(1)
+
+
+def _end_in_silence(file: Path, token: str, silence: float) -> None:
+    """Who started the job writes to a file that all nodes see: once it is silent, or another has begun, the job ends.
+
+    Its text is what tells, not its time: clocks of nodes differ.
+    """
+    said, heard = "", time.monotonic()
+    while time.monotonic() - heard < silence:
+        time.sleep(min(5.0, silence / 4))
+        with suppress(OSError):
+            text = file.read_text()
+            if text and not text.startswith(token):
+                break
+            if text != said:
+                said, heard = text, time.monotonic()
     os._exit(1)
 
 

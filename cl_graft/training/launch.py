@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from ..errors import CLGraftError
 from ..files import RecordError, read_jsonl, write_json
 from ..locks import locked
 from ..models.embedded import cache_root
+from ..processes import signal_name
 from . import checkpoint
 from .config import Row, StageConfig, accumulation
 from .fit import LOG, Progress, quiet
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FAILED = "failed-"  # with the rank of the process that says why
+DONE = "done"  # the last that a job writes: DeepSpeed's launcher may end well though a process was killed
+ALIVE = "alive"  # renewed while whoever started the job waits for it
+SILENCE = 120.0  # seconds without that, after which the processes of other nodes end
 GRACE = 15.0  # seconds that processes have to end by themselves
 
 
@@ -57,8 +63,10 @@ def launched(
 
     check(launch)
     accumulation(config.batch, launch)
-    for left in work.glob(f"{FAILED}*"):
-        left.unlink()
+    for left in (*work.glob(f"{FAILED}*"), work / DONE):
+        left.unlink(missing_ok=True)
+    token = secrets.token_hex(8)
+    (work / ALIVE).write_text(token)
     checkpoint.save_start(model, tokenizer, work / "start")
     with quiet():
         Dataset.from_list(list(rows)).save_to_disk(str(work / "rows"))
@@ -67,6 +75,8 @@ def launched(
         "launch": launch.model_dump(mode="json"),
         "out": str(out.absolute()),
         "threads": torch.get_num_threads(),
+        "token": token,
+        "silence": SILENCE,
     }
     write_json(work / "job.json", job)
     environment = surroundings()
@@ -74,7 +84,7 @@ def launched(
     device = next(model.parameters()).device
     model.to("cpu")
     try:
-        _wait(work, command(launch, work), environment, config.steps, progress)
+        _wait(work, command(launch, work), environment, token, config.steps, progress)
     finally:
         model.to(device)
 
@@ -170,7 +180,7 @@ def build_extensions(env: dict[str, str]) -> None:
 
 
 def _wait(
-    work: Path, command: list[str], env: dict[str, str], steps: int, progress: Progress
+    work: Path, command: list[str], env: dict[str, str], token: str, steps: int, progress: Progress
 ) -> None:
     with open(work / "job.out", "wb") as out:
         job = subprocess.Popen(
@@ -182,13 +192,17 @@ def _wait(
             start_new_session=True,
         )
     try:
-        while job.poll() is None:
+        for count in itertools.count():
+            if job.poll() is not None:
+                break
             time.sleep(0.2)
+            if count % 25 == 0:
+                (work / ALIVE).write_text(f"{token} {count}")
             with suppress(RecordError, IndexError):
                 progress([*read_jsonl(work / LOG)][-1]["step"] / steps)
     finally:
         _end(job)
-    if job.returncode:
+    if job.returncode or not (work / DONE).exists():
         raise StageFailed(
             f"the training job failed ({_reason(work, job.returncode)}); what the processes said is in "
             f"{work / 'job.out'}, and the same command goes on from the last checkpoint."
@@ -216,9 +230,12 @@ def _reason(work: Path, code: int) -> str:
     codes = [int(found) for found in re.findall(r"exitcode\s*:\s*(-\d+)", said)]
     killed = [c for c in codes if c not in (-signal.SIGTERM, -signal.SIGABRT)]
     if killed:
-        return f"a process was killed by {signal.Signals(-killed[0]).name}"
+        return f"a process was killed by {signal_name(-killed[0])}"
     told = sorted(work.glob(f"{FAILED}*"), key=lambda f: f.stat().st_mtime)
     if told:
         rank = told[0].name.removeprefix(FAILED)
         return f"process {rank}: {told[0].read_text().splitlines()[0]}"
-    return f"exit code {code}"
+    if not code:
+        return "it ended before it was done"
+    last = said.strip().rpartition("\n")[2].strip().rstrip(".")
+    return f"exit code {code}: {last}" if last else f"exit code {code}"

@@ -10,6 +10,7 @@ folder appears whole or not at all, and may be deleted at any time: what is miss
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MARKER = "stage.json"
+DISKS = {  # what disks say; memory, processes and sockets have words of their own
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+}
 
 
 @dataclass
@@ -178,8 +183,8 @@ class Stages:
             return made
 
     def _fetch(self, path: Path) -> None:
-        """What another machine has made of it; a folder without its marker is none."""
-        if self.mirror and not path.exists():
+        """What another machine has made of it, or the rest of that; a folder without its marker is none."""
+        if self.mirror and not (path.is_file() or is_whole(path)):
             self.mirror.pull(self._name(path), path)
             if path.is_dir() and not (path / MARKER).is_file():
                 shutil.rmtree(path)
@@ -236,7 +241,10 @@ def _refusals(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, CheckpointError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        beneath = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        if isinstance(beneath, OSError) and beneath.errno not in DISKS:
+            raise beneath from None
+        reason = getattr(beneath, "strerror", None) or str(beneath)
     except RuntimeError as error:  # torch.save on a full disk
         if not re.search("PytorchStreamWriter|iostream|inline_container", str(error)):
             raise

@@ -103,6 +103,13 @@ def test_why_nothing_was_paired_is_told(tmp_path: Path) -> None:
     assert "are not on disk" in compare(tmp_path / "a", tmp_path / "b")[-1].note
 
 
+def test_seeds_that_differ_are_not_called_other_test_examples(tmp_path: Path) -> None:
+    one_cell(tmp_path / "a", 5)
+    one_cell(tmp_path / "b", 15, seed=7)
+    scores = compare(tmp_path / "a", tmp_path / "b")[-1]
+    assert scores.note.endswith("(their seeds differ).")
+
+
 def test_base_weights_and_code_that_differ_are_told(tmp_path: Path) -> None:
     one_cell(tmp_path / "a", 5, base="0" * 32, code="a" * 32)
     one_cell(tmp_path / "b", 5, base="1" * 32, code="b" * 32)

@@ -266,7 +266,7 @@ def browser() -> Iterator[Any]:
     if not CHROMIUM:
         pytest.skip("there is no chromium on this machine")
     with api.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS, timeout=120_000)
         yield opened
         opened.close()
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -283,18 +282,28 @@ def test_inspect_tells_the_error_of_every_tensor_and_role(nano, run: Call, tmp_p
     assert run("inspect", out, "--tuned", after).code == 1
 
 
+KILLED = """
+import os, signal
+from cl_graft.cli import main
+from cl_graft.skillpack.shelf import Folder
+
+def once(self, key, item, put=Folder.__setitem__):
+    put(self, key, item)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Folder.__setitem__ = once
+main()
+"""
+
+
 def test_a_killed_command_is_continued_by_the_same_command(nano, run: Call, tmp_path: Path) -> None:
     base, after, text = nano
     whole, out = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
     words = ["create", "--base", base, "--tuned", after, "--calibration", text, "--out"]
     assert run(*words, whole).code == 0
-    process = subprocess.Popen(command(*words, out), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("killed*.work/*/*.safetensors")) and time.monotonic() < deadline:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed = [sys.executable, "-c", KILLED, "pack", *map(str, words), str(out)]
+    process = subprocess.run(killed, stderr=subprocess.DEVNULL)
+    assert process.returncode == -signal.SIGKILL
     assert not out.exists() and list(tmp_path.glob("killed*.work"))
     assert run(*words, out).code == 0
     assert out.read_bytes() == whole.read_bytes()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,13 @@ DPO = dpo_job(Task("t", (), (), "exact", training=replace(RECIPE, preference=HAL
 
 # Float32 sums in another order: a few units of the last place of weights of size 0.1, after eight steps.
 TOLERANCE = 1e-6
+
+SSH = """#!/bin/sh
+# to this machine, without a server
+while [ "$1" = -o ]; do shift 2; done
+shift
+exec "$@"
+"""
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("c++") or shutil.which("g++")) or not shutil.which("ninja"),
@@ -100,33 +108,46 @@ class TestTwoProcesses:
     def test_lose_nothing_when_one_dies(self, tmp_path):
         """Killed in the middle; the sentence says so, no process is left, and the next run goes on, to the same end."""
         how = Launch(processes=2, zero=2, save_steps=2, micro_batch=1)
+        rows, recipe = SFT
+        job = (rows, replace(recipe, steps=24))  # not done before they are seen to have begun
 
         def kill(done):
-            if done >= 4 / 8:
+            if done >= 4 / 24:
                 workers = [p for p in psutil.Process().children(recursive=True) if is_worker(p)]
                 if workers:
                     workers[-1].kill()
 
         with pytest.raises(StageFailed, match="killed by SIGKILL.*goes on from the last"):
-            trained(tmp_path / "two", SFT, how, progress=kill)
+            trained(tmp_path / "two", job, how, progress=kill)
         assert not [p for p in psutil.Process().children(recursive=True) if is_worker(p)]
         (work,) = tmp_path.glob("two/stages/*.work")
         before = list(read_jsonl(work / LOG))
-        after = trained(tmp_path / "two", SFT, how)
+        after = trained(tmp_path / "two", job, how)
         assert after[1].losses[:2] == before[:2], "the first steps are not done again"
-        assert_same(after, trained(tmp_path / "one", SFT, Launch()))
+        assert_same(after, trained(tmp_path / "one", job, Launch()))
         assert_read_back(tmp_path / "two", after)
 
-    def test_end_with_the_process_that_started_them(self, tmp_path):
+    @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+    def test_end_with_the_process_that_started_them(self, tmp_path, monkeypatch, launcher):
+        """By the end of their standard input, or on several nodes by the silence of a file that all of them see."""
+        hosts = None
+        if launcher == "deepspeed":
+            (tmp_path / "hosts").write_text("localhost slots=2\n")
+            (tmp_path / "ssh").write_text(SSH)
+            (tmp_path / "ssh").chmod(0o755)
+            monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+            hosts = str(tmp_path / "hosts")
         program = textwrap.dedent(f"""
             from pathlib import Path
             from cl_graft.config import Launch
             from cl_graft.models.load import load
             from cl_graft.training.config import StageConfig
+            from cl_graft.training import launch
             from cl_graft.training.stages import Stages
+            launch.SILENCE = 12.0
             rows = [dict(prompt="Q: Copy ab.", completion="ab")] * 4
             job = StageConfig("sft", 2000, 4, 1e-4, 0.1, 0.0, 64, 0)
-            stages = Stages(Path({str(tmp_path)!r}), Launch(processes=2))
+            stages = Stages(Path({str(tmp_path)!r}), Launch(processes=2, hostfile={hosts!r}))
             stages.run(*load("nano-llama"), rows, job, lambda done: print(done, flush=True))
         """)
         (tmp_path / "p.py").write_text(program)
@@ -137,10 +158,12 @@ class TestTwoProcesses:
             assert harness.stdout is not None
             assert float(harness.stdout.readline()) < 1, "it trains"
             children = psutil.Process(harness.pid).children(recursive=True)
-            assert [p for p in children if is_worker(p)]
+            assert len([p for p in children if is_worker(p)]) == 2
+            time.sleep(15 if hosts else 0)
+            assert harness.poll() is None, "it trains on while it is waited for"
         finally:
             harness.kill()
-        _, alive = psutil.wait_procs(children, timeout=30)
+        _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive
 
     def test_say_why_they_failed(self, tmp_path, monkeypatch):
@@ -150,6 +173,15 @@ class TestTwoProcesses:
         )
         with pytest.raises(StageFailed, match=r"process \d: \w+Error: .*tokenizer.*job\.out"):
             trained(tmp_path, SFT, Launch(processes=2))
+
+
+def test_a_launcher_that_ends_well_without_a_result_is_a_failure(tmp_path):
+    """DeepSpeed's own does where a process was killed."""
+    with pytest.raises(StageFailed, match=r"\(it ended before it was done\)"):
+        launching._wait(tmp_path, [sys.executable, "-c", ""], {}, "", 1, lambda done: None)
+    with pytest.raises(StageFailed, match=r"\(exit code 3: no host answers\)"):
+        words = "import sys; print('no host answers'); sys.exit(3)"
+        launching._wait(tmp_path, [sys.executable, "-c", words], {}, "", 1, lambda done: None)
 
 
 def is_worker(process: psutil.Process) -> bool:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,23 +220,33 @@ def test_a_build_stopped_after_any_chunk_ends_the_same(
     assert contents(stopped.out) == contents(config.out)
 
 
+KILLED = """
+import os, signal
+from cl_graft.cli import main
+from cl_graft.transfer import lines
+
+def once(path, rows, append=lines.append):
+    append(path, rows)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+lines.append = once
+main()
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_command_goes_on_to_the_same_bytes(
     words: list, config: BuildConfig, call: Call, tmp_path: Path
 ) -> None:
-    """SIGKILL as soon as the first chunk is on disk."""
+    """SIGKILL once the first chunk is on disk."""
     build(config)
     stopped = tmp_path / "stopped"
     words = [*words[:-1], stopped]
-    command = [sys.executable, "-W", "ignore", "-m", "cl_graft", "transfer", "build"]
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, "transfer", "build"]
     command += map(str, words)
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    samples = stopped / "samples.jsonl"
-    while process.poll() is None and not (samples.exists() and samples.stat().st_size):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    begun = samples.read_bytes()
+    process = subprocess.run(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    assert process.returncode == -signal.SIGKILL
+    begun = (stopped / "samples.jsonl").read_bytes()
     assert 0 < len(begun) < len(contents(config.out)["samples.jsonl"])
     done = call(*words)
     assert done.code == 0, done.err

@@ -67,7 +67,9 @@ class Work:
         (self.small if cost == SMALL else self.large).append(call)
 
     def __enter__(self) -> None:
-        self.record.parent.mkdir(parents=True, exist_ok=True)
+        if self.cost:  # of other cells from now on: whoever comes after a report that was stopped must see that
+            kept = {name: key for name, key in self.before.items() if self.made.get(name) == key}
+            self._record(kept)
         chunks = [[call] for call in self.large]
         chunks += [self.small[k : k + CHUNK] for k in range(0, len(self.small), CHUNK)]
         if self.cost < ALONE:
@@ -92,4 +94,7 @@ class Work:
             self.pool.shutdown(cancel_futures=True)
 
     def keep(self) -> None:
-        write_atomic(self.record, json.dumps(self.made, indent=0).encode())
+        self._record(self.made)
+
+    def _record(self, made: dict[str, str]) -> None:
+        write_atomic(self.record, json.dumps(made, indent=0).encode())
