@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ def sleeps(report: Any) -> None:
 def interrupted() -> Iterator[None]:
     """Ctrl-C came while a process was being started, and was held back."""
     yield
-    signal.raise_signal(signal.SIGINT)
+    raise KeyboardInterrupt
 
 
 def workers() -> set[int]:
