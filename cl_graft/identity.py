@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import resource
 import sys
 from contextlib import suppress
@@ -111,16 +110,22 @@ def machine() -> dict[str, str]:
 
 
 def peak_memory_mb() -> float:
-    """Peak resident memory of this process so far, in MiB.
-
-    Linux's `ru_maxrss` is no less than that of the process that started this one, so its own account comes first.
-    """
+    """Peak resident memory of this process so far, in MiB."""
     with suppress(OSError):
-        status = Path("/proc/self/status").read_text()
-        if found := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):
-            return int(found[1]) / 1024
+        return resident_bytes("VmHWM") / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def resident_bytes(key: str) -> int:
+    """Of this process, now (VmRSS) or at most (VmHWM), from Linux: its getrusage carries over the parent's peak.
+
+    Raises OSError on other systems.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
 
 
 def forget_peak_memory() -> None:

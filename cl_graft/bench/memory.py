@@ -96,17 +96,10 @@ def _create(folder: Path, budget: str) -> tuple[float, float]:
 
     import transformers.models.llama.modeling_llama  # noqa: F401  so that it counts before
 
+    from ..identity import resident_bytes
     from ..skillpack.create import create
 
     torch.linalg.eigh(torch.eye(64))
-    before, begun = _megabytes("VmRSS"), perf_counter()
+    before, begun = resident_bytes("VmRSS"), perf_counter()
     create(folder / "base", folder / "tuned", folder / "pack.safetensors", budget=budget)
-    return _megabytes("VmHWM") - before, perf_counter() - begun
-
-
-def _megabytes(key: str) -> float:
-    """Of this process, from the kernel: getrusage would carry over the parent's peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise OSError(f"/proc/self/status has no {key}")
+    return (resident_bytes("VmHWM") - before) / 1e6, perf_counter() - begun

@@ -266,7 +266,7 @@ def _expected(texts: Sequence[str], limits: Limits) -> list[Any]:
                     "expect plain data."
                 )
         if len(frames) < len(rest):
-            raise SandboxError("the expected values took too long; write them as literals.")
+            raise SandboxError("the expected values ended their process; write them as literals.")
     return [values[text] for text in texts]
 
 

@@ -110,14 +110,14 @@ def _verdict(program: str, asserts: tuple[str, ...], setup: str) -> Outcome:
     A time-out may be the machine's fault rather than the program's, so it is tried twice and never remembered.
     """
     job = (program, asserts, setup)
-    if job not in _VERDICTS:
-        outcome = run_asserts(program, asserts, setup)
-        if outcome.reason == "timeout":
-            outcome = run_asserts(program, asserts, setup)
-        if outcome.reason == "timeout":
-            return outcome
+    if job in _VERDICTS:
+        return _VERDICTS[job]
+    outcome = run_asserts(*job)
+    if outcome.reason == "timeout":
+        outcome = run_asserts(*job)
+    if outcome.reason != "timeout":
         _VERDICTS[job] = outcome
-    return _VERDICTS[job]
+    return outcome
 
 
 _VERDICTS: dict[tuple[str, tuple[str, ...], str], Outcome] = {}

@@ -170,13 +170,9 @@ def _stop(workers: Sequence[Any], ask: bool = True) -> None:
 
 
 def _aside(says: connection.Connection, task: Callable[[Report], None]) -> None:
-    def report(*said: Any) -> None:
-        with _heard_or_ended():
-            says.send(said)
-
     with _worker():
         try:
-            task(report)
+            task(lambda *said: _tell(says, said))
         except CLGraftError as error:
             says.send(str(error))
         except Exception as error:  # a scenario's own, most likely
@@ -195,20 +191,14 @@ def _work(
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
-    def report(what: str, done: float) -> None:
-        with _heard_or_ended():
-            says.send((what, done))
-
     with _worker():
-        says.send(work(config, seldom(report), patient))
+        says.send(work(config, seldom(lambda *said: _tell(says, said)), patient))
 
 
-@contextmanager
-def _heard_or_ended() -> Iterator[None]:
-    """Where nobody listens any more, that is no failure of the work."""
+def _tell(says: connection.Connection, said: tuple[Any, ...]) -> None:
     try:
-        yield
-    except OSError:
+        says.send(said)
+    except OSError:  # nobody listens any more: no failure of the work
         raise KeyboardInterrupt from None
 
 

@@ -134,8 +134,7 @@ def _side(founds: Sequence[Found], tested: Reader) -> dict[str, tuple[Interval |
     found: dict[str, tuple[Interval | None, Sample]] = {"OP": (op_interval(line, sample), sample)}
     for key in ("bwt", "fm"):
         values = [cell["metrics"].get(key) for cell in line.cells]
-        alone: Sample = {seed: ("", []) for seed in sample}
-        found[key.upper()] = (interval(values, alone, line.metric(key)), {})
+        found[key.upper()] = (interval(values, {}, line.metric(key)), {})
     for j, task in enumerate(line.tasks):
         values = [cell["matrix"][-1][j] for cell in line.cells]
         sample = {f.cell["seed"]: tested(f, task) for f in founds}

@@ -65,7 +65,6 @@ class Reader(Protocol):
 
         No scores where they are not on disk, or do not come to those that the cell recorded.
         """
-        ...
 
 
 def standings(members: Sequence[Found], tested: Callable[[Found], Tested]) -> list[Standing]:
@@ -159,15 +158,15 @@ def op_interval(line: Series, sample: Sample) -> Interval | None:
 def interval(values: Sequence[float | None], sample: Sample, known: Estimate) -> Interval | None:
     """Of a score, one value a seed: over seeds, or over the test examples of a single one.
 
-    known: mean and standard error, which serve where those examples are not on disk. None where a seed is unmeasured.
+    known: mean and standard error, which serve where there are no such examples. None where a seed is unmeasured.
     """
     measured = [v for v in values if v is not None]
     if not measured or len(measured) < len(values):
         return None
     if len(measured) > 1:
         return over_seeds(measured)
-    ((_, strata),) = sample.values()
-    return over_examples(strata) if strata else over_normal(*known)
+    strata = [scores for _, scores in sample.values() if scores]
+    return over_examples(strata[0]) if strata else over_normal(*known)
 
 
 def probability(p: float) -> str:

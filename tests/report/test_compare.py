@@ -57,9 +57,8 @@ def test_the_difference_is_b_less_a(tmp_path: Path) -> None:
     assert set(rows) == {"OP", "BWT", "FM", "math", "code", "cipher"}
     a, b, less, p, _ = rows["code"]  # a third of the examples: wider
     assert a.startswith("25.0 [1") and b.startswith("75.0 [5")
-    assert (
-        less.startswith("+50.0 [+30.0, +70.0]") and p == "0.002"
-    )  # no less than that of a sign test of ten
+    assert less.startswith("+50.0 [+30.0, +70.0]")
+    assert p == "0.002"  # no less than that of a sign test of ten
     assert rows["BWT"][3:] == rows["FM"][3:] == ("", "1")
 
 

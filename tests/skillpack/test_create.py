@@ -233,10 +233,6 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return root / "base", root / "tuned", root / "text.jsonl"
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "cl_graft", "pack", *map(str, words)]
-
-
 @pytest.fixture
 def run(call: Call) -> Call:
     """`cl-graft pack` with these words."""
