@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from cl_graft.budget import largest
-from cl_graft.context import Context
 from cl_graft.errors import OverBudget, UnknownName
-from cl_graft.skillpack.calibrate import linear_layers, stored_transposed
 from cl_graft.skillpack.codecs import Encoded, low_rank
+from cl_graft.skillpack.compress.calibrate import linear_layers, stored_transposed
 from cl_graft.strategy import Strategy
+from cl_graft.strategy.context import Context
 from cl_graft.task import Task, Training
 
 CONVENTIONS = {"trained_on": "latest", "summed": "sum", "merged": "latest"}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cl_graft.budget import largest
 from cl_graft.errors import OverBudget
-from cl_graft.skillpack.calibrate import linear_layers, stored_transposed
 from cl_graft.skillpack.codecs import sparse
+from cl_graft.skillpack.compress.calibrate import linear_layers, stored_transposed
 from cl_graft.strategy import compressor
 
 

@@ -5,7 +5,7 @@ from math import prod
 from cl_graft.budget import largest
 from cl_graft.errors import OverBudget
 from cl_graft.skillpack.codecs import dense, low_rank
-from cl_graft.skillpack.factorise import spectrum
+from cl_graft.skillpack.compress.factorise import spectrum
 from cl_graft.strategy import compressor
 
 

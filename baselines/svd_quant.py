@@ -3,7 +3,7 @@
 from cl_graft.budget import largest
 from cl_graft.errors import OverBudget
 from cl_graft.skillpack.codecs import dense
-from cl_graft.skillpack.factorise import Factored, encode, spec_of, spectrum
+from cl_graft.skillpack.compress.factorise import Factored, encode, spec_of, spectrum
 from cl_graft.strategy import compressor
 
 

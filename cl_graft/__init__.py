@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .cell import run
-    from .errors import CLGraftError
-    from .matrix import PerformanceMatrix
-    from .skillpack.file import SkillPack, SkillPackError
-    from .strategy import Strategy, compressor, merger
+    from cl_graft.errors import CLGraftError
+    from cl_graft.experiment.cell import run
+    from cl_graft.matrix import PerformanceMatrix
+    from cl_graft.skillpack.format.file import SkillPack, SkillPackError
+    from cl_graft.strategy import Strategy, compressor, merger
 
 _WHERE = {
     "CLGraftError": "errors",
     "PerformanceMatrix": "matrix",
-    "run": "cell",
-    "SkillPack": "skillpack.file",
-    "SkillPackError": "skillpack.file",
+    "run": "experiment.cell",
+    "SkillPack": "skillpack.format.file",
+    "SkillPackError": "skillpack.format.file",
     "Strategy": "strategy",
     "compressor": "strategy",
     "merger": "strategy",

@@ -1,5 +1,5 @@
 """`python -m cl_graft`."""
 
-from .cli import main
+from cl_graft.cli import main
 
 main()

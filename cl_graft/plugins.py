@@ -22,10 +22,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .errors import CLGraftError, UnknownName
+from cl_graft.errors import CLGraftError, UnknownName
 
 FOLDERS = {"scenario": "scenarios", "strategy": "baselines"}
-OURS = {"strategy": {"graftllm": "cl_graft.graftllm"}, "scenario": {}}
+OURS = {"strategy": {"graftllm": "cl_graft.strategy.graftllm"}, "scenario": {}}
 
 
 def folder(kind: str) -> Path:
@@ -61,8 +61,8 @@ def _place(kind: str, name: str) -> tuple[Path | None, str]:
     if name.endswith(".py"):
         return _user_file(kind, name), name
     if name in OURS[kind]:
-        file = f"{OURS[kind][name].rsplit('.', 1)[1]}.py"
-        return Path(__file__).parent / file, f"cl_graft/{file}"
+        file = f"{OURS[kind][name].replace('.', '/')}.py"
+        return Path(__file__).parents[1] / file, file
     path = folder(kind) / f"{name}.py"
     if path.is_file():
         return path, f"{FOLDERS[kind]}/{path.name}"

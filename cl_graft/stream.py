@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     from avalanche.training.plugins.clock import Clock
     from avalanche.training.templates.base import BaseTemplate
 
-from .task import Example, Scenario
+from cl_graft.task import Example, Scenario
 
 __all__ = [
     "BaseTemplate",

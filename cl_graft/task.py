@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from .errors import CLGraftError
+from cl_graft.errors import CLGraftError
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cl_graft import hub
-from cl_graft.benchmarks import examples, reasoning
-from cl_graft.data import sample
+from cl_graft.data import hub, sample
+from cl_graft.data.benchmarks import examples, reasoning
 from cl_graft.errors import UnknownName
 from cl_graft.task import Example, Pair, Preference, Scenario, Task, Training
 

@@ -11,14 +11,14 @@ from random import Random
 
 from cl_graft.data import DataError
 from cl_graft.errors import UnknownName
-from cl_graft.models import world
+from cl_graft.models import toy_language
 from cl_graft.task import Example, Preference, Scenario, Task, Training
 
 # Source, scorer, and the share of `steps` that the task takes.
-TASKS: dict[str, tuple[Callable[[Random], world.Item], str, float]] = {
-    "math": (world.math, "number", 2.0),
-    "code": (world.code, "tests", 1.0),
-    "cipher": (world.cipher, "exact", 2.0),
+TASKS: dict[str, tuple[Callable[[Random], toy_language.Item], str, float]] = {
+    "math": (toy_language.math, "number", 2.0),
+    "code": (toy_language.code, "tests", 1.0),
+    "cipher": (toy_language.cipher, "exact", 2.0),
 }
 
 
@@ -57,7 +57,7 @@ def mini(
         )
         return Task(name, train, test, score, max_new_tokens=32, training=recipe)
 
-    general = examples(world.general, "test/general", test_size)
+    general = examples(toy_language.general, "test/general", test_size)
     return Scenario(
         "mini",
         tuple(task(name) for name in tasks.split(",")),
@@ -66,7 +66,7 @@ def mini(
 
 
 def examples(
-    source: Callable[[Random], world.Item],
+    source: Callable[[Random], toy_language.Item],
     seed: str,
     size: int,
     excluded: Container[str] = frozenset(),
@@ -82,7 +82,7 @@ def examples(
     rng, found = Random(seed), []
     for _ in range(100 * size + 1000):
         item = source(rng)
-        prompt = world.prompt(item.question)
+        prompt = toy_language.prompt(item.question)
         if prompt not in excluded:
             tests = tuple(f"assert {call} == {expected}" for call, expected in item.tests)
             found.append(Example(prompt, item.answer, tests))

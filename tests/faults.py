@@ -14,9 +14,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from cl_graft.cell import run
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
+from cl_graft.experiment.cell import run
 
 
 class Disk:

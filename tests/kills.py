@@ -31,17 +31,18 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from cl_graft import cache, plugins
-from cl_graft.cell import run
+from cl_graft import plugins
 from cl_graft.config import Launch, RunConfig
-from cl_graft.executors import local
-from cl_graft.files import LEFT, read_json, read_jsonl, read_lines
-from cl_graft.identity import machine, versions
-from cl_graft.record import CellFolder, states
-from cl_graft.result import collect
-from cl_graft.skillpack.checkpoint import Checkpoint
-from cl_graft.skillpack.file import SkillPack, fingerprint
-from cl_graft.sweep import sweep
+from cl_graft.experiment import cache
+from cl_graft.experiment.cell import run
+from cl_graft.experiment.executors import local
+from cl_graft.experiment.sweep import sweep
+from cl_graft.skillpack.folders.checkpoint import Checkpoint
+from cl_graft.skillpack.format.file import SkillPack, fingerprint
+from cl_graft.store.digests import machine, versions
+from cl_graft.store.files import LEFT, read_json, read_jsonl, read_lines
+from cl_graft.store.record import CellFolder, states
+from cl_graft.store.result import collect
 from cl_graft.training import checkpoint, fit
 from cl_graft.training.stages import MARKER, is_whole
 
@@ -119,7 +120,7 @@ def write_scenario(folder: Path) -> Path:
 def server() -> Any:
     """Processes forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cl_graft.executors.preload"])
+    context.set_forkserver_preload(["cl_graft.experiment.executors.preload"])
     return context
 
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cl_graft import plugins
 from cl_graft.budget import Budget
-from cl_graft.skillpack.file import SkillPack, fingerprint
+from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.stream import benchmark
 
 COMMON = {"vocab_size": 224, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -16,9 +16,9 @@ from cl_graft.bench.merge import bench_merge
 from cl_graft.bench.size import bytes_over_theory
 from cl_graft.bench.table import markdown, write
 from cl_graft.skillpack.codecs import dense, quantized_low_rank, sparse
-from cl_graft.skillpack.file import SkillPack
-from cl_graft.skillpack.gptq import gptq
-from cl_graft.skillpack.quant import round_to_nearest
+from cl_graft.skillpack.codecs.quant import round_to_nearest
+from cl_graft.skillpack.compress.gptq import gptq
+from cl_graft.skillpack.format.file import SkillPack
 
 
 def moment(cols, seed=0):

@@ -19,7 +19,7 @@ from cl_graft.skillpack.codecs import (
     sign_scale,
     sparse_top,
 )
-from cl_graft.skillpack.quant import Quantized
+from cl_graft.skillpack.codecs.quant import Quantized
 
 BASE = 1_000_000  # parameters, so 2,000,000 bytes in bf16
 

@@ -9,8 +9,8 @@ import time
 import pytest
 from filelock import FileLock
 
-from cl_graft import cache
-from cl_graft.files import RecordError
+from cl_graft.experiment import cache
+from cl_graft.store.files import RecordError
 from cl_graft.training.stages import Stages
 from tests.command import assert_refused
 from tests.training.test_stages import TASK, sft_job

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from cl_graft import SkillPack
 from cl_graft.models.load import locate
 from cl_graft.skillpack import codecs
-from cl_graft.skillpack.checkpoint import Checkpoint
 from cl_graft.skillpack.codecs import payload_bytes
+from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from tests.command import Call, assert_refused
 
 Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"

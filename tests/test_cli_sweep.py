@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cl_graft.record import CellFolder
+from cl_graft.store.record import CellFolder
 from tests.command import Call, assert_refused
 
 TINY = {"tasks": "math,cipher", "steps": 2, "batch": 4, "train_size": 8, "test_size": 4}
@@ -39,7 +39,7 @@ def test_the_file_that_init_writes_is_valid_and_has_a_comment_on_every_field(
     text = (tmp_path / "sweep.yaml").read_text()
     done = call("validate", "sweep.yaml")
     assert (done.code, done.out.splitlines()[-1]) == (0, "sweep.yaml is valid: 18 cells.")
-    from cl_graft.spec import Sweep
+    from cl_graft.sweep_config import Sweep
 
     missing = [name for name in Sweep.model_fields if f"{name}:" not in text]
     assert missing == []

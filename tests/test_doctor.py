@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cl_graft import doctor
-from cl_graft.doctor import Finding, examine, sound
 from cl_graft.evaluation import sandbox
+from cl_graft.planning import doctor
+from cl_graft.planning.doctor import Finding, examine, sound
 from tests.command import Call
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from cl_graft.cell import run
 from cl_graft.config import Launch, RunConfig
-from cl_graft.record import states
+from cl_graft.experiment.cell import run
+from cl_graft.store.record import states
 from tests import faults, kills
 
 SOME = 6  # of the writes of a run, in CI; CL_GRAFT_FAULTS=all tries every one

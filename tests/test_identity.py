@@ -8,7 +8,7 @@ import sys
 import pytest
 
 PEAKS = """
-from cl_graft.identity import forget_peak_memory, peak_memory_mb
+from cl_graft.store.digests import forget_peak_memory, peak_memory_mb
 large = bytearray(200 << 20)
 del large
 before = peak_memory_mb()

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cl_graft.cli.live import Board, view
 from cl_graft.config import RunConfig
-from cl_graft.record import CellFolder
+from cl_graft.store.record import CellFolder
 
 
 def cells(out: Path, count: int = 3) -> list[RunConfig]:

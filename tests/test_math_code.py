@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import cl_graft
-from cl_graft import benchmarks, plugins
-from cl_graft.data import DataError
+from cl_graft import plugins
+from cl_graft.data import DataError, benchmarks
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.evaluation.sandbox import ConsentNeeded, run_asserts
 from cl_graft.evaluation.scorers import program_of
@@ -397,8 +397,8 @@ def qwen_7b() -> Any:
 )
 def test_the_targets_are_built_without_their_weights(config: Any, parameters: int) -> None:
     from cl_graft.budget import Budget
+    from cl_graft.models.meta_model import skeleton
     from cl_graft.models.roles import roles
-    from cl_graft.models.skeleton import skeleton
 
     model = skeleton(config()).model
     assert sum(p.numel() for p in model.parameters()) == parameters

@@ -9,11 +9,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from cl_graft.cell import run
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, Refused
-from cl_graft.executors.attempt import attempt
-from cl_graft.mirror import Mirror
+from cl_graft.experiment.cell import run
+from cl_graft.experiment.executors.attempt import attempt
+from cl_graft.store.mirror import Mirror
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from cl_graft import cell
 from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError
-from cl_graft.files import write_lines
-from cl_graft.plan import plan
-from cl_graft.spec import Sweep
+from cl_graft.experiment import cell
+from cl_graft.planning.plan import plan
+from cl_graft.store.files import write_lines
+from cl_graft.sweep_config import Sweep
 from tests.command import Call, assert_refused
 
 SMALL = {"steps": 6, "batch": 8, "train_size": 48, "test_size": 8, "tasks": "math,cipher"}

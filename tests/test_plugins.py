@@ -100,7 +100,7 @@ from cl_graft import plugins
 for kind in ("scenario", "strategy"):
     assert all(plugins.about(kind, name) for name in plugins.names(kind))
 loaded = [m for m in sys.modules if m.split(".")[0] in ("torch", "transformers", "baselines", "scenarios")]
-assert not loaded and "cl_graft.graftllm" not in sys.modules, loaded
+assert not loaded and "cl_graft.strategy.graftllm" not in sys.modules, loaded
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -236,7 +236,7 @@ def test_plugins_of_an_installed_package(package: Path) -> None:
 
 
 def test_where_a_plugin_comes_from(tmp_path: Path) -> None:
-    assert plugins.origin("strategy", "graftllm") == "cl_graft/graftllm.py"
+    assert plugins.origin("strategy", "graftllm") == "cl_graft/strategy/graftllm.py"
     assert plugins.origin("strategy", "ties") == "baselines/ties.py"
     assert plugins.origin("scenario", "mini") == "scenarios/mini.py"
     file = str(written(tmp_path, "mine"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cl_graft import prompts
+from cl_graft.store import prompts
 from cl_graft.task import Scenario
 
 

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cl_graft import record
-from cl_graft.files import RecordError, read_json, read_jsonl, write_json, write_text
-from cl_graft.record import CellFolder
+from cl_graft.store import record
+from cl_graft.store.files import RecordError, read_json, read_jsonl, write_json, write_text
+from cl_graft.store.record import CellFolder
 from tests.refusals import one_sentence
 
 IDENTITY: dict[str, Any] = {
@@ -97,7 +97,7 @@ def test_a_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
 WRITER = """
 import resource, signal, sys
 from pathlib import Path
-from cl_graft.files import RecordError, write_text
+from cl_graft.store.files import RecordError, write_text
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
@@ -121,7 +121,7 @@ def test_a_disk_that_takes_only_part_of_a_file(tmp_path: Path) -> None:
 REWRITER = """
 import itertools, sys
 from pathlib import Path
-from cl_graft.files import write_json
+from cl_graft.store.files import write_json
 for n in itertools.count():
     write_json(Path(sys.argv[1]), {"n": n, "filling": [n] * 50_000})
     if not n:
@@ -192,7 +192,7 @@ def test_a_broken_line_elsewhere_is_refused_with_its_number(tmp_path: Path, brok
 HOLDER = """
 import sys
 from pathlib import Path
-from cl_graft.record import CellFolder
+from cl_graft.store.record import CellFolder
 with CellFolder(Path(sys.argv[1])).lock():
     print("held", flush=True)
     sys.stdin.read()

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 import cl_graft
-from cl_graft.cell import run
 from cl_graft.config import RunConfig
-from cl_graft.files import RecordError, write_text
-from cl_graft.record import CellFolder
-from cl_graft.result import collect
-from cl_graft.skillpack.file import SkillPack, TruncatedPack, WrongBase
+from cl_graft.experiment.cell import run
+from cl_graft.skillpack.format.file import SkillPack, TruncatedPack, WrongBase
+from cl_graft.store.files import RecordError, write_text
+from cl_graft.store.record import CellFolder
+from cl_graft.store.result import collect
 
 MOVING = '''
 from dataclasses import replace
@@ -156,7 +156,7 @@ def test_the_result_is_the_last_file_that_is_written(
         begun.append(path.name)
         write_text(path, text)
 
-    monkeypatch.setattr("cl_graft.files.write_text", noted)
+    monkeypatch.setattr("cl_graft.store.files.write_text", noted)
     made = config(plugin, "magnitude", tmp_path)
     run(made)
     assert begun[-2:] == ["state.json", "result.json"]
@@ -204,7 +204,9 @@ def test_a_run_stopped_after_any_stage_goes_on_with_the_same_numbers(
 def server() -> ForkServerContext:
     """Processes that have imported everything already and so begin to work at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cl_graft.strategy", "cl_graft.graftllm", "trl", "datasets"])
+    context.set_forkserver_preload(
+        ["cl_graft.strategy", "cl_graft.strategy.graftllm", "trl", "datasets"]
+    )
     return context
 
 

@@ -15,7 +15,7 @@ from cl_graft.data import DataError, records
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.evaluation.sandbox import run_asserts
 from cl_graft.evaluation.scorers import SCORERS, Examinee, final_number, number
-from cl_graft.models import world
+from cl_graft.models import toy_language
 from cl_graft.task import Example, Scenario, Task
 from tests.real import DATA, needs_data
 
@@ -146,8 +146,8 @@ def test_a_test_set_that_leaves_nothing_to_train_on_is_refused() -> None:
     """A source may have few different prompts; drawing must not go on for ever."""
     examples = sys.modules[plugins.load("scenario", "mini").__module__].examples
 
-    def narrow(rng: Random) -> world.Item:
-        return world.Item(f"Copy {rng.randrange(10)}.", "")
+    def narrow(rng: Random) -> toy_language.Item:
+        return toy_language.Item(f"Copy {rng.randrange(10)}.", "")
 
     test = examples(narrow, "test/narrow", 9)
     train = examples(narrow, "train/narrow", 50, prompts(test))

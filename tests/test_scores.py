@@ -8,7 +8,7 @@ import pytest
 
 from cl_graft.errors import CLGraftError
 from cl_graft.evaluation.scorers import Scored
-from cl_graft.scores import by_metric, cells
+from cl_graft.evaluation.scores import by_metric, cells
 from cl_graft.task import Example, Task
 
 

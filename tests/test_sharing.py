@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from cl_graft import cell
 from cl_graft.config import RunConfig
+from cl_graft.experiment import cell
 from cl_graft.report import gather
 
 FIRST = ("individual", "graftllm", "svd", "model_tailor")

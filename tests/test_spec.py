@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cl_graft.errors import CLGraftError
-from cl_graft.spec import Sweep, read, sweep_of, with_options
+from cl_graft.sweep_config import Sweep, read, sweep_of, with_options
 
 SMALL: dict[str, Any] = {"scenarios": ["mini"], "strategies": ["graftllm"]}
 

@@ -10,7 +10,7 @@ import torch
 
 from cl_graft import plugins
 from cl_graft.errors import OverBudget
-from cl_graft.skillpack.file import SkillPack, fingerprint
+from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.stream import benchmark
 
 EVERY = plugins.names("strategy")

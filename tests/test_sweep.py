@@ -17,12 +17,12 @@ from typing import Any
 import psutil
 import pytest
 
-from cl_graft.cell import run
 from cl_graft.config import RunConfig
-from cl_graft.executors.local import run_cells
-from cl_graft.skillpack.file import SkillPack
-from cl_graft.spec import Sweep
-from cl_graft.sweep import sweep
+from cl_graft.experiment.cell import run
+from cl_graft.experiment.executors.local import run_cells
+from cl_graft.experiment.sweep import sweep
+from cl_graft.skillpack.format.file import SkillPack
+from cl_graft.sweep_config import Sweep
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +76,7 @@ class endless(Strategy):
 ONE_WORKER = """
 import sys
 from cl_graft.config import RunConfig
-from cl_graft.executors.local import run_cells
+from cl_graft.experiment.executors.local import run_cells
 
 scenario, strategy, out = sys.argv[1:]
 config = RunConfig(scenario=scenario, strategy=strategy, model="nano-llama", out=out, wandb="off")

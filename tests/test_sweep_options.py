@@ -15,14 +15,14 @@ import yaml
 from cl_graft.cli import sweep as cli
 from cl_graft.config import RunConfig
 from cl_graft.errors import Refused
-from cl_graft.executors import Outcome, local
-from cl_graft.executors.attempt import attempt
-from cl_graft.files import DiskRefused
-from cl_graft.locks import Busy
-from cl_graft.record import CellFolder, states
-from cl_graft.spec import FILE, Sweep
-from cl_graft.sweep import Failure
-from cl_graft.sweep import sweep as run_sweep
+from cl_graft.experiment.executors import Outcome, local
+from cl_graft.experiment.executors.attempt import attempt
+from cl_graft.experiment.sweep import Failure
+from cl_graft.experiment.sweep import sweep as run_sweep
+from cl_graft.store.files import DiskRefused
+from cl_graft.store.locks import Busy
+from cl_graft.store.record import CellFolder, states
+from cl_graft.sweep_config import FILE, Sweep
 from tests import kills
 from tests.command import Call
 
@@ -73,7 +73,7 @@ SHARING = """
 import time
 from pathlib import Path
 from cl_graft import Strategy
-from cl_graft.locks import locked
+from cl_graft.store.locks import locked
 
 HERE = Path(__file__).parent
 
@@ -173,7 +173,9 @@ def test_cells_wait_and_are_done_or_failed_with_the_traceback(
 
 def test_what_a_killed_process_was_running_is_waiting(tmp_path: Path) -> None:
     folder = CellFolder(tmp_path / "cell")
-    script = "import sys, time; from pathlib import Path; from cl_graft.record import CellFolder\n"
+    script = (
+        "import sys, time; from pathlib import Path; from cl_graft.store.record import CellFolder\n"
+    )
     script += "folder = CellFolder(Path(sys.argv[1]))\nwith folder.lock():\n"
     script += "    folder.mark('running'); print('marked', flush=True); time.sleep(600)"
     words = [sys.executable, "-c", script, str(folder.path)]
@@ -278,7 +280,7 @@ def test_how_an_attempt_ends(
     def fails(*_: Any) -> None:
         raise raised
 
-    monkeypatch.setattr("cl_graft.cell.run", fails)
+    monkeypatch.setattr("cl_graft.experiment.cell.run", fails)
     (config,) = asked(plugins, tmp_path / "out", "lucky").cells()
     found = attempt(config, lambda *_: None, True)
     assert found.state == outcome and "\n" not in found.reason

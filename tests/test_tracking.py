@@ -20,11 +20,11 @@ from PIL import Image
 import cl_graft
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
-from cl_graft.executors.attempt import attempt
-from cl_graft.locks import Busy
+from cl_graft.experiment.executors.attempt import attempt
 from cl_graft.report.figures import FIGURES, write_figures
-from cl_graft.skillpack.file import SkillPack
-from cl_graft.spec import sweep_of
+from cl_graft.skillpack.format.file import SkillPack
+from cl_graft.store.locks import Busy
+from cl_graft.sweep_config import sweep_of
 from cl_graft.tracking import wandb as tracked
 from cl_graft.tracking.values import along
 from cl_graft.tracking.wandb import bounded, held, resolve
@@ -48,7 +48,7 @@ MOODY = """
 import time
 from pathlib import Path
 from cl_graft import Strategy
-from cl_graft.locks import Busy
+from cl_graft.store.locks import Busy
 
 THEN = Path(__file__).with_name("then")
 
@@ -351,7 +351,7 @@ def test_an_attempt_that_logs_nothing_leaves_no_run(
     def busy(*_: Any) -> None:
         raise Busy("another cell makes it.")
 
-    monkeypatch.setattr("cl_graft.cell._stages", busy)
+    monkeypatch.setattr("cl_graft.experiment.cell._stages", busy)
     made = config(plugin, cache, tmp_path, track=["csv", "tensorboard"])
     with pytest.raises(Busy):
         cl_graft.run(made)

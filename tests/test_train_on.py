@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from cl_graft import cell
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, UnknownName
-from cl_graft.prepare import prepare
+from cl_graft.experiment import cell
+from cl_graft.experiment.prepare import prepare
 from cl_graft.task import Example, Pair
 from cl_graft.transfer import folder
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cl_graft.cell import run
 from cl_graft.config import RunConfig
-from cl_graft.record import CellFolder, states
-from cl_graft.spec import Sweep
+from cl_graft.experiment.cell import run
+from cl_graft.store.record import CellFolder, states
+from cl_graft.sweep_config import Sweep
 from tests import kills
 from tests.test_sweep import alive, numbers, start, wait_for_stages
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import plugins
-from ..models.load import load
-from ..models.text import encode
-from ..skillpack.calibrate import linear_layers, moments
-from ..skillpack.text import padded
-from ..task import Example, Task
-from ..training.config import sft_job
-from ..training.stages import Stages
-from . import textbook
-from .layer import BUDGET, inputs_of, relative, within_budget
+from cl_graft import plugins
+from cl_graft.bench import textbook
+from cl_graft.bench.layer import BUDGET, inputs_of, relative, within_budget
+from cl_graft.models.load import load
+from cl_graft.models.text import encode
+from cl_graft.skillpack.compress.calibrate import linear_layers, moments
+from cl_graft.skillpack.compress.text import padded
+from cl_graft.task import Example, Task
+from cl_graft.training.config import sft_job
+from cl_graft.training.stages import Stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

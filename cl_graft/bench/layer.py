@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..skillpack.calibrate import Moments, linear_layers, moments
-from ..skillpack.codecs import decode, payload_bytes
-from ..skillpack.compress import Piece, Room, compress, fetch
-from ..skillpack.policy import Adaptive
-from ..skillpack.shelf import Item
-from . import textbook
+from cl_graft.bench import textbook
+from cl_graft.skillpack.codecs import decode, payload_bytes
+from cl_graft.skillpack.compress.calibrate import Moments, linear_layers, moments
+from cl_graft.skillpack.compress.compress import Piece, Room, compress, fetch
+from cl_graft.skillpack.compress.policy import Adaptive
+from cl_graft.skillpack.compress.work_store import Item
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

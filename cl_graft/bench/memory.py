@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..skillpack.checkpoint import Checkpoint, write_tensors
+from cl_graft.skillpack.folders.checkpoint import Checkpoint, write_tensors
 
 HIDDEN, INNER, VOCABULARY = 2048, 5632, 32000
 LAYER = {
@@ -96,8 +96,8 @@ def _create(folder: Path, budget: str) -> tuple[float, float]:
 
     import transformers.models.llama.modeling_llama  # noqa: F401  so that it counts before
 
-    from ..identity import resident_bytes
-    from ..skillpack.create import create
+    from cl_graft.skillpack.compress.create import create
+    from cl_graft.store.digests import resident_bytes
 
     torch.linalg.eigh(torch.eye(64))
     before, begun = resident_bytes("VmRSS"), perf_counter()

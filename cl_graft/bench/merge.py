@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from cl_graft.skillpack import codecs
-from cl_graft.skillpack.apply import Grafted
 from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.decode import factors
-from cl_graft.skillpack.file import SkillPack, fingerprint
-from cl_graft.skillpack.quant import Quantized, groups_in
+from cl_graft.skillpack.codecs.quant import Quantized, groups_in
+from cl_graft.skillpack.format.file import SkillPack, fingerprint
+from cl_graft.skillpack.live.decode import factors
+from cl_graft.skillpack.live.grafted import Grafted
 
 SHAPES = ((2048, 2048),) * 4 + ((5632, 2048),) * 2 + ((2048, 5632),)
 MIX = {8: 0.05, 4: 0.2, 3: 0.35, 2: 0.4}  # share of the ranks at each precision

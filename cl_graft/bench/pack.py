@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ..errors import UnknownName
-from ..models.embedded import cache_root
-from .error import bench_error, tasks
-from .layer import bench_layer
-from .memory import bench_memory
-from .merge import bench_merge
-from .size import bytes_over_theory
+from cl_graft.bench.error import bench_error, tasks
+from cl_graft.bench.layer import bench_layer
+from cl_graft.bench.memory import bench_memory
+from cl_graft.bench.merge import bench_merge
+from cl_graft.bench.size import bytes_over_theory
+from cl_graft.errors import UnknownName
+from cl_graft.models.embedded import cache_root
 
 PARTS = ("error", "time", "memory", "merge", "bytes")
 
@@ -60,8 +60,8 @@ def _merge(data_dir: Path | None) -> dict[str, Any]:
 
 
 def _bytes(data_dir: Path | None) -> dict[str, Any]:
-    from ..skillpack.create import create
-    from .memory import write_random
+    from cl_graft.bench.memory import write_random
+    from cl_graft.skillpack.compress.create import create
 
     with tempfile.TemporaryDirectory(prefix="cl-graft-bench-") as folder:
         here = Path(folder)

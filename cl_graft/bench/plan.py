@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..config import Launch
-from ..models import world
-from ..models.embedded import world_tokenizer
-from ..task import Example, Pair, Preference, Task, Training
-from ..training.config import Row, StageConfig, dpo_job, sft_job
-from ..training.fit import encoded, fit, lengths
-from ..training.memory import Job, estimate
+from cl_graft.config import Launch
+from cl_graft.models import toy_language
+from cl_graft.models.embedded import world_tokenizer
+from cl_graft.planning.memory import Job, estimate
+from cl_graft.task import Example, Pair, Preference, Task, Training
+from cl_graft.training.config import Row, StageConfig, dpo_job, sft_job
+from cl_graft.training.fit import encoded, fit, lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -134,8 +134,8 @@ def _texts(case: Case, count: int) -> list[tuple[str, str]]:
     """Prompts and answers."""
     rng = Random(0)
     if case.length is None:
-        items = [world.pretraining(rng) for _ in range(count)]
-        return [(world.prompt(item.question), item.answer) for item in items]
+        items = [toy_language.pretraining(rng) for _ in range(count)]
+        return [(toy_language.prompt(item.question), item.answer) for item in items]
 
     def words(size: int) -> str:
         return "".join(rng.choice("abcdefgh") for _ in range(size))

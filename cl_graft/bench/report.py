@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ..identity import digest, machine, versions
-from ..record import FORMAT, CellFolder
-from ..report.style import KNOWN
-from ..result import collect
-from ..scores import by_metric
-from ..task import Example, Scenario, Task
+from cl_graft.evaluation.scores import by_metric
+from cl_graft.report.style import KNOWN
+from cl_graft.store.digests import digest, machine, versions
+from cl_graft.store.record import FORMAT, CellFolder
+from cl_graft.store.result import collect
+from cl_graft.task import Example, Scenario, Task
 
 TASKS = ("math", "code", "cipher")
 BASE_BYTES = 2_000_000
@@ -26,7 +26,7 @@ def bench_report(
     cells: int = 500, examples: int = 64, say: Callable[[str], None] = lambda what: None
 ) -> dict[str, Any]:
     """Seconds on the clock of a first report and of one where nothing has changed, and what they leave."""
-    from ..report import find, write
+    from cl_graft.report import find, write
 
     with TemporaryDirectory() as work:
         out, target = Path(work), Path(work) / "report"
@@ -52,7 +52,7 @@ def bench_report(
 
 def make(out: Path, cells: int, examples: int, strategies: int = 25, scenarios: int = 2) -> None:
     """Cells as runs leave them, with outcomes drawn at random: strategies differ in how much they learn and forget."""
-    from .. import prompts
+    from cl_graft.store import prompts
 
     rng = np.random.default_rng(0)
     names = [*KNOWN, *(f"plugin_{k}" for k in range(strategies))][:strategies]
@@ -105,7 +105,7 @@ def _cell(
     forgets: float,
     rng: np.random.Generator,
 ) -> None:
-    from ..evaluation.scorers import Scored
+    from cl_graft.evaluation.scorers import Scored
 
     path = folder.path
     (path / "stages").mkdir(parents=True)

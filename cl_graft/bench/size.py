@@ -6,9 +6,9 @@ from math import lgamma, log
 from pathlib import Path
 from typing import Any
 
-from ..skillpack.codecs import Encoded
-from ..skillpack.file import SkillPack
-from ..skillpack.quant import groups_in
+from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.codecs.quant import groups_in
+from cl_graft.skillpack.format.file import SkillPack
 
 
 def bytes_over_theory(path: Path) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..config import RunConfig
-from ..executors import Outcome, Progress, local
-from ..spec import Ray
+from cl_graft.config import RunConfig
+from cl_graft.experiment.executors import Outcome, Progress, local
+from cl_graft.sweep_config import Ray
 
 
 def sleep(config: RunConfig, progress: Progress, patient: bool, seconds: float) -> Outcome:
@@ -23,7 +23,7 @@ def bench_sweep(cells: int = 24, seconds: float = 1.0) -> dict[str, float]:
 
     What comes once a sweep is left out: importing, or starting Ray.
     """
-    from ..executors import ray as on_ray
+    from cl_graft.experiment.executors import ray as on_ray
 
     made = [RunConfig(scenario="mini", strategy="lora", seed=seed) for seed in range(cells)]
     work = partial(sleep, seconds=seconds)

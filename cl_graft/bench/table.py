@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json, write_text
-from ..identity import machine, versions
+from cl_graft.store.digests import machine, versions
+from cl_graft.store.files import write_json, write_text
 
 HEADINGS = ("figure", "value", "conditions")
 

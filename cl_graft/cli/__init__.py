@@ -7,8 +7,8 @@ import warnings
 
 import typer
 
-from ..errors import CLGraftError
-from . import bench, cache, doctor, list_, pack, plan, report, run, sweep, transfer
+from cl_graft.cli import bench, cache, doctor, list_, pack, plan, report, run, sweep, transfer
+from cl_graft.errors import CLGraftError
 
 app = typer.Typer(
     help="Continual learning of language models: run strategies on task streams, measure forgetting.",

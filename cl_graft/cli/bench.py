@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from .options import DataDir, names
-from .show import print_tables
+from cl_graft.cli.options import DataDir, names
+from cl_graft.cli.show import print_tables
 
 app = typer.Typer(help="Measure this machine and this code.", no_args_is_help=True)
 
@@ -27,8 +27,8 @@ def bench_pack(
     to: Annotated[Path | None, typer.Option(help="Folder for the table, with provenance.")] = None,
 ) -> None:
     """The pack engine beside a textbook implementation of the paper's scheme: ratios within one run."""
-    from ..bench.pack import bench_pack as measure
-    from ..bench.table import markdown, write
+    from cl_graft.bench.pack import bench_pack as measure
+    from cl_graft.bench.table import markdown, write
 
     found = measure(names(only), data_dir, threads, lambda what: typer.echo(what, err=True))
     typer.echo(json.dumps(found, indent=1) if json_ else markdown(found))
@@ -41,8 +41,8 @@ def bench_plan(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Memory that `plan` estimates against what the allocator counts while TRL really trains two steps."""
-    from ..bench.plan import bench_plan as measure
-    from ..report.plan import estimates
+    from cl_graft.bench.plan import bench_plan as measure
+    from cl_graft.planning.tables import estimates
 
     rows = measure()
     if json_:
@@ -57,7 +57,7 @@ def bench_sweep(
     seconds: Annotated[float, typer.Option(min=0.1, help="That each sleeps.")] = 1.0,
 ) -> None:
     """What executors take beside the cells, and 4 Ray workers against 1, with cells that only sleep."""
-    from ..bench.sweep import bench_sweep as measure
+    from cl_graft.bench.sweep import bench_sweep as measure
 
     for name, value in measure(cells, seconds).items():
         typer.echo(f"{name:16} {value:.3g}")
@@ -69,7 +69,7 @@ def bench_report(
     examples: Annotated[int, typer.Option(min=1, help="Of each of their three tasks.")] = 64,
 ) -> None:
     """Seconds of a report of many cells, the first and one where nothing has changed, and the bytes of its page."""
-    from ..bench.report import bench_report as measure
+    from cl_graft.bench.report import bench_report as measure
 
     typer.echo(
         json.dumps(measure(cells, examples, lambda what: typer.echo(what, err=True)), indent=1)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..report.units import size
+from cl_graft.report.units import size
 
 app = typer.Typer(help="Finished stages and evaluations that cells share.", no_args_is_help=True)
 
@@ -17,7 +17,7 @@ Folder = Annotated[Path, typer.Argument(help="A results folder, or the one that 
 @app.command("ls")
 def ls(folder: Folder = Path("results")) -> None:
     """List them, the largest first."""
-    from ..cache import entries
+    from cl_graft.experiment.cache import entries
 
     found = entries(_cache(folder))
     for entry in found:
@@ -43,7 +43,7 @@ def prune(
     ] = None,
 ) -> None:
     """Remove what was made by other versions of the code, which no run can recall; results stay."""
-    from ..cache import prune as remove
+    from cl_graft.experiment.cache import prune as remove
 
     days = None if older_than is None else 86400 * older_than
     removed = remove(_cache(folder), everything, days)

@@ -45,13 +45,13 @@ def models(incomplete: str) -> Offered:
 
 
 def _plugins(kind: str) -> Offered:
-    from .. import plugins
+    from cl_graft import plugins
 
     return [(name, plugins.about(kind, name)) for name in plugins.names(kind)]
 
 
 def _models() -> Offered:
-    from ..models.embedded import SPECS
+    from cl_graft.models.embedded import SPECS
 
     return [(name, spec.about) for name, spec in SPECS.items()]
 

@@ -18,7 +18,7 @@ def doctor(
     """What this machine has of what runs need, and the cure for what is missing."""
     from dataclasses import asdict
 
-    from ..doctor import examine, sound
+    from cl_graft.planning.doctor import examine, sound
 
     found = examine(out)
     if json_:

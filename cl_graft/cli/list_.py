@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UnknownName
-from . import complete
+from cl_graft.cli import complete
+from cl_graft.errors import UnknownName
 
 KINDS = {"scenarios": "scenario", "strategies": "strategy"}
 BUDGETS = (
@@ -49,14 +49,14 @@ def list_(
 
 
 def _plugins(kind: str, which: list[str] | None) -> Iterator[tuple[str, str, str]]:
-    from .. import plugins
+    from cl_graft import plugins
 
     for name in which or plugins.names(kind):
         yield name, plugins.origin(kind, name), plugins.about(kind, name)
 
 
 def _models() -> Iterator[tuple[str, str, str]]:
-    from ..models.embedded import SPECS
+    from cl_graft.models.embedded import SPECS
 
     for name, spec in SPECS.items():
         yield name, "embedded", spec.about
@@ -65,7 +65,7 @@ def _models() -> Iterator[tuple[str, str, str]]:
 
 
 def _options(kind: str, name: str) -> None:
-    from .. import plugins
+    from cl_graft import plugins
 
     plugin = plugins.load(kind, name)
     short = plugin.__name__ if name.endswith(".py") else name

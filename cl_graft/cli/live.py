@@ -11,9 +11,9 @@ from typing import Any
 
 import typer
 
-from ..config import RunConfig
-from ..executors import Report
-from ..record import CellFolder
+from cl_graft.config import RunConfig
+from cl_graft.experiment.executors import Report
+from cl_graft.store.record import CellFolder
 
 ROWS = 16  # of the matrix that fit beside the rest
 

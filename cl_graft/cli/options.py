@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CLGraftError
-from . import complete
+from cl_graft.cli import complete
+from cl_graft.errors import CLGraftError
 
 if TYPE_CHECKING:
-    from ..spec import Sweep
+    from cl_graft.sweep_config import Sweep
 
 # What is not given is None, so that a sweep file's own fields hold.
 File = Annotated[
@@ -112,8 +112,8 @@ def names(text: str) -> list[str]:
 
 def sweep_from(file: Path | None, given: dict[str, Any]) -> Sweep:
     """A sweep file's fields, under the options that a command was given (its `locals()`)."""
-    from ..plugins import parse_set
-    from ..spec import read, sweep_of, with_options
+    from cl_graft.plugins import parse_set
+    from cl_graft.sweep_config import read, sweep_of, with_options
 
     fields: dict[str, Any] = {name: names(given[name]) for name in LISTS if given.get(name)}
     fields |= {name: given[name] for name in PLAIN if given.get(name) not in (None, False)}

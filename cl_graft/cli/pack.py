@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import CLGraftError, UnknownName
-from ..report.packs import cell, print_rows, relative, role_rows, tensor_rows
+from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.report.packs import cell, print_rows, relative, role_rows, tensor_rows
 
 if TYPE_CHECKING:
-    from ..skillpack.checkpoint import Checkpoint
-    from ..skillpack.file import SkillPack
+    from cl_graft.skillpack.folders.checkpoint import Checkpoint
+    from cl_graft.skillpack.format.file import SkillPack
 
 app = typer.Typer(help="Look into SkillPack files, and put them on models.", no_args_is_help=True)
 
@@ -54,12 +54,12 @@ def create(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Two checkpoint folders to one pack; run it again to continue what was stopped."""
-    from ..identity import peak_memory_mb
-    from ..skillpack.create import Calibration
-    from ..skillpack.create import create as create_pack
-    from ..skillpack.policy import read_policy
-    from ..skillpack.text import calibration_batches
-    from .progress import bars, interruptible
+    from cl_graft.cli.progress import bars, interruptible
+    from cl_graft.skillpack.compress.create import Calibration
+    from cl_graft.skillpack.compress.create import create as create_pack
+    from cl_graft.skillpack.compress.policy import read_policy
+    from cl_graft.skillpack.compress.text import calibration_batches
+    from cl_graft.store.digests import peak_memory_mb
 
     options = read_policy(method, policy)
     if prefix not in ("tuned", "compressed"):
@@ -146,7 +146,7 @@ def verify(
     """Check everything about a pack: checksums, shapes, values, and its base if one is named."""
     found, checkpoint = _load(file, base)
     if checkpoint is not None:
-        from ..skillpack.folder import check_base
+        from cl_graft.skillpack.folders.apply import check_base
 
         check_base(checkpoint, found)
     if model is not None:
@@ -160,7 +160,7 @@ def verify(
 @app.command()
 def diff(a: Path, b: Path, base: MaybeBase = None, json_: Json = False) -> None:
     """Two packs side by side: codec, bytes, and how alike their deltas are."""
-    from ..skillpack.compare import compare
+    from cl_graft.skillpack.tools.compare import compare
 
     (one, checkpoint), (other, _) = _load(a, base), _load(b, base)
     found = compare(one, other, _roles(checkpoint))
@@ -179,7 +179,7 @@ def diff(a: Path, b: Path, base: MaybeBase = None, json_: Json = False) -> None:
 @app.command()
 def apply(base: BaseDir, pack: PackFile, out: OutDir) -> None:
     """Write base + pack as a Hugging Face folder."""
-    from ..skillpack.folder import apply_pack
+    from cl_graft.skillpack.folders.apply import apply_pack
 
     found, _ = _load(pack, base)
     for note in apply_pack(base, found, out):
@@ -195,7 +195,7 @@ def remove(
     out: Annotated[Path | None, typer.Option(help="New folder for the base's tensors.")] = None,
 ) -> None:
     """Check bit for bit that a folder is base + pack; with --out, write the base again."""
-    from ..skillpack.folder import remove_pack
+    from cl_graft.skillpack.folders.apply import remove_pack
 
     found, _ = _load(pack, base)
     count = remove_pack(grafted, found, base, out)
@@ -221,7 +221,7 @@ def export(
         if rank is not None:
             raise CLGraftError("--rank is for adapters; leave it out, or export --to peft.")
         return apply(base, pack, out)
-    from ..skillpack.export import export_peft
+    from cl_graft.skillpack.tools.export import export_peft
 
     rows = export_peft(_load(pack, base)[0], base, out, rank)
     print_rows([row._asdict() for row in rows])
@@ -237,8 +237,8 @@ def export(
 
 def _load(file: Path, base: Path | None) -> tuple[SkillPack, Checkpoint | None]:
     """The pack and, if a folder is given, its base; only shapes are held against each other."""
-    from ..skillpack.checkpoint import Checkpoint
-    from ..skillpack.file import SkillPack
+    from cl_graft.skillpack.folders.checkpoint import Checkpoint
+    from cl_graft.skillpack.format.file import SkillPack
 
     checkpoint = None if base is None else Checkpoint(base)
     tensors = None if checkpoint is None else checkpoint.tensors
@@ -250,8 +250,8 @@ def _roles(checkpoint: Checkpoint | None) -> dict[str, str]:
     """{tensor of the folder: role}; none without a folder, or where the model does not tell."""
     if checkpoint is None:
         return {}
-    from ..models.roles import UnclearRoles
-    from ..models.skeleton import skeleton
+    from cl_graft.models.meta_model import skeleton
+    from cl_graft.models.roles import UnclearRoles
 
     bones = skeleton(checkpoint.folder)
     try:
@@ -262,8 +262,8 @@ def _roles(checkpoint: Checkpoint | None) -> dict[str, str]:
 
 
 def _check_model(file: Path, model: str, data_dir: Path | None) -> None:
-    from ..models.load import load
-    from ..skillpack.file import SkillPack, WrongBase, fingerprint
+    from cl_graft.models.load import load
+    from cl_graft.skillpack.format.file import SkillPack, WrongBase, fingerprint
 
     parameters = dict(load(model, data_dir)[0].named_parameters())
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
@@ -280,10 +280,10 @@ def _errors(
         return {}
     if base is None:
         raise CLGraftError("--tuned tells errors only beside --base; name both folders.")
-    from ..skillpack.checkpoint import Checkpoint
-    from ..skillpack.compare import missed
-    from ..skillpack.folder import check_base
-    from ..skillpack.pair import pair
+    from cl_graft.skillpack.folders.apply import check_base
+    from cl_graft.skillpack.folders.checkpoint import Checkpoint
+    from cl_graft.skillpack.folders.pair import pair
+    from cl_graft.skillpack.tools.compare import missed
 
     check_base(base, pack)
     return missed(pack, pair(base, Checkpoint(tuned)))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import (
+from cl_graft.cli.options import (
     Budgets,
     Cache,
     DataDir,
@@ -22,7 +22,7 @@ from .options import (
     TrainOn,
     sweep_from,
 )
-from .show import print_tables
+from cl_graft.cli.show import print_tables
 
 
 def plan(
@@ -51,8 +51,8 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """What a sweep is going to do: stages, memory, time, disk, and what is cached; nothing is started."""
-    from ..plan import plan as make
-    from ..report.plan import summary, table
+    from cl_graft.planning.plan import plan as make
+    from cl_graft.planning.tables import summary, table
 
     found = make(sweep_from(file, locals()).cells(), probe, peak, utilisation, gpu)
     if json_:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .show import print_tables
-from .show import report as write_report
+from cl_graft.cli.show import print_tables
+from cl_graft.cli.show import report as write_report
 
 
 def report(
@@ -24,7 +24,7 @@ def report(
 ) -> None:
     """A page that opens in a browser, tables (CSV, Markdown, LaTeX) and figures of all cells in the folders."""
     if json_:
-        from ..report import gather
+        from cl_graft.report import gather
 
         typer.echo(json.dumps(gather(folders), indent=1))
     else:
@@ -39,7 +39,7 @@ def compare(
     ] = False,
 ) -> None:
     """What differs between two runs: config, versions, data, and scores with intervals."""
-    from ..report.compare import compare as compared
+    from cl_graft.report.compare import compare as compared
 
     tables = compared(a, b)
     if json_:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from . import complete
-from .options import (
+from cl_graft.cli import complete
+from cl_graft.cli.options import (
     Budget,
     Cache,
     Consent,
@@ -22,8 +22,8 @@ from .options import (
     Wandb,
     sweep_from,
 )
-from .progress import bars, interruptible
-from .show import print_tables
+from cl_graft.cli.progress import bars, interruptible
+from cl_graft.cli.show import print_tables
 
 
 def run(
@@ -50,9 +50,9 @@ def run(
     mirror: Mirror = None,
 ) -> None:
     """Run one strategy on one scenario, or continue it where it stopped."""
-    from ..cell import run as run_cell
-    from ..errors import CLGraftError
-    from ..report.tables import matrices, ranking
+    from cl_graft.errors import CLGraftError
+    from cl_graft.experiment.cell import run as run_cell
+    from cl_graft.report.tables import matrices, ranking
 
     given = locals() | {"seeds": str(seed), "models": model, "budgets": budget}
     cells = sweep_from(None, given | {"scenarios": scenario, "strategies": strategy}).cells()

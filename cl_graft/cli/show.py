@@ -8,13 +8,13 @@ from typing import Any
 
 import typer
 
-from ..errors import CLGraftError
+from cl_graft.errors import CLGraftError
 
 
 def report(folders: list[Path], target: Path) -> None:
-    from ..report import find, write
-    from ..report.tables import matrices, ranking
-    from .progress import interruptible
+    from cl_graft.cli.progress import interruptible
+    from cl_graft.report import find, write
+    from cl_graft.report.tables import matrices, ranking
 
     try:
         with interruptible():
@@ -31,7 +31,7 @@ def report(folders: list[Path], target: Path) -> None:
 
 
 def print_finished(results: list[dict[str, Any]], out: Path) -> None:
-    from ..report.tables import matrices, ranking
+    from cl_graft.report.tables import matrices, ranking
 
     print_tables([*matrices(results), *ranking(results)])
     typer.echo(f"finished already; figures and provenance: {out / 'report'}")

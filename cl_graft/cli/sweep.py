@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CLGraftError
-from .options import (
+from cl_graft.cli.options import (
     Budgets,
     Cache,
     Consent,
@@ -29,12 +28,13 @@ from .options import (
     Wandb,
     sweep_from,
 )
+from cl_graft.errors import CLGraftError
 
 if TYPE_CHECKING:
-    from ..config import RunConfig
-    from ..executors import Executor, Report
-    from ..spec import Sweep
-    from ..sweep import Failure
+    from cl_graft.config import RunConfig
+    from cl_graft.experiment.executors import Executor, Report
+    from cl_graft.experiment.sweep import Failure
+    from cl_graft.sweep_config import Sweep
 
 
 def sweep(
@@ -86,7 +86,7 @@ def sweep(
 
 def _held(file: Path | None, given: dict[str, Any]) -> Path:
     """The file of the sweep that a results folder holds."""
-    from ..spec import FILE
+    from cl_graft.sweep_config import FILE
 
     if file or given["scenarios"] or given["strategies"]:
         raise CLGraftError(
@@ -100,13 +100,13 @@ def _held(file: Path | None, given: dict[str, Any]) -> Path:
 
 def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
     """All cells that are left, under the live view, and then the report."""
-    from ..cell import finished
-    from ..executors import local
-    from ..sweep import sweep as run_cells
-    from .live import view
-    from .progress import interruptible
-    from .show import print_finished
-    from .show import report as write_report
+    from cl_graft.cli.live import view
+    from cl_graft.cli.progress import interruptible
+    from cl_graft.cli.show import print_finished
+    from cl_graft.cli.show import report as write_report
+    from cl_graft.experiment.cell import finished
+    from cl_graft.experiment.executors import local
+    from cl_graft.experiment.sweep import sweep as run_cells
 
     cells = asked.cells()
     results = [finished(c) for c in cells]
@@ -130,7 +130,7 @@ def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
 
 def _reported(cells: list[RunConfig], folder: Path) -> bool:
     """Whether the report there is of all these cells, and none of their results younger than it."""
-    from ..files import RecordError, read_json
+    from cl_graft.store.files import RecordError, read_json
 
     try:
         made = read_json(folder / "made.json")
@@ -142,10 +142,10 @@ def _reported(cells: list[RunConfig], folder: Path) -> bool:
 
 
 def _executor(asked: Sweep, cells: list[RunConfig]) -> Executor:
-    from ..executors import local
+    from cl_graft.experiment.executors import local
 
     if asked.executor == "ray":
-        from ..executors import ray
+        from cl_graft.experiment.executors import ray
 
         return partial(ray.run_cells, workers=asked.workers, asks=asked.ray)
     # a stage of several processes has all of the machine's devices to itself
@@ -160,7 +160,7 @@ def validate(
     allow_code_execution: Consent = False,
 ) -> None:
     """Check all that a sweep file says, names, options and data included; nothing is started."""
-    from ..prepare import check
+    from cl_graft.experiment.prepare import check
 
     cells = sweep_from(file, locals()).cells()
     check(cells)
@@ -173,7 +173,7 @@ def status(
     out: Annotated[Path, typer.Argument(help="Results folder.")] = Path("results"),
 ) -> None:
     """The state of every cell in a results folder: waiting, running, done or failed, and why."""
-    from ..record import states
+    from cl_graft.store.record import states
 
     found = states(out)
     for path, state in found.items():
@@ -192,7 +192,7 @@ def init(
     """Write a sweep file with comments, to begin with."""
     from importlib import resources
 
-    from ..files import write_text
+    from cl_graft.store.files import write_text
 
     if file.exists():
         raise CLGraftError(f"{file} is there already; choose another name.")

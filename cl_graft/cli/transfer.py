@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import CLGraftError, UnknownName
-from .show import print_tables
+from cl_graft.cli.show import print_tables
+from cl_graft.errors import CLGraftError, UnknownName
 
 app = typer.Typer(help="Make training data from other models' answers.", no_args_is_help=True)
 
@@ -68,11 +68,11 @@ def build(
     """Sample, judge and select answers into an SFT and a DPO data set; run it again to continue."""
     from transformers.utils import logging
 
-    from ..transfer.build import build as build_data
-    from ..transfer.build import shortfall
-    from ..transfer.config import BuildConfig
-    from ..transfer.report import tables
-    from .progress import bars, interruptible
+    from cl_graft.cli.progress import bars, interruptible
+    from cl_graft.transfer.build import build as build_data
+    from cl_graft.transfer.build import shortfall
+    from cl_graft.transfer.config import BuildConfig
+    from cl_graft.transfer.report import tables
 
     logging.set_verbosity_error()  # what matters of its warnings is checked, and said in a sentence
     if backend not in ("hf", "vllm"):
@@ -109,7 +109,7 @@ def build(
 
 
 def _options(sets: list[str]) -> dict[str, dict[str, Any]]:
-    from ..plugins import parse_set
+    from cl_graft.plugins import parse_set
 
     found: dict[str, dict[str, Any]] = {}
     for owner, option, value in map(parse_set, sets):

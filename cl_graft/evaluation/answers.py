@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 
-from ..errors import CLGraftError
+from cl_graft.errors import CLGraftError
 
 CHARACTERS = 2048  # of an answer's end: where the final answer is
 SECONDS = (

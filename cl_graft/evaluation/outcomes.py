@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import read_lines, write_lines
-from ..identity import code_digest, digest, place, versions, vocabulary
-from ..mirror import Mirror
-from ..models import text
-from ..task import Task
-from . import _child, _math_child, answers, generate, sandbox, scorers
-from .scorers import Scored
+from cl_graft.evaluation import _child, _math_child, answers, generate, sandbox, scorers
+from cl_graft.evaluation.scorers import Scored
+from cl_graft.models import text
+from cl_graft.store.digests import code_digest, digest, place, versions, vocabulary
+from cl_graft.store.files import read_lines, write_lines
+from cl_graft.store.mirror import Mirror
+from cl_graft.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

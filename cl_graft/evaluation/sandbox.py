@@ -30,8 +30,8 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from ..errors import CLGraftError
-from ..processes import signal_name
+from cl_graft.errors import CLGraftError
+from cl_graft.processes import signal_name
 
 CONSENT_VARIABLE = "CL_GRAFT_ALLOW_CODE_EXECUTION"
 _CHILD = Path(__file__).with_name("_child.py")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from math import log
 from typing import TYPE_CHECKING
 
-from ..errors import UnknownName
-from ..models.text import encode
-from ..task import Example
-from .answers import equivalent
-from .generate import choice_likelihoods, generate, log_likelihoods
-from .sandbox import Outcome, require_consent, run_asserts
+from cl_graft.errors import UnknownName
+from cl_graft.evaluation.answers import equivalent
+from cl_graft.evaluation.generate import choice_likelihoods, generate, log_likelihoods
+from cl_graft.evaluation.sandbox import Outcome, require_consent, run_asserts
+from cl_graft.models.text import encode
+from cl_graft.task import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import CLGraftError
-from ..task import Example, Pair, Scenario, Task
+from cl_graft.errors import CLGraftError
+from cl_graft.task import Example, Pair, Scenario, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

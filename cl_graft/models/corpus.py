@@ -10,8 +10,8 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from ..data import records
-from .vocabulary import SPECIAL, byte_level, wrapped
+from cl_graft.data.readers import records
+from cl_graft.models.vocabulary import SPECIAL, byte_level, wrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

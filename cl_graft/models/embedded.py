@@ -19,9 +19,9 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from ..errors import CLGraftError
-from . import corpus, source, world
-from .vocabulary import SPECIAL, wrapped
+from cl_graft.errors import CLGraftError
+from cl_graft.models import corpus, mini_gpt2, toy_language
+from cl_graft.models.vocabulary import SPECIAL, wrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ class Spec:
     seed: int = 0
     corpus: str = "world"  # or "data": the training files in the data directory
     version: int = 1  # raise it when the recipe in this file changes, so that caches are made anew
-    family: str = "llama"  # or "gpt2": a source of other models' answers, see source.py
+    family: str = "llama"  # or "gpt2": a source of other models' answers, see mini_gpt2.py
 
 
 SPECS = {
@@ -92,7 +92,7 @@ def folder(name: str, texts: list[str]) -> Path:
     if recipe["family"] == "llama":
         del recipe["family"]  # folders are older than families
     digest.update(json.dumps(recipe, sort_keys=True).encode())
-    digest.update(Path(world.__file__).read_bytes() if not texts else b"")
+    digest.update(Path(toy_language.__file__).read_bytes() if not texts else b"")
     for text in texts:
         digest.update(text.encode())
     return cache_root() / "models" / f"{name}-{digest.hexdigest()}"
@@ -104,7 +104,7 @@ def obtain(name: str, data_dir: Path | None = None) -> Path:
     Raises DataError where a model that is trained on the user's data finds none, CLGraftError where the
     cache cannot be written.
     """
-    from ..locks import file_lock
+    from cl_graft.store.locks import file_lock
 
     spec = SPECS[name]
     texts = corpus.texts(data_dir) if spec.corpus == "data" else []
@@ -141,7 +141,7 @@ def _train(spec: Spec, texts: list[str], target: Path) -> None:
     torch.manual_seed(spec.seed)
     try:
         if spec.family == "gpt2":
-            tokenizer, batches = source.tokenizer(), source.batches(spec.batch, spec.seed)
+            tokenizer, batches = mini_gpt2.tokenizer(), mini_gpt2.batches(spec.batch, spec.seed)
         elif texts:
             tokenizer, batches = (
                 corpus.tokenizer(texts),
@@ -149,7 +149,7 @@ def _train(spec: Spec, texts: list[str], target: Path) -> None:
             )
         else:
             tokenizer, batches = world_tokenizer(), world_batches(spec)
-        new = new_llama if spec.family == "llama" else source.new_gpt2
+        new = new_llama if spec.family == "llama" else mini_gpt2.new_gpt2
         model = new(spec, len(tokenizer))
         pretrain(model, tokenizer, batches, spec.steps, spec.lr)
     finally:
@@ -161,8 +161,8 @@ def _train(spec: Spec, texts: list[str], target: Path) -> None:
 def world_batches(spec: Spec) -> Pairs:
     rng = Random(spec.seed)
     while True:
-        items = [world.pretraining(rng) for _ in range(spec.batch)]
-        yield [(world.prompt(item.question), item.answer) for item in items]
+        items = [toy_language.pretraining(rng) for _ in range(spec.batch)]
+        yield [(toy_language.prompt(item.question), item.answer) for item in items]
 
 
 def new_llama(spec: Spec, vocab: int) -> PreTrainedModel:
@@ -235,7 +235,7 @@ def world_tokenizer() -> PreTrainedTokenizerBase:
     """Words of the world with and without a leading blank, and every printable character."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    words = sorted(world.vocabulary(), key=lambda w: (-len(w), w))
+    words = sorted(toy_language.vocabulary(), key=lambda w: (-len(w), w))
     characters = [chr(c) for c in range(32, 127)] + ["\n"]
     tokens = [*SPECIAL, "<unk>", *characters]
     tokens += sorted(words) + [f" {w}" for w in sorted(words)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CLGraftError, UnknownName
-from . import embedded
+from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.models import embedded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..errors import CLGraftError
+from cl_graft.errors import CLGraftError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

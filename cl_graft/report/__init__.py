@@ -19,10 +19,10 @@ class Found:
 
 
 def find(folders: Sequence[Path]) -> list[Found]:
-    """All cells at or below the folders, complete or not, in a stable order, as `series.told_apart`."""
-    from ..record import cells
-    from ..result import collect, kept
-    from .series import told_apart
+    """All cells at or below the folders, complete or not, in a stable order, as `aggregate.told_apart`."""
+    from cl_graft.report.aggregate import told_apart
+    from cl_graft.store.record import cells
+    from cl_graft.store.result import collect, kept
 
     paths = [path for folder in folders for path in cells(folder)]
     told = told_apart([kept(path) or collect(path) for path in paths])
@@ -36,10 +36,10 @@ def gather(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 def write(found: Sequence[Found], target: Path) -> Path:
     """Tables, provenance, figures and pages; returns the page to open. Raises OSError where the disk refuses."""
-    from .page import work
-    from .page import write as write_page
-    from .provenance import write_provenance
-    from .tables import write_tables
+    from cl_graft.report.page import work
+    from cl_graft.report.page import write as write_page
+    from cl_graft.report.provenance import write_provenance
+    from cl_graft.report.tables import write_tables
 
     if len(found) > MANY:
         work.warm()  # while the tables are being made

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .series import Cell, Estimate, estimate, number, packs, told_apart
-from .style import looks_of, save, styled, wrap
-from .table import Table, show
-from .tradeoff import log_ticks
+from cl_graft.report.aggregate import Cell, Estimate, estimate, number, packs, told_apart
+from cl_graft.report.style import looks_of, save, styled, wrap
+from cl_graft.report.table import Table, show
+from cl_graft.report.tradeoff import log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

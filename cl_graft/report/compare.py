@@ -7,11 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import Found, find
-from .series import Cell, series
-from .standing import Reader, Sample, difference, interval, op_interval, probability, reader
-from .statistics import Difference, Interval
-from .table import UNMEASURED, Table, show
+from cl_graft.report import Found, find
+from cl_graft.report.aggregate import Cell, series
+from cl_graft.report.significance import (
+    Reader,
+    Sample,
+    difference,
+    interval,
+    op_interval,
+    probability,
+    reader,
+)
+from cl_graft.report.statistics import Difference, Interval
+from cl_graft.report.table import UNMEASURED, Table, show
 
 ABOUT = (
     *("config", "options", "versions", "code", "machine", "data", "tasks"),

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..prompts import Asked
-from .statistics import Strata
+from cl_graft.report.statistics import Strata
+from cl_graft.store.prompts import Asked
 
 RIGHT = 0.5  # a score from here on counts as right
 OUTCOMES = {

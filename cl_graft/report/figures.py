@@ -1,7 +1,7 @@
 """Figures of a sweep: what was forgotten, when, what remembering costs on disk, and what learning costs in time.
 
 Each function draws the cells of one scenario, model and budget (ReportError for any others);
-`series.py` says what a cell is and how cells are averaged over seeds. Scores are in per cent.
+`aggregate.py` says what a cell is and how cells are averaged over seeds. Scores are in per cent.
 Matplotlib is imported only when something is drawn, and pyplot's global state is never touched.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cl_graft.report.series import KINDS, Cell, Series, groups, number, series, slugged
+from cl_graft.report.aggregate import KINDS, Cell, Series, groups, number, series, slugged
 from cl_graft.report.style import (
     FRAME,
     GREY,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#888888")  # of series.KINDS
+COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#888888")  # of aggregate.KINDS
 
 
 @styled

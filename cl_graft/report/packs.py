@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..skillpack.file import SkillPack
+    from cl_graft.skillpack.format.file import SkillPack
 
 
 def relative(sums: list[tuple[float, float]]) -> float:
@@ -19,8 +19,8 @@ def relative(sums: list[tuple[float, float]]) -> float:
 
 def tensor_rows(pack: SkillPack, roles: Mapping[str, str]) -> list[dict[str, Any]]:
     """Codec, rank, bits an element and bytes of every tensor. roles: of those that are known."""
-    from ..skillpack.codecs import payload_bytes
-    from ..skillpack.decode import rank_of
+    from cl_graft.skillpack.codecs import payload_bytes
+    from cl_graft.skillpack.live.decode import rank_of
 
     sizes = {name: payload_bytes(*encoded.spec) for name, encoded in pack.tensors.items()}
     total = sum(sizes.values()) or 1

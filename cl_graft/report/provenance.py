@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from ..config import RunConfig
-from ..files import write_text
-from .series import KINDS, Cell
+from cl_graft.config import RunConfig
+from cl_graft.report.aggregate import KINDS, Cell
+from cl_graft.store.files import write_text
 
 
 def write_provenance(cells: Sequence[Cell], folder: Path) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 
-from cl_graft.report.series import Cell, groups
+from cl_graft.report.aggregate import Cell, groups
 from cl_graft.report.table import write_atomic
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Tables of a sweep: ranking, forgetting matrices, tasks, costs and cells, as text, CSV, Markdown and LaTeX.
 
-Every function takes a list of cells; `series.py` says what a cell is and how cells are averaged over seeds. Scores are
-per cent in the tables.
+Every function takes a list of cells; `aggregate.py` says what a cell is and how cells are averaged over seeds. Scores
+are per cent in the tables.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cl_graft.matrix import FloatArray
-from cl_graft.report.series import (
+from cl_graft.report.aggregate import (
     KINDS,
     Cell,
     Series,

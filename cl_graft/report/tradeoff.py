@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cl_graft.report.series import Cell, series
+from cl_graft.report.aggregate import Cell, series
 from cl_graft.report.style import GREY, looks_of, styled, title_of, wrap
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..config import RunConfig
+from cl_graft.config import RunConfig
 
 
 class Tracker(Protocol):
@@ -31,9 +31,9 @@ def trackers(config: RunConfig, folder: Path, identity: dict[str, Any]) -> Track
 
     folder: the cell's; what they write goes into its `tracking`. identity: what its `cell.json` says.
     """
-    from .csv import Csv
-    from .tensorboard import TensorBoard
-    from .wandb import Wandb, resolve
+    from cl_graft.tracking.csv import Csv
+    from cl_graft.tracking.tensorboard import TensorBoard
+    from cl_graft.tracking.wandb import Wandb, resolve
 
     chosen: list[Tracker] = []
     if (mode := resolve(config.wandb)) != "off":

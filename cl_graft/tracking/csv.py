@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from cl_graft.store.files import write_text
 
 SCORES = ("stage", "task", "metric", "value", "n", "stderr")
 LAST = ("learning_rate", "grad_norm", "tokens_per_second", "peak_memory_mb", "epoch", "seconds")

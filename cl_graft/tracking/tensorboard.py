@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .values import along, figures, of_point, of_result, of_stage
+from cl_graft.tracking.values import along, figures, of_point, of_result, of_stage
 
 
 class TensorBoard:

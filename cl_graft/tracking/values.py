@@ -67,7 +67,7 @@ def figures(result: dict[str, Any]) -> dict[str, Image]:
     """The report's figures of this cell alone, under the names that end their files' there."""
     from PIL.Image import open as read
 
-    from ..report.figures import FIGURES
-    from ..report.style import png
+    from cl_graft.report.figures import FIGURES
+    from cl_graft.report.style import png
 
     return {name: read(io.BytesIO(png(draw([result])))) for name, draw in FIGURES.items()}

@@ -21,12 +21,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config import RunConfig, WandbMode
-from ..files import write_text
-from ..identity import digest
-from ..locks import Busy
-from ..record import CellFolder
-from .values import figures, matrices, of_point, of_result, of_stage
+from cl_graft.config import RunConfig, WandbMode
+from cl_graft.store.digests import digest
+from cl_graft.store.files import write_text
+from cl_graft.store.locks import Busy
+from cl_graft.store.record import CellFolder
+from cl_graft.tracking.values import figures, matrices, of_point, of_result, of_stage
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..skillpack.checkpoint import Checkpoint, write_weights
+from cl_graft.skillpack.folders.checkpoint import Checkpoint, write_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ def load_start(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokeniz
     """The model in `folder` with its adapter, if it has one, ready to be trained."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..models.load import attention
+    from cl_graft.models.load import attention
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(

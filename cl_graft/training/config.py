@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from ..config import Launch
-from ..errors import CLGraftError
-from ..task import Pair, Task
+from cl_graft.config import Launch
+from cl_graft.errors import CLGraftError
+from cl_graft.task import Pair, Task
 
 Row = dict[str, str]  # prompt and completion (sft); prompt, chosen and rejected (dpo)
 

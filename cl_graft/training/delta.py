@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..skillpack.checkpoint import Checkpoint
+from cl_graft.skillpack.folders.checkpoint import Checkpoint
 
 
 class Delta(Mapping[str, Tensor]):

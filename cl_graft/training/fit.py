@@ -13,11 +13,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Launch
-from ..files import flush, read_jsonl, write_json, write_text
-from ..identity import peak_memory_mb
-from ..models.text import encode
-from .config import Row, StageConfig, accumulation, logging_steps, order, save_steps
+from cl_graft.config import Launch
+from cl_graft.models.text import encode
+from cl_graft.store.digests import peak_memory_mb
+from cl_graft.store.files import flush, read_jsonl, write_json, write_text
+from cl_graft.training.config import (
+    Row,
+    StageConfig,
+    accumulation,
+    logging_steps,
+    order,
+    save_steps,
+)
 
 if TYPE_CHECKING:
     from torch import nn

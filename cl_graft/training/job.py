@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..config import Launch
-from ..errors import CLGraftError
-from ..files import read_json, write_text
-from . import checkpoint, fit, launch
-from .config import StageConfig
+from cl_graft.config import Launch
+from cl_graft.errors import CLGraftError
+from cl_graft.store.files import read_json, write_text
+from cl_graft.training import checkpoint, fit, launch
+from cl_graft.training.config import StageConfig
 
 
 def main(work: Path) -> None:
@@ -44,7 +44,7 @@ def _run(work: Path, given: dict[str, Any]) -> None:
     from datasets import load_from_disk
     from transformers.integrations import HfDeepSpeedConfig
 
-    from .zero import whole, zero_json
+    from cl_graft.training.zero import whole, zero_json
 
     on_gpu = torch.cuda.is_available()
     torch.set_num_threads(given["threads"])

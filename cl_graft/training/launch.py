@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import Launch
-from ..errors import CLGraftError
-from ..files import RecordError, read_jsonl, write_json
-from ..locks import locked
-from ..models.embedded import cache_root
-from ..processes import signal_name
-from . import checkpoint
-from .config import Row, StageConfig, accumulation
-from .fit import LOG, Progress, quiet
+from cl_graft.config import Launch
+from cl_graft.errors import CLGraftError
+from cl_graft.models.embedded import cache_root
+from cl_graft.processes import signal_name
+from cl_graft.store.files import RecordError, read_jsonl, write_json
+from cl_graft.store.locks import locked
+from cl_graft.training import checkpoint
+from cl_graft.training.config import Row, StageConfig, accumulation
+from cl_graft.training.fit import LOG, Progress, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

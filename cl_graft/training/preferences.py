@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
-from ..evaluation.generate import generate
-from ..evaluation.scorers import Examinee, score
-from ..task import Example, Pair, Preference, Task
+from cl_graft.evaluation.generate import generate
+from cl_graft.evaluation.scorers import Examinee, score
+from cl_graft.task import Example, Pair, Preference, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

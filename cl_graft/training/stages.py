@@ -23,9 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..config import Launch
-from ..evaluation import generate, scorers
-from ..files import (
+from cl_graft.config import Launch
+from cl_graft.evaluation import generate, scorers
+from cl_graft.models import text
+from cl_graft.skillpack.folders.checkpoint import CheckpointError, new_folder
+from cl_graft.skillpack.format.file import fingerprint
+from cl_graft.store.digests import code_digest, digest, place, versions, vocabulary
+from cl_graft.store.files import (
     RecordError,
     flush,
     read_json,
@@ -35,15 +39,11 @@ from ..files import (
     write_json,
     write_lines,
 )
-from ..identity import code_digest, digest, place, versions, vocabulary
-from ..locks import locked, use
-from ..mirror import Mirror
-from ..models import text
-from ..skillpack.checkpoint import CheckpointError, new_folder
-from ..skillpack.file import fingerprint
-from ..task import Pair, Preference, Task
-from . import checkpoint, config, fit, preferences
-from .config import Row, StageConfig
+from cl_graft.store.locks import locked, use
+from cl_graft.store.mirror import Mirror
+from cl_graft.task import Pair, Preference, Task
+from cl_graft.training import checkpoint, config, fit, preferences
+from cl_graft.training.config import Row, StageConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,7 +130,7 @@ class Stages:
     ) -> float:
         begun = perf_counter()
         if self.launch.processes:
-            from .launch import launched
+            from cl_graft.training.launch import launched
 
             launched(model, tokenizer, rows, job, self.launch, work, building, progress)
         else:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import Launch
-from .config import StageConfig, accumulation
+from cl_graft.config import Launch
+from cl_graft.training.config import StageConfig, accumulation
 
 BUCKET = (
     50_000_000  # elements that are reduced at a time; DeepSpeed's own 500 million take a GB in bf16

@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.sandbox import require_consent
-from ..files import RecordError, write_json, write_text
-from ..identity import versions
-from ..record import CellFolder
-from ..task import Example
-from . import folder, lines, report, select
-from .config import BuildConfig
-from .judge import Judge, check_reward_model, reward_judge, rule_judge
-from .prompts import Prompts, judged_by_rule, read_prompts
-from .sample import ANSWERS, SAMPLERS, Chunk, chunks, require_vllm
-from .sources import check_readable, identify, reader
+from cl_graft.evaluation.sandbox import require_consent
+from cl_graft.store.digests import versions
+from cl_graft.store.files import RecordError, write_json, write_text
+from cl_graft.store.record import CellFolder
+from cl_graft.task import Example
+from cl_graft.transfer import folder, lines, report, select
+from cl_graft.transfer.config import BuildConfig
+from cl_graft.transfer.judge import Judge, check_reward_model, reward_judge, rule_judge
+from cl_graft.transfer.prompts import Prompts, judged_by_rule, read_prompts
+from cl_graft.transfer.sample import ANSWERS, SAMPLERS, Chunk, chunks, require_vllm
+from cl_graft.transfer.sources import check_readable, identify, reader
 
 Progress = Callable[[str, float], None]
 Rows = list[dict[str, Any]]

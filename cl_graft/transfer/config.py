@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..errors import CLGraftError
+from cl_graft.errors import CLGraftError
 
 
 class BuildConfig(BaseModel):

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import RecordError, write_json
+from cl_graft.store.files import RecordError, write_json
 
 FORMAT = 1
 SAMPLES, REWARDS, SFT, DPO = "samples.jsonl", "rewards.jsonl", "sft.jsonl", "dpo.jsonl"

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import CLGraftError
-from ..evaluation.scorers import SCORERS, Examinee
-from ..models.load import locate
-from ..models.text import encode
-from ..task import Example
-from .sources import SourceError, reader, worded
+from cl_graft.errors import CLGraftError
+from cl_graft.evaluation.scorers import SCORERS, Examinee
+from cl_graft.models.load import locate
+from cl_graft.models.text import encode
+from cl_graft.task import Example
+from cl_graft.transfer.sources import SourceError, reader, worded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..files import RecordError
+from cl_graft.store.files import RecordError
 
 
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:

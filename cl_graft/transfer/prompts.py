@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import plugins
-from ..data import DataError, json_lines
-from ..errors import UnknownName
-from ..evaluation.scorers import final_number
-from ..task import Example, Scenario, Task
-from .config import BuildConfig
+from cl_graft import plugins
+from cl_graft.data.readers import DataError, json_lines
+from cl_graft.errors import UnknownName
+from cl_graft.evaluation.scorers import final_number
+from cl_graft.task import Example, Scenario, Task
+from cl_graft.transfer.config import BuildConfig
 
 RULES = {"number": "completion", "exact": "completion", "tests": "tests"}  # and what each needs
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")

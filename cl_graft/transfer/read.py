@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..files import RecordError
-from ..task import Example, Pair
-from . import folder
+from cl_graft.store.files import RecordError
+from cl_graft.task import Example, Pair
+from cl_graft.transfer import folder
 
 
 def read_examples(out: Path) -> tuple[Example, ...]:

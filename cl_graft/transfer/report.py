@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from ..report.table import UNMEASURED, Table
-from . import select
+from cl_graft.report.table import UNMEASURED, Table
+from cl_graft.transfer import select
 
 BINS = 10
 REASONS = (

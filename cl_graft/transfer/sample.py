@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.generate import BATCH, Answer, answers
-from ..models.load import load, locate
-from .config import BuildConfig
-from .sources import SourceError, worded
+from cl_graft.evaluation.generate import BATCH, Answer, answers
+from cl_graft.models.load import load, locate
+from cl_graft.transfer.config import BuildConfig
+from cl_graft.transfer.sources import SourceError, worded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

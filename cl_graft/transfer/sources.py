@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CLGraftError
-from ..models.chat import user_turn
-from ..models.load import locate
+from cl_graft.errors import CLGraftError
+from cl_graft.models.chat import user_turn
+from cl_graft.models.load import locate
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

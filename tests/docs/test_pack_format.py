@@ -14,9 +14,9 @@ import torch
 
 from cl_graft import SkillPack, SkillPackError
 from cl_graft.skillpack import codecs
-from cl_graft.skillpack import file as engine
 from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.quant import BITS, Quantized
+from cl_graft.skillpack.codecs.quant import BITS, Quantized
+from cl_graft.skillpack.format import file as engine
 from tests.docs.reader import Refused, fingerprint, read
 from tests.skillpack.tensors import grid, normal
 

@@ -19,7 +19,7 @@ from cl_graft.cli import app
 from cl_graft.config import Launch
 from cl_graft.evaluation.scorers import SCORERS
 from cl_graft.skillpack.codecs import CODECS
-from cl_graft.spec import Ray, Sweep
+from cl_graft.sweep_config import Ray, Sweep
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -11,12 +11,7 @@ import torch
 import transformers as hf
 
 from cl_graft.evaluation import generate as module
-from cl_graft.evaluation.generate import (
-    answers,
-    choice_likelihoods,
-    generate,
-    log_likelihoods,
-)
+from cl_graft.evaluation.generate import answers, choice_likelihoods, generate, log_likelihoods
 from cl_graft.models.embedded import world_tokenizer
 
 PROMPTS = [

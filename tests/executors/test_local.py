@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cl_graft.config import RunConfig
-from cl_graft.executors import Outcome, local
+from cl_graft.experiment.executors import Outcome, local
 
 
 def config(out: Path) -> RunConfig:

@@ -13,9 +13,9 @@ import pytest
 
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
-from cl_graft.executors import ray as executor
-from cl_graft.executors.ray import run_cells
-from cl_graft.spec import Ray
+from cl_graft.experiment.executors import ray as executor
+from cl_graft.experiment.executors.ray import run_cells
+from cl_graft.sweep_config import Ray
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 pytestmark = pytest.mark.slow

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from cl_graft.data import DataError
 from cl_graft.errors import UnknownName
 from cl_graft.evaluation.generate import log_likelihoods
-from cl_graft.models import corpus, embedded, world
+from cl_graft.models import corpus, embedded, toy_language
 from cl_graft.models.load import load, locate
 from tests.refusals import one_sentence
 
 NAME = "nano-llama"
-WORLD = (world.math, world.code, world.cipher, world.general)
+WORLD = (toy_language.math, toy_language.code, toy_language.cipher, toy_language.general)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_it_loads_like_any_model(made: Path, cache: Path) -> None:
     assert all(torch.equal(p, ours[n].cpu()) for n, p in plain.named_parameters())
     fresh = embedded.world_tokenizer()
     rng = Random(1)
-    for text in ["", *(i.question + i.answer for i in map(world.pretraining, [rng] * 200))]:
+    for text in ["", *(i.question + i.answer for i in map(toy_language.pretraining, [rng] * 200))]:
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"] == fresh(text)["input_ids"]
     assert again.padding_side == "left"
     special = (again.pad_token_id, again.bos_token_id, again.eos_token_id)
@@ -192,8 +192,8 @@ def test_it_has_learned_something(made: Path, cache: Path) -> None:
     torch.manual_seed(0)
     untrained = embedded.new_llama(embedded.SPECS[NAME], len(tokenizer))
     rng = Random(99)
-    items = [world.pretraining(rng) for _ in range(40)]
-    pairs = [(world.prompt(item.question), item.answer) for item in items]
+    items = [toy_language.pretraining(rng) for _ in range(40)]
+    pairs = [(toy_language.prompt(item.question), item.answer) for item in items]
     before, after = (sum(log_likelihoods(m, tokenizer, pairs, 128)) for m in (untrained, model))
     assert after > 0.8 * before
 
@@ -209,7 +209,7 @@ def test_text_of_the_world_survives_the_tokenizer() -> None:
     for source in WORLD:
         for _ in range(200):
             item = source(rng)
-            text = world.prompt(item.question) + item.answer
+            text = toy_language.prompt(item.question) + item.answer
             ids = TOKENIZER(text)["input_ids"]
             assert ids[0] == TOKENIZER.bos_token_id and TOKENIZER.unk_token_id not in ids
             assert TOKENIZER.decode(ids, skip_special_tokens=True) == text

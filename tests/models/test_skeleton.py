@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cl_graft.errors import CLGraftError
-from cl_graft.models import skeleton as module
-from cl_graft.models.skeleton import Skeleton, skeleton
+from cl_graft.models import meta_model as module
+from cl_graft.models.meta_model import Skeleton, skeleton
 
 TOKENS = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SHAPE = {

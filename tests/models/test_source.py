@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_graft.evaluation.generate import log_likelihoods
-from cl_graft.models import embedded, source, world
+from cl_graft.models import embedded, mini_gpt2, toy_language
 from cl_graft.models.load import load
 
-TOKENIZER = source.tokenizer()
+TOKENIZER = mini_gpt2.tokenizer()
 
 
 @given(st.text())
@@ -43,18 +43,18 @@ def test_words_are_whole_and_digits_and_other_letters_are_not() -> None:
         "?",
     ]
     llama = embedded.world_tokenizer()
-    prompt = world.prompt("Tom has 3 apples.")
+    prompt = toy_language.prompt("Tom has 3 apples.")
     assert TOKENIZER(prompt)["input_ids"] != llama(prompt)["input_ids"]
     assert len(TOKENIZER) != len(llama)
 
 
 def test_every_batch_holds_the_tasks_in_the_same_shares() -> None:
     starts = {"Shift": "cipher", "Write": "code"}
-    for batch in islice(source.batches(32, 0), 5):
+    for batch in islice(mini_gpt2.batches(32, 0), 5):
         kinds = Counter(starts.get(prompt.split()[1], "math") for prompt, _ in batch)
         assert kinds == {"math": 22, "code": 4, "cipher": 6}
-    first, again = next(source.batches(32, 7)), next(source.batches(32, 7))
-    assert first == again != next(source.batches(32, 8))
+    first, again = next(mini_gpt2.batches(32, 7)), next(mini_gpt2.batches(32, 7))
+    assert first == again != next(mini_gpt2.batches(32, 8))
 
 
 def test_it_is_a_gpt2_that_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,9 +65,12 @@ def test_it_is_a_gpt2_that_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert type(model).__name__ == "GPT2LMHeadModel"
     assert tokenizer("Q: Tom")["input_ids"] == TOKENIZER("Q: Tom")["input_ids"]
     torch.manual_seed(0)
-    fresh = source.new_gpt2(spec, len(tokenizer))
+    fresh = mini_gpt2.new_gpt2(spec, len(tokenizer))
     rng = Random(99)
-    pairs = [(world.prompt(i.question), i.answer) for i in (world.math(rng) for _ in range(20))]
+    pairs = [
+        (toy_language.prompt(i.question), i.answer)
+        for i in (toy_language.math(rng) for _ in range(20))
+    ]
     before, after = (sum(log_likelihoods(m, tokenizer, pairs, 128)) for m in (fresh, model))
     assert after > 0.8 * before
 
@@ -79,5 +82,5 @@ def test_the_llamas_folders_are_those_of_before_there_were_families() -> None:
         assert recipe.pop("family") == "llama"
         recipe |= {"torch": torch.__version__, "machine": platform.machine()}
         digest = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=6)
-        digest.update(Path(world.__file__).read_bytes())
+        digest.update(Path(toy_language.__file__).read_bytes())
         assert embedded.folder(name, []).name == f"{name}-{digest.hexdigest()}"

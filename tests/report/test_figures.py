@@ -20,8 +20,8 @@ from PIL import Image
 
 from cl_graft.matrix import PerformanceMatrix
 from cl_graft.report import budgets
+from cl_graft.report.aggregate import ReportError
 from cl_graft.report.figures import FIGURES, costs, curves, heatmaps, write_figures
-from cl_graft.report.series import ReportError
 from cl_graft.report.style import DARK, KNOWN, PALETTE, darkened
 from cl_graft.report.tradeoff import bytes_vs_forgetting, bytes_vs_score, pareto
 

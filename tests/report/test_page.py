@@ -19,7 +19,7 @@ from cl_graft.report import Found, find, page
 from cl_graft.report.examples import Answer, Row, breakdown, final
 from cl_graft.report.page import template
 from cl_graft.report.provenance import write_provenance
-from cl_graft.report.standing import reader
+from cl_graft.report.significance import reader
 from cl_graft.report.tables import write_tables
 from tests.report.test_figures import luminance
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from cl_graft.report import Found
-from cl_graft.report import standing as module
+from cl_graft.report import significance as module
 from cl_graft.report.page import rows
-from cl_graft.report.standing import NOTE, Sample, difference, reader, standings, table
+from cl_graft.report.significance import NOTE, Sample, difference, reader, standings, table
 from cl_graft.report.statistics import Strata
 from tests.report.test_tables import cell as made
 

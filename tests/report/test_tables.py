@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cl_graft.errors import CLGraftError
 from cl_graft.matrix import PerformanceMatrix
-from cl_graft.report.series import ReportError, groups, series, told_apart
+from cl_graft.report.aggregate import ReportError, groups, series, told_apart
 from cl_graft.report.table import Table, write_atomic
 from cl_graft.report.tables import costs, matrices, ranking, write_tables
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from cl_graft.skillpack.quant import Quantized
+from cl_graft.skillpack.codecs.quant import Quantized
 
 
 def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

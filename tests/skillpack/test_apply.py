@@ -13,10 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cl_graft.bench.merge import bench_merge
 from cl_graft.skillpack import codecs
-from cl_graft.skillpack.apply import Grafted
 from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.decode import factors, sparse_entries, sparse_rows
-from cl_graft.skillpack.file import (
+from cl_graft.skillpack.codecs.quant import round_to_nearest
+from cl_graft.skillpack.format.file import (
     CorruptPack,
     NonFinite,
     ShapeMismatch,
@@ -24,7 +23,8 @@ from cl_graft.skillpack.file import (
     WrongBase,
     fingerprint,
 )
-from cl_graft.skillpack.quant import round_to_nearest
+from cl_graft.skillpack.live.decode import factors, sparse_entries, sparse_rows
+from cl_graft.skillpack.live.grafted import Grafted
 from tests.refusals import refusal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -15,12 +15,12 @@ from transformers import (
 )
 
 from cl_graft.skillpack import codecs
-from cl_graft.skillpack.apply import Grafted
-from cl_graft.skillpack.attach import Attached, Choice
 from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.file import ShapeMismatch, SkillPack, WrongBase, fingerprint
-from cl_graft.skillpack.quant import round_to_nearest
-from cl_graft.skillpack.spots import AttachError, find_spots
+from cl_graft.skillpack.codecs.quant import round_to_nearest
+from cl_graft.skillpack.format.file import ShapeMismatch, SkillPack, WrongBase, fingerprint
+from cl_graft.skillpack.live.attach import Attached, Choice
+from cl_graft.skillpack.live.attachment_points import AttachError, find_spots
+from cl_graft.skillpack.live.grafted import Grafted
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}

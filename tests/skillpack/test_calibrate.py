@@ -9,7 +9,13 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from cl_graft.skillpack.calibrate import Sums, Text, linear_layers, moments, stored_transposed
+from cl_graft.skillpack.compress.calibrate import (
+    Sums,
+    Text,
+    linear_layers,
+    moments,
+    stored_transposed,
+)
 
 SPECIAL = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cl_graft.errors import CLGraftError
-from cl_graft.skillpack.checkpoint import (
+from cl_graft.skillpack.folders.checkpoint import (
     INDEX,
     WEIGHTS,
     Checkpoint,
@@ -28,7 +28,7 @@ from cl_graft.skillpack.checkpoint import (
     write_checkpoint,
     write_tensors,
 )
-from cl_graft.skillpack.file import fingerprint
+from cl_graft.skillpack.format.file import fingerprint
 
 MANY = {
     "w": torch.randn(6, 4),
@@ -118,7 +118,7 @@ def test_one_file_counts_before_an_index_as_for_transformers(sharded: Path) -> N
 
 READER = """
 import sys, torch
-from cl_graft.skillpack.checkpoint import Checkpoint, write_checkpoint
+from cl_graft.skillpack.folders.checkpoint import Checkpoint, write_checkpoint
 found = Checkpoint(sys.argv[1])
 specs = {name: (info.dtype, info.shape) for name, info in found.tensors.items()}
 def peak():

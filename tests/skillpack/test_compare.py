@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.compare import Row, compare
-from cl_graft.skillpack.file import SkillPack
+from cl_graft.skillpack.format.file import SkillPack
+from cl_graft.skillpack.tools.compare import Row, compare
 
 
 def pack(base: str = "b", **tensors: Tensor | Encoded) -> SkillPack:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from cl_graft.errors import OverBudget
-from cl_graft.skillpack.calibrate import Moments
 from cl_graft.skillpack.codecs import decode, payload_bytes
-from cl_graft.skillpack.compress import Piece, Room, compress, fetch
-from cl_graft.skillpack.policy import Adaptive, Paper
+from cl_graft.skillpack.compress.calibrate import Moments
+from cl_graft.skillpack.compress.compress import Piece, Room, compress, fetch
+from cl_graft.skillpack.compress.policy import Adaptive, Paper
 
 SHAPES = {
     "embed.weight": ((96, 32), "embedding"),

@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cl_graft.errors import CLGraftError, OverBudget
 from cl_graft.models import embedded
-from cl_graft.skillpack.apply import Grafted
-from cl_graft.skillpack.checkpoint import Checkpoint
-from cl_graft.skillpack.create import Calibration, create
-from cl_graft.skillpack.file import SkillPack
-from cl_graft.skillpack.folder import apply_pack, remove_pack
-from cl_graft.skillpack.pair import pair
+from cl_graft.skillpack.compress.create import Calibration, create
+from cl_graft.skillpack.folders.apply import apply_pack, remove_pack
+from cl_graft.skillpack.folders.checkpoint import Checkpoint
+from cl_graft.skillpack.folders.pair import pair
+from cl_graft.skillpack.format.file import SkillPack
+from cl_graft.skillpack.live.grafted import Grafted
 from tests.command import Call, assert_refused
 
 SIZE = {
@@ -281,7 +281,7 @@ def test_inspect_tells_the_error_of_every_tensor_and_role(nano, run: Call, tmp_p
 KILLED = """
 import os, signal
 from cl_graft.cli import main
-from cl_graft.skillpack.shelf import Folder
+from cl_graft.skillpack.compress.work_store import Folder
 
 def once(self, key, item, put=Folder.__setitem__):
     put(self, key, item)

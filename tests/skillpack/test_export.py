@@ -22,18 +22,13 @@ from transformers import (
 
 from cl_graft.errors import CLGraftError
 from cl_graft.skillpack import codecs
-from cl_graft.skillpack.checkpoint import Checkpoint, CheckpointError
 from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.errors import WrongBase
-from cl_graft.skillpack.export import (
-    NothingToExport,
-    best_factors,
-    cut,
-    export_peft,
-)
-from cl_graft.skillpack.file import SkillPack
-from cl_graft.skillpack.folder import apply_pack
-from cl_graft.skillpack.quant import round_to_nearest
+from cl_graft.skillpack.codecs.quant import round_to_nearest
+from cl_graft.skillpack.folders.apply import apply_pack
+from cl_graft.skillpack.folders.checkpoint import Checkpoint, CheckpointError
+from cl_graft.skillpack.format.errors import WrongBase
+from cl_graft.skillpack.format.file import SkillPack
+from cl_graft.skillpack.tools.export import NothingToExport, best_factors, cut, export_peft
 
 IDS = torch.arange(12).reshape(2, 6)
 Q, K = (f"model.layers.0.self_attn.{n}_proj.weight" for n in "qk")

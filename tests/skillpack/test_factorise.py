@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from cl_graft.bench import textbook
 from cl_graft.skillpack.codecs import decode, payload_bytes
-from cl_graft.skillpack.factorise import (
+from cl_graft.skillpack.codecs.quant import BITS, groups_in
+from cl_graft.skillpack.compress.factorise import (
     LOSS,
     Factored,
     allocate,
@@ -19,7 +20,6 @@ from cl_graft.skillpack.factorise import (
     spec_of,
     spectrum,
 )
-from cl_graft.skillpack.quant import BITS, groups_in
 
 
 def problem(rows=48, cols=64, seed=0, samples=512):

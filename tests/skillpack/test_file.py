@@ -19,9 +19,11 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
-from cl_graft.skillpack import codecs, header
+from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.file import (
+from cl_graft.skillpack.codecs.quant import Quantized
+from cl_graft.skillpack.format import header
+from cl_graft.skillpack.format.file import (
     CorruptPack,
     NonFinite,
     NotASkillPack,
@@ -35,7 +37,6 @@ from cl_graft.skillpack.file import (
     WrongBase,
     packed_size,
 )
-from cl_graft.skillpack.quant import Quantized
 from tests.refusals import refusal
 
 BASE = "0123456789abcdef" * 2

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cl_graft.skillpack import fingerprint as module
-from cl_graft.skillpack.fingerprint import fingerprint
+from cl_graft.skillpack.format import fingerprint as module
+from cl_graft.skillpack.format.fingerprint import fingerprint
 
 
 def test_a_fingerprint_by_hand() -> None:

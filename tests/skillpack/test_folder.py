@@ -19,12 +19,12 @@ from transformers import (
 )
 
 from cl_graft.skillpack import codecs
-from cl_graft.skillpack.apply import Grafted
-from cl_graft.skillpack.checkpoint import Checkpoint
-from cl_graft.skillpack.errors import NonFinite, ShapeMismatch, WrongBase
-from cl_graft.skillpack.file import SkillPack
-from cl_graft.skillpack.folder import NotGrafted, apply_pack, remove_pack
-from cl_graft.skillpack.pair import pair
+from cl_graft.skillpack.folders.apply import NotGrafted, apply_pack, remove_pack
+from cl_graft.skillpack.folders.checkpoint import Checkpoint
+from cl_graft.skillpack.folders.pair import pair
+from cl_graft.skillpack.format.errors import NonFinite, ShapeMismatch, WrongBase
+from cl_graft.skillpack.format.file import SkillPack
+from cl_graft.skillpack.live.grafted import Grafted
 
 IDS = torch.arange(12).reshape(2, 6)
 Q = "model.layers.0.self_attn.q_proj.weight"

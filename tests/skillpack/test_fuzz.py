@@ -28,10 +28,11 @@ from typing import Any
 import pytest
 import torch
 
-from cl_graft.skillpack import codecs, header
+from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.file import CorruptPack, NonFinite, SkillPack, SkillPackError
-from cl_graft.skillpack.quant import round_to_nearest
+from cl_graft.skillpack.codecs.quant import round_to_nearest
+from cl_graft.skillpack.format import header
+from cl_graft.skillpack.format.file import CorruptPack, NonFinite, SkillPack, SkillPackError
 
 COUNT = int(os.environ.get("CL_GRAFT_FUZZ", "3900"))
 ROOM = 512 << 20

@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cl_graft.skillpack.gptq import Axis, _factorised, gptq, gptq_many
-from cl_graft.skillpack.quant import (
+from cl_graft.skillpack.codecs.quant import (
     BITS,
     Quantized,
     fit_grid,
@@ -27,6 +26,7 @@ from cl_graft.skillpack.quant import (
     normalised,
     round_to_nearest,
 )
+from cl_graft.skillpack.compress.gptq import Axis, _factorised, gptq, gptq_many
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cl_graft.skillpack import packing
-from cl_graft.skillpack.quant import BITS, Quantized
+from cl_graft.skillpack.codecs import packing
+from cl_graft.skillpack.codecs.quant import BITS, Quantized
 
 few = settings(max_examples=60, deadline=None)
 

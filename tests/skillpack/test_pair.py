@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cl_graft.errors import CLGraftError, UnknownName
-from cl_graft.skillpack.checkpoint import Checkpoint
-from cl_graft.skillpack.errors import NonFinite
-from cl_graft.skillpack.pair import PairError, Pairing, pair, tied_copy
+from cl_graft.skillpack.folders.checkpoint import Checkpoint
+from cl_graft.skillpack.folders.pair import PairError, Pairing, pair, tied_copy
+from cl_graft.skillpack.format.errors import NonFinite
 
 E, H, Q, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.q.weight", "model.norm.weight"
 ROPE = "model.rotary_emb.inv_freq"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cl_graft.errors import UnknownName
 from cl_graft.skillpack.codecs import payload_bytes, sparse
-from cl_graft.skillpack.policy import (
+from cl_graft.skillpack.compress.policy import (
     METHODS,
     Adaptive,
     BadPolicy,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.quant import BITS, round_to_nearest
+from cl_graft.skillpack.codecs.quant import BITS, round_to_nearest
 from tests.skillpack.tensors import grid, normal
 
 few = settings(max_examples=40, deadline=None)

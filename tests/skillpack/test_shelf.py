@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cl_graft.skillpack.shelf import Folder, Item
+from cl_graft.skillpack.compress.work_store import Folder, Item
 
 
 def test_what_is_put_there_is_found_again_by_another_reader(tmp_path):

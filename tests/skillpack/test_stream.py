@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cl_graft.errors import CLGraftError
+from cl_graft.models.meta_model import Skeleton, skeleton
 from cl_graft.models.roles import decoder_layers
-from cl_graft.models.skeleton import Skeleton, skeleton
-from cl_graft.skillpack.calibrate import Moments, moments
-from cl_graft.skillpack.checkpoint import Checkpoint
-from cl_graft.skillpack.lockstep import Lockstep
-from cl_graft.skillpack.stream import stream_moments
-from cl_graft.skillpack.text import calibration_batches
+from cl_graft.skillpack.compress.calibrate import Moments, moments
+from cl_graft.skillpack.compress.round_robin import Lockstep
+from cl_graft.skillpack.compress.stream import stream_moments
+from cl_graft.skillpack.compress.text import calibration_batches
+from cl_graft.skillpack.folders.checkpoint import Checkpoint
 
 SPECIAL = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SHAPE = {
@@ -246,7 +246,9 @@ def test_a_model_whose_names_are_not_known_is_loaded_whole(
     saved: Any, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
 ) -> None:
     model, checkpoint, bones = saved("mixtral")
-    monkeypatch.setattr("cl_graft.models.skeleton._renaming", lambda model: lambda key: (key, None))
+    monkeypatch.setattr(
+        "cl_graft.models.meta_model._renaming", lambda model: lambda key: (key, None)
+    )
     assert not bones.plain
     kept: dict[str, Tensor] = {}
     found = stream_moments(

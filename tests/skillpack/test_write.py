@@ -19,7 +19,8 @@ from torch import Tensor
 
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.file import (
+from cl_graft.skillpack.codecs.quant import round_to_nearest
+from cl_graft.skillpack.format.file import (
     CorruptPack,
     NonFinite,
     SkillPack,
@@ -27,7 +28,6 @@ from cl_graft.skillpack.file import (
     packed_size,
     write_pack,
 )
-from cl_graft.skillpack.quant import round_to_nearest
 from tests.refusals import refusal
 
 ABOUT: dict[str, Any] = {"method": "graft", "options": {"budget": 0.1}, "base": "01" * 16}

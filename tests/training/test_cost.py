@@ -9,8 +9,8 @@ import pytest
 
 from cl_graft.config import Launch
 from cl_graft.errors import CLGraftError
+from cl_graft.planning import cost
 from cl_graft.task import Example, Task, Training
-from cl_graft.training import cost
 from cl_graft.training.config import sft_job
 from cl_graft.training.fit import fit
 

@@ -9,8 +9,8 @@ import torch
 
 from cl_graft.config import Launch
 from cl_graft.errors import CLGraftError
-from cl_graft.files import read_jsonl
 from cl_graft.models.text import encode
+from cl_graft.store.files import read_jsonl
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training.config import dpo_job, order, sft_job
 from cl_graft.training.fit import LOG, fit

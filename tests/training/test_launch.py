@@ -17,8 +17,8 @@ import torch
 
 from cl_graft.config import Launch
 from cl_graft.errors import CLGraftError
-from cl_graft.files import read_jsonl
 from cl_graft.models.load import load
+from cl_graft.store.files import read_jsonl
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training import launch as launching
 from cl_graft.training.config import accumulation, dpo_job, sft_job

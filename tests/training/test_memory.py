@@ -11,11 +11,11 @@ from transformers import LlamaConfig
 from cl_graft.bench.plan import MINI, TEXT, compare, measured
 from cl_graft.errors import CLGraftError
 from cl_graft.models.embedded import world_tokenizer
+from cl_graft.planning.memory import Job, estimate
+from cl_graft.planning.trace import Meter, trace
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training.config import dpo_job, sft_job
 from cl_graft.training.fit import encoded, lengths
-from cl_graft.training.memory import Job, estimate
-from cl_graft.training.trace import Meter, trace
 
 SMALL = LlamaConfig(
     vocab_size=64,

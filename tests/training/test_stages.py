@@ -16,9 +16,9 @@ import torch
 
 from cl_graft.config import Launch
 from cl_graft.errors import CLGraftError
-from cl_graft.mirror import Mirror
 from cl_graft.models.load import load
-from cl_graft.skillpack.file import fingerprint
+from cl_graft.skillpack.format.file import fingerprint
+from cl_graft.store.mirror import Mirror
 from cl_graft.stream import benchmark
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training import fit, stages

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerBase
 
-from cl_graft.models import embedded, source
+from cl_graft.models import embedded, mini_gpt2
 from tests.command import Call
 
 QUESTIONS = [f"Q: Copy {letter}.\nA: " for letter in "abcdefghijklmnopqrstuvwxyz"]
@@ -32,7 +32,7 @@ def trained(
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     spec = embedded.Spec("", 32, 1, 2, 64, 150, 1e-2, family="gpt2")
-    model = source.new_gpt2(spec, len(tokenizer))
+    model = mini_gpt2.new_gpt2(spec, len(tokenizer))
 
     def batches() -> Iterator[list[tuple[str, str]]]:
         rng = Random(seed)
@@ -49,7 +49,7 @@ def trained(
 def torn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Says "yes" or "no", of bytes."""
     return trained(
-        tmp_path_factory.mktemp("sources") / "torn", ["yes", "no"], source.tokenizer(), 0
+        tmp_path_factory.mktemp("sources") / "torn", ["yes", "no"], mini_gpt2.tokenizer(), 0
     )
 
 
@@ -63,7 +63,7 @@ def sure(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def classifier(folder: Path, outputs: int = 1) -> Path:
     """A sequence classifier with random weights."""
     torch.manual_seed(5)
-    tokenizer = source.tokenizer()
+    tokenizer = mini_gpt2.tokenizer()
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=64,

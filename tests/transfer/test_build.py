@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_graft.files import RecordError
+from cl_graft.store.files import RecordError
 from cl_graft.task import Example, Pair
 from cl_graft.transfer import build as building
 from cl_graft.transfer import lines

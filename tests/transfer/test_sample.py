@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from cl_graft.errors import CLGraftError
-from cl_graft.models import source
+from cl_graft.models import mini_gpt2
 from cl_graft.transfer.config import BuildConfig
 from cl_graft.transfer.sample import chunks, hf_sampler, vllm_request, vllm_sampler
 from cl_graft.transfer.sources import SourceError, check_readable, identify, worded
@@ -83,7 +83,7 @@ def test_special_tokens_in_a_prompt_would_be_lost(torn: Path) -> None:
 
 
 def test_a_prompt_must_leave_room_for_the_answer() -> None:
-    tokenizer = source.tokenizer()
+    tokenizer = mini_gpt2.tokenizer()
 
     class Small:
         max_position_embeddings = 10
@@ -94,7 +94,7 @@ def test_a_prompt_must_leave_room_for_the_answer() -> None:
 
 
 def test_a_chat_template_without_its_beginning_twice() -> None:
-    tokenizer = source.tokenizer()
+    tokenizer = mini_gpt2.tokenizer()
     assert worded(tokenizer, "s", "hi", chat=False) == "hi"
     with pytest.raises(SourceError, match="no chat template"):
         worded(tokenizer, "s", "hi", chat=True)
@@ -122,7 +122,7 @@ def test_a_source_is_identified_by_all_its_files(torn: Path, tmp_path: Path) -> 
 
 def test_what_vllm_is_asked() -> None:
     """The tokens that the other engine reads, a seed for every prompt, and nothing left to the model's defaults."""
-    tokenizer = source.tokenizer()
+    tokenizer = mini_gpt2.tokenizer()
     asked = config(samples=3, temperature=0.7, top_p=0.9)
     inputs, parameters = vllm_request(asked, tokenizer, ["hi", "yo"], 16, seed=2**31 - 1)
     assert inputs == [{"prompt_token_ids": tokenizer(text)["input_ids"]} for text in ("hi", "yo")]

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ...identity import digest
-from .. import Found, budgets
-from ..figures import FIGURES, draw
-from ..series import groups, slugged
-from ..standing import reader, standings, table
-from ..style import files_of
-from ..table import TEXTS, write_atomic
-from . import cell, index, sources
-from .work import SMALL, Work
+from cl_graft.report import Found, budgets
+from cl_graft.report.aggregate import groups, slugged
+from cl_graft.report.figures import FIGURES, draw
+from cl_graft.report.page import cell, index, sources
+from cl_graft.report.page.work import SMALL, Work
+from cl_graft.report.significance import reader, standings, table
+from cl_graft.report.style import files_of
+from cl_graft.report.table import TEXTS, write_atomic
+from cl_graft.store.digests import digest
 
 
 def write(found: Sequence[Found], folder: Path) -> Path:

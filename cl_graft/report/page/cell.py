@@ -11,13 +11,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ... import prompts
-from ...prompts import Asked
-from .. import Found
-from ..examples import OUTCOMES, RIGHT, Answer, Row, breakdown
-from ..provenance import commands
-from ..table import write_atomic
-from .template import render
+from cl_graft.report import Found
+from cl_graft.report.examples import OUTCOMES, RIGHT, Answer, Row, breakdown
+from cl_graft.report.page.template import render
+from cl_graft.report.provenance import commands
+from cl_graft.report.table import write_atomic
+from cl_graft.store import prompts
+from cl_graft.store.prompts import Asked
 
 MOST = 400  # examples of a task that a page shows
 LONGEST = 4000  # characters of a text that a page shows

@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import Found
-from ..figures import FIGURES
-from ..provenance import commands
-from ..series import KINDS
-from ..standing import NOTE, Standing
-from ..style import DARK, looks_of
-from ..tables import matrices
-from . import rows
-from .template import render as fill
+from cl_graft.report import Found
+from cl_graft.report.aggregate import KINDS
+from cl_graft.report.figures import FIGURES
+from cl_graft.report.page import rows
+from cl_graft.report.page.template import render as fill
+from cl_graft.report.provenance import commands
+from cl_graft.report.significance import NOTE, Standing
+from cl_graft.report.style import DARK, looks_of
+from cl_graft.report.tables import matrices
 
 CAPTIONS = {
     "heatmaps": "Forgetting matrices, all on one colour scale. Rows are stages, columns tasks.",

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .. import Found
-from ..series import number
-from ..standing import Standing, probability
-from ..statistics import Difference, Interval
-from ..table import UNMEASURED, show
-from ..tables import stages_done
-from .cell import file
+from cl_graft.report import Found
+from cl_graft.report.aggregate import number
+from cl_graft.report.page.cell import file
+from cl_graft.report.significance import Standing, probability
+from cl_graft.report.statistics import Difference, Interval
+from cl_graft.report.table import UNMEASURED, show
+from cl_graft.report.tables import stages_done
 
 WIDTH = 132  # pixels of an interval's plot
 

@@ -6,37 +6,37 @@ import hashlib
 from functools import cache
 from importlib import metadata, resources
 
-from ... import identity, prompts
-from .. import (
+from cl_graft.report import (
     Found,
+    aggregate,
     budgets,
     examples,
     figures,
     provenance,
-    series,
     style,
     table,
     tables,
     tradeoff,
     units,
 )
+from cl_graft.store import digests, prompts
 
 
 @cache
 def of_figures() -> str:
     """The code that draws figures, and the version of the library that it draws with."""
-    code = identity.code_digest(budgets, figures, series, style, table, tables, tradeoff)
-    return identity.digest(code, metadata.version("matplotlib"))
+    code = digests.code_digest(budgets, figures, aggregate, style, table, tables, tradeoff)
+    return digests.digest(code, metadata.version("matplotlib"))
 
 
 @cache
 def of_pages() -> str:
     """The code and the templates that make a cell's page."""
-    from . import cell, template
+    from cl_graft.report.page import cell, template
 
     found = hashlib.blake2b(digest_size=16)
-    code = (examples, provenance, series, table, tables, units, cell, template, prompts)
-    found.update(identity.code_digest(*code).encode())
+    code = (examples, provenance, aggregate, table, tables, units, cell, template, prompts)
+    found.update(digests.code_digest(*code).encode())
     for file in sorted(resources.files(__package__).joinpath("templates").iterdir(), key=str):
         found.update(file.read_bytes())
     return found.hexdigest()
@@ -49,4 +49,4 @@ def of_cell(found: Found, group: str) -> str:
     files.append(prompts.file(path.parent, cell.get("data", "")))
     told = [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
     # names, for those of plugins hang on what else is reported
-    return identity.digest(told, group, cell["label"], cell["scenario"], of_pages())
+    return digests.digest(told, group, cell["label"], cell["scenario"], of_pages())

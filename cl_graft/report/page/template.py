@@ -6,8 +6,8 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ..table import UNMEASURED, show
-from ..units import duration, size
+from cl_graft.report.table import UNMEASURED, show
+from cl_graft.report.units import duration, size
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -12,8 +12,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from ...processes import cores, end_with_parent, forked_from, interrupts_held
-from ..table import write_atomic
+from cl_graft.processes import cores, end_with_parent, forked_from, interrupts_held
+from cl_graft.report.table import write_atomic
 
 ALONE = 8  # work below this, in figures, is done in this process
 SMALL = 0.02  # a cell's page beside a figure

@@ -1,0 +1,86 @@
+"""Rows of a data set: of the Hugging Face hub by its id, or of a local folder that `datasets` reads.
+
+`datasets` runs no code of a data set, so what is read is data only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cl_graft.data.readers import DataError, sample
+
+T = TypeVar("T")
+Row = Mapping[str, Any]
+
+
+def rows(
+    place: str,
+    adapt: Callable[[Row], T],
+    columns: Sequence[str],
+    *,
+    config: str | None = None,
+    split: str = "train",
+    keep: Callable[[str], bool] | None = None,
+    size: int | None = None,
+    seed: str = "",
+) -> list[T]:
+    """What `adapt` makes of the rows, or of `size` of them drawn by the seed.
+
+    place: a hub id or a folder. columns: those that must be there. config: left out where the place has none of that
+    name. keep: which rows, by their first column. Raises DataError in one sentence: no such data, a column is
+    missing, no row is kept, or a row is not what `adapt` needs.
+    """
+    table = _load(place, config, split)
+    if missing := [column for column in columns if column not in table.column_names]:
+        raise DataError(
+            f"{place} has no column {missing[0]!r} but {', '.join(table.column_names)}; the scenario needs "
+            f"{', '.join(columns)}."
+        )
+    wanted = list(range(len(table)))
+    if keep:
+        marks = list(table[columns[0]])
+        wanted = [i for i, mark in enumerate(marks) if keep(mark)]
+        if not wanted:
+            known = ", ".join(sorted(set(marks))[:20])
+            raise DataError(
+                f"no row of {place} is of the kind asked for by its column {columns[0]!r}, which holds {known}; "
+                "choose another source."
+            )
+    if not wanted:
+        raise DataError(f"{place} holds no row; choose another source.")
+    chosen = wanted if size is None else sample(wanted, size, seed)
+    found = []
+    for number, row in zip(chosen, table.select(chosen), strict=True):
+        try:
+            found.append(adapt(row))
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(
+                f"row {number} of {place} does not have the form of its data set ({type(error).__name__}: {error}); "
+                "mend it or choose another source."
+            ) from error
+    return found
+
+
+def _load(place: str, config: str | None, split: str) -> Any:
+    import datasets
+
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        if config is not None and Path(place).is_dir():
+            names = datasets.get_dataset_config_names(place)
+            config = config if config in names else None
+        return datasets.load_dataset(place, config, split=split)
+    except (
+        Exception
+    ) as error:  # no network, no such set, gated, torn files: each with errors of its own
+        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+        raise DataError(
+            f"{place} cannot be read ({type(error).__name__}: {reason}); give the data set's hub id or a folder that "
+            "`datasets` reads, and log in where it asks for that."
+        ) from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()

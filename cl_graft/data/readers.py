@@ -1,0 +1,118 @@
+"""Reading data files that the user names: JSON lists and JSON lines, every record checked."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+
+from cl_graft.errors import CLGraftError
+
+T = TypeVar("T")
+
+
+class DataError(CLGraftError):
+    """A data file is missing, or a record in it is not what the scenario needs."""
+
+
+Fields = Mapping[str, type | tuple[type, ...]] | Sequence[str]
+
+
+def records(data_dir: Path | None, name: str, fields: Fields) -> list[dict[str, Any]]:
+    """Records of `data_dir/name` (.json list, .jsonl, .jsonl.gz), each with the fields.
+
+    fields: the names, or {name: type of the value}.
+    Raises DataError naming the file, the line or the record, and the cure.
+    """
+    path = _existing(data_dir, name)
+    text = _text(path)
+    found = _list(path, text) if path.suffix == ".json" else json_lines(path, text)
+    types = fields if isinstance(fields, Mapping) else dict.fromkeys(fields, object)
+    for where, record in found:
+        for field, wanted in types.items():
+            if not isinstance(record, dict) or field not in record:
+                raise DataError(
+                    f"{path}, {where} has no field {field!r}; the scenario needs {', '.join(fields)}."
+                )
+            if not isinstance(record[field], wanted):
+                raise DataError(
+                    f"{path}, {where} has {type(record[field]).__name__} in field {field!r}; "
+                    f"write {_names(wanted)} there."
+                )
+    if not found:
+        raise DataError(f"{path} holds no record; put the data set's file there.")
+    return [record for _, record in found]
+
+
+def labels(data_dir: Path | None, name: str) -> list[str]:
+    """A JSON list of strings. Raises DataError for anything else."""
+    path = _existing(data_dir, name)
+    found = [value for _, value in _list(path, _text(path))]
+    if not found or not all(isinstance(value, str) for value in found):
+        raise DataError(f"{path} should hold a JSON list of strings; mend or replace the file.")
+    return found
+
+
+def _text(path: Path) -> str:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); mend or replace the file.") from error
+
+
+def _names(wanted: type | tuple[type, ...]) -> str:
+    kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+    return " or ".join(kind.__name__ for kind in kinds)
+
+
+def _existing(data_dir: Path | None, name: str) -> Path:
+    if data_dir is None:
+        raise DataError(
+            f"this scenario reads {name}; give the folder that holds it with --data-dir."
+        )
+    path = data_dir / name
+    if not path.is_file():
+        raise DataError(f"there is no {path}; give the folder that holds {name} with --data-dir.")
+    return path
+
+
+def _list(path: Path, text: str) -> list[tuple[str, Any]]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); mend or replace the file.") from error
+    if not isinstance(value, list):
+        raise DataError(f"{path} should hold a JSON list; mend or replace the file.")
+    return [(f"record {i}", record) for i, record in enumerate(value, 1)]
+
+
+def json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
+    """("line N", value) of each line that is not blank. Raises DataError naming `path` and the line."""
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                found.append((f"line {number}", json.loads(line)))
+            except ValueError as error:
+                raise DataError(
+                    f"{path}, line {number} is not JSON ({error}); mend or remove the line."
+                ) from error
+    return found
+
+
+def sample(items: Sequence[T], size: int, seed: str) -> list[T]:
+    """`size` of the items in a random order that depends on the seed alone; all of them if there are fewer.
+
+    Raises DataError where that is none at all.
+    """
+    if size < 1 or not items:
+        raise DataError(
+            f"a sample of {size} from {len(items)} for {seed!r} is empty; ask for at least 1, from data that "
+            "hold some."
+        )
+    return Random(seed).sample(list(items), min(size, len(items)))

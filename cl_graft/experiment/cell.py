@@ -1,0 +1,317 @@
+"""One cell: for each experience, train, evaluate every task, record. Resumes at task boundaries."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from cl_graft.config import RunConfig
+from cl_graft.evaluation.scores import by_metric, cells
+from cl_graft.experiment.executors import Progress
+from cl_graft.experiment.prepare import prepare, strategy_of
+from cl_graft.models.load import locate
+from cl_graft.skillpack.format.errors import SkillPackError
+from cl_graft.store import prompts
+from cl_graft.store.digests import (
+    data_fingerprint,
+    machine,
+    package_digest,
+    peak_memory_mb,
+    versions,
+)
+from cl_graft.store.files import RecordError, read_json, read_jsonl, refused, write_json
+from cl_graft.store.mirror import Mirror
+from cl_graft.store.record import CellFolder
+from cl_graft.store.result import collect
+from cl_graft.task import Scenario
+
+if TYPE_CHECKING:
+    from cl_graft.evaluation.scorers import Scored
+    from cl_graft.skillpack.format.file import SkillPack
+    from cl_graft.strategy.base import Strategy
+    from cl_graft.tracking import Trackers
+
+
+def run(
+    config: RunConfig | None = None,
+    progress: Progress | None = None,
+    patient: bool = True,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Run one cell, or continue it, and return its result (the object `cl-graft report --json` prints).
+
+    Give a RunConfig, or its fields: `run(scenario="mini", strategy="graftllm", allow_code_execution=True)`.
+    patient: wait for a stage that another cell trains; else Busy is raised.
+    Raises CLGraftError in one sentence for whatever the user can mend.
+    """
+    config = config or RunConfig(**fields)
+    folder = CellFolder(config.out / config.cell)
+    mirror = Mirror(config.mirror) if config.mirror else None
+    if (result := finished(config)) is not None:
+        if mirror:  # the attempt that finished it may not have come to this
+            mirror.push(folder.path, config.cell)
+        return result
+    begun = perf_counter()
+    scenario, strategy_class, options = prepare(config)
+    report = _forwards(progress or (lambda what, done: None))
+    report("loading the model", 0.0)
+    locate(config.model, config.data_dir)
+    with folder.lock(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries to each other
+        if mirror:
+            mirror.pull(config.cell, folder.path)
+        if (result := finished(config)) is None:  # by another process, since we looked
+            result = _compute(
+                config, folder, scenario, strategy_class, options, report, begun, patient
+            )
+        if mirror:
+            mirror.push(folder.path, config.cell)
+        return result
+
+
+def finished(config: RunConfig) -> dict[str, Any] | None:
+    """The result on disk, or None if there is something left to compute.
+
+    Raises RecordError where the folder holds another version's result, or another experiment's.
+    """
+    folder = CellFolder(config.out / config.cell)
+    if not folder.complete:
+        return None
+    folder.check({"config": _experiment(config)})
+    return read_json(folder.path / "result.json")
+
+
+def _experiment(config: RunConfig) -> dict[str, Any]:
+    """The fields of a config that decide its result."""
+    fields = {"scenario", "strategy", "model", "seed", "budget", "options", "threads", "train_on"}
+    return config.model_dump(mode="json", include=fields)
+
+
+def _compute(
+    config: RunConfig,
+    folder: CellFolder,
+    scenario: Scenario,
+    strategy_class: type[Strategy],
+    options: dict[str, Any],
+    progress: Progress,
+    begun: float,
+    patient: bool,
+) -> dict[str, Any]:
+    import torch
+    from transformers import set_seed
+
+    from cl_graft.models.load import load
+    from cl_graft.models.roles import roles
+    from cl_graft.stream import benchmark
+    from cl_graft.tracking import trackers
+
+    torch.set_num_threads(config.threads)
+    model, tokenizer = load(config.model, config.data_dir)
+    roles(model)  # refuses, before anything is computed, a model whose modules cannot be told apart
+    set_seed(config.seed)
+    strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer, patient)
+    scenario, budget = strategy.scenario, strategy.budget
+    identity: dict[str, Any] = {
+        "config": _experiment(config),
+        "options": options,
+        "versions": versions(),
+        "code": package_digest(),
+        "machine": machine(),
+        "reads_data_dir": config.data_dir is not None,
+        "base": strategy.grafted.base,
+        "data": data_fingerprint(scenario),
+        "tasks": scenario.task_names,
+        "budget_bytes": budget.bytes,
+        "base_bytes": budget.base_bytes,
+    }
+    folder.begin(json.loads(json.dumps(identity)))
+    folder.mark("running")
+    asked = prompts.keep(folder.path.parent, identity["data"], scenario)
+    if strategy.stages.mirror:
+        strategy.stages.mirror.push(asked, f"{prompts.FOLDER}/{asked.name}")
+    tracker = trackers(config, folder.path, identity)
+    try:
+        _stages(folder, strategy, benchmark(scenario), tracker, progress, begun)
+        result = collect(folder.path)
+        tracker.finish(result)  # before the cell is complete: what is cut short here is done again
+        # the result comes last: after it nothing is looked at, and so nothing swept
+        folder.mark("done")
+        write_json(folder.path / "result.json", result)
+    except BaseException as error:
+        tracker.abandon(error)
+        raise
+    return result
+
+
+def _stages(
+    folder: CellFolder,
+    strategy: Strategy,
+    stream: Any,
+    tracker: Trackers,
+    progress: Progress,
+    begun: float,
+) -> None:
+    """begun: when the cell was, by `perf_counter`; what it took to load counts with the first stage."""
+    done = _restore(folder, strategy)
+    for record in done:
+        tracker.stage(record)
+    tasks = strategy.scenario.tasks
+    total = len(tasks) + 1
+    for stage in range(len(done), total):
+        task = tasks[stage - 1] if stage else None
+        strategy.progress = partial(_part_of, progress, stage, total)
+        costs = _Costs(strategy, begun)
+        kept: dict[str, Any] = {"pack": None, "pack_bytes": None}
+        if task:
+            strategy.train(stream.train_stream[stage - 1], eval_streams=[])
+            pack = strategy.packs[-1]
+            size = _saved(pack, folder.new_pack_path(stage, task.name))
+            kept = {"pack": pack.digest, "pack_bytes": size}
+        what = f"evaluating after {task.name}" if task else "evaluating the base model"
+        progress(what, (stage + 0.8) / total)
+        scored, outcomes = _evaluate(strategy, stream)
+        about = {"stage": stage, "task": task.name if task else None}
+        record = {**about, **scored, **kept, **costs.record()}
+        folder.write_stage(stage, _example_lines(outcomes), record)
+        tracker.stage(record)
+        if strategy.stages.mirror:
+            strategy.stages.mirror.push(folder.path, folder.path.name)
+        begun = perf_counter()
+
+
+def _saved(pack: SkillPack, path: Path) -> int:
+    """Bytes of the pack's file. Raises DiskRefused if the disk does."""
+    try:
+        return pack.save(path)
+    except SkillPackError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise refused(path, str(error.__cause__.strerror)) from error
+
+
+def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A stage's scores with the packs that they were made by, and every outcome: {task: {metric: outcomes}}."""
+    scenario, known = strategy.scenario, set(strategy.measured)
+    strategy.eval(stream.test_stream)
+    outcomes, general = dict(strategy.results), None
+    if scenario.general:
+        found = strategy.measure(scenario.general, strategy.active(None))
+        general = cells(found, scenario.general.suites)
+        outcomes[f"general:{scenario.general.name}"] = found
+    active = {t.name: [p.digest for p in strategy.active(j)] for j, t in enumerate(scenario.tasks)}
+    known |= strategy.recalled
+    scored = {
+        "scores": by_metric(strategy.results, scenario.tasks),
+        "general": general,
+        "active": active,
+        "general_active": [p.digest for p in strategy.active(None)],
+        "identical": [name for name, packs in active.items() if (name, *packs) in known],
+    }
+    return scored, outcomes
+
+
+class _Costs:
+    """Of a stage: what a strategy's counters grow by from here to `record`."""
+
+    def __init__(self, strategy: Strategy, begun: float):
+        self.strategy, self.begun = strategy, begun
+        self.seconds, self.aside = dict(strategy.seconds), strategy.aside
+        self.log, self.losses = replace(strategy.log), len(strategy.log.losses)
+
+    def record(self) -> dict[str, Any]:
+        strategy, log = self.strategy, self.strategy.log
+        seconds = {k: v - self.seconds[k] for k, v in strategy.seconds.items()}
+        busy = seconds["compress"] + seconds["evaluate"] + strategy.aside - self.aside
+        busy += log.spent - self.log.spent
+        spent = perf_counter() - self.begun
+        return {
+            "seconds": seconds | {"harness": spent - busy},
+            "spent": spent,
+            "tokens": log.tokens - self.log.tokens,
+            "peak_memory_mb": peak_memory_mb(),
+            "losses": log.losses[self.losses :],
+        }
+
+
+def _part_of(progress: Progress, stage: int, total: int, what: str, part: float) -> None:
+    share = 0.6 + 0.2 * part if what.startswith("compressing") else 0.6 * part
+    progress(what, (stage + share) / total)
+
+
+def _forwards(progress: Progress) -> Progress:
+    """The same, never going back: a stage may train twice (SFT, then DPO)."""
+    furthest = 0.0
+
+    def report(what: str, done: float) -> None:
+        nonlocal furthest
+        furthest = max(furthest, done)
+        progress(what, furthest)
+
+    return report
+
+
+def _restore(folder: CellFolder, strategy: Strategy) -> list[dict[str, Any]]:
+    """Give the strategy its packs and outcomes back; returns the records of the stages that are whole."""
+    from cl_graft.skillpack.format.file import SkillPack
+
+    scenario, records = strategy.scenario, folder.stages()
+    for record in records:
+        if record["task"]:
+            pack = SkillPack.load(
+                folder.pack_path(record["stage"], record["task"]), base=strategy.grafted.base
+            )
+            if pack.digest != record["pack"]:
+                raise RecordError(
+                    f"{folder.path}: the pack of stage {record['stage']} is not the one that its stage.json "
+                    "names; delete that stage's folder and the later ones to compute them anew."
+                )
+            strategy.packs.append(pack)
+        outcomes = _outcomes(folder, record, scenario)
+        for name, digests in record["active"].items():
+            strategy.measured[(name, *digests)] = outcomes[name]
+        if scenario.general and record["general"]:
+            key = (scenario.general.name, *record["general_active"])
+            strategy.measured[key] = outcomes[f"general:{scenario.general.name}"]
+    return records
+
+
+def _outcomes(
+    folder: CellFolder, record: dict[str, Any], scenario: Scenario
+) -> dict[str, dict[str, list[Scored]]]:
+    """{task: {metric: outcomes}} of a whole stage. Raises RecordError where some are missing."""
+    from cl_graft.evaluation.scorers import Scored
+
+    file = folder.stage_path(record["stage"]) / "examples.jsonl"
+    outcomes: dict[str, dict[str, list[Scored]]] = {}
+    for line in read_jsonl(file):
+        scored = Scored(line["score"], line["answer"], line["note"])
+        outcomes.setdefault(line["task"], {}).setdefault(line["metric"], []).append(scored)
+    of_tasks = {t: metrics for t, metrics in outcomes.items() if not t.startswith("general:")}
+    general = [metrics for t, metrics in outcomes.items() if t.startswith("general:")]
+    try:
+        found: Any = (
+            by_metric(of_tasks, scenario.tasks),
+            cells(general[0], scenario.general.suites) if scenario.general and general else None,
+        )
+    except (ValueError, KeyError):  # lines are missing, doubled, or of another task
+        found = None
+    if found != (record["scores"], record["general"]):
+        raise RecordError(
+            f"{file} does not hold the outcomes that its stage.json was made of; "
+            "delete that stage's folder and the later ones to compute them anew."
+        )
+    return outcomes
+
+
+def _example_lines(results: dict[str, dict[str, list[Scored]]]) -> list[dict[str, Any]]:
+    return [
+        {"task": task, "metric": metric, "index": i, **asdict(outcome)}
+        for task, metrics in results.items()
+        for metric, outcomes in metrics.items()
+        for i, outcome in enumerate(outcomes)
+    ]

@@ -1,0 +1,39 @@
+"""Who runs the cells of a sweep: processes of this machine (`local`), or a Ray cluster (`ray`).
+
+An executor is a function from cells to their outcomes. It may start a cell as often as it likes: a cell goes on where
+it was left, and a finished one is not computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cl_graft.config import RunConfig
+
+Report = Callable[[str, str, float], None]  # cell, what is being done, fraction of it done
+Progress = Callable[[str, float], None]  # the same of one cell
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt at a cell ended.
+
+    refused: by a disk or a network, and the same command tries it again. busy: what it needs next is being made by
+    another cell or sweep. lost: its process or its node died, or was told to stop; what was finished is on disk.
+    reason: of anything but `done`, in one sentence. trace: of a failure.
+    """
+
+    state: Literal["done", "failed", "refused", "busy", "lost"]
+    reason: str = ""
+    trace: str = ""
+
+
+# What a cell that is tried again is told to be doing until then.
+WAITS = {"busy": "waiting for another's work", "lost": "waiting after its process was lost"}
+
+Work = Callable[
+    [RunConfig, Progress, bool], Outcome
+]  # attempt.attempt, or a stand-in to measure with
+Executor = Callable[[Sequence[RunConfig], Report], Iterator[tuple[RunConfig, Outcome]]]

@@ -1,0 +1,139 @@
+"""Cells as tasks of a Ray cluster, or of one that is started on this machine.
+
+A task asks for CPUs, GPUs and memory; Ray finds it a node, and sets the GPUs it may see. A cell whose node is lost is
+given to another, which goes on from what the first left: in the shared results folder, or at the `mirror` URL.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cl_graft.config import RunConfig
+from cl_graft.errors import CLGraftError
+from cl_graft.experiment.executors import WAITS, Outcome, Report, Work
+from cl_graft.experiment.executors.attempt import attempt, seldom
+from cl_graft.experiment.executors.queue import Queue
+from cl_graft.store.digests import forget_peak_memory
+
+if TYPE_CHECKING:
+    from cl_graft.sweep_config import Ray
+
+
+def run_cells(
+    cells: Sequence[RunConfig], report: Report, workers: int, asks: Ray, work: Work = attempt
+) -> Iterator[tuple[RunConfig, Outcome]]:
+    """Outcomes as they come; workers: the most cells at a time, 0 as many as the cluster has room for.
+
+    Raises CLGraftError where Ray is not installed, cannot be reached, or never has what a cell asks for.
+    """
+    ray = _connected(asks, workers)
+    from ray.util.queue import Queue as Events
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    wants = {"num_cpus": asks.cpus, "num_gpus": asks.gpus, "memory": asks.memory}
+    task = ray.remote(**wants, max_retries=0)(_work)  # the queue tries again, and knows how often
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    events: Any = Events(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    left, running = Queue(cells), dict[Any, RunConfig]()
+    try:
+        while True:
+            slots = workers or max(1, _room(ray, asks))  # without a node Ray waits for one
+            while len(running) < slots and (chosen := left.next()):
+                config, patient = chosen
+                running[
+                    task.remote(work, config.model_dump_json(), patient, events, os.getcwd())
+                ] = config
+            if not running:
+                return
+            ray.wait(list(running), timeout=0.5)
+            if count := events.qsize():  # asking an empty one costs an exception from afar
+                for event in events.get_nowait_batch(count):
+                    report(*event)
+            for reference in ray.wait(list(running), num_returns=len(running), timeout=0)[0]:
+                config = running.pop(reference)
+                outcome = _outcome(ray, reference)
+                if final := left.after(config, outcome):
+                    yield config, final
+                else:
+                    report(config.cell, WAITS[outcome.state], 0.0)
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        events.shutdown(force=True)
+
+
+def _connected(asks: Ray, workers: int) -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise CLGraftError("Ray is not installed; `pip install cl-graft[ray]`.") from error
+    if not ray.is_initialized():
+        address = asks.address or os.environ.get("RAY_ADDRESS")
+        here: dict[str, Any] = {"address": address}
+        if not address:  # one of our own, even where another's is running
+            here = {"address": "local", "num_cpus": math.ceil(workers * asks.cpus) or None}
+        try:
+            _reach(address)  # Ray itself would try for minutes
+            ray.init(
+                **here, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CLGraftError(
+                f"no Ray cluster answers at {address or 'this machine'} ({error}); start one with `ray start --head`."
+            ) from error
+    if not _room(ray, asks):
+        has = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU", "memory")}
+        raise CLGraftError(
+            f"a cell asks for {asks.cpus:g} CPUs, {asks.gpus:g} GPUs and {asks.memory or 0:,} bytes, and the cluster "
+            f"has {has}; ask for less."
+        )
+    return ray
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError where nothing listens at `host:port`."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _room(ray: Any, asks: Ray) -> int:
+    """How many cells the cluster's nodes hold at a time."""
+    wants = {"CPU": asks.cpus, "GPU": asks.gpus, "memory": asks.memory or 0}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(
+        min(int(node.get(kind, 0) // amount) for kind, amount in wants.items() if amount)
+        for node in nodes
+    )
+
+
+def _outcome(ray: Any, reference: Any) -> Outcome:
+    try:
+        return Outcome(*ray.get(reference))
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+        return Outcome("lost", f"its node or process was lost ({type(error).__name__}: {reason}).")
+
+
+def _work(work: Work, config: str, patient: bool, events: Any, folder: str) -> tuple[Any, ...]:
+    """On a node: an attempt at the cell; plain values go back.
+
+    folder: where the sweep was started, which relative paths begin from if the node has it, too.
+    """
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    made = RunConfig.model_validate_json(config)
+    forget_peak_memory()  # Ray gives one process to several cells
+    os.environ["OMP_NUM_THREADS"] = str(made.threads)
+
+    def report(what: str, done: float) -> None:
+        # not waited for, and so no failure of the cell where nobody listens any more
+        events.actor.put_nowait.remote((made.cell, what, done))
+
+    outcome = work(made, seldom(report, 1.0), patient)
+    return outcome.state, outcome.reason, outcome.trace

@@ -1,0 +1,160 @@
+"""A run before anything is computed: finding and checking all that it names, and building its strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_graft import plugins
+from cl_graft.budget import Budget
+from cl_graft.config import Launch, RunConfig
+from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.store.digests import digest
+from cl_graft.store.mirror import Mirror
+from cl_graft.task import Scenario
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cl_graft.strategy.base import Strategy
+
+
+def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]]:
+    """Find and check everything a run names, before anything is computed."""
+    scenario = _scenario(config)
+    _launch(config.launch, scenario)
+    return scenario, *_strategy(config)
+
+
+def check(cells: Iterable[RunConfig]) -> None:
+    """Raise what `prepare` would for any of the cells, and for their models, mirrors and launches.
+
+    A scenario that cells share is made once.
+    """
+    from cl_graft.models import load
+
+    made = set()
+    for config in cells:
+        _strategy(config)
+        load.check(config.model)
+        if config.mirror:
+            Mirror(config.mirror).check()
+        name = config.short(config.scenario)
+        told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
+        scenario = digest(*map(str, told), config.options.get(name), str(config.train_on))
+        if scenario not in made:
+            _launch(config.launch, _scenario(config))
+            made.add(scenario)
+
+
+def _launch(launch: Launch, scenario: Scenario) -> None:
+    """Raises CLGraftError where it cannot work here, or cannot make a task's batches."""
+    from cl_graft.training.config import accumulation
+    from cl_graft.training.launch import check
+
+    if launch.processes:
+        check(launch)
+    for task in scenario.tasks:
+        for half in (task.training, task.training.preference):
+            if half:
+                accumulation(half.batch, launch)
+
+
+def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
+    """Class and options of the strategy; the config's plain values are checked, too."""
+    Budget(config.budget, 10**9)
+    if not 0 <= config.seed < 2**31:
+        raise CLGraftError(f"seed {config.seed} is out of range; choose one from 0 to {2**31 - 1}.")
+    scenario_name, strategy_name = config.short(config.scenario), config.short(config.strategy)
+    known = (*plugins.names("strategy"), *plugins.names("scenario"))
+    for owner in config.options:
+        if owner not in (scenario_name, strategy_name, *known):
+            raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
+    found = plugins.load("strategy", config.strategy)
+    _require_strategy(found, config.strategy)
+    given = config.options.get(strategy_name, {})
+    return found, plugins.check_options("strategy", strategy_name, found, given)
+
+
+def _scenario(config: RunConfig) -> Scenario:
+    name = config.short(config.scenario)
+    make = plugins.load("scenario", config.scenario)
+    chosen = plugins.check_options("scenario", name, make, config.options.get(name, {}))
+    scenario = make(seed=config.seed, data_dir=config.data_dir, **chosen)
+    if not isinstance(scenario, Scenario):
+        raise CLGraftError(
+            f"{config.scenario} is not a scenario: its function returns {type(scenario).__name__}; "
+            "return a cl_graft.task.Scenario."
+        )
+    scenario = _trained_on(scenario, config.train_on)
+    programs = [t for t in scenario.tasks if "tests" in t.metrics]
+    if programs:
+        from cl_graft.evaluation.sandbox import require_consent
+
+        require_consent(config.allow_code_execution, f"scoring task {programs[0].name!r}")
+    return scenario
+
+
+def strategy_of(
+    config: RunConfig,
+    scenario: Scenario,
+    strategy_class: type[Strategy],
+    options: Mapping[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    patient: bool = True,
+) -> Strategy:
+    """The strategy of a cell that was prepared, on its model; its scenario's prompts are rendered.
+
+    patient: wait for a stage that another cell trains; else Busy is raised.
+    Raises NoChatTemplate where the scenario is for chat and the tokenizer is not.
+    """
+    from cl_graft.evaluation.outcomes import Outcomes
+    from cl_graft.models.chat import rendered
+    from cl_graft.training.stages import Stages
+
+    mirror = Mirror(config.mirror) if config.mirror else None
+    return strategy_class(
+        model=model,
+        tokenizer=tokenizer,
+        scenario=rendered(scenario, tokenizer),
+        budget=Budget(config.budget, sum(p.numel() for p in model.parameters())),
+        seed=config.seed,
+        options=options,
+        allow_code=config.allow_code_execution,
+        stages=Stages(config.store, config.launch, patient, mirror),
+        outcomes=Outcomes(config.store, config.cell, mirror),
+    )
+
+
+def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
+    """The scenario with the training data of some tasks taken from folders that `transfer build` made."""
+    from cl_graft.transfer.read import read_examples, read_pairs
+
+    for name in folders:
+        if name not in scenario.task_names:
+            raise UnknownName(f"task of {scenario.name}", name, scenario.task_names)
+    tasks = []
+    for task in scenario.tasks:
+        if task.name in folders:
+            folder = folders[task.name]
+            task = replace(task, train=read_examples(folder), pairs=read_pairs(folder))
+            if task.training.preference and not task.pairs:
+                raise CLGraftError(
+                    f"{folder} holds no preference pairs for task {task.name!r}; build it with a wider reward gap, "
+                    "or train without DPO."
+                )
+        tasks.append(task)
+    return replace(scenario, tasks=tuple(tasks))
+
+
+def _require_strategy(found: Any, name: str) -> None:
+    from cl_graft.strategy.base import Strategy
+
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise CLGraftError(
+            f"{name} is not a strategy; decorate its function with @compressor or @merger, "
+            "or make it a subclass of cl_graft.Strategy."
+        )

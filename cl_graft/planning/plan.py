@@ -1,0 +1,135 @@
+"""What a sweep is going to do, before any of it is done: every stage, what it needs, and what is there already.
+
+Strategies are really built, and asked to learn every task with a stand-in for training that writes down what it is
+asked for. A model whose weights are at hand is loaded, so that a finished stage is known by its key; of any other,
+the configuration is built on the meta device.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cl_graft.config import RunConfig
+from cl_graft.experiment import cell
+from cl_graft.experiment.prepare import prepare, strategy_of
+from cl_graft.models.load import load, load_tokenizer, locate
+from cl_graft.planning import cost
+from cl_graft.planning.dry_run import PlannedStage, Rehearsal, Timer
+from cl_graft.planning.memory import Memory
+from cl_graft.store.record import CellFolder
+
+LOADED = 4e9  # bytes of weights up to which a model is loaded to plan with
+
+# Dense bf16 operations a second, from NVIDIA's data sheets (without sparsity).
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """stages: each once, however many cells share it. cells: {name: its pack budget in bytes, tasks, finished}."""
+
+    stages: list[PlannedStage]
+    cells: dict[str, dict[str, Any]]
+    disk: int
+    disk_free: int
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the training that is not cached; None where a part of it could not be estimated."""
+        found = [s.seconds for s in self.stages if s.state != "cached"]
+        return None if any(s is None for s in found) else float(sum(s for s in found if s))
+
+    def json(self) -> dict[str, Any]:
+        stages = [asdict(s) | {"memory_device": s.memory.device} for s in self.stages]
+        return {
+            "stages": stages,
+            "cells": self.cells,
+            "seconds": self.seconds,
+            "disk": self.disk,
+            "disk_free": self.disk_free,
+        }
+
+
+def plan(
+    cells: Sequence[RunConfig],
+    probe: bool = False,
+    peak: float | None = None,
+    utilisation: float = cost.UTILISATION,
+    gpu: bool = False,
+) -> Plan:
+    """Raises, in one sentence, all that `cl_graft.run` would raise before its first stage.
+
+    probe: three real steps of each stage of a model that could be loaded tell its time. Else time follows from
+    operations at `utilisation` of `peak`, operations a second of one device; None takes the one of this GPU.
+    gpu: memory is that of GPUs, with bf16, though this machine has none.
+    """
+    stages: dict[str, PlannedStage] = {}
+    found: dict[str, dict[str, Any]] = {}
+    memories: dict[Any, Memory] = {}
+    timer = Timer(probe, peak or _own_peak(), utilisation)
+    gpu = gpu or torch.cuda.is_available()
+    for config in cells:
+        own, about = _of_cell(config, memories, timer, gpu)
+        found[config.cell] = about
+        for key, stage in own:
+            stages.setdefault(key, stage).cells.append(config.cell)
+    listed = list(stages.values())
+    packs = sum(c["tasks"] * c["pack_bytes"] for c in found.values() if not c["finished"])
+    disk = packs + sum(s.disk for s in listed if s.state != "cached")
+    out = cells[0].out.absolute()
+    existing = next(p for p in (out, *out.parents) if p.exists())
+    return Plan(listed, found, disk, shutil.disk_usage(existing).free)
+
+
+def _of_cell(
+    config: RunConfig, memories: dict[Any, Memory], timer: Timer, gpu: bool
+) -> tuple[list[tuple[str, PlannedStage]], dict[str, Any]]:
+    # nothing is executed here, so nobody needs to consent to it
+    scenario, strategy_class, options = prepare(
+        config.model_copy(update={"allow_code_execution": True})
+    )
+    torch.set_num_threads(config.threads)
+    # anew for each cell: a rehearsal restores the weights alone, and LoRA leaves them frozen
+    model, tokenizer, exact = _model(config)
+    strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer)
+    if not exact:
+        strategy.grafted._base = "planned"  # a fingerprint needs the weights
+    done = cell.finished(config) is not None
+    left = [] if done else _not_learned(config, scenario.task_names)
+    recorder = Rehearsal(config, strategy, exact, memories, timer, gpu)
+    for task in strategy.scenario.tasks if left else ():
+        recorder.learn(task)
+    limit = strategy.budget.bytes if strategy.budgeted else strategy.budget.base_bytes
+    about = {"pack_bytes": limit, "tasks": len(scenario.tasks), "finished": done}
+    return [(key, stage) for key, stage in recorder.found if stage.task in left], about
+
+
+def _not_learned(config: RunConfig, tasks: Sequence[str]) -> Sequence[str]:
+    """The tasks that come after those whose records a killed run left."""
+    records = CellFolder(config.out / config.cell).stages()
+    return tasks[max(0, len(records) - 1) :]  # the first record is the base's
+
+
+def _model(config: RunConfig) -> tuple[Any, Any, bool]:
+    """Model, tokenizer, and whether the weights are the real ones."""
+    from cl_graft.models.meta_model import skeleton
+
+    place = locate(config.model, config.data_dir)
+    weights = list(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
+    if weights and sum(f.stat().st_size for f in weights) <= LOADED:
+        return *load(config.model, config.data_dir), True
+    tokenizer = load_tokenizer(config.model, place)
+    return skeleton(place).model, tokenizer, False
+
+
+def _own_peak() -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for model, peak in PEAKS.items() if model in name), None)

@@ -1,0 +1,261 @@
+"""Two checkpoint folders -> one SkillPack, streaming, and resumable after a kill.
+
+The order of work: pair the tensors, calibrate (each decoder layer loaded and run once), measure every delta, share
+out the budget, encode, write. What is finished lies in a folder beside the pack until the pack is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cl_graft import __version__
+from cl_graft.budget import Budget
+from cl_graft.errors import CLGraftError
+from cl_graft.models.meta_model import Skeleton, skeleton
+from cl_graft.models.roles import tied_head
+from cl_graft.skillpack.codecs import decode
+from cl_graft.skillpack.compress.calibrate import Batch, Moments
+from cl_graft.skillpack.compress.compress import Piece, Progress, Room, compress, fetch
+from cl_graft.skillpack.compress.policy import METHODS, Policy
+from cl_graft.skillpack.compress.stream import stream_moments
+from cl_graft.skillpack.compress.work_store import Folder, Item
+from cl_graft.skillpack.folders.checkpoint import Checkpoint
+from cl_graft.skillpack.folders.pair import Pairing, add_rows, pair
+from cl_graft.skillpack.format.write import packed_size, write_pack
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that the tuned model reads. batches: input_ids, attention_mask, labels, each (sequences, length) int64.
+
+    gradient_batches: how many of them, from the first, also go through the backward pass that tells what each
+    matrix's output is worth. prefix: whether layers read what the tuned model feeds them, or what the compressed
+    one does (then everything is done twice, the second time behind the first result).
+    """
+
+    batches: Sequence[Batch]
+    gradient_batches: int = 1
+    prefix: Literal["tuned", "compressed"] = "tuned"
+
+
+@dataclass(frozen=True)
+class Created:
+    """bytes: of the file. seconds: by kind of work, this run alone. notes: what a user should know."""
+
+    bytes: int
+    limit: int
+    seconds: dict[str, float]
+    notes: list[str]
+
+
+def create(
+    base: Path,
+    tuned: Path,
+    out: Path,
+    *,
+    budget: str = "5%",
+    method: str = "graftllm-adaptive",
+    policy: Policy | None = None,
+    calibration: Calibration | None = None,
+    task: str = "delta",
+    device: str = "cpu",
+    progress: Progress = lambda what, done: None,
+) -> Created:
+    """Write the pack `out` of what `tuned` has learned on `base`, both Hugging Face folders.
+
+    budget: as of `Budget`, a share of the base in bf16, or bytes; met from below. policy: of `method`, with its
+    defaults where it is None. calibration: None for the data-free mode. A killed run is continued by the same
+    call. Raises CLGraftError.
+    """
+    seconds: dict[str, float] = {}
+    policy = policy or METHODS[method]()
+    before, after = Checkpoint(base), Checkpoint(tuned)
+    allowed = Budget(budget, sum(prod(before.tensors[n].shape) for n in before.floating))
+    with _timed(seconds, "pair"):
+        progress("comparing the checkpoints", 0.0)
+        pairing, bones = pair(before, after), skeleton(tuned)
+        fingerprint = before.fingerprint()
+    notes = list(pairing.notes)
+    options = {"budget": budget, "calibrated": calibration is not None, **_plain(policy)}
+    fields: dict[str, Any] = {
+        "task": task,
+        "method": method,
+        "options": options,
+        "base": fingerprint,
+        "added": pairing.added,
+        "grown": pairing.grown,
+    }
+    room = Room(partial(_size, fields), allowed.bytes, budget)
+    work = _work_folder(out, pairing, fields, calibration, device)
+    weights = None
+    rounds = 2 if calibration and calibration.prefix == "compressed" else 1
+    for number in range(rounds):
+        shelf = Folder(work / str(number))
+        moments = Moments()
+        if calibration:
+            with _timed(seconds, "calibrate"):
+                moments = _calibrated(pairing, bones, calibration, shelf, weights, device, progress)
+                notes += [bones.note] if bones.note and not number else []
+        with _timed(seconds, "compress"):
+            pieces, renamed = _pieces(pairing, bones), _by_key(moments, pairing, bones)
+            specs = compress(pieces, renamed, policy, room, shelf, device=device, progress=progress)
+        weights = partial(_compressed, pairing, set(specs), shelf)
+    with _timed(seconds, "write"):
+        written = write_pack(out, specs, partial(fetch, shelf), **fields)
+    shutil.rmtree(work, ignore_errors=True)
+    return Created(written, allowed.bytes, seconds, notes)
+
+
+def _plain(policy: Policy) -> dict[str, Any]:
+    """Options for a header: JSON has no integer keys."""
+    split = {str(k): v for k, v in getattr(policy, "split", {}).items()}
+    return asdict(policy) | ({"split": split} if split else {})
+
+
+def _size(fields: dict[str, Any], specs: Mapping[str, Any]) -> int:
+    """Bytes of the pack as far as it is planned."""
+    added = [name for name in fields["added"] if name in specs]
+    grown = {name: shape for name, shape in fields["grown"].items() if name in specs}
+    return packed_size(specs, **{**fields, "added": added, "grown": grown})
+
+
+def _pieces(pairing: Pairing, bones: Skeleton) -> list[Piece]:
+    head = tied_head(bones.model)
+    return [
+        Piece(
+            change.name,
+            change.shape,
+            bones.role_of(change.source),
+            partial(pairing.delta, change.name),
+            transposed=bones.is_transposed(change.source),
+            head=head.get(bones.parameter_of(change.source) or ""),
+            whole=change.base_shape is None,
+            present=bones.role_of(change.source) in ("embedding", "head"),
+        )
+        for change in pairing.changes
+    ]
+
+
+def _by_key(moments: Moments, pairing: Pairing, bones: Skeleton) -> Moments:
+    """Moments by the names of the checkpoint's tensors, too, not by the model's parameters alone."""
+    reads, outputs = dict(moments.reads), dict(moments.outputs)
+    for change in pairing.changes:
+        name = bones.parameter_of(change.source)
+        if name in moments.reads:
+            reads[change.name] = moments.reads[name]
+        if name in moments.outputs and bones.key_of(name) is not None:  # not one of several parts
+            outputs[change.name] = moments.outputs[name]
+    return Moments(moments.inputs, reads, outputs)
+
+
+def _calibrated(
+    pairing: Pairing,
+    bones: Skeleton,
+    calibration: Calibration,
+    shelf: Folder,
+    weights: Callable[[str], Tensor] | None,
+    device: str,
+    progress: Progress,
+) -> Moments:
+    """Moments whose inputs lie on the shelf; an earlier run's, if it got so far."""
+    inputs = _Inputs(shelf)
+    if "moments" not in shelf:
+        _check_disk(bones, shelf.path)
+        found = stream_moments(
+            pairing.tuned,
+            bones,
+            calibration.batches,
+            gradient_batches=calibration.batches[: calibration.gradient_batches],
+            device=device,
+            sink=inputs,
+            weights=weights,
+            progress=partial(progress, "calibrating"),
+        )
+        shelf["moments"] = Item(found.outputs, {"reads": found.reads})
+    outputs, about = shelf["moments"]
+    return Moments(inputs, about["reads"], outputs)
+
+
+class _Inputs(Mapping[str, Tensor]):
+    """Second moments on a shelf. Called with a group and its moments it puts them there."""
+
+    def __init__(self, shelf: Folder):
+        self.shelf = shelf
+
+    def __call__(self, group: str, moments: Tensor) -> None:
+        self.shelf[f"inputs/{group}"] = Item({"moments": moments}, {})
+
+    def __getitem__(self, group: str) -> Tensor:
+        return self.shelf[f"inputs/{group}"].tensors["moments"]
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.removeprefix("inputs/") for key in self.shelf if key.startswith("inputs/"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _compressed(pairing: Pairing, kept: set[str], shelf: Folder, name: str) -> Tensor:
+    """A tensor of the compressed model: the base's, and what the pack keeps of the delta."""
+    tuned = pairing.tuned.tensors[name]
+    if not tuned.dtype.is_floating_point:
+        return pairing.tuned.read(name)
+    weight = decode(fetch(shelf, name)) if name in kept else torch.zeros(tuned.shape)
+    if name in pairing.base.tensors:
+        add_rows(weight, pairing.base.read(name))
+    return weight.to(tuned.dtype)
+
+
+def _check_disk(bones: Skeleton, folder: Path) -> None:
+    widths = [p.shape[-1] for p in bones.model.parameters() if p.ndim == 2]
+    needed, free = 4 * sum(w * w for w in widths) // 2, shutil.disk_usage(folder).free
+    if free < needed:
+        raise CLGraftError(
+            f"calibration keeps about {needed / 1e9:.1f} GB beside the pack for a while, and {folder} has "
+            f"{free / 1e9:.1f} GB left; free some, or write the pack elsewhere."
+        )
+
+
+def _work_folder(
+    out: Path,
+    pairing: Pairing,
+    fields: dict[str, Any],
+    calibration: Calibration | None,
+    device: str,
+) -> Path:
+    """Beside the pack, named after all that the work depends on, so that another task never finds it."""
+    digest = hashlib.blake2b(digest_size=6)
+    digest.update(json.dumps([__version__, torch.__version__, device, fields]).encode())
+    for file in sorted({info.file for info in pairing.tuned.tensors.values()}):
+        found = file.stat()
+        digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}".encode())
+    if calibration:
+        digest.update(f"{calibration.gradient_batches} {calibration.prefix}".encode())
+        for batch in calibration.batches:
+            for _, tensor in sorted(batch.items()):
+                digest.update(tensor.numpy().tobytes())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.parent / f"{out.name}.{digest.hexdigest()}.work"
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], kind: str) -> Iterator[None]:
+    """Adds the seconds of a block to one kind of work."""
+    begun = perf_counter()
+    try:
+        yield
+    finally:
+        seconds[kind] = seconds.get(kind, 0.0) + perf_counter() - begun

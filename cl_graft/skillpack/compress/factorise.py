@@ -1,0 +1,202 @@
+"""A matrix delta as quantised low-rank factors: how many ranks at which precision, and the factors themselves.
+
+Notation of the reference recipe: delta D (out, in), H = X^T X / n of the layer's inputs. The error that matters is
+that of the layer's output, ||X D^T - X Dhat^T||^2 / n = trace((D - Dhat) H (D - Dhat)^T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cl_graft.skillpack.codecs import Encoded, Spec, quantized_low_rank
+from cl_graft.skillpack.codecs.quant import BITS, Quantized, groups_in, round_to_nearest
+from cl_graft.skillpack.compress.gptq import gptq_many, gptq_runs
+
+# Share of a rank's energy that is lost at b bits; 0 bits drops the rank. Rate-distortion slope 4^-b.
+LOSS = {0: 1.0, **{bits: min(1.0, 2.8 * 4.0**-bits) for bits in BITS}}
+
+Counts = dict[int, int]  # {bits: number of ranks}, precision falling
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular directions of one delta, from the eigenvectors of its smaller Gram matrix.
+
+    energy: float64 (r,), falling: what dropping a rank costs in squared output error.
+    basis: float32; where out <= in (out, r), orthonormal left factors U: right factors are U^T D.
+        Else (r, in), the right factors themselves, from the eigenvectors of L^T D^T D L, H = L L^T.
+    """
+
+    energy: Tensor
+    basis: Tensor
+    wide: bool  # out <= in
+
+    def right(self, delta: Tensor, first: int) -> Tensor:
+        """float32 (first, in): the leading right factors, unquantised."""
+        return self.basis[:, :first].T @ delta if self.wide else self.basis[:first]
+
+    def left(self, delta: Tensor, hessian: Tensor | None, first: int) -> Tensor:
+        """float32 (out, first): what the right factors are multiplied by."""
+        if self.wide:
+            return self.basis[:, :first]
+        read = self.basis[:first] if hessian is None else self.basis[:first] @ hessian
+        return delta @ read.T
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """H plus `damping` times its mean diagonal; what the spectrum and the least squares are taken under."""
+    found = hessian.clone()
+    found.diagonal().add_(damping * hessian.diagonal().mean().clamp_min(1e-12))
+    return found
+
+
+def spectrum(delta: Tensor, hessian: Tensor | None) -> Spectrum:
+    """Activation-aware directions: SVD of D L with H = L L^T, so that truncation is optimal for the output.
+
+    delta: float32 (out, in). hessian: (in, in), positive definite (`damped`), or None for the plain SVD of D,
+    optimal for ||D||. The Gram route: mostly matrix products, and one symmetric eigenproblem of the order of
+    the smaller side, exact where the spectrum spans fewer than some three decades.
+    """
+    rows, cols = delta.shape
+    if rows <= cols:
+        read = delta if hessian is None else delta @ hessian
+        values, vectors = _eigh(_symmetric(read, delta.T))
+        return Spectrum(values, vectors, True)
+    if hessian is None:
+        values, vectors = _eigh(_symmetric(delta.T, delta))
+        return Spectrum(values, vectors.T.contiguous(), False)
+    root = torch.linalg.cholesky(hessian)
+    read = delta @ root
+    values, vectors = _eigh(_symmetric(read.T, read))
+    right = torch.linalg.solve_triangular(root.T, vectors, upper=True).T
+    return Spectrum(values, right.contiguous(), False)
+
+
+def _symmetric(left: Tensor, right: Tensor, strip: int = 512) -> Tensor:
+    """left @ right, known to be symmetric: what lies left of the diagonal is copied, not multiplied."""
+    size = len(left)
+    found = left.new_empty(size, size)
+    for start in range(0, size, strip):
+        stop = min(start + strip, size)
+        found[start:stop, start:] = left[start:stop] @ right[:, start:]
+        found[stop:, start:stop] = found[start:stop, stop:].T
+    return found
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, float64, falling, not below 0; eigenvectors in the columns, float32."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(0).double().clamp_min(0.0), vectors.flip(1)
+
+
+def rank_for_energy(energy: Tensor, share: float) -> int:
+    """Smallest rank whose cumulative energy reaches `share` of the total (paper: the MLP's conservative SVD)."""
+    if energy.sum() <= 0:
+        return 0
+    cumulative = energy.cumsum(0) / energy.sum()
+    return int((cumulative < share).sum().item()) + 1 if share < 1 else len(energy)
+
+
+def allocate(energy: Tensor, shape: tuple[int, int], price: float, group_size: int) -> Counts:
+    """The ranks at each precision that minimise error + price * bytes.
+
+    price: squared output error that one byte is worth. Because every rank costs the same at the same
+    bits, each chooses for itself, and bits never rise along the falling spectrum.
+    """
+    scales = groups_in(shape[0], group_size) + groups_in(shape[1], group_size)
+    options = (0, *BITS)
+    bytes_of = torch.tensor(
+        [0.0 if not b else (b * sum(shape) + (16 + b) * scales) / 8 for b in options],
+        dtype=torch.float64,
+    )
+    loss = torch.tensor([LOSS[b] for b in options], dtype=torch.float64)
+    choice = (energy.cpu()[:, None] * loss + price * bytes_of).argmin(1)
+    counts = {b: int((choice == i).sum()) for i, b in enumerate(options)}
+    return {b: counts[b] for b in sorted(BITS, reverse=True) if counts[b]}
+
+
+def spec_of(counts: Counts, shape: tuple[int, int], group_size: int) -> Spec:
+    """Codec, shape and meta that `encode` will give, to know its bytes beforehand."""
+    blank = [[k, bits, *(min(group_size, size) for size in shape)] for bits, k in counts.items()]
+    return "quantized_low_rank", shape, {"groups": blank}
+
+
+class Factored(NamedTuple):
+    """One matrix to encode: its delta (out, in), directions, and ranks at each precision."""
+
+    delta: Tensor
+    spectrum: Spectrum
+    counts: Counts
+    transposed: bool = False  # stored as (in, out)
+
+
+def encode(
+    matrices: Sequence[Factored],
+    hessian: Tensor | None,
+    *,
+    group_size: int = 128,
+    damping: float = 0.01,
+    act_order: bool = False,
+    aware: bool = True,
+    refit: bool = True,
+    polish: int = 0,
+) -> list[Encoded]:
+    """Quantise the factors of matrices that read the same inputs, of second moment `hessian` (in, in).
+
+    All right factors go through one GPTQ solve under H, each rank at its own precision; without H they are rounded
+    to nearest. Then, matrix by matrix, the left factor is solved anew by least squares against the delta (`refit`),
+    which absorbs the right factor's rounding, and goes through a GPTQ solve under the second moment of what it
+    reads, the most precise ranks first, so that what they leave is taken up by those after them. aware: whether
+    the spectra were taken under H. polish: sweeps of coordinate descent (gptq.py); after the refit they gain nothing
+    that could be measured.
+    """
+    options: dict[str, Any] = {"damping": damping, "polish": polish}
+    pieces = [
+        part
+        for m in matrices
+        for part in m.spectrum.right(m.delta, sum(m.counts.values())).split([*m.counts.values()])
+    ]
+    bits = [b for m in matrices for b in m.counts]
+    size = min(group_size, matrices[0].delta.shape[1])
+    if hessian is None:
+        rights = [round_to_nearest(x, b, size) for x, b in zip(pieces, bits, strict=True)]
+    else:
+        rights = gptq_many(pieces, hessian, bits, group_size=size, act_order=act_order, **options)
+        hessian = damped(hessian, damping)
+    results = []
+    for m in matrices:
+        mine, rights = rights[: len(m.counts)], rights[len(m.counts) :]
+        under = hessian if aware else None
+        left = None if refit else m.spectrum.left(m.delta, under, sum(m.counts.values()))
+        results.append(_with_left(m, mine, left, hessian, group_size, options))
+    return results
+
+
+def _with_left(
+    m: Factored,
+    rights: list[Quantized],
+    left: Tensor | None,
+    hessian: Tensor | None,
+    group_size: int,
+    options: dict[str, Any],
+) -> Encoded:
+    """left: unquantised, float32 (out, ranks); solved for where it is None."""
+    read = torch.cat([right.dequantize() for right in rights])
+    seen = read if hessian is None else read @ hessian
+    moment = seen @ read.T
+    if left is None:
+        ridge = 1e-6 * moment.diagonal().double().mean().clamp_min(1e-30)
+        eye = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+        root = torch.linalg.cholesky((moment.double() + moment.T.double()) / 2 + ridge * eye)
+        left = torch.cholesky_solve((seen @ m.delta.T).double(), root).T.float()
+    rows, cols = m.delta.shape
+    lefts = gptq_runs(left, moment, m.counts, group_size=min(group_size, rows), **options)
+    pairs = list(zip(lefts, rights, strict=True))
+    if m.transposed:
+        return quantized_low_rank([pair[::-1] for pair in pairs], (cols, rows))
+    return quantized_low_rank(pairs, (rows, cols))

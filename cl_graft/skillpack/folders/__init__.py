@@ -1,0 +1,1 @@
+"""Checkpoint folders, read and written tensor by tensor: one, a pair of them, and one with a pack applied."""

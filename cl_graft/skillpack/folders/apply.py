@@ -1,0 +1,182 @@
+"""Packs on checkpoint folders: base + pack as a new folder, and the check that a folder is just that.
+
+One tensor at a time, in the base's dtypes. `result` is the one place that says what base + pack is.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_graft.skillpack.folders.checkpoint import (
+    MAX_SHARD_BYTES,
+    Checkpoint,
+    Specs,
+    write_checkpoint,
+)
+from cl_graft.skillpack.folders.pair import (
+    add_rows,
+    all_finite,
+    embedding_and_head,
+    tied,
+    tied_copy,
+)
+from cl_graft.skillpack.format.errors import NonFinite, ShapeMismatch, SkillPackError, WrongBase
+from cl_graft.skillpack.format.file import SkillPack
+
+Folder = str | os.PathLike[str]
+
+
+class NotGrafted(SkillPackError):
+    """A folder that is not base + pack."""
+
+
+def apply_pack(
+    base_dir: Folder, pack: SkillPack, out_dir: Folder, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[str]:
+    """Write base + pack as a Hugging Face folder; returns a sentence for each thing adjusted.
+
+    Deltas are added in float32 and cast to the base's dtype. Tokenizer and other files are the
+    base's. Raises WrongBase or ShapeMismatch before anything is written, NonFinite where a weight
+    overflows its dtype, CheckpointError for the folders.
+    """
+    base = Checkpoint(base_dir)
+    check_base(base, pack)
+    dropped = _dropped_head(base, pack)
+    config, notes = _config(base, pack, dropped)
+    specs = _specs(base, pack, dropped)
+    write_checkpoint(
+        out_dir,
+        specs,
+        lambda name: result(base, pack, name),
+        base,
+        config=config,
+        max_shard_bytes=max_shard_bytes,
+    )
+    return notes
+
+
+def remove_pack(
+    grafted_dir: Folder, pack: SkillPack, base_dir: Folder, out_dir: Folder | None = None
+) -> int:
+    """Check that a folder is base + pack bit for bit, and return how many tensors were compared.
+
+    Then, if `out_dir` is given, write the base's tensors there, bit for bit. Raises NotGrafted
+    naming the tensors that differ, and what `apply_pack` raises.
+    """
+    base, grafted = Checkpoint(base_dir), Checkpoint(grafted_dir)
+    check_base(base, pack)
+    specs = _specs(base, pack, _dropped_head(base, pack))
+    found = {name: (info.dtype, info.shape) for name, info in grafted.tensors.items()}
+    differing = [name for name in specs if found.get(name) != specs[name]]
+    differing += [name for name in found if name not in specs]
+    for name in specs:
+        if name not in differing and not _identical(grafted.read(name), result(base, pack, name)):
+            differing.append(name)
+    if differing:
+        named = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
+        raise NotGrafted(
+            f"{grafted_dir} is not {base_dir} with the pack of task {pack.task!r}: "
+            f"{len(differing)} tensors differ ({named}); apply the pack to the base again."
+        )
+    if out_dir is not None:
+        whole = {name: (info.dtype, info.shape) for name, info in base.tensors.items()}
+        write_checkpoint(out_dir, whole, base.read, base)
+    return len(specs)
+
+
+def check_base(base: Checkpoint, pack: SkillPack) -> None:
+    """Raise ShapeMismatch or WrongBase unless the pack was made for these weights."""
+    for name, encoded in pack.tensors.items():
+        there = base.tensors[name].shape if name in base.tensors else None
+        wanted: tuple[int, ...] | None = tuple(pack.grown.get(name, encoded.shape))
+        wanted = None if name in pack.added else wanted
+        if there != wanted:
+            raise ShapeMismatch(
+                f"the pack of task {pack.task!r} wants tensor {name!r} to be {_told(wanted)} in the "
+                f"base, but it is {_told(there)} in {base.folder}; give the base it was made on."
+            )
+    found = base.fingerprint()
+    if pack.base != found:
+        raise WrongBase(
+            f"the pack of task {pack.task!r} is for base {pack.base!r}, but {base.folder} is "
+            f"{found!r}; give the base it was made on."
+        )
+
+
+def result(base: Checkpoint, pack: SkillPack, name: str) -> Tensor:
+    """One tensor of base + pack, in the base's dtype; an added one in that of most of the base.
+
+    Of a tensor with another number of rows, rows that the base lacks count as zero there, and
+    surplus rows are cut. Raises NonFinite where the sum overflows the dtype.
+    """
+    if name not in pack.tensors:
+        return base.read(name)
+    weight = pack.delta(name)
+    dtype = base.dtype if name in pack.added else base.tensors[name].dtype
+    if name not in pack.added:
+        before = base.read(name)
+        weight = weight.to(torch.promote_types(before.dtype, torch.float32))
+        add_rows(weight, before)
+    weight = weight.to(dtype)
+    if not all_finite(weight):
+        raise NonFinite(f"tensor {name!r} overflows {dtype} under {pack.task!r}; use a wider base.")
+    return weight
+
+
+def _specs(base: Checkpoint, pack: SkillPack, dropped: str | None) -> Specs:
+    specs = {}
+    for name, info in base.tensors.items():
+        shape = pack.tensors[name].shape if name in pack.tensors else info.shape
+        specs[name] = (info.dtype, tuple(shape))
+    specs |= {name: (base.dtype, tuple(pack.tensors[name].shape)) for name in pack.added}
+    specs.pop(dropped or "", None)
+    return specs
+
+
+def _dropped_head(base: Checkpoint, pack: SkillPack) -> str | None:
+    """A head that the base stores as a copy of the embedding: it would be the old embedding's."""
+    head = tied_copy(base)
+    return head if head not in pack.tensors else None
+
+
+def _config(
+    base: Checkpoint, pack: SkillPack, dropped: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """config.json as the result needs it, and what was adjusted."""
+    config, notes = copy.deepcopy(base.config), []
+    names = {**base.tensors, **pack.tensors}
+    embedding, head = embedding_and_head(names)
+    if embedding in pack.grown:
+        rows = pack.tensors[embedding].shape[0]
+        _set(config, "vocab_size", rows)
+        notes.append(f"vocab_size is now {rows}; the tokenizer files are still the base's.")
+    if head in pack.tensors and tied(config) is not False:
+        _set(config, "tie_word_embeddings", False)
+        notes.append(f"{head} has weights of its own; tie_word_embeddings is now false.")
+    if dropped is not None:
+        _set(config, "tie_word_embeddings", True)
+        notes.append(f"{dropped} repeats the embedding in the base; it is left out as tied.")
+    return config, notes
+
+
+def _set(config: dict[str, Any], key: str, value: object) -> None:
+    """In the place that has it: multimodal configs keep those of their language model apart."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and key in text:
+        text[key] = value
+    if key in config or not (isinstance(text, dict) and key in text):
+        config[key] = value
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, so that -0 is not 0."""
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def _told(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"of shape {shape}"

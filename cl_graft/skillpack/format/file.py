@@ -1,0 +1,201 @@
+"""SkillPack: one safetensors file with the encoded delta of one task.
+
+header.py has what the file says of itself, write.py how it is written; here it is read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_graft.skillpack import codecs
+from cl_graft.skillpack.codecs import Encoded, Spec
+from cl_graft.skillpack.format import header
+from cl_graft.skillpack.format.errors import (
+    CorruptPack,
+    NonFinite,
+    NotASkillPack,
+    PackNotFound,
+    ShapeMismatch,
+    SkillPackError,
+    TruncatedPack,
+    UnknownCodec,
+    UnsupportedVersion,
+    WrongBase,
+)
+from cl_graft.skillpack.format.fingerprint import fingerprint
+from cl_graft.skillpack.format.header import AGAIN, FIELDS, FORMAT, MAGIC, MAX_HEADER, Row
+from cl_graft.skillpack.format.write import current_versions, packed_size, verify, write_pack
+
+__all__ = [
+    "FORMAT",
+    "CorruptPack",
+    "NonFinite",
+    "NotASkillPack",
+    "PackNotFound",
+    "ShapeMismatch",
+    "SkillPack",
+    "SkillPackError",
+    "TruncatedPack",
+    "UnknownCodec",
+    "UnsupportedVersion",
+    "WrongBase",
+    "current_versions",
+    "fingerprint",
+    "packed_size",
+    "write_pack",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class SkillPack:
+    """The encoded delta of one task; two packs are the same where their digests are.
+
+    tensors: {parameter name: Encoded}; options: of the method, plain JSON; base: the `fingerprint`
+    of the model that the delta is added to. added: tensors that the base lacks, whose delta is
+    against zero. grown: {name: shape in the base} of tensors that the base has in another number of
+    rows; the delta has the tuned shape, rows that the base lacks count as zero, and those that it
+    has too many are cut.
+    """
+
+    tensors: dict[str, Encoded]
+    task: str
+    method: str
+    options: dict[str, Any]
+    base: str
+    versions: dict[str, str] = field(default_factory=current_versions)
+    added: list[str] = field(default_factory=list)
+    grown: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes of the file that `save` writes. Raises as `packed_size` does."""
+        return packed_size(self._specs, **self._fields)
+
+    @property
+    def digest(self) -> str:
+        """BLAKE2b (32 hex digits) of all that the file says: its header, and thereby the checksum
+        (8 bytes) of every tensor. It tells damage from a whole file, not friend from foe."""
+        checksums = {name: header.checksum(encoded) for name, encoded in self.tensors.items()}
+        about = header.describe(self._fields, self._specs, checksums)
+        return header.digest_of(header.text_of(about))
+
+    def delta(self, name: str) -> Tensor:
+        """Tuned minus base of one tensor, float32, on the CPU.
+
+        Raises CorruptPack where its parts do not fit its codec, NonFinite where it overflows.
+        """
+        try:
+            delta = codecs.decode(self.tensors[name])
+        except ValueError as error:
+            raise CorruptPack(f"tensor {name!r} of task {self.task!r}: {error}") from error
+        if not torch.isfinite(delta).all():
+            what = f"tensor {name!r} of task {self.task!r}"
+            raise NonFinite(f"{what} is not finite once decoded; compress the delta again.")
+        return delta
+
+    def decode(self) -> dict[str, Tensor]:
+        """{name: `delta(name)`}."""
+        return {name: self.delta(name) for name in self.tensors}
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write the file and return its bytes: `write_pack` of these tensors."""
+        return write_pack(path, self._specs, self.tensors.__getitem__, **self._fields)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        base: str | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> SkillPack:
+        """Read a file and check all of it, header first; nothing is allocated that it cannot hold.
+
+        base: the fingerprint that it must be for. shapes: of the base's parameters; they bound what
+        decoding allocates, for a small file may stand for a large delta. Raises a SkillPackError.
+        """
+        path = Path(path)
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise NotASkillPack(f"{path} is no regular file; give the path of a SkillPack.")
+            with path.open("rb") as file:
+                return _read(path, file, base, shapes)
+        except (FileNotFoundError, NotADirectoryError):
+            raise PackNotFound(f"there is no file {path}; check the path.") from None
+        except OSError as error:
+            why = error.strerror
+            raise SkillPackError(f"{path} cannot be read ({why}); check its rights.") from error
+
+    @property
+    def _specs(self) -> dict[str, Spec]:
+        return {name: encoded.spec for name, encoded in self.tensors.items()}
+
+    @property
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FIELDS}
+
+
+def _read(
+    path: Path, file: BufferedReader, base: str | None, shapes: Mapping[str, tuple[int, ...]] | None
+) -> SkillPack:
+    size = os.fstat(file.fileno()).st_size
+    head = _read_header(path, file, size)
+    about, digest = header.parse(path, head)
+    specs, checksums = header.read_tensors(path, about["tensors"])
+    header.check_lacking(path, about, specs)
+    table = header.table_of(specs)
+    try:
+        text = header.text_of(header.describe(about, specs, checksums))
+        damaged = header.encode(text, digest, table) != head or header.digest_of(text) != digest
+    except (ValueError, RecursionError):
+        damaged = True
+    if damaged:
+        raise CorruptPack(f"the header of {path} is damaged; {AGAIN}")
+    wanted = len(head) + header.payload_bytes(table)
+    if size < wanted:
+        raise TruncatedPack(f"{path} has {size} of {wanted} bytes; {AGAIN}")
+    if size > wanted:
+        raise CorruptPack(f"{path} has {size - wanted} bytes too many; {AGAIN}")
+    header.check_base(path, about, specs, base, shapes)
+    payload = bytearray(wanted - len(head))
+    if file.readinto(payload) != len(payload):
+        raise TruncatedPack(f"{path} became shorter while it was read; {AGAIN}")
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in specs}
+    for row in table:
+        parts[row.name][row.part] = _view(payload, row)
+    tensors = {name: Encoded(*specs[name], parts[name]) for name in specs}
+    for name, encoded in tensors.items():
+        if header.checksum(encoded) != checksums[name]:
+            raise CorruptPack(f"{path}, tensor {name!r} does not match its checksum; {AGAIN}")
+        verify(path, name, encoded)
+    return SkillPack(tensors, **{name: about[name] for name in FIELDS})
+
+
+def _read_header(path: Path, file: BufferedReader, size: int) -> bytes:
+    """Everything before the payload, length included, undigested."""
+    start = file.read(8 + len(MAGIC))
+    if not (start[8:] + MAGIC[len(start[8:]) :]).startswith(MAGIC):
+        raise NotASkillPack(f"{path} is not a SkillPack; give the path of a file that one saved.")
+    length = int.from_bytes(start[:8], "little")
+    if len(start) == 8 + len(MAGIC) and not len(MAGIC) < length <= MAX_HEADER:
+        raise CorruptPack(f"{path} claims a header of {length} bytes; {AGAIN}")
+    if len(start) < 8 + len(MAGIC) or size < 8 + length:
+        raise TruncatedPack(f"{path} ends within its header; {AGAIN}")
+    return start + file.read(length - len(MAGIC))
+
+
+def _view(payload: bytearray, row: Row) -> Tensor:
+    """The part of a row, without a copy."""
+    if row.start == row.end:
+        return torch.empty(row.shape, dtype=row.dtype)
+    count = (row.end - row.start) // row.dtype.itemsize
+    flat = torch.frombuffer(payload, dtype=row.dtype, count=count, offset=row.start)
+    return flat.reshape(row.shape)

@@ -1,0 +1,287 @@
+"""The header of a SkillPack: what it says, what it may say, and where the bytes of each part lie.
+
+Parts are named `<tensor>:<part>`. The metadata have one key, `skillpack`, with compact JSON: format
+version, fingerprint of the base, task, method, options, versions, the tensors that the base lacks
+(`added`) or has in another number of rows (`grown`), the tensors as {name: [codec, shape, meta,
+checksum]}, and a digest of all this. Everything else in the header follows from these, so it is
+written here rather than by a library: one pack has exactly one file, whose size is known before its
+bytes are, and a reader compares a header with what it must be instead of interpreting it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cl_graft.skillpack import codecs
+from cl_graft.skillpack.codecs import CODECS, DTYPES, Encoded, Spec
+from cl_graft.skillpack.codecs.encoded import raw
+from cl_graft.skillpack.format.errors import (
+    CorruptPack,
+    ShapeMismatch,
+    SkillPackError,
+    UnknownCodec,
+    UnsupportedVersion,
+    WrongBase,
+)
+
+FORMAT = 2
+MAGIC = b'{"__metadata__":{"skillpack":"{'
+MAX_HEADER = 32 << 20  # bytes; a tensor takes some 450
+MAX_VALUES = 4 << 20  # in the JSON; a tensor takes some 45, and parsing them is what costs
+DIGEST_BYTES, CHECKSUM_BYTES = 16, 8
+NO_DIGEST, NO_CHECKSUM = "0" * 2 * DIGEST_BYTES, "0" * 2 * CHECKSUM_BYTES
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
+FIELDS = {
+    "base": str,
+    "task": str,
+    "method": str,
+    "options": dict,
+    "versions": dict,
+    "added": list,
+    "grown": dict,
+}
+AGAIN = "fetch or make the pack again."
+
+# What the base does not bound: elements of one added or grown tensor against the base's largest, of
+# all of them against the whole base, and what is harmless beside any base.
+MOST_OF_LARGEST, MOST_OF_BASE, HARMLESS = 16, 4, 1 << 22
+
+
+class Row(NamedTuple):
+    """One part in the file: bytes start to end of the payload."""
+
+    name: str
+    part: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def table_of(specs: Mapping[str, Spec]) -> list[Row]:
+    """Every part in its place: widest dtype first, as safetensors orders them, then by key."""
+    order = list(NAMES)
+    parts = [
+        (order.index(dtype), f"{name}:{part}", name, part, dtype, shape)
+        for name, spec in specs.items()
+        for part, (dtype, shape) in codecs.layout(*spec).items()
+    ]
+    rows, end = [], 0
+    for *_, name, part, dtype, shape in sorted(parts, key=lambda row: row[:2]):
+        start, end = end, end + codecs.part_bytes(dtype, shape)
+        rows.append(Row(name, part, dtype, shape, start, end))
+    return rows
+
+
+def payload_bytes(table: list[Row]) -> int:
+    """Bytes after the header."""
+    return table[-1].end if table else 0
+
+
+def checksum(encoded: Encoded) -> str:
+    """BLAKE2b (16 hex digits) of the parts' bytes, in the order of the layout."""
+    digest = hashlib.blake2b(digest_size=CHECKSUM_BYTES)
+    for part in codecs.layout(*encoded.spec):
+        digest.update(raw(encoded.parts[part]))
+    return digest.hexdigest()
+
+
+# writing
+
+
+def describe(
+    fields: Mapping[str, Any], specs: Mapping[str, Spec], checksums: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The JSON of the header, without its digest; tensors in the order of their names.
+
+    fields: one of each of `FIELDS`. Without checksums theirs are zeros, which are as long.
+    """
+    sums = dict.fromkeys(specs, NO_CHECKSUM) if checksums is None else checksums
+    lacking = {
+        "added": sorted(fields["added"]),
+        "grown": {name: list(shape) for name, shape in sorted(fields["grown"].items())},
+    }
+    tensors = {name: [spec[0], list(spec[1]), spec[2], sums[name]] for name, spec in specs.items()}
+    fields = {name: fields[name] for name in FIELDS}
+    return {"version": FORMAT, **fields, **lacking, "tensors": dict(sorted(tensors.items()))}
+
+
+def text_of(about: Mapping[str, Any]) -> str:
+    """The JSON as it is written. Raises TypeError, ValueError or RecursionError where it is none."""
+    return _compact(about)
+
+
+def digest_of(text: str) -> str:
+    """BLAKE2b (32 hex digits) of the JSON without its digest, hence of every tensor's checksum."""
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def encode(text: str, digest: str, table: list[Row]) -> bytes:
+    """All bytes before the payload: the JSON, its digest, and where each part lies."""
+    metadata = f'{text[:-1]},"digest":{_compact(digest)}}}'
+    header: dict[str, Any] = {"__metadata__": {"skillpack": metadata}}
+    for row in table:
+        where = {"shape": list(row.shape), "data_offsets": [row.start, row.end]}
+        header[f"{row.name}:{row.part}"] = {"dtype": NAMES[row.dtype], **where}
+    data = _compact(header).encode()
+    data += b" " * (-len(data) % 8)
+    return len(data).to_bytes(8, "little") + data
+
+
+def writable(about: Mapping[str, Any]) -> str:
+    """`text_of`; raises SkillPackError where a file would not bring back what is written."""
+    try:
+        text = text_of(about)
+        if _compact(json.loads(text)) == text and text.encode() and _well_typed(about):
+            return text
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise SkillPackError(
+        f"task {about['task']!r} has a name, options or versions that JSON does not keep; "
+        "use strings, finite numbers, lists and dictionaries with distinct string keys."
+    )
+
+
+def fits(header: bytes) -> bool:
+    """Whether a reader takes a header of so many bytes and, before it parses them, values."""
+    values = sum(map(header.count, (b"[", b"{", b",")))
+    return len(header) <= MAX_HEADER and values <= MAX_VALUES
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _well_typed(about: Mapping[str, Any]) -> bool:
+    types = {"version": int, **FIELDS, "tensors": dict}
+    return (
+        list(about) == list(types)
+        and all(isinstance(about[name], kind) for name, kind in types.items())
+        and all(isinstance(version, str) for version in about["versions"].values())
+    )
+
+
+# reading
+
+
+def parse(path: Path, header: bytes) -> tuple[dict[str, Any], str]:
+    """The JSON of a header, every field of the right type, and its digest apart.
+
+    Only the string in the metadata is parsed. Raises CorruptPack, or UnsupportedVersion for a
+    format other than this one.
+    """
+    damage = CorruptPack(f"the header of {path} is damaged; {AGAIN}")
+    if not fits(header):
+        raise damage
+    try:
+        text, _ = json.JSONDecoder().raw_decode(header[8:].decode(), len(MAGIC) - 2)
+        about = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        raise damage from None
+    if not isinstance(about, dict) or type(about.get("version")) is not int:
+        raise damage
+    if about["version"] != FORMAT:
+        raise UnsupportedVersion(
+            f"{path} has format {about['version']}, not {FORMAT}; use the release that wrote it."
+        )
+    digest = about.pop("digest", None)
+    if not isinstance(digest, str) or not _well_typed(about):
+        raise damage
+    return about, digest
+
+
+def read_tensors(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, Spec], dict[str, str]]:
+    """({name: (codec, shape, meta)}, {name: checksum}) of tensors each of which has a layout."""
+    specs: dict[str, Spec] = {}
+    checksums: dict[str, str] = {}
+    for name, said in tensors.items():
+        what = f"{path}, tensor {name!r}"
+        if not isinstance(said, list) or [type(item) for item in said] != [str, list, dict, str]:
+            raise CorruptPack(f"{what} is not given by codec, shape, meta and checksum; {AGAIN}")
+        codec, shape, meta, checksums[name] = said
+        if codec not in CODECS:
+            known = ", ".join(CODECS)
+            cure = f"(known: {known}); use the release that wrote it."
+            raise UnknownCodec(f"{what} has the unknown codec {codec!r} {cure}")
+        specs[name] = codec, tuple(shape), meta
+    check_specs(path, specs)
+    return specs, checksums
+
+
+def check_specs(path: Path, specs: Mapping[str, Spec]) -> None:
+    """Raise CorruptPack for a tensor without a layout."""
+    for name, spec in specs.items():
+        try:
+            codecs.layout(*spec)
+        except ValueError as error:
+            raise CorruptPack(f"{path}, tensor {name!r}: {error}") from error
+
+
+def check_lacking(path: Path, about: Mapping[str, Any], specs: Mapping[str, Spec]) -> None:
+    """Raise CorruptPack unless `added` and `grown` speak of this pack's tensors, in sane shapes."""
+    added, grown = about["added"], about["grown"]
+    names = [*added, *grown]
+    if any(not isinstance(name, str) or name not in specs for name in names):
+        raise CorruptPack(f"{path} calls tensors added or grown that it does not hold; {AGAIN}")
+    if len(set(names)) != len(names):
+        raise CorruptPack(f"{path} calls a tensor added or grown twice; {AGAIN}")
+    for name, rows in grown.items():
+        shape = specs[name][1]
+        try:
+            if not isinstance(rows, list):
+                raise ValueError("the base's shape is not a list of sizes.")
+            codecs.check_shape(tuple(rows))
+            if len(rows) != len(shape) or rows[1:] != list(shape[1:]) or rows[:1] == [*shape[:1]]:
+                raise ValueError(f"shape {shape} is not {tuple(rows)} but for the first size.")
+        except ValueError as error:
+            raise CorruptPack(f"{path}, grown tensor {name!r}: {error}") from error
+
+
+def check_base(
+    path: Path,
+    about: Mapping[str, Any],
+    specs: Mapping[str, Spec],
+    base: str | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+) -> None:
+    """Raise WrongBase or ShapeMismatch unless the pack goes with this base, where one is given."""
+    if base is not None and about["base"] != base:
+        raise WrongBase(
+            f"{path} is for base {about['base']!r}, not {base!r}; load the base it was made on."
+        )
+    if shapes is None:
+        return
+    added, grown = set(about["added"]), about["grown"]
+    for name, (_, shape, _) in specs.items():
+        wanted = None if name in added else tuple(grown.get(name, shape))
+        found = tuple(shapes[name]) if name in shapes else None
+        if wanted != found:
+            there, here = (f"shape {s}" if s is not None else "none" for s in (found, wanted))
+            what = f"{path}, tensor {name!r}: the base must have {here}, but has {there}"
+            raise ShapeMismatch(f"{what}; load the base it was made on.")
+    sizes = {name: math.prod(max(1, n) for n in specs[name][1]) for name in (*added, *grown)}
+    _check_room(path, sizes, shapes)
+
+
+def _check_room(
+    path: Path, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse added and grown tensors (of these elements) that are out of proportion to the base.
+
+    An empty one counts by its other sizes.
+    """
+    there = [math.prod(shape) for shape in shapes.values()]
+    one = max(HARMLESS, MOST_OF_LARGEST * max(there, default=0))
+    total = max(HARMLESS, MOST_OF_BASE * sum(there))
+    if max(sizes.values(), default=0) > one or sum(sizes.values()) > total:
+        raise ShapeMismatch(
+            f"{path} adds tensors out of proportion to the base (over {one} elements in one, or "
+            f"{total} in all); load the base it was made on."
+        )

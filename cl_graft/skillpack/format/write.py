@@ -1,0 +1,185 @@
+"""Writing a pack: its size before there are data, then the file, one tensor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.metadata
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cl_graft.skillpack import codecs
+from cl_graft.skillpack.codecs import Encoded, Spec
+from cl_graft.skillpack.codecs.encoded import raw
+from cl_graft.skillpack.format import header
+from cl_graft.skillpack.format.errors import CorruptPack, NonFinite, SkillPackError
+from cl_graft.skillpack.format.header import FIELDS, NO_DIGEST, Row
+
+Shapes = Mapping[str, Sequence[int]]
+Write = Callable[[bytes | memoryview, int], None]  # the bytes, and where they go in the file
+
+
+def current_versions() -> dict[str, str]:
+    """Versions of what writes a pack; what is not installed as a distribution is left out."""
+    versions = {}
+    for name in ("torch", "safetensors", "cl-graft"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name.replace("-", "_")] = importlib.metadata.version(name)
+    return versions
+
+
+def packed_size(
+    specs: Mapping[str, Spec],
+    *,
+    task: str,
+    method: str,
+    options: dict[str, Any],
+    base: str = NO_DIGEST,
+    versions: dict[str, str] | None = None,
+    added: Iterable[str] = (),
+    grown: Shapes | None = None,
+) -> int:
+    """Exact bytes of a pack's file, from {name: (codec, shape, meta)} and no data.
+
+    Every fingerprint is as long as the default. Raises ValueError for a spec that makes no sense,
+    SkillPackError for what JSON does not keep.
+    """
+    about = header.describe(_fields(base, task, method, options, versions, added, grown), specs)
+    table, text = header.table_of(specs), header.writable(about)
+    return len(header.encode(text, NO_DIGEST, table)) + header.payload_bytes(table)
+
+
+def write_pack(
+    path: str | os.PathLike[str],
+    specs: Mapping[str, Spec],
+    fetch: Callable[[str], Encoded],
+    *,
+    task: str,
+    method: str,
+    options: dict[str, Any],
+    base: str,
+    versions: dict[str, str] | None = None,
+    added: Iterable[str] = (),
+    grown: Shapes | None = None,
+) -> int:
+    """Write a pack one tensor at a time and return its bytes, those that `SkillPack.save` writes.
+
+    `fetch` gives the tensor of each spec, once and in the order of specs; it is written and let go
+    before the next is asked for. At any moment the path holds all of a pack or what was there: the
+    bytes go to a sibling that is pushed to the disk and renamed. Raises SkillPackError where a
+    tensor is not fit to be stored or the system refuses the file; what `fetch` raises passes.
+    """
+    path = Path(path)
+    fields = _fields(base, task, method, options, versions, added, grown)
+    header.check_specs(path, specs)
+    blank = header.describe(fields, specs)
+    text = header.writable(blank)
+    header.check_lacking(path, blank, specs)
+    table = header.table_of(specs)
+    head = header.encode(text, NO_DIGEST, table)
+    start = len(head)
+    if not header.fits(head):
+        raise SkillPackError(f"{path} needs {start} bytes of header; store fewer tensors.")
+    size = start + header.payload_bytes(table)
+    rows: dict[str, list[Row]] = {name: [] for name in specs}
+    for row in table:
+        rows[row.name].append(row)
+    with _replacement(path, size) as write:
+        checksums = {
+            name: _store(path, name, specs[name], fetch, rows[name], start, write) for name in specs
+        }
+        text = header.text_of(header.describe(fields, specs, checksums))
+        write(header.encode(text, header.digest_of(text), table), 0)
+    return size
+
+
+def _fields(
+    base: str,
+    task: str,
+    method: str,
+    options: dict[str, Any],
+    versions: dict[str, str] | None,
+    added: Iterable[str],
+    grown: Shapes | None,
+) -> dict[str, Any]:
+    versions = current_versions() if versions is None else versions
+    values = (base, task, method, options, versions, list(added), grown or {})
+    return dict(zip(FIELDS, values, strict=True))
+
+
+def _store(
+    path: Path,
+    name: str,
+    spec: Spec,
+    fetch: Callable[[str], Encoded],
+    rows: list[Row],
+    start: int,
+    write: Write,
+) -> str:
+    """Fetch, verify and write one tensor; its checksum."""
+    encoded = fetch(name)
+    if encoded.spec != (spec[0], tuple(spec[1]), spec[2]):
+        raise CorruptPack(f"{path}, tensor {name!r} is {encoded.spec}, not {spec} as was foretold.")
+    verify(path, name, encoded)
+    for row in rows:
+        write(raw(encoded.parts[row.part]), start + row.start)
+    return header.checksum(encoded)
+
+
+def verify(path: Path, name: str, encoded: Encoded) -> None:
+    """Raise CorruptPack or NonFinite for a tensor that is not fit to be stored."""
+    try:
+        codecs.check(encoded)
+    except ValueError as error:
+        raise CorruptPack(f"{path}, tensor {name!r}: {error}") from error
+    if not codecs.finite(encoded):
+        raise NonFinite(f"{path}, tensor {name!r} holds NaN or Inf; train or compress again.")
+
+
+@contextlib.contextmanager
+def _replacement(path: Path, size: int) -> Iterator[Write]:
+    """A new file in the place of `path` once all is written: a kill leaves the old or the new."""
+    sibling = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        with _explained(path, size):
+            descriptor = os.open(sibling, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            yield partial(_write, path, size, descriptor)
+            with _explained(path, size):
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        with _explained(path, size):
+            os.replace(sibling, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            sibling.unlink()
+        raise
+    with _explained(path, size):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _write(path: Path, size: int, descriptor: int, data: bytes | memoryview, at: int) -> None:
+    with _explained(path, size):
+        while len(data):
+            done = os.pwrite(descriptor, data, at)
+            data, at = data[done:], at + done
+
+
+@contextlib.contextmanager
+def _explained(path: Path, size: int) -> Iterator[None]:
+    """What the system refuses, in a sentence; not what `fetch` fails to read."""
+    try:
+        yield
+    except OSError as error:
+        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+        cure = f"find a folder that takes {size} bytes and save again."
+        raise SkillPackError(f"{path} was not written ({why}); {cure}") from error

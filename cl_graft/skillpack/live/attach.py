@@ -1,0 +1,250 @@
+"""Packs beside a base model: its weights stay as they are, and each sample of a batch has its own packs.
+
+A low-rank delta of a linear layer is added to the layer's output, y += (x right^T) left^T (LoRA, Hu et
+al. 2022, unmerged). Every other delta is in the weights for as long as one call of a module takes, once
+for each distinct choice in the batch, on the rows of its samples. attachment_points.py says at which modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from cl_graft.skillpack.format.file import SkillPack, fingerprint
+from cl_graft.skillpack.live.attachment_points import AttachError, Spot, find_spots
+from cl_graft.skillpack.live.decode import LOW_RANK, Factors, factors, sparse_entries, sparse_rows
+from cl_graft.skillpack.live.grafted import add, add_sparse, check_packs
+
+Choice = tuple[int, ...]
+Choices = int | None | Choice | list[int | None | Choice]
+
+
+class Attached:
+    """Packs attached to `model`, none chosen at first; inference only. `detach`, or leave the `with`.
+
+    packs: what `choose` numbers from 0. example: keyword arguments of one forward of several samples,
+    for the trial run; by default three samples of two input_ids. Raises WrongBase or ShapeMismatch as
+    `Grafted` does, AttachError where samples cannot be told apart where a parameter is read. Memory is
+    that of the packs' factors, in the model's dtype (float32 for float16), and of the other deltas as
+    stored. Meanwhile nothing else may write to the model's parameters or replace a `forward`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        packs: Sequence[SkillPack],
+        example: Mapping[str, Any] | None = None,
+    ):
+        self.model, self.packs = model, tuple(packs)
+        self._parameters = dict(model.named_parameters())
+        base = fingerprint(self._parameters.items())
+        shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        check_packs(self.packs, base, shapes)
+        touched = {n: p for n, p in self._parameters.items() if any(n in q.tensors for q in packs)}
+        found = find_spots(model, touched, example) if touched else []
+        self._held = [
+            {n: _hold(pack, n, touched[n]) for n in pack.tensors if _wants(found, n, pack)}
+            for pack in self.packs
+        ]
+        self._choices: tuple[Choice, ...] = ((),)
+        self._batch: int | None = None
+        check = model.register_forward_pre_hook(self._check_batch, with_kwargs=True)
+        self._undo: list[Callable[[], object]] = [check.remove]
+        for spot in found:
+            self._undo.append(self._replace_forward(spot))
+
+    def choose(self, choices: Choices, beams: int = 1) -> None:
+        """The packs of the next batches: one entry for all samples, or a list of one for each.
+
+        An entry is the index of a pack, None for the base, or a tuple of indices for the sum of their
+        deltas. beams: rows a sample has in the batch, side by side, as `generate` with num_beams lays
+        them out. Raises AttachError for an index that no pack has, or an empty list.
+        """
+        entries = choices if isinstance(choices, list) else [choices]
+        if not entries or beams < 1:
+            raise AttachError(f"{choices!r} with {beams} beams chooses nothing; list one a sample.")
+        chosen = [self._choice(entry) for entry in entries]
+        self._choices = tuple(choice for choice in chosen for _ in range(beams))
+        self._batch = len(self._choices) if isinstance(choices, list) else None
+        self._choices = self._choices if self._batch else self._choices[:1]
+
+    def detach(self) -> None:
+        """Take the packs off: the modules are what they were, hooks and all."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def _choice(self, entry: int | None | Choice) -> Choice:
+        choice = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        for index in choice:
+            if type(index) is not int or not 0 <= index < len(self.packs):
+                raise AttachError(
+                    f"no pack has the index {index!r}; {len(self.packs)} are attached."
+                )
+        return choice
+
+    def _check_batch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1)
+        first = next(given, None)
+        if self._batch and first is not None and len(first) != self._batch:
+            raise AttachError(
+                f"the batch has {len(first)} samples, but packs were chosen for {self._batch}; "
+                "choose one for each (and say how many beams), or one for all."
+            )
+
+    def _replace_forward(self, spot: Spot) -> Callable[[], object]:
+        module, plain, own = spot.module, spot.module.forward, spot.module.__dict__.get("forward")
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._serve(spot, plain, args, kwargs)
+
+        module.__dict__["forward"] = forward
+        if own is None:
+            return lambda: module.__dict__.pop("forward")
+        return lambda: module.__dict__.update(forward=own)
+
+    def _serve(self, spot: Spot, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The module's output, each sample's with its packs."""
+        if spot.linear or spot.rows:  # modules of one input
+            args, kwargs = (*args, *kwargs.values()), {}
+        kinds = set(self._choices)
+        added = {c: self._of(c, spot, True) for c in kinds}
+        swapped = {c: self._of(c, spot, False) for c in kinds}
+        heavy = [swapped[c] for c in self._choices]
+
+        def run(choice: Choice, args: Any, kwargs: Any) -> Any:
+            with self._weights(spot, choice, args) as args:
+                return plain(*args, **kwargs)
+
+        one = len(set(heavy)) == 1
+        out = run(heavy[0], args, kwargs) if one else self._apart(heavy, run, args, kwargs)
+        for choice, rows in _rows([added[c] for c in self._choices]).items():
+            for index in choice:
+                for name in spot.linear:
+                    delta = _product(args[0][rows], self._held[index][name], spot.transposed)
+                    out[rows] += delta.to(out.dtype)
+        return out
+
+    def _of(self, choice: Choice, spot: Spot, light: bool) -> Choice:
+        """The packs of a choice that matter to this spot: to be added to its output, or to weights."""
+        touched = {k: spot.places.keys() & self.packs[k].tensors.keys() for k in choice}
+        return tuple(k for k in choice if any(self._added(k, n, spot) == light for n in touched[k]))
+
+    def _added(self, index: int, name: str, spot: Spot) -> bool:
+        return name in spot.linear and self.packs[index].tensors[name].codec in LOW_RANK
+
+    def _apart(self, choices: list[Choice], run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """run(choice, ...) on the rows of each choice, the rows of what comes out back in place."""
+        count, whole, parts = len(choices), self._choices, []
+        for choice, rows in _rows(choices).items():
+            self._choices = tuple(whole[row] for row in rows)  # for the spots within this one
+
+            def take(x: Any, rows: list[int] = rows) -> Any:
+                batch = isinstance(x, Tensor) and x.ndim > 1 and len(x) == count
+                return x[rows] if batch else x
+
+            try:
+                parts.append((rows, run(choice, *tree_map(take, (args, kwargs)))))
+            finally:
+                self._choices = whole
+
+        def join(*pieces: Tensor) -> Tensor:
+            out = pieces[0].new_empty(count, *pieces[0].shape[1:])
+            for (rows, _), piece in zip(parts, pieces, strict=True):
+                out[rows] = piece  # a single row, as of positions, is every sample's
+            return out
+
+        return tree_map(join, *(part for _, part in parts))
+
+    @contextmanager
+    def _weights(self, spot: Spot, choice: Choice, args: Any) -> Iterator[Any]:
+        """Within: base plus the packs' deltas where the spot reads them. Yields what to call it with."""
+        before = [(m, n, m._parameters[n]) for ps in spot.places.values() for m, n in ps]
+        padding = getattr(spot.module, "padding_idx", None)
+        try:
+            for name, places in spot.places.items():
+                packs = [k for k in choice if name in self.packs[k].tensors]
+                packs = [k for k in packs if not self._added(k, name, spot)]
+                if not packs:
+                    continue
+                if name in spot.rows:
+                    ids, inverse = args[0].unique(return_inverse=True)
+                    weight, args = self._looked_up(name, packs, ids), (inverse, *args[1:])
+                    spot.module.padding_idx = None  # type: ignore[assignment]  # a row of the base
+                else:
+                    weight = self._merged(name, packs)
+                for module, own in places:
+                    module._parameters[own] = weight  # type: ignore[assignment]
+            yield args
+        finally:
+            for module, own, parameter in before:
+                module._parameters[own] = parameter
+            if spot.rows:
+                spot.module.padding_idx = padding  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def _merged(self, name: str, packs: list[int]) -> Tensor:
+        """The parameter under these packs, with the very bits that `Grafted` gives it."""
+        weight = self._parameters[name].detach().clone()
+        if len(packs) == 1 and self.packs[packs[0]].tensors[name].codec == "sparse":
+            add_sparse(weight, *self._held[packs[0]][name])
+        else:
+            add(weight, name, [self.packs[k] for k in packs])
+        return weight
+
+    @torch.no_grad()
+    def _looked_up(self, name: str, packs: list[int], ids: Tensor) -> Tensor:
+        """Rows `ids` of a table under these packs, summed in float32 and rounded once."""
+        base = self._parameters[name].detach()[ids]
+        delta = torch.zeros(base.shape, device=base.device)
+        for index in packs:
+            encoded, held = self.packs[index].tensors[name], self._held[index].get(name)
+            if encoded.codec == "dense":
+                delta += encoded.parts["values"][ids.cpu()].to(base.device)
+            elif held is None:
+                delta += self.packs[index].delta(name)[ids.cpu()].to(base.device)
+            elif encoded.codec == "sparse":
+                delta += sparse_rows(held, base.shape[1], ids)
+            else:
+                delta += held[0][ids].float() @ held[1].float()
+        return base.add_(delta)
+
+
+def _wants(found: list[Spot], name: str, pack: SkillPack) -> bool:
+    """Whether a delta is worth keeping decoded: factors that are multiplied by, and positions."""
+    codec = pack.tensors[name].codec
+    return codec == "sparse" or (
+        codec in LOW_RANK and any(name in spot.linear | spot.rows for spot in found)
+    )
+
+
+def _hold(pack: SkillPack, name: str, parameter: Tensor) -> Factors:
+    encoded = pack.tensors[name]
+    if encoded.codec == "sparse":
+        pair = sparse_entries(encoded)
+    else:
+        narrow = parameter.dtype == torch.bfloat16
+        pair = factors([encoded], torch.bfloat16 if narrow else torch.float32)
+    return pair[0].to(parameter.device), pair[1].to(parameter.device)
+
+
+def _rows(choices: list[Choice]) -> dict[Choice, Any]:
+    """{choice: its rows}; all of them, without an index, where there is but one."""
+    if len(set(choices)) == 1:
+        return {choices[0]: slice(None)}
+    return {c: [i for i, other in enumerate(choices) if other == c] for c in dict.fromkeys(choices)}
+
+
+def _product(x: Tensor, pair: Factors, transposed: bool) -> Tensor:
+    left, right = pair if transposed else (pair[1].T, pair[0].T)
+    return x.to(left.dtype) @ left @ right

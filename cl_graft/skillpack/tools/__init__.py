@@ -1,0 +1,1 @@
+"""What people do with packs: compare two, export one to another format."""

@@ -1,0 +1,114 @@
+"""Files that are whole or not there: written beside their place, flushed, renamed. Torn last lines are passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cl_graft.errors import CLGraftError, Refused
+
+LEFT = (".tmp", ".part")  # ends of the names of what is being written, here or from a mirror
+
+
+class RecordError(CLGraftError):
+    """A results folder cannot be read, written, or continued."""
+
+
+class DiskRefused(RecordError, Refused):
+    """The disk takes no file."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic: a sibling temporary file, flushed to disk, then renamed. Raises DiskRefused if the disk does."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DiskRefused(
+            f"{path} cannot be written ({error.strerror}); free space or choose another --out, "
+            "then run the same command again to continue."
+        ) from error
+    finally:
+        with suppress(OSError):  # there is none after a success, or where no file can be
+            temporary.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            f"{path} cannot be read ({error}); delete its cell's folder to compute it anew."
+        ) from error
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a JSON-lines file; a torn last line, as a kill leaves, is passed over.
+
+    Raises RecordError for a broken line elsewhere, with its number, and for a file that cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RecordError(
+            f"{path} cannot be read ({error.strerror}); delete its cell's folder to compute it anew."
+        ) from error
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise RecordError(
+                f"{path}, line {number} is not JSON ({error}); delete its cell's folder to compute it anew."
+            ) from error
+
+
+def write_lines(path: Path, about: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines under a first one, which says `about` and how many follow it."""
+    texts = [json.dumps(line) for line in lines]
+    first = json.dumps({**about, "lines": len(texts)})
+    write_text(path, "".join(f"{text}\n" for text in (first, *texts)))
+
+
+def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """What `write_lines` wrote; None for a file that is not there, or not all there."""
+    try:
+        first, *lines = read_jsonl(path)
+    except (RecordError, ValueError):
+        return None
+    return (first, lines) if first.get("lines") == len(lines) else None
+
+
+def flush(folder: Path) -> None:
+    """Push every file of a folder to the disk, before a marker says that it is whole."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def refused(path: Path, reason: str) -> DiskRefused:
+    """What to raise where the disk does not take a file of the cache."""
+    return DiskRefused(
+        f"{path} cannot be written ({reason}); free space or choose another --out or --cache, "
+        "then run the same command again to continue."
+    )

@@ -1,0 +1,185 @@
+"""What a cell leaves on disk. Files are written atomically, the file that marks completeness last.
+
+<out>/<cell>/cell.json                     the experiment, its versions and fingerprints
+<out>/<cell>/packs/01-<task>.safetensors   what the strategy stores for each task
+<out>/<cell>/stages/01/examples.jsonl      every outcome: task, metric, index, score, answer
+<out>/<cell>/stages/01/stage.json          scores, bytes and costs; its presence says the stage is whole
+<out>/<cell>/result.json                   the matrix and all that a report needs; present when complete
+<out>/<cell>/state.json                    waiting, running, done or failed, since when, and where
+<out>/<cell>/traceback.txt                 of the last attempt, if it failed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from cl_graft.store.files import LEFT, DiskRefused, RecordError, read_json, write_json, write_text
+from cl_graft.store.locks import Busy, file_lock, held
+
+FORMAT = 2
+State = Literal["waiting", "running", "done", "failed"]
+PATIENCE = (
+    0.5  # seconds that a cell's lock is waited for: a sweep holds it while it marks what waits
+)
+
+
+class CellBusy(Busy):
+    """Another process computes this cell."""
+
+
+class CellFolder:
+    """The folder of one cell."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "result.json").is_file()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while a process works on the cell; released by the system if the process dies."""
+        from filelock import Timeout
+
+        self._make(self.path)
+        lock = file_lock(self.lock_file)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise CellBusy(
+                f"{self.path} is being computed by another process; wait for it or choose another --out."
+            ) from None
+        except OSError as error:
+            raise DiskRefused(
+                f"{self.path} cannot be locked ({error.strerror}); choose another --out."
+            ) from error
+        try:
+            for left in self.path.rglob(".*"):  # by a process that was killed while it wrote
+                if left.suffix in LEFT:
+                    left.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
+
+    def mark(self, state: State, **more: Any) -> None:
+        """Persist the cell's state, under its lock. Raises RecordError if the disk refuses it."""
+        where = {"since": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        write_json(self.path / "state.json", {"state": state, **where, **more})
+        if state == "running":
+            (self.path / "traceback.txt").unlink(missing_ok=True)
+
+    def state(self) -> dict[str, Any]:
+        """What `mark` wrote last, put right: a result says `done`, and what a killed process left is `waiting`.
+
+        Whether one runs is told by its lock, wherever it runs: a pid may be of another machine, or another's by now.
+        """
+        file = self.path / "state.json"
+        found: dict[str, Any] = read_json(file) if file.is_file() else {"state": "waiting"}
+        if self.complete:
+            return found | {"state": "done"}
+        if found["state"] in ("running", "done"):
+            return found | {"state": "running" if held(self.lock_file) else "waiting"}
+        return found
+
+    def failed(self, reason: str, trace: str) -> None:
+        write_text(self.path / "traceback.txt", trace)
+        self.mark("failed", reason=reason)
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Write `cell.json`, or check that the one there tells the same experiment.
+
+        Raises RecordError for a folder of another version or made from other data.
+        """
+        if not (self.path / "cell.json").exists():
+            write_json(self.path / "cell.json", {"format": FORMAT, **identity})
+        self.check({key: identity.get(key) for key in ("config", "options", "base", "data")})
+
+    def identity(self) -> dict[str, Any]:
+        """What `cell.json` says. Raises RecordError for a folder of another version."""
+        found = read_json(self.path / "cell.json")
+        version = found.get("format") if isinstance(found, dict) else None
+        if version != FORMAT:
+            raise RecordError(
+                f"{self.path} was written in results format {version} and this version knows {FORMAT}; "
+                "choose another --out, or the version that wrote it."
+            )
+        return found
+
+    def check(self, part: dict[str, Any]) -> None:
+        """Raises RecordError where `cell.json` differs from this part of an identity."""
+        found = self.identity()
+        for key, now in part.items():
+            then = found.get(key)
+            if then == now:
+                continue
+            if key == "config" and isinstance(then, dict):
+                key = " and ".join(k for k in now if then.get(k) != now[k]) or key
+            raise RecordError(
+                f"{self.path} was begun with another {key} than now; choose another --out "
+                "or delete the folder."
+            )
+
+    def _make(self, path: Path) -> None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskRefused(
+                f"{path} cannot be made ({error.strerror}); choose another --out."
+            ) from error
+
+    def pack_path(self, stage: int, task: str) -> Path:
+        return self.path / "packs" / f"{stage:02d}-{task}.safetensors"
+
+    def new_pack_path(self, stage: int, task: str) -> Path:
+        """`pack_path`, in a folder that is there now. Raises RecordError if the disk refuses it."""
+        path = self.pack_path(stage, task)
+        self._make(path.parent)
+        return path
+
+    def stage_path(self, stage: int) -> Path:
+        return self.path / "stages" / f"{stage:02d}"
+
+    def write_stage(self, stage: int, examples: Iterable[dict], record: dict[str, Any]) -> None:
+        folder = self.stage_path(stage)
+        # in ASCII, because what a program says of itself may hold halves of surrogate pairs
+        lines = "".join(json.dumps(e) + "\n" for e in examples)
+        write_text(folder / "examples.jsonl", lines)
+        write_json(folder / "stage.json", record)
+
+    def stages(self) -> list[dict[str, Any]]:
+        """Records of the whole stages, from row 0 on, up to the first that is missing."""
+        records: list[dict[str, Any]] = []
+        while (file := self.stage_path(len(records)) / "stage.json").is_file():
+            records.append(read_json(file))
+        return records
+
+
+def states(folder: Path) -> dict[Path, dict[str, Any]]:
+    """{cell's folder: its state, with the number of its whole stages}. Raises RecordError where there is no cell."""
+    found = {file.parent for file in folder.rglob("state.json")} if folder.is_dir() else set()
+    if not found:
+        raise RecordError(f"{folder} holds no cell; give the folder that --out named.")
+    read = {path: CellFolder(path) for path in sorted(found)}
+    return {path: cell.state() | {"stages": len(cell.stages())} for path, cell in read.items()}
+
+
+def cells(folder: Path) -> list[Path]:
+    """Cell folders at or below `folder`, sorted. Raises RecordError if there is none."""
+    if not folder.is_dir():
+        raise RecordError(f"there is no folder {folder}; give the folder that --out named.")
+    found = sorted(file.parent for file in folder.rglob("cell.json"))
+    if not found:
+        raise RecordError(f"{folder} holds no cell; run `cl-graft run` with --out {folder} first.")
+    return found

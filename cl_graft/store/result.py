@@ -1,0 +1,76 @@
+"""What a cell came to: one plain object, from what is on disk, complete or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cl_graft.config import RunConfig
+from cl_graft.matrix import PerformanceMatrix
+from cl_graft.store.files import read_json
+from cl_graft.store.record import CellFolder
+
+
+def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The object of one cell: matrix with row 0 the base, null where unmeasured, and everything beside it."""
+    config, tasks = RunConfig(**identity["config"]), list(identity["tasks"])
+    rows = len(tasks) + 1
+
+    def table(metric: str, key: str) -> list[list[float | None]]:
+        filled = [[r["scores"].get(metric, {}).get(t, {}).get(key) for t in tasks] for r in records]
+        return filled + [[None] * len(tasks)] * (rows - len(filled))
+
+    matrix = table("score", "value")
+    further = sorted({m for r in records for m in r["scores"]} - {"score"})
+    metrics = PerformanceMatrix(matrix, tasks=tasks).metrics()
+    kinds = records[0]["seconds"] if records else {}
+    return {
+        "scenario": config.scenario_label,
+        "strategy": config.short(config.strategy),
+        "label": config.label,
+        "model": config.model,
+        "seed": config.seed,
+        "budget": config.budget,
+        "budget_bytes": identity["budget_bytes"],
+        "tasks": tasks,
+        "matrix": matrix,
+        "n": table("score", "n"),
+        "stderr": table("score", "stderr"),
+        "identical": [[t in r["identical"] for t in tasks] for r in records]
+        + [[False] * len(tasks)] * (rows - len(records)),
+        "metrics": {k: None if v != v else v for k, v in metrics.items()},
+        "extra_matrices": {m: table(m, "value") for m in further},
+        "general": [r["general"]["score"]["value"] if r["general"] else None for r in records],
+        "pack_bytes": [r["pack_bytes"] for r in records if r["pack_bytes"] is not None],
+        "base_bytes": identity["base_bytes"],
+        "seconds": {kind: sum(r["seconds"][kind] for r in records) for kind in kinds},
+        "spent": sum(r["spent"] for r in records),
+        "tokens": sum(r["tokens"] for r in records),
+        "peak_memory_mb": max((r["peak_memory_mb"] for r in records), default=None),
+        "options": identity["options"],
+        "versions": identity["versions"],
+        "code": identity.get("code"),
+        "base": identity["base"],
+        "machine": identity["machine"],
+        "reads_data_dir": identity["reads_data_dir"],
+        "config": identity["config"],
+        "data": identity["data"],
+        "complete": len(records) == rows,
+    }
+
+
+def collect(path: Path) -> dict[str, Any]:
+    """The result of the cell in `path`, complete or not."""
+    folder = CellFolder(path)
+    return result_object(folder.identity(), folder.stages())
+
+
+def kept(path: Path) -> dict[str, Any] | None:
+    """What `collect` found when the cell was complete; None where it is not, or where an earlier version wrote less."""
+    folder = CellFolder(path)
+    if not folder.complete:
+        return None
+    folder.identity()  # refuses another version's
+    result = read_json(path / "result.json")
+    return result if "base" in result else None

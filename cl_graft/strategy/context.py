@@ -1,0 +1,133 @@
+"""What a method may look at when it decides what to keep of a task's delta."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from random import Random
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cl_graft.budget import Budget, largest, weight_bits
+from cl_graft.errors import OverBudget
+from cl_graft.models.roles import Role, roles
+from cl_graft.models.text import encode
+from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse
+from cl_graft.skillpack.compress.calibrate import Moments, moments
+from cl_graft.skillpack.compress.text import padded
+from cl_graft.skillpack.format.file import SkillPack, packed_size
+from cl_graft.task import Task
+from cl_graft.training.fit import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Context:
+    """The task just learned, and the model that learned it.
+
+    model: holds the tuned weights. start: parameter name -> weights that training started from, in the
+    model's dtype. budget: storage allowed for this task. progress: called with the fraction done.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    start: Mapping[str, Tensor]
+    budget: Budget
+    seed: int
+    header: SkillPack  # the pack to be, without tensors: what its header costs
+    progress: Progress = field(default=lambda done: None)
+
+    @cached_property
+    def roles(self) -> dict[str, Role]:
+        """Parameter name -> embedding, head, attention, mlp or norm."""
+        return roles(self.model)
+
+    def cost(self, tensors: Mapping[str, Encoded]) -> int:
+        """Bytes these encoded tensors take by the budget's convention (see Budget)."""
+        return self.cost_of({name: encoded.spec for name, encoded in tensors.items()})
+
+    def cost_of(self, specs: Mapping[str, Spec]) -> int:
+        """The same, from {name: (codec, shape, meta)} and no data."""
+        if self.budget.counts_weights:
+            return -(-sum(weight_bits(spec) for spec in specs.values()) // 8)
+        pack = self.header
+        return packed_size(
+            specs,
+            task=pack.task,
+            method=pack.method,
+            options=pack.options,
+            base=pack.base,
+            versions=pack.versions,
+        )
+
+    def require_fit(self, tensors: Mapping[str, Encoded]) -> None:
+        """Raises OverBudget if the tensors cost more than the budget."""
+        cost = self.cost(tensors)
+        if cost > self.budget.bytes:
+            raise OverBudget(
+                f"the pack for task {self.task.name!r} needs {cost} bytes and the budget {self.budget.text} "
+                f"allows {self.budget.bytes}; raise --budget or the method's compression."
+            )
+
+    def top_magnitude(self, delta: Mapping[str, Tensor]) -> dict[str, Encoded]:
+        """The largest entries over all tensors together, as many as the budget holds."""
+        return self.keep(delta, self.masks({name: x.abs() for name, x in delta.items()}))
+
+    def keep(self, delta: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Encoded]:
+        """The masked entries, sparse; a tensor with none is left out."""
+        return {name: sparse(delta[name], masks[name]) for name in delta if masks[name].any()}
+
+    def masks(self, scores: Mapping[str, Tensor], at_most: int | None = None) -> dict[str, Tensor]:
+        """Boolean masks of the best-scored entries, as many over all together as the budget holds.
+
+        at_most: a count known to fit about so; if it fits here it is taken, and no more is looked for.
+        """
+        flat = torch.cat([s.flatten().float() for s in scores.values()])
+        order = flat.argsort(descending=True, stable=True)
+
+        def chosen(count: int) -> dict[str, Tensor]:
+            picked = torch.zeros_like(flat, dtype=torch.bool)
+            picked[order[:count]] = True
+            parts = picked.split([s.numel() for s in scores.values()])
+            return {n: p.view_as(s) for (n, s), p in zip(scores.items(), parts, strict=True)}
+
+        def fits(count: int) -> bool:
+            return self.cost(self.keep(scores, chosen(count))) <= self.budget.bytes
+
+        most = min(at_most or flat.numel(), flat.numel())
+        count = most if at_most and fits(most) else largest(fits, 1, most)
+        if count < 1:
+            raise OverBudget(
+                f"the budget {self.budget.text} ({self.budget.bytes} bytes) does not hold one weight; raise it."
+            )
+        return chosen(count)
+
+    def dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Encoded]:
+        """All of the delta in bf16, whatever it costs: for references that have no budget."""
+        return {name: dense(x) for name, x in tensors.items()}
+
+    def batches(self, size: int, seed: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Endless batches of the task's training text: input_ids, attention_mask, labels (int64, size x length).
+
+        Labels are -100 outside the completion.
+        """
+        rng, rows = Random(f"{self.seed}/{seed}"), list(self.task.train)
+        while True:
+            picked = [rows[rng.randrange(len(rows))] for _ in range(size)]
+            encoded = [
+                encode(self.tokenizer, e.prompt, e.completion, self.task.training.max_length)
+                for e in picked
+            ]
+            batch = padded([(h + t, len(h)) for h, t in encoded], self.tokenizer.pad_token_id)
+            yield {key: value.to(self.model.device) for key, value in batch.items()}
+
+    def moments(self, batches: int = 8, size: int = 32, gradients: bool = True) -> Moments:
+        """Second moments of the layers' inputs and output gradients on the task's training text."""
+        source = self.batches(size, seed=1)
+        return moments(self.model, [next(source) for _ in range(batches)], gradients)
