@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class SkillPack:
     has too many are cut.
     """
 
-    tensors: dict[str, Encoded]
+    tensors: Mapping[str, Encoded]
     task: str
     method: str
     options: dict[str, Any]
@@ -76,11 +77,16 @@ class SkillPack:
     grown: dict[str, list[int]] = field(default_factory=dict)
 
     @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """{name: shape of its delta}."""
+        return {name: encoded.shape for name, encoded in self.tensors.items()}
+
+    @property
     def nbytes(self) -> int:
         """Exact bytes of the file that `save` writes. Raises as `packed_size` does."""
         return packed_size(self._specs, **self._fields)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """BLAKE2b (32 hex digits) of all that the file says: its header, and thereby the checksum
         (8 bytes) of every tensor. It tells damage from a whole file, not friend from foe."""

@@ -26,11 +26,15 @@ class Grafted:
     The model given is the base, and it is changed in place. Parameters go by the names of
     `model.named_parameters()`, where tied ones appear once. Only parameters that a pack touches are
     copied. Nothing else may write to the model's parameters while packs are active.
+
+    base_weights: {name: the base's parameter}, if somebody holds them already: they are read and never written to, so
+    that the base is held once.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, base_weights: Mapping[str, Tensor] | None = None):
         self.model = model
         self.active: tuple[SkillPack, ...] = ()
+        self._held = base_weights
         self._pristine: dict[str, Tensor] = {}
         self._base: str | None = None
 
@@ -51,6 +55,8 @@ class Grafted:
         on any other error (NonFinite: a weight overflows) the model is the base again.
         """
         packs = tuple(packs)
+        if packs and [p.digest for p in packs] == [p.digest for p in self.active]:
+            return
         parameters = dict(self.model.named_parameters())
         check_packs(packs, self.base, {n: tuple(p.shape) for n, p in parameters.items()})
         touched = {name for pack in packs for name in pack.tensors}
@@ -76,7 +82,8 @@ class Grafted:
         if name in self._pristine:
             parameter.copy_(self._pristine[name])
         else:
-            self._pristine[name] = parameter.detach().clone()
+            held = self._held[name] if self._held else parameter.detach().clone()
+            self._pristine[name] = held
         add(parameter, name, packs)
         if not _finite(parameter):
             tasks = ", ".join(repr(pack.task) for pack in packs)
@@ -160,11 +167,11 @@ def check_packs(
                 f"the pack of task {pack.task!r} has tensors or rows that the base lacks, and a live "
                 "model has no place for them; apply it to a folder with `cl-graft pack apply`."
             )
-        for name, encoded in pack.tensors.items():
-            if shapes.get(name) != encoded.shape:
+        for name, shape in pack.shapes.items():
+            if shapes.get(name) != shape:
                 there = f"shape {shapes[name]}" if name in shapes else "no such parameter"
                 raise ShapeMismatch(
-                    f"tensor {name!r} of task {pack.task!r} has shape {encoded.shape}, but the "
+                    f"tensor {name!r} of task {pack.task!r} has shape {shape}, but the "
                     f"model has {there}; load the base it was made on."
                 )
 
