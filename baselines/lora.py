@@ -49,7 +49,7 @@ class lora(Strategy):
         )
         continued = self.packs[-1] if convention == "trained_on" and self.packs else None
         if continued:  # the adapter itself holds what was learned: its base is the base
-            self._restore_base()
+            self.restore_base()
         transposed = stored_transposed(self.model)
         config = LoraConfig(
             r=rank,

@@ -58,6 +58,8 @@ class RunConfig(BaseModel):
     options: dict[str, dict[str, Any]] = {}
     threads: int = 1
     train_on: dict[str, Path] = {}
+    task_ids: Literal["given", "inferred"] = "given"
+    router: str = "ridge"
 
     data_dir: Path | None = None
     out: Path = Path("results")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -25,6 +26,30 @@ class Group:
     packs: Sequence[SkillPack]
     examples: Sequence[int]
     taken_for: int | None = None
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Who answered a task's examples the last time it was measured.
+
+    key: what tells this measurement from others of the task. tasks: their names by number; empty where all tasks are
+    answered by the same packs.
+    """
+
+    key: Key
+    groups: Sequence[Group]
+    tasks: Sequence[str]
+
+    @property
+    def names(self) -> list[str | None]:
+        """The task that each example was taken for, in their order."""
+        found = {i: g.taken_for for g in self.groups for i in g.examples} if self.tasks else {}
+        return [None if (k := found[i]) is None else self.tasks[k] for i in sorted(found)]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """{task: examples taken for it}; the base's have the empty name."""
+        return dict(Counter(name or "" for name in self.names))
 
 
 class Examiner:

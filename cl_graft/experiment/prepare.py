@@ -18,6 +18,7 @@ from cl_graft.task import Scenario
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from cl_graft.routing.base import Router
     from cl_graft.strategy.base import Strategy
 
 
@@ -126,7 +127,17 @@ def strategy_of(
         allow_code=config.allow_code_execution,
         stages=Stages(config.store, config.launch, patient, mirror),
         outcomes=Outcomes(config.store, config.cell, mirror),
+        router=router_of(config),
     )
+
+
+def router_of(config: RunConfig) -> Router | None:
+    """What infers the task of a prompt; None where it is given. Raises UnknownName or CLGraftError, as `prepare`."""
+    if config.task_ids == "given":
+        return None
+    name = config.short(config.router)
+    kind = plugins.load("router", config.router)
+    return kind(**plugins.check_options("router", name, kind, config.options.get(name, {})))
 
 
 def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:

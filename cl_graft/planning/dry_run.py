@@ -98,7 +98,7 @@ class Rehearsal:
             # A method that goes on from its own last pack, which is empty here, asks for the same once more.
             if len(self.found) == before:
                 self._by_recipe(task)
-        strategy._restore_base()
+        strategy.restore_base()
         self.exact = self.real
         header = SkillPack({}, task.name, "", {}, strategy.grafted.base, {})
         strategy.packs.append(header)

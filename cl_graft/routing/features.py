@@ -23,9 +23,7 @@ class Features:
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """float32 (prompts, width), on the CPU."""
-        missing = sorted(
-            {p for p in prompts if p not in self._known}, key=lambda p: (len(p), p)
-        )
+        missing = sorted({p for p in prompts if p not in self._known}, key=lambda p: (len(p), p))
         for first in range(0, len(missing), BATCH):
             some = missing[first : first + BATCH]
             self._known.update(zip(some, self._read(some), strict=True))

@@ -14,6 +14,7 @@ The base model is never changed: training works on its weights and they are put 
 from __future__ import annotations
 
 import inspect
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,8 +28,8 @@ import torch
 
 from cl_graft import __version__, plugins
 from cl_graft.budget import Budget
-from cl_graft.errors import OverBudget
-from cl_graft.evaluation.examiner import Examiner, Group
+from cl_graft.errors import CLGraftError, OverBudget
+from cl_graft.evaluation.examiner import Answered, Examiner, Group, key
 from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
 from cl_graft.routing.base import Router
@@ -36,9 +37,9 @@ from cl_graft.routing.features import Features
 from cl_graft.skillpack.codecs.exact import exact, original
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
+from cl_graft.store.digests import digest
 from cl_graft.strategy.context import Context, cost_of
 from cl_graft.strategy.kept import Kept, Tensors
-from cl_graft.store.digests import digest
 from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin
 from cl_graft.task import Scenario, Task
 from cl_graft.training.config import dpo_job, sft_job
@@ -95,9 +96,10 @@ class Strategy(BaseTemplate):
         self.examiner = Examiner(
             self.grafted, tokenizer, outcomes or Outcomes(Path(self._own_folder.name)), allow_code
         )
+        self.answered: dict[str, Answered] = {}
         self.features = Features(model, tokenizer)
         self.progress: Callable[[str, float], None] = lambda what, done: None
-        self.seconds: dict[str, float] = {"train": 0.0, "compress": 0.0}
+        self._seconds: dict[str, float] = {"train": 0.0, "compress": 0.0}
         self.log = Log()
         self.sampling = 0.0  # seconds of sampling preference pairs
         self.results: dict[str, dict[str, list[Scored]]] = {}
@@ -216,7 +218,7 @@ class Strategy(BaseTemplate):
         state = self.router.update(self._router_state, self._features(prompts), len(self.packs))
         tensors = {name: exact(value) for name, value in state.items()}
         self.shared[ROUTER] = self._pack(task, tensors, f"{type(self.router).__name__}")
-        self.seconds["compress"] += perf_counter() - begun
+        self._seconds["compress"] += perf_counter() - begun
 
     # --- learning a task ---
 
@@ -282,16 +284,21 @@ class Strategy(BaseTemplate):
         torch.manual_seed(self.seed + len(self.packs))
         kept = self.learn(task, context, **self.options)
         kept = kept if isinstance(kept, Kept) else Kept(kept)
-        self._restore_base()
+        self.restore_base()
         if self.budgeted:
             context.require_fit(kept.own)
         self.packs.append(replace(context.header, tensors=kept.own))
         for name, tensors in kept.shared.items():
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == ROUTER:
+                raise CLGraftError(
+                    f"{type(self).__name__} calls a shared artefact {name!r}; name it in small letters, digits, - and "
+                    f"_, and not {ROUTER!r}, which is the harness's."
+                )
             self.shared[name] = self._pack(task, tensors)
         if self.budgeted:
             self._require_fit()
-        self.seconds["train"] += self.log.seconds - trained
-        self.seconds["compress"] += perf_counter() - begun - self._training_wall
+        self._seconds["train"] += self.log.seconds - trained
+        self._seconds["compress"] += perf_counter() - begun - self._training_wall
         self.clock.train_iterations += task.training.steps
 
     def _eval_exp(self, **kwargs: Any) -> None:
@@ -305,7 +312,20 @@ class Strategy(BaseTemplate):
 
         number: of the task (0-based), for methods that are told; None where there is none, as of general ability.
         """
-        return self.examiner.measure(task, self.groups(task, number), len(self.packs))
+        groups = self.groups(task, number)
+        names = self.scenario.task_names if self.keeps == "per_task" else ()
+        self.answered[task.name] = Answered(key(task, groups)[1:], groups, names)
+        return self.examiner.measure(task, groups, len(self.packs))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of training (also where it was recalled), compressing and evaluating so far."""
+        return self._seconds | {"evaluate": self.examiner.seconds}
+
+    @property
+    def aside(self) -> float:
+        """Seconds of sampling preference pairs, and of waiting for another cell's evaluation."""
+        return self.sampling + self.examiner.aside
 
     def _show_to_avalanche(self, outcomes: Sequence[Scored]) -> None:
         """Each example as a two-class problem, 'answered right or not', for Avalanche's own metrics."""
@@ -322,7 +342,8 @@ class Strategy(BaseTemplate):
         self.grafted.unload()
         super()._after_eval(**kwargs)
 
-    def _restore_base(self) -> None:
+    def restore_base(self) -> None:
+        """Put the base's weights back into the model, bit for bit; no pack is active."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self.base[name])

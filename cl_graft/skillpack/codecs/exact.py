@@ -1,5 +1,7 @@
 """stub until the codecs branch lands"""
+
 import torch
+
 from cl_graft.skillpack.codecs import dense
 
 
