@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl_graft.budget import Budget, largest, weight_bits
+from cl_graft.budget import Budget, largest
 from cl_graft.errors import OverBudget
 from cl_graft.models.roles import Role, roles
 from cl_graft.models.text import encode
-from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse
+from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse, weight_bits
 from cl_graft.skillpack.compress.calibrate import Moments, moments
 from cl_graft.skillpack.compress.text import padded
 from cl_graft.skillpack.format.file import SkillPack, packed_size
@@ -55,7 +55,7 @@ class Context:
     def cost_of(self, specs: Mapping[str, Spec]) -> int:
         """The same, from {name: (codec, shape, meta)} and no data."""
         if self.budget.counts_weights:
-            return -(-sum(weight_bits(spec) for spec in specs.values()) // 8)
+            return -(-sum(weight_bits(*spec) for spec in specs.values()) // 8)
         pack = self.header
         return packed_size(
             specs,
