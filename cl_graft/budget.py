@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from math import prod
-from typing import Any
 
 from cl_graft.errors import CLGraftError
 
@@ -62,15 +60,3 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def weight_bits(spec: tuple[str, tuple[int, ...], dict[str, Any]]) -> int:
-    """Bits of the weights that a tensor's (codec, shape, meta) keeps: no masks, scales or headers."""
-    codec, shape, meta = spec
-    if codec == "sparse":
-        return 16 * meta["kept"]
-    if codec == "low_rank":
-        return 16 * meta["rank"] * sum(shape)
-    if codec == "quantized_low_rank":
-        return sum(group[0] * group[1] for group in meta["groups"]) * sum(shape)
-    return {"dense": 16, "sign_scale": 1}.get(codec, meta.get("bits", 16)) * prod(shape)

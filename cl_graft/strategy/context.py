@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl_graft.budget import Budget, largest, weight_bits
+from cl_graft.budget import Budget, largest
 from cl_graft.errors import OverBudget
 from cl_graft.models.roles import Role, roles
 from cl_graft.models.text import encode
-from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse
+from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse, weight_bits
 from cl_graft.skillpack.compress.calibrate import Moments, moments
 from cl_graft.skillpack.compress.text import padded
 from cl_graft.skillpack.format.file import SkillPack, packed_size
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def cost_of(pack: SkillPack, specs: Mapping[str, Spec], budget: Budget) -> int:
     """Bytes of a pack with these tensors by the budget's convention: of the file, or of the weights it keeps."""
     if budget.counts_weights:
-        return -(-sum(weight_bits(spec) for spec in specs.values()) // 8)
+        return -(-sum(weight_bits(*spec) for spec in specs.values()) // 8)
     return packed_size(
         specs,
         task=pack.task,

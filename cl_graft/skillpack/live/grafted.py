@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from cl_graft.skillpack.codecs import is_factored, is_scattered
 from cl_graft.skillpack.format.file import (
     CorruptPack,
     NonFinite,
@@ -15,9 +17,11 @@ from cl_graft.skillpack.format.file import (
     WrongBase,
     fingerprint,
 )
-from cl_graft.skillpack.live.decode import LOW_RANK, Factors, factors, sparse_entries
+from cl_graft.skillpack.live.decode import entries, factors
 
 TILE = 2048  # rows of a product held in float32 at a time
+
+Pair = TypeVar("Pair", bound=tuple[Tensor, Tensor])
 
 
 class Grafted:
@@ -103,10 +107,10 @@ def add(weight: Tensor, name: str, packs: Sequence[SkillPack]) -> None:
     Raises CorruptPack where a tensor's parts do not fit its codec, NonFinite as `SkillPack.delta`.
     """
     packs = [pack for pack in packs if name in pack.tensors]
-    if packs and all(pack.tensors[name].codec in LOW_RANK for pack in packs):
+    if packs and all(is_factored(pack.tensors[name]) for pack in packs):
         return add_low_rank(weight, name, packs)
-    if len(packs) == 1 and packs[0].tensors[name].codec == "sparse":
-        return add_sparse(weight, *_checked(sparse_entries, name, packs))
+    if len(packs) == 1 and is_scattered(packs[0].tensors[name]):
+        return add_sparse(weight, *_checked(entries, name, packs))
     delta = torch.zeros(weight.shape)
     for pack in packs:
         delta += pack.delta(name)
@@ -141,7 +145,7 @@ def add_sparse(weight: Tensor, positions: Tensor, values: Tensor) -> None:
     flat[positions] = flat[positions].add_(values.to(weight.device).float())
 
 
-def _checked(decode: Callable[..., Factors], name: str, packs: Sequence[SkillPack]) -> Factors:
+def _checked(decode: Callable[..., Pair], name: str, packs: Sequence[SkillPack]) -> Pair:
     try:
         return decode(*(pack.tensors[name] for pack in packs))
     except ValueError as error:
