@@ -78,7 +78,8 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
     return found, plugins.check_options("strategy", strategy_name, found, given)
 
 
-def _scenario(config: RunConfig) -> Scenario:
+def scenario_of(config: RunConfig) -> Scenario:
+    """The scenario that the config names, with the training data of its `train_on`; nobody has consented yet."""
     name = config.short(config.scenario)
     make = plugins.load("scenario", config.scenario)
     chosen = plugins.check_options("scenario", name, make, config.options.get(name, {}))
@@ -88,7 +89,11 @@ def _scenario(config: RunConfig) -> Scenario:
             f"{config.scenario} is not a scenario: its function returns {type(scenario).__name__}; "
             "return a cl_graft.task.Scenario."
         )
-    scenario = _trained_on(scenario, config.train_on)
+    return _trained_on(scenario, config.train_on)
+
+
+def _scenario(config: RunConfig) -> Scenario:
+    scenario = scenario_of(config)
     programs = [t for t in scenario.tasks if "tests" in t.metrics]
     if programs:
         from cl_graft.evaluation.sandbox import require_consent
