@@ -82,14 +82,8 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
     folder = CellFolder(config.out / config.cell)
     if not folder.complete:
         return None
-    folder.check({"config": _experiment(config)})
+    folder.check({"config": config.experiment()})
     return read_json(folder.path / "result.json")
-
-
-def _experiment(config: RunConfig) -> dict[str, Any]:
-    """The fields of a config that decide its result."""
-    fields = {"scenario", "strategy", "model", "seed", "budget", "options", "threads", "train_on"}
-    return config.model_dump(mode="json", include=fields)
 
 
 def _compute(
@@ -117,7 +111,7 @@ def _compute(
     strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer, patient)
     scenario, budget = strategy.scenario, strategy.budget
     identity: dict[str, Any] = {
-        "config": _experiment(config),
+        "config": config.experiment(),
         "options": options,
         "versions": versions(),
         "code": package_digest(),
