@@ -145,14 +145,15 @@ def sweep_from(file: Path | None, given: Mapping[str, Any]) -> Sweep:
     from cl_graft.plugins import parse_set
     from cl_graft.sweep_config import Sweep, read, sweep_of, with_options
 
+    typed = {k: v for k, v in given.items() if v is not None and v is not False and v != []}
     fields = {
-        name: _read(name, field, given[name])
+        name: _read(name, field, typed[name])
         for name, field in Sweep.model_fields.items()
-        if given.get(name) is not None and given[name] is not False
+        if name in typed
     }
     where = str(file) if file else "the command"
     everything = {**(read(file) if file else {}), **fields}
-    sets = [parse_set(text) for text in given.get("set_") or []]
+    sets = [parse_set(text) for text in typed.get("set_", [])]
     return sweep_of(with_options(everything, sets), where)
 
 
