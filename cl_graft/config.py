@@ -42,7 +42,8 @@ class Launch(BaseModel):
 class RunConfig(BaseModel):
     """One cell: scenario x strategy x model x seed x budget, with options.
 
-    options: {scenario or strategy name: {option: value}}. train_on: {task: folder made by `cl-graft transfer build`},
+    options: {scenario or strategy name: {option: value}}. scorers: {scorer of the scenario's tasks: {option: value}},
+    over the options that the scenario gives it. train_on: {task: folder made by `cl-graft transfer build`},
     whose answers and pairs take the place of the task's own training data. The fields from `data_dir` on say where
     and how the cell is run, and do not change its result. mirror: an fsspec URL that keeps a copy of the cell and of
     the stages it trains, from which another machine goes on. track: what beside W&B follows the cell.
@@ -56,6 +57,7 @@ class RunConfig(BaseModel):
     seed: int = 0
     budget: str = "10%"
     options: dict[str, dict[str, Any]] = {}
+    scorers: dict[str, dict[str, Any]] = {}
     threads: int = 1
     train_on: dict[str, Path] = {}
 
@@ -90,8 +92,13 @@ class RunConfig(BaseModel):
 
     @property
     def scenario_label(self) -> str:
-        """The scenario with the options that were set."""
-        return self._with_options(self.short(self.scenario), {})
+        """The scenario with the options that were set, those of scorers included."""
+        of_scorers = {
+            f"{name}.{option}": value
+            for name, options in self.scorers.items()
+            for option, value in options.items()
+        }
+        return self._with_options(self.short(self.scenario), of_scorers)
 
     def _with_options(self, name: str, more: dict[str, Any]) -> str:
         told = [*sorted(self.options.get(name, {}).items()), *sorted(more.items())]
@@ -112,6 +119,8 @@ class RunConfig(BaseModel):
         told: list[Any] = [relevant, self.threads]
         if self.train_on:
             told.append({task: str(folder) for task, folder in self.train_on.items()})
+        if self.scorers:
+            told.append({"scorers": self.scorers})
         names = [self.scenario, self.strategy, self.model]
         if [*readable, model] != names or not all(map(PLAIN.fullmatch, names)):
             told.append(names)

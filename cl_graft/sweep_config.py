@@ -60,7 +60,8 @@ class Sweep(BaseModel):
     """The cells of a sweep and how they are run.
 
     scenarios, strategies: names, or {name: {option: value}}. A list where the option takes none is a grid:
-    {lora: {rank: [8, 32, 128]}} is three strategies. The other fields are those of RunConfig.
+    {lora: {rank: [8, 32, 128]}} is three strategies. scorers: {name: {option: value}}. The other fields are those of
+    RunConfig.
     executor: `local`, processes of this machine, or `ray`. workers: cells at a time; 0 is one a GPU, or one a core.
     """
 
@@ -71,6 +72,7 @@ class Sweep(BaseModel):
     models: Names = ["mini-llama"]
     seeds: Annotated[list[int], Field(min_length=1), BeforeValidator(_listed)] = [0]
     budgets: Names = ["10%"]
+    scorers: dict[str, Options] = {}
     train_on: dict[str, Path] = {}
     threads: int = Field(default=1, ge=1)
 
@@ -180,21 +182,19 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def with_options(fields: Mapping[str, Any], sets: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
-    """The fields with (owner, option, value) put into every entry of that scenario or strategy.
+    """The fields with (owner, option, value) put into every entry of that scenario or strategy, or else of scorers.
 
-    Raises UnknownName for an owner that is not of this sweep.
+    Which scorers there are is known once the scenario is made.
     """
     entries = {
         kind: [(name, dict(options)) for name, options in _pairs(_listed(fields.get(kind) or []))]
         for kind in ("scenarios", "strategies")
     }
     everything = [entry for kind in entries.values() for entry in kind]
+    scorers = {name: dict(options) for name, options in (fields.get("scorers") or {}).items()}
     for owner, option, value in sets:
         own = [options for name, options in everything if RunConfig.short(name) == owner]
-        if not own:
-            names = [RunConfig.short(name) for name, _ in everything]
-            raise UnknownName("scenario or strategy in this sweep", owner, names)
-        for options in own:
+        for options in own or [scorers.setdefault(owner, {})]:
             options[option] = value
     return {
         **fields,
@@ -203,6 +203,7 @@ def with_options(fields: Mapping[str, Any], sets: Sequence[tuple[str, str, Any]]
             for kind, found in entries.items()
             if found
         },
+        **({"scorers": scorers} if scorers else {}),
     }
 
 

@@ -72,6 +72,7 @@ def make(out: Path, cells: int, examples: int, strategies: int = 25, scenarios: 
                         "seed": seed,
                         "budget": "10%",
                         "options": {},
+                        "scorers": {},
                         "threads": 1,
                         "train_on": {},
                     },
@@ -118,7 +119,7 @@ def _cell(
                 0.8 * (1 - forgets / 2) ** age if learned else 0.2
             )
             outcomes[task.name] = {
-                task.score: [
+                task.metrics[0]: [
                     Scored(1.0, e.completion) if ok else Scored(0.0, f"{e.completion[:6]} or so")
                     for ok, e in zip(right, task.test, strict=True)
                 ]

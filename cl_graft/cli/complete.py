@@ -10,7 +10,8 @@ Offered = list[tuple[str, str]]  # a word, and a line on it
 def lists(incomplete: str) -> Offered:
     """What `cl-graft list` lists."""
     return _fitting(
-        incomplete, ((name, "") for name in ("scenarios", "strategies", "models", "budgets"))
+        incomplete,
+        ((name, "") for name in ("scenarios", "strategies", "scorers", "models", "budgets")),
     )
 
 

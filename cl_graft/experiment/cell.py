@@ -85,15 +85,17 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
     if not folder.begun:
         return None
     folder.check({"config": _experiment(config)})
-    folder.check({"sources": identity.sources(config)})
-    then = folder.identity().get("inputs") or {}
-    folder.check({"inputs": then | identity.inputs(config)})
+    told = folder.identity()
+    scorers = tuple(told.get("sources", {}).get("scorers", ()))
+    folder.check({"sources": identity.sources(config, scorers)})
+    folder.check({"inputs": told.get("inputs", {}) | identity.inputs(config)})
     return read_json(folder.path / "result.json") if folder.complete else None
 
 
 def _experiment(config: RunConfig) -> dict[str, Any]:
     """The fields of a config that decide its result."""
     fields = {"scenario", "strategy", "model", "seed", "budget", "options", "threads", "train_on"}
+    fields.add("scorers")
     return config.model_dump(mode="json", include=fields)
 
 
@@ -124,7 +126,7 @@ def _compute(
     about: dict[str, Any] = {
         "config": _experiment(config),
         "options": options,
-        "sources": identity.sources(config),
+        "sources": identity.sources(config, identity.scorers_of(scenario)),
         "inputs": identity.inputs(config),
         "versions": versions(),
         "code": package_digest(),

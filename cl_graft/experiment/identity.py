@@ -6,8 +6,9 @@ an edited method, of other data or of other weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from cl_graft import plugins
 from cl_graft.config import RunConfig
@@ -16,14 +17,25 @@ from cl_graft.models import corpus, embedded
 from cl_graft.models.load import FILES
 from cl_graft.store.digests import data_fingerprint, digest
 from cl_graft.store.source_files import digest_of
+from cl_graft.task import Scenario
 
 Files = dict[str, str]  # name -> digest
 _data_sets: dict[str, str] = {}  # the cells of a sweep ask for the same again and again
 
 
-def sources(config: RunConfig) -> dict[str, Files]:
-    """{"scenario" or "strategy": files} of the plug-ins, and what they import from beside them."""
-    return {kind: plugins.sources(kind, getattr(config, kind)) for kind in ("scenario", "strategy")}
+def sources(config: RunConfig, scorers: Iterable[str]) -> dict[str, Any]:
+    """{"scenario" or "strategy": files, "scorers": {name: files}}, with what these import from beside them."""
+    return {
+        "scenario": plugins.sources("scenario", config.scenario),
+        "strategy": plugins.sources("strategy", config.strategy),
+        "scorers": {name: plugins.sources("scorer", name) for name in scorers},
+    }
+
+
+def scorers_of(scenario: Scenario) -> list[str]:
+    """The names by which the scorers of its tasks are found, sorted."""
+    tasks = scenario.tasks + ((scenario.general,) if scenario.general else ())
+    return sorted({scoring.name for task in tasks for scoring in task.scorings})
 
 
 def inputs(config: RunConfig) -> dict[str, Files]:
@@ -46,7 +58,9 @@ def inputs(config: RunConfig) -> dict[str, Files]:
 
 def _data_set(config: RunConfig, folders: list[Path]) -> str:
     """Digest of the scenario's data; it is read again once a file in the folders or the scenario's own is another."""
-    told = config.model_dump_json(include={"scenario", "seed", "data_dir", "options", "train_on"})
+    told = config.model_dump_json(
+        include={"scenario", "seed", "data_dir", "options", "scorers", "train_on"}
+    )
     own = plugins.sources("scenario", config.scenario)
     key = digest(told, own, [list(_stamps(folder)) for folder in folders])
     if key not in _data_sets:

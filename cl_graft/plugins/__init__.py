@@ -1,6 +1,16 @@
 """Plug-ins of every kind: found by name, entry point or path; their options; and the files they are made of."""
 
-from cl_graft.plugins.find import KINDS, Kind, about, load, names, origin, sources, sources_of
+from cl_graft.plugins.find import (
+    KINDS,
+    Kind,
+    about,
+    load,
+    names,
+    origin,
+    sources,
+    sources_of,
+    within,
+)
 from cl_graft.plugins.signature import check_options, choices, options, parse_set
 
 __all__ = [
@@ -16,4 +26,5 @@ __all__ = [
     "parse_set",
     "sources",
     "sources_of",
+    "within",
 ]

@@ -71,7 +71,7 @@ def _command(members: Sequence[Cell]) -> str:
     words += ["--models", config["model"], "--budgets", config["budget"]]
     for task, folder in config["train_on"].items():
         words += ["--train-on", f"{task}={folder}"]
-    for owner, options in sorted(config["options"].items()):
+    for owner, options in sorted({**config["options"], **config["scorers"]}.items()):
         for option, value in sorted(options.items()):
             words += ["--set", f"{owner}.{option}={_value(value)}"]
     return shlex.join([*words, *further])
@@ -90,6 +90,7 @@ def _file(config: Mapping[str, Any], strategies: Sequence[str], seeds: Sequence[
         "models": [config["model"]],
         "seeds": list(seeds),
         "budgets": [config["budget"]],
+        **({"scorers": config["scorers"]} if config["scorers"] else {}),
         **({"train_on": dict(config["train_on"])} if config["train_on"] else {}),
         **({"threads": config["threads"]} if config["threads"] != 1 else {}),
     }

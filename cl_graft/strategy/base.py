@@ -202,7 +202,7 @@ class Strategy(BaseTemplate):
         task = self.scenario.tasks[number]
         outcomes = self.measure(task, self.active(number))
         self.results[task.name] = outcomes
-        self._show_to_avalanche(outcomes[task.score])
+        self._show_to_avalanche(outcomes[task.metrics[0]])
 
     def _show_to_avalanche(self, outcomes: Sequence[Scored]) -> None:
         """Each example as a two-class problem, 'answered right or not', for Avalanche's own metrics."""
@@ -246,7 +246,7 @@ class Strategy(BaseTemplate):
             task.training.max_length,
             self.allow_code,
         )
-        found = score(examinee, task.test, task.metrics)
+        found = score(examinee, task.test, task.scorings)
         self.seconds["evaluate"] += perf_counter() - begun
         return found
 

@@ -15,9 +15,9 @@ import typer
 import yaml
 from typer.main import get_command
 
+from cl_graft import plugins
 from cl_graft.cli import app
 from cl_graft.config import Launch
-from cl_graft.evaluation.scorers import SCORERS
 from cl_graft.skillpack.codecs import CODECS
 from cl_graft.sweep_config import Ray, Sweep
 
@@ -124,4 +124,4 @@ def test_every_codec_and_scorer_is_described() -> None:
     pack, scenario = (DOCS / name for name in ("pack-format.md", "adding-a-scenario.md"))
     assert set(CODECS) <= set(re.findall(r"^\| `(\w+)` \|", pack.read_text("utf-8"), re.MULTILINE))
     told = re.findall(r"^\| `(\w+)` \|", scenario.read_text("utf-8"), re.MULTILINE)
-    assert set(SCORERS) <= set(told)
+    assert set(plugins.names("scorer")) <= set(told)
