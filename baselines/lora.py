@@ -11,6 +11,7 @@ from cl_graft.budget import largest
 from cl_graft.errors import OverBudget, UnknownName
 from cl_graft.skillpack.codecs import Encoded, low_rank
 from cl_graft.skillpack.compress.calibrate import linear_layers, stored_transposed
+from cl_graft.skillpack.live.decode import factors as stored_factors
 from cl_graft.strategy import Strategy
 from cl_graft.strategy.context import Context
 from cl_graft.task import Task, Training
@@ -49,7 +50,7 @@ class lora(Strategy):
         )
         continued = self.packs[-1] if convention == "trained_on" and self.packs else None
         if continued:  # the adapter itself holds what was learned: its base is the base
-            self._restore_base()
+            self.restore_base()
         transposed = stored_transposed(self.model)
         config = LoraConfig(
             r=rank,
@@ -127,12 +128,12 @@ def _load_factors(
     adapted: Any, tensors: dict[str, Encoded], transposed: set[str], scale: float
 ) -> None:
     for name, module in _lora_modules(adapted).items():
-        left, right = tensors[name].parts["left"].float(), tensors[name].parts["right"].float()
+        left, right = stored_factors([tensors[name]])
         up, down = (right.T, left.T) if name in transposed else (left, right)
         module.lora_B["default"].weight.copy_(up / scale)
         module.lora_A["default"].weight.copy_(down)
 
 
 def _joined(earlier: Encoded, left: torch.Tensor, right: torch.Tensor) -> tuple:
-    old_left, old_right = earlier.parts["left"].float(), earlier.parts["right"].float()
+    old_left, old_right = stored_factors([earlier])
     return torch.cat([old_left, left], 1), torch.cat([old_right, right], 0)

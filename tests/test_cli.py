@@ -334,7 +334,7 @@ def test_a_cell_under_way_is_shown_as_one(partial: Path, call: Call) -> None:
         (["--set", "mini.step=3"], ["option", "'step'", "steps"]),
         (["--set", "graftllm.betta=1.0"], ["option", "'betta'", "beta"]),
         (["--set", "mimi.steps=3"], ["'mimi'", "mini"]),
-        (["--set", "lora.rank=3"], ["'lora'", "graftllm", "mini", "number"]),
+        (["--set", "lora.rank=3"], ["'lora'", "known: graftllm, mini"]),
         (["--set", "mini.steps=many"], ["mini.steps='many'", "int"]),
         (["--set", "steps"], ["--set 'steps'", "name.option=value"]),
         (["--budget", "10"], ["budget '10'", "10%"]),

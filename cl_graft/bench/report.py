@@ -72,7 +72,6 @@ def make(out: Path, cells: int, examples: int, strategies: int = 25, scenarios: 
                         "seed": seed,
                         "budget": "10%",
                         "options": {},
-                        "scorers": {},
                         "threads": 1,
                         "train_on": {},
                     },

@@ -20,16 +20,16 @@ from cl_graft.store.source_files import digest_of
 from cl_graft.task import Scenario
 
 Files = dict[str, str]  # name -> digest
+DATA = ("scenario", "seed", "data_dir", "options", "scoring", "train_on")  # fields that decide it
 _data_sets: dict[str, str] = {}  # the cells of a sweep ask for the same again and again
 
 
 def sources(config: RunConfig, scorers: Iterable[str]) -> dict[str, Any]:
-    """{"scenario" or "strategy": files, "scorers": {name: files}}, with what these import from beside them."""
-    return {
-        "scenario": plugins.sources("scenario", config.scenario),
-        "strategy": plugins.sources("strategy", config.strategy),
-        "scorers": {name: plugins.sources("scorer", name) for name in scorers},
-    }
+    """{"scenario", "strategy" or "router": files, "scorers": {name: files}} of the plug-ins, and what these import
+    from beside them."""
+    kinds = ("scenario", "strategy", *(["router"] if config.task_ids == "inferred" else []))
+    found: dict[str, Any] = {kind: plugins.sources(kind, getattr(config, kind)) for kind in kinds}
+    return found | {"scorers": {name: plugins.sources("scorer", name) for name in scorers}}
 
 
 def scorers_of(scenario: Scenario) -> list[str]:
@@ -58,9 +58,7 @@ def inputs(config: RunConfig) -> dict[str, Files]:
 
 def _data_set(config: RunConfig, folders: list[Path]) -> str:
     """Digest of the scenario's data; it is read again once a file in the folders or the scenario's own is another."""
-    told = config.model_dump_json(
-        include={"scenario", "seed", "data_dir", "options", "scorers", "train_on"}
-    )
+    told = config.model_dump_json(include={*DATA})
     own = plugins.sources("scenario", config.scenario)
     key = digest(told, own, [list(_stamps(folder)) for folder in folders])
     if key not in _data_sets:

@@ -19,6 +19,7 @@ from cl_graft.task import Scenario
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from cl_graft.routing.base import Router
     from cl_graft.strategy.base import Strategy
 
 
@@ -44,7 +45,7 @@ def check(cells: Iterable[RunConfig]) -> None:
             Mirror(config.mirror).check()
         name = config.short(config.scenario)
         told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
-        chosen = [config.options.get(name), config.scorers]
+        chosen = [config.options.get(name), config.scoring]
         scenario = digest(*map(str, told), chosen, str(config.train_on))
         if scenario not in made:
             _launch(config.launch, _scenario(config))
@@ -69,11 +70,13 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
     Budget(config.budget, 10**9)
     if not 0 <= config.seed < 2**31:
         raise CLGraftError(f"seed {config.seed} is out of range; choose one from 0 to {2**31 - 1}.")
-    scenario_name, strategy_name = config.short(config.scenario), config.short(config.strategy)
-    known = (*plugins.names("strategy"), *plugins.names("scenario"))
+    router_of(config)
+    own = [config.short(name) for name in (config.scenario, config.strategy, config.router)]
+    known = {name for kind in plugins.KINDS for name in plugins.names(kind)}
     for owner in config.options:
-        if owner not in (scenario_name, strategy_name, *known):
-            raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
+        if owner not in (*own, *known):
+            raise UnknownName("scenario, strategy or router", owner, own[:2])
+    strategy_name = own[1]
     found = plugins.load("strategy", config.strategy)
     _require_strategy(found, config.strategy)
     given = config.options.get(strategy_name, {})
@@ -135,7 +138,17 @@ def strategy_of(
         allow_code=config.allow_code_execution,
         stages=Stages(config.store, config.launch, patient, mirror),
         outcomes=Outcomes(config.store, config.cell, mirror),
+        router=router_of(config),
     )
+
+
+def router_of(config: RunConfig) -> Router | None:
+    """What infers the task of a prompt; None where it is given. Raises UnknownName or CLGraftError, as `prepare`."""
+    if config.task_ids == "given":
+        return None
+    name = config.short(config.router)
+    kind = plugins.load("router", config.router)
+    return kind(**plugins.check_options("router", name, kind, config.options.get(name, {})))
 
 
 def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:

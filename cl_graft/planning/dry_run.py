@@ -19,6 +19,7 @@ from cl_graft.training import checkpoint
 from cl_graft.training.config import Row, StageConfig, accumulation, dpo_job, sft_job
 from cl_graft.training.fit import encoded, fit, lengths, tokens_of_a_step
 from cl_graft.training.stages import MARKER, Log, stage_key
+from cl_graft.training.term import Term, check
 from cl_graft.training.zero import BUCKET
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Rehearsal:
             # A method that goes on from its own last pack, which is empty here, asks for the same once more.
             if len(self.found) == before:
                 self._by_recipe(task)
-        strategy._restore_base()
+        strategy.restore_base()
         self.exact = self.real
         header = SkillPack({}, task.name, "", {}, strategy.grafted.base, {})
         strategy.packs.append(header)
@@ -110,13 +111,18 @@ class Rehearsal:
         rows: Sequence[Row],
         job: StageConfig,
         progress: Any = None,
+        terms: Sequence[Term] = (),
+        origin: str = "",
     ) -> tuple[Path, Log]:
         lora = model.peft_config["default"] if checkpoint.is_adapted(model) else None
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.adapter = (lora, trained)
-        key, state = f"{self.chain} > {digest(list(rows), asdict(job))}", "to run"
+        check(terms, self.stages.launch)
+        asked = (list(rows), asdict(job), [t.digest for t in terms], origin)
+        key, state = f"{self.chain} > {digest(*asked)}", "to run"
         if self.exact:
-            key = stage_key(fingerprint(model.named_parameters()), tokenizer, rows, job)
+            start = fingerprint(model.named_parameters())
+            key = stage_key(start, tokenizer, rows, job, terms, origin)
             folder = self.stages.folder / "stages" / key
             state = "cached" if (folder / MARKER).is_file() else "to run"
         self.chain = key

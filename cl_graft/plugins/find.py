@@ -2,8 +2,8 @@
 
 A plug-in is a Python file whose name is the plug-in's name and which defines the one object this module
 looks for: in `scenarios/`, a function of the file's name that returns a `Scenario`; in `baselines/`,
-a `Strategy` (a subclass, or a function made one by `@compressor` or `@merger`). Its options and their
-defaults are the keyword-only arguments of its signature, its help is its docstring.
+a `Strategy` (a subclass, or a function made one by `@compressor` or `@merger`); in `cl_graft/routing/`,
+a `Router`. Its options and their defaults are the keyword-only arguments of its signature, its help is its docstring.
 """
 
 from __future__ import annotations
@@ -48,6 +48,14 @@ def _is_scorer(found: Any, name: str, where: str | None) -> None:
     if inspect.isclass(found) or not all(hasattr(found, part) for part in ("score", "needs")):
         raise CLGraftError(
             f"{where}: {name!r} is no scorer; make it one by @scorer() above a function of an example and an answer."
+        )
+
+
+def _is_router(found: Any, name: str, where: str | None) -> None:
+    if not inspect.isclass(found) or inspect.isabstract(found) or not hasattr(found, "update"):
+        raise CLGraftError(
+            f"{where}: {name!r} is no router; make it a subclass of cl_graft.routing.base.Router with `update` and "
+            "`scores`."
         )
 
 
@@ -98,6 +106,7 @@ KINDS = {
         {"graftllm": "cl_graft.strategy.graftllm"},
     ),
     "scorer": Kind("cl_graft/evaluation/scorers", "cl_graft.scorers", _is_scorer, host="scenario"),
+    "router": Kind("cl_graft/routing", "cl_graft.routers", _is_router),
 }
 
 
@@ -291,6 +300,11 @@ def _user_file(kind: str, name: str) -> Path:
     if not path.is_file():
         raise CLGraftError(f"there is no file {name}; give the path of a {kind} file.")
     return path
+
+
+def import_file(path: Path, module_name: str) -> ModuleType:
+    """The module of a Python file, as it is now, under this name. Raises CLGraftError where it does not import."""
+    return _import(_user(path, str(path)), module_name)
 
 
 def _import(place: _Place, module_name: str) -> ModuleType:

@@ -2,7 +2,8 @@
 
 <out>/<cell>/cell.json                     the experiment, its versions and fingerprints
 <out>/<cell>/packs/01-<task>.safetensors   what the strategy stores for each task
-<out>/<cell>/stages/01/examples.jsonl      every outcome: task, metric, index, score, answer
+<out>/<cell>/packs/shared/01-<name>...     what its tasks share, as the last stage that changed it left it
+<out>/<cell>/stages/01/examples.jsonl      every outcome: task, metric, index, score, answer, and what it was taken for
 <out>/<cell>/stages/01/stage.json          scores, bytes and costs; its presence says the stage is whole
 <out>/<cell>/result.json                   the matrix and all that a report needs; present when complete
 <out>/<cell>/state.json                    waiting, running, done or failed, since when, and where
@@ -15,7 +16,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -157,6 +158,23 @@ class CellFolder:
         path = self.pack_path(stage, task)
         self._make(path.parent)
         return path
+
+    def shared_path(self, stage: int, name: str) -> Path:
+        """Where an artefact that tasks share is, as it was after a stage that changed it."""
+        return self.path / "packs" / "shared" / f"{stage:02d}-{name}.safetensors"
+
+    def new_shared_path(self, stage: int, name: str) -> Path:
+        """`shared_path`, in a folder that is there now. Raises RecordError if the disk refuses it."""
+        path = self.shared_path(stage, name)
+        self._make(path.parent)
+        return path
+
+    def keep_shared(self, shared: Mapping[str, Any]) -> None:
+        """Remove shared artefacts but these, {name: {"stage": ...}}: a later one has taken their place."""
+        kept = {self.shared_path(told["stage"], name) for name, told in shared.items()}
+        for file in (self.path / "packs" / "shared").glob("*.safetensors"):
+            if file not in kept:
+                file.unlink(missing_ok=True)
 
     def stage_path(self, stage: int) -> Path:
         return self.path / "stages" / f"{stage:02d}"

@@ -43,12 +43,12 @@ def test_the_pack_is_the_merged_adapter_of_peft(build, tiny_scenario, monkeypatc
 
 def test_trained_on_replaces_summed_appends_and_merged_accumulates(build, tiny_scenario):
     one = learn(build("lora", budget="50%", convention="trained_on", rank=2), tiny_scenario)
-    assert one.active(0) == [one.packs[1]]
+    assert one.compose(0) == [one.packs[1]]
     assert {e.meta["rank"] for e in one.packs[1].tensors.values()} == {2}
     two = learn(build("lora", budget="50%", convention="summed", rank=2), tiny_scenario)
-    assert two.active(0) == two.packs
+    assert two.compose(0) == two.packs
     three = learn(build("lora", budget="50%", convention="merged", rank=2), tiny_scenario)
-    assert three.active(0) == [three.packs[1]]
+    assert three.compose(0) == [three.packs[1]]
     assert {e.meta["rank"] for e in three.packs[1].tensors.values()} == {4}
     # What one stores as two packs the other stores as one: the same model.
     for name in three.packs[1].tensors:

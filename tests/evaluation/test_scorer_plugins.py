@@ -377,8 +377,8 @@ def test_a_scenario_with_a_scorer_of_its_own_is_run(own: Path, call: Call) -> No
     assert call(*RUN).code == 0
     assert call(*RUN, "--set", "length.per=50").code == 0
     results = [json.loads(f.read_text()) for f in Path("out").glob("*/result.json")]
-    one, two = sorted(results, key=lambda result: len(result["scenario"]))
-    assert two["scenario"] == "own(length.per=50)" and one["scenario"] == "own"
+    one, two = sorted(results, key=lambda result: len(result["label"]))
+    assert (one["label"], two["label"]) == ("sequential", "sequential(scoring.length.per=50)")
     assert one["extra_matrices"].keys() == {"number(tolerance=1000.0)"}
     for row, twice in zip(one["matrix"], two["matrix"], strict=True):
         assert row[0] > 0 and twice[0] == pytest.approx(2 * row[0])
@@ -417,7 +417,7 @@ def test_a_wrong_name_or_option_is_refused_before_anything_is_computed(
 
 
 def test_so_it_is_by_validate(own: Path, call: Call) -> None:
-    text = "scenarios: [own.py]\nstrategies: [sequential]\nmodels: [nano-llama]\nscorers: {length: {pre: 3}}\n"
+    text = "scenarios: [own.py]\nstrategies: [sequential]\nmodels: [nano-llama]\nscoring: {length.pre: 3}\n"
     Path("sweep.yaml").write_text(text)
     assert_refused(call("validate", "sweep.yaml"), "no option of scorer length named 'pre'", "per")
     Path("sweep.yaml").write_text(text.replace("pre", "per"))
