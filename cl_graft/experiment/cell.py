@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_graft.config import RunConfig
 from cl_graft.evaluation.scores import by_metric, cells
+from cl_graft.experiment import identity
 from cl_graft.experiment.executors import Progress
 from cl_graft.experiment.prepare import prepare, strategy_of
 from cl_graft.models.load import locate
@@ -78,19 +79,17 @@ def run(
 def finished(config: RunConfig) -> dict[str, Any] | None:
     """The result on disk, or None if there is something left to compute.
 
-    Raises RecordError where the folder holds another version's result, or another experiment's.
+    Raises RecordError where the folder, finished or not, is of another version or experiment, or was made of other
+    source files, data or weights.
     """
     folder = CellFolder(config.out / config.cell)
-    if not folder.complete:
+    if not folder.begun:
         return None
-    folder.check({"config": _experiment(config)})
-    return read_json(folder.path / "result.json")
-
-
-def _experiment(config: RunConfig) -> dict[str, Any]:
-    """The fields of a config that decide its result."""
-    fields = {"scenario", "strategy", "model", "seed", "budget", "options", "threads", "train_on"}
-    return config.model_dump(mode="json", include=fields)
+    folder.check({"config": config.experiment()})
+    folder.check({"sources": identity.sources(config)})
+    then = folder.identity().get("inputs") or {}
+    folder.check({"inputs": then | identity.inputs(config)})
+    return read_json(folder.path / "result.json") if folder.complete else None
 
 
 def _compute(
@@ -117,9 +116,11 @@ def _compute(
     set_seed(config.seed)
     strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer, patient)
     scenario, budget = strategy.scenario, strategy.budget
-    identity: dict[str, Any] = {
-        "config": _experiment(config),
+    about: dict[str, Any] = {
+        "config": config.experiment(),
         "options": options,
+        "sources": identity.sources(config),
+        "inputs": identity.inputs(config),
         "versions": versions(),
         "code": package_digest(),
         "machine": machine(),
@@ -130,12 +131,12 @@ def _compute(
         "budget_bytes": budget.bytes,
         "base_bytes": budget.base_bytes,
     }
-    folder.begin(json.loads(json.dumps(identity)))
+    folder.begin(json.loads(json.dumps(about)))
     folder.mark("running")
-    asked = prompts.keep(folder.path.parent, identity["data"], scenario)
+    asked = prompts.keep(folder.path.parent, about["data"], scenario)
     if strategy.stages.mirror:
         strategy.stages.mirror.push(asked, f"{prompts.FOLDER}/{asked.name}")
-    tracker = trackers(config, folder.path, identity)
+    tracker = trackers(config, folder.path, about)
     try:
         _stages(folder, strategy, benchmark(scenario), tracker, progress, begun)
         result = collect(folder.path)

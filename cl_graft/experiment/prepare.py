@@ -68,18 +68,21 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
     Budget(config.budget, 10**9)
     if not 0 <= config.seed < 2**31:
         raise CLGraftError(f"seed {config.seed} is out of range; choose one from 0 to {2**31 - 1}.")
-    scenario_name, strategy_name = config.short(config.scenario), config.short(config.strategy)
-    known = (*plugins.names("strategy"), *plugins.names("scenario"))
+    router_of(config)
+    own = [config.short(name) for name in (config.scenario, config.strategy, config.router)]
+    known = {name for kind in plugins.KINDS for name in plugins.names(kind)}
     for owner in config.options:
-        if owner not in (scenario_name, strategy_name, *known):
-            raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
+        if owner not in (*own, *known):
+            raise UnknownName("scenario, strategy or router", owner, own[:2])
+    strategy_name = own[1]
     found = plugins.load("strategy", config.strategy)
     _require_strategy(found, config.strategy)
     given = config.options.get(strategy_name, {})
     return found, plugins.check_options("strategy", strategy_name, found, given)
 
 
-def _scenario(config: RunConfig) -> Scenario:
+def scenario_of(config: RunConfig) -> Scenario:
+    """The scenario that the config names, with the training data of its `train_on`; nobody has consented yet."""
     name = config.short(config.scenario)
     make = plugins.load("scenario", config.scenario)
     chosen = plugins.check_options("scenario", name, make, config.options.get(name, {}))
@@ -89,7 +92,11 @@ def _scenario(config: RunConfig) -> Scenario:
             f"{config.scenario} is not a scenario: its function returns {type(scenario).__name__}; "
             "return a cl_graft.task.Scenario."
         )
-    scenario = _trained_on(scenario, config.train_on)
+    return _trained_on(scenario, config.train_on)
+
+
+def _scenario(config: RunConfig) -> Scenario:
+    scenario = scenario_of(config)
     programs = [t for t in scenario.tasks if "tests" in t.metrics]
     if programs:
         from cl_graft.evaluation.sandbox import require_consent

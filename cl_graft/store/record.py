@@ -24,7 +24,8 @@ from typing import Any, Literal
 from cl_graft.store.files import LEFT, DiskRefused, RecordError, read_json, write_json, write_text
 from cl_graft.store.locks import Busy, file_lock, held
 
-FORMAT = 2
+FORMAT = 3
+CHECKED = ("config", "options", "sources", "inputs", "base", "data")  # of an identity
 State = Literal["waiting", "running", "done", "failed"]
 PATIENCE = (
     0.5  # seconds that a cell's lock is waited for: a sweep holds it while it marks what waits
@@ -48,6 +49,10 @@ class CellFolder:
     @property
     def complete(self) -> bool:
         return (self.path / "result.json").is_file()
+
+    @property
+    def begun(self) -> bool:
+        return self.complete or (self.path / "cell.json").is_file()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -101,11 +106,11 @@ class CellFolder:
     def begin(self, identity: dict[str, Any]) -> None:
         """Write `cell.json`, or check that the one there tells the same experiment.
 
-        Raises RecordError for a folder of another version or made from other data.
+        Raises RecordError for a folder of another version, or made of other data, weights or source files.
         """
         if not (self.path / "cell.json").exists():
             write_json(self.path / "cell.json", {"format": FORMAT, **identity})
-        self.check({key: identity.get(key) for key in ("config", "options", "base", "data")})
+        self.check({key: identity.get(key) for key in CHECKED})
 
     def identity(self) -> dict[str, Any]:
         """What `cell.json` says. Raises RecordError for a folder of another version."""
@@ -125,6 +130,11 @@ class CellFolder:
             then = found.get(key)
             if then == now:
                 continue
+            if key in ("sources", "inputs"):
+                raise RecordError(
+                    f"{self.path} was made {_difference(then, now)}; choose another --out, or delete the folder "
+                    "to compute it anew."
+                )
             if key == "config" and isinstance(then, dict):
                 key = " and ".join(k for k in now if then.get(k) != now[k]) or key
             raise RecordError(
@@ -182,6 +192,31 @@ class CellFolder:
         while (file := self.stage_path(len(records)) / "stage.json").is_file():
             records.append(read_json(file))
         return records
+
+
+def _difference(then: Any, now: Any) -> str:
+    """What differs between two nests of {file: digest}, in words."""
+    before, after = dict(_leaves(then or {})), dict(_leaves(now or {}))
+    changed = [leaf for leaf in before if leaf in after and before[leaf] != after[leaf]]
+    told = {
+        "with another {} than there is now": changed,
+        "without {}, which is read now": [leaf for leaf in after if leaf not in before],
+        "with {}, which is no longer read": [leaf for leaf in before if leaf not in after],
+    }
+    parts = [
+        words.format(" and ".join(dict.fromkeys(leaf[-1] for leaf in leaves)))
+        for words, leaves in told.items()
+        if leaves
+    ]
+    return ", and ".join(parts)
+
+
+def _leaves(nest: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(nest, dict):
+        for key, inner in nest.items():
+            yield from _leaves(inner, (*way, key))
+    else:
+        yield way, nest
 
 
 def states(folder: Path) -> dict[Path, dict[str, Any]]:
