@@ -70,7 +70,10 @@ Executor = Annotated[str, AfterValidator(ModuleOf("cl_graft.experiment.executors
 class Frozen(BaseModel):
     """A record that is never changed and has no other fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # built when it is first used, which `--help` does not wait for
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), defer_build=True
+    )
 
 
 class Launch(Frozen):

@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
@@ -126,6 +125,8 @@ class Sweep(Whereabouts, Settings, Lists):
 
     def save(self, folder: Path) -> None:
         """As `folder`/sweep.yaml, from which it can be resumed."""
+        import yaml
+
         said = self.model_dump(mode="json", exclude_defaults=True, exclude={"out"})
         with locked(folder / FILE):
             write_text(folder / FILE, yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
@@ -185,12 +186,16 @@ def template() -> str:
 
 def yaml_of(value: Any) -> str:
     """The value of a field on one line of YAML."""
+    import yaml  # not for `--help`
+
     plain = TypeAdapter(Any).dump_python(value, mode="json", exclude_defaults=True)
     return yaml.safe_dump(plain, default_flow_style=True, width=999).removesuffix("...\n").strip()
 
 
 def read(path: Path) -> dict[str, Any]:
     """The fields that a YAML file sets. Raises CLGraftError where it is none."""
+    import yaml
+
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
