@@ -85,17 +85,11 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
     folder = CellFolder(config.out / config.cell)
     if not folder.begun:
         return None
-    folder.check({"config": _experiment(config)})
+    folder.check({"config": config.experiment()})
     folder.check({"sources": identity.sources(config)})
     then = folder.identity().get("inputs") or {}
     folder.check({"inputs": then | identity.inputs(config)})
     return read_json(folder.path / "result.json") if folder.complete else None
-
-
-def _experiment(config: RunConfig) -> dict[str, Any]:
-    """The fields of a config that decide its result."""
-    fields = {"scenario", "strategy", "model", "seed", "budget", "options", "threads", "train_on"}
-    return config.model_dump(mode="json", include=fields)
 
 
 def _compute(
@@ -123,7 +117,7 @@ def _compute(
     strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer, patient)
     scenario, budget = strategy.scenario, strategy.budget
     about: dict[str, Any] = {
-        "config": _experiment(config),
+        "config": config.experiment(),
         "options": options,
         "sources": identity.sources(config),
         "inputs": identity.inputs(config),

@@ -30,10 +30,10 @@ from cl_graft import __version__, plugins
 from cl_graft.budget import Budget
 from cl_graft.errors import CLGraftError, OverBudget
 from cl_graft.evaluation.examiner import Answered, Examiner, Group, key
+from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
 from cl_graft.routing.base import Router
-from cl_graft.routing.features import Features
 from cl_graft.skillpack.codecs.exact import exact, original
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted

@@ -131,7 +131,7 @@ def layout(codec: str, shape: tuple[int, ...], meta: Meta) -> Layout:
     for part, (dtype, _) in found.items():
         if dtype not in STORABLE.values():
             raise ValueError(
-                f"codec {codec} lays out {part} in {dtype}: a file has {', '.join(STORABLE)}."
+                f"codec {codec} lays out part {part} in {dtype}: a file has {', '.join(STORABLE)}."
             )
     return found
 

@@ -143,7 +143,7 @@ class Attached:
         return tuple(k for k in choice if any(self._added(k, n, spot) == light for n in touched[k]))
 
     def _added(self, index: int, name: str, spot: Spot) -> bool:
-        return name in spot.linear and is_factored(self.packs[index].tensors[name])
+        return name in spot.linear and isinstance(self._held[index].get(name), Factors)
 
     def _apart(self, choices: list[Choice], run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """run(choice, ...) on the rows of each choice, the rows of what comes out back in place."""
@@ -198,8 +198,9 @@ class Attached:
     def _merged(self, name: str, packs: list[int]) -> Tensor:
         """The parameter under these packs, with the very bits that `Grafted` gives it."""
         weight = self._parameters[name].detach().clone()
-        if len(packs) == 1 and is_scattered(self.packs[packs[0]].tensors[name]):
-            add_sparse(weight, *self._held[packs[0]][name])
+        held = self._held[packs[0]].get(name)
+        if len(packs) == 1 and isinstance(held, Entries):
+            add_sparse(weight, *held)
         else:
             add(weight, name, [self.packs[k] for k in packs])
         return weight
