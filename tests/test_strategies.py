@@ -17,11 +17,12 @@ from cl_graft.stream import benchmark
 EVERY = plugins.names("strategy")
 
 
-def play(strategy, scenario):
+def play(strategy, scenario, after=lambda: None):
     """The loop every Avalanche user knows; returns the scores after each experience."""
     stream, rows = benchmark(scenario), []
     for experience in stream.train_stream:
         strategy.train(experience, eval_streams=[])
+        after()
         strategy.eval(stream.test_stream)
         rows.append(
             {
@@ -38,12 +39,16 @@ def scenario_score(scenario, name):
 
 @dataclass
 class Played:
-    """A strategy that has learned the tiny scenario, to be looked at; its base and scores by the way."""
+    """A strategy that has learned the tiny scenario, to be looked at; its base and scores by the way.
+
+    shared: the artefacts after each task.
+    """
 
     strategy: Any
     base: str
     structure: str
     rows: list
+    shared: list[dict]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,9 @@ def played(plays, build, tiny_scenario):
         if name not in plays:
             strategy = build(name)
             base, structure = fingerprint(strategy.model.named_parameters()), str(strategy.model)
-            plays[name] = Played(strategy, base, structure, play(strategy, tiny_scenario))
+            shared: list[dict] = []
+            rows = play(strategy, tiny_scenario, lambda: shared.append(dict(strategy.shared)))
+            plays[name] = Played(strategy, base, structure, rows, shared)
         return plays[name]
 
     return by
@@ -90,12 +97,20 @@ def test_a_strategy_given_its_packs_back_goes_on_as_if_never_stopped(
     name, played, build, tiny_scenario, tmp_path
 ):
     whole = played(name).strategy
-    whole.packs[0].save(tmp_path / "first.safetensors")
+
+    def through_a_file(pack):
+        pack.save(tmp_path / "pack.safetensors")
+        return SkillPack.load(tmp_path / "pack.safetensors")
+
     resumed = build(name)
-    resumed.packs = [SkillPack.load(tmp_path / "first.safetensors")]
+    resumed.packs = [through_a_file(whole.packs[0])]
+    resumed.shared = {n: through_a_file(p) for n, p in played(name).shared[0].items()}
     stream = benchmark(tiny_scenario)
     resumed.train(stream.train_stream[1], eval_streams=[])
     assert resumed.packs[1].digest == whole.packs[1].digest
+    assert [(n, p.digest) for n, p in resumed.shared.items()] == [
+        (n, p.digest) for n, p in whole.shared.items()
+    ]
     assert [p.digest for p in resumed.compose(0)] == [p.digest for p in whole.compose(0)]
 
 

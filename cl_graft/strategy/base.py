@@ -42,7 +42,7 @@ from cl_graft.strategy.context import Context, cost_of
 from cl_graft.strategy.kept import Kept, Tensors
 from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin
 from cl_graft.task import Scenario, Task
-from cl_graft.training.config import dpo_job, sft_job
+from cl_graft.training.config import Row, StageConfig, dpo_job, sft_job
 from cl_graft.training.delta import Delta
 from cl_graft.training.stages import Log, Stages, in_full_precision
 from cl_graft.training.term import Term
@@ -132,9 +132,15 @@ class Strategy(BaseTemplate):
         def progress(done: float) -> None:
             self.progress(f"training {task.name}", done)
 
-        def run(rows: Any, job: Any) -> Path:
+        def run(rows: Sequence[Row], job: StageConfig) -> Path:
             folder, log = self.stages.run(
-                model, self.tokenizer, rows, job, progress, terms, self.origin
+                model,
+                self.tokenizer,
+                self.training_rows(rows, job),
+                job,
+                progress,
+                terms,
+                self.origin,
             )
             self.log.add(log)
             return folder
@@ -152,6 +158,19 @@ class Strategy(BaseTemplate):
         self._training_wall += perf_counter() - begun
         torch.manual_seed(seed)  # whether training was recalled must not matter from here
         return folder
+
+    def training_rows(self, rows: Sequence[Row], job: StageConfig) -> Sequence[Row]:
+        """The rows that a stage trains on, given those of its task; a method may put others among them.
+
+        The steps stay those of `job`, which says of what kind the rows are.
+        """
+        return rows
+
+    def foreseen(self) -> Mapping[str, Tensors]:
+        """Artefacts as the `learn` of a task will share them, asked for after its last stage, which `cl-graft plan`
+        leaves out: what follows from the data, and of what training decides only the shapes (`codecs.exact.unknown`).
+        """
+        return {}
 
     @cached_property
     def origin(self) -> str:
@@ -305,7 +324,7 @@ class Strategy(BaseTemplate):
         number = self.experience.current_experience
         task = self.scenario.tasks[number]
         self.results[task.name] = self.measure(task, number)
-        self._show_to_avalanche(self.results[task.name][task.score])
+        self._show_to_avalanche(self.results[task.name][task.metrics[0]])
 
     def measure(self, task: Task, number: int | None) -> dict[str, list[Scored]]:
         """Outcomes of every metric of the task, one a test example, with what answers for each of them.

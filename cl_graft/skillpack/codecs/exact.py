@@ -42,8 +42,14 @@ def exact_spec(shape: tuple[int, ...], dtype: torch.dtype) -> Spec:
     return ExactCodec.name, shape, {"dtype": dtype_name(dtype, STORABLE)}
 
 
+def unknown(shape: tuple[int, ...], dtype: torch.dtype) -> Encoded:
+    """What `exact` will make of a tensor of which only this is known yet; its values are on the meta device."""
+    values = torch.empty(shape, dtype=dtype, device="meta")
+    return Encoded(*exact_spec(tuple(shape), dtype), {"values": values})
+
+
 def original(encoded: Encoded) -> Tensor:
-    """The tensor that `exact` was given, in its own dtype, on the CPU.
+    """The tensor that `exact` was given, in its own dtype, on the CPU (that of `unknown` on the meta device).
 
     Raises ValueError where another codec has stored the tensor, or as `check` does.
     """
