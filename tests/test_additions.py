@@ -178,8 +178,8 @@ class Notes:
     def __init__(self, folder):
         self.folder = folder
 
-    def stage(self, record):
-        (self.folder / "notes.txt").write_text(str(record["stage"]))
+    def experience(self, record):
+        (self.folder / "notes.txt").write_text(str(record["experience"]))
 
     def finish(self, result):
         pass
@@ -214,7 +214,7 @@ def test_a_tracker_is_one_file(
     monkeypatch.setattr(tracking, "__path__", _with(tracking, tmp_path, monkeypatch))
     config = RunConfig(scenario="mini", strategy="lora", track=["notes"], wandb="off")
     told = tracking.trackers(config, tmp_path, {})
-    told.stage({"stage": 3})
+    told.experience({"experience": 3})
     assert (tmp_path / "notes.txt").read_text() == "3"
     assert "csv, notes, tensorboard." in shown(call("sweep", "--help").out)
     assert "csv, notes, tensorboard." in page(hooks, "sweep-files.md")
