@@ -62,6 +62,25 @@ def off(value: Any) -> Any:
     return "off" if value is False else value
 
 
+def _values(value: Any) -> Any:
+    """The values of {name: value} that are written as JSON, read; others are words."""
+    return {k: json_or_word(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def json_or_word(text: Any) -> Any:
+    """The value that a text is in JSON, or else the text; NaN and infinities are words."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is a word here")
+
+
 WandbMode = Literal["auto", "offline", "online", "off"]
 Tracker = Annotated[str, AfterValidator(ModuleOf("cl_graft.tracking", "tracker", ("wandb",)))]
 Executor = Annotated[str, AfterValidator(ModuleOf("cl_graft.experiment.executors", "executor"))]
@@ -142,6 +161,11 @@ class Settings(Frozen):
         description="TASK=FOLDER that `cl-graft transfer build` made, for its training data.",
         examples=[{"math": "data/math"}],
     )
+    scoring: Annotated[dict[str, Any], BeforeValidator(_values)] = Field(
+        default={},
+        description="SCORER.OPTION=VALUE, over the options that the scenario gives its scorers.",
+        examples=[{"number.tolerance": 0.01}],
+    )
     router: str = Field(
         default="ridge",
         description="Name, or path of a .py file, of what infers the task where task_ids is inferred.",
@@ -192,7 +216,7 @@ class Whereabouts(Frozen):
 class RunConfig(Whereabouts, Settings, Axes):
     """One cell: scenario x strategy x model x seed x budget, with options.
 
-    options: {scenario or strategy name: {option: value}}.
+    options: {name of the scenario, strategy or router: {option: value}}.
     """
 
     options: dict[str, dict[str, Any]] = {}
@@ -222,12 +246,27 @@ class RunConfig(Whereabouts, Settings, Axes):
         return found
 
     @property
+    def scorers(self) -> dict[str, dict[str, Any]]:
+        """{scorer: {option: value}} of `scoring`."""
+        found: dict[str, dict[str, Any]] = {}
+        for told, value in self.scoring.items():
+            scorer, _, option = told.rpartition(".")
+            found.setdefault(scorer, {})[option] = value
+        return found
+
+    def _router(self) -> list[str]:
+        """Short name of the router, where there is one whose options tell."""
+        return [self.short(self.router)] if self.task_ids == "inferred" else []
+
+    @property
     def label(self) -> str:
         """The strategy with the options that were set, and what else tells its cells apart, as tables show it."""
         more: dict[str, Any] = {}
         for name, value in self._set().items():
             several = value if isinstance(value, dict) else {"": value}
             more |= {f"{name}.{key}".rstrip("."): part for key, part in several.items()}
+        for router in self._router():
+            more |= {f"{router}.{k}": v for k, v in self.options.get(router, {}).items()}
         return self._with_options(self.short(self.strategy), more)
 
     @property
@@ -250,7 +289,8 @@ class RunConfig(Whereabouts, Settings, Axes):
         budget = re.sub(r"[^A-Za-z0-9.]+", "pct", self.budget, count=1)
         readable = [re.sub(r"[^A-Za-z0-9._-]+", "-", name) for name in (scenario, strategy)]
         parts = [*readable, model, budget, f"seed{self.seed}"]
-        relevant = {k: v for k, v in self.options.items() if k in (scenario, strategy) and v}
+        own = (scenario, strategy, *self._router())
+        relevant = {k: v for k, v in self.options.items() if k in own and v}
         told: list[Any] = [relevant, self.threads]
         if self.train_on:
             told.append({task: str(folder) for task, folder in self.train_on.items()})

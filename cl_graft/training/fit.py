@@ -25,6 +25,8 @@ from cl_graft.training.config import (
     order,
     save_steps,
 )
+from cl_graft.training.term import Term
+from cl_graft.training.trainer import ROWS, trainer_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,18 +49,19 @@ def fit(
     work: Path,
     deepspeed: dict[str, Any] | None = None,
     progress: Progress = lambda done: None,
+    terms: Sequence[Term] = (),
 ) -> Any:
     """Train in place, from the last whole checkpoint in `work` if there is one; returns TRL's trainer.
 
     `work`/log.jsonl has a line for every twentieth of the job: loss terms, learning rate, gradient norm, tokens a
     second, peak memory; `work`/tokens.json is the tokens of the whole job. The loss is taken over answers only.
-    `deepspeed`: its JSON, in a job of several processes.
+    `deepspeed`: its JSON, in a job of several processes. `terms`: what a method adds; the loss in the log is with them.
     """
     from transformers import PrinterCallback
 
     with quiet():
         arguments = _arguments(config, launch, work, deepspeed)
-        trainer, found = _trainer(model, tokenizer, rows, config, arguments)
+        trainer, found = _trainer(model, tokenizer, rows, config, arguments, terms)
         main = trainer.accelerator.is_main_process
         last = _last_checkpoint(work, main)
         step = int(last.name.rsplit("-", 1)[1]) if last else 0
@@ -74,14 +77,19 @@ def fit(
 
 
 def _trainer(
-    model: Any, tokenizer: Any, rows: Sequence[Row], config: StageConfig, given: dict
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    config: StageConfig,
+    given: dict,
+    terms: Sequence[Term],
 ) -> tuple[Any, list[int]]:
     """TRL's, and the lengths of the texts that it trains on."""
     texts = encoded(tokenizer, rows, config)
     if config.kind == "dpo":
-        return _dpo(model, tokenizer, rows, config, given), lengths(texts)
+        return _dpo(model, tokenizer, rows, config, given, terms), lengths(texts)
     kept = list(texts)
-    return _sft(model, tokenizer, kept, config, given), lengths(kept)
+    return _sft(model, tokenizer, kept, config, given, terms), lengths(kept)
 
 
 def encoded(tokenizer: Any, rows: Iterable[Row], config: StageConfig) -> Iterator[Text]:
@@ -102,16 +110,23 @@ def tokens_of_a_step(lengths: Sequence[int], rows: int, config: StageConfig) -> 
     return sum(lengths) / rows * config.batch
 
 
-def _sft(model: Any, tokenizer: Any, texts: list[Text], config: StageConfig, given: dict) -> Any:
+def _sft(
+    model: Any,
+    tokenizer: Any,
+    texts: list[Text],
+    config: StageConfig,
+    given: dict,
+    terms: Sequence[Term],
+) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     examples = [
-        {"input_ids": head + tail, "completion_mask": [0] * len(head) + [1] * len(tail)}
-        for head, tail in texts
+        {"input_ids": head + tail, "completion_mask": [0] * len(head) + [1] * len(tail), ROWS: row}
+        for row, (head, tail) in enumerate(texts)
     ]
-    return _in_order(
-        SFTTrainer, order(len(examples), config)
+    return trainer_class(
+        SFTTrainer, order(len(examples), config), terms
     )(
         model=model,
         processing_class=tokenizer,
@@ -120,7 +135,8 @@ def _sft(model: Any, tokenizer: Any, texts: list[Text], config: StageConfig, giv
             SFTConfig(
                 **given,
                 max_length=None,  # rows are cut already
-                padding_free=flattens(model),
+                padding_free=flattens(model)
+                and not terms,  # what a term is given has a row for each example
                 completion_only_loss=True,  # rows already tokenised: the default would be the whole text
             )
         ),
@@ -135,16 +151,23 @@ def flattens(model: Any) -> bool:
     return model.config._attn_implementation == "flash_attention_2"
 
 
-def _dpo(model: Any, tokenizer: Any, rows: Sequence[Row], config: StageConfig, given: dict) -> Any:
+def _dpo(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    config: StageConfig,
+    given: dict,
+    terms: Sequence[Term],
+) -> Any:
     """Against the model as it is at the start, whose log-probabilities are computed once."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    return _in_order(DPOTrainer, order(len(rows), config))(
+    return trainer_class(DPOTrainer, order(len(rows), config), terms)(
         model=model,
         processing_class=tokenizer,
         # one on disk is given on as it is: the reference's log-probabilities are shared through a file beside it
-        train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows)),
+        train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(numbered(rows)),
         args=_one_device(
             DPOConfig(
                 **given,
@@ -157,14 +180,9 @@ def _dpo(model: Any, tokenizer: Any, rows: Sequence[Row], config: StageConfig, g
     )
 
 
-def _in_order(trainer: type, indices: list[int]) -> type:
-    """The trainer, reading exactly these rows in this order, whatever the number of processes."""
-
-    class Ordered(trainer):  # type: ignore[misc]
-        def _get_train_sampler(self, *_: Any) -> list[int]:
-            return indices
-
-    return Ordered
+def numbered(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows, each with its number, by which a term knows it in a batch."""
+    return [{**row, ROWS: number} for number, row in enumerate(rows)]
 
 
 def _one_device(arguments: Any) -> Any:

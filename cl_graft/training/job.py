@@ -14,7 +14,7 @@ from typing import Any
 from cl_graft.config import Launch
 from cl_graft.errors import CLGraftError
 from cl_graft.store.files import read_json, write_text
-from cl_graft.training import checkpoint, fit, launch
+from cl_graft.training import checkpoint, fit, launch, term
 from cl_graft.training.config import StageConfig
 
 
@@ -57,7 +57,8 @@ def _run(work: Path, given: dict[str, Any]) -> None:
     model, tokenizer = checkpoint.load_start(work / "start", torch.float32)
     del partitions
     rows = load_from_disk(str(work / "rows"))
-    trainer = fit.fit(model, tokenizer, rows, config, how, work, settings)
+    terms = term.load(work / "terms")
+    trainer = fit.fit(model, tokenizer, rows, config, how, work, settings, terms=terms)
     inner = trainer.accelerator.unwrap_model(trainer.model)
     checkpoint.save(
         inner, tokenizer, Path(given["out"]), whole, trainer.accelerator.is_main_process

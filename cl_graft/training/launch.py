@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from cl_graft.store.files import RecordError, read_jsonl, write_json
 from cl_graft.store.locks import locked
 from cl_graft.training import checkpoint
 from cl_graft.training.config import Row, StageConfig, accumulation
-from cl_graft.training.fit import LOG, Progress, quiet
+from cl_graft.training.fit import LOG, Progress, numbered, quiet
+from cl_graft.training.term import Term, save
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +55,7 @@ def launched(
     work: Path,
     out: Path,
     progress: Progress,
+    terms: Sequence[Term] = (),
 ) -> None:
     """Run the stage as a job and wait for it; the checkpoint is in `out`, step checkpoints and logs in `work`.
 
@@ -69,7 +72,9 @@ def launched(
     (work / ALIVE).write_text(token)
     checkpoint.save_start(model, tokenizer, work / "start")
     with quiet():
-        Dataset.from_list(list(rows)).save_to_disk(str(work / "rows"))
+        Dataset.from_list(numbered(rows)).save_to_disk(str(work / "rows"))
+    shutil.rmtree(work / "terms", ignore_errors=True)
+    save(terms, work / "terms")
     job = {
         "config": asdict(config),
         "launch": launch.model_dump(mode="json"),

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from cl_graft.config import Launch
-from cl_graft.evaluation import generate, scorers
+from cl_graft.evaluation import generate
+from cl_graft.evaluation.scorers import base, described
 from cl_graft.models import text
 from cl_graft.skillpack.folders.checkpoint import CheckpointError, new_folder
 from cl_graft.skillpack.format.file import fingerprint
@@ -42,8 +43,9 @@ from cl_graft.store.files import (
 from cl_graft.store.locks import locked, use
 from cl_graft.store.mirror import Mirror
 from cl_graft.task import Pair, Preference, Task
-from cl_graft.training import checkpoint, config, fit, preferences
+from cl_graft.training import adapters, checkpoint, config, fit, preferences, term, trainer
 from cl_graft.training.config import Row, StageConfig
+from cl_graft.training.term import Term
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,12 +95,18 @@ class Stages:
         rows: Sequence[Row],
         job: StageConfig,
         progress: fit.Progress = lambda done: None,
+        terms: Sequence[Term] = (),
+        origin: str = "",
     ) -> tuple[Path, Log]:
         """Train the model, or the PEFT adapter on it, in place, now or by recalling who did; its folder and log.
 
-        The log is the one of the run that did the work, so that costs are those of training, shared or not.
+        terms: what a method adds to the loss or the gradients. origin: the identity of a method that trains in a way
+        of its own beside; stages with another are not shared. The log is the one of the run that did the work, so
+        that costs are those of training, shared or not. Raises CLGraftError for terms that the launch cannot carry.
         """
-        key = stage_key(fingerprint(model.named_parameters()), tokenizer, rows, job)
+        term.check(terms, self.launch)
+        start = fingerprint(model.named_parameters())
+        key = stage_key(start, tokenizer, rows, job, terms, origin)
         target, begun = self.folder / "stages" / key, perf_counter()
         with _refusals(target), locked(target, self.patient):
             waited = perf_counter() - begun
@@ -109,7 +117,9 @@ class Stages:
                 shutil.rmtree(target, ignore_errors=True)
                 work.mkdir(parents=True, exist_ok=True)
                 with new_folder(target) as building:
-                    spent = self._train(model, tokenizer, rows, job, work, building, progress)
+                    about = {"terms": [t.about for t in terms], "origin": origin}
+                    given = (model, tokenizer, rows, job, work, building, progress, terms)
+                    spent = self._train(*given, about)
                 shutil.rmtree(work, ignore_errors=True)
                 if self.mirror:
                     self.mirror.push(target, self._name(target))
@@ -127,14 +137,16 @@ class Stages:
         work: Path,
         building: Path,
         progress: fit.Progress,
+        terms: Sequence[Term],
+        about: dict[str, Any],
     ) -> float:
         begun = perf_counter()
         if self.launch.processes:
             from cl_graft.training.launch import launched
 
-            launched(model, tokenizer, rows, job, self.launch, work, building, progress)
+            launched(model, tokenizer, rows, job, self.launch, work, building, progress, terms)
         else:
-            fit.fit(model, tokenizer, rows, job, self.launch, work, progress=progress)
+            fit.fit(model, tokenizer, rows, job, self.launch, work, progress=progress, terms=terms)
         spent = perf_counter() - begun
         if self.launch.processes:
             checkpoint.load_into(model, building)
@@ -142,7 +154,7 @@ class Stages:
             checkpoint.save(model, tokenizer, building)
         shutil.copy(work / fit.LOG, building / fit.LOG)
         flush(building)
-        about = {
+        about |= {
             "config": asdict(job),
             "rows": len(rows),
             "lines": len(list(read_jsonl(building / fit.LOG))),
@@ -201,8 +213,9 @@ class Stages:
         seed: int,
     ) -> Path:
         """Where the pairs are that a model of this fingerprint samples."""
-        asked = [asdict(half), task.score, task.max_new_tokens, [asdict(e) for e in task.train]]
-        code = code_digest(preferences, generate, scorers)
+        scored = described(task.scorings[0])
+        asked = [asdict(half), scored, task.max_new_tokens, [asdict(e) for e in task.train]]
+        code = code_digest(preferences, generate, base)
         key = digest(start, vocabulary(tokenizer), asked, seed, place(), code, versions())
         return self.folder / "pairs" / f"{key}.jsonl"
 
@@ -217,20 +230,28 @@ def is_whole(folder: Path) -> bool:
 
 
 def stage_key(
-    start: str, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], job: StageConfig
+    start: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    job: StageConfig,
+    terms: Sequence[Term] = (),
+    origin: str = "",
 ) -> str:
     """Digest of start weights, vocabulary, rows, recipe with its seed, kind of device, code and library versions.
+
+    And of the terms, in their order, and of the origin, where there are any.
 
     How many processes share the work is no part of it: the batch is the same, and so, but for the order of sums,
     is the result.
     """
     parts = (start, vocabulary(tokenizer), list(rows), asdict(job), place())
-    return digest(*parts, training_code(), versions())
+    added = [{"terms": [t.digest for t in terms], "origin": origin}] if terms or origin else []
+    return digest(*parts, *added, training_code(), versions())
 
 
 def training_code() -> str:
     """Digest of the code that a stage's outcome depends on."""
-    return code_digest(fit, config, text)
+    return code_digest(fit, trainer, term, config, adapters, text)
 
 
 @contextmanager

@@ -1,0 +1,239 @@
+"""TRL's trainers as a stage uses them: rows in a given order, and a method's terms in the loss and the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_graft.errors import CLGraftError
+from cl_graft.training.term import Term
+
+ROWS = "rows"  # the column that says which row of the stage an example is
+
+
+class Terms:
+    """The terms of a running stage: their states on the device, and what their penalties came to lately."""
+
+    def __init__(self, terms: Sequence[Term], device: torch.device | str):
+        states = [{name: x.detach().to(device) for name, x in term.state.items()} for term in terms]
+        pairs = list(zip(terms, states, strict=True))
+        self.penalties = [(t, state) for t, state in pairs if t.kind == "penalty"]
+        self.projections = [(t, state) for t, state in pairs if t.kind == "project"]
+        self.logits = any(t.logits for t, _ in self.penalties)
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def penalty(self, model: Any, batch: Mapping[str, Any], output: Any, step: int) -> Tensor:
+        """The sum of all penalties of a micro-batch; a value without a gradient pulls at nothing and is only logged.
+
+        Raises CLGraftError for one that is no finite number.
+        """
+        values: dict[str, Tensor] = {}
+        for term, state in self.penalties:
+            found = term.function(model, batch, output, state, **term.options)
+            for name, value in _named(term, found).items():
+                if name in values:
+                    raise CLGraftError(
+                        f"two terms are called {name!r}; name one of them otherwise."
+                    )
+                if not torch.isfinite(value):
+                    raise CLGraftError(
+                        f"the term {name} is {value.item()} in step {step + 1}, so the stage is not kept; "
+                        "lower its weight or the learning rate, or mend it."
+                    )
+                values[name] = value
+                self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        self.count += 1
+        return torch.stack([value.float() * value.requires_grad for value in values.values()]).sum()
+
+    def project(self, model: Any, gradients: dict[str, Tensor], step: int) -> None:
+        """Let each projection change the gradients. Raises CLGraftError if they are not finite then."""
+        given = dict(gradients)
+        for term, state in self.projections:
+            term.function(model, gradients, state, step, **term.options)
+            for name, gradient in given.items():
+                if gradients.get(name) is not gradient:
+                    raise CLGraftError(
+                        f"the term {term.name} has put another tensor in the place of the gradient of {name}; "
+                        "write into the one that is there, as by copy_."
+                    )
+                if not torch.isfinite(gradient).all():
+                    raise CLGraftError(
+                        f"the gradient of {name} is not finite after the term {term.name} in step {step + 1}, "
+                        "so the stage is not kept; mend the term or lower the learning rate."
+                    )
+
+    def means(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """What each penalty came to on average since it was last asked, over all processes."""
+        if not self.count:
+            return {}
+        mean = torch.stack(list(self.sums.values())) / self.count
+        found = dict(zip(self.sums, gather(mean[None]).mean(0).tolist(), strict=True))
+        self.sums, self.count = {}, 0
+        return found
+
+
+def _named(term: Term, found: Any) -> dict[str, Tensor]:
+    """{name in the log: scalar} of what a penalty gave."""
+    parts = (
+        {f"{term.name}.{k}": x for k, x in found.items()}
+        if isinstance(found, Mapping)
+        else {term.name: found}
+    )
+    for name, value in parts.items():
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise CLGraftError(
+                f"the term {name} gives {type(value).__name__}, not a tensor of one number; mend it."
+            )
+    return {name: value.squeeze() for name, value in parts.items()}
+
+
+def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type:
+    """TRL's trainer, reading exactly these rows in this order, whatever the number of processes, with these terms.
+
+    `loss_is_scaled_for_ga` says to transformers that our `compute_loss` divides by the micro-batches of a step
+    itself: what is left to the library divides a penalty in some settings and not in others.
+    """
+
+    class Trainer(base):  # type: ignore[misc]
+        loss_is_scaled_for_ga = True
+        data_collator: Any
+        _signature_columns: Any
+
+        def __init__(self, **given: Any):
+            super().__init__(**given)
+            self.data_collator = _Numbered(self.data_collator)
+            self.terms = Terms(terms, self.args.device)
+
+        def _get_train_sampler(self, *_: Any) -> list[int]:
+            return indices
+
+        def _set_signature_columns_if_needed(self) -> None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [*{*self._signature_columns, ROWS}]
+
+        def get_batch_samples(self, *given: Any) -> tuple[list[Any], Any]:
+            samples, items = super().get_batch_samples(*given)
+            if self.terms.penalties and samples:
+                here = torch.stack([_answers(x)[:, 1:].sum() for x in samples]).sum()
+                self.tokens = self.accelerator.reduce(here.float(), "mean") / len(samples)
+            return samples, items
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            rows, steps = inputs.pop(ROWS), self.current_gradient_accumulation_steps
+            batch = {**inputs}
+            outputs: list[Any] = []
+
+            def forward(**given: Any) -> Any:
+                run = _unfused if self.terms.logits else _as_it_is
+                outputs.append(run(model, **given))
+                return outputs[-1]
+
+            loss = super().compute_loss(forward, inputs, num_items_in_batch=num_items_in_batch)
+            if num_items_in_batch is None:  # else the loss is a share of the whole step's
+                loss = loss / steps
+            if self.terms.penalties:
+                batch["labels"] = batch["input_ids"].where(_answers(batch), -100)
+                batch[ROWS] = rows.repeat(len(batch["input_ids"]) // len(rows))
+                batch["tokens"] = self.tokens
+                inner = self.accelerator.unwrap_model(model)
+                now = self.state.global_step
+                loss = loss + self.terms.penalty(inner, batch, outputs[0], now) / steps
+            return loss
+
+        def _prepare_for_training(self, *given: Any, **named: Any) -> Any:
+            """DeepSpeed's engine clips and steps at the end of its backward pass: what projects comes just before."""
+            found = super()._prepare_for_training(*given, **named)
+            if self.is_deepspeed_enabled and self.terms.projections:
+                step = self.deepspeed.step
+
+                def projected(*given: Any, **named: Any) -> Any:
+                    self._project()
+                    return step(*given, **named)
+
+                self.deepspeed.step = projected
+            return found
+
+        def _clip_grad_norm(self, model: Any) -> Any:
+            if self.terms.projections and not self.is_deepspeed_enabled:
+                self._project()
+            return super()._clip_grad_norm(model)
+
+        def _project(self) -> None:
+            inner = self.accelerator.unwrap_model(self.model)
+            with _gradients(inner, self.is_deepspeed_enabled) as gradients:
+                self.terms.project(inner, gradients, self.state.global_step)
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            means = self.terms.means(self.accelerator.gather)
+            for name in means.keys() & {*logs, *self._metrics["train"]}:
+                raise CLGraftError(
+                    f"a term is called {name!r}, as a column of the log is; rename its file."
+                )
+            super().log(logs | means, start_time)
+
+    return Trainer
+
+
+class _Numbered:
+    """TRL's collator, which would leave the numbers of the rows out."""
+
+    def __init__(self, collate: Callable[[list[dict]], dict[str, Tensor]]):
+        self.collate = collate
+
+    def __call__(self, examples: list[dict]) -> dict[str, Tensor]:
+        return {**self.collate(examples), ROWS: torch.tensor([e[ROWS] for e in examples])}
+
+
+def _answers(batch: Mapping[str, Tensor]) -> Tensor:
+    """Which tokens are an answer's, bool (batch, length): SFT marks them by labels, DPO by a mask."""
+    return batch["labels"] != -100 if "labels" in batch else batch["completion_mask"] == 1
+
+
+@contextmanager
+def _gradients(model: Any, sharded: bool) -> Iterator[dict[str, Tensor]]:
+    """{name: gradient} to change in place; under ZeRO-2 the shares are gathered, and put back in the end."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not sharded:
+        yield {name: p.grad for name, p in named.items() if p.grad is not None}
+        return
+    from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
+
+    found = {name: safe_get_full_grad(p) for name, p in named.items()}
+    gradients = {name: gradient for name, gradient in found.items() if gradient is not None}
+    yield dict(gradients)
+    for name, gradient in gradients.items():
+        safe_set_full_grad(named[name], gradient)
+
+
+def _as_it_is(model: Any, **given: Any) -> Any:
+    return model(**given)
+
+
+def _unfused(model: Any, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> Any:
+    """What TRL's fused head gives, from logits, which are left in the output, too."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    full = model(**inputs)
+    targets = labels[:, 1:]
+    mask = targets != -100
+    logits = full.logits[:, :-1].float()
+    logs = logits.log_softmax(-1)
+    picked = logs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    with torch.no_grad():
+        entropy = -(logs.exp() * logs).sum(-1)
+        top, mean = logits.argmax(-1) == targets, logits.mean(-1)
+    output = FusedCausalLMOutput(
+        log_probs=picked.masked_fill(~mask, 0),
+        entropy=entropy.masked_fill(~mask, 0),
+        mean_logits=mean.masked_fill(~mask, 0),
+        is_top1=top & mask,
+        label_mask=mask,
+        aux_loss=getattr(full, "aux_loss", None),
+    )
+    output.logits = full.logits
+    return output
