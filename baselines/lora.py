@@ -7,9 +7,9 @@ import torch
 from cl_graft.errors import UnknownName
 from cl_graft.skillpack.codecs import Encoded, low_rank
 from cl_graft.strategy import Strategy
+from cl_graft.strategy.adapters import Adapter, faster, largest_rank
 from cl_graft.strategy.context import Context
 from cl_graft.task import Task
-from cl_graft.training.adapters import Adapter, faster, largest_rank
 
 CONVENTIONS = {"trained_on": "latest", "summed": "sum", "merged": "latest"}
 

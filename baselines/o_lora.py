@@ -13,9 +13,9 @@ import torch
 
 from cl_graft.skillpack.codecs import Encoded, low_rank
 from cl_graft.strategy import Strategy
+from cl_graft.strategy.adapters import Adapter, adapted_layers, downs, faster, largest_rank
 from cl_graft.strategy.context import Context
 from cl_graft.task import Task
-from cl_graft.training.adapters import Adapter, adapted_layers, downs, faster, largest_rank
 from cl_graft.training.term import Term
 
 

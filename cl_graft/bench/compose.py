@@ -85,7 +85,9 @@ def _learn(name: str, folder: Path, shape: dict[str, Any]) -> dict[str, Any]:
     _, tokenizer = load("nano-llama")
     scenario = Scenario("five", tuple(_task(number) for number in range(TASKS)))
     found, stream = plugins.load("strategy", name), benchmark(scenario)
-    model = _model(8, shape | {"hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 1})
+    model: Any = _model(
+        8, shape | {"hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 1}
+    )
     model.generate(torch.zeros(1, 2, dtype=torch.long), max_new_tokens=1)  # imports what it needs
     del model
     before, begun = resident_bytes("VmRSS"), perf_counter()

@@ -30,7 +30,9 @@ def learn(
     tasks = tuple(Task(f"task-{n}", ROWS, ROWS, "exact") for n in range(len(deltas)))
     scenario = Scenario("drawn", tasks)
     strategy = build(name, scenario=scenario, **options)
-    given = {task.name: _whole(strategy.base, d, alone) for task, d in zip(tasks, deltas, strict=True)}
+    given = {
+        task.name: _whole(strategy.base, d, alone) for task, d in zip(tasks, deltas, strict=True)
+    }
     strategy.fine_tune = lambda task, context: given[task.name]
     for experience in benchmark(scenario).train_stream:
         strategy.train(experience, eval_streams=[])

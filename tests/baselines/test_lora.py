@@ -9,7 +9,6 @@ from cl_graft import plugins
 from cl_graft.errors import UnknownName
 from cl_graft.stream import benchmark
 
-
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
 

@@ -247,7 +247,9 @@ def test_parts_other_than_the_layouts_are_refused(codec: str) -> None:
             codecs.decode(dataclasses.replace(encoded, parts=parts))
 
 
-@pytest.mark.parametrize("codec", ["sparse", "quantized", "quantized_low_rank", "sign_scale", "mask"])
+@pytest.mark.parametrize(
+    "codec", ["sparse", "quantized", "quantized_low_rank", "sign_scale", "mask"]
+)
 def test_a_stray_bit_after_packed_values_is_refused(codec: str) -> None:
     encoded = one_of_each()[codec]
     packed = next(part for part in encoded.parts.values() if part.dtype == torch.uint8)

@@ -138,7 +138,10 @@ def test_a_penalty_is_in_the_loss_and_its_mean_in_each_line_of_the_log(run, plug
 
 
 def constant(model, batch, output, state):
-    return {"logged": model.get_parameter(NAME).detach().sum() + 7, "added": model.get_parameter(NAME).sum() * 0 + 1}
+    return {
+        "logged": model.get_parameter(NAME).detach().sum() + 7,
+        "added": model.get_parameter(NAME).sum() * 0 + 1,
+    }
 
 
 def test_a_value_without_a_gradient_is_a_column_and_no_part_of_the_loss(run):
