@@ -31,19 +31,14 @@ class emr(Strategy):
         deltas = {pack.task: pack.tensors for pack in self.packs} | {task.name: own}
         vector, masks = {}, {}
         sizes, masked = Counter(), Counter()  # sum |D_t| and sum |m_t u|
-        for name in own:  # one parameter's tensors at a time, and no more than five of them
-            sign = (sum(decode(tensors[name]) for tensors in deltas.values()) > 0).float().mul_(2)
-            sign -= 1
-            largest = torch.zeros_like(sign)
-            for tensors in deltas.values():
-                torch.maximum(largest, decode(tensors[name]).mul_(sign), out=largest)
-            vector[name] = dense(largest * sign)
+        for name in own:  # of which one task's delta is decoded at a time
+            u = elected([tensors[name] for tensors in deltas.values()])
+            vector[name] = dense(u)
             for other, tensors in deltas.items():
-                change = decode(tensors[name])
-                agrees = change * sign > 0
+                agrees = decode(tensors[name]).mul_(u.sign()) > 0
                 masks[f"{other}/{name}"] = mask(agrees)
-                sizes[other] += change.abs_().sum(dtype=torch.float64).item()
-                masked[other] += largest.mul(agrees).sum(dtype=torch.float64).item()
+                sizes[other] += decode(tensors[name]).abs_().sum(dtype=torch.float64).item()
+                masked[other] += u.abs().mul_(agrees).sum(dtype=torch.float64).item()
         scales = {t: exact(torch.tensor(sizes[t] / (masked[t] or 1.0))) for t in deltas}
         return Kept(own, {"vector": vector, "masks": masks, "scales": scales})
 
@@ -54,6 +49,15 @@ class emr(Strategy):
             return []
         made_of = self.shared["vector"], self.shared["masks"], self.shared["scales"]
         return [compose(rescaled, made_of, made_of[0].shapes, task=self.packs[task].task)]
+
+
+def elected(encoded):
+    """u of a parameter, from its encoded deltas."""
+    sign = torch.where(sum(map(decode, encoded)) > 0, 1.0, -1.0)
+    largest = torch.zeros_like(sign)
+    for change in map(decode, encoded):
+        torch.maximum(largest, change.mul_(sign), out=largest)
+    return largest.mul_(sign)
 
 
 def rescaled(name, vector, masks, scales, *, task):

@@ -7,9 +7,9 @@ import torch
 from cl_graft.errors import UnknownName
 from cl_graft.skillpack.codecs import Encoded, low_rank
 from cl_graft.strategy import Strategy
-from cl_graft.strategy.adapters import Adapter, faster, largest_rank
 from cl_graft.strategy.context import Context
 from cl_graft.task import Task
+from cl_graft.training.adapters import Adapter, faster, largest_rank
 
 CONVENTIONS = {"trained_on": "latest", "summed": "sum", "merged": "latest"}
 
@@ -39,7 +39,7 @@ class lora(Strategy):
         learning_rate_scale: float = 3.0,
     ) -> dict[str, Encoded]:
         shares = len(self.scenario.tasks) if convention == "merged" else 1
-        rank = rank or largest_rank(self.model, context, shares)
+        rank = rank or largest_rank(self.model, context.cost_of, context.budget, shares)
         continued = self.packs[-1] if convention == "trained_on" and self.packs else None
         if continued:  # the adapter itself holds what was learned: its base is the base
             self.restore_base()

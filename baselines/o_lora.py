@@ -13,9 +13,9 @@ import torch
 
 from cl_graft.skillpack.codecs import Encoded, low_rank
 from cl_graft.strategy import Strategy
-from cl_graft.strategy.adapters import Adapter, adapted_layers, downs, faster, largest_rank
 from cl_graft.strategy.context import Context
 from cl_graft.task import Task
+from cl_graft.training.adapters import Adapter, adapted_layers, downs, faster, largest_rank
 from cl_graft.training.term import Term
 
 
@@ -38,7 +38,7 @@ class o_lora(Strategy):
         dropout: float = 0.1,
         learning_rate_scale: float = 3.0,
     ) -> dict[str, Encoded]:
-        rank = rank or largest_rank(self.model, context)
+        rank = rank or largest_rank(self.model, context.cost_of, context.budget)
         old = downs(self.model, self.packs)
         weights = {"lambda_1": lambda_1, "lambda_2": lambda_2}
         with Adapter(self.model, rank, alpha_over_rank, dropout) as adapter:

@@ -25,13 +25,10 @@ class tall_mask(Strategy):
         own = context.dense(self.fine_tune(task, context))
         deltas = {pack.task: pack.tensors for pack in self.packs} | {task.name: own}
         vector, masks = {}, {}
-        for name in own:  # one parameter's tensors at a time, and no more than four of them
-            total = sum(decode(tensors[name]) for tensors in deltas.values())
-            vector[name] = dense(total)
-            for other, tensors in deltas.items():
-                change = decode(tensors[name])
-                rest = (total - change).abs_().mul_(mask_lambda)
-                masks[f"{other}/{name}"] = mask(change.abs_() > rest)
+        for name in own:
+            of_tasks = {task: tensors[name] for task, tensors in deltas.items()}
+            vector[name], found = shared(of_tasks, mask_lambda)
+            masks |= {f"{task}/{name}": bits for task, bits in found.items()}
         return Kept(own, {"vector": vector, "masks": masks})
 
     learn.pure = True  # type: ignore[attr-defined]  # it trains by the recipe, as all that start from the base
@@ -41,6 +38,17 @@ class tall_mask(Strategy):
             return []
         made_of = self.shared["vector"], self.shared["masks"]
         return [compose(masked, made_of, made_of[0].shapes, task=self.packs[task].task)]
+
+
+def shared(of_tasks, mask_lambda):
+    """t of a parameter, and m_t of each task; of_tasks: {task: encoded delta}, of which one is decoded at a time."""
+    total = sum(map(decode, of_tasks.values()))
+
+    def part(change):
+        rest = (total - change).abs_().mul_(mask_lambda)
+        return mask(change.abs_() > rest)
+
+    return dense(total), {task: part(decode(encoded)) for task, encoded in of_tasks.items()}
 
 
 def masked(name, vector, masks, *, task):

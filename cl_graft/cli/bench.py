@@ -55,7 +55,7 @@ def bench_plan(
 def bench_compose(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Peak memory of strategies over five tasks on a random Llama of 135 M parameters, training left out."""
+    """Peak memory of strategies over five tasks on a random Llama of 103 M parameters, training left out."""
     from cl_graft.bench.compose import bench_compose as measure
 
     found = measure(say=lambda what: typer.echo(what, err=True))

@@ -297,6 +297,7 @@ STORED: dict[
     "quantized_low_rank": (3 * (6 + 7), 3 * (6 + 7 + 4) + 16 * 4),
     "sign_scale": (42, 42),
     "exact": (64 * 42, 64 * 42),
+    "mask": (0, 42),
 }
 
 

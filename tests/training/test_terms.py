@@ -57,7 +57,7 @@ def plugin(tmp_path):
     def write(name="quadratic", text=PLUGIN):
         path = tmp_path / f"{name}.py"
         path.write_text(textwrap.dedent(text))
-        return plugins._import(path, f"cl_graft_user_{name}")
+        return plugins.import_file(path, f"cl_graft_user_{name}")
 
     return write
 

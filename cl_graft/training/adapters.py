@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cl_graft.budget import largest
+from cl_graft.budget import Budget, largest
 from cl_graft.errors import OverBudget
-from cl_graft.skillpack.codecs import Encoded, low_rank_spec
+from cl_graft.skillpack.codecs import Encoded, Spec, low_rank_spec
 from cl_graft.skillpack.compress.calibrate import linear_layers, stored_transposed
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.task import Task
-
-if TYPE_CHECKING:
-    from cl_graft.strategy.context import Context
 
 Pair = tuple[Tensor, Tensor]
 
@@ -83,18 +80,23 @@ def adapted_layers(model: Any) -> dict[str, Any]:
     }
 
 
-def largest_rank(model: Any, context: Context, shares: int = 1) -> int:
-    """The largest rank of which `shares` adapters in bf16 fit the budget as one pack. Raises OverBudget below 1."""
+def largest_rank(
+    model: Any, cost_of: Callable[[Mapping[str, Spec]], int], budget: Budget, shares: int = 1
+) -> int:
+    """The largest rank of which `shares` adapters in bf16 fit the budget as one pack. Raises OverBudget below 1.
+
+    cost_of: bytes of tensors with these specs, as `Context.cost_of`.
+    """
     shapes = {f"{n}.weight": _shape(m) for n, m in targets(model).items()}
 
     def fits(rank: int) -> bool:
         specs = {name: low_rank_spec(shape, rank * shares) for name, shape in shapes.items()}
-        return context.cost_of(specs) <= context.budget.bytes
+        return cost_of(specs) <= budget.bytes
 
     best = largest(fits, 1, min(min(shape) for shape in shapes.values()))
     if best < 1:
         raise OverBudget(
-            f"the budget {context.budget.text} does not hold LoRA of rank 1 on all linear layers; raise it."
+            f"the budget {budget.text} does not hold LoRA of rank 1 on all linear layers; raise it."
         )
     return best
 
