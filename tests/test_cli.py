@@ -157,7 +157,7 @@ def test_a_run_leaves_the_files_that_record_py_documents(finished: Finished) -> 
     lines = (cell / "experiences" / "03" / "examples.jsonl").read_text().splitlines()
     outcomes = [json.loads(line) for line in lines]
     assert [set(o) for o in outcomes] == [
-        {"task", "metric", "index", "score", "answer", "note"}
+        {"task", "metric", "index", "score", "answer", "note", "taken_for"}
     ] * 48
     assert {o["task"] for o in outcomes} == {*TASKS, "general:general"}
     assert {o["index"] for o in outcomes} == set(range(12))
