@@ -4,7 +4,7 @@ import torch
 
 from cl_graft.strategy import merger
 
-PART = 1 << 22  # entries counted at a time
+PART = 1 << 20  # entries at a time: several copies of them are held
 
 
 def threshold(delta, *, density):
@@ -38,7 +38,10 @@ def _of_rank(counts, rank):
 @merger(statistic=threshold)
 def ties(deltas, thresholds, *, density: float = 0.2, scale: float = 1.0):
     """density: share of each task's entries kept by magnitude, over all tensors. scale: factor on the result."""
-    pairs = zip(deltas, thresholds, strict=True)
-    trimmed = torch.stack([torch.where(x.abs() >= least, x, 0.0) for x, least in pairs])
-    agrees = (trimmed * trimmed.sum(0).sign()) > 0
-    return scale * (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+    merged = torch.empty_like(deltas[0])
+    for to, *parts in zip(*(x.view(-1).split(PART) for x in (merged, *deltas)), strict=True):
+        pairs = zip(parts, thresholds, strict=True)
+        trimmed = torch.stack([torch.where(x.abs() >= least, x, 0.0) for x, least in pairs])
+        agrees = (trimmed * trimmed.sum(0).sign()) > 0
+        to.copy_(scale * (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1))
+    return merged

@@ -62,6 +62,25 @@ def off(value: Any) -> Any:
     return "off" if value is False else value
 
 
+def _values(value: Any) -> Any:
+    """The values of {name: value} that are written as JSON, read; others are words."""
+    return {k: json_or_word(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def json_or_word(text: Any) -> Any:
+    """The value that a text is in JSON, or else the text; NaN and infinities are words."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is a word here")
+
+
 WandbMode = Literal["auto", "offline", "online", "off"]
 Tracker = Annotated[str, AfterValidator(ModuleOf("cl_graft.tracking", "tracker", ("wandb",)))]
 Executor = Annotated[str, AfterValidator(ModuleOf("cl_graft.experiment.executors", "executor"))]
@@ -142,6 +161,11 @@ class Settings(Frozen):
         description="TASK=FOLDER that `cl-graft transfer build` made, for its training data.",
         examples=[{"math": "data/math"}],
     )
+    scoring: Annotated[dict[str, Any], BeforeValidator(_values)] = Field(
+        default={},
+        description="SCORER.OPTION=VALUE, over the options that the scenario gives its scorers.",
+        examples=[{"number.tolerance": 0.01}],
+    )
     router: str = Field(
         default="ridge",
         description="Name, or path of a .py file, of what infers the task where task_ids is inferred.",
@@ -219,6 +243,15 @@ class RunConfig(Whereabouts, Settings, Axes):
             tells = all(getattr(self, k) == v for k, v in _extra(field).get("when", {}).items())
             if name not in SHOWN and value != field.default and tells:
                 found[name] = value
+        return found
+
+    @property
+    def scorers(self) -> dict[str, dict[str, Any]]:
+        """{scorer: {option: value}} of `scoring`."""
+        found: dict[str, dict[str, Any]] = {}
+        for told, value in self.scoring.items():
+            scorer, _, option = told.rpartition(".")
+            found.setdefault(scorer, {})[option] = value
         return found
 
     def _router(self) -> list[str]:

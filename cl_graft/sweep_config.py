@@ -213,22 +213,26 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def with_options(fields: Mapping[str, Any], sets: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
-    """The fields with (owner, option, value) put into every entry of that scenario or strategy.
+    """The fields with (owner, option, value) put into every entry of that scenario or strategy, or else into `scoring`.
 
-    Raises UnknownName for an owner that is not of this sweep.
+    Which scorers there are is known once the scenario is made. Raises UnknownName for a scenario or strategy that is
+    not of this sweep.
     """
     entries = {
         kind: [(name, dict(options)) for name, options in _pairs(listed(fields.get(kind) or []))]
         for kind in ("scenarios", "strategies")
     }
     everything = [entry for kind in entries.values() for entry in kind]
+    scoring = dict(fields.get("scoring") or {})
     for owner, option, value in sets:
         own = [options for name, options in everything if RunConfig.short(name) == owner]
-        if not own:
-            names = [RunConfig.short(name) for name, _ in everything]
-            raise UnknownName("scenario or strategy in this sweep", owner, names)
         for options in own:
             options[option] = value
+        if not own:
+            if any(owner in plugins.names(kind) for kind in PLUGINS):
+                names = [RunConfig.short(name) for name, _ in everything]
+                raise UnknownName("scenario or strategy in this sweep", owner, names)
+            scoring[f"{owner}.{option}"] = value
     return {
         **fields,
         **{
@@ -236,6 +240,7 @@ def with_options(fields: Mapping[str, Any], sets: Sequence[tuple[str, str, Any]]
             for kind, found in entries.items()
             if found
         },
+        **({"scoring": scoring} if scoring else {}),
     }
 
 

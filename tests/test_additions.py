@@ -92,6 +92,7 @@ def test_every_field_of_a_sweep_is_described_once_on_its_page(hooks: ModuleType)
 OTHER = {  # a value that is not the default, where that cannot be told from the type
     "train_on": {"math": Path("built")},
     "task_ids": "inferred",
+    "scoring": {"number.tolerance": 0.5},
     "launch": {"processes": 2},
     "wandb": "off",
     "track": ["csv"],

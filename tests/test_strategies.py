@@ -194,6 +194,18 @@ def test_ties_keeps_the_elected_sign_and_the_mean_of_those_that_agree():
     assert torch.allclose(ties(deltas, least), torch.tensor([2.0, 5.0, 0.0, 3.0]))
 
 
+def test_ties_in_parts_is_ties_of_the_whole_bit_for_bit(monkeypatch):
+    ties = plugins.load("strategy", "ties").function
+    seed = torch.Generator().manual_seed(0)
+    deltas = [torch.randn(37, 53, generator=seed) for _ in range(5)]
+    whole = ties(deltas, [0.4] * 5)
+    trimmed = torch.stack([torch.where(x.abs() >= 0.4, x, 0.0) for x in deltas])
+    agrees = (trimmed * trimmed.sum(0).sign()) > 0
+    assert torch.equal(whole, (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1))
+    monkeypatch.setattr(sys.modules[ties.__module__], "PART", 100)
+    assert torch.equal(ties(deltas, [0.4] * 5), whole)
+
+
 @pytest.mark.parametrize("density", [1e-6, 0.2, 0.5, 1.0])
 def test_the_threshold_of_ties_is_the_exact_one_of_all_tensors_together(density):
     threshold = sys.modules[plugins.load("strategy", "ties").function.__module__].threshold

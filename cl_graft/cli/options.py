@@ -32,7 +32,8 @@ DataDir = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="name.option=value of a strategy or scenario; lora.rank=[8,32] is a grid."
+        "--set",
+        help="name.option=value of a strategy, scenario or scorer; lora.rank=[8,32] is a grid.",
     ),
 ]
 

@@ -116,7 +116,7 @@ class Examiner:
         model: Any = self.grafted.model
         length, most = task.training.max_length, task.max_new_tokens
         examinee = Examinee(model, self.tokenizer, most, length, self.allow_code)
-        found = score(examinee, task.test, task.metrics)
+        found = score(examinee, task.test, task.scorings)
         self.seconds += perf_counter() - begun
         return found
 

@@ -86,9 +86,10 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
     if not folder.begun:
         return None
     folder.check({"config": config.experiment()})
-    folder.check({"sources": identity.sources(config)})
-    then = folder.identity().get("inputs") or {}
-    folder.check({"inputs": then | identity.inputs(config)})
+    then = folder.identity()
+    scorers = then.get("sources", {}).get("scorers", ())
+    folder.check({"sources": identity.sources(config, scorers)})
+    folder.check({"inputs": then.get("inputs", {}) | identity.inputs(config)})
     return read_json(folder.path / "result.json") if folder.complete else None
 
 
@@ -119,7 +120,7 @@ def _compute(
     about: dict[str, Any] = {
         "config": config.experiment(),
         "options": options,
-        "sources": identity.sources(config),
+        "sources": identity.sources(config, identity.scorers_of(scenario)),
         "inputs": identity.inputs(config),
         "versions": versions(),
         "code": package_digest(),

@@ -6,8 +6,9 @@ an edited method, of other data or of other weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from cl_graft import plugins
 from cl_graft.config import RunConfig
@@ -16,15 +17,25 @@ from cl_graft.models import corpus, embedded
 from cl_graft.models.load import FILES
 from cl_graft.store.digests import data_fingerprint, digest
 from cl_graft.store.source_files import digest_of
+from cl_graft.task import Scenario
 
 Files = dict[str, str]  # name -> digest
+DATA = ("scenario", "seed", "data_dir", "options", "scoring", "train_on")  # fields that decide it
 _data_sets: dict[str, str] = {}  # the cells of a sweep ask for the same again and again
 
 
-def sources(config: RunConfig) -> dict[str, Files]:
-    """{"scenario", "strategy" or "router": files} of the plug-ins, and what they import from beside them."""
+def sources(config: RunConfig, scorers: Iterable[str]) -> dict[str, Any]:
+    """{"scenario", "strategy" or "router": files, "scorers": {name: files}} of the plug-ins, and what these import
+    from beside them."""
     kinds = ("scenario", "strategy", *(["router"] if config.task_ids == "inferred" else []))
-    return {kind: plugins.sources(kind, getattr(config, kind)) for kind in kinds}
+    found: dict[str, Any] = {kind: plugins.sources(kind, getattr(config, kind)) for kind in kinds}
+    return found | {"scorers": {name: plugins.sources("scorer", name) for name in scorers}}
+
+
+def scorers_of(scenario: Scenario) -> list[str]:
+    """The names by which the scorers of its tasks are found, sorted."""
+    tasks = scenario.tasks + ((scenario.general,) if scenario.general else ())
+    return sorted({scoring.name for task in tasks for scoring in task.scorings})
 
 
 def inputs(config: RunConfig) -> dict[str, Files]:
@@ -47,7 +58,7 @@ def inputs(config: RunConfig) -> dict[str, Files]:
 
 def _data_set(config: RunConfig, folders: list[Path]) -> str:
     """Digest of the scenario's data; it is read again once a file in the folders or the scenario's own is another."""
-    told = config.model_dump_json(include={"scenario", "seed", "data_dir", "options", "train_on"})
+    told = config.model_dump_json(include={*DATA})
     own = plugins.sources("scenario", config.scenario)
     key = digest(told, own, [list(_stamps(folder)) for folder in folders])
     if key not in _data_sets:

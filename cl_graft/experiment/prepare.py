@@ -11,6 +11,7 @@ from cl_graft import plugins
 from cl_graft.budget import Budget
 from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.evaluation.scorers import require_consents, resolved
 from cl_graft.store.digests import digest
 from cl_graft.store.mirror import Mirror
 from cl_graft.task import Scenario
@@ -44,7 +45,8 @@ def check(cells: Iterable[RunConfig]) -> None:
             Mirror(config.mirror).check()
         name = config.short(config.scenario)
         told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
-        scenario = digest(*map(str, told), config.options.get(name), str(config.train_on))
+        chosen = [config.options.get(name), config.scoring]
+        scenario = digest(*map(str, told), chosen, str(config.train_on))
         if scenario not in made:
             _launch(config.launch, _scenario(config))
             made.add(scenario)
@@ -92,16 +94,18 @@ def scenario_of(config: RunConfig) -> Scenario:
             f"{config.scenario} is not a scenario: its function returns {type(scenario).__name__}; "
             "return a cl_graft.task.Scenario."
         )
+    scenario, used = resolved(scenario, config.scenario, config.scorers)
+    for owner in config.scorers:
+        if owner not in used:
+            known = [name, config.short(config.strategy), *sorted(used)]
+            raise UnknownName("scenario, strategy or scorer of this cell", owner, known)
     return _trained_on(scenario, config.train_on)
 
 
 def _scenario(config: RunConfig) -> Scenario:
     scenario = scenario_of(config)
-    programs = [t for t in scenario.tasks if "tests" in t.metrics]
-    if programs:
-        from cl_graft.evaluation.sandbox import require_consent
-
-        require_consent(config.allow_code_execution, f"scoring task {programs[0].name!r}")
+    general = (scenario.general,) if scenario.general else ()
+    require_consents(config.allow_code_execution, scenario.tasks + general)
     return scenario
 
 

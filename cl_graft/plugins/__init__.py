@@ -10,6 +10,7 @@ from cl_graft.plugins.find import (
     origin,
     sources,
     sources_of,
+    within,
 )
 from cl_graft.plugins.signature import check_options, choices, options, parse_set
 
@@ -27,4 +28,5 @@ __all__ = [
     "parse_set",
     "sources",
     "sources_of",
+    "within",
 ]

@@ -44,6 +44,13 @@ def _is_strategy(found: Any, name: str, where: str | None) -> None:
         )
 
 
+def _is_scorer(found: Any, name: str, where: str | None) -> None:
+    if inspect.isclass(found) or not all(hasattr(found, part) for part in ("score", "needs")):
+        raise CLGraftError(
+            f"{where}: {name!r} is no scorer; make it one by @scorer() above a function of an example and an answer."
+        )
+
+
 def _is_router(found: Any, name: str, where: str | None) -> None:
     if not inspect.isclass(found) or inspect.isabstract(found) or not hasattr(found, "update"):
         raise CLGraftError(
@@ -58,13 +65,15 @@ class Kind:
 
     folder: inside `cl_graft/` where its path says so, else beside it in a checkout, and inside it once installed.
     group: of entry points. check: raises CLGraftError where a found object is none of this kind.
-    modules: plug-ins that are single modules of ours, by name.
+    modules: plug-ins that are single modules of ours, by name. host: the kind in whose files plug-ins of this one may
+    be defined, too; such a one is called `HOST:NAME`.
     """
 
     folder: str
     group: str
     check: Callable[[Any, str, str | None], None]
     modules: Mapping[str, str] = field(default_factory=dict)
+    host: str | None = None
 
     @property
     def inside(self) -> bool:
@@ -75,10 +84,14 @@ class Kind:
         installed = PACKAGE / self.folder
         return installed if installed.is_dir() else PACKAGE.parent / self.folder
 
-    def files(self) -> dict[str, Path]:
-        """{name: file} of the plug-ins in the folder; there is none in `_x.py`, nor in a package's base.py."""
-        found = {p.stem: p for p in self.path.glob("*.py") if not p.stem.startswith("_")}
-        return {name: p for name, p in found.items() if not (self.inside and name == "base")}
+    def file(self, name: str) -> Path | None:
+        """The file of a plug-in in the folder; there is none in `_x.py`, nor in a package's base.py."""
+        file = self.path / f"{name}.py"
+        taken = name.startswith("_") or (self.inside and name == "base")
+        return file if not taken and file.is_file() else None
+
+    def files(self) -> list[str]:
+        return [p.stem for p in self.path.glob("*.py") if self.file(p.stem)]
 
     def entries(self) -> metadata.EntryPoints:
         return metadata.entry_points(group=self.group)
@@ -92,6 +105,7 @@ KINDS = {
         _is_strategy,
         {"graftllm": "cl_graft.strategy.graftllm"},
     ),
+    "scorer": Kind("cl_graft/evaluation/scorers", "cl_graft.scorers", _is_scorer, host="scenario"),
     "router": Kind("cl_graft/routing", "cl_graft.routers", _is_router),
 }
 
@@ -146,7 +160,13 @@ class _Place:
     entry: metadata.EntryPoint | None = None
 
     def files(self) -> list[Path]:
-        return sorted(source_files.closure(self.file, self.roots, self._follows))
+        return sorted(source_files.closure(self.file, self.roots, self._follows, self._package))
+
+    @property
+    def _package(self) -> str:
+        """The only name by which files of a folder inside `cl_graft/` can be imported; elsewhere there are others."""
+        inside = self.prefix.startswith("cl_graft/")
+        return self.prefix.strip("/").replace("/", ".") if inside else ""
 
     def sources(self) -> dict[str, str]:
         return {self._told(path): source_files.digest_of(path) for path in self.files()}
@@ -184,12 +204,14 @@ def _user(path: Path, name: str) -> _Place:
 def _place(kind: str, name: str) -> _Place:
     """Raises UnknownName, or CLGraftError for a file that is not there."""
     known = KINDS[kind]
+    if known.host and ":" in name:
+        return _place(known.host, name.rpartition(":")[0])
     if name.endswith(".py"):
         return _user(_user_file(kind, name), name)
     if name in known.modules:
         file = f"{known.modules[name].replace('.', '/')}.py"
         return _Place(PACKAGE.parent / file, file, prefix=f"{file.rpartition('/')[0]}/")
-    if path := known.files().get(name):
+    if path := known.file(name):
         return _Place(path, f"{known.folder}/{path.name}", (known.path,), f"{known.folder}/")
     for entry in known.entries().select(name=name):
         file = entry.module.replace(".", "/") + ".py"
@@ -220,21 +242,56 @@ def load(kind: str, name: str) -> Any:
     CLGraftError where a file does not hold a plug-in.
     """
     known = KINDS[kind]
-    if name.endswith(".py"):
-        path = _user_file(kind, name)
-        return _object(_import(_place(kind, name), f"cl_graft_user_{path.stem}"), kind, path.stem)
-    if name in known.modules:
-        return _object(importlib.import_module(known.modules[name]), kind, name)
-    if name in known.files():
-        module = f"{known.folder.replace('/', '.')}.{name}"
-        if known.inside:
-            return _object(importlib.import_module(module), kind, name)
-        return _object(_import(_place(kind, name), module), kind, name)
+    if known.host and ":" in name:
+        host, _, name = name.rpartition(":")
+        return _object(_module(known.host, host), kind, name)
+    if name.endswith(".py") or name in known.modules or known.file(name):
+        return _object(_module(kind, name), kind, Path(name).stem if name.endswith(".py") else name)
     for entry in known.entries().select(name=name):
         with _importing(f"{kind} {name!r} of an installed package ({entry.value})"):
             found = entry.load()
         known.check(found, name, entry.value)
         return found
+    raise UnknownName(kind, name, names(kind))
+
+
+def within(kind: str, name: str, host: str) -> str:
+    """The name by which `load` finds what the plug-in `host`, of the kind that may define such, calls `name`.
+
+    That is one defined in the host's file, or else a file beside it, or else `name`.
+    """
+    known = KINDS[kind]
+    assert known.host
+    if name.endswith(".py"):
+        beside = Path(host).parent / name
+        return str(beside) if host.endswith(".py") and beside.is_file() else name
+    if ":" in name:
+        return name
+    module = _module(known.host, host)
+    found = getattr(module, name, None)
+    try:
+        known.check(found, name, module.__file__)
+    except CLGraftError:
+        return name
+    return f"{host}:{name}" if found.__module__ == module.__name__ else name
+
+
+def _module(kind: str, name: str) -> ModuleType:
+    """The module that defines a plug-in, imported. Raises UnknownName or CLGraftError."""
+    known = KINDS[kind]
+    if name.endswith(".py"):
+        place = _place(kind, name)
+        return _import(place, f"cl_graft_user_{place.file.stem}")
+    if name in known.modules:
+        return importlib.import_module(known.modules[name])
+    if known.file(name):
+        module = f"{known.folder.replace('/', '.')}.{name}"
+        if known.inside:
+            return importlib.import_module(module)
+        return _import(_place(kind, name), module)
+    for entry in known.entries().select(name=name):
+        with _importing(f"{kind} {name!r} of an installed package ({entry.value})"):
+            return importlib.import_module(entry.module)
     raise UnknownName(kind, name, names(kind))
 
 

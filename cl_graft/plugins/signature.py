@@ -106,15 +106,10 @@ def _fits(value: Any, wanted: Any) -> bool:
 
 def parse_set(text: str) -> tuple[str, str, Any]:
     """`lora.rank=8` -> ("lora", "rank", 8); values are JSON, or else a plain word."""
+    from cl_graft.config import json_or_word
+
     left, equals, value = text.partition("=")
     owner, dot, option = left.partition(".")
     if not (equals and dot and owner and option):
         raise CLGraftError(f"--set {text!r} should read name.option=value, such as lora.rank=8.")
-    try:
-        return owner, option, json.loads(value, parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        return owner, option, value
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is a word here")
+    return owner, option, json_or_word(value)

@@ -10,12 +10,16 @@ from pathlib import Path
 
 
 def closure(
-    file: Path, roots: Sequence[Path], wanted: Callable[[Path], bool] = lambda file: True
+    file: Path,
+    roots: Sequence[Path],
+    wanted: Callable[[Path], bool] = lambda file: True,
+    package: str = "",
 ) -> list[Path]:
     """The file and all that it imports, directly or not, from the folders `roots` or from beside the importing file.
 
     An absolute import counts if any end of its dotted name leads to a file in one of those folders, as `baselines.x`
-    and `x` both do to baselines/x.py. Imports by `importlib` are not seen. wanted: what is followed.
+    and `x` both do to baselines/x.py. Imports by `importlib` are not seen. wanted: what is followed. package: the one
+    dotted name that leads to the roots, where no other does.
     """
     met: dict[Path, None] = {}
     waiting = [file]
@@ -23,7 +27,7 @@ def closure(
         path = waiting.pop()
         if path not in met:
             met[path] = None
-            waiting += [found for found in _imported(path, roots) if wanted(found)]
+            waiting += [found for found in _imported(path, roots, package) if wanted(found)]
     return list(met)
 
 
@@ -39,16 +43,19 @@ def _digest(file: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _imported(file: Path, roots: Sequence[Path]) -> Iterator[Path]:
-    if (package := file.parent / "__init__.py").is_file():
-        yield package
+def _imported(file: Path, roots: Sequence[Path], package: str) -> Iterator[Path]:
+    if (own := file.parent / "__init__.py").is_file():
+        yield own
+    above = package.split(".") if package else []
     stat = file.stat()
     for level, parts in _names(file, stat.st_size, stat.st_mtime_ns):
         if level:
             yield from _found(file.parents[min(level, len(file.parents)) - 1], parts)
             continue
+        if parts[: len(above)] != above:
+            continue
         for folder in {file.parent, *roots}:
-            for start in range(len(parts)):
+            for start in range(len(parts)) if not above else [len(above)]:
                 yield from _found(folder, parts[start:])
 
 

@@ -324,7 +324,7 @@ class Strategy(BaseTemplate):
         number = self.experience.current_experience
         task = self.scenario.tasks[number]
         self.results[task.name] = self.measure(task, number)
-        self._show_to_avalanche(self.results[task.name][task.score])
+        self._show_to_avalanche(self.results[task.name][task.metrics[0]])
 
     def measure(self, task: Task, number: int | None) -> dict[str, list[Scored]]:
         """Outcomes of every metric of the task, one a test example, with what answers for each of them.

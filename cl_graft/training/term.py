@@ -36,6 +36,7 @@ class Term:
     function: defined at the top level of a Python file, so that another process finds it by file and name.
     kind `penalty`: `function(model, batch, output, state, **options)` is added to the loss, a scalar tensor or
         {name: scalar tensor} whose sum is added; each value is a column of the log, `ewc` or `o_lora.orthogonal`.
+        A value that needs no gradient (of `detach`) is a column alone, and no part of the loss.
     kind `project`: `function(model, gradients, state, step, **options)` changes the gradients of a whole step in
         place, {parameter name: tensor}, before they are clipped; `step` counts from 0.
     state: tensors of any shape and dtype; the function gets them on the model's device. options: plain JSON.

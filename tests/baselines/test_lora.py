@@ -9,6 +9,8 @@ from cl_graft import plugins
 from cl_graft.errors import UnknownName
 from cl_graft.stream import benchmark
 
+NAME = "model.layers.0.self_attn.q_proj.weight"
+
 
 def learn(strategy, scenario, experiences=2):
     for experience in list(benchmark(scenario).train_stream)[:experiences]:
@@ -66,6 +68,20 @@ def test_trained_on_starts_from_the_adapter_it_had(build, tiny_scenario):
     first, second = (pack.decode() for pack in strategy.packs)
     for name in first:
         assert torch.allclose(first[name], second[name], atol=1e-7), name
+
+
+@pytest.mark.parametrize("other", [{"alpha_over_rank": 4.0}, {"dropout": 0.5}])
+def test_another_alpha_or_dropout_is_another_stage(build, tiny_scenario, other):
+    """Both start from the very same weights with the same recipe, and are told apart all the same."""
+    first, second, third = (build("lora", rank=2, **given) for given in ({}, other, {}))
+    second.stages = third.stages = first.stages
+    made = []
+    for strategy in (first, second, third):
+        learn(strategy, tiny_scenario, 1)
+        made.append(len([*first.stages.folder.glob("stages/*/stage.json")]))
+    assert made == [1, 2, 2]
+    assert first.packs[0].delta(NAME).equal(third.packs[0].delta(NAME))
+    assert not first.packs[0].delta(NAME).equal(second.packs[0].delta(NAME))
 
 
 def test_without_a_rank_the_largest_that_fits_is_taken(build, tiny_scenario):

@@ -22,6 +22,7 @@ DTYPES = {
 }
 ORDER = list(DTYPES)
 MOST = 1 << 48
+ANY_SHAPE = ("dense", "exact", "mask", "sparse", "sign_scale")  # the others store matrices
 Array = np.ndarray
 
 
@@ -124,9 +125,10 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
         "quantized": {"bits", "group_size"},
         "quantized_low_rank": {"groups"},
         "sign_scale": set(),
+        "mask": set(),
     }
     must(codec in wanted and set(meta) == wanted[codec], "codec or meta")
-    must(len(shape) == 2 or codec in ("dense", "exact", "sparse", "sign_scale"), "no matrix")
+    must(len(shape) == 2 or codec in ANY_SHAPE, "no matrix")
     if codec in ("dense", "exact"):
         return {"values": (dtype, shape)}
     if codec == "sparse":
@@ -136,6 +138,8 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
     if codec == "low_rank":
         rank = whole(meta["rank"])
         return {"left": (dtype, [shape[0], rank]), "right": (dtype, [rank, shape[1]])}
+    if codec == "mask":
+        return {"bits": ("U8", [stream_bytes(numel, 1)])}
     if codec == "sign_scale":
         return {"signs": ("U8", [stream_bytes(numel, 1)]), "scale": ("F32", [1])}
     grids = grids_of(codec, shape, meta)
@@ -175,6 +179,8 @@ def decode(codec: str, shape: list[int], meta: dict[str, Any], parts: dict[str, 
         return flat.reshape(shape)
     if codec == "low_rank":
         return product(parts["left"], parts["right"], shape)
+    if codec == "mask":
+        return unpack(parts["bits"], numel, 1).astype("<f4").reshape(shape)
     if codec == "sign_scale":
         signs = unpack(parts["signs"], numel, 1).astype(bool)
         return np.where(signs, parts["scale"], -parts["scale"]).reshape(shape)

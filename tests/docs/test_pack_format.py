@@ -102,6 +102,8 @@ def every_codec() -> dict[str, Encoded]:
     found["sparse gaps"] = codecs.sparse_top(normal((300, 41), 5), 60)
     found["sparse wide gaps"] = codecs.sparse_top(normal((1 << 20,), 5), 3)
     found["sparse none"] = codecs.sparse_top(normal((6, 6), 6), 0)
+    found["mask"] = codecs.mask(normal((3, 5, 7), 8) > 0)
+    found["mask scalar"] = codecs.mask(torch.tensor(True))
     found["sign_scale"] = codecs.sign_scale(normal((3, 5, 7), 7))
     for bits in BITS:
         found[f"quantized {bits}"] = codecs.quantized(grid(5, 13, bits, 4, bits))

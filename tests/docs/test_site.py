@@ -14,8 +14,8 @@ import pytest
 import typer
 import yaml
 
+from cl_graft import plugins
 from cl_graft.cli import built
-from cl_graft.evaluation.scorers import SCORERS
 from cl_graft.skillpack.codecs import CODECS
 
 ROOT = Path(__file__).parents[2]
@@ -115,4 +115,4 @@ def test_every_codec_and_scorer_is_described() -> None:
     pack, scenario = (DOCS / name for name in ("pack-format.md", "adding-a-scenario.md"))
     assert set(CODECS) <= set(re.findall(r"^\| `(\w+)` \|", pack.read_text("utf-8"), re.MULTILINE))
     told = re.findall(r"^\| `(\w+)` \|", scenario.read_text("utf-8"), re.MULTILINE)
-    assert set(SCORERS) <= set(told)
+    assert set(plugins.names("scorer")) <= set(told)

@@ -44,6 +44,7 @@ def test_sizes_by_hand() -> None:
         codecs.quantized(q): 1 + 2438 + 200,
         codecs.quantized_low_rank([pair], (100, 64)): 1 + 51 + 1 + 33 + 2 * (4 + 2),
         codecs.sign_scale(x): 804,
+        codecs.mask(mask): 800,
         codecs.exact(x.double()): 8 * 6400,
         codecs.exact(torch.tensor(3)): 8,
     }
@@ -136,6 +137,7 @@ def test_bad_arguments_are_refused() -> None:
         lambda: codecs.sparse_top(torch.tensor([1.0, math.nan, 2.0]), 1),
         lambda: codecs.low_rank(x, x),
         lambda: codecs.low_rank(x[0], x),
+        lambda: codecs.mask(x),
         lambda: codecs.sign_scale(x, math.nan),
         lambda: codecs.sign_scale(x, 1e300),
         lambda: codecs.sign_scale(x * math.nan),
@@ -183,6 +185,8 @@ SPECS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("quantized_low_rank", (2, 2), {"groups": [[10**20, 4, 4, 4]]}),
     ("quantized_low_rank", (2, 2), {"groups": [[0, 4, 4, 4]] * 65}),
     ("sign_scale", (2, 2), {"scale": 1}),
+    ("mask", (2, 2), {"dtype": "U8"}),
+    ("mask", (1 << 30, 1 << 30), {}),
 ]
 
 
@@ -220,6 +224,7 @@ def one_of_each() -> dict[str, Encoded]:
             [(grid(1, 6, 3, 4, 0), grid(1, 7, 3, 4, 1))], (6, 7)
         ),
         "sign_scale": codecs.sign_scale(x),
+        "mask": codecs.mask(x > 0),
         "exact": codecs.exact(x.double()),
     }
 
@@ -242,7 +247,9 @@ def test_parts_other_than_the_layouts_are_refused(codec: str) -> None:
             codecs.decode(dataclasses.replace(encoded, parts=parts))
 
 
-@pytest.mark.parametrize("codec", ["sparse", "quantized", "quantized_low_rank", "sign_scale"])
+@pytest.mark.parametrize(
+    "codec", ["sparse", "quantized", "quantized_low_rank", "sign_scale", "mask"]
+)
 def test_a_stray_bit_after_packed_values_is_refused(codec: str) -> None:
     encoded = one_of_each()[codec]
     packed = next(part for part in encoded.parts.values() if part.dtype == torch.uint8)
@@ -290,6 +297,7 @@ STORED: dict[
     "quantized_low_rank": (3 * (6 + 7), 3 * (6 + 7 + 4) + 16 * 4),
     "sign_scale": (42, 42),
     "exact": (64 * 42, 64 * 42),
+    "mask": (0, 42),
 }
 
 

@@ -59,6 +59,7 @@ def tensors() -> dict[str, Encoded]:
         "d.weight": codecs.quantized_low_rank(pairs, (6, 8)),
         "e.weight": codecs.sign_scale(x),
         "f.weight": codecs.quantized_low_rank([], (6, 8)),
+        "where": codecs.mask(x[:, :5] > 0),
         '\N{SNOWMAN} "\\\n.weight': codecs.dense(torch.empty(3, 0)),
         "count": codecs.exact(torch.tensor([[1, -(2**63)], [2**62, 7]])),
         "sum": codecs.exact(x[0].double() / 3),
@@ -268,6 +269,7 @@ def strange_spec(shape: list[int], rng: random.Random) -> list[Any]:
         "quantized": {"bits": rng.choice([2, 3, 4, 8]), "group_size": rng.choice(COUNTS) or 1},
         "quantized_low_rank": {"groups": [group] * rng.choice([0, 1, 3, 64, 65])},
         "sign_scale": {},
+        "mask": {},
     }
     metas["sparse"] |= rng.choice(
         [{}, {"gap": [rng.choice([1, 2, 9, 48, 49]), rng.choice(COUNTS)]}]

@@ -120,6 +120,8 @@ def reference(encoded: Encoded) -> list[Fraction]:
         where = positions(parts["index"], meta.get("gap"), numel)
         kept = dict(zip(where, floats(parts["values"], meta["dtype"]), strict=True))
         return [kept.get(at, Fraction(0)) for at in range(numel)]
+    if encoded.codec == "mask":
+        return [Fraction(bit) for bit in packed(parts["bits"], numel, 1)]
     if encoded.codec == "sign_scale":
         (scale,) = floats(parts["scale"], "F32")
         return [scale if bit else -scale for bit in packed(parts["signs"], numel, 1)]
@@ -314,6 +316,14 @@ def test_sign_scale(
         torch.testing.assert_close(encoded.parts["scale"][0], x.float().abs().mean())
     elif scale is not None:
         assert torch.equal(codecs.decode(encoded), torch.where(x > 0, scale, -scale).float())
+
+
+@few
+@given(shapes, seeds)
+def test_mask(shape: tuple[int, ...], seed: int) -> None:
+    x = normal(shape, seed) > 0
+    encoded = codecs.mask(x)
+    assert agrees(encoded) and torch.equal(codecs.decode(encoded), x.float())
 
 
 @pytest.mark.parametrize("codec", ["dense", "sparse", "sign_scale"])
