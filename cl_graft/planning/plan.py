@@ -112,7 +112,7 @@ def _of_cell(
 
 def _not_learned(config: RunConfig, tasks: Sequence[str]) -> Sequence[str]:
     """The tasks that come after those whose records a killed run left."""
-    records = CellFolder(config.out / config.cell).stages()
+    records = CellFolder(config.out / config.cell).experiences()
     return tasks[max(0, len(records) - 1) :]  # the first record is the base's
 
 
