@@ -125,7 +125,7 @@ def _model(config: RunConfig) -> tuple[Any, Any, bool]:
     if weights and sum(f.stat().st_size for f in weights) <= LOADED:
         return *load(config.model, config.data_dir), True
     tokenizer = load_tokenizer(config.model, place)
-    return skeleton(place).model, tokenizer, False
+    return skeleton(place).model.requires_grad_(True), tokenizer, False
 
 
 def _own_peak() -> float | None:
