@@ -176,8 +176,9 @@ class Strategy(BaseTemplate):
     def origin(self) -> str:
         """What tells this method's training from others' that start alike: the digest of its file and options.
 
-        Empty for the short forms, whose function sees the delta only when training is over. A `learn` of its own may
-        do anything to the model before it trains, so such a method shares its training with itself alone.
+        Empty for the short forms, whose function sees the delta only when training is over, and for a `learn` that is
+        marked `pure`. Any other may do what it likes to the model before it trains, so such a method shares its
+        training with itself alone.
         """
         kind = type(self)
         pure = getattr(kind.learn, "pure", False)
