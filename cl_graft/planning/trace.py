@@ -1,9 +1,9 @@
 """What the forward and backward pass of one micro-batch hold, from the model's own code, without allocating it.
 
-The model is built and run under torch's FakeTensorMode: shapes flow through transformers' layers, TRL's fused
-head, autograd and activation checkpointing as in training, and no tensor has contents. A storage counts from the
-operation that makes it until Python frees it, so the peak is the one that an allocator would see, except for what
-a kernel takes for itself.
+The model is built and run under torch's FakeTensorMode: shapes flow through transformers' layers, the head that
+the loss runs, autograd and activation checkpointing as in training, and no tensor has contents. A storage counts
+from the operation that makes it until Python frees it, so the peak is the one that an allocator would see, except
+for what a kernel takes for itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from cl_graft.training.loss import FEW, plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -84,8 +86,12 @@ def trace(
         rows = torch.ones(sequences, length, dtype=torch.long)
         meter = Meter()
         with meter, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            output = model(input_ids=rows, attention_mask=rows, labels=rows, fused_lm_head=True)
-            loss = _loss(kind, output)
+            if kind == "sft" and rows.numel() * config.get_text_config().vocab_size <= FEW:
+                output = model(input_ids=rows, attention_mask=rows, use_cache=False)
+                loss = plain(output.logits, rows).nll
+            else:
+                given = {"input_ids": rows, "attention_mask": rows, "labels": rows}
+                loss = _loss(kind, model(**given, fused_lm_head=True))
         with meter:
             loss.backward()
         buffers = sum(b.untyped_storage().nbytes() for b in model.buffers())
