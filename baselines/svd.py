@@ -4,7 +4,7 @@ from math import prod
 
 from cl_graft.budget import largest
 from cl_graft.errors import OverBudget
-from cl_graft.skillpack.codecs import dense, low_rank
+from cl_graft.skillpack.codecs import dense, dense_spec, low_rank, low_rank_spec
 from cl_graft.skillpack.compress.factorise import spectrum
 from cl_graft.strategy import compressor
 
@@ -28,14 +28,16 @@ def svd(delta, context, *, rank: int | None = None):
     return {name: _encoded(x, rank) for name, x in delta.items()}
 
 
+def _is_smaller(shape, rank):
+    return len(shape) == 2 and rank * sum(shape) < prod(shape)
+
+
 def _spec(shape, rank):
-    if len(shape) == 2 and rank * sum(shape) < prod(shape):
-        return "low_rank", shape, {"dtype": "BF16", "rank": rank}
-    return "dense", shape, {"dtype": "BF16"}
+    return low_rank_spec(shape, rank) if _is_smaller(shape, rank) else dense_spec(shape)
 
 
 def _encoded(x, rank):
-    if _spec(tuple(x.shape), rank)[0] == "dense":
+    if not _is_smaller(x.shape, rank):
         return dense(x)
     found = spectrum(x, None)
     return low_rank(found.left(x, None, rank), found.right(x, rank))

@@ -2,7 +2,7 @@
 
 from cl_graft.budget import largest
 from cl_graft.errors import OverBudget
-from cl_graft.skillpack.codecs import dense
+from cl_graft.skillpack.codecs import dense, dense_spec
 from cl_graft.skillpack.compress.factorise import Factored, encode, spec_of, spectrum
 from cl_graft.strategy import compressor
 
@@ -17,7 +17,7 @@ def svd_quant(delta, context, *, rank: int | None = None, bits: int = 4, group_s
     def spec(shape: tuple[int, ...], rank: int):
         if len(shape) == 2:
             return spec_of({bits: min(rank, *shape)}, shape, group_size)
-        return "dense", shape, {"dtype": "BF16"}
+        return dense_spec(shape)
 
     def fits(rank: int) -> bool:
         specs = {name: spec(tuple(x.shape), rank) for name, x in delta.items()}

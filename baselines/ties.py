@@ -4,16 +4,44 @@ import torch
 
 from cl_graft.strategy import merger
 
+PART = 1 << 20  # entries at a time: several copies of them are held
 
-@merger
-def ties(deltas, *, density: float = 0.2, scale: float = 1.0):
+
+def threshold(delta, *, density):
+    """Magnitude of the smallest of a task's entries that are kept, over all tensors together, exactly.
+
+    Magnitudes of float32 are ordered as their bits are: two counts, of the upper and of the lower 16 bits, find the
+    entry of a rank without ever sorting or holding all of them.
+    """
+    left = max(1, int(density * sum(x.numel() for x in delta.values())))
+    upper, left = _of_rank(_counted(delta, lambda bits: bits >> 16), left)
+    lower, _ = _of_rank(_counted(delta, lambda bits: bits[bits >> 16 == upper] & 0xFFFF), left)
+    return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32).item()
+
+
+def _counted(delta, part):
+    """How often each value of 16 bits occurs among those that `part` takes from the entries' bits."""
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for x in delta.values():
+        for some in x.abs().flatten().split(PART):
+            counts += torch.bincount(part(some.view(torch.int32)), minlength=1 << 16)
+    return counts
+
+
+def _of_rank(counts, rank):
+    """The value of the entry of this rank, counted from the largest on, and its rank among those of its value."""
+    above = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(above, rank))
+    return len(counts) - 1 - place, rank - (int(above[place - 1]) if place else 0)
+
+
+@merger(statistic=threshold)
+def ties(deltas, thresholds, *, density: float = 0.2, scale: float = 1.0):
     """density: share of each task's entries kept by magnitude, over all tensors. scale: factor on the result."""
-    names, shapes = list(deltas[0]), [deltas[0][name].shape for name in deltas[0]]
-    flat = torch.stack([torch.cat([delta[name].flatten() for name in names]) for delta in deltas])
-    keep = max(1, int(density * flat.shape[1]))
-    threshold = flat.abs().topk(keep, dim=1).values[:, -1:]
-    trimmed = torch.where(flat.abs() >= threshold, flat, 0.0)
-    agrees = (trimmed * trimmed.sum(0).sign()) > 0
-    merged = (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1)
-    parts = (scale * merged).split([shape.numel() for shape in shapes])
-    return {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+    merged = torch.empty_like(deltas[0])
+    for to, *parts in zip(*(x.view(-1).split(PART) for x in (merged, *deltas)), strict=True):
+        pairs = zip(parts, thresholds, strict=True)
+        trimmed = torch.stack([torch.where(x.abs() >= least, x, 0.0) for x, least in pairs])
+        agrees = (trimmed * trimmed.sum(0).sign()) > 0
+        to.copy_(scale * (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1))
+    return merged

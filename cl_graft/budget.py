@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from math import prod
-from typing import Any
 
 from cl_graft.errors import CLGraftError
 
@@ -21,14 +19,15 @@ class Budget:
     text: as declared. `10%` is ten per cent of the base's bytes in bf16, measured as bytes on disk with
     masks, scales and headers; `800MB` is absolute. `10%:weights` is the convention of the GraftLLM paper's
     comparison: ten per cent of the base's weights, 16 bits each, with masks, scales and headers not counted.
-    parameters: number of parameters of the base.
+    parameters: number of parameters of the base. less: bytes of it that are spoken for, by what tasks share.
     """
 
     text: str
     parameters: int
+    less: int = 0
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"(\d+(\.\d+)?)(%(:weights)?|[KMG]?B)", self.text) or self.bytes <= 0:
+        if not re.fullmatch(r"(\d+(\.\d+)?)(%(:weights)?|[KMG]?B)", self.text) or self._whole <= 0:
             raise CLGraftError(
                 f"budget {self.text!r} is not a size: write a share of the base such as 10%, "
                 "a share of its weights such as 10%:weights, or bytes such as 800MB."
@@ -44,6 +43,10 @@ class Budget:
 
     @property
     def bytes(self) -> int:
+        return self._whole - self.less
+
+    @property
+    def _whole(self) -> int:
         number, unit = re.match(r"([\d.]+)(%|\w+)", self.text).groups()  # type: ignore[union-attr]
         share = Fraction(self.base_bytes, 100) if unit == "%" else UNITS[unit]
         return int(Fraction(number) * share)  # in floats, 50% of 58 bytes would be 28
@@ -57,15 +60,3 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def weight_bits(spec: tuple[str, tuple[int, ...], dict[str, Any]]) -> int:
-    """Bits of the weights that a tensor's (codec, shape, meta) keeps: no masks, scales or headers."""
-    codec, shape, meta = spec
-    if codec == "sparse":
-        return 16 * meta["kept"]
-    if codec == "low_rank":
-        return 16 * meta["rank"] * sum(shape)
-    if codec == "quantized_low_rank":
-        return sum(group[0] * group[1] for group in meta["groups"]) * sum(shape)
-    return {"dense": 16, "sign_scale": 1}.get(codec, meta.get("bits", 16)) * prod(shape)

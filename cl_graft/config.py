@@ -1,72 +1,225 @@
-"""What a run is: frozen, validated, serialisable data. Nothing in it executes."""
+"""What a run is: frozen, validated, serialisable data. Nothing in it executes.
+
+A field is declared here, once, and the class that declares it says where it belongs: `Axes`, `Settings` or
+`Whereabouts`. Sweeps, the options of commands, the names of cells, the file that `cl-graft init` writes and the
+documentation are made from these declarations. `description` is the help, `examples` what a sweep file shows where the
+default tells nothing, `title` what a wrong value is called, and `when` in `json_schema_extra` the values of other
+fields without which a field decides nothing.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from pkgutil import iter_modules
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from cl_graft.errors import UnknownName
+
+PLAIN = re.compile(r"[A-Za-z0-9.-]+(_[A-Za-z0-9.-]+)*")  # what a folder's name shows as it is
+# Told by every cell. A field that came later is told where it is set, so that the cells before it keep their names.
+FIRST = ("scenario", "strategy", "model", "seed", "budget", "options", "threads", "train_on")
+SHOWN = ("scenario", "strategy", "model", "seed", "budget")  # each has a part of a cell's name
+
+
+@dataclass(frozen=True)
+class ModuleOf:
+    """Checks the name of a module of a package, which is how trackers and executors are found.
+
+    besides: modules that are chosen in another way. Raises UnknownName with the nearest names.
+    """
+
+    package: str
+    what: str
+    besides: tuple[str, ...] = ()
+
+    def names(self) -> list[str]:
+        spec = find_spec(self.package)
+        found = iter_modules(spec.submodule_search_locations if spec else None)
+        return sorted({module.name for module in found} - {*self.besides})
+
+    def __call__(self, name: str) -> str:
+        if name not in self.names():
+            raise UnknownName(self.what, name, self.names())
+        return name
+
+
+def listed(value: Any) -> Any:
+    """The value in a list, if it is a single one."""
+    return [value] if isinstance(value, str | int | float | dict) else value
+
+
+def off(value: Any) -> Any:
+    """The word that YAML reads as false, as in `wandb: off`."""
+    return "off" if value is False else value
+
+
+def _values(value: Any) -> Any:
+    """The values of {name: value} that are written as JSON, read; others are words."""
+    return {k: json_or_word(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def json_or_word(text: Any) -> Any:
+    """The value that a text is in JSON, or else the text; NaN and infinities are words."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is a word here")
+
 
 WandbMode = Literal["auto", "offline", "online", "off"]
-Track = Literal["tensorboard", "csv"]
-PLAIN = re.compile(r"[A-Za-z0-9.-]+(_[A-Za-z0-9.-]+)*")  # what a folder's name shows as it is
+Tracker = Annotated[str, AfterValidator(ModuleOf("cl_graft.tracking", "tracker", ("wandb",)))]
+Executor = Annotated[str, AfterValidator(ModuleOf("cl_graft.experiment.executors", "executor"))]
 
 
-class Launch(BaseModel):
+class Frozen(BaseModel):
+    """A record that is never changed and has no other fields."""
+
+    # built when it is first used, which `--help` does not wait for
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), defer_build=True
+    )
+
+
+class Launch(Frozen):
     """How training stages are run: in this process, or each as a job of several processes under DeepSpeed.
 
     The batch of a recipe is held whatever these say; how sums are ordered, and so the last digits, may differ.
-
-    processes: of the whole job, a device each; 0 trains in this process.
-    zero: 2 shares optimizer states and gradients out between the processes, 3 the parameters, too.
-    offload: optimizer states stay in the host's memory. hostfile: DeepSpeed's list of nodes, `host slots=8` a line.
-    micro_batch: examples that a process takes at a time; None takes its whole share of the batch.
-    checkpointing: activations are computed again for the gradient, which takes time and saves memory.
-    save_steps: a stage that is killed loses at most so many steps; None is a fifth of it, at least 50.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    processes: int = Field(
+        default=0,
+        ge=0,
+        description="Of each training job, a device each; 0 trains in the cell's process.",
+    )
+    zero: int = Field(
+        default=2,
+        ge=2,
+        le=3,
+        description="2 shares out optimizer states and gradients, 3 parameters, too.",
+    )
+    offload: bool = Field(default=False, description="Optimizer states stay in the host's memory.")
+    hostfile: Path | None = Field(
+        default=None, description="DeepSpeed's list of nodes, a line `host slots=8` each."
+    )
+    micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="Examples that a process takes at a time; else its whole share.",
+    )
+    checkpointing: bool = Field(
+        default=False,
+        description="Activations are computed again for the gradient: less memory, more time.",
+    )
+    save_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between two checkpoints of a stage; else a fifth of it, at least 50.",
+    )
 
-    processes: int = Field(default=0, ge=0)
-    zero: int = Field(default=2, ge=2, le=3)
-    offload: bool = False
-    hostfile: Path | None = None
-    micro_batch: int | None = Field(default=None, ge=1)
-    checkpointing: bool = False
-    save_steps: int | None = Field(default=None, ge=1)
+
+class Axes(Frozen):
+    """What decides a cell's result and is a list in a sweep, whose cells are all combinations."""
+
+    scenario: str = Field(description="Name, or path of a .py file.")
+    strategy: str = Field(description="Name, or path of a .py file.")
+    model: str = Field(
+        default="mini-llama", description="Embedded model's name, local folder, or hub id."
+    )
+    seed: int = Field(default=0, description="Of the data and the training.")
+    budget: str = Field(
+        default="10%",
+        description="Storage per task: a share of the base model, or bytes, as 800MB.",
+    )
+    task_ids: Literal["given", "inferred"] = Field(
+        default="given", description="Whether a prompt's task is told, or inferred from the prompt."
+    )
 
 
-class RunConfig(BaseModel):
+class Settings(Frozen):
+    """What decides a cell's result and is the same for all cells of a sweep."""
+
+    threads: int = Field(
+        default=1, ge=1, description="Of each cell, on a CPU; they determine the last digits."
+    )
+    train_on: dict[str, Path] = Field(
+        default={},
+        description="TASK=FOLDER that `cl-graft transfer build` made, for its training data.",
+        examples=[{"math": "data/math"}],
+    )
+    scoring: Annotated[dict[str, Any], BeforeValidator(_values)] = Field(
+        default={},
+        description="SCORER.OPTION=VALUE, over the options that the scenario gives its scorers.",
+        examples=[{"number.tolerance": 0.01}],
+    )
+    router: str = Field(
+        default="ridge",
+        description="Name, or path of a .py file, of what infers the task where task_ids is inferred.",
+        json_schema_extra={"when": {"task_ids": "inferred"}},
+    )
+
+
+class Whereabouts(Frozen):
+    """Where and how a cell is run, which does not change its result."""
+
+    data_dir: Path | None = Field(
+        default=None,
+        description="Folder with the data sets that the scenario reads.",
+        examples=["data"],
+    )
+    out: Path = Field(default=Path("results"), description="Folder that results are written into.")
+    cache: Path | None = Field(
+        default=None,
+        description="Folder of finished stages and evaluations to share; else OUT/cache.",
+        examples=["/shared/cache"],
+    )
+    mirror: str | None = Field(
+        default=None,
+        description="fsspec URL that keeps a copy, from which another machine goes on: s3://…",
+        examples=["s3://bucket/sweep"],
+    )
+    launch: Launch = Field(
+        default=Launch(),
+        description="How stages train: here, or each as a DeepSpeed job of several processes.",
+        examples=[{"processes": 8, "zero": 3}],
+    )
+    wandb: Annotated[WandbMode, BeforeValidator(off)] = Field(
+        default="auto",
+        title="W&B mode",
+        description="Weights & Biases; auto is offline unless somebody is logged in.",
+    )
+    track: Annotated[list[Tracker], BeforeValidator(listed)] = Field(
+        default=[],
+        title="tracker",
+        description="Trackers beside W&B, in each cell's folder.",
+        examples=[["tensorboard", "csv"]],
+    )
+    allow_code_execution: bool = Field(
+        default=False, description="Run programs that the model wrote, in the sandbox."
+    )
+
+
+class RunConfig(Whereabouts, Settings, Axes):
     """One cell: scenario x strategy x model x seed x budget, with options.
 
-    options: {scenario or strategy name: {option: value}}. train_on: {task: folder made by `cl-graft transfer build`},
-    whose answers and pairs take the place of the task's own training data. The fields from `data_dir` on say where
-    and how the cell is run, and do not change its result. mirror: an fsspec URL that keeps a copy of the cell and of
-    the stages it trains, from which another machine goes on. track: what beside W&B follows the cell.
+    options: {name of the scenario, strategy or router: {option: value}}.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    scenario: str
-    strategy: str
-    model: str = "mini-llama"
-    seed: int = 0
-    budget: str = "10%"
     options: dict[str, dict[str, Any]] = {}
-    threads: int = 1
-    train_on: dict[str, Path] = {}
-
-    data_dir: Path | None = None
-    out: Path = Path("results")
-    cache: Path | None = None
-    mirror: str | None = None
-    launch: Launch = Launch()
-    wandb: WandbMode = "auto"
-    track: list[Track] = []
-    allow_code_execution: bool = False
 
     @property
     def store(self) -> Path:
@@ -78,14 +231,42 @@ class RunConfig(BaseModel):
         """A plugin's name; for a plugin given as a file, the file's stem."""
         return Path(name).stem if name.endswith(".py") else name
 
+    def experiment(self) -> dict[str, Any]:
+        """The fields that decide the result, as JSON holds them."""
+        return self.model_dump(mode="json", include={*FIRST, *self._set()})
+
+    def _set(self) -> dict[str, Any]:
+        """The fields that decide the result, differ from their defaults, and have no part of a cell's name."""
+        found = {}
+        for name, field in {**Axes.model_fields, **Settings.model_fields}.items():
+            value = getattr(self, name)
+            tells = all(getattr(self, k) == v for k, v in _extra(field).get("when", {}).items())
+            if name not in SHOWN and value != field.default and tells:
+                found[name] = value
+        return found
+
+    @property
+    def scorers(self) -> dict[str, dict[str, Any]]:
+        """{scorer: {option: value}} of `scoring`."""
+        found: dict[str, dict[str, Any]] = {}
+        for told, value in self.scoring.items():
+            scorer, _, option = told.rpartition(".")
+            found.setdefault(scorer, {})[option] = value
+        return found
+
+    def _router(self) -> list[str]:
+        """Short name of the router, where there is one whose options tell."""
+        return [self.short(self.router)] if self.task_ids == "inferred" else []
+
     @property
     def label(self) -> str:
         """The strategy with the options that were set, and what else tells its cells apart, as tables show it."""
-        more: dict[str, Any] = {
-            f"train_on.{task}": folder for task, folder in self.train_on.items()
-        }
-        if self.threads != 1:
-            more["threads"] = self.threads
+        more: dict[str, Any] = {}
+        for name, value in self._set().items():
+            several = value if isinstance(value, dict) else {"": value}
+            more |= {f"{name}.{key}".rstrip("."): part for key, part in several.items()}
+        for router in self._router():
+            more |= {f"{router}.{k}": v for k, v in self.options.get(router, {}).items()}
         return self._with_options(self.short(self.strategy), more)
 
     @property
@@ -108,14 +289,52 @@ class RunConfig(BaseModel):
         budget = re.sub(r"[^A-Za-z0-9.]+", "pct", self.budget, count=1)
         readable = [re.sub(r"[^A-Za-z0-9._-]+", "-", name) for name in (scenario, strategy)]
         parts = [*readable, model, budget, f"seed{self.seed}"]
-        relevant = {k: v for k, v in self.options.items() if k in (scenario, strategy) and v}
+        own = (scenario, strategy, *self._router())
+        relevant = {k: v for k, v in self.options.items() if k in own and v}
         told: list[Any] = [relevant, self.threads]
         if self.train_on:
             told.append({task: str(folder) for task, folder in self.train_on.items()})
         names = [self.scenario, self.strategy, self.model]
         if [*readable, model] != names or not all(map(PLAIN.fullmatch, names)):
             told.append(names)
+        if later := {k: v for k, v in self.experiment().items() if k not in FIRST}:
+            told.append({"later": later})
         if told != [{}, 1]:
             text = json.dumps(told, sort_keys=True)
             parts.insert(2, hashlib.blake2b(text.encode(), digest_size=4).hexdigest())
         return "__".join(parts)
+
+
+def several(name: str) -> str:
+    """What the list of an axis is called: strategies of strategy, task_ids of task_ids."""
+    if name.endswith("y"):
+        return f"{name[:-1]}ies"
+    return name if name.endswith("s") else f"{name}s"
+
+
+def choices(field: FieldInfo) -> list[str]:
+    """The values that a field takes, or that an entry of its list does, where they can be counted; else none."""
+    return _choices([field.annotation, *field.metadata])
+
+
+def told(field: FieldInfo) -> str:
+    """A field's help: its description, and the values that it takes where they can be counted."""
+    known = ", ".join(choices(field))
+    return f"{field.description} One of {known}." if known else str(field.description)
+
+
+def _choices(parts: Iterable[Any]) -> list[str]:
+    for part in parts:
+        check = part.func if isinstance(part, AfterValidator) else None
+        if isinstance(check, ModuleOf):
+            return check.names()
+        inner = get_args(part)
+        if inner and all(isinstance(value, str) for value in inner):
+            return list(inner)
+        if found := _choices(inner):
+            return found
+    return []
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}

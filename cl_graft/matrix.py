@@ -3,15 +3,16 @@
 Notation, in this file and everywhere else: T tasks in the order of learning; `R[i][j]` is the score
 on task j (1..T) after learning task i; row 0 is the base model before any learning. Higher is
 better. Libraries use one name for different formulas, so each formula has its own name here.
-A metric that needs an unmeasured cell is NaN, never a guess.
+A metric that needs an unmeasured cell is NaN, never a guess. A method under `@metric` is in every
+report, tracker and list of metrics.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,40 @@ from cl_graft.errors import CLGraftError
 
 FloatArray = npt.NDArray[np.float64]
 Rows = FloatArray | Sequence[Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a performance matrix comes to, in the unit of its scores.
+
+    source: who defined it. better: whether `higher` or `lower` is. of: matrix -> number; its docstring begins with
+    name and formula. joint: `of` also takes the scores of a model that learned all tasks at once.
+    """
+
+    name: str
+    source: str
+    better: str
+    of: Callable[..., float]
+    joint: bool = False
+
+    @property
+    def help(self) -> str:
+        """The formula, as the first line of its function's docstring has it."""
+        return (self.of.__doc__ or "").partition("\n")[0]
+
+
+METRICS: dict[str, Metric] = {}  # what reports, trackers and the documentation show, in order
+Of = TypeVar("Of", bound=Callable[..., float])
+
+
+def metric(source: str, better: str = "higher", joint: bool = False) -> Callable[[Of], Of]:
+    """Put a method of PerformanceMatrix among the METRICS, under its own name."""
+
+    def put(of: Of) -> Of:
+        METRICS[of.__name__] = Metric(of.__name__, source, better, of, joint)
+        return of
+
+    return put
 
 
 class MatrixError(CLGraftError, ValueError):
@@ -76,6 +111,7 @@ class PerformanceMatrix:
 
     # --- metrics ----------------------------------------------------------------------------
 
+    @metric("ACC in Lopez-Paz and Ranzato 2017; OP in TRACE (arXiv 2310.06762)")
     def op(self) -> float:
         """Overall performance: `(1/T) sum_j R[T][j]`.
 
@@ -88,6 +124,7 @@ class PerformanceMatrix:
         """Average performance: the same number as `op`, by the name that SAPT and GainLoRA use."""
         return self.op()
 
+    @metric("MAA in MCITlib (arXiv 2508.07307)")
     def average_over_stages(self) -> float:
         """`(1/T) sum_k (1/k) sum_{j<=k} R[k][j]`: mean over stages of the mean over tasks seen.
 
@@ -95,6 +132,7 @@ class PerformanceMatrix:
         """
         return _mean([_mean(self.scores[k, :k]) for k in range(1, len(self.tasks) + 1)])
 
+    @metric("Lopez-Paz and Ranzato 2017")
     def bwt(self) -> float:
         """Backward transfer: `(1/(T-1)) sum_{j<T} (R[T][j] - R[j][j])`; NaN when T = 1.
 
@@ -102,6 +140,7 @@ class PerformanceMatrix:
         """
         return _mean(np.subtract(self.final(), self.learned())[:-1])
 
+    @metric("Lopez-Paz and Ranzato 2017; there of an untrained model, here of the base")
     def fwt(self, baseline: Sequence[float] | None = None) -> float:
         """Forward transfer: `(1/(T-1)) sum_{j>1} (R[j-1][j] - b_j)`; NaN when T = 1.
 
@@ -112,6 +151,7 @@ class PerformanceMatrix:
         just_before = np.diagonal(self.scores)  # R[j-1][j], j = 1..T
         return _mean((just_before - b)[1:])
 
+    @metric("Chaudhry et al. 2018", better="lower")
     def fm(self) -> float:
         """Forgetting: `(1/(T-1)) sum_{j<T} (max_{l in 1..T-1} R[l][j] - R[T][j])`; NaN when T = 1.
 
@@ -120,6 +160,7 @@ class PerformanceMatrix:
         """
         return _mean((_best(self.scores[1:-1]) - self.final())[:-1])
 
+    @metric("Avalanche's StreamForgetting", better="lower")
     def avalanche_forgetting(self) -> float:
         """First minus last: `(1/(T-1)) sum_{j<T} (R[j][j] - R[T][j])`; NaN when T = 1.
 
@@ -128,6 +169,7 @@ class PerformanceMatrix:
         """
         return 0.0 - self.bwt()  # -bwt() would print -0.0 where nothing was forgotten
 
+    @metric("Mammoth", better="lower")
     def max_forgetting_all_rows(self) -> float:
         """`(1/(T-1)) sum_{j<T} (max_{l in 1..T} R[l][j] - R[T][j])`; NaN when T = 1.
 
@@ -136,6 +178,17 @@ class PerformanceMatrix:
         """
         return _mean((_best(self.scores[1:]) - self.final())[:-1])
 
+    @metric("MCITlib (arXiv 2508.07307)")
+    def mft(self) -> float:
+        """Mean fine-tuned score: `(1/T) sum_j R[j][j]`."""
+        return _mean(self.learned())
+
+    @metric("MCITlib (arXiv 2508.07307)")
+    def mfn(self) -> float:
+        """Mean final score: `(1/T) sum_j R[T][j]`, equal to `op`."""
+        return self.op()
+
+    @metric("Chaudhry et al. 2018", better="lower", joint=True)
     def intransigence(self, joint: Sequence[float]) -> float:
         """Inability to learn: `(1/T) sum_j (joint_j - R[j][j])`.
 
@@ -144,31 +197,17 @@ class PerformanceMatrix:
         """
         return _mean(np.subtract(_per_task("joint", joint, self.tasks), self.learned()))
 
-    def mft(self) -> float:
-        """Mean fine-tuned score: `(1/T) sum_j R[j][j]`. MCITlib (arXiv 2508.07307)."""
-        return _mean(self.learned())
-
-    def mfn(self) -> float:
-        """Mean final score: `(1/T) sum_j R[T][j]`, equal to `op`. MCITlib (arXiv 2508.07307)."""
-        return self.op()
-
     def metrics(self, joint: Sequence[float] | None = None) -> dict[str, float]:
         """Every metric under its own name; intransigence only where the `joint` scores are given.
 
         The values are floats, NaN where undefined.
         """
-        found = {
-            "op": self.op(),
-            "average_over_stages": self.average_over_stages(),
-            "bwt": self.bwt(),
-            "fwt": self.fwt(),
-            "fm": self.fm(),
-            "avalanche_forgetting": self.avalanche_forgetting(),
-            "max_forgetting_all_rows": self.max_forgetting_all_rows(),
-            "mft": self.mft(),
-            "mfn": self.mfn(),
+        given = () if joint is None else (joint,)
+        return {
+            name: metric.of(self, *(given if metric.joint else ()))
+            for name, metric in METRICS.items()
+            if given or not metric.joint
         }
-        return found if joint is None else found | {"intransigence": self.intransigence(joint)}
 
     # --- storage ----------------------------------------------------------------------------
 

@@ -3,88 +3,101 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, create_model
+from pydantic.fields import FieldInfo
 
 from cl_graft import plugins
-from cl_graft.config import Launch, RunConfig, Track, WandbMode
+from cl_graft.config import (
+    Axes,
+    Executor,
+    Frozen,
+    RunConfig,
+    Settings,
+    Whereabouts,
+    choices,
+    listed,
+    off,
+    several,
+    told,
+)
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.store.files import write_text
 from cl_graft.store.locks import locked
 
 FILE = "sweep.yaml"  # in the results folder: what was asked for last
+PLUGINS = ("scenario", "strategy")  # an entry may be {name: {option: value}}, and is needed
 
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str | int | float | dict) else value
-
-
-def _off(value: Any) -> Any:
-    """YAML reads `wandb: off` as false."""
-    return "off" if value is False else value
+Options = dict[str, Any]
+Entries = Annotated[list[str | dict[str, Any]], BeforeValidator(listed)]
 
 
 def _read_as_text(value: Any) -> Any:
-    """YAML reads `budgets: [1000]` as a number."""
-    return [str(v) if isinstance(v, int | float) else v for v in _listed(value)]
+    """The entries as text: YAML reads `budgets: [1000]` as a number."""
+    return [str(v) if isinstance(v, int | float) else v for v in listed(value)]
 
 
-Executor = Literal["local", "ray"]
-EXECUTORS = get_args(Executor)
+class Ray(Frozen):
+    """What a cell asks a Ray cluster for."""
 
-Options = dict[str, Any]
-Entries = Annotated[list[str | dict[str, Any]], BeforeValidator(_listed)]
-Names = Annotated[list[str], Field(min_length=1), BeforeValidator(_read_as_text)]
-
-
-class Ray(BaseModel):
-    """What a cell asks a Ray cluster for.
-
-    address: of a running cluster; else the one of RAY_ADDRESS, else one is started on this machine.
-    cpus, gpus, memory (bytes): that a cell takes while it runs.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    address: str | None = None
-    cpus: float = Field(default=1, gt=0)
-    gpus: float = Field(default=0, ge=0)
-    memory: int | None = Field(default=None, gt=0)
+    address: str | None = Field(
+        default=None,
+        description="Of a running cluster; else RAY_ADDRESS, else one is started on this machine.",
+    )
+    cpus: float = Field(default=1, gt=0, description="That a cell takes while it runs.")
+    gpus: float = Field(
+        default=0, ge=0, description="The same; a share such as 0.5 puts two cells on one."
+    )
+    memory: int | None = Field(default=None, gt=0, description="Bytes that a cell takes.")
 
 
-class Sweep(BaseModel):
+def _list_of(name: str, field: FieldInfo) -> tuple[Any, FieldInfo]:
+    """The field of a sweep that holds several values of an axis."""
+    about: dict[str, Any] = {
+        "min_length": 1,
+        "title": field.title,
+        "description": field.description,
+    }
+    if name in PLUGINS:
+        return Entries, Field(**about)
+    reads = _read_as_text if field.annotation is str else listed
+    kind = Annotated[list[field.annotation], BeforeValidator(reads)]  # type: ignore[name-defined]
+    return kind, Field(default=[field.default], **about)
+
+
+Lists: Any = create_model(
+    "Lists",
+    __base__=Frozen,
+    **{several(name): _list_of(name, field) for name, field in Axes.model_fields.items()},  # type: ignore[call-overload]
+)
+
+
+class Sweep(Whereabouts, Settings, Lists):
     """The cells of a sweep and how they are run.
 
     scenarios, strategies: names, or {name: {option: value}}. A list where the option takes none is a grid:
-    {lora: {rank: [8, 32, 128]}} is three strategies. The other fields are those of RunConfig.
-    executor: `local`, processes of this machine, or `ray`. workers: cells at a time; 0 is one a GPU, or one a core.
+    {lora: {rank: [8, 32, 128]}} is three strategies. The other axes of a RunConfig are lists, too, and its other
+    fields those of every cell.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    scenarios: Entries = Field(min_length=1)
-    strategies: Entries = Field(min_length=1)
-    models: Names = ["mini-llama"]
-    seeds: Annotated[list[int], Field(min_length=1), BeforeValidator(_listed)] = [0]
-    budgets: Names = ["10%"]
-    train_on: dict[str, Path] = {}
-    threads: int = Field(default=1, ge=1)
-
-    data_dir: Path | None = None
-    out: Path = Path("results")
-    cache: Path | None = None
-    mirror: str | None = None
-    launch: Launch = Launch()
-    wandb: Annotated[WandbMode, BeforeValidator(_off)] = "auto"
-    track: Annotated[list[Track], BeforeValidator(_listed)] = []
-    allow_code_execution: bool = False
-    executor: Executor = "local"
-    workers: int = Field(default=0, ge=0)
-    ray: Ray = Ray()
+    executor: Executor = Field(
+        default="local",
+        title="executor",
+        description="What runs the cells: processes of this machine, or a cluster.",
+    )
+    workers: int = Field(
+        default=0, ge=0, description="Cells at a time; 0 is one a core, or one a GPU."
+    )
+    ray: Ray = Field(
+        default=Ray(),
+        description="What a cell asks a Ray cluster for.",
+        examples=[{"cpus": 4, "gpus": 1}],
+    )
 
     def cells(self) -> list[RunConfig]:
         """Each once, in the order given, seeds outermost so that early results compare all strategies.
@@ -92,31 +105,28 @@ class Sweep(BaseModel):
         Raises CLGraftError for a name or an option that there is none of.
         """
         shared = {k: getattr(self, k) for k in RunConfig.model_fields if k in Sweep.model_fields}
+        shared = {k: v for k, v in shared.items() if k not in Axes.model_fields}
+        order = sorted(Axes.model_fields, key=lambda name: (name != "seed", name == "strategy"))
         found: dict[str, RunConfig] = {}
-        for seed, (scenario, of_scenario), model, budget, (
-            strategy,
-            of_strategy,
-        ) in itertools.product(
-            self.seeds,
-            list(_each("scenario", self.scenarios)),
-            self.models,
-            self.budgets,
-            list(_each("strategy", self.strategies)),
-        ):
-            config = RunConfig(
-                scenario=scenario,
-                strategy=strategy,
-                model=model,
-                seed=seed,
-                budget=budget,
-                options={**_owned(scenario, of_scenario), **_owned(strategy, of_strategy)},
-                **shared,
-            )
+        for chosen in itertools.product(*map(self._along, order)):
+            values = dict(zip(order, chosen, strict=True))
+            options: dict[str, Options] = {}
+            for kind in PLUGINS:
+                values[kind], own = values[kind]
+                options |= _owned(values[kind], own)
+            config = RunConfig(**values, options=options, **shared)
             found.setdefault(config.cell, config)
         return list(found.values())
 
+    def _along(self, name: str) -> list[Any]:
+        """The values of an axis; of scenarios and strategies, with each choice of their options."""
+        values = getattr(self, several(name))
+        return list(_each(name, values)) if name in PLUGINS else values
+
     def save(self, folder: Path) -> None:
         """As `folder`/sweep.yaml, from which it can be resumed."""
+        import yaml
+
         said = self.model_dump(mode="json", exclude_defaults=True, exclude={"out"})
         with locked(folder / FILE):
             write_text(folder / FILE, yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
@@ -128,28 +138,12 @@ def sweep_of(fields: Mapping[str, Any], where: str) -> Sweep:
         if name not in Sweep.model_fields:
             raise UnknownName(f"field of a sweep ({where})", str(name), Sweep.model_fields)
     fields = {name: value for name, value in fields.items() if value is not None}  # `models:` alone
-    parts: dict[str, type[BaseModel]] = {"launch": Launch, "ray": Ray}
-    for part, kind in parts.items():
-        given = fields.get(part, {})
-        if not isinstance(given, dict | kind):
+    for name, given in fields.items():
+        _check(name, given, Sweep.model_fields[name], where)
+    for kind in map(several, PLUGINS):
+        if not fields.get(kind):
             raise CLGraftError(
-                f"{where}: {part} is {given!r}; write its settings: {', '.join(kind.model_fields)}."
-            )
-        for name in given if isinstance(given, dict) else ():
-            if name not in kind.model_fields:
-                raise UnknownName(f"setting of {part} ({where})", str(name), kind.model_fields)
-    for what, field, known in (
-        ("tracker", "track", get_args(Track)),
-        ("W&B mode", "wandb", get_args(WandbMode)),
-        ("executor", "executor", EXECUTORS),
-    ):
-        for name in _listed(_off(fields.get(field, []))):
-            if name not in known:
-                raise UnknownName(f"{what} ({where})", str(name), known)
-    for name in ("scenarios", "strategies"):
-        if not fields.get(name):
-            raise CLGraftError(
-                f"{where} names no {name}; give some, as `cl-graft list {name}` shows."
+                f"{where} names no {kind}; give some, as `cl-graft list {kind}` shows."
             )
     try:
         return Sweep(**fields)
@@ -157,12 +151,51 @@ def sweep_of(fields: Mapping[str, Any], where: str) -> Sweep:
         first = error.errors()[0]
         # of a union's members, the names in brackets tell a user nothing
         place = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
-        told = "" if ", not " in first["msg"] else f", not {first['input']!r}"
-        raise CLGraftError(f"{where}: {place}: {first['msg']}{told}.") from error
+        wrong = "" if ", not " in first["msg"] else f", not {first['input']!r}"
+        raise CLGraftError(f"{where}: {place}: {first['msg']}{wrong}.") from error
+
+
+def _check(name: str, given: Any, field: FieldInfo, where: str) -> None:
+    """Raises CLGraftError for settings that a record does not have, and for values that a field does not take."""
+    kind = field.annotation
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if not isinstance(given, dict | kind):
+            raise CLGraftError(
+                f"{where}: {name} is {given!r}; write its settings: {', '.join(kind.model_fields)}."
+            )
+        for setting in given if isinstance(given, dict) else ():
+            if setting not in kind.model_fields:
+                raise UnknownName(f"setting of {name} ({where})", str(setting), kind.model_fields)
+    elif known := choices(field):
+        for value in listed(off(given)):
+            if value not in known:
+                what = field.title or f"value of {name}"
+                raise UnknownName(f"{what} ({where})", str(value), known)
+
+
+def template() -> str:
+    """A sweep file to begin with: sweep_template.yaml, and the fields that it leaves out as comments."""
+    text = resources.files("cl_graft").joinpath("sweep_template.yaml").read_text(encoding="utf-8")
+    lines = []
+    for name, field in Sweep.model_fields.items():
+        if not re.search(rf"^{name}:", text, re.MULTILINE):
+            value = yaml_of(field.examples[0] if field.examples else field.default)
+            lines.append(f"# {f'{name}: {value}':36}# {told(field)}\n")
+    return text + "".join(lines)
+
+
+def yaml_of(value: Any) -> str:
+    """The value of a field on one line of YAML."""
+    import yaml  # not for `--help`
+
+    plain = TypeAdapter(Any).dump_python(value, mode="json", exclude_defaults=True)
+    return yaml.safe_dump(plain, default_flow_style=True, width=999).removesuffix("...\n").strip()
 
 
 def read(path: Path) -> dict[str, Any]:
     """The fields that a YAML file sets. Raises CLGraftError where it is none."""
+    import yaml
+
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -180,22 +213,26 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def with_options(fields: Mapping[str, Any], sets: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
-    """The fields with (owner, option, value) put into every entry of that scenario or strategy.
+    """The fields with (owner, option, value) put into every entry of that scenario or strategy, or else into `scoring`.
 
-    Raises UnknownName for an owner that is not of this sweep.
+    Which scorers there are is known once the scenario is made. Raises UnknownName for a scenario or strategy that is
+    not of this sweep.
     """
     entries = {
-        kind: [(name, dict(options)) for name, options in _pairs(_listed(fields.get(kind) or []))]
+        kind: [(name, dict(options)) for name, options in _pairs(listed(fields.get(kind) or []))]
         for kind in ("scenarios", "strategies")
     }
     everything = [entry for kind in entries.values() for entry in kind]
+    scoring = dict(fields.get("scoring") or {})
     for owner, option, value in sets:
         own = [options for name, options in everything if RunConfig.short(name) == owner]
-        if not own:
-            names = [RunConfig.short(name) for name, _ in everything]
-            raise UnknownName("scenario or strategy in this sweep", owner, names)
         for options in own:
             options[option] = value
+        if not own:
+            if any(owner in plugins.names(kind) for kind in PLUGINS):
+                names = [RunConfig.short(name) for name, _ in everything]
+                raise UnknownName("scenario or strategy in this sweep", owner, names)
+            scoring[f"{owner}.{option}"] = value
     return {
         **fields,
         **{
@@ -203,6 +240,7 @@ def with_options(fields: Mapping[str, Any], sets: Sequence[tuple[str, str, Any]]
             for kind, found in entries.items()
             if found
         },
+        **({"scoring": scoring} if scoring else {}),
     }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from cl_graft.errors import CLGraftError
 
@@ -74,18 +76,41 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """A scorer with options: by name, by path, or `HOST:NAME` for one that a scenario's file defines.
+
+    label: what tables and records call it; its name with the options that were given, if not said otherwise.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.label:
+            inner = self.name.rpartition(":")[2]
+            short = Path(inner).stem if inner.endswith(".py") else inner
+            told = ", ".join(f"{k}={v}" for k, v in sorted(self.options.items()))
+            object.__setattr__(self, "label", f"{short}({told})" if told else short)
+
+    @classmethod
+    def of(cls, said: str | Scoring) -> Scoring:
+        return said if isinstance(said, cls) else cls(str(said))
+
+
+@dataclass(frozen=True)
 class Task:
     """What is learned and how it is scored.
 
-    score: name of the primary scorer (see evaluation/scorers.py); `also`: further ones, each with a matrix of its own.
+    score: the primary scorer, by name or as a Scoring; `also`: further ones, each with a matrix of its own.
     pairs: preference data made beforehand; without any, a recipe with a preference half samples from the model.
     """
 
     name: str
     train: Sequence[Example]
     test: Sequence[Example]
-    score: str
-    also: tuple[str, ...] = ()
+    score: str | Scoring
+    also: tuple[str | Scoring, ...] = ()
     max_new_tokens: int = 48
     training: Training = field(default_factory=Training)
     pairs: Sequence[Pair] = ()
@@ -96,14 +121,23 @@ class Task:
             raise CLGraftError(
                 f"task {self.name!r} has test examples with a suite and others without; name a suite for all of them."
             )
-        if clash := named & {"score", *self.also}:
+        if len(set(self.metrics)) < len(self.metrics):
+            raise CLGraftError(
+                f"task {self.name!r} has two scorers of one name in {', '.join(self.metrics)}; give a Scoring a label."
+            )
+        if clash := named & {"score", *self.metrics[1:]}:
             raise CLGraftError(
                 f"task {self.name!r} has a suite named {min(clash)!r}, as one of its scorers is; rename the suite."
             )
 
     @property
+    def scorings(self) -> tuple[Scoring, ...]:
+        return tuple(map(Scoring.of, (self.score, *self.also)))
+
+    @property
     def metrics(self) -> tuple[str, ...]:
-        return (self.score, *self.also)
+        """The labels of its scorers, the primary one first."""
+        return tuple(scoring.label for scoring in self.scorings)
 
     @property
     def suites(self) -> tuple[str, ...]:

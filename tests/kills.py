@@ -120,7 +120,7 @@ def write_scenario(folder: Path) -> Path:
 def server() -> Any:
     """Processes forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cl_graft.experiment.executors.preload"])
+    context.set_forkserver_preload(["cl_graft.experiment.preload"])
     return context
 
 

@@ -105,7 +105,7 @@ def test_list_shows_every_name_its_origin_and_a_line_on_it(call: Call) -> None:
     for kind, names in {
         "scenarios": {n: f"scenarios/{n}.py" for n in plugins.names("scenario")},
         "strategies": {n: f"baselines/{n}.py" for n in plugins.names("strategy")}
-        | {"graftllm": "cl_graft/graftllm.py"},
+        | {"graftllm": "cl_graft/strategy/graftllm.py"},
         "models": dict.fromkeys(SPECS, "embedded"),
     }.items():
         done = call("list", kind)

@@ -46,6 +46,9 @@ def offered(*words: str) -> list[str]:
         (("cl-graft", "sweep", "--models", "nano"), ["nano-llama", "nano-gpt2"]),
         (("cl-graft", "list", "st"), ["strategies"]),
         (("cl-graft", "doc"), ["doctor"]),
+        (("cl-graft", "plan", "--task-ids", "given,"), ["given,inferred"]),
+        (("cl-graft", "run", "--track", "csv,"), ["csv,tensorboard"]),
+        (("cl-graft", "pack", "ins"), ["inspect"]),
     ],
 )
 def test_bash_is_offered_real_names_and_nothing_heavy_is_imported(

@@ -16,7 +16,7 @@ from cl_graft import plugins
 from cl_graft.data import DataError, benchmarks
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.evaluation.sandbox import ConsentNeeded, run_asserts
-from cl_graft.evaluation.scorers import program_of
+from cl_graft.evaluation.scorers.tests import program_of
 from cl_graft.models.chat import render
 from cl_graft.task import Example, Pair, Scenario
 from tests.chat import llama_tokenizer, qwen_tokenizer

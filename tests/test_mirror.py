@@ -11,8 +11,8 @@ import pytest
 
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, Refused
+from cl_graft.experiment.attempt import attempt
 from cl_graft.experiment.cell import run
-from cl_graft.experiment.executors.attempt import attempt
 from cl_graft.store.mirror import Mirror
 
 

@@ -160,3 +160,42 @@ def test_a_model_whose_weights_are_not_there_is_planned_from_its_configuration(t
     assert [s.parameters for s in found.stages] == [63_216] * 2
     same = plan(cells(tmp_path / "other", ["individual"]))
     assert [s.memory for s in found.stages] == [s.memory for s in same.stages]
+
+
+def test_what_a_method_will_share_is_in_the_plan_of_its_next_task(tmp_path):
+    """Of 63,216 weights and 224 tokens: replay's rows, and what each method's terms hold on the device."""
+    wanted = cells(tmp_path, ["sequential", "replay", "ewc", "lwf", "agem"], dpo=True)
+    found = plan(wanted)
+    of = {c.strategy: [s for s in found.stages if c.cell in s.cells] for c in wanted}
+    assert all([s.kind for s in stages] == ["sft", "dpo"] * 2 for stages in of.values())
+    assert all(len(s.cells) == 1 for s in found.stages), "no stage is another method's"
+    starts = ["base", "after sft of math", "after math", "after sft of cipher"]
+    assert all([s.start for s in stages] == starts for stages in of.values())
+    assert [s.rows for s in of["replay"]] == [48, 48, 69, 69] and of["replay"][2].config.steps == 12
+    assert [s.rows for s in of["sequential"]] == [48, 48, 48, 48]
+    held = {name: [s.memory.terms for s in stages] for name, stages in of.items()}
+    assert held["sequential"] == held["replay"] == [0] * 4
+    assert held["ewc"] == [0, 0, 2 * 4 * 63_216, 2 * 4 * 63_216]
+    logits = held["lwf"][2] - 4 * 63_216
+    assert (
+        logits % (4 * 4 * 8 * 224) == 0
+        and held["lwf"][3] > held["lwf"][2] > 4 * 63_216 + logits / 2
+    )
+    tokens = held["agem"][2] - 4 * 63_216
+    assert tokens % (3 * 8 * 48) == 0 and held["agem"][:2] == [0, 0] and tokens > 0
+    plain, with_it = of["sequential"][2].memory, of["ewc"][2].memory
+    assert with_it.device == plain.device + with_it.terms, "the rest is that of the same rows"
+
+
+def test_a_planned_memory_holds_what_the_run_remembers(tmp_path):
+    (wanted,) = cells(tmp_path, ["replay"])
+    (_, before) = plan([wanted]).stages
+    cell.run(wanted)
+    told = [json.loads(p.read_text()) for p in tmp_path.glob("cache/stages/*/stage.json")]
+    assert sorted(a["rows"] for a in told) == [48, before.rows]
+    assert before.tokens in [round(a["tokens"]) for a in told], "of the very same rows"
+
+
+def test_separate_anchors_grow_with_the_tasks(tmp_path):
+    found = plan(cells(tmp_path, [{"ewc": {"variant": "separate"}}]))
+    assert [s.memory.terms for s in found.stages] == [0, 2 * 4 * 63_216]

@@ -60,10 +60,10 @@ class mortal(Strategy):
             die("trained")
         return kept
 
-    def measure(self, task, packs):
+    def measure(self, task, number):
         if len(self.packs) == 2:
             die("packed")
-        return super().measure(task, packs)
+        return super().measure(task, number)
 """
 
 

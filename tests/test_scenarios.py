@@ -14,7 +14,8 @@ from cl_graft import plugins
 from cl_graft.data import DataError, records
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.evaluation.sandbox import run_asserts
-from cl_graft.evaluation.scorers import SCORERS, Examinee, final_number, number
+from cl_graft.evaluation.scorers import Examinee, score
+from cl_graft.evaluation.scorers.number import final_number
 from cl_graft.models import toy_language
 from cl_graft.task import Example, Scenario, Task
 from tests.real import DATA, needs_data
@@ -51,7 +52,7 @@ def test_mini_has_three_tasks_and_a_general_set_that_is_never_trained() -> None:
     assert not scenario.general.train and len(scenario.general.test) == 60
     for task in scenario.tasks:
         assert (len(task.train), len(task.test)) == (400, 60)
-        assert set(task.metrics) <= SCORERS.keys()
+        assert set(task.metrics) <= set(plugins.names("scorer"))
         assert not prompts(scenario.general.test) & prompts(task.train)
 
 
@@ -220,7 +221,8 @@ def test_real_samples_depend_on_the_seed_for_training_only() -> None:
 def test_references_of_real_math_are_right(name: str) -> None:
     task = real_math()[name]
     for part in (task.train, task.test):
-        scored = number(as_answers(part, []), part, [e.completion for e in part])
+        said = as_answers(part, [e.completion for e in part])
+        scored = score(said, part, ["number"])["number"]
         assert all(outcome.score == 1 for outcome in scored)
 
 

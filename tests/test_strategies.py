@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,12 @@ from cl_graft.stream import benchmark
 EVERY = plugins.names("strategy")
 
 
-def play(strategy, scenario):
+def play(strategy, scenario, after=lambda: None):
     """The loop every Avalanche user knows; returns the scores after each experience."""
     stream, rows = benchmark(scenario), []
     for experience in stream.train_stream:
         strategy.train(experience, eval_streams=[])
+        after()
         strategy.eval(stream.test_stream)
         rows.append(
             {
@@ -37,12 +39,16 @@ def scenario_score(scenario, name):
 
 @dataclass
 class Played:
-    """A strategy that has learned the tiny scenario, to be looked at; its base and scores by the way."""
+    """A strategy that has learned the tiny scenario, to be looked at; its base and scores by the way.
+
+    shared: the artefacts after each task.
+    """
 
     strategy: Any
     base: str
     structure: str
     rows: list
+    shared: list[dict]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +64,9 @@ def played(plays, build, tiny_scenario):
         if name not in plays:
             strategy = build(name)
             base, structure = fingerprint(strategy.model.named_parameters()), str(strategy.model)
-            plays[name] = Played(strategy, base, structure, play(strategy, tiny_scenario))
+            shared: list[dict] = []
+            rows = play(strategy, tiny_scenario, lambda: shared.append(dict(strategy.shared)))
+            plays[name] = Played(strategy, base, structure, rows, shared)
         return plays[name]
 
     return by
@@ -89,26 +97,34 @@ def test_a_strategy_given_its_packs_back_goes_on_as_if_never_stopped(
     name, played, build, tiny_scenario, tmp_path
 ):
     whole = played(name).strategy
-    whole.packs[0].save(tmp_path / "first.safetensors")
+
+    def through_a_file(pack):
+        pack.save(tmp_path / "pack.safetensors")
+        return SkillPack.load(tmp_path / "pack.safetensors")
+
     resumed = build(name)
-    resumed.packs = [SkillPack.load(tmp_path / "first.safetensors")]
+    resumed.packs = [through_a_file(whole.packs[0])]
+    resumed.shared = {n: through_a_file(p) for n, p in played(name).shared[0].items()}
     stream = benchmark(tiny_scenario)
     resumed.train(stream.train_stream[1], eval_streams=[])
     assert resumed.packs[1].digest == whole.packs[1].digest
-    assert [p.digest for p in resumed.active(0)] == [p.digest for p in whole.active(0)]
+    assert [(n, p.digest) for n, p in resumed.shared.items()] == [
+        (n, p.digest) for n, p in whole.shared.items()
+    ]
+    assert [p.digest for p in resumed.compose(0)] == [p.digest for p in whole.compose(0)]
 
 
 @pytest.mark.parametrize("name", ["graftllm", "individual", "magnitude"])
 def test_a_forget_free_strategy_answers_old_tasks_with_the_very_same_pack(name, played):
     strategy, rows = played(name).strategy, played(name).rows
     assert rows[1]["math"] == rows[0]["math"]
-    assert strategy.active(0) == [strategy.packs[0]] and strategy.active(None) == []
+    assert strategy.compose(0) == [strategy.packs[0]] and strategy.compose(None) == []
 
 
 def test_sequential_answers_with_the_newest_weights_and_sum_with_all_packs(played):
     sequential, grafting = played("sequential").strategy, played("model_grafting").strategy
-    assert sequential.active(0) == sequential.active(1) == [sequential.packs[1]]
-    assert grafting.active(0) == grafting.packs
+    assert sequential.compose(0) == sequential.compose(1) == [sequential.packs[1]]
+    assert grafting.compose(0) == grafting.packs
 
 
 def test_a_tasks_weights_are_base_plus_exactly_the_active_deltas(played):
@@ -118,7 +134,7 @@ def test_a_tasks_weights_are_base_plus_exactly_the_active_deltas(played):
         for pack in strategy.packs:
             if name in pack.tensors:
                 expected[name] = expected[name] + pack.decode()[name]
-    strategy.grafted.activate(strategy.active(0))
+    strategy.grafted.activate(strategy.compose(0))
     for name, parameter in strategy.model.named_parameters():
         assert torch.allclose(parameter, expected[name], atol=1e-7), name
     strategy.grafted.unload()
@@ -127,15 +143,14 @@ def test_a_tasks_weights_are_base_plus_exactly_the_active_deltas(played):
 def test_individual_after_training_is_the_fine_tuned_model_to_bf16(build, tiny_scenario):
     """The pack of `individual` stands for the weights that the trainer left, not for something else."""
     strategy = build("individual")
-    seen = {}
-    original = type(strategy).fine_tune
+    seen, teach = {}, strategy.teach
 
-    def spy(self, task, context):
-        delta = original(self, task, context)
-        seen.update({n: d.clone() for n, d in delta.items()})
-        return delta
+    def spy(model, task):
+        folder = teach(model, task)
+        seen.update({n: p.detach() - strategy.base[n] for n, p in model.named_parameters()})
+        return folder
 
-    strategy.fine_tune = spy.__get__(strategy)
+    strategy.teach = spy
     strategy.train(benchmark(tiny_scenario).train_stream[0], eval_streams=[])
     decoded = strategy.packs[0].decode()
     for name, delta in seen.items():
@@ -163,7 +178,7 @@ def test_the_papers_convention_counts_kept_weights_and_not_their_masks(build, ti
 def test_merging_methods_answer_with_one_merged_delta(build, tiny_scenario):
     strategy = build("task_arithmetic", scale=0.5)
     play(strategy, tiny_scenario)
-    (merged,) = strategy.active(0)
+    (merged,) = strategy.compose(0)
     first, second = (pack.decode() for pack in strategy.packs)
     for name, delta in merged.decode().items():
         assert torch.allclose(delta, 0.5 * (first[name] + second[name]), atol=1e-6)
@@ -171,10 +186,35 @@ def test_merging_methods_answer_with_one_merged_delta(build, tiny_scenario):
 
 def test_ties_keeps_the_elected_sign_and_the_mean_of_those_that_agree():
     ties = plugins.load("strategy", "ties").function
-    deltas = [{"w": torch.tensor([3.0, -2.0, 0.1, 4.0])}, {"w": torch.tensor([1.0, 5.0, 0.2, 2.0])}]
+    deltas = [torch.tensor([3.0, -2.0, 0.1, 4.0]), torch.tensor([1.0, 5.0, 0.2, 2.0])]
     # Three of four survive trimming: 0.1 and 0.2 go. Second entry: the sum is positive, so -2 has no say.
-    merged = ties(deltas, density=0.75, scale=1.0)["w"]
-    assert torch.allclose(merged, torch.tensor([2.0, 5.0, 0.0, 3.0]))
+    threshold = sys.modules[ties.__module__].threshold
+    least = [threshold({"w": x}, density=0.75) for x in deltas]
+    assert least == [2.0, 1.0]
+    assert torch.allclose(ties(deltas, least), torch.tensor([2.0, 5.0, 0.0, 3.0]))
+
+
+def test_ties_in_parts_is_ties_of_the_whole_bit_for_bit(monkeypatch):
+    ties = plugins.load("strategy", "ties").function
+    seed = torch.Generator().manual_seed(0)
+    deltas = [torch.randn(37, 53, generator=seed) for _ in range(5)]
+    whole = ties(deltas, [0.4] * 5)
+    trimmed = torch.stack([torch.where(x.abs() >= 0.4, x, 0.0) for x in deltas])
+    agrees = (trimmed * trimmed.sum(0).sign()) > 0
+    assert torch.equal(whole, (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1))
+    monkeypatch.setattr(sys.modules[ties.__module__], "PART", 100)
+    assert torch.equal(ties(deltas, [0.4] * 5), whole)
+
+
+@pytest.mark.parametrize("density", [1e-6, 0.2, 0.5, 1.0])
+def test_the_threshold_of_ties_is_the_exact_one_of_all_tensors_together(density):
+    threshold = sys.modules[plugins.load("strategy", "ties").function.__module__].threshold
+    torch.manual_seed(0)
+    delta = {"a": torch.randn(40, 50) * 1e-3, "b": torch.randn(300), "c": torch.zeros(100)}
+    delta["b"][:150] = delta["b"][0]  # many of one magnitude
+    magnitudes = torch.cat([x.abs().flatten() for x in delta.values()])
+    keep = max(1, int(density * len(magnitudes)))
+    assert threshold(delta, density=density) == magnitudes.topk(keep).values[-1].item()
 
 
 def test_sft_then_dpo_trains_on_pairs_that_the_model_itself_sampled(build, tiny_scenario):

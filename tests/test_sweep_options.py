@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from cl_graft.cli import sweep as cli
 from cl_graft.config import RunConfig
 from cl_graft.errors import Refused
+from cl_graft.experiment import executors
+from cl_graft.experiment.attempt import attempt
 from cl_graft.experiment.executors import Outcome, local
-from cl_graft.experiment.executors.attempt import attempt
 from cl_graft.experiment.sweep import Failure
 from cl_graft.experiment.sweep import sweep as run_sweep
 from cl_graft.store.files import DiskRefused
@@ -139,7 +139,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         for config in cells:
             yield config, attempt(config, lambda what, done: None, True)
 
-    monkeypatch.setattr(cli, "_executor", lambda asked, cells: here)
+    monkeypatch.setattr(executors, "executor", lambda asked, cells: here)
     monkeypatch.setattr(local, "aside", directly)
     return found
 
@@ -301,7 +301,7 @@ def test_a_sweep_leaves_the_state_of_a_cell_that_another_computes(
     def none(cells: Sequence[RunConfig], report: Any) -> Iterator[tuple[RunConfig, Outcome]]:
         yield from ()
 
-    monkeypatch.setattr(cli, "_executor", lambda asked, cells: none)
+    monkeypatch.setattr(executors, "executor", lambda asked, cells: none)
     monkeypatch.setattr("cl_graft.cli.show.report", lambda *_: None)
     with folder.lock():
         folder.mark("running")

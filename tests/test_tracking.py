@@ -20,13 +20,13 @@ from PIL import Image
 import cl_graft
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
-from cl_graft.experiment.executors.attempt import attempt
+from cl_graft.experiment.attempt import attempt
 from cl_graft.report.figures import FIGURES, write_figures
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.store.locks import Busy
 from cl_graft.sweep_config import sweep_of
+from cl_graft.tracking import along
 from cl_graft.tracking import wandb as tracked
-from cl_graft.tracking.values import along
 from cl_graft.tracking.wandb import bounded, held, resolve
 from tests import kills
 from tests.wandb_reader import Logged, read

@@ -118,7 +118,7 @@ def _cell(
                 0.8 * (1 - forgets / 2) ** age if learned else 0.2
             )
             outcomes[task.name] = {
-                task.score: [
+                task.metrics[0]: [
                     Scored(1.0, e.completion) if ok else Scored(0.0, f"{e.completion[:6]} or so")
                     for ok, e in zip(right, task.test, strict=True)
                 ]

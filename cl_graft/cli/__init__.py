@@ -2,39 +2,76 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from cl_graft.cli import bench, cache, doctor, list_, pack, plan, report, run, sweep, transfer
+from cl_graft.cli.options import spelled_out
 from cl_graft.errors import CLGraftError
 
-app = typer.Typer(
-    help="Continual learning of language models: run strategies on task streams, measure forgetting.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich takes longer to import than all the rest of `--help`
-    add_completion=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-)
-for command in (
-    run.run,
-    sweep.sweep,
-    sweep.validate,
-    sweep.status,
-    sweep.init,
-    plan.plan,
-    report.report,
-    report.compare,
-):
-    app.command()(command)
-app.command("list")(list_.list_)
-app.command()(doctor.doctor)
-app.add_typer(pack.app, name="pack")
-app.add_typer(cache.app, name="cache")
-app.add_typer(transfer.app, name="transfer")
-app.add_typer(bench.app, name="bench")
+COMMANDS: dict[str, typer.Typer | Callable[..., None]] = {
+    "run": run.run,
+    "sweep": sweep.sweep,
+    "validate": sweep.validate,
+    "status": sweep.status,
+    "init": sweep.init,
+    "plan": plan.plan,
+    "report": report.report,
+    "compare": report.compare,
+    "list": list_.list_,
+    "doctor": doctor.doctor,
+    "pack": pack.app,
+    "cache": cache.app,
+    "transfer": transfer.app,
+    "bench": bench.app,
+}
+SETTINGS: dict[str, Any] = {
+    "no_args_is_help": True,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,  # rich takes longer to import than all the rest of `--help`
+    "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 120},
+}
+
+
+class Commands(TyperGroup):
+    """Lists the commands by a line each, and builds one when it is called: its options may need a config's fields."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.commands = {name: TyperCommand(name, help=_about(name)) for name in COMMANDS}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, name and built(name), rest
+
+
+def _about(name: str) -> str | None:
+    found = COMMANDS[name]
+    return found.info.help if isinstance(found, typer.Typer) else inspect.getdoc(found)
+
+
+def built(name: str) -> Any:
+    """The command of this name, as Typer runs it."""
+    found, alone = COMMANDS[name], typer.Typer(**SETTINGS)
+    if isinstance(found, typer.Typer):
+        alone.add_typer(found, name=name)
+    else:
+        alone.command(name)(spelled_out(found))
+    return typer.main.get_group(alone).commands[name]
+
+
+app = typer.Typer(cls=Commands, **SETTINGS)
+
+
+@app.callback()
+def _app() -> None:
+    """Continual learning of language models: run strategies on task streams, measure forgetting."""
 
 
 def main() -> None:

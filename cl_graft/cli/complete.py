@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 Offered = list[tuple[str, str]]  # a word, and a line on it
+LISTS = ("scenarios", "strategies", "scorers", "models", "budgets", "fields", "metrics")
 
 
 def lists(incomplete: str) -> Offered:
     """What `cl-graft list` lists."""
-    return _fitting(
-        incomplete, ((name, "") for name in ("scenarios", "strategies", "models", "budgets"))
-    )
+    return _fitting(incomplete, ((name, "") for name in LISTS))
 
 
 def scenario(incomplete: str) -> Offered:
@@ -42,6 +45,18 @@ def strategies(incomplete: str) -> Offered:
 def models(incomplete: str) -> Offered:
     """The next of comma-separated models."""
     return _next(incomplete, _models())
+
+
+def one_of(field: FieldInfo) -> Callable[[str], Offered] | None:
+    """The next of the values that a field takes, if they can be counted."""
+    from cl_graft.config import choices
+
+    known = [(value, "") for value in choices(field)]
+
+    def values(incomplete: str) -> Offered:
+        return _next(incomplete, known)
+
+    return values if known else None
 
 
 def _plugins(kind: str) -> Offered:

@@ -11,7 +11,7 @@ import typer
 from cl_graft.cli import complete
 from cl_graft.errors import UnknownName
 
-KINDS = {"scenarios": "scenario", "strategies": "strategy"}
+KINDS = {"scenarios": "scenario", "strategies": "strategy", "scorers": "scorer"}
 BUDGETS = (
     ("10%", "ten per cent of the base's bytes in bf16, all of a pack's file counted; the default"),
     ("10%:weights", "the paper's comparison: ten per cent of the base's weights, 16 bits each"),
@@ -22,9 +22,7 @@ BUDGETS = (
 def list_(
     what: Annotated[
         str,
-        typer.Argument(
-            help="scenarios, strategies, models or budgets.", autocompletion=complete.lists
-        ),
+        typer.Argument(help=f"One of {', '.join(complete.LISTS)}.", autocompletion=complete.lists),
     ],
     which: Annotated[
         list[str] | None, typer.Argument(help="Only these; paths of .py files, too.")
@@ -32,14 +30,14 @@ def list_(
     verbose: Annotated[bool, typer.Option(help="Options and their defaults, too.")] = False,
 ) -> None:
     """What there is: where it comes from, and a line on it."""
-    if what not in (*KINDS, "models", "budgets"):
-        raise UnknownName("list", what, [*KINDS, "models", "budgets"])
+    if what not in complete.LISTS:
+        raise UnknownName("list", what, complete.LISTS)
     if what == "budgets":
         rows = [(name, "", about) for name, about in BUDGETS]
-    elif what == "models":
-        rows = list(_models())
-    else:
+    elif what in KINDS:
         rows = list(_plugins(KINDS[what], which))
+    else:
+        rows = list({"models": _models, "fields": _fields, "metrics": _metrics}[what]())
     widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
     for name, origin, about in rows:
         start = f"{name:{widths[0]}}  " + (f"{origin:{widths[1]}}  " if widths[1] else "")
@@ -62,6 +60,26 @@ def _models() -> Iterator[tuple[str, str, str]]:
         yield name, "embedded", spec.about
     yield "FOLDER", "a disk", "a Hugging Face causal LM on this machine"
     yield "owner/model", "the hub", "a Hugging Face causal LM on the hub"
+
+
+def _fields() -> Iterator[tuple[str, str, str]]:
+    """Those of a sweep file, with their defaults."""
+    from cl_graft.config import told
+    from cl_graft.sweep_config import Sweep, yaml_of
+
+    for name, field in Sweep.model_fields.items():
+        yield (
+            name,
+            "needed" if field.is_required() else yaml_of(field.default),
+            told(field),
+        )
+
+
+def _metrics() -> Iterator[tuple[str, str, str]]:
+    from cl_graft.matrix import METRICS
+
+    for metric in METRICS.values():
+        yield metric.name, f"{metric.better} is better", f"{metric.help} {metric.source}"
 
 
 def _options(kind: str, name: str) -> None:

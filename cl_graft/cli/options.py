@@ -1,9 +1,16 @@
-"""The options that commands share, and the sweep that they say."""
+"""The options of commands that run cells, made from the fields of RunConfig and Sweep, and the sweep that they say.
+
+A command has them where its signature has `given: RunFields`, the fields of one cell, or `given: SweepFields`, in which
+an axis is a comma-separated list. What is not given is None, so that a sweep file's own fields hold.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_origin
 
 import typer
 
@@ -11,95 +18,119 @@ from cl_graft.cli import complete
 from cl_graft.errors import CLGraftError
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from cl_graft.sweep_config import Sweep
 
-# What is not given is None, so that a sweep file's own fields hold.
 File = Annotated[
     Path | None,
     typer.Argument(help="Sweep file, as `cl-graft init` writes one; options go before it."),
 ]
-Scenarios = Annotated[
-    str | None, typer.Option(help="Names, comma-separated.", autocompletion=complete.scenarios)
-]
-Strategies = Annotated[
-    str | None, typer.Option(help="Names, comma-separated.", autocompletion=complete.strategies)
-]
-Seeds = Annotated[str | None, typer.Option(help="Integers, comma-separated; 0 if not given.")]
-Models = Annotated[
-    str | None,
-    typer.Option(
-        help="Embedded models, folders or hub ids, comma-separated; mini-llama.",
-        autocompletion=complete.models,
-    ),
-]
-Budgets = Annotated[
-    str | None, typer.Option(help="Storage per task, comma-separated: 10% (default), 800MB.")
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="Embedded model's name, local folder, or hub id; mini-llama.",
-        autocompletion=complete.model,
-    ),
-]
-Budget = Annotated[
-    str | None, typer.Option(help="Storage per task: 10% (default), 10%:weights, 800MB.")
-]
 DataDir = Annotated[
     Path | None, typer.Option(help="Folder with the data sets that the scenario reads.")
-]
-Out = Annotated[
-    Path | None, typer.Option(help="Folder that results are written into; results if not given.")
-]
-Wandb = Annotated[
-    str | None, typer.Option(help="offline, online, off; auto is offline unless logged in.")
-]
-Track = Annotated[
-    str | None,
-    typer.Option(
-        help="tensorboard, csv or both, comma-separated: beside W&B, in each cell's folder."
-    ),
-]
-Consent = Annotated[
-    bool,
-    typer.Option(
-        "--allow-code-execution", help="Run programs that the model wrote, in the sandbox."
-    ),
 ]
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="name.option=value of a strategy or scenario; lora.rank=[8,32] is a grid."
-    ),
-]
-Launching = Annotated[
-    str | None,
-    typer.Option(
-        help="How stages train, as processes=8,zero=3,offload=true,hostfile=FILE,micro_batch=4,checkpointing=true,"
-        "save_steps=100; processes=0 is in this process."
-    ),
-]
-Cache = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder of finished stages and evaluations to share; OUT/cache if not given."
-    ),
-]
-Mirror = Annotated[
-    str | None,
-    typer.Option(help="fsspec URL that keeps a copy, from which another machine goes on: s3://…"),
-]
-TrainOn = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--train-on", help="TASK=FOLDER that `transfer build` made, for its training data."
+        "--set",
+        help="name.option=value of a strategy, scenario or scorer; lora.rank=[8,32] is a grid.",
     ),
 ]
 
-LISTS = ("scenarios", "strategies", "models", "budgets", "track")
-PLAIN = (
-    *("data_dir", "out", "wandb", "allow_code_execution", "cache", "mirror", "executor", "workers"),
-)
+
+class RunFields(dict[str, Any]):
+    """What was given of the fields of a RunConfig, under the names of a Sweep's."""
+
+
+class SweepFields(dict[str, Any]):
+    """What was given of the fields of a Sweep."""
+
+
+def spelled_out(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each field in place of its `given`, if it has one."""
+    own = inspect.signature(command, eval_str=True).parameters
+    if "given" not in own:
+        return command
+    kind = own["given"].annotation
+    options = _options(kind)
+    parameters = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, q in own.items()
+        for p in (options.values() if name == "given" else [q])
+    ]
+
+    @functools.wraps(command)
+    def spelled(**words: Any) -> None:
+        given = kind({name: words.pop(option.name) for name, option in options.items()})
+        command(given=given, **words)
+
+    spelled.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spelled.__annotations__ = {p.name: p.annotation for p in parameters}
+    return spelled
+
+
+def _options(kind: type) -> dict[str, inspect.Parameter]:
+    """{field of a Sweep, or set_: the option that says it}"""
+    from cl_graft.config import Axes, RunConfig, several
+    from cl_graft.sweep_config import Sweep
+
+    found = {}
+    fields = RunConfig.model_fields if kind is RunFields else Sweep.model_fields
+    for name, field in fields.items():
+        if name == "options":
+            continue
+        key = several(name) if kind is RunFields and name in Axes.model_fields else name
+        found[key] = _option(name, field, kind is RunFields and field.is_required())
+    found["set_"] = _parameter("set_", None, Set)
+    return found
+
+
+def _option(name: str, field: FieldInfo, needed: bool) -> inspect.Parameter:
+    """The option that says a field. needed: a command without it is refused."""
+    offers = getattr(complete, name, None) or complete.one_of(field)
+    option = typer.Option(_flag(name), help=_help(field), autocompletion=offers)
+    word = _word(field)
+    default: Any = False if word is bool else None
+    if needed:
+        return _parameter(name, inspect.Parameter.empty, Annotated[word, option])
+    return _parameter(name, default, Annotated[word if word is bool else word | None, option])
+
+
+def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _word(field: FieldInfo) -> Any:
+    """The type of what is typed for a field."""
+    kind = field.annotation
+    if kind in (bool, int):
+        return kind
+    if get_origin(kind) is dict:
+        return list[str]
+    return Path if kind in (Path, Path | None) else str
+
+
+def _help(field: FieldInfo) -> str:
+    """The field's help, how it is written, and its default."""
+    from pydantic import BaseModel
+
+    from cl_graft.config import told
+
+    parts, kind, default = [told(field)], field.annotation, field.default
+    if get_origin(kind) is list:
+        parts.append("Comma-separated.")
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        example = ",".join(f"{k}={v}" for k, v in (field.examples or [{}])[0].items())
+        parts.append(f"As {example}; settings: {', '.join(kind.model_fields)}.")
+    if isinstance(default, str | int | Path | list) and default is not False and default != []:
+        entries = default if isinstance(default, list) else [default]
+        parts.append(f"[default: {','.join(map(str, entries))}]")
+    return " ".join(parts)
 
 
 def names(text: str) -> list[str]:
@@ -110,30 +141,44 @@ def names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def sweep_from(file: Path | None, given: dict[str, Any]) -> Sweep:
-    """A sweep file's fields, under the options that a command was given (its `locals()`)."""
+def sweep_from(file: Path | None, given: Mapping[str, Any]) -> Sweep:
+    """A sweep file's fields, under the options that a command was given: {field: what was typed}."""
     from cl_graft.plugins import parse_set
-    from cl_graft.sweep_config import read, sweep_of, with_options
+    from cl_graft.sweep_config import Sweep, read, sweep_of, with_options
 
-    fields: dict[str, Any] = {name: names(given[name]) for name in LISTS if given.get(name)}
-    fields |= {name: given[name] for name in PLAIN if given.get(name) not in (None, False)}
-    if seeds := given.get("seeds"):
-        fields["seeds"] = [_integer(s) for s in names(seeds)]
-    if launch := given.get("launch"):
-        fields["launch"] = dict(_pair(part, "--launch") for part in names(launch))
-    if train_on := given.get("train_on"):
-        fields["train_on"] = dict(_pair(text, "--train-on") for text in train_on)
+    typed = {k: v for k, v in given.items() if v is not None and v is not False and v != []}
+    fields = {
+        name: _read(name, field, typed[name])
+        for name, field in Sweep.model_fields.items()
+        if name in typed
+    }
     where = str(file) if file else "the command"
     everything = {**(read(file) if file else {}), **fields}
-    sets = [parse_set(text) for text in given.get("set_") or []]
+    sets = [parse_set(text) for text in typed.get("set_", [])]
     return sweep_of(with_options(everything, sets), where)
 
 
-def _integer(text: str) -> int:
+def _read(name: str, field: FieldInfo, typed: Any) -> Any:
+    """The value of a field from what was typed. Raises CLGraftError where that is none."""
+    from pydantic import BaseModel
+
+    kind, flag = field.annotation, _flag(name)
+    if get_origin(kind) is list:
+        parts = names(str(typed))
+        return [_integer(part, flag) for part in parts] if kind == list[int] else parts
+    if get_origin(kind) is dict:
+        return dict(_pair(text, flag) for text in typed)
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return dict(_pair(part, flag) for part in names(typed))
+    return typed
+
+
+def _integer(text: str, flag: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise CLGraftError(f"seed {text!r} is not an integer; write --seeds 0,1,2.") from None
+        what = flag.strip("-").removesuffix("s")
+        raise CLGraftError(f"{what} {text!r} is not an integer; write {flag} 0,1,2.") from None
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

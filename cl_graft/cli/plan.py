@@ -7,37 +7,13 @@ from typing import Annotated
 
 import typer
 
-from cl_graft.cli.options import (
-    Budgets,
-    Cache,
-    DataDir,
-    File,
-    Launching,
-    Models,
-    Out,
-    Scenarios,
-    Seeds,
-    Set,
-    Strategies,
-    TrainOn,
-    sweep_from,
-)
+from cl_graft.cli.options import File, SweepFields, sweep_from
 from cl_graft.cli.show import print_tables
 
 
 def plan(
+    given: SweepFields,
     file: File = None,
-    scenarios: Scenarios = None,
-    strategies: Strategies = None,
-    seeds: Seeds = None,
-    models: Models = None,
-    budgets: Budgets = None,
-    data_dir: DataDir = None,
-    out: Out = None,
-    set_: Set = None,
-    train_on: TrainOn = None,
-    launch: Launching = None,
-    cache: Cache = None,
     probe: Annotated[
         bool, typer.Option("--probe", help="Time three real steps of each kind of stage.")
     ] = False,
@@ -54,7 +30,7 @@ def plan(
     from cl_graft.planning.plan import plan as make
     from cl_graft.planning.tables import summary, table
 
-    found = make(sweep_from(file, locals()).cells(), probe, peak, utilisation, gpu)
+    found = make(sweep_from(file, given).cells(), probe, peak, utilisation, gpu)
     if json_:
         typer.echo(json.dumps(found.json(), indent=1, default=str))
     else:

@@ -3,63 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cl_graft.cli.options import (
-    Budgets,
-    Cache,
-    Consent,
-    DataDir,
-    File,
-    Launching,
-    Mirror,
-    Models,
-    Out,
-    Scenarios,
-    Seeds,
-    Set,
-    Strategies,
-    Track,
-    TrainOn,
-    Wandb,
-    sweep_from,
-)
+from cl_graft.cli.options import File, SweepFields, sweep_from
 from cl_graft.errors import CLGraftError
 
 if TYPE_CHECKING:
     from cl_graft.config import RunConfig
-    from cl_graft.experiment.executors import Executor, Report
+    from cl_graft.experiment.executors import Report
     from cl_graft.experiment.sweep import Failure
     from cl_graft.sweep_config import Sweep
 
 
 def sweep(
+    given: SweepFields,
     file: File = None,
-    scenarios: Scenarios = None,
-    strategies: Strategies = None,
-    seeds: Seeds = None,
-    models: Models = None,
-    budgets: Budgets = None,
-    data_dir: DataDir = None,
-    out: Out = None,
-    wandb: Wandb = None,
-    track: Track = None,
-    allow_code_execution: Consent = False,
-    set_: Set = None,
-    train_on: TrainOn = None,
-    launch: Launching = None,
-    cache: Cache = None,
-    mirror: Mirror = None,
-    executor: Annotated[
-        str | None, typer.Option(help="local: processes here (default); ray: a Ray cluster.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Cells at a time; 0 is one a core, or one a GPU.")
-    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Continue the sweep that OUT holds, as it was asked for."),
@@ -72,7 +33,6 @@ def sweep(
     ] = False,
 ) -> None:
     """Run every combination, of a file or of these options; run it again to continue what was stopped."""
-    given = locals()
     if resume:
         file = _held(file, given)
     asked = sweep_from(file, given)
@@ -84,7 +44,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-def _held(file: Path | None, given: dict[str, Any]) -> Path:
+def _held(file: Path | None, given: SweepFields) -> Path:
     """The file of the sweep that a results folder holds."""
     from cl_graft.sweep_config import FILE
 
@@ -105,7 +65,7 @@ def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
     from cl_graft.cli.show import print_finished
     from cl_graft.cli.show import report as write_report
     from cl_graft.experiment.cell import finished
-    from cl_graft.experiment.executors import local
+    from cl_graft.experiment.executors import executor, local
     from cl_graft.experiment.sweep import sweep as run_cells
 
     cells = asked.cells()
@@ -114,7 +74,6 @@ def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
         print_finished([r for r in results if r], asked.out)
         return []
     left = [config for config, result in zip(cells, results, strict=True) if result is None]
-    executor = _executor(asked, cells)
 
     def checked(task: Callable[[Report], None], report: Report) -> None:
         local.aside(task, report)
@@ -122,7 +81,7 @@ def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
 
     failures: list[Failure] = []
     with interruptible(), view(cells) as report:
-        failures = run_cells(left, executor, report, checked, retry_failed, fail_fast)
+        failures = run_cells(left, executor(asked, cells), report, checked, retry_failed, fail_fast)
     if len(failures) < len(cells):
         write_report([asked.out], asked.out / "report")
     return failures
@@ -141,28 +100,14 @@ def _reported(cells: list[RunConfig], folder: Path) -> bool:
     return max(results) <= then and all(f"cells/{c.cell}.html" in made for c in cells)
 
 
-def _executor(asked: Sweep, cells: list[RunConfig]) -> Executor:
-    from cl_graft.experiment.executors import local
-
-    if asked.executor == "ray":
-        from cl_graft.experiment.executors import ray
-
-        return partial(ray.run_cells, workers=asked.workers, asks=asked.ray)
-    # a stage of several processes has all of the machine's devices to itself
-    several = any(c.launch.processes for c in cells)
-    workers = asked.workers or (1 if several else local.default_workers(asked.threads))
-    return partial(local.run_cells, workers=workers)
-
-
 def validate(
-    file: Annotated[Path, typer.Argument(help="Sweep file.")],
-    data_dir: DataDir = None,
-    allow_code_execution: Consent = False,
+    given: SweepFields,
+    file: Annotated[Path, typer.Argument(help="Sweep file; options go before it.")],
 ) -> None:
     """Check all that a sweep file says, names, options and data included; nothing is started."""
     from cl_graft.experiment.prepare import check
 
-    cells = sweep_from(file, locals()).cells()
+    cells = sweep_from(file, given).cells()
     check(cells)
     for config in cells:
         typer.echo(config.cell)
@@ -190,12 +135,10 @@ def init(
     file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("sweep.yaml"),
 ) -> None:
     """Write a sweep file with comments, to begin with."""
-    from importlib import resources
-
     from cl_graft.store.files import write_text
+    from cl_graft.sweep_config import template
 
     if file.exists():
         raise CLGraftError(f"{file} is there already; choose another name.")
-    text = resources.files("cl_graft").joinpath("sweep_template.yaml").read_text(encoding="utf-8")
-    write_text(file, text)
+    write_text(file, template())
     typer.echo(f"{file}: cl-graft validate {file}, then cl-graft sweep {file}")

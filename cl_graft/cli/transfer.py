@@ -25,7 +25,7 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder of the data sets.")],
     task: Annotated[
         str | None,
-        typer.Option(help="How answers are verified: SCENARIO/TASK, number, exact or tests."),
+        typer.Option(help="How answers are verified: SCENARIO/TASK, or a scorer of answers."),
     ] = None,
     reward_model: Annotated[
         str | None,
@@ -61,7 +61,7 @@ def build(
         ),
     ] = False,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="scenario.option=value of the prompts.")
+        list[str] | None, typer.Option("--set", help="name.option=value of the scenario or scorer.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:

@@ -5,25 +5,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_graft.evaluation import _child, _math_child, answers, generate, sandbox, scorers
-from cl_graft.evaluation.scorers import Scored
+from cl_graft.errors import CLGraftError
+from cl_graft.evaluation import generate
+from cl_graft.evaluation.scorers import Scored, base, described
 from cl_graft.models import text
 from cl_graft.store.digests import code_digest, digest, place, versions, vocabulary
 from cl_graft.store.files import read_lines, write_lines
 from cl_graft.store.mirror import Mirror
-from cl_graft.task import Task
+from cl_graft.task import Scoring, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def evaluation_code() -> str:
-    """Digest of the code that outcomes depend on."""
-    return code_digest(generate, scorers, answers, sandbox, _child, _math_child, text)
+    """Digest of the code that outcomes depend on, whatever the scorer."""
+    return code_digest(generate, base, text)
+
+
+def scored_by(task: Task) -> dict[str, dict[str, Any]]:
+    """{label: what is known of the scorer}: the part of outcomes' key that scorers decide."""
+    return {s.label: {"name": s.name, **described(s)} for s in task.scorings}
+
+
+def scorers_are_as_then(told: Mapping[str, dict[str, Any]]) -> bool:
+    """Whether the scorers of kept outcomes are there, and what they were, as `scored_by` told it."""
+    try:
+        return all(
+            {"name": then["name"], **described(Scoring(then["name"], then["options"]))} == then
+            for then in told.values()
+        )
+    except CLGraftError:
+        return False
 
 
 Results = dict[str, list[Scored]]  # metric -> one outcome an example
@@ -43,7 +61,7 @@ class Outcomes:
             weights,
             vocabulary(tokenizer),
             [asdict(example) for example in task.test],
-            task.metrics,
+            scored_by(task),
             [task.max_new_tokens, task.training.max_length],
             evaluation_code(),
             place(),
@@ -70,6 +88,7 @@ class Outcomes:
             "stage": stage,
             "task": task.name,
             "weights": weights,
+            "scorers": scored_by(task),
             "made_by": {"code": evaluation_code(), **versions()},
         }
         lines = (

@@ -47,7 +47,7 @@ def entries(cache: Path) -> list[Entry]:
 
 
 def _entries(cache: Path) -> Iterator[Entry]:
-    from cl_graft.evaluation.outcomes import evaluation_code
+    from cl_graft.evaluation.outcomes import evaluation_code, scorers_are_as_then
     from cl_graft.training.stages import MARKER, training_code
 
     for folder in (cache / "stages").glob("*"):
@@ -71,7 +71,9 @@ def _entries(cache: Path) -> Iterator[Entry]:
             continue
         first, _ = found
         about = f"{first['task']} of {first['cell'] or 'no cell'}"
-        yield _entry(file, "evaluation", about, _current(first["made_by"], evaluation_code()))
+        current = _current(first["made_by"], evaluation_code())
+        current = current and scorers_are_as_then(first["scorers"])
+        yield _entry(file, "evaluation", about, current)
 
 
 def _current(made_by: dict[str, Any], code: str) -> bool:

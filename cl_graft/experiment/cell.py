@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_graft.config import RunConfig
 from cl_graft.evaluation.scores import by_metric, cells
+from cl_graft.experiment import identity
 from cl_graft.experiment.executors import Progress
 from cl_graft.experiment.prepare import prepare, strategy_of
 from cl_graft.models.load import locate
@@ -77,19 +79,18 @@ def run(
 def finished(config: RunConfig) -> dict[str, Any] | None:
     """The result on disk, or None if there is something left to compute.
 
-    Raises RecordError where the folder holds another version's result, or another experiment's.
+    Raises RecordError where the folder, finished or not, is of another version or experiment, or was made of other
+    source files, data or weights.
     """
     folder = CellFolder(config.out / config.cell)
-    if not folder.complete:
+    if not folder.begun:
         return None
-    folder.check({"config": _experiment(config)})
-    return read_json(folder.path / "result.json")
-
-
-def _experiment(config: RunConfig) -> dict[str, Any]:
-    """The fields of a config that decide its result."""
-    fields = {"scenario", "strategy", "model", "seed", "budget", "options", "threads", "train_on"}
-    return config.model_dump(mode="json", include=fields)
+    folder.check({"config": config.experiment()})
+    then = folder.identity()
+    scorers = then.get("sources", {}).get("scorers", ())
+    folder.check({"sources": identity.sources(config, scorers)})
+    folder.check({"inputs": then.get("inputs", {}) | identity.inputs(config)})
+    return read_json(folder.path / "result.json") if folder.complete else None
 
 
 def _compute(
@@ -116,9 +117,11 @@ def _compute(
     set_seed(config.seed)
     strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer, patient)
     scenario, budget = strategy.scenario, strategy.budget
-    identity: dict[str, Any] = {
-        "config": _experiment(config),
+    about: dict[str, Any] = {
+        "config": config.experiment(),
         "options": options,
+        "sources": identity.sources(config, identity.scorers_of(scenario)),
+        "inputs": identity.inputs(config),
         "versions": versions(),
         "code": package_digest(),
         "machine": machine(),
@@ -129,12 +132,12 @@ def _compute(
         "budget_bytes": budget.bytes,
         "base_bytes": budget.base_bytes,
     }
-    folder.begin(json.loads(json.dumps(identity)))
+    folder.begin(json.loads(json.dumps(about)))
     folder.mark("running")
-    asked = prompts.keep(folder.path.parent, identity["data"], scenario)
+    asked = prompts.keep(folder.path.parent, about["data"], scenario)
     if strategy.stages.mirror:
         strategy.stages.mirror.push(asked, f"{prompts.FOLDER}/{asked.name}")
-    tracker = trackers(config, folder.path, identity)
+    tracker = trackers(config, folder.path, about)
     try:
         _stages(folder, strategy, benchmark(scenario), tracker, progress, begun)
         result = collect(folder.path)
@@ -166,22 +169,43 @@ def _stages(
         task = tasks[stage - 1] if stage else None
         strategy.progress = partial(_part_of, progress, stage, total)
         costs = _Costs(strategy, begun)
-        kept: dict[str, Any] = {"pack": None, "pack_bytes": None}
+        kept: dict[str, Any] = {"pack": None, "pack_bytes": None, "shared": {}, "alive_bytes": 0}
         if task:
+            before = dict(strategy.shared)
             strategy.train(stream.train_stream[stage - 1], eval_streams=[])
-            pack = strategy.packs[-1]
-            size = _saved(pack, folder.new_pack_path(stage, task.name))
-            kept = {"pack": pack.digest, "pack_bytes": size}
+            kept = _kept(folder, strategy, stage, before)
         what = f"evaluating after {task.name}" if task else "evaluating the base model"
         progress(what, (stage + 0.8) / total)
         scored, outcomes = _evaluate(strategy, stream)
         about = {"stage": stage, "task": task.name if task else None}
         record = {**about, **scored, **kept, **costs.record()}
-        folder.write_stage(stage, _example_lines(outcomes), record)
+        folder.write_stage(stage, _example_lines(outcomes, strategy), record)
+        folder.keep_shared(kept["shared"])
         tracker.stage(record)
         if strategy.stages.mirror:
             strategy.stages.mirror.push(folder.path, folder.path.name)
         begun = perf_counter()
+
+
+def _kept(
+    folder: CellFolder, strategy: Strategy, stage: int, before: Mapping[str, SkillPack]
+) -> dict[str, Any]:
+    """Write the task's pack and the shared artefacts that are new, and say what there is, in bytes.
+
+    before: the shared artefacts of the stage before, whose files are there.
+    """
+    pack = strategy.packs[-1]
+    size = _saved(pack, folder.new_pack_path(stage, pack.task))
+    shared = {}
+    for name, artefact in strategy.shared.items():
+        number = stage
+        if before.get(name) is artefact:
+            number = folder.stages()[-1]["shared"][name]["stage"]
+        else:
+            _saved(artefact, folder.new_shared_path(stage, name))
+        shared[name] = {"stage": number, "pack": artefact.digest, "bytes": artefact.nbytes}
+    alive = sum(kept.nbytes for kept in strategy.alive)
+    return {"pack": pack.digest, "pack_bytes": size, "shared": shared, "alive_bytes": alive}
 
 
 def _saved(pack: SkillPack, path: Path) -> int:
@@ -196,21 +220,24 @@ def _saved(pack: SkillPack, path: Path) -> int:
 
 def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """A stage's scores with the packs that they were made by, and every outcome: {task: {metric: outcomes}}."""
-    scenario, known = strategy.scenario, set(strategy.measured)
+    scenario, known = strategy.scenario, set(strategy.examiner.measured)
     strategy.eval(stream.test_stream)
-    outcomes, general = dict(strategy.results), None
+    outcomes, general, by = dict(strategy.results), None, []
     if scenario.general:
-        found = strategy.measure(scenario.general, strategy.active(None))
+        found = strategy.measure(scenario.general, None)
+        strategy.grafted.unload()
         general = cells(found, scenario.general.suites)
         outcomes[f"general:{scenario.general.name}"] = found
-    active = {t.name: [p.digest for p in strategy.active(j)] for j, t in enumerate(scenario.tasks)}
-    known |= strategy.recalled
+        by = list(strategy.answered[scenario.general.name].key)
+    known |= strategy.examiner.recalled
+    active = {task.name: list(strategy.answered[task.name].key) for task in scenario.tasks}
     scored = {
         "scores": by_metric(strategy.results, scenario.tasks),
         "general": general,
         "active": active,
-        "general_active": [p.digest for p in strategy.active(None)],
+        "general_active": by,
         "identical": [name for name, packs in active.items() if (name, *packs) in known],
+        "routing": {name: answered.counts for name, answered in strategy.answered.items()},
     }
     return scored, outcomes
 
@@ -220,7 +247,7 @@ class _Costs:
 
     def __init__(self, strategy: Strategy, begun: float):
         self.strategy, self.begun = strategy, begun
-        self.seconds, self.aside = dict(strategy.seconds), strategy.aside
+        self.seconds, self.aside = strategy.seconds, strategy.aside
         self.log, self.losses = replace(strategy.log), len(strategy.log.losses)
 
     def record(self) -> dict[str, Any]:
@@ -272,12 +299,30 @@ def _restore(folder: CellFolder, strategy: Strategy) -> list[dict[str, Any]]:
                 )
             strategy.packs.append(pack)
         outcomes = _outcomes(folder, record, scenario)
-        for name, digests in record["active"].items():
-            strategy.measured[(name, *digests)] = outcomes[name]
+        measured = strategy.examiner.measured
+        for name, packs in record["active"].items():
+            measured[(name, *packs)] = outcomes[name]
         if scenario.general and record["general"]:
             key = (scenario.general.name, *record["general_active"])
-            strategy.measured[key] = outcomes[f"general:{scenario.general.name}"]
+            measured[key] = outcomes[f"general:{scenario.general.name}"]
+    if records:
+        _restore_shared(folder, strategy, records[-1]["shared"])
     return records
+
+
+def _restore_shared(folder: CellFolder, strategy: Strategy, shared: Mapping[str, Any]) -> None:
+    """Give the strategy the artefacts back that its tasks shared after the last whole stage."""
+    from cl_graft.skillpack.format.file import SkillPack
+
+    for name, told in shared.items():
+        file = folder.shared_path(told["stage"], name)
+        strategy.shared[name] = SkillPack.load(file, base=strategy.grafted.base)
+        if strategy.shared[name].digest != told["pack"]:
+            raise RecordError(
+                f"{file} is not the artefact that the record of the last stage names; "
+                "delete that stage's folder and the later ones to compute them anew."
+            )
+    folder.keep_shared(shared)
 
 
 def _outcomes(
@@ -308,10 +353,20 @@ def _outcomes(
     return outcomes
 
 
-def _example_lines(results: dict[str, dict[str, list[Scored]]]) -> list[dict[str, Any]]:
+def _example_lines(
+    results: dict[str, dict[str, list[Scored]]], strategy: Strategy
+) -> list[dict[str, Any]]:
+    """One line an outcome. taken_for: the task that the example was answered as, where that makes a difference."""
     return [
-        {"task": task, "metric": metric, "index": i, **asdict(outcome)}
+        {"task": task, "metric": metric, "index": i, **asdict(outcome), **taken}
         for task, metrics in results.items()
         for metric, outcomes in metrics.items()
-        for i, outcome in enumerate(outcomes)
+        for i, (outcome, taken) in enumerate(
+            zip(outcomes, _taken(strategy, task, len(outcomes)), strict=True)
+        )
     ]
+
+
+def _taken(strategy: Strategy, task: str, count: int) -> list[dict[str, Any]]:
+    names = strategy.answered[task.removeprefix("general:")].names
+    return [{"taken_for": name} for name in names] if names else [{}] * count

@@ -11,6 +11,7 @@ from cl_graft import plugins
 from cl_graft.budget import Budget
 from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.evaluation.scorers import require_consents, resolved
 from cl_graft.store.digests import digest
 from cl_graft.store.mirror import Mirror
 from cl_graft.task import Scenario
@@ -18,6 +19,7 @@ from cl_graft.task import Scenario
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from cl_graft.routing.base import Router
     from cl_graft.strategy.base import Strategy
 
 
@@ -43,7 +45,8 @@ def check(cells: Iterable[RunConfig]) -> None:
             Mirror(config.mirror).check()
         name = config.short(config.scenario)
         told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
-        scenario = digest(*map(str, told), config.options.get(name), str(config.train_on))
+        chosen = [config.options.get(name), config.scoring]
+        scenario = digest(*map(str, told), chosen, str(config.train_on))
         if scenario not in made:
             _launch(config.launch, _scenario(config))
             made.add(scenario)
@@ -67,18 +70,21 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
     Budget(config.budget, 10**9)
     if not 0 <= config.seed < 2**31:
         raise CLGraftError(f"seed {config.seed} is out of range; choose one from 0 to {2**31 - 1}.")
-    scenario_name, strategy_name = config.short(config.scenario), config.short(config.strategy)
-    known = (*plugins.names("strategy"), *plugins.names("scenario"))
+    router_of(config)
+    own = [config.short(name) for name in (config.scenario, config.strategy, config.router)]
+    known = {name for kind in plugins.KINDS for name in plugins.names(kind)}
     for owner in config.options:
-        if owner not in (scenario_name, strategy_name, *known):
-            raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
+        if owner not in (*own, *known):
+            raise UnknownName("scenario, strategy or router", owner, own[:2])
+    strategy_name = own[1]
     found = plugins.load("strategy", config.strategy)
     _require_strategy(found, config.strategy)
     given = config.options.get(strategy_name, {})
     return found, plugins.check_options("strategy", strategy_name, found, given)
 
 
-def _scenario(config: RunConfig) -> Scenario:
+def scenario_of(config: RunConfig) -> Scenario:
+    """The scenario that the config names, with the training data of its `train_on`; nobody has consented yet."""
     name = config.short(config.scenario)
     make = plugins.load("scenario", config.scenario)
     chosen = plugins.check_options("scenario", name, make, config.options.get(name, {}))
@@ -88,12 +94,18 @@ def _scenario(config: RunConfig) -> Scenario:
             f"{config.scenario} is not a scenario: its function returns {type(scenario).__name__}; "
             "return a cl_graft.task.Scenario."
         )
-    scenario = _trained_on(scenario, config.train_on)
-    programs = [t for t in scenario.tasks if "tests" in t.metrics]
-    if programs:
-        from cl_graft.evaluation.sandbox import require_consent
+    scenario, used = resolved(scenario, config.scenario, config.scorers)
+    for owner in config.scorers:
+        if owner not in used:
+            known = [name, config.short(config.strategy), *sorted(used)]
+            raise UnknownName("scenario, strategy or scorer of this cell", owner, known)
+    return _trained_on(scenario, config.train_on)
 
-        require_consent(config.allow_code_execution, f"scoring task {programs[0].name!r}")
+
+def _scenario(config: RunConfig) -> Scenario:
+    scenario = scenario_of(config)
+    general = (scenario.general,) if scenario.general else ()
+    require_consents(config.allow_code_execution, scenario.tasks + general)
     return scenario
 
 
@@ -126,7 +138,17 @@ def strategy_of(
         allow_code=config.allow_code_execution,
         stages=Stages(config.store, config.launch, patient, mirror),
         outcomes=Outcomes(config.store, config.cell, mirror),
+        router=router_of(config),
     )
+
+
+def router_of(config: RunConfig) -> Router | None:
+    """What infers the task of a prompt; None where it is given. Raises UnknownName or CLGraftError, as `prepare`."""
+    if config.task_ids == "given":
+        return None
+    name = config.short(config.router)
+    kind = plugins.load("router", config.router)
+    return kind(**plugins.check_options("router", name, kind, config.options.get(name, {})))
 
 
 def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:

@@ -14,37 +14,20 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
 from cl_graft.errors import CLGraftError
 from cl_graft.models import corpus, mini_gpt2, toy_language
+from cl_graft.models.spec import Spec
 from cl_graft.models.vocabulary import SPECIAL, wrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Pairs = Iterator[list[tuple[str, str]]]  # batches of (prompt, completion)
-
-
-@dataclass(frozen=True)
-class Spec:
-    """An embedded model: its shape and how it is pre-trained."""
-
-    about: str
-    hidden: int
-    layers: int
-    heads: int
-    ffn: int
-    steps: int
-    lr: float
-    batch: int = 32
-    seed: int = 0
-    corpus: str = "world"  # or "data": the training files in the data directory
-    version: int = 1  # raise it when the recipe in this file changes, so that caches are made anew
-    family: str = "llama"  # or "gpt2": a source of other models' answers, see mini_gpt2.py
 
 
 SPECS = {

@@ -11,6 +11,9 @@ from cl_graft.models import embedded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# what a model's folder is read for
+FILES = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.bin")
+
 
 def locate(name: str, data_dir: Path | None = None) -> str:
     """The folder or hub id behind a model's name; an embedded model is trained now if need be. Raises as `check`."""

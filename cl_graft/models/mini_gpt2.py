@@ -11,12 +11,12 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from cl_graft.models import toy_language
+from cl_graft.models.spec import Spec
 from cl_graft.models.vocabulary import SPECIAL, byte_level, wrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cl_graft.models.embedded import Spec
 
 MIXTURE = (
     (toy_language.math, 22),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
 from cl_graft.planning import cost
-from cl_graft.planning.memory import Job, Memory, estimate
+from cl_graft.planning.memory import Job, Memory, estimate, of_terms
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.store.digests import digest
 from cl_graft.task import Pair, Preference, Task
@@ -87,21 +87,22 @@ class Rehearsal:
         if number and strategy.keeps in ("sum", "latest"):
             self.start, self.exact = f"after {strategy.packs[-1].task}", False
             self.chain = f"{self.config.cell}, {self.start}"
-        before = len(self.found)
+        before, shared = len(self.found), dict[str, Any]()
         try:
             strategy.learn(task, strategy.context(task), **strategy.options)
         except _Enough:
-            pass
+            shared = dict(strategy.foreseen())
         except CLGraftError:
             raise
         except Exception:
             # A method that goes on from its own last pack, which is empty here, asks for the same once more.
             if len(self.found) == before:
                 self._by_recipe(task)
-        strategy._restore_base()
+        strategy.restore_base()
         self.exact = self.real
         header = SkillPack({}, task.name, "", {}, strategy.grafted.base, {})
         strategy.packs.append(header)
+        strategy.shared |= {name: replace(header, tensors=x) for name, x in shared.items()}
         strategy.grafted.active = ()
 
     def run(
@@ -118,7 +119,10 @@ class Rehearsal:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.adapter = (lora, trained)
         check(terms, self.stages.launch)
-        asked = (list(rows), asdict(job), [t.digest for t in terms], origin)
+        if any(x.is_meta for term in terms for x in term.state.values()):
+            self.exact = False
+        told = [(t.name, t.kind, dict(t.options)) for t in terms]  # their tensors are not known
+        asked = (list(rows), asdict(job), told, origin)
         key, state = f"{self.chain} > {digest(*asked)}", "to run"
         if self.exact:
             start = fingerprint(model.named_parameters())
@@ -126,7 +130,7 @@ class Rehearsal:
             folder = self.stages.folder / "stages" / key
             state = "cached" if (folder / MARKER).is_file() else "to run"
         self.chain = key
-        self._enter(key, rows, job, lora, trained, state)
+        self._enter(key, rows, job, lora, trained, state, terms)
         if state == "cached":
             checkpoint.load_into(model, folder)
         else:
@@ -171,9 +175,12 @@ class Rehearsal:
         lora: Any,
         trained: int,
         state: str,
+        terms: Sequence[Term] = (),
     ) -> None:
         found = lengths(encoded(self.strategy.tokenizer, rows, job))
         needs = self._needs(job, max(found), lora)
+        vocabulary = self.strategy.model.get_input_embeddings().weight.shape[0]
+        held = of_terms(terms, needs, trained, vocabulary)
         named = self.strategy.model.named_parameters()
         everything = sum(p.numel() for n, p in named if ".lora_" not in n)
         learned = None if lora is None else trained
@@ -192,7 +199,7 @@ class Rehearsal:
             parameters=everything,
             trained=trained,
             tokens=round(tokens_of_a_step(found, len(rows), job) * job.steps),
-            memory=self._memory(needs),
+            memory=replace(self._memory(needs), terms=held),
             disk=cost.stage_bytes(everything if learned is None else learned) + 2 * resume,
             state=state,
             seconds=None,

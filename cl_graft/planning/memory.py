@@ -7,6 +7,7 @@ pass hold, comes from `trace`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import ceil
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from cl_graft.planning.trace import Trace
+    from cl_graft.training.term import Term
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Memory:
     parameters: and the model's buffers, as the device holds them between layers. gradients: kept for the
     optimizer. optimizer: AdamW's moments, and the master weights where ZeRO makes some. activations: the most
     that a forward and backward pass, or the optimizer's step, needs beyond these. buffers: of communication,
-    and stage 3's gathered parameters. host: what offloading moves to the host's memory.
+    and stage 3's gathered parameters. terms: `of_terms`. host: what offloading moves to the host's memory.
     """
 
     parameters: int
@@ -84,6 +86,7 @@ class Memory:
     optimizer: int
     activations: int
     buffers: int
+    terms: int = 0
     host: int = 0
 
     @property
@@ -121,6 +124,19 @@ def estimate(model: str | Path | PreTrainedConfig, job: Job) -> Memory:
         triton=job.gpu,
     )
     return _sharded(job, found) if job.stage else _whole(job, found)
+
+
+def of_terms(terms: Sequence[Term], job: Job, trained: int, vocabulary: int) -> int:
+    """Bytes that a method's terms hold on a device: an upper bound, as other parts need not be at their most then.
+
+    States as they are. Where logits are wanted, float32 ones three times over (values, their logarithms and
+    gradients) and those of another model. For a projection one more gradient, as A-GEM compares with, and the
+    one that ZeRO's shares are gathered into; not what such a gradient's own pass over other rows holds.
+    """
+    states = sum(x.nbytes for term in terms for x in term.state.values())
+    logits = 4 * 4 * job.sequences * job.length * vocabulary if any(t.logits for t in terms) else 0
+    projected = any(t.kind == "project" for t in terms)
+    return states + logits + (4 * trained * (2 if job.stage else 1) if projected else 0)
 
 
 def _whole(job: Job, found: Trace) -> Memory:

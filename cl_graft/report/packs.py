@@ -19,8 +19,7 @@ def relative(sums: list[tuple[float, float]]) -> float:
 
 def tensor_rows(pack: SkillPack, roles: Mapping[str, str]) -> list[dict[str, Any]]:
     """Codec, rank, bits an element and bytes of every tensor. roles: of those that are known."""
-    from cl_graft.skillpack.codecs import payload_bytes
-    from cl_graft.skillpack.live.decode import rank_of
+    from cl_graft.skillpack.codecs import payload_bytes, rank_of
 
     sizes = {name: payload_bytes(*encoded.spec) for name, encoded in pack.tensors.items()}
     total = sum(sizes.values()) or 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from cl_graft.config import RunConfig
+from cl_graft.config import Axes, RunConfig, Settings, several
 from cl_graft.report.aggregate import KINDS, Cell
 from cl_graft.store.files import write_text
 
@@ -57,43 +57,49 @@ def commands(cells: Sequence[Cell]) -> list[str]:
 
 
 def _command(members: Sequence[Cell]) -> str:
-    config = members[0]["config"]
-    strategies = list(dict.fromkeys(m["config"]["strategy"] for m in members))
-    seeds = sorted({m["seed"] for m in members})
     further = ["--data-dir", "DATA"] if members[0]["reads_data_dir"] else []
     further.append("--allow-code-execution")
-    lists = [config["scenario"], config["model"], config["budget"], *strategies]
-    if config["threads"] != 1 or any("," in name for name in lists):
-        told = _file(config, strategies, seeds)
-        return f"cat > sweep.yaml <<'END'\n{told}END\n{shlex.join(['cl-graft', 'sweep', 'sweep.yaml', *further])}"
-    words = ["cl-graft", "sweep", "--scenarios", config["scenario"]]
-    words += ["--strategies", ",".join(strategies), "--seeds", ",".join(map(str, seeds))]
-    words += ["--models", config["model"], "--budgets", config["budget"]]
-    for task, folder in config["train_on"].items():
-        words += ["--train-on", f"{task}={folder}"]
-    for owner, options in sorted(config["options"].items()):
+    told = _fields(members)
+    lists = [name for value in told.values() if isinstance(value, list) for name in value]
+    if any("," in str(name) for name in lists):
+        text = yaml.safe_dump(_with_options(told, members), sort_keys=False, allow_unicode=True)
+        return f"cat > sweep.yaml <<'END'\n{text}END\n{shlex.join(['cl-graft', 'sweep', 'sweep.yaml', *further])}"
+    words = ["cl-graft", "sweep"]
+    for name, value in told.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, dict):
+            words += [word for key, part in value.items() for word in (flag, f"{key}={part}")]
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    for owner, options in sorted(members[0]["config"]["options"].items()):
         for option, value in sorted(options.items()):
             words += ["--set", f"{owner}.{option}={_value(value)}"]
     return shlex.join([*words, *further])
 
 
-def _file(config: Mapping[str, Any], strategies: Sequence[str], seeds: Sequence[int]) -> str:
-    """The sweep file of these cells."""
+def _fields(members: Sequence[Cell]) -> dict[str, Any]:
+    """The fields of a sweep that make these cells, but for their options: the axes, and others that were set."""
+    config = members[0]["config"]
+    values = {name: [config[name]] for name in Axes.model_fields if name in config}
+    values["strategy"] = list(dict.fromkeys(m["config"]["strategy"] for m in members))
+    values["seed"] = sorted({m["seed"] for m in members})
+    found: dict[str, Any] = {several(name): value for name, value in values.items()}
+    for name, field in Settings.model_fields.items():
+        if config.get(name, field.default) != field.default:
+            found[name] = config[name]
+    return found
+
+
+def _with_options(told: Mapping[str, Any], members: Sequence[Cell]) -> dict[str, Any]:
+    """The fields with the options of scenarios and strategies in their entries."""
+    options = members[0]["config"]["options"]
 
     def entry(name: str) -> Any:
-        options = config["options"].get(RunConfig.short(name))
-        return {name: options} if options else name
+        own = options.get(RunConfig.short(name))
+        return {name: own} if own else name
 
-    told = {
-        "scenarios": [entry(config["scenario"])],
-        "strategies": [entry(name) for name in strategies],
-        "models": [config["model"]],
-        "seeds": list(seeds),
-        "budgets": [config["budget"]],
-        **({"train_on": dict(config["train_on"])} if config["train_on"] else {}),
-        **({"threads": config["threads"]} if config["threads"] != 1 else {}),
-    }
-    return yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+    kinds = ("scenarios", "strategies")
+    return {k: [*map(entry, v)] if k in kinds else v for k, v in told.items()}
 
 
 def _value(value: Any) -> str:

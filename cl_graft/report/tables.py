@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cl_graft.matrix import FloatArray
+from cl_graft.matrix import METRICS, FloatArray
 from cl_graft.report.aggregate import (
     KINDS,
     Cell,
@@ -77,6 +77,25 @@ def matrices(cells: Sequence[Cell]) -> list[Table]:
     return found
 
 
+def metrics(cells: Sequence[Cell]) -> list[Table]:
+    """Every metric that cells of each group have: a row for each label, a column for each metric."""
+    tables = []
+    for title, members in groups(cells).items():
+        shown = [m for m in METRICS.values() if any(m.name in c["metrics"] for c in members)]
+        rows, exact = (
+            tuple(
+                (line.name, *(_share(*line.metric(m.name), spec) for m in shown))
+                for line in series(members)
+            )
+            for spec in (".1f", ".4f")
+        )
+        lower = ", ".join(m.name for m in shown if m.better == "lower")
+        note = f"In per cent; docs/reports.md has the formulas. Lower is better of {lower}."
+        columns = ("Strategy", *(m.name for m in shown))
+        tables.append(Table(f"Metrics: {title}", columns, rows, note, exact))
+    return tables
+
+
 def costs(cells: Sequence[Cell]) -> list[Table]:
     """What the cells of each group took: seconds by what they went into, tokens and memory, means over seeds."""
     tables = []
@@ -117,6 +136,9 @@ def stages_done(cell: Cell) -> int:
     return sum(any(score is not None for score in row) for row in cell["matrix"])
 
 
+TABLES = {"ranking": ranking, "metrics": metrics, "costs": costs, "tasks": by_task}
+
+
 def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     """Writes every table of each group, and one of all cells, as Markdown, CSV and LaTeX; returns the files.
 
@@ -125,7 +147,7 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     """
     written = []
     for slug, members in slugged(groups(cells)):
-        for name, make in (("ranking", ranking), ("costs", costs), ("tasks", by_task)):
+        for name, make in TABLES.items():
             (table,) = make(members)
             written += table.write(Path(folder) / f"{slug}-{name}")
         tables = matrices(members)
@@ -144,6 +166,10 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     return written + (overview(cells).write(Path(folder) / "cells-table") if cells else [])
 
 
+def _share(mean: float, se: float, spec: str) -> str:
+    return show(100.0 * mean, spec, 100.0 * se)
+
+
 def _cost_row(line: Series) -> tuple[str, ...]:
     seconds, rest = line.costs()
     return (
@@ -160,7 +186,7 @@ def _ranking_row(line: Series, spec: str = ".1f") -> tuple[str, ...]:
     scores.append((*line.drift(), f"+{spec}"))
     return (
         line.name,
-        *(show(100.0 * mean, how, 100.0 * se) for mean, se, how in scores),
+        *(_share(mean, se, how) for mean, se, how in scores),
         show(line.storage(), ".2f"),
         show(line.total_bytes(), ",.0f"),
         show(line.seconds()[0], ",.1f"),

@@ -63,11 +63,14 @@ def place() -> str:
 
 
 def data_fingerprint(scenario: Scenario) -> str:
-    """Digest of every example and recipe of the scenario."""
+    """Digest of every example, recipe and scorer's options of the scenario."""
     digest = hashlib.blake2b(digest_size=16)
 
     def add(task: Task) -> None:
-        digest.update(json.dumps([task.name, task.metrics, asdict(task.training)]).encode())
+        about: list[Any] = [task.name, task.metrics, asdict(task.training)]
+        if any(scoring.options for scoring in task.scorings):
+            about.append([dict(scoring.options) for scoring in task.scorings])
+        digest.update(json.dumps(about).encode())
         items: list[Example | Pair] = [*task.train, *task.test, *task.pairs]
         for item in items:
             digest.update(json.dumps(asdict(item)).encode())

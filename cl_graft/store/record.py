@@ -2,7 +2,8 @@
 
 <out>/<cell>/cell.json                     the experiment, its versions and fingerprints
 <out>/<cell>/packs/01-<task>.safetensors   what the strategy stores for each task
-<out>/<cell>/stages/01/examples.jsonl      every outcome: task, metric, index, score, answer
+<out>/<cell>/packs/shared/01-<name>...     what its tasks share, as the last stage that changed it left it
+<out>/<cell>/stages/01/examples.jsonl      every outcome: task, metric, index, score, answer, and what it was taken for
 <out>/<cell>/stages/01/stage.json          scores, bytes and costs; its presence says the stage is whole
 <out>/<cell>/result.json                   the matrix and all that a report needs; present when complete
 <out>/<cell>/state.json                    waiting, running, done or failed, since when, and where
@@ -15,7 +16,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,8 @@ from typing import Any, Literal
 from cl_graft.store.files import LEFT, DiskRefused, RecordError, read_json, write_json, write_text
 from cl_graft.store.locks import Busy, file_lock, held
 
-FORMAT = 2
+FORMAT = 3
+CHECKED = ("config", "options", "sources", "inputs", "base", "data")  # of an identity
 State = Literal["waiting", "running", "done", "failed"]
 PATIENCE = (
     0.5  # seconds that a cell's lock is waited for: a sweep holds it while it marks what waits
@@ -47,6 +49,10 @@ class CellFolder:
     @property
     def complete(self) -> bool:
         return (self.path / "result.json").is_file()
+
+    @property
+    def begun(self) -> bool:
+        return self.complete or (self.path / "cell.json").is_file()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -100,11 +106,11 @@ class CellFolder:
     def begin(self, identity: dict[str, Any]) -> None:
         """Write `cell.json`, or check that the one there tells the same experiment.
 
-        Raises RecordError for a folder of another version or made from other data.
+        Raises RecordError for a folder of another version, or made of other data, weights or source files.
         """
         if not (self.path / "cell.json").exists():
             write_json(self.path / "cell.json", {"format": FORMAT, **identity})
-        self.check({key: identity.get(key) for key in ("config", "options", "base", "data")})
+        self.check({key: identity.get(key) for key in CHECKED})
 
     def identity(self) -> dict[str, Any]:
         """What `cell.json` says. Raises RecordError for a folder of another version."""
@@ -124,6 +130,11 @@ class CellFolder:
             then = found.get(key)
             if then == now:
                 continue
+            if key in ("sources", "inputs"):
+                raise RecordError(
+                    f"{self.path} was made {_difference(then, now)}; choose another --out, or delete the folder "
+                    "to compute it anew."
+                )
             if key == "config" and isinstance(then, dict):
                 key = " and ".join(k for k in now if then.get(k) != now[k]) or key
             raise RecordError(
@@ -148,6 +159,23 @@ class CellFolder:
         self._make(path.parent)
         return path
 
+    def shared_path(self, stage: int, name: str) -> Path:
+        """Where an artefact that tasks share is, as it was after a stage that changed it."""
+        return self.path / "packs" / "shared" / f"{stage:02d}-{name}.safetensors"
+
+    def new_shared_path(self, stage: int, name: str) -> Path:
+        """`shared_path`, in a folder that is there now. Raises RecordError if the disk refuses it."""
+        path = self.shared_path(stage, name)
+        self._make(path.parent)
+        return path
+
+    def keep_shared(self, shared: Mapping[str, Any]) -> None:
+        """Remove shared artefacts but these, {name: {"stage": ...}}: a later one has taken their place."""
+        kept = {self.shared_path(told["stage"], name) for name, told in shared.items()}
+        for file in (self.path / "packs" / "shared").glob("*.safetensors"):
+            if file not in kept:
+                file.unlink(missing_ok=True)
+
     def stage_path(self, stage: int) -> Path:
         return self.path / "stages" / f"{stage:02d}"
 
@@ -164,6 +192,31 @@ class CellFolder:
         while (file := self.stage_path(len(records)) / "stage.json").is_file():
             records.append(read_json(file))
         return records
+
+
+def _difference(then: Any, now: Any) -> str:
+    """What differs between two nests of {file: digest}, in words."""
+    before, after = dict(_leaves(then or {})), dict(_leaves(now or {}))
+    changed = [leaf for leaf in before if leaf in after and before[leaf] != after[leaf]]
+    told = {
+        "with another {} than there is now": changed,
+        "without {}, which is read now": [leaf for leaf in after if leaf not in before],
+        "with {}, which is no longer read": [leaf for leaf in before if leaf not in after],
+    }
+    parts = [
+        words.format(" and ".join(dict.fromkeys(leaf[-1] for leaf in leaves)))
+        for words, leaves in told.items()
+        if leaves
+    ]
+    return ", and ".join(parts)
+
+
+def _leaves(nest: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(nest, dict):
+        for key, inner in nest.items():
+            yield from _leaves(inner, (*way, key))
+    else:
+        yield way, nest
 
 
 def states(folder: Path) -> dict[Path, dict[str, Any]]:

@@ -25,6 +25,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
     further = sorted({m for r in records for m in r["scores"]} - {"score"})
     metrics = PerformanceMatrix(matrix, tasks=tasks).metrics()
     kinds = records[0]["seconds"] if records else {}
+    last = records[-1] if records else {}
     return {
         "scenario": config.scenario_label,
         "strategy": config.short(config.strategy),
@@ -43,6 +44,9 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "extra_matrices": {m: table(m, "value") for m in further},
         "general": [r["general"]["score"]["value"] if r["general"] else None for r in records],
         "pack_bytes": [r["pack_bytes"] for r in records if r["pack_bytes"] is not None],
+        "shared_bytes": {name: kept["bytes"] for name, kept in last.get("shared", {}).items()},
+        "alive_bytes": [r["alive_bytes"] for r in records if r["task"]],
+        "routing": [r["routing"] for r in records],
         "base_bytes": identity["base_bytes"],
         "seconds": {kind: sum(r["seconds"][kind] for r in records) for kind in kinds},
         "spent": sum(r["spent"] for r in records),

@@ -3,5 +3,6 @@
 from cl_graft.strategy.base import Keeps, Strategy
 from cl_graft.strategy.context import Context
 from cl_graft.strategy.forms import compressor, merger
+from cl_graft.strategy.kept import Kept
 
-__all__ = ["Context", "Keeps", "Strategy", "compressor", "merger"]
+__all__ = ["Context", "Keeps", "Kept", "Strategy", "compressor", "merger"]

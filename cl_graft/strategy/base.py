@@ -1,7 +1,7 @@
-"""What a method is: the one abstract base, and the two short forms most methods are written in.
+"""What a method is: one abstract base, driven like any Avalanche strategy.
 
-A strategy's whole state is its SkillPacks: one a task, in order. Which of them answer for a task is said
-by `keeps`, and that also says where the next task's training starts:
+A strategy's whole state is its SkillPacks: one a task, in order, and those that its tasks share. What answers for a
+task is composed of them (`compose`); `keeps` says how, and also where the next task's training starts:
 
 - `per_task`: every task is tuned from the base; its own pack answers for it.
 - `sum`: tuned from the model so far; all packs so far are active, for every task.
@@ -13,6 +13,8 @@ The base model is never changed: training works on its weights and they are put 
 
 from __future__ import annotations
 
+import inspect
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,22 +26,29 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from cl_graft import __version__
+from cl_graft import __version__, plugins
 from cl_graft.budget import Budget
+from cl_graft.errors import CLGraftError, OverBudget
+from cl_graft.evaluation.examiner import Answered, Examiner, Group, key
+from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
-from cl_graft.evaluation.scorers import Examinee, Scored, score
-from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.format.file import SkillPack, fingerprint
+from cl_graft.evaluation.scorers import Scored
+from cl_graft.routing.base import Router
+from cl_graft.skillpack.codecs.exact import exact, original
+from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
-from cl_graft.store.locks import locked
-from cl_graft.strategy.context import Context
+from cl_graft.store.digests import digest
+from cl_graft.strategy.context import Context, cost_of
+from cl_graft.strategy.kept import Kept, Tensors
 from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin
 from cl_graft.task import Scenario, Task
-from cl_graft.training.config import dpo_job, sft_job
+from cl_graft.training.config import Row, StageConfig, dpo_job, sft_job
 from cl_graft.training.delta import Delta
 from cl_graft.training.stages import Log, Stages, in_full_precision
+from cl_graft.training.term import Term
 
 Keeps = Literal["per_task", "sum", "latest", "merged"]
+ROUTER = "router"  # the shared artefact that tells tasks apart
 
 
 class Strategy(BaseTemplate):
@@ -47,7 +56,7 @@ class Strategy(BaseTemplate):
 
     A method says what it keeps in `learn`; its options are the keyword-only arguments of that function.
     budgeted: False for references that are allowed any size. stages, outcomes: where what was trained and measured is
-    kept; without them, as long as the strategy lives.
+    kept; without them, as long as the strategy lives. router: infers the task of a prompt, which is else given.
     """
 
     PLUGIN_CLASS = SupervisedPlugin
@@ -73,23 +82,26 @@ class Strategy(BaseTemplate):
         plugins: Sequence[Any] = (),
         stages: Stages | None = None,
         outcomes: Outcomes | None = None,
+        router: Router | None = None,
     ):
         super().__init__(model=model, device=model.device, plugins=list(plugins))
         self.tokenizer, self.scenario, self.budget = tokenizer, scenario, budget
         self.seed, self.options, self.allow_code = seed, dict(options), allow_code
         self.base = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self.grafted = Grafted(model)
+        self.grafted = Grafted(model, self.base)
         self.packs: list[SkillPack] = []
+        self.shared: dict[str, SkillPack] = {}
+        self.router = router if self.keeps == "per_task" else None
         self.stages = stages or Stages(Path(self._own_folder.name))
-        self.outcomes = outcomes or Outcomes(Path(self._own_folder.name))
+        self.examiner = Examiner(
+            self.grafted, tokenizer, outcomes or Outcomes(Path(self._own_folder.name)), allow_code
+        )
+        self.answered: dict[str, Answered] = {}
+        self.features = Features(model, tokenizer)
         self.progress: Callable[[str, float], None] = lambda what, done: None
-        self.seconds: dict[str, float] = {"train": 0.0, "compress": 0.0, "evaluate": 0.0}
+        self._seconds: dict[str, float] = {"train": 0.0, "compress": 0.0}
         self.log = Log()
-        self.aside = 0.0  # seconds of sampling preference pairs, and of waiting for another cell's evaluation
-        self.measured: dict[tuple[str, ...], dict[str, list[Scored]]] = {}
-        self.recalled: set[tuple[str, ...]] = (
-            set()
-        )  # what another cell or stage measured, same weights
+        self.sampling = 0.0  # seconds of sampling preference pairs
         self.results: dict[str, dict[str, list[Scored]]] = {}
         self.clock = Clock()
         self._training_wall = 0.0
@@ -99,34 +111,40 @@ class Strategy(BaseTemplate):
         return TemporaryDirectory(prefix="cl-graft-", ignore_cleanup_errors=True)
 
     @abstractmethod
-    def learn(self, task: Task, context: Context, **options: Any) -> dict[str, Encoded]:
+    def learn(self, task: Task, context: Context, **options: Any) -> Tensors | Kept:
         """Train `self.model` on the task and return what to keep, relative to `context.start`."""
 
-    def fine_tune(self, task: Task, context: Context) -> Delta:
+    def fine_tune(self, task: Task, context: Context, terms: Sequence[Term] = ()) -> Delta:
         """Full fine-tuning in place by the task's recipe; returns tuned minus `context.start`, float32.
+
+        terms: what the method adds to the loss or does to the gradients (training/term.py).
+        """
+        return context.delta(self.teach(self.model, task, terms))
+
+    def teach(self, model: Any, task: Task, terms: Sequence[Term] = ()) -> Path:
+        """The task's recipe (SFT, then DPO if it has a preference half) in place, on the model or on PEFT's wrapping
+        of it; returns the folder of the last stage.
 
         Strategies of one sweep that do the very same training share it (training/stages.py).
         """
-        delta = Delta(self.teach(self.model, task), context.start, self.model.device)
-        torch.manual_seed(
-            self._stage_seed
-        )  # whether training was recalled must not matter from here
-        return delta
-
-    def teach(self, model: Any, task: Task) -> Path:
-        """The task's recipe (SFT, then DPO if it has a preference half) in place, on the model or on PEFT's wrapping
-        of it; returns the folder of the last stage."""
-        half, seed = task.training.preference, self._stage_seed
+        half, seed, begun = task.training.preference, self._stage_seed, perf_counter()
 
         def progress(done: float) -> None:
             self.progress(f"training {task.name}", done)
 
-        def run(rows: Any, job: Any) -> Path:
-            folder, log = self.stages.run(model, self.tokenizer, rows, job, progress)
+        def run(rows: Sequence[Row], job: StageConfig) -> Path:
+            folder, log = self.stages.run(
+                model,
+                self.tokenizer,
+                self.training_rows(rows, job),
+                job,
+                progress,
+                terms,
+                self.origin,
+            )
             self.log.add(log)
             return folder
 
-        begun = perf_counter()
         with in_full_precision(model):
             folder = run(*sft_job(task, seed))
             if half:
@@ -134,11 +152,39 @@ class Strategy(BaseTemplate):
                 pairs = task.pairs or self.stages.pairs(
                     model, self.tokenizer, task, half, seed, self.allow_code
                 )
-                self.aside += perf_counter() - sampled
+                self.sampling += perf_counter() - sampled
                 if pairs:
                     folder = run(*dpo_job(task, pairs, seed))
         self._training_wall += perf_counter() - begun
+        torch.manual_seed(seed)  # whether training was recalled must not matter from here
         return folder
+
+    def training_rows(self, rows: Sequence[Row], job: StageConfig) -> Sequence[Row]:
+        """The rows that a stage trains on, given those of its task; a method may put others among them.
+
+        The steps stay those of `job`, which says of what kind the rows are.
+        """
+        return rows
+
+    def foreseen(self) -> Mapping[str, Tensors]:
+        """Artefacts as the `learn` of a task will share them, asked for after its last stage, which `cl-graft plan`
+        leaves out: what follows from the data, and of what training decides only the shapes (`codecs.exact.unknown`).
+        """
+        return {}
+
+    @cached_property
+    def origin(self) -> str:
+        """What tells this method's training from others' that start alike: the digest of its file and options.
+
+        Empty for the short forms, whose function sees the delta only when training is over. A `learn` of its own may
+        do anything to the model before it trains, so such a method shares its training with itself alone.
+        """
+        kind = type(self)
+        pure = getattr(kind.learn, "pure", False)
+        if pure and (kind.teach, kind.fine_tune) == (Strategy.teach, Strategy.fine_tune):
+            return ""
+        file = Path(inspect.getfile(kind))
+        return digest(plugins.sources_of(file), kind.__qualname__, self.options)
 
     @property
     def _stage_seed(self) -> int:
@@ -146,63 +192,159 @@ class Strategy(BaseTemplate):
 
     # --- which packs answer ---
 
-    def active(self, task: int | None) -> list[SkillPack]:
-        """The packs that answer for task number `task` (0-based), or for an input of no known task."""
+    def compose(self, task: int | None) -> Sequence[SkillPack]:
+        """The packs whose deltas are added to the base for task number `task` (0-based); None is no known task.
+
+        A method whose tasks share artefacts makes its own here, with `cl_graft.skillpack.live.composed.compose`.
+        """
         if self.keeps == "per_task":
             return [self.packs[task]] if task is not None and task < len(self.packs) else []
         return self.packs[-1:] if self.keeps == "latest" else list(self.packs)
 
-    def before_learning(self) -> list[SkillPack]:
+    def before_learning(self) -> Sequence[SkillPack]:
         """The packs active when the next task's training starts."""
-        return list(self.active(None)) if self.keeps in ("sum", "latest") else []
+        return self.compose(None) if self.keeps in ("sum", "latest") else []
 
-    def context(self, task: Task) -> Context:
-        """What a method may look at; the model holds the weights that the task's training starts from."""
-        header = SkillPack(
-            tensors={},
+    def route(self, prompts: Sequence[str], task: int | None) -> list[int | None]:
+        """The task that each prompt is answered as, None for the base: the one given, or what the router infers."""
+        if self.router is None or not self.packs:
+            known = task is not None and task < len(self.packs)
+            return [task if known else None] * len(prompts)
+        return list(self.router.choose(self._router_state, self._features(prompts)))
+
+    def groups(self, task: Task, number: int | None) -> list[Group]:
+        """Who answers which of the task's test examples: packs, and the examples' indices, together all of them."""
+        chosen: dict[int | None, list[int]] = {}
+        for index, choice in enumerate(self.route([e.prompt for e in task.test], number)):
+            chosen.setdefault(choice, []).append(index)
+        return [Group(self.compose(choice), rows, choice) for choice, rows in chosen.items()]
+
+    @property
+    def _router_state(self) -> dict[str, torch.Tensor]:
+        kept = self.shared.get(ROUTER)
+        return {n: original(e) for n, e in kept.tensors.items()} if kept else {}
+
+    def _features(self, prompts: Sequence[str]) -> torch.Tensor:
+        self.grafted.unload()
+        return self.features(prompts)
+
+    def _learn_to_route(self, task: Task) -> None:
+        """Update the router's state by the task's training prompts; nothing of earlier tasks is looked at."""
+        if self.router is None:
+            return
+        begun = perf_counter()
+        prompts = self.router.sample([e.prompt for e in task.train], self.seed)
+        state = self.router.update(self._router_state, self._features(prompts), len(self.packs))
+        tensors = {name: exact(value) for name, value in state.items()}
+        self.shared[ROUTER] = self._pack(task, tensors, f"{type(self.router).__name__}")
+        self._seconds["compress"] += perf_counter() - begun
+
+    # --- learning a task ---
+
+    def _pack(self, task: Task, tensors: Tensors, method: str = "") -> SkillPack:
+        return SkillPack(
+            tensors=tensors,
             task=task.name,
-            method=type(self).__name__,
+            method=method or type(self).__name__,
             options=self.options,
             base=self.grafted.base,
             versions={"cl_graft": __version__, "torch": torch.__version__},
         )
+
+    def context(self, task: Task) -> Context:
+        """What a method may look at; the model holds the weights that the task's training starts from."""
         self.grafted.activate(self.before_learning())
         start = self.base
-        if self.grafted.active:
+        if self.grafted.active and self.keeps != "latest":
             start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         return Context(
             model=self.model,
             tokenizer=self.tokenizer,
             task=task,
-            start=self.base if self.keeps == "latest" else start,
-            budget=self.budget,
+            start=start,
+            budget=replace(self.budget, less=self._spoken_for()),
             seed=self.seed,
-            header=header,
+            header=self._pack(task, {}),
             progress=lambda done: self.progress(f"compressing {task.name}", done),
         )
+
+    def _spoken_for(self) -> int:
+        """Bytes of the next task's budget that shared artefacts take: all that are alive, over the budgets so far."""
+        before = 0 if self.keeps == "latest" else sum(map(self._cost, self.packs))
+        alive = before + sum(map(self._cost, self.shared.values()))
+        return max(0, alive - self.budget.bytes * len(self.packs))
+
+    def _cost(self, pack: SkillPack) -> int:
+        return cost_of(pack, {n: e.spec for n, e in pack.tensors.items()}, self.budget)
+
+    @property
+    def alive(self) -> list[SkillPack]:
+        """All that the method keeps: the packs that it still needs, and what its tasks share."""
+        own = self.packs[-1:] if self.keeps == "latest" else self.packs
+        return [*own, *self.shared.values()]
+
+    def _require_fit(self) -> None:
+        """Raises OverBudget where what is alive takes more than the budgets of the tasks seen."""
+        used, allowed = sum(map(self._cost, self.alive)), self.budget.bytes * len(self.packs)
+        if used > allowed:
+            shared = sum(map(self._cost, self.shared.values()))
+            raise OverBudget(
+                f"after task {self.packs[-1].task!r} {used} bytes are kept ({shared} of them shared by tasks) and "
+                f"{len(self.packs)} budgets of {self.budget.text} allow {allowed}; raise --budget or keep less."
+            )
 
     # --- Avalanche's hooks ---
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         task = self.scenario.tasks[experience.current_experience]
+        self._learn_to_route(task)
         context = self.context(task)
         begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
         torch.manual_seed(self.seed + len(self.packs))
-        tensors = self.learn(task, context, **self.options)
-        self._restore_base()
+        kept = self.learn(task, context, **self.options)
+        kept = kept if isinstance(kept, Kept) else Kept(kept)
+        self.restore_base()
         if self.budgeted:
-            context.require_fit(tensors)
-        self.packs.append(replace(context.header, tensors=tensors))
-        self.seconds["train"] += self.log.seconds - trained
-        self.seconds["compress"] += perf_counter() - begun - self._training_wall
+            context.require_fit(kept.own)
+        self.packs.append(replace(context.header, tensors=kept.own))
+        for name, tensors in kept.shared.items():
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == ROUTER:
+                raise CLGraftError(
+                    f"{type(self).__name__} calls a shared artefact {name!r}; name it in small letters, digits, - and "
+                    f"_, and not {ROUTER!r}, which is the harness's."
+                )
+            self.shared[name] = self._pack(task, tensors)
+        if self.budgeted:
+            self._require_fit()
+        self._seconds["train"] += self.log.seconds - trained
+        self._seconds["compress"] += perf_counter() - begun - self._training_wall
         self.clock.train_iterations += task.training.steps
 
     def _eval_exp(self, **kwargs: Any) -> None:
         number = self.experience.current_experience
         task = self.scenario.tasks[number]
-        outcomes = self.measure(task, self.active(number))
-        self.results[task.name] = outcomes
-        self._show_to_avalanche(outcomes[task.score])
+        self.results[task.name] = self.measure(task, number)
+        self._show_to_avalanche(self.results[task.name][task.metrics[0]])
+
+    def measure(self, task: Task, number: int | None) -> dict[str, list[Scored]]:
+        """Outcomes of every metric of the task, one a test example, with what answers for each of them.
+
+        number: of the task (0-based), for methods that are told; None where there is none, as of general ability.
+        """
+        groups = self.groups(task, number)
+        names = self.scenario.task_names if self.keeps == "per_task" else ()
+        self.answered[task.name] = Answered(key(task, groups)[1:], groups, names)
+        return self.examiner.measure(task, groups, len(self.packs))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of training (also where it was recalled), compressing and evaluating so far."""
+        return self._seconds | {"evaluate": self.examiner.seconds}
+
+    @property
+    def aside(self) -> float:
+        """Seconds of sampling preference pairs, and of waiting for another cell's evaluation."""
+        return self.sampling + self.examiner.aside
 
     def _show_to_avalanche(self, outcomes: Sequence[Scored]) -> None:
         """Each example as a two-class problem, 'answered right or not', for Avalanche's own metrics."""
@@ -215,42 +357,12 @@ class Strategy(BaseTemplate):
                 if hasattr(plugin, callback):
                     getattr(plugin, callback)(self)
 
-    # --- measuring ---
+    def _after_eval(self, **kwargs: Any) -> None:
+        self.grafted.unload()
+        super()._after_eval(**kwargs)
 
-    def measure(self, task: Task, packs: Sequence[SkillPack]) -> dict[str, list[Scored]]:
-        """Outcomes of every metric of the task with exactly `packs` active; the same weights are measured once."""
-        key = (task.name, *(pack.digest for pack in packs))
-        if key not in self.measured:
-            self.grafted.activate(packs)
-            weights, stage = fingerprint(self.model.named_parameters()), len(self.packs)
-            file = self.outcomes.file(weights, self.tokenizer, task)
-            begun = perf_counter()
-            with locked(file):
-                self.aside += perf_counter() - begun
-                known = self.outcomes.recall(file, stage)
-                if known is None:
-                    known = self._score(task), False
-                    self.outcomes.keep(file, task, known[0], weights, stage)
-            self.grafted.unload()
-            self.measured[key], elsewhere = known
-            if elsewhere:
-                self.recalled.add(key)
-        return self.measured[key]
-
-    def _score(self, task: Task) -> dict[str, list[Scored]]:
-        begun = perf_counter()
-        examinee = Examinee(
-            self.model,
-            self.tokenizer,
-            task.max_new_tokens,
-            task.training.max_length,
-            self.allow_code,
-        )
-        found = score(examinee, task.test, task.metrics)
-        self.seconds["evaluate"] += perf_counter() - begun
-        return found
-
-    def _restore_base(self) -> None:
+    def restore_base(self) -> None:
+        """Put the base's weights back into the model, bit for bit; no pack is active."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self.base[name])

@@ -5,25 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cl_graft.budget import Budget, largest, weight_bits
+from cl_graft.budget import Budget, largest
 from cl_graft.errors import OverBudget
 from cl_graft.models.roles import Role, roles
 from cl_graft.models.text import encode
-from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse
+from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse, weight_bits
 from cl_graft.skillpack.compress.calibrate import Moments, moments
 from cl_graft.skillpack.compress.text import padded
 from cl_graft.skillpack.format.file import SkillPack, packed_size
 from cl_graft.task import Task
+from cl_graft.training.delta import Delta
 from cl_graft.training.fit import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def cost_of(pack: SkillPack, specs: Mapping[str, Spec], budget: Budget) -> int:
+    """Bytes of a pack with these tensors by the budget's convention: of the file, or of the weights it keeps."""
+    if budget.counts_weights:
+        return -(-sum(weight_bits(*spec) for spec in specs.values()) // 8)
+    return packed_size(
+        specs,
+        task=pack.task,
+        method=pack.method,
+        options=pack.options,
+        base=pack.base,
+        versions=pack.versions,
+    )
 
 
 @dataclass
@@ -48,23 +64,17 @@ class Context:
         """Parameter name -> embedding, head, attention, mlp or norm."""
         return roles(self.model)
 
+    def delta(self, stage: Path) -> Delta:
+        """Tuned minus start, read tensor by tensor from the folder of a finished stage."""
+        return Delta(stage, self.start, self.model.device)
+
     def cost(self, tensors: Mapping[str, Encoded]) -> int:
         """Bytes these encoded tensors take by the budget's convention (see Budget)."""
         return self.cost_of({name: encoded.spec for name, encoded in tensors.items()})
 
     def cost_of(self, specs: Mapping[str, Spec]) -> int:
-        """The same, from {name: (codec, shape, meta)} and no data."""
-        if self.budget.counts_weights:
-            return -(-sum(weight_bits(spec) for spec in specs.values()) // 8)
-        pack = self.header
-        return packed_size(
-            specs,
-            task=pack.task,
-            method=pack.method,
-            options=pack.options,
-            base=pack.base,
-            versions=pack.versions,
-        )
+        """Bytes of tensors with these specs, {name: (codec, shape, meta)}, without any data."""
+        return cost_of(self.header, specs, self.budget)
 
     def require_fit(self, tensors: Mapping[str, Encoded]) -> None:
         """Raises OverBudget if the tensors cost more than the budget."""

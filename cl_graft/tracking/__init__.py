@@ -1,14 +1,24 @@
-"""A cell's events to W&B, TensorBoard and CSV files. They are never the only record, and never in the cell's way."""
+"""A cell's events to trackers: each file here is one, `track:` names it. None is the only record, or in a cell's way.
+
+The file defines `tracker(config, folder, identity)`, which makes a Tracker, or None where the config wants none.
+"""
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cl_graft.config import RunConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Point = dict[str, float]  # a line of a training log: step, loss terms, learning rate, speed, memory
 
 
 class Tracker(Protocol):
@@ -31,18 +41,11 @@ def trackers(config: RunConfig, folder: Path, identity: dict[str, Any]) -> Track
 
     folder: the cell's; what they write goes into its `tracking`. identity: what its `cell.json` says.
     """
-    from cl_graft.tracking.csv import Csv
-    from cl_graft.tracking.tensorboard import TensorBoard
-    from cl_graft.tracking.wandb import Wandb, resolve
-
-    chosen: list[Tracker] = []
-    if (mode := resolve(config.wandb)) != "off":
-        chosen.append(Wandb(config, folder, identity, mode))
-    if "tensorboard" in config.track:
-        chosen.append(TensorBoard(folder / "tracking"))
-    if "csv" in config.track:
-        chosen.append(Csv(folder / "tracking"))
-    return Trackers(chosen)
+    made = (
+        import_module(f"{__name__}.{name}").tracker(config, folder, identity)
+        for name in ("wandb", *config.track)
+    )
+    return Trackers([tracker for tracker in made if tracker])
 
 
 class Trackers:
@@ -74,3 +77,67 @@ class Trackers:
                 )
                 with suppress(Exception):
                     tracker.abandon(error)
+
+
+# --- what is tracked, under the same names everywhere ---
+
+
+def of_stage(record: dict[str, Any]) -> dict[str, float]:
+    """Scores and costs of a stage; what was not measured is not there."""
+    found = {
+        f"{metric}/{task}": cell["value"]
+        for metric, row in record["scores"].items()
+        for task, cell in row.items()
+    }
+    found |= {
+        f"general/{metric}": cell["value"] for metric, cell in (record["general"] or {}).items()
+    }
+    found |= {f"seconds/{kind}": value for kind, value in record["seconds"].items()}
+    found |= {key: record[key] for key in ("tokens", "peak_memory_mb", "pack_bytes")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def of_point(point: Point) -> dict[str, float]:
+    """All that training logged at one step."""
+    return {f"train/{key}": value for key, value in point.items()}
+
+
+def of_result(result: dict[str, Any]) -> dict[str, float]:
+    """Metrics and total costs of a cell; what is not defined for it is not there."""
+    found = {f"metrics/{key}": value for key, value in result["metrics"].items()}
+    found |= {f"total_seconds/{kind}": value for kind, value in result["seconds"].items()}
+    found |= {
+        "pack_bytes_max": max(result["pack_bytes"], default=None),
+        "base_bytes": result["base_bytes"],
+        "total_tokens": result["tokens"],
+        "peak_memory_mb_max": result["peak_memory_mb"],
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def along(points: Iterable[Point], begin: int) -> Iterator[tuple[int, Point]]:
+    """Each point with its place on one axis of steps; every training job counts its own from 1."""
+    before, last = begin, 0
+    for point in points:
+        step = int(point["step"])
+        if step <= last:
+            before += last
+        last = step
+        yield before + step, point
+
+
+def matrices(result: dict[str, Any]) -> dict[str, list[list[float | None]]]:
+    """Of the score, `matrix`, and of every other metric, each row with its stage before it."""
+    found = {"matrix": result["matrix"]}
+    found |= {f"matrix/{name}": rows for name, rows in result["extra_matrices"].items()}
+    return {name: [[stage, *row] for stage, row in enumerate(rows)] for name, rows in found.items()}
+
+
+def figures(result: dict[str, Any]) -> dict[str, Image]:
+    """The report's figures of this cell alone, under the names that end their files' there."""
+    from PIL.Image import open as read
+
+    from cl_graft.report.figures import FIGURES
+    from cl_graft.report.style import png
+
+    return {name: read(io.BytesIO(png(draw([result])))) for name, draw in FIGURES.items()}

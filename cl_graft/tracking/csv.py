@@ -8,10 +8,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cl_graft.config import RunConfig
 from cl_graft.store.files import write_text
 
 SCORES = ("stage", "task", "metric", "value", "n", "stderr")
 LAST = ("learning_rate", "grad_norm", "tokens_per_second", "peak_memory_mb", "epoch", "seconds")
+
+
+def tracker(config: RunConfig, folder: Path, identity: dict[str, Any]) -> Csv:
+    return Csv(folder / "tracking")
 
 
 class Csv:

@@ -6,7 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cl_graft.tracking.values import along, figures, of_point, of_result, of_stage
+from cl_graft.config import RunConfig
+from cl_graft.tracking import along, figures, of_point, of_result, of_stage
+
+
+def tracker(config: RunConfig, folder: Path, identity: dict[str, Any]) -> TensorBoard:
+    return TensorBoard(folder / "tracking")
 
 
 class TensorBoard:

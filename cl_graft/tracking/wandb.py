@@ -26,7 +26,7 @@ from cl_graft.store.digests import digest
 from cl_graft.store.files import write_text
 from cl_graft.store.locks import Busy
 from cl_graft.store.record import CellFolder
-from cl_graft.tracking.values import figures, matrices, of_point, of_result, of_stage
+from cl_graft.tracking import figures, matrices, of_point, of_result, of_stage
 
 T = TypeVar("T")
 
@@ -34,6 +34,11 @@ CONFIG = ("options", "versions", "tasks", "base", "data", "budget_bytes", "base_
 STAGE_SECONDS = 90.0  # to start, and to take a stage in; uploading goes on behind
 FINISH_SECONDS = 600.0  # to upload what is left
 INTERRUPTED_SECONDS = 5.0  # the same after Ctrl-C; an executor kills a worker that takes ten
+
+
+def tracker(config: RunConfig, folder: Path, identity: dict[str, Any]) -> Wandb | None:
+    mode = resolve(config.wandb)
+    return None if mode == "off" else Wandb(config, folder, identity, mode)
 
 
 def resolve(mode: WandbMode) -> str:

@@ -60,4 +60,5 @@ def _scores(
     allow_code: bool,
 ) -> list[float]:
     examinee = Examinee(model, tokenizer, task.max_new_tokens, 512, allow_code, given=answers)
-    return [s.score for s in score(examinee, examples, (task.score,))[task.score]]
+    (outcomes,) = score(examinee, examples, task.scorings[:1]).values()
+    return [s.score for s in outcomes]

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from cl_graft.config import Launch
-from cl_graft.evaluation import generate, scorers
+from cl_graft.evaluation import generate
+from cl_graft.evaluation.scorers import base, described
 from cl_graft.models import text
 from cl_graft.skillpack.folders.checkpoint import CheckpointError, new_folder
 from cl_graft.skillpack.format.file import fingerprint
@@ -42,7 +43,7 @@ from cl_graft.store.files import (
 from cl_graft.store.locks import locked, use
 from cl_graft.store.mirror import Mirror
 from cl_graft.task import Pair, Preference, Task
-from cl_graft.training import checkpoint, config, fit, preferences, term, trainer
+from cl_graft.training import adapters, checkpoint, config, fit, preferences, term, trainer
 from cl_graft.training.config import Row, StageConfig
 from cl_graft.training.term import Term
 
@@ -212,8 +213,9 @@ class Stages:
         seed: int,
     ) -> Path:
         """Where the pairs are that a model of this fingerprint samples."""
-        asked = [asdict(half), task.score, task.max_new_tokens, [asdict(e) for e in task.train]]
-        code = code_digest(preferences, generate, scorers)
+        scored = described(task.scorings[0])
+        asked = [asdict(half), scored, task.max_new_tokens, [asdict(e) for e in task.train]]
+        code = code_digest(preferences, generate, base)
         key = digest(start, vocabulary(tokenizer), asked, seed, place(), code, versions())
         return self.folder / "pairs" / f"{key}.jsonl"
 
@@ -249,7 +251,7 @@ def stage_key(
 
 def training_code() -> str:
     """Digest of the code that a stage's outcome depends on."""
-    return code_digest(fit, trainer, term, config, text)
+    return code_digest(fit, trainer, term, config, adapters, text)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ stage's key, and written down for the processes of a launched job; nothing is pi
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +36,7 @@ class Term:
     function: defined at the top level of a Python file, so that another process finds it by file and name.
     kind `penalty`: `function(model, batch, output, state, **options)` is added to the loss, a scalar tensor or
         {name: scalar tensor} whose sum is added; each value is a column of the log, `ewc` or `o_lora.orthogonal`.
+        A value that needs no gradient (of `detach`) is a column alone, and no part of the loss.
     kind `project`: `function(model, gradients, state, step, **options)` changes the gradients of a whole step in
         place, {parameter name: tensor}, before they are clipped; `step` counts from 0.
     state: tensors of any shape and dtype; the function gets them on the model's device. options: plain JSON.
@@ -110,7 +110,9 @@ class Term:
     def digest(self) -> str:
         """Digest of everything that decides what the term does."""
         given = (self.kind, dict(self.options), self.logits)
-        return digest(_sources(self.file), self.name, *given, fingerprint(self.state.items()))
+        return digest(
+            plugins.sources_of(self.file), self.name, *given, fingerprint(self.state.items())
+        )
 
     @property
     def about(self) -> dict[str, Any]:
@@ -121,10 +123,6 @@ class Term:
             "options": dict(self.options),
             "digest": self.digest,
         }
-
-
-def _sources(path: Path) -> dict[str, str]:
-    return {path.name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()}
 
 
 def check(terms: Sequence[Term], launch: Launch) -> None:
@@ -200,4 +198,4 @@ def _module(path: Path, name: str) -> ModuleType:
         spec = None
     if spec and spec.origin and Path(spec.origin).resolve() == path:
         return importlib.import_module(name)
-    return plugins._import(path, name)
+    return plugins.import_file(path, name)

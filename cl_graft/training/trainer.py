@@ -29,7 +29,10 @@ class Terms:
         self.count = 0
 
     def penalty(self, model: Any, batch: Mapping[str, Any], output: Any, step: int) -> Tensor:
-        """The sum of all penalties of a micro-batch. Raises CLGraftError for one that is no finite number."""
+        """The sum of all penalties of a micro-batch; a value without a gradient pulls at nothing and is only logged.
+
+        Raises CLGraftError for one that is no finite number.
+        """
         values: dict[str, Tensor] = {}
         for term, state in self.penalties:
             found = term.function(model, batch, output, state, **term.options)
@@ -46,7 +49,7 @@ class Terms:
                 values[name] = value
                 self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
-        return torch.stack([value.float() for value in values.values()]).sum()
+        return torch.stack([value.float() * value.requires_grad for value in values.values()]).sum()
 
     def project(self, model: Any, gradients: dict[str, Tensor], step: int) -> None:
         """Let each projection change the gradients. Raises CLGraftError if they are not finite then."""

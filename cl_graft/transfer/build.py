@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cl_graft import plugins
 from cl_graft.evaluation.sandbox import require_consent
+from cl_graft.evaluation.scorers import described
 from cl_graft.store.digests import versions
 from cl_graft.store.files import RecordError, write_json, write_text
 from cl_graft.store.record import CellFolder
@@ -34,8 +36,9 @@ def build(config: BuildConfig, progress: Progress = lambda what, done: None) -> 
     fails, a full disk; what was finished by then stays, and the same call goes on from there.
     """
     prompts = read_prompts(config)
-    if prompts.rule == "tests":
-        require_consent(config.allow_code_execution, "judging answers by their tests")
+    if prompts.rule and plugins.load("scorer", prompts.rule.name).consent:
+        what = f"judging answers by {prompts.rule.label!r}"
+        require_consent(config.allow_code_execution, what)
     if config.backend == "vllm":
         require_vllm()
     work = CellFolder(config.out)
@@ -95,7 +98,8 @@ def _identity(config: BuildConfig, prompts: Prompts) -> dict[str, Any]:
             "chat": prompts.chat,
         },
         "judging": {
-            "rule": prompts.rule,
+            "rule": prompts.rule and prompts.rule.label,
+            "scorer": prompts.rule and described(prompts.rule),
             "references": _digest([[e.completion, e.tests, e.setup] for e in examples]),
             "reward_model": reward_model,
         },

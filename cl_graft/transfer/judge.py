@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from cl_graft.errors import CLGraftError
-from cl_graft.evaluation.scorers import SCORERS, Examinee
+from cl_graft.evaluation.scorers import Examinee, score
 from cl_graft.models.load import locate
 from cl_graft.models.text import encode
-from cl_graft.task import Example
+from cl_graft.task import Example, Scoring
 from cl_graft.transfer.sources import SourceError, reader, worded
 
 if TYPE_CHECKING:
@@ -27,16 +27,17 @@ class JudgeError(CLGraftError):
     """A verifier or reward model that came to no verdict."""
 
 
-def rule_judge(rule: str, allow_code: bool) -> Judge:
-    """1.0 for what the rule finds right, else 0.0. Raises JudgeError, naming the prompt, where a rule fails."""
-    examinee = Examinee(cast(Any, None), cast(Any, None), 0, 0, allow_code)  # the answers are given
+def rule_judge(rule: Scoring, allow_code: bool) -> Judge:
+    """The score by the rule, a scorer of answers: 1.0 is right. Raises JudgeError, naming the prompt."""
 
     def judge(example: Example, answers: Sequence[str]) -> list[float]:
+        nobody = cast(Any, None)  # the answers are given
+        examinee = Examinee(nobody, nobody, 0, 0, allow_code, given=answers)
         try:
-            scored = SCORERS[rule](examinee, [example] * len(answers), answers)
+            (scored,) = score(examinee, [example] * len(answers), [rule]).values()
         except CLGraftError as error:
             raise JudgeError(
-                f"the rule {rule!r} fails on answers to prompt {example.prompt[:60]!r}: {error}"
+                f"the rule {rule.label!r} fails on answers to prompt {example.prompt[:60]!r}: {error}"
             ) from error
         return [one.score for one in scored]
 

@@ -1,7 +1,7 @@
 """The prompts of a build, and the rule that judges what is said to them.
 
-A row is {"prompt": ...} and what the rule needs: `completion` (the reference answer) for `number` and `exact`,
-`tests` (assert statements) and perhaps `setup` for `tests`. A row without it is left to the reward model.
+A row is {"prompt": ...} and what the rule, a scorer of answers, reads of an example: `completion` (the reference
+answer), or `tests` (assert statements) and perhaps `setup`. A row without it is left to the reward model.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import Any
 
 from cl_graft import plugins
 from cl_graft.data.readers import DataError, json_lines
-from cl_graft.errors import UnknownName
-from cl_graft.evaluation.scorers import final_number
-from cl_graft.task import Example, Scenario, Task
+from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.evaluation.scorers import Scorer, judge_of, resolved
+from cl_graft.task import Example, Scenario, Scoring, Task
 from cl_graft.transfer.config import BuildConfig
 
-RULES = {"number": "completion", "exact": "completion", "tests": "tests"}  # and what each needs
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 MAX_NEW_TOKENS = 512
 
@@ -33,13 +32,13 @@ Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and what it h
 class Prompts:
     """Different prompts in the order given, and how answers to them are judged.
 
-    rule: a key of RULES, or None where the reward model ranks everything. duplicates: rows left out because
+    rule: the scorer of answers, or None where the reward model ranks everything. duplicates: rows left out because
     their prompt was there already.
     """
 
     examples: tuple[Example, ...]
     duplicates: int
-    rule: str | None
+    rule: Scoring | None
     max_new_tokens: int
     chat: bool
 
@@ -50,15 +49,15 @@ def read_prompts(config: BuildConfig) -> Prompts:
     Raises DataError for rows that lack what the rule needs, UnknownName for a scenario, task or rule that is
     not there, CLGraftError where nothing says how to judge.
     """
-    _check_options(config)
     own = _scenario_task(config.prompts, config)
     found = _rows(config.prompts) if own is None else []
     rule, length, chat = _judged_by(config, own)
+    _check_options(config, own, rule)
     if own is not None:
         rows = list(own[1].train)
         for i, example in enumerate(rows, 1):
             if rule and config.reward_model is None and not judged_by_rule(example, rule):
-                _refuse_unjudged(f"{config.prompts}, example {i}", rule)
+                _refuse_unjudged(f"{config.prompts}, example {i}", example, rule)
     else:
         rows = [_example(row, rule, config) for row in found]
     different = {example.prompt: example for example in reversed(rows)}  # the first of equals stays
@@ -75,40 +74,65 @@ def read_prompts(config: BuildConfig) -> Prompts:
     )
 
 
-def judged_by_rule(example: Example, rule: str | None) -> bool:
+def judged_by_rule(example: Example, rule: Scoring | None) -> bool:
     """Whether the example has what the rule needs."""
-    return rule is not None and bool(getattr(example, RULES[rule]))
+    return rule is not None and not _lacks(example, rule)
+
+
+def _scorer(rule: Scoring) -> Scorer:
+    return plugins.load("scorer", rule.name)
+
+
+def _lacks(example: Example, rule: Scoring) -> list[str]:
+    """The fields that the rule reads and the example leaves empty."""
+    return [field for field in _scorer(rule).reads if not getattr(example, field)]
 
 
 def _judged_by(
     config: BuildConfig, own: tuple[Scenario, Task] | None
-) -> tuple[str | None, int, bool]:
+) -> tuple[Scoring | None, int, bool]:
     """Rule, longest answer in tokens, and whether prompts are a user's turn."""
-    if config.task in RULES:
-        return config.task, MAX_NEW_TOKENS, False
+    if config.task and (config.task.endswith(".py") or config.task in plugins.names("scorer")):
+        short = _scorer(Scoring(config.task)).name
+        given = Scoring(config.task, config.options.get(short, {}))
+        return _rule(given, repr(config.task)), MAX_NEW_TOKENS, False
     named = _scenario_task(config.task, config) if config.task else own
     if named is None:
         if config.task:
             scenarios = plugins.names("scenario")
-            raise UnknownName("task", config.task, [*RULES, *(f"{s}/TASK" for s in scenarios)])
+            known = [*plugins.names("scorer"), *(f"{s}/TASK" for s in scenarios)]
+            raise UnknownName("task", config.task, known)
         if config.reward_model is None:
             raise DataError(
-                f"nothing says how answers to {config.prompts} are judged; give --task ({', '.join(RULES)} or "
-                "SCENARIO/TASK) or a --reward-model."
+                f"nothing says how answers to {config.prompts} are judged; give --task (SCENARIO/TASK, or a scorer "
+                f"of answers: {', '.join(plugins.names('scorer'))}) or a --reward-model."
             )
         return None, MAX_NEW_TOKENS, False
     scenario, task = named
-    rule = {"choice": "exact"}.get(task.score, task.score)  # an answer that is sampled is no choice
-    if rule not in RULES:
-        raise UnknownName(f"rule for task {task.name!r}", task.score, RULES)
-    return rule, task.max_new_tokens, scenario.chat
+    return _rule(task.scorings[0], f"task {task.name!r}"), task.max_new_tokens, scenario.chat
 
 
-def _check_options(config: BuildConfig) -> None:
+def _rule(scoring: Scoring, what: str) -> Scoring:
+    """The scorer that judges answers in its place, if it is none itself; its options are checked."""
+    plugins.check_options("scorer", scoring.label, _scorer(scoring), scoring.options)
+    rule = judge_of(scoring)
+    if rule is None:
+        raise CLGraftError(
+            f"{what} is scored by {scoring.label!r}, which reads no answer; give a --task that judges answers, or a "
+            "--reward-model alone."
+        )
+    return rule
+
+
+def _check_options(
+    config: BuildConfig, own: tuple[Scenario, Task] | None, rule: Scoring | None
+) -> None:
     named = {text.partition("/")[0] for text in (config.prompts, config.task) if text}
+    scorings = [s for task in own[0].tasks for s in task.scorings] if own else []
+    named |= {_scorer(s).name for s in [*scorings, *([rule] if rule else [])]}
     for owner in config.options:
         if owner not in named:
-            raise UnknownName("scenario in this command", owner, named)
+            raise UnknownName("scenario or scorer in this command", owner, named)
 
 
 def _scenario_task(text: str, config: BuildConfig) -> tuple[Scenario, Task] | None:
@@ -118,7 +142,8 @@ def _scenario_task(text: str, config: BuildConfig) -> tuple[Scenario, Task] | No
         return None
     make = plugins.load("scenario", name)
     chosen = plugins.check_options("scenario", name, make, config.options.get(name, {}))
-    scenario = make(seed=config.seed, data_dir=config.data_dir, **chosen)
+    made = make(seed=config.seed, data_dir=config.data_dir, **chosen)
+    scenario, _ = resolved(made, name, config.options)
     for task in scenario.tasks:
         if task.name == wanted:
             return scenario, task
@@ -179,33 +204,32 @@ def _hub(name: str) -> list[Row]:
     return [(f"{name}, row {i}", row) for i, row in enumerate(rows, 1)]
 
 
-def _example(row: Row, rule: str | None, config: BuildConfig) -> Example:
+def _example(row: Row, rule: Scoring | None, config: BuildConfig) -> Example:
     """The row as an example. Raises DataError naming where it stands, what it lacks and what it has."""
     where, found = row
     if not isinstance(found, dict):
         raise DataError(f"{where} is no object with columns; write one with a column 'prompt'.")
     needed = ["prompt"]
     if rule is not None and config.reward_model is None:
-        needed.append(RULES[rule])
+        needed += _scorer(rule).reads
     for column in needed:
         if column not in found:
             raise DataError(
                 f"{where} has no column {column!r}; its columns are {', '.join(map(repr, found))}."
             )
+    by_tests = rule is not None and "tests" in _scorer(rule).reads
     example = Example(
         prompt=_text(where, "prompt", found["prompt"]),
         completion=_text(where, "completion", _or_empty(found, "completion")),
-        tests=_tests(where, found.get("tests") or []) if rule == "tests" else (),
+        tests=_tests(where, found.get("tests") or []) if by_tests else (),
         setup=_text(where, "setup", _or_empty(found, "setup")),
     )
     if not example.prompt.strip():
         raise DataError(f"{where} has an empty prompt; write one or remove the row.")
     if rule and config.reward_model is None and not judged_by_rule(example, rule):
-        _refuse_unjudged(where, rule)
-    if rule == "number" and example.completion and final_number(example.completion) is None:
-        raise DataError(
-            f"{where} has no number in its completion {example.completion[:40]!r}; write one there."
-        )
+        _refuse_unjudged(where, example, rule)
+    if rule and judged_by_rule(example, rule) and (flaw := _scorer(rule).flaw(example)):
+        raise DataError(f"{where} has {flaw}; mend it there.")
     return example
 
 
@@ -213,10 +237,10 @@ def _or_empty(found: dict[str, Any], column: str) -> Any:
     return "" if found.get(column) is None else found[column]
 
 
-def _refuse_unjudged(where: str, rule: str) -> None:
+def _refuse_unjudged(where: str, example: Example, rule: Scoring) -> None:
     raise DataError(
-        f"{where} has nothing in {RULES[rule]!r}, which the rule {rule!r} needs; fill it, remove the row, or "
-        "give a --reward-model for such rows."
+        f"{where} has nothing in {_lacks(example, rule)[0]!r}, which the rule {rule.label!r} needs; fill it, remove "
+        "the row, or give a --reward-model for such rows."
     )
 
 

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from cl_graft.errors import CLGraftError
 from cl_graft.models.chat import user_turn
-from cl_graft.models.load import locate
+from cl_graft.models.load import FILES, locate
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-WEIGHTS = ("*.safetensors", "*.bin")
 
 
 class SourceError(CLGraftError):
@@ -32,8 +30,7 @@ def identify(name: str, data_dir: Path | None) -> dict[str, str]:
         commit = getattr(_config(name, place), "_commit_hash", None)
         return {"name": name, "commit": str(commit)}
     digest = hashlib.blake2b(digest_size=16)
-    kinds = ("*.json", "*.jinja", "*.model", *WEIGHTS)
-    for file in sorted({file for kind in kinds for file in Path(place).glob(kind)}):
+    for file in sorted({file for kind in FILES for file in Path(place).glob(kind)}):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "blake2b").digest())

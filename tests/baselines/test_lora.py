@@ -9,6 +9,8 @@ from cl_graft import plugins
 from cl_graft.errors import UnknownName
 from cl_graft.stream import benchmark
 
+NAME = "model.layers.0.self_attn.q_proj.weight"
+
 
 def learn(strategy, scenario, experiences=2):
     for experience in list(benchmark(scenario).train_stream)[:experiences]:
@@ -43,12 +45,12 @@ def test_the_pack_is_the_merged_adapter_of_peft(build, tiny_scenario, monkeypatc
 
 def test_trained_on_replaces_summed_appends_and_merged_accumulates(build, tiny_scenario):
     one = learn(build("lora", budget="50%", convention="trained_on", rank=2), tiny_scenario)
-    assert one.active(0) == [one.packs[1]]
+    assert one.compose(0) == [one.packs[1]]
     assert {e.meta["rank"] for e in one.packs[1].tensors.values()} == {2}
     two = learn(build("lora", budget="50%", convention="summed", rank=2), tiny_scenario)
-    assert two.active(0) == two.packs
+    assert two.compose(0) == two.packs
     three = learn(build("lora", budget="50%", convention="merged", rank=2), tiny_scenario)
-    assert three.active(0) == [three.packs[1]]
+    assert three.compose(0) == [three.packs[1]]
     assert {e.meta["rank"] for e in three.packs[1].tensors.values()} == {4}
     # What one stores as two packs the other stores as one: the same model.
     for name in three.packs[1].tensors:
@@ -66,6 +68,20 @@ def test_trained_on_starts_from_the_adapter_it_had(build, tiny_scenario):
     first, second = (pack.decode() for pack in strategy.packs)
     for name in first:
         assert torch.allclose(first[name], second[name], atol=1e-7), name
+
+
+@pytest.mark.parametrize("other", [{"alpha_over_rank": 4.0}, {"dropout": 0.5}])
+def test_another_alpha_or_dropout_is_another_stage(build, tiny_scenario, other):
+    """Both start from the very same weights with the same recipe, and are told apart all the same."""
+    first, second, third = (build("lora", rank=2, **given) for given in ({}, other, {}))
+    second.stages = third.stages = first.stages
+    made = []
+    for strategy in (first, second, third):
+        learn(strategy, tiny_scenario, 1)
+        made.append(len([*first.stages.folder.glob("stages/*/stage.json")]))
+    assert made == [1, 2, 2]
+    assert first.packs[0].delta(NAME).equal(third.packs[0].delta(NAME))
+    assert not first.packs[0].delta(NAME).equal(second.packs[0].delta(NAME))
 
 
 def test_without_a_rank_the_largest_that_fits_is_taken(build, tiny_scenario):

@@ -10,19 +10,20 @@ import torch
 from cl_graft import plugins
 from cl_graft.skillpack.codecs import decode
 from cl_graft.stream import benchmark
+from cl_graft.training.delta import Delta
 
 
 def delta_of(strategy: Any, scenario: Any) -> dict[str, torch.Tensor]:
     """Trains the first task and returns its delta beside the pack it left."""
     seen: dict[str, torch.Tensor] = {}
-    original = type(strategy).fine_tune
+    teach = strategy.teach
 
-    def spy(self: Any, task: Any, context: Any) -> Any:
-        delta = original(self, task, context)
-        seen.update({n: d.clone() for n, d in delta.items()})
-        return delta
+    def spy(model: Any, task: Any) -> Any:
+        folder = teach(model, task)
+        seen.update(Delta(folder, strategy.base, "cpu"))
+        return folder
 
-    strategy.fine_tune = spy.__get__(strategy)
+    strategy.teach = spy
     strategy.train(benchmark(scenario).train_stream[0], eval_streams=[])
     return seen
 

@@ -11,9 +11,18 @@ from typing import Any
 import numpy as np
 
 MAGIC = b'{"__metadata__":{"skillpack":"{'
-DTYPES = {"F32": ("<u4", 4), "BF16": ("<u2", 2), "F16": ("<u2", 2), "U8": ("u1", 1)}
+DTYPES = {
+    "I64": ("<i8", 8),
+    "F64": ("<f8", 8),
+    "F32": ("<f4", 4),
+    "I32": ("<i4", 4),
+    "BF16": ("<u2", 2),
+    "F16": ("<f2", 2),
+    "U8": ("u1", 1),
+}
 ORDER = list(DTYPES)
 MOST = 1 << 48
+ANY_SHAPE = ("dense", "exact", "mask", "sparse", "sign_scale")  # the others store matrices
 Array = np.ndarray
 
 
@@ -107,18 +116,20 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
     numel = math.prod(whole(n) for n in shape)
     must(len(shape) <= 8 and math.prod(max(1, n) for n in shape) <= MOST, "shape")
     dtype = meta.get("dtype", "F32")
-    must(dtype in ("F32", "BF16", "F16"), "dtype")
+    must(dtype in (ORDER if codec == "exact" else ("F32", "BF16", "F16")), "dtype")
     wanted = {
         "dense": {"dtype"},
+        "exact": {"dtype"},
         "sparse": {"dtype", "kept"} | ({"gap"} & set(meta)),
         "low_rank": {"dtype", "rank"},
         "quantized": {"bits", "group_size"},
         "quantized_low_rank": {"groups"},
         "sign_scale": set(),
+        "mask": set(),
     }
     must(codec in wanted and set(meta) == wanted[codec], "codec or meta")
-    must(len(shape) == 2 or codec in ("dense", "sparse", "sign_scale"), "no matrix")
-    if codec == "dense":
+    must(len(shape) == 2 or codec in ANY_SHAPE, "no matrix")
+    if codec in ("dense", "exact"):
         return {"values": (dtype, shape)}
     if codec == "sparse":
         width, count = meta.get("gap", [1, numel])
@@ -127,6 +138,8 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
     if codec == "low_rank":
         rank = whole(meta["rank"])
         return {"left": (dtype, [shape[0], rank]), "right": (dtype, [rank, shape[1]])}
+    if codec == "mask":
+        return {"bits": ("U8", [stream_bytes(numel, 1)])}
     if codec == "sign_scale":
         return {"signs": ("U8", [stream_bytes(numel, 1)]), "scale": ("F32", [1])}
     grids = grids_of(codec, shape, meta)
@@ -156,8 +169,8 @@ def grids_of(codec: str, shape: list[int], meta: dict[str, Any]) -> list[tuple[i
 def decode(codec: str, shape: list[int], meta: dict[str, Any], parts: dict[str, Array]) -> Array:
     """The delta, F32."""
     numel = math.prod(shape)
-    if codec == "dense":
-        return parts["values"]
+    if codec in ("dense", "exact"):
+        return parts["values"].astype("<f4")
     if codec == "sparse":
         places = positions(parts["index"], meta.get("gap"), numel)
         must(len(places) == meta["kept"], "kept")
@@ -166,6 +179,8 @@ def decode(codec: str, shape: list[int], meta: dict[str, Any], parts: dict[str, 
         return flat.reshape(shape)
     if codec == "low_rank":
         return product(parts["left"], parts["right"], shape)
+    if codec == "mask":
+        return unpack(parts["bits"], numel, 1).astype("<f4").reshape(shape)
     if codec == "sign_scale":
         signs = unpack(parts["signs"], numel, 1).astype(bool)
         return np.where(signs, parts["scale"], -parts["scale"]).reshape(shape)
@@ -240,14 +255,11 @@ def positions(index: Array, gap: list[int] | None, numel: int) -> Array:
 
 
 def array(data: bytes, dtype: str, shape: list[int]) -> Array:
-    """A part; floats as F32, and finite."""
-    kind, _ = DTYPES[dtype]
-    raw = np.frombuffer(data, kind).reshape(shape)
-    if dtype == "U8":
-        return raw
+    """A part, its values finite; narrow floats as F32."""
+    raw = np.frombuffer(data, DTYPES[dtype][0]).reshape(shape)
     if dtype == "BF16":
         raw = (raw.astype("<u4") << 16).view("<f4")
-    else:
-        raw = raw.view("<f4" if dtype == "F32" else "<f2").astype("f4")
+    elif dtype == "F16":
+        raw = raw.astype("f4")
     must(bool(np.isfinite(raw).all()), "a value is not finite")
     return raw

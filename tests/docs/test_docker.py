@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.main import get_command
 
-from cl_graft.cli import app
+from cl_graft.cli import built
 
 ROOT = Path(__file__).parents[2]
 KNOWN = {"ARG", "FROM", "RUN", "USER", "WORKDIR", "COPY", "CMD"}
@@ -72,8 +71,7 @@ def test_the_commands_in_its_comments_are_those_of_the_command_line() -> None:
     assert [line.split()[0] for line in lines] == ["doctor", "sweep"]
     for line in lines:
         name, *words = shlex.split(line, comments=True)
-        command: Any = get_command(app)
-        command = command.commands[name]
+        command: Any = built(name)
         with command.make_context(name, words) as context:
             assert name != "sweep" or context.params["allow_code_execution"]
 

@@ -22,6 +22,7 @@ from tests.skillpack.tensors import grid, normal
 
 PAGE = Path(__file__).parents[2] / "docs" / "pack-format.md"
 BASE = bytes(range(16)).hex()
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def block(mark: str) -> str:
@@ -85,17 +86,24 @@ def test_the_examples_bytes_are_read_as_the_page_says(tmp_path: Path) -> None:
 def every_codec() -> dict[str, Encoded]:
     """Each codec in each of its forms, with shapes that fill no byte or group, and none at all."""
     found: dict[str, Encoded] = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in FLOATS:
         kind = str(dtype).removeprefix("torch.")
         found[f"dense {kind}"] = codecs.dense(normal((3, 5), 1), dtype)
         found[f"low_rank {kind}"] = codecs.low_rank(normal((7, 2), 2), normal((2, 5), 3), dtype)
         found[f"sparse {kind}"] = codecs.sparse_top(normal((9, 11), 4), 30, dtype)
+    for dtype in (*FLOATS, torch.float64, torch.int64, torch.int32, torch.uint8):
+        kind = str(dtype).removeprefix("torch.")
+        found[f"exact {kind}"] = codecs.exact((normal((3, 5), 1) * 1e4).abs().to(dtype))
+    found["exact beyond F32"] = codecs.exact(torch.tensor([2**24 + 1, 2**24 + 3, -(2**63)]))
+    found["exact scalar"] = codecs.exact(torch.tensor(1 / 3, dtype=torch.float64))
     found["dense scalar"] = codecs.dense(torch.tensor(0.5))
     found["dense empty"] = codecs.dense(torch.zeros(0, 3))
     found["low_rank none"] = codecs.low_rank(torch.zeros(4, 0), torch.zeros(0, 3))
     found["sparse gaps"] = codecs.sparse_top(normal((300, 41), 5), 60)
     found["sparse wide gaps"] = codecs.sparse_top(normal((1 << 20,), 5), 3)
     found["sparse none"] = codecs.sparse_top(normal((6, 6), 6), 0)
+    found["mask"] = codecs.mask(normal((3, 5, 7), 8) > 0)
+    found["mask scalar"] = codecs.mask(torch.tensor(True))
     found["sign_scale"] = codecs.sign_scale(normal((3, 5, 7), 7))
     for bits in BITS:
         found[f"quantized {bits}"] = codecs.quantized(grid(5, 13, bits, 4, bits))

@@ -10,18 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cl_graft import plugins
 from cl_graft.errors import UnknownName
 from cl_graft.evaluation.sandbox import CONSENT_VARIABLE, ConsentNeeded
-from cl_graft.evaluation.scorers import (
-    NEEDS_ANSWERS,
-    SCORERS,
-    Examinee,
-    final_number,
-    number_is_right,
-    program_of,
-    score,
-    text_is_right,
-)
+from cl_graft.evaluation.scorers import Examinee, score
+from cl_graft.evaluation.scorers.exact import exact
+from cl_graft.evaluation.scorers.number import final_number, number
+from cl_graft.evaluation.scorers.tests import program_of
 from cl_graft.task import Example
 
 # --- the final number ---
@@ -102,20 +97,20 @@ def test_no_text_breaks_the_reader(text: str) -> None:
 
 def test_right_numbers() -> None:
     reference = Example("?", "12*10=120. #### 120")
-    assert number_is_right(reference, "#### 120")
-    assert number_is_right(reference, "it is 120.0")
-    assert number_is_right(reference, "worked out otherwise: 60+60=120. #### 120")
-    assert not number_is_right(reference, "#### 12")
-    assert not number_is_right(reference, "120, or rather 121")
-    assert not number_is_right(reference, "")
-    assert not number_is_right(Example("?", "no number"), "no number")
+    assert number.function(reference, "#### 120")
+    assert number.function(reference, "it is 120.0")
+    assert number.function(reference, "worked out otherwise: 60+60=120. #### 120")
+    assert not number.function(reference, "#### 12")
+    assert not number.function(reference, "120, or rather 121")
+    assert not number.function(reference, "")
+    assert not number.function(Example("?", "no number"), "no number")
 
 
 def test_right_texts() -> None:
-    assert text_is_right(Example("?", "dog"), " dog\n")
-    assert not text_is_right(Example("?", "dog"), "Dog")
-    assert not text_is_right(Example("?", "dog"), "dog.")
-    assert not text_is_right(Example("?", "dog"), "")
+    assert exact.function(Example("?", "dog"), " dog\n")
+    assert not exact.function(Example("?", "dog"), "Dog")
+    assert not exact.function(Example("?", "dog"), "dog.")
+    assert not exact.function(Example("?", "dog"), "")
 
 
 # --- the program ---
@@ -282,5 +277,7 @@ def test_bits_per_byte_of_a_cut_answer_counts_what_was_read(nano: tuple[Any, Any
 
 def test_what_needs_an_answer_is_declared() -> None:
     """Where no scorer needs one, none is generated: the model may be as slow as it likes."""
-    assert NEEDS_ANSWERS == {"number", "math", "exact", "tests"} < SCORERS.keys()
-    assert set(SCORERS) - NEEDS_ANSWERS == {"choice", "neg_bits_per_byte"}
+    needs = {name: plugins.load("scorer", name).needs for name in plugins.names("scorer")}
+    of_answers = {name for name, needed in needs.items() if needed == "answers"}
+    assert of_answers == {"number", "math", "exact", "tests"}
+    assert needs.keys() - of_answers == {"choice", "neg_bits_per_byte"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cl_graft.config import RunConfig
 from cl_graft.experiment.executors import Outcome
-from cl_graft.experiment.executors.queue import LIVES, Queue
+from cl_graft.experiment.queue import LIVES, Queue
 
 
 def cells(count: int) -> list[RunConfig]:

@@ -16,19 +16,7 @@ from tests.report.test_tables import cell as made
 
 def cell(**fields: Any) -> dict[str, Any]:
     fields = {"scenario": "mini", "strategy": "lora", "model": "nano-llama", **fields}
-    config = RunConfig(**fields).model_dump(
-        mode="json",
-        include={
-            "scenario",
-            "strategy",
-            "model",
-            "seed",
-            "budget",
-            "options",
-            "threads",
-            "train_on",
-        },
-    )
+    config = RunConfig(**fields).experiment()
     return made(fields["strategy"], config=config, seed=config["seed"], reads_data_dir=False)
 
 
@@ -63,11 +51,16 @@ def test_every_word_is_quoted_that_needs_it() -> None:
     assert asked(shlex.split(command)) == {RunConfig(**one["config"]).cell}
 
 
-def test_threads_are_told_by_a_file_since_no_option_does(tmp_path: Path) -> None:
-    cells = [
-        cell(threads=2, seed=seed, options={"lora": {"rank": 8}}, train_on={"math": "built"})
-        for seed in (0, 1)
-    ]
+def test_all_that_decides_the_result_is_told() -> None:
+    one = cell(threads=2, task_ids="inferred", router="my own.py", budget="5%")
+    (command,) = commands([one])
+    assert "--threads 2 --router 'my own.py'" in command
+    assert asked(shlex.split(command)) == {RunConfig(**one["config"]).cell}
+
+
+def test_names_with_commas_are_told_by_a_file(tmp_path: Path) -> None:
+    fields = {"model": "a,b", "options": {"lora": {"rank": 8}}, "train_on": {"math": "built"}}
+    cells = [cell(**fields, threads=2, task_ids="inferred", seed=seed) for seed in (0, 1)]
     (command,) = commands(cells)
     first, *lines, end, last = command.split("\n")
     assert (first, end) == ("cat > sweep.yaml <<'END'", "END")

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cl_graft.errors import CLGraftError
-from cl_graft.matrix import PerformanceMatrix
+from cl_graft.matrix import METRICS, PerformanceMatrix
 from cl_graft.report.aggregate import ReportError, groups, series, told_apart
 from cl_graft.report.table import Table, write_atomic
-from cl_graft.report.tables import costs, matrices, ranking, write_tables
+from cl_graft.report.tables import costs, matrices, metrics, ranking, write_tables
 
 Rows = list[list[float | None]]
 
@@ -366,6 +366,19 @@ def test_rich_keeps_brackets_and_prints_every_cell() -> None:
         assert part in text, part
 
 
+# --- all metrics ------------------------------------------------------------------------------
+
+
+def test_every_metric_is_shown_with_the_error_over_seeds() -> None:
+    better: Rows = [[0.2, 0.3], [0.8, 0.3], [0.7, 0.7]]
+    (table,) = metrics([cell(), cell(matrix=better, seed=1), half_done(seed=3)])
+    first, incomplete = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert list(first)[1:] == [name for name, m in METRICS.items() if not m.joint]
+    assert (first["op"], first["bwt"], first["fm"]) == ("67.5 ± 2.5", "-15.0 ± 5.0", "15.0 ± 5.0")
+    assert set(incomplete.values()) == {incomplete["Strategy"], "–"}
+    assert "Lower is better of fm, avalanche_forgetting" in table.note
+
+
 # --- files ------------------------------------------------------------------------------------
 
 
@@ -373,13 +386,13 @@ def test_written_tables_hold_what_was_printed(tmp_path: Path) -> None:
     cells = [cell(extra_matrices={"exact": FORGETS}), cell("lora(rank=8)"), half_done(seed=3)]
     paths = write_tables(cells, tmp_path / "report")
     stem = "math-code-mini-budget-10pct"
-    names = [f"{stem}-{name}" for name in ("ranking", "costs", "tasks", "matrices")]
+    names = [f"{stem}-{name}" for name in ("ranking", "metrics", "costs", "tasks", "matrices")]
     files = [f"{name}.{end}" for name in (*names, "cells-table") for end in ("md", "csv", "tex")]
     assert paths == [tmp_path / "report" / file for file in files]
     assert sorted((tmp_path / "report").iterdir()) == sorted(paths)  # no temporary file is left
     assert paths[0].read_text() == ranking(cells)[0].markdown() + "\n"
     for table in matrices(cells):
-        assert table.markdown() in paths[9].read_text()
+        assert table.markdown() in paths[12].read_text()
 
     with paths[1].open(newline="") as file:
         rank = list(csv.DictReader(file))
@@ -387,7 +400,7 @@ def test_written_tables_hold_what_was_printed(tmp_path: Path) -> None:
     assert float(rank[0]["math s.e."]) == 1.0
     assert int(rank[0]["Total bytes"]) == 389_600
 
-    with paths[7].open(newline="") as file:
+    with paths[10].open(newline="") as file:
         (task, *_) = csv.DictReader(file)
     assert (task["math base"], task["math learned"], task["math end"]) == (
         "20.0000",
@@ -396,7 +409,7 @@ def test_written_tables_hold_what_was_printed(tmp_path: Path) -> None:
     )
     assert task["math Δ"] == "-20.0000"
 
-    with paths[13].open(newline="") as file:
+    with paths[16].open(newline="") as file:
         listed = list(csv.DictReader(file))
     assert [(c["Strategy"], c["Seed"], c["OP"], c["Stages"], c["Of"]) for c in listed] == [
         ("graftllm", "0", "65.0000", "3", "3"),
@@ -404,7 +417,7 @@ def test_written_tables_hold_what_was_printed(tmp_path: Path) -> None:
         ("graftllm", "3", "", "2", "3"),
     ]
 
-    with paths[10].open(newline="") as file:
+    with paths[13].open(newline="") as file:
         stages = list(csv.DictReader(file))
     assert len(stages) == 4 * 3  # graftllm, its exact match, lora and the incomplete cell
     assert {None} == {row.get(None) for row in stages}  # every row fits the header
@@ -419,7 +432,7 @@ def test_written_tables_hold_what_was_printed(tmp_path: Path) -> None:
 def test_groups_never_share_a_file(tmp_path: Path) -> None:
     cells = [cell(model=model) for model in ("a/b", "a-b", "A b")]
     paths = write_tables(cells, tmp_path)
-    assert len(paths) == 3 * 4 * 3 + 3
+    assert len(paths) == 3 * 5 * 3 + 3
     assert len({str(path).lower() for path in paths}) == len(paths)
     assert all(path.parent == tmp_path for path in paths)
 

@@ -23,7 +23,7 @@ from cl_graft.skillpack.format.file import (
     WrongBase,
     fingerprint,
 )
-from cl_graft.skillpack.live.decode import factors, sparse_entries, sparse_rows
+from cl_graft.skillpack.live.decode import entries, factors
 from cl_graft.skillpack.live.grafted import Grafted
 from tests.refusals import refusal
 
@@ -296,7 +296,7 @@ def test_a_sparse_delta_changes_only_what_it_names(dtype: torch.dtype) -> None:
     assert torch.equal(model.weight, (before.float() + pack.delta("weight")).to(dtype))
     assert int((model.weight != before).sum()) <= 3000
     ids = torch.tensor([2099, 0, 7, 7])
-    assert torch.equal(sparse_rows(sparse_entries(encoded), 200, ids), pack.delta("weight")[ids])
+    assert torch.equal(entries(encoded).rows(ids, 200), pack.delta("weight")[ids])
 
 
 @pytest.mark.parametrize("fields", [{"added": [Q]}, {"grown": {Q: [8, 32]}}])

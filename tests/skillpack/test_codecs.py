@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_graft.skillpack import codecs
-from cl_graft.skillpack.codecs import CODECS, Encoded
+from cl_graft.skillpack.codecs import CODECS, Encoded, UnknownCodec
 from tests.skillpack.tensors import grid, normal
 
 few = settings(max_examples=40, deadline=None)
@@ -44,6 +44,9 @@ def test_sizes_by_hand() -> None:
         codecs.quantized(q): 1 + 2438 + 200,
         codecs.quantized_low_rank([pair], (100, 64)): 1 + 51 + 1 + 33 + 2 * (4 + 2),
         codecs.sign_scale(x): 804,
+        codecs.mask(mask): 800,
+        codecs.exact(x.double()): 8 * 6400,
+        codecs.exact(torch.tensor(3)): 8,
     }
     assert [codecs.payload_bytes(*e.spec) for e in sizes] == list(sizes.values())
 
@@ -79,6 +82,7 @@ def test_an_empty_tensor_is_decoded_whatever_its_other_size() -> None:
     for shape in ((0, 1 << 48), (1 << 48, 0)):
         for codec, meta in (
             ("dense", {"dtype": "BF16"}),
+            ("exact", {"dtype": "I64"}),
             ("low_rank", {"dtype": "BF16", "rank": 0}),
             ("quantized", {"bits": 4, "group_size": 1}),
             ("quantized_low_rank", {"groups": [[0, 4, 1, 1]]}),
@@ -122,6 +126,10 @@ def test_bad_arguments_are_refused() -> None:
     bad_scale = dataclasses.replace(q, scale=q.scale * math.inf)
     for encode in (
         lambda: codecs.dense(x, torch.float64),
+        lambda: codecs.exact(x > 0),
+        lambda: codecs.exact(x.to(torch.int16)),
+        lambda: codecs.exact(x.double() * math.nan),
+        lambda: codecs.exact(x * math.inf),
         lambda: codecs.sparse(x, mask),
         lambda: codecs.sparse(x, x),
         lambda: codecs.sparse_top(x, 25),
@@ -129,6 +137,7 @@ def test_bad_arguments_are_refused() -> None:
         lambda: codecs.sparse_top(torch.tensor([1.0, math.nan, 2.0]), 1),
         lambda: codecs.low_rank(x, x),
         lambda: codecs.low_rank(x[0], x),
+        lambda: codecs.mask(x),
         lambda: codecs.sign_scale(x, math.nan),
         lambda: codecs.sign_scale(x, 1e300),
         lambda: codecs.sign_scale(x * math.nan),
@@ -143,7 +152,6 @@ def test_bad_arguments_are_refused() -> None:
 
 
 SPECS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
-    ("zip", (2, 2), {}),
     ("dense", (2, 2), {}),
     ("dense", (2, 2), {"dtype": "F64"}),
     ("dense", (2, 2), {"dtype": ["F32"]}),
@@ -160,6 +168,11 @@ SPECS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("sparse", (2, 2), {"dtype": "F32", "kept": 1, "gap": [49, 1]}),
     ("sparse", (2, 2), {"dtype": "F32", "kept": 1, "gap": [2, 1, 1]}),
     ("sparse", (2, 2), {"dtype": "F32", "kept": 1, "gap": [2, 5]}),  # each goes one place on
+    ("exact", (2, 2), {}),
+    ("exact", (2, 2), {"dtype": "I8"}),
+    ("exact", (2, 2), {"dtype": None}),
+    ("exact", (2, 2), {"dtype": "I64", "level": 6}),
+    ("exact", (1,) * 9, {"dtype": "U8"}),
     ("low_rank", (2, 2), {"dtype": "F32", "rank": -1}),
     ("low_rank", (2,), {"dtype": "F32", "rank": 1}),
     ("quantized", (2, 2), {"bits": 7, "group_size": 4}),
@@ -172,6 +185,8 @@ SPECS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("quantized_low_rank", (2, 2), {"groups": [[10**20, 4, 4, 4]]}),
     ("quantized_low_rank", (2, 2), {"groups": [[0, 4, 4, 4]] * 65}),
     ("sign_scale", (2, 2), {"scale": 1}),
+    ("mask", (2, 2), {"dtype": "U8"}),
+    ("mask", (1 << 30, 1 << 30), {}),
 ]
 
 
@@ -186,12 +201,16 @@ def test_what_a_refusal_quotes_is_cut_short() -> None:
     for spec in (
         ("dense", (7,) * 10**6, {"dtype": "F32"}),
         ("dense", (2,), {"dtype": "F" * 10**6}),
+        ("exact", (2,), {"dtype": "F" * 10**6}),
         ("sparse", (2,), {"dtype": "F32", "kept": [7] * 10**6}),
         ("sign_scale", (2,), {str(i): i for i in range(10**4)}),
     ):
         with pytest.raises(ValueError) as error:
             codecs.layout(*spec)
         assert len(str(error.value)) < 300
+    with pytest.raises(UnknownCodec) as unknown:
+        codecs.layout("zip" * 10**6, (2,), {})
+    assert len(str(unknown.value)) < 300
 
 
 def one_of_each() -> dict[str, Encoded]:
@@ -205,6 +224,8 @@ def one_of_each() -> dict[str, Encoded]:
             [(grid(1, 6, 3, 4, 0), grid(1, 7, 3, 4, 1))], (6, 7)
         ),
         "sign_scale": codecs.sign_scale(x),
+        "mask": codecs.mask(x > 0),
+        "exact": codecs.exact(x.double()),
     }
 
 
@@ -220,13 +241,15 @@ def test_parts_other_than_the_layouts_are_refused(codec: str) -> None:
         {},
         encoded.parts | {"more": part},
         encoded.parts | {name: part.reshape(-1)[:-1]},
-        encoded.parts | {name: part.to(torch.float64)},
+        encoded.parts | {name: part.to(torch.int16)},
     ):
         with pytest.raises(ValueError, match="needs the parts"):
             codecs.decode(dataclasses.replace(encoded, parts=parts))
 
 
-@pytest.mark.parametrize("codec", ["sparse", "quantized", "quantized_low_rank", "sign_scale"])
+@pytest.mark.parametrize(
+    "codec", ["sparse", "quantized", "quantized_low_rank", "sign_scale", "mask"]
+)
 def test_a_stray_bit_after_packed_values_is_refused(codec: str) -> None:
     encoded = one_of_each()[codec]
     packed = next(part for part in encoded.parts.values() if part.dtype == torch.uint8)
@@ -259,3 +282,109 @@ def test_finite_finds_any_bad_value(bad: float) -> None:
                 part.view(-1)[-1] = bad
                 assert not codecs.finite(encoded)
                 part.view(-1)[-1] = old
+
+
+# bits of weights
+
+
+STORED: dict[
+    str, tuple[int, float]
+] = {  # of `one_of_each`: bits of its weights, and what it takes in theory
+    "dense": (16 * 42, 16 * 42),
+    "sparse": (16 * 3, 16 * 3 + math.log2(math.comb(42, 3))),
+    "low_rank": (16 * 2 * (6 + 7), 16 * 2 * (6 + 7)),
+    "quantized": (3 * 42, 3 * (42 + 12) + 16 * 12),
+    "quantized_low_rank": (3 * (6 + 7), 3 * (6 + 7 + 4) + 16 * 4),
+    "sign_scale": (42, 42),
+    "exact": (64 * 42, 64 * 42),
+    "mask": (0, 42),
+}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_bits_of_the_weights_alone_and_of_the_content(codec: str) -> None:
+    """No masks, positions, scales, zeros or headers: what the paper's comparison counts."""
+    spec, (kept, least) = one_of_each()[codec].spec, STORED[codec]
+    assert codecs.weight_bits(*spec) == kept
+    assert codecs.least_bits(*spec) == pytest.approx(least)
+    assert least <= 8 * codecs.payload_bytes(*spec)
+
+
+def test_values_of_a_delta_count_16_bits_whatever_their_dtype_and_state_in_full() -> None:
+    x = normal((6, 7), 0)
+    assert codecs.weight_bits(*codecs.dense(x, torch.float32).spec) == 16 * 42
+    for dtype in codecs.STORABLE.values():
+        spec = codecs.exact(x.to(dtype)).spec
+        assert (
+            codecs.weight_bits(*spec) == 8 * codecs.payload_bytes(*spec) == 8 * dtype.itemsize * 42
+        )
+
+
+# specs, rows, state
+
+
+def test_specs_are_foretold() -> None:
+    for encoded, spec in (
+        (codecs.dense(torch.ones(2, 3)), codecs.dense_spec((2, 3))),
+        (codecs.exact(torch.ones(4).int()), codecs.exact_spec((4,), torch.int32)),
+        (
+            codecs.low_rank(torch.ones(2, 4), torch.ones(4, 3), torch.float16),
+            codecs.low_rank_spec((2, 3), 4, torch.float16),
+        ),
+        (
+            one_of_each()["quantized_low_rank"],
+            codecs.quantized_low_rank_spec((6, 7), [[1, 3, 4, 4]]),
+        ),
+    ):
+        assert encoded.spec == spec
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_rows_are_those_of_what_is_decoded(codec: str) -> None:
+    encoded, ids = one_of_each()[codec], torch.tensor([5, 0, 0, 3])
+    found = codecs.rows(encoded, ids)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, codecs.decode(encoded)[ids])
+
+
+EXTREMES = {
+    torch.uint8: [0, 255],
+    torch.int32: [-(2**31), 2**31 - 1, 2**24 + 1],
+    torch.int64: [-(2**63), 2**63 - 1, 2**53 + 1],
+    torch.float16: [65504.0, -(2.0**-24), -0.0],
+    torch.bfloat16: [torch.finfo(torch.bfloat16).max, 2.0**-133, -0.0],
+    torch.float32: [torch.finfo(torch.float32).max, 2.0**-149, -0.0, 1 / 3],
+    torch.float64: [1.7e308, 5e-324, -0.0, 1 / 3],
+}
+
+
+@pytest.mark.parametrize("dtype", EXTREMES, ids=str)
+def test_state_comes_back_bit_for_bit_in_its_own_dtype(dtype: torch.dtype) -> None:
+    assert set(EXTREMES) == set(codecs.STORABLE.values())
+    x = torch.tensor(EXTREMES[dtype], dtype=dtype)
+    for kept in (x, x.repeat(3, 2).T, x[0], x[:0]):
+        found = codecs.original(codecs.exact(kept))
+        assert found.dtype == dtype and found.shape == kept.shape
+        assert found.reshape(-1).view(torch.uint8).equal(kept.reshape(-1).view(torch.uint8))
+
+
+def test_state_is_not_tied_to_what_it_was_made_of() -> None:
+    x = torch.tensor([1, 2])
+    encoded = codecs.exact(x)
+    x.zero_()
+    codecs.original(encoded).zero_()
+    codecs.decode(encoded).zero_()
+    assert codecs.original(encoded).tolist() == codecs.decode(encoded).tolist() == [1, 2]
+
+
+def test_state_is_rounded_once_where_it_is_taken_for_a_delta() -> None:
+    encoded = codecs.exact(torch.tensor([2**24 + 1, 2**24 + 3, -7]))
+    assert codecs.decode(encoded).tolist() == [2**24, 2**24 + 4, -7]
+
+
+def test_only_what_was_kept_exactly_has_an_original() -> None:
+    with pytest.raises(ValueError, match="codec dense keeps no original"):
+        codecs.original(one_of_each()["dense"])
+    encoded = codecs.exact(torch.ones(2))
+    with pytest.raises(ValueError, match="needs the parts"):
+        codecs.original(dataclasses.replace(encoded, shape=(3,)))

@@ -105,6 +105,7 @@ PARTS = {
     "quantized": ("codes", "scales"),
     "quantized_low_rank": ("codes", "scales"),
     "sign_scale": ("signs", "scale"),
+    "exact": ("values",),
 }
 
 
@@ -182,10 +183,13 @@ def test_any_names_and_options_round_trip_and_sizes_are_foretold(
 
 
 def test_the_file_is_what_safetensors_would_write(saved: Path) -> None:
+    state = {f"state.{t}": codecs.exact(torch.ones(3, dtype=t)) for t in codecs.STORABLE.values()}
+    some_pack(tensors=some_tensors() | state).save(saved)
     with safe_open(saved, "pt") as file:
         metadata = file.metadata()
     assert safetensors_save(read_parts(saved), metadata) == saved.read_bytes()
     assert sorted(read_parts(saved))[:3] == ["a.weight:index", "a.weight:values", "b.weight:left"]
+    assert {part.dtype for part in read_parts(saved).values()} == set(codecs.STORABLE.values())
 
 
 def test_the_digest_depends_on_content_only() -> None:

@@ -59,7 +59,11 @@ def tensors() -> dict[str, Encoded]:
         "d.weight": codecs.quantized_low_rank(pairs, (6, 8)),
         "e.weight": codecs.sign_scale(x),
         "f.weight": codecs.quantized_low_rank([], (6, 8)),
+        "where": codecs.mask(x[:, :5] > 0),
         '\N{SNOWMAN} "\\\n.weight': codecs.dense(torch.empty(3, 0)),
+        "count": codecs.exact(torch.tensor([[1, -(2**63)], [2**62, 7]])),
+        "sum": codecs.exact(x[0].double() / 3),
+        "text": codecs.exact(torch.tensor(list(b"What is 2 + 2?"), dtype=torch.uint8)),
         "none": codecs.low_rank(torch.zeros(0, 2), torch.zeros(2, 5)),
     }
 
@@ -259,11 +263,13 @@ def strange_spec(shape: list[int], rng: random.Random) -> list[Any]:
     group = [rng.choice(COUNTS), rng.choice([2, 8]), rng.choice(COUNTS) or 1, 1]
     metas: dict[str, Any] = {
         "dense": {"dtype": rng.choice(["F32", "F16", "BF16"])},
+        "exact": {"dtype": rng.choice([*codecs.STORABLE, "I8"])},
         "sparse": {"dtype": "BF16", "kept": rng.choice(COUNTS)},
         "low_rank": {"dtype": "F16", "rank": rng.choice(COUNTS)},
         "quantized": {"bits": rng.choice([2, 3, 4, 8]), "group_size": rng.choice(COUNTS) or 1},
         "quantized_low_rank": {"groups": [group] * rng.choice([0, 1, 3, 64, 65])},
         "sign_scale": {},
+        "mask": {},
     }
     metas["sparse"] |= rng.choice(
         [{}, {"gap": [rng.choice([1, 2, 9, 48, 49]), rng.choice(COUNTS)]}]

@@ -28,7 +28,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # the reference decoder: whole numbers and fractions only, so that nothing rounds
 
-FORMATS = {"F32": (4, 8, 23), "BF16": (2, 8, 7), "F16": (2, 5, 10)}  # bytes, exponent, mantissa
+# bytes, exponent, mantissa
+FORMATS = {"F64": (8, 11, 52), "F32": (4, 8, 23), "BF16": (2, 8, 7), "F16": (2, 5, 10)}
+WHOLE = {"U8": 1, "I32": 4, "I64": 8}  # bytes
 
 
 def octets(part: Tensor) -> list[int]:
@@ -57,6 +59,13 @@ def floats(data: list[int], dtype: str) -> list[Fraction]:
         power = max(exponent, 1) - bias - mantissas
         found.append((-1) ** bits[-1] * steps * Fraction(2) ** power)
     return found
+
+
+def wholes(data: list[int], dtype: str) -> list[Fraction]:
+    """Two's complement, but for bytes."""
+    size = WHOLE[dtype]
+    words = [number(bits_of(data[start : start + size])) for start in range(0, len(data), size)]
+    return [Fraction(w - (w >> 8 * size - 1 << 8 * size if size > 1 else 0)) for w in words]
 
 
 def packed(data: list[int], count: int, width: int) -> list[int]:
@@ -105,10 +114,14 @@ def reference(encoded: Encoded) -> list[Fraction]:
     numel = math.prod(encoded.shape)
     if encoded.codec == "dense":
         return floats(parts["values"], meta["dtype"])
+    if encoded.codec == "exact":
+        return (wholes if meta["dtype"] in WHOLE else floats)(parts["values"], meta["dtype"])
     if encoded.codec == "sparse":
         where = positions(parts["index"], meta.get("gap"), numel)
         kept = dict(zip(where, floats(parts["values"], meta["dtype"]), strict=True))
         return [kept.get(at, Fraction(0)) for at in range(numel)]
+    if encoded.codec == "mask":
+        return [Fraction(bit) for bit in packed(parts["bits"], numel, 1)]
     if encoded.codec == "sign_scale":
         (scale,) = floats(parts["scale"], "F32")
         return [scale if bit else -scale for bit in packed(parts["signs"], numel, 1)]
@@ -180,6 +193,16 @@ def test_dense(shape: tuple[int, ...], source: torch.dtype, kept: torch.dtype, s
     encoded = codecs.dense(x, kept)
     assert agrees(encoded)
     assert torch.equal(codecs.decode(encoded), x.to(kept).float())
+
+
+@few
+@given(shapes, st.sampled_from(list(codecs.STORABLE.values())), seeds)
+def test_exact(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
+    """Values that float32 has, too; what it has not is rounded (test_codecs.py)."""
+    x = (normal(shape, seed) * 1e4).to(dtype)
+    encoded = codecs.exact(x)
+    assert agrees(encoded)
+    assert torch.equal(codecs.original(encoded), x)
 
 
 @few
@@ -293,6 +316,14 @@ def test_sign_scale(
         torch.testing.assert_close(encoded.parts["scale"][0], x.float().abs().mean())
     elif scale is not None:
         assert torch.equal(codecs.decode(encoded), torch.where(x > 0, scale, -scale).float())
+
+
+@few
+@given(shapes, seeds)
+def test_mask(shape: tuple[int, ...], seed: int) -> None:
+    x = normal(shape, seed) > 0
+    encoded = codecs.mask(x)
+    assert agrees(encoded) and torch.equal(codecs.decode(encoded), x.float())
 
 
 @pytest.mark.parametrize("codec", ["dense", "sparse", "sign_scale"])

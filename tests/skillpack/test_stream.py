@@ -100,7 +100,11 @@ def assert_same(found: Moments, wanted: Moments) -> None:
     assert found.inputs.keys() == wanted.inputs.keys()
     assert found.outputs.keys() == wanted.outputs.keys()
     for name, x in wanted.inputs.items():
-        torch.testing.assert_close(found.inputs[name], x, rtol=1e-5, atol=1e-7, msg=name)
+        # sums that cancel are as exact as their largest terms, which differ by processor in the last digits
+        largest = x.abs().max().item()
+        torch.testing.assert_close(
+            found.inputs[name], x, rtol=1e-5, atol=1e-7 + 1e-6 * largest, msg=name
+        )
     for name, x in wanted.outputs.items():
         torch.testing.assert_close(found.outputs[name], x, rtol=1e-4, atol=1e-10, msg=name)
 

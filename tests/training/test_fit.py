@@ -122,7 +122,7 @@ def test_dpo_raises_the_margin_of_the_better_answer_over_the_worse(nano, train):
 
 
 def test_preference_pairs_are_a_right_answer_against_a_wrong_one(nano, tiny_scenario, train):
-    from cl_graft.evaluation.scorers import number_is_right
+    from cl_graft.evaluation.scorers.number import number
 
     model, tokenizer = nano
     task = tiny_scenario.tasks[0]
@@ -133,8 +133,8 @@ def test_preference_pairs_are_a_right_answer_against_a_wrong_one(nano, tiny_scen
     assert pairs
     by_prompt = {e.prompt: e for e in task.train}
     for pair in pairs:
-        assert number_is_right(by_prompt[pair.prompt], pair.chosen)
-        assert not number_is_right(by_prompt[pair.prompt], pair.rejected)
+        assert number.function(by_prompt[pair.prompt], pair.chosen)
+        assert not number.function(by_prompt[pair.prompt], pair.rejected)
 
 
 def test_a_long_example_loses_the_start_of_its_prompt_and_keeps_its_answer(nano):

@@ -57,7 +57,7 @@ def plugin(tmp_path):
     def write(name="quadratic", text=PLUGIN):
         path = tmp_path / f"{name}.py"
         path.write_text(textwrap.dedent(text))
-        return plugins._import(path, f"cl_graft_user_{name}")
+        return plugins.import_file(path, f"cl_graft_user_{name}")
 
     return write
 
@@ -135,6 +135,22 @@ def test_a_penalty_is_in_the_loss_and_its_mean_in_each_line_of_the_log(run, plug
     log = run(job, [Term.penalty(numbers)], micro_batch=1)[2]
     read = torch.tensor(order(8, job[1])).float().view(20, 4)  # two steps of two rows a line
     assert [x["test_terms.numbers"] for x in log] == pytest.approx(read.mean(1).tolist())
+
+
+def constant(model, batch, output, state):
+    return {
+        "logged": model.get_parameter(NAME).detach().sum() + 7,
+        "added": model.get_parameter(NAME).sum() * 0 + 1,
+    }
+
+
+def test_a_value_without_a_gradient_is_a_column_and_no_part_of_the_loss(run):
+    start, end, (plain,) = run(SFT, [])
+    _, same, (seen,) = run(SFT, [Term.penalty(constant)])
+    name = "test_terms.constant"
+    assert seen[f"{name}.logged"] == pytest.approx(start[NAME].sum().item() + 7, rel=1e-5)
+    assert seen["loss"] - plain["loss"] == pytest.approx(seen[f"{name}.added"], rel=1e-4) == 1
+    assert all(torch.equal(end[n], same[n]) for n in end)
 
 
 def test_a_projection_is_the_gradient_that_the_step_takes(run, plugin):

@@ -8,27 +8,27 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from cl_graft.task import Example
+from cl_graft.task import Example, Scoring
 from cl_graft.transfer.judge import JudgeError, check_reward_model, reward_judge, rule_judge
 from cl_graft.transfer.sources import SourceError
 
 
 def test_rules_find_right_and_wrong() -> None:
     sum_ = Example("2+3?", "#### 5")
-    assert rule_judge("number", False)(sum_, ["so 5", "4", "5.0", ""]) == [1, 0, 1, 0]
-    assert rule_judge("exact", False)(Example("q", "yes"), ["yes\n", "Yes"]) == [1, 0]
+    assert rule_judge(Scoring("number"), False)(sum_, ["so 5", "4", "5.0", ""]) == [1, 0, 1, 0]
+    assert rule_judge(Scoring("exact"), False)(Example("q", "yes"), ["yes\n", "Yes"]) == [1, 0]
 
 
 def test_tests_run_in_the_sandbox() -> None:
     example = Example("q", "", tests=("assert f(2) == 4", "assert f(3) == 9"))
     answers = ["def f(x): return x*x", "def f(x): return 2*x", "def f("]
-    assert rule_judge("tests", True)(example, answers) == [1, 0, 0]
+    assert rule_judge(Scoring("tests"), True)(example, answers) == [1, 0, 0]
 
 
 def test_a_rule_that_fails_names_the_prompt() -> None:
     example = Example("Sort it.", "", tests=("assert f() == sorted([1, 'a'])",))
     with pytest.raises(JudgeError, match="'tests' fails on answers to prompt 'Sort it.'"):
-        rule_judge("tests", True)(example, ["def f(): pass"])
+        rule_judge(Scoring("tests"), True)(example, ["def f(): pass"])
 
 
 def test_a_reward_is_the_models_one_output_for_prompt_and_answer(reward_model: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from cl_graft import plugins
 from cl_graft.data import DataError
 from cl_graft.errors import CLGraftError, UnknownName
-from cl_graft.task import Example
+from cl_graft.task import Example, Scoring
 from cl_graft.transfer.config import BuildConfig
 from cl_graft.transfer.prompts import Prompts, read_prompts
 
@@ -40,7 +40,7 @@ def test_three_kinds_of_file_hold_the_same(tmp_path: Path, write: Write) -> None
     for file in files:
         found = read(file, task="number")
         assert found.examples == (Example("a,\n b", "1"), Example("ü", "2"))
-        assert (found.rule, found.max_new_tokens, found.chat) == ("number", 512, False)
+        assert (found.rule, found.max_new_tokens, found.chat) == (Scoring("number"), 512, False)
 
 
 def test_tests_and_setup(tmp_path: Path, write: Write) -> None:
@@ -59,14 +59,14 @@ def test_a_scenarios_task_brings_its_rule_and_length() -> None:
     options = {"mini": {"train_size": 60, "test_size": 8}}
     found = read("mini/math", seed=3, options=options)
     assert found.examples == tuple(dict.fromkeys(task.train))
-    assert (found.rule, found.max_new_tokens) == ("number", 32)
+    assert (found.rule, found.max_new_tokens) == (Scoring("number"), 32)
     assert read("mini/math", seed=3, options=options, max_new_tokens=9).max_new_tokens == 9
     assert read("mini/math", seed=3, options=options, limit=5).examples == found.examples[:5]
 
 
 def test_a_file_under_a_scenarios_task(write: Write) -> None:
     found = read(write([{"prompt": "p", "completion": "xyz"}]), task="mini/cipher")
-    assert (found.rule, found.max_new_tokens) == ("exact", 32)
+    assert (found.rule, found.max_new_tokens) == (Scoring("exact"), 32)
 
 
 def test_the_first_of_equal_prompts_stays(write: Write) -> None:
@@ -156,5 +156,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_says_how_to_judge(write: Write) -> None:
-    with pytest.raises(DataError, match="give --task .*number, exact, tests.* or a --reward-model"):
+    with pytest.raises(
+        DataError, match="give --task .*exact, math, .*number.* or a --reward-model"
+    ):
         read(write([{"prompt": "a"}]))

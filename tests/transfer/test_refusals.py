@@ -99,7 +99,7 @@ def test_a_source_named_twice(words: Callable, call: Call, torn: Path) -> None:
         ({"samples": 4}, "another samples"),
         ({"temperature": 0.7, "top_p": 0.5}, "another temperature and top p"),
         ({"limit": 3}, "another prompts"),
-        ({"task": "number"}, "another rule"),
+        ({"task": "number"}, "another rule and scorer"),
     ],
 )
 def test_a_folder_of_other_settings(

@@ -1,16 +1,20 @@
-"""Who runs the cells of a sweep: processes of this machine (`local`), or a Ray cluster (`ray`).
+"""Who runs the cells of a sweep: each file here is an executor, `executor:` in a sweep names it.
 
-An executor is a function from cells to their outcomes. It may start a cell as often as it likes: a cell goes on where
-it was left, and a finished one is not computed again.
+It defines `executor(asked, cells)`, which makes of a sweep and its cells a function from cells to their outcomes. That
+may start a cell as often as it likes: a cell goes on where it was left, and a finished one is not computed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
 
 from cl_graft.config import RunConfig
+
+if TYPE_CHECKING:
+    from cl_graft.sweep_config import Sweep
 
 Report = Callable[[str, str, float], None]  # cell, what is being done, fraction of it done
 Progress = Callable[[str, float], None]  # the same of one cell
@@ -37,3 +41,8 @@ Work = Callable[
     [RunConfig, Progress, bool], Outcome
 ]  # attempt.attempt, or a stand-in to measure with
 Executor = Callable[[Sequence[RunConfig], Report], Iterator[tuple[RunConfig, Outcome]]]
+
+
+def executor(asked: Sweep, cells: Sequence[RunConfig]) -> Executor:
+    """The executor that a sweep names, for its cells."""
+    return import_module(f"{__name__}.{asked.executor}").executor(asked, cells)

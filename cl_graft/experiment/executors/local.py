@@ -16,15 +16,19 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection, util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
-from cl_graft.experiment.executors import WAITS, Outcome, Report, Work
-from cl_graft.experiment.executors.attempt import attempt, seldom
-from cl_graft.experiment.executors.queue import Queue
+from cl_graft.experiment.attempt import attempt, seldom
+from cl_graft.experiment.executors import WAITS, Executor, Outcome, Report, Work
+from cl_graft.experiment.queue import Queue
 from cl_graft.processes import cores, end_with_parent, forked_from, interrupts_held
+
+if TYPE_CHECKING:
+    from cl_graft.sweep_config import Sweep
 
 DRIVERS = ("/proc/driver/nvidia", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, and that of WSL
 
@@ -41,6 +45,14 @@ def gpus() -> int:
 def default_workers(threads: int) -> int:
     """One a GPU where there are GPUs, else as many as the cores suffice for."""
     return gpus() or max(1, cores() // threads)
+
+
+def executor(asked: Sweep, cells: Sequence[RunConfig]) -> Executor:
+    """As many processes at a time as the sweep says, else one a GPU, or as many as the cores suffice for."""
+    # a stage of several processes has all of the machine's devices to itself
+    several = any(c.launch.processes for c in cells)
+    workers = asked.workers or (1 if several else default_workers(asked.threads))
+    return partial(run_cells, workers=workers)
 
 
 def aside(task: Callable[[Report], None], report: Report) -> None:
@@ -107,7 +119,11 @@ def run_cells(
 
 
 def _context() -> Any:
-    return multiprocessing.get_context("spawn") if gpus() else forked_from(f"{__package__}.preload")
+    return (
+        multiprocessing.get_context("spawn")
+        if gpus()
+        else forked_from("cl_graft.experiment.preload")
+    )
 
 
 def _begin(context: Any, work: Work, config: RunConfig, patient: bool, slot: int) -> _Worker:

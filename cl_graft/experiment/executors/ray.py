@@ -11,17 +11,23 @@ import math
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
-from cl_graft.experiment.executors import WAITS, Outcome, Report, Work
-from cl_graft.experiment.executors.attempt import attempt, seldom
-from cl_graft.experiment.executors.queue import Queue
+from cl_graft.experiment.attempt import attempt, seldom
+from cl_graft.experiment.executors import WAITS, Executor, Outcome, Report, Work
+from cl_graft.experiment.queue import Queue
 from cl_graft.store.digests import forget_peak_memory
 
 if TYPE_CHECKING:
-    from cl_graft.sweep_config import Ray
+    from cl_graft.sweep_config import Ray, Sweep
+
+
+def executor(asked: Sweep, cells: Sequence[RunConfig]) -> Executor:
+    """A cluster from which each cell takes what the sweep asks for."""
+    return partial(run_cells, workers=asked.workers, asks=asked.ray)
 
 
 def run_cells(

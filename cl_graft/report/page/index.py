@@ -16,7 +16,7 @@ from cl_graft.report.page.template import render as fill
 from cl_graft.report.provenance import commands
 from cl_graft.report.significance import NOTE, Standing
 from cl_graft.report.style import DARK, looks_of
-from cl_graft.report.tables import matrices
+from cl_graft.report.tables import matrices, metrics
 
 CAPTIONS = {
     "heatmaps": "Forgetting matrices, all on one colour scale. Rows are stages, columns tasks.",
@@ -88,7 +88,7 @@ def _group(
         "wide": len(first["tasks"]) <= MANY,
         "breakdown": [rows.by_task(s) for s in found],
         "costs": [rows.costs(s) for s in found],
-        "matrices": matrices(cells),
+        "numbers": [*metrics(cells), *matrices(cells)],
         "pages": {s.line.name: [(c["seed"], links[id(c)]) for c in s.line.cells] for s in found},
         "figures": [(name, f"{slug}-{name}") for name in FIGURES],
         "commands": commands(cells),

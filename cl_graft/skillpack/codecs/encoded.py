@@ -1,4 +1,4 @@
-"""One encoded tensor, and what a header may say of it: shared by all codecs.
+"""An encoded tensor, and what a header may say of it: shared by all codecs.
 
 The checks raise ValueError in one sentence. What they quote is cut short, for a hostile header may
 be megabytes long.
@@ -7,6 +7,7 @@ be megabytes long.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any
@@ -16,10 +17,22 @@ from torch import Tensor
 
 from cl_graft.skillpack.codecs import packing
 
+# dtypes of a delta's values
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# dtypes of parts, in their order in a file: that of safetensors, wide ones first
+STORABLE = {
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+}
 MAX_DIMS = 8
 MAX_ELEMENTS = 1 << packing.MAX_WIDTH
 
+Dtypes = Mapping[str, torch.dtype]
 Meta = dict[str, Any]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Spec = tuple[str, tuple[int, ...], Meta]
@@ -99,17 +112,17 @@ def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def dtype_of(meta: Meta) -> torch.dtype:
-    """What its field `dtype` says."""
+def dtype_of(meta: Meta, known: Dtypes = DTYPES) -> torch.dtype:
+    """What its field `dtype` says, one of those known."""
     name = meta["dtype"]
-    if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"dtype is {short(name)}, not one of {', '.join(DTYPES)}.")
-    return DTYPES[name]
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"dtype is {short(name)}, not one of {', '.join(known)}.")
+    return known[name]
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype, known: Dtypes = DTYPES) -> str:
     """The inverse of `dtype_of`."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in known.items()}
     if dtype not in names:
         raise ValueError(f"{dtype} is not one of {', '.join(map(str, names))}.")
     return names[dtype]

@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cl_graft.skillpack.codecs import Encoded, Spec, quantized_low_rank
+from cl_graft.skillpack.codecs import (
+    Encoded,
+    Spec,
+    quantized_low_rank,
+    quantized_low_rank_spec,
+)
 from cl_graft.skillpack.codecs.quant import BITS, Quantized, groups_in, round_to_nearest
 from cl_graft.skillpack.compress.gptq import gptq_many, gptq_runs
 
@@ -123,7 +128,7 @@ def allocate(energy: Tensor, shape: tuple[int, int], price: float, group_size: i
 def spec_of(counts: Counts, shape: tuple[int, int], group_size: int) -> Spec:
     """Codec, shape and meta that `encode` will give, to know its bytes beforehand."""
     blank = [[k, bits, *(min(group_size, size) for size in shape)] for bits, k in counts.items()]
-    return "quantized_low_rank", shape, {"groups": blank}
+    return quantized_low_rank_spec(shape, blank)
 
 
 class Factored(NamedTuple):

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from cl_graft.errors import CLGraftError
+from cl_graft.skillpack.codecs.errors import SkillPackError, UnknownCodec
 
-
-class SkillPackError(CLGraftError):
-    """A pack that cannot be written, read or used."""
+__all__ = [
+    "CorruptPack",
+    "NonFinite",
+    "NotASkillPack",
+    "PackNotFound",
+    "ShapeMismatch",
+    "SkillPackError",
+    "TruncatedPack",
+    "UnknownCodec",
+    "UnsupportedVersion",
+    "WrongBase",
+]
 
 
 class PackNotFound(SkillPackError):
@@ -27,10 +36,6 @@ class CorruptPack(SkillPackError):
 
 class UnsupportedVersion(SkillPackError):
     """A format that this code does not read."""
-
-
-class UnknownCodec(SkillPackError):
-    """A tensor is stored in a way that this code does not know."""
 
 
 class ShapeMismatch(SkillPackError):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class SkillPack:
     has too many are cut.
     """
 
-    tensors: dict[str, Encoded]
+    tensors: Mapping[str, Encoded]
     task: str
     method: str
     options: dict[str, Any]
@@ -76,11 +77,16 @@ class SkillPack:
     grown: dict[str, list[int]] = field(default_factory=dict)
 
     @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """{name: shape of its delta}."""
+        return {name: encoded.shape for name, encoded in self.tensors.items()}
+
+    @property
     def nbytes(self) -> int:
         """Exact bytes of the file that `save` writes. Raises as `packed_size` does."""
         return packed_size(self._specs, **self._fields)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """BLAKE2b (32 hex digits) of all that the file says: its header, and thereby the checksum
         (8 bytes) of every tensor. It tells damage from a whole file, not friend from foe."""
@@ -91,16 +97,17 @@ class SkillPack:
     def delta(self, name: str) -> Tensor:
         """Tuned minus base of one tensor, float32, on the CPU.
 
-        Raises CorruptPack where its parts do not fit its codec, NonFinite where it overflows.
+        Raises CorruptPack where its parts do not fit its codec, NonFinite where it overflows,
+        UnknownCodec for a codec that is not registered.
         """
-        try:
-            delta = codecs.decode(self.tensors[name])
-        except ValueError as error:
-            raise CorruptPack(f"tensor {name!r} of task {self.task!r}: {error}") from error
-        if not torch.isfinite(delta).all():
-            what = f"tensor {name!r} of task {self.task!r}"
-            raise NonFinite(f"{what} is not finite once decoded; compress the delta again.")
-        return delta
+        return self._decoded(name, codecs.decode)
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """`delta(name)[ids]`, where the codec can without the rest of it. ids: int64 (n,), on the CPU.
+
+        Raises as `delta` does.
+        """
+        return self._decoded(name, lambda encoded: codecs.rows(encoded, ids))
 
     def decode(self) -> dict[str, Tensor]:
         """{name: `delta(name)`}."""
@@ -133,6 +140,18 @@ class SkillPack:
         except OSError as error:
             why = error.strerror
             raise SkillPackError(f"{path} cannot be read ({why}); check its rights.") from error
+
+    def _decoded(self, name: str, decode: Callable[[Encoded], Tensor]) -> Tensor:
+        what = f"tensor {name!r} of task {self.task!r}"
+        try:
+            decoded = decode(self.tensors[name])
+        except UnknownCodec as error:
+            raise UnknownCodec(f"{what}: {error}") from error
+        except ValueError as error:
+            raise CorruptPack(f"{what}: {error}") from error
+        if not torch.isfinite(decoded).all():
+            raise NonFinite(f"{what} is not finite once decoded; compress the delta again.")
+        return decoded
 
     @property
     def _specs(self) -> dict[str, Spec]:

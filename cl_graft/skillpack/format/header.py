@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cl_graft.skillpack import codecs
-from cl_graft.skillpack.codecs import CODECS, DTYPES, Encoded, Spec
+from cl_graft.skillpack.codecs import STORABLE, Encoded, Spec
 from cl_graft.skillpack.codecs.encoded import raw
 from cl_graft.skillpack.format.errors import (
     CorruptPack,
@@ -37,7 +37,7 @@ MAX_HEADER = 32 << 20  # bytes; a tensor takes some 450
 MAX_VALUES = 4 << 20  # in the JSON; a tensor takes some 45, and parsing them is what costs
 DIGEST_BYTES, CHECKSUM_BYTES = 16, 8
 NO_DIGEST, NO_CHECKSUM = "0" * 2 * DIGEST_BYTES, "0" * 2 * CHECKSUM_BYTES
-NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
+NAMES = {dtype: name for name, dtype in STORABLE.items()}
 FIELDS = {
     "base": str,
     "task": str,
@@ -206,20 +206,18 @@ def read_tensors(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, Spec], 
         if not isinstance(said, list) or [type(item) for item in said] != [str, list, dict, str]:
             raise CorruptPack(f"{what} is not given by codec, shape, meta and checksum; {AGAIN}")
         codec, shape, meta, checksums[name] = said
-        if codec not in CODECS:
-            known = ", ".join(CODECS)
-            cure = f"(known: {known}); use the release that wrote it."
-            raise UnknownCodec(f"{what} has the unknown codec {codec!r} {cure}")
         specs[name] = codec, tuple(shape), meta
     check_specs(path, specs)
     return specs, checksums
 
 
 def check_specs(path: Path, specs: Mapping[str, Spec]) -> None:
-    """Raise CorruptPack for a tensor without a layout."""
+    """Raise CorruptPack for a tensor without a layout, UnknownCodec where its codec is not known."""
     for name, spec in specs.items():
         try:
             codecs.layout(*spec)
+        except UnknownCodec as error:
+            raise UnknownCodec(f"{path}, tensor {name!r}: {error}") from error
         except ValueError as error:
             raise CorruptPack(f"{path}, tensor {name!r}: {error}") from error
 

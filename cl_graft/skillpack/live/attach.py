@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from cl_graft.skillpack.codecs import Encoded, is_factored, is_scattered
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.skillpack.live.attachment_points import AttachError, Spot, find_spots
-from cl_graft.skillpack.live.decode import LOW_RANK, Factors, factors, sparse_entries, sparse_rows
+from cl_graft.skillpack.live.decode import Entries, Factors, entries, factors
 from cl_graft.skillpack.live.grafted import add, add_sparse, check_packs
 
 Choice = tuple[int, ...]
@@ -47,9 +48,10 @@ class Attached:
         check_packs(self.packs, base, shapes)
         touched = {n: p for n, p in self._parameters.items() if any(n in q.tensors for q in packs)}
         found = find_spots(model, touched, example) if touched else []
+        multiplied = {name for spot in found for name in spot.linear | spot.rows}
         self._held = [
-            {n: _hold(pack, n, touched[n]) for n in pack.tensors if _wants(found, n, pack)}
-            for pack in self.packs
+            {n: h for n, e in q.tensors.items() if (h := _hold(e, touched[n], n in multiplied))}
+            for q in self.packs
         ]
         self._choices: tuple[Choice, ...] = ((),)
         self._batch: int | None = None
@@ -141,7 +143,7 @@ class Attached:
         return tuple(k for k in choice if any(self._added(k, n, spot) == light for n in touched[k]))
 
     def _added(self, index: int, name: str, spot: Spot) -> bool:
-        return name in spot.linear and self.packs[index].tensors[name].codec in LOW_RANK
+        return name in spot.linear and isinstance(self._held[index].get(name), Factors)
 
     def _apart(self, choices: list[Choice], run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """run(choice, ...) on the rows of each choice, the rows of what comes out back in place."""
@@ -196,8 +198,9 @@ class Attached:
     def _merged(self, name: str, packs: list[int]) -> Tensor:
         """The parameter under these packs, with the very bits that `Grafted` gives it."""
         weight = self._parameters[name].detach().clone()
-        if len(packs) == 1 and self.packs[packs[0]].tensors[name].codec == "sparse":
-            add_sparse(weight, *self._held[packs[0]][name])
+        held = self._held[packs[0]].get(name)
+        if len(packs) == 1 and isinstance(held, Entries):
+            add_sparse(weight, *held)
         else:
             add(weight, name, [self.packs[k] for k in packs])
         return weight
@@ -208,34 +211,23 @@ class Attached:
         base = self._parameters[name].detach()[ids]
         delta = torch.zeros(base.shape, device=base.device)
         for index in packs:
-            encoded, held = self.packs[index].tensors[name], self._held[index].get(name)
-            if encoded.codec == "dense":
-                delta += encoded.parts["values"][ids.cpu()].to(base.device)
-            elif held is None:
-                delta += self.packs[index].delta(name)[ids.cpu()].to(base.device)
-            elif encoded.codec == "sparse":
-                delta += sparse_rows(held, base.shape[1], ids)
+            held = self._held[index].get(name)
+            if held is None:
+                delta += self.packs[index].rows(name, ids.cpu()).to(base.device)
             else:
-                delta += held[0][ids].float() @ held[1].float()
+                delta += held.rows(ids, base.shape[1])
         return base.add_(delta)
 
 
-def _wants(found: list[Spot], name: str, pack: SkillPack) -> bool:
-    """Whether a delta is worth keeping decoded: factors that are multiplied by, and positions."""
-    codec = pack.tensors[name].codec
-    return codec == "sparse" or (
-        codec in LOW_RANK and any(name in spot.linear | spot.rows for spot in found)
-    )
-
-
-def _hold(pack: SkillPack, name: str, parameter: Tensor) -> Factors:
-    encoded = pack.tensors[name]
-    if encoded.codec == "sparse":
-        pair = sparse_entries(encoded)
-    else:
+def _hold(encoded: Encoded, parameter: Tensor, multiplied: bool) -> Factors | Entries | None:
+    """What is worth keeping decoded of a delta: positions, and factors where they are multiplied by."""
+    if is_scattered(encoded):
+        return entries(encoded).to(parameter.device)
+    if multiplied and is_factored(encoded):
         narrow = parameter.dtype == torch.bfloat16
-        pair = factors([encoded], torch.bfloat16 if narrow else torch.float32)
-    return pair[0].to(parameter.device), pair[1].to(parameter.device)
+        dtype = torch.bfloat16 if narrow else torch.float32
+        return factors([encoded], dtype).to(parameter.device)
+    return None
 
 
 def _rows(choices: list[Choice]) -> dict[Choice, Any]:
@@ -245,6 +237,6 @@ def _rows(choices: list[Choice]) -> dict[Choice, Any]:
     return {c: [i for i, other in enumerate(choices) if other == c] for c in dict.fromkeys(choices)}
 
 
-def _product(x: Tensor, pair: Factors, transposed: bool) -> Tensor:
+def _product(x: Tensor, pair: Factors | Entries, transposed: bool) -> Tensor:
     left, right = pair if transposed else (pair[1].T, pair[0].T)
     return x.to(left.dtype) @ left @ right

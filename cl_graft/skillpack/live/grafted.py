@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from cl_graft.skillpack.codecs import is_factored, is_scattered
 from cl_graft.skillpack.format.file import (
     CorruptPack,
     NonFinite,
@@ -15,9 +17,11 @@ from cl_graft.skillpack.format.file import (
     WrongBase,
     fingerprint,
 )
-from cl_graft.skillpack.live.decode import LOW_RANK, Factors, factors, sparse_entries
+from cl_graft.skillpack.live.decode import entries, factors
 
 TILE = 2048  # rows of a product held in float32 at a time
+
+Pair = TypeVar("Pair", bound=tuple[Tensor, Tensor])
 
 
 class Grafted:
@@ -26,11 +30,15 @@ class Grafted:
     The model given is the base, and it is changed in place. Parameters go by the names of
     `model.named_parameters()`, where tied ones appear once. Only parameters that a pack touches are
     copied. Nothing else may write to the model's parameters while packs are active.
+
+    base_weights: {name: the base's parameter}, if somebody holds them already: they are read and never written to, so
+    that the base is held once.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, base_weights: Mapping[str, Tensor] | None = None):
         self.model = model
         self.active: tuple[SkillPack, ...] = ()
+        self._held = base_weights
         self._pristine: dict[str, Tensor] = {}
         self._base: str | None = None
 
@@ -51,6 +59,8 @@ class Grafted:
         on any other error (NonFinite: a weight overflows) the model is the base again.
         """
         packs = tuple(packs)
+        if packs and [p.digest for p in packs] == [p.digest for p in self.active]:
+            return
         parameters = dict(self.model.named_parameters())
         check_packs(packs, self.base, {n: tuple(p.shape) for n, p in parameters.items()})
         touched = {name for pack in packs for name in pack.tensors}
@@ -76,7 +86,8 @@ class Grafted:
         if name in self._pristine:
             parameter.copy_(self._pristine[name])
         else:
-            self._pristine[name] = parameter.detach().clone()
+            held = self._held[name] if self._held else parameter.detach().clone()
+            self._pristine[name] = held
         add(parameter, name, packs)
         if not _finite(parameter):
             tasks = ", ".join(repr(pack.task) for pack in packs)
@@ -96,10 +107,10 @@ def add(weight: Tensor, name: str, packs: Sequence[SkillPack]) -> None:
     Raises CorruptPack where a tensor's parts do not fit its codec, NonFinite as `SkillPack.delta`.
     """
     packs = [pack for pack in packs if name in pack.tensors]
-    if packs and all(pack.tensors[name].codec in LOW_RANK for pack in packs):
+    if packs and all(is_factored(pack.tensors[name]) for pack in packs):
         return add_low_rank(weight, name, packs)
-    if len(packs) == 1 and packs[0].tensors[name].codec == "sparse":
-        return add_sparse(weight, *_checked(sparse_entries, name, packs))
+    if len(packs) == 1 and is_scattered(packs[0].tensors[name]):
+        return add_sparse(weight, *_checked(entries, name, packs))
     delta = torch.zeros(weight.shape)
     for pack in packs:
         delta += pack.delta(name)
@@ -134,7 +145,7 @@ def add_sparse(weight: Tensor, positions: Tensor, values: Tensor) -> None:
     flat[positions] = flat[positions].add_(values.to(weight.device).float())
 
 
-def _checked(decode: Callable[..., Factors], name: str, packs: Sequence[SkillPack]) -> Factors:
+def _checked(decode: Callable[..., Pair], name: str, packs: Sequence[SkillPack]) -> Pair:
     try:
         return decode(*(pack.tensors[name] for pack in packs))
     except ValueError as error:
@@ -160,11 +171,11 @@ def check_packs(
                 f"the pack of task {pack.task!r} has tensors or rows that the base lacks, and a live "
                 "model has no place for them; apply it to a folder with `cl-graft pack apply`."
             )
-        for name, encoded in pack.tensors.items():
-            if shapes.get(name) != encoded.shape:
+        for name, shape in pack.shapes.items():
+            if shapes.get(name) != shape:
                 there = f"shape {shapes[name]}" if name in shapes else "no such parameter"
                 raise ShapeMismatch(
-                    f"tensor {name!r} of task {pack.task!r} has shape {encoded.shape}, but the "
+                    f"tensor {name!r} of task {pack.task!r} has shape {shape}, but the "
                     f"model has {there}; load the base it was made on."
                 )
 

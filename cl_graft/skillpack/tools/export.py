@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from cl_graft.models.meta_model import Skeleton, skeleton
-from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.codecs import Encoded, is_factored, rank_of
 from cl_graft.skillpack.folders.apply import check_base
 from cl_graft.skillpack.folders.checkpoint import Checkpoint, new_folder, write_tensors
 from cl_graft.skillpack.format.errors import SkillPackError
 from cl_graft.skillpack.format.file import SkillPack
-from cl_graft.skillpack.live.decode import LOW_RANK, factors, rank_of
+from cl_graft.skillpack.live.decode import factors
 
 Factors = tuple[Tensor, Tensor]  # float32: left (out, r), right (r, in)
 MOST_RANK = 512  # the largest rank that serving engines take
@@ -187,8 +187,8 @@ def _write(path: Path, pack: SkillPack, modules: list[_Module], rows: dict[str, 
 def _factorised(pack: SkillPack, module: _Module) -> tuple[Factors, Exported]:
     encoded = pack.tensors[module.tensor]
     delta = pack.delta(module.tensor)
-    if encoded.codec in LOW_RANK:
-        found = factors([encoded])
+    if is_factored(encoded):
+        found: Factors = factors([encoded])
         found = cut(*found, module.rank) if found[0].shape[1] > module.rank else found
     else:
         found = best_factors(delta, module.rank)

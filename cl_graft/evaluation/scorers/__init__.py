@@ -1,0 +1,25 @@
+"""How an answer is scored: a plug-in a file, and what is common to all of them."""
+
+from cl_graft.evaluation.scorers.base import (
+    Examinee,
+    Scored,
+    Scorer,
+    described,
+    judge_of,
+    require_consents,
+    resolved,
+    score,
+    scorer,
+)
+
+__all__ = [
+    "Examinee",
+    "Scored",
+    "Scorer",
+    "described",
+    "judge_of",
+    "require_consents",
+    "resolved",
+    "score",
+    "scorer",
+]

@@ -1,0 +1,207 @@
+"""What a scorer is, how a function becomes one, and scoring the same examples by several of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal
+
+from cl_graft import plugins
+from cl_graft.errors import CLGraftError
+from cl_graft.evaluation.sandbox import require_consent
+from cl_graft.task import Example, Scenario, Scoring, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Needs = Literal["answers", "likelihoods", "model"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One example's outcome: the score, and the answer it was given for."""
+
+    score: float
+    answer: str
+    note: str = ""
+
+
+@dataclass
+class Examinee:
+    """A model under test. Answers are generated once and shared by every scorer of the same examples."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    max_length: int
+    allow_code: bool = False
+    given: Sequence[str] | None = None  # answers that exist already
+
+    def answers(self, examples: Sequence[Example]) -> Sequence[str]:
+        from cl_graft.evaluation.generate import generate
+
+        if self.given is not None:
+            return self.given
+        prompts = [e.prompt for e in examples]
+        return generate(self.model, self.tokenizer, prompts, self.max_new_tokens)
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        from cl_graft.evaluation.generate import log_likelihoods
+
+        return log_likelihoods(self.model, self.tokenizer, pairs, self.max_length)
+
+    def choice_likelihoods(
+        self, prompts: Sequence[str], choices: Sequence[str]
+    ) -> list[list[float]]:
+        from cl_graft.evaluation.generate import choice_likelihoods
+
+        return choice_likelihoods(self.model, self.tokenizer, prompts, choices, self.max_length)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A function that scores, higher when better, with what has to be known of it before it runs.
+
+    needs: what it is given. "answers": `function(example, answer, *, options)` returns one score; with `together` it
+    is given the sequences of all examples and answers, and returns as many scores. "likelihoods" or "model":
+    `function(examinee, examples, *, options)` returns a score an example; it asks only for likelihoods, or else uses
+    the model as it likes, and no answer is generated for it. A score is a number or a Scored.
+    consent: it runs code that a model wrote, so the user has to allow it. reads: the fields of an example that it
+    cannot do without. flaw: why an example cannot be scored, in a few words, or "". sampled: the scorer that judges
+    an answer in words in its place. identity: plain data besides its files on which its scores depend.
+    """
+
+    function: Callable[..., Any]
+    needs: Needs = "answers"
+    together: bool = False
+    consent: bool = False
+    reads: tuple[str, ...] = ("completion",)
+    flaw: Callable[[Example], str] = lambda example: ""
+    sampled: str | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("__name__", "__doc__", "__module__"):
+            object.__setattr__(self, name, getattr(self.function, name))
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    def score(
+        self, examinee: Examinee, examples: Sequence[Example], **options: Any
+    ) -> list[Scored]:
+        """One outcome an example. Raises ConsentNeeded, or CLGraftError for scores that are none."""
+        if self.consent:
+            require_consent(examinee.allow_code, f"the scorer {self.name!r}")
+        answers: Sequence[str] = [""] * len(examples)
+        if self.needs != "answers":
+            values = self.function(examinee, examples, **options)
+        else:
+            answers = examinee.answers(examples)
+            if self.together:
+                values = self.function(examples, answers, **options)
+            else:
+                pairs = zip(examples, answers, strict=True)
+                values = [self.function(*pair, **options) for pair in pairs]
+        return self._checked(list(values), answers)
+
+    def _checked(self, values: Sequence[Any], answers: Sequence[str]) -> list[Scored]:
+        if len(values) != len(answers):
+            raise CLGraftError(
+                f"the scorer {self.name!r} gives {len(values)} scores for {len(answers)} examples; return one for each."
+            )
+        found = []
+        for value, answer in zip(values, answers, strict=True):
+            number = value.score if isinstance(value, Scored) else value
+            if not isinstance(number, Real) or not math.isfinite(number):
+                raise CLGraftError(
+                    f"the scorer {self.name!r} gives {number!r} for the answer {answer[:60]!r}; return a finite "
+                    "number."
+                )
+            found.append(value if isinstance(value, Scored) else Scored(float(number), answer))
+        return found
+
+
+def scorer(**declared: Any) -> Callable[[Callable[..., Any]], Scorer]:
+    """Make the function below it a scorer of that name; what can be declared are the fields of `Scorer`."""
+    return lambda function: Scorer(function, **declared)
+
+
+def _found(scoring: Scoring) -> tuple[Scorer, dict[str, Any]]:
+    """The scorer and its options, defaults included. Raises UnknownName or CLGraftError."""
+    found = plugins.load("scorer", scoring.name)
+    return found, plugins.check_options("scorer", found.name, found, scoring.options)
+
+
+def score(
+    examinee: Examinee, examples: Sequence[Example], metrics: Sequence[str | Scoring]
+) -> dict[str, list[Scored]]:
+    """{label: outcomes} of every scorer on the same examples.
+
+    Raises UnknownName, ConsentNeeded where code may not be run, or CLGraftError for scores that are none.
+    """
+    scorings = [Scoring.of(metric) for metric in metrics]
+    scorers = {scoring.label: _found(scoring) for scoring in scorings}
+    if any(scorer.needs == "answers" for scorer, _ in scorers.values()):
+        examinee = replace(examinee, given=examinee.answers(examples))
+    return {
+        label: scorer.score(examinee, examples, **options)
+        for label, (scorer, options) in scorers.items()
+    }
+
+
+def described(scoring: Scoring) -> dict[str, Any]:
+    """All that scores depend on besides examples and model, as plain data: options, declared identity, source files."""
+    found, options = _found(scoring)
+    return {
+        "scorer": found.name,
+        "options": options,
+        "identity": dict(found.identity),
+        "sources": plugins.sources("scorer", scoring.name),
+    }
+
+
+def resolved(
+    scenario: Scenario, host: str, options: Mapping[str, Mapping[str, Any]]
+) -> tuple[Scenario, set[str]]:
+    """The scenario with every scorer found and its options checked; and the names of the scorers that it uses.
+
+    host: the scenario's name or path; a scorer that its file defines comes before all others of that name, and paths
+    are also looked up from its folder. options: {scorer: {option: value}}, over those that the scenario sets.
+    Raises UnknownName or CLGraftError.
+    """
+    used: set[str] = set()
+
+    def found(scoring: Scoring) -> str | Scoring:
+        named = replace(scoring, name=plugins.within("scorer", scoring.name, host))
+        short = _found(named)[0].name
+        used.add(short)
+        chosen = replace(named, options={**scoring.options, **options.get(short, {})})
+        _found(chosen)
+        return chosen.name if chosen == Scoring.of(chosen.name) else chosen
+
+    def scored(task: Task) -> Task:
+        first, *further = map(found, task.scorings)
+        return replace(task, score=first, also=tuple(further))
+
+    general = scenario.general and scored(scenario.general)
+    tasks = tuple(map(scored, scenario.tasks))
+    return replace(scenario, tasks=tasks, general=general), used
+
+
+def require_consents(allowed: bool, tasks: Iterable[Task]) -> None:
+    """Raise ConsentNeeded for the first task that a scorer which needs consent scores, unless it is given."""
+    for task in tasks:
+        if any(_found(scoring)[0].consent for scoring in task.scorings):
+            require_consent(allowed, f"scoring task {task.name!r}")
+
+
+def judge_of(scoring: Scoring) -> Scoring | None:
+    """The scoring that judges an answer in words: itself, or the one named in its place; None where there is none."""
+    found, _ = _found(scoring)
+    if found.needs == "answers":
+        return scoring
+    return Scoring(found.sampled) if found.sampled else None

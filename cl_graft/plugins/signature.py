@@ -1,0 +1,115 @@
+"""The options of plug-ins: read off signatures, checked against them, and as the command line writes them."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.plugins.find import load, names
+
+
+def options(plugin: Callable[..., Any]) -> dict[str, Any]:
+    """Option -> default, read off the keyword-only arguments of the plugin's signature.
+
+    Raises CLGraftError for an option without a default.
+    """
+    function = getattr(plugin, "function", plugin)
+    given = {"seed", "data_dir"}  # filled in by the harness, not by the user
+    found = {
+        p.name: p.default
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name not in given
+    }
+    for option, default in found.items():
+        if default is inspect.Parameter.empty:
+            raise CLGraftError(
+                f"option {option!r} of {plugin.__name__} has no default; give it one in the signature."
+            )
+    return found
+
+
+def check_options(kind: str, name: str, plugin: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """`chosen` over the defaults.
+
+    Raises UnknownName for an option the plugin does not have, CLGraftError for a value of another type than
+    the signature says.
+    """
+    known, types = options(plugin), _types(plugin)
+    for option, value in chosen.items():
+        if option not in known:
+            raise UnknownName(f"option of {kind} {name}", option, known)
+        if not _fits(value, types[option]):
+            wanted = inspect.formatannotation(types[option])
+            raise CLGraftError(
+                f"{name}.{option}={value!r} should be {wanted}, as its default {known[option]!r} is."
+            )
+    return {**known, **chosen}
+
+
+def choices(kind: str, name: str, chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of the options' values: a list, where the option's type takes none, is a grid.
+
+    Raises UnknownName or CLGraftError as `load` and `check_options` do.
+    """
+    if not name.endswith(".py") and name not in names(kind):
+        raise UnknownName(kind, name, names(kind))
+    if not chosen:  # without importing it
+        return [{}]
+    plugin = load(kind, name)
+    known = _types(plugin)
+    for option in chosen:
+        if option not in known:
+            raise UnknownName(f"option of {kind} {Path(name).stem}", option, known)
+        if chosen[option] == [] and not _fits([], known[option]):
+            raise CLGraftError(f"{name}.{option}=[] is a grid of no value; give some.")
+    each = [
+        value if isinstance(value, list) and not _fits(value, known[option]) else [value]
+        for option, value in chosen.items()
+    ]
+    found = [dict(zip(chosen, values, strict=True)) for values in itertools.product(*each)]
+    for combination in found:
+        check_options(kind, Path(name).stem, plugin, combination)
+    return found
+
+
+def _types(plugin: Any) -> dict[str, Any]:
+    """Option -> its annotation, or else the type of a default that is a bool, number or text, or else Any."""
+    try:
+        hints = typing.get_type_hints(getattr(plugin, "function", plugin))
+    except Exception:  # annotations that only a type checker can read
+        hints = {}
+    plain = (bool, int, float, str)
+    return {
+        option: hints.get(option, type(default) if isinstance(default, plain) else Any)
+        for option, default in options(plugin).items()
+    }
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a JSON value is of the type: 8 is a float, but 8.0 no int, True no number, NaN nothing."""
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(wanted).validate_json(json.dumps(value, allow_nan=False), strict=True)
+    except PydanticUserError:  # a type that only the plugin understands
+        return True
+    except (ValidationError, TypeError, ValueError):
+        return False
+    return True
+
+
+def parse_set(text: str) -> tuple[str, str, Any]:
+    """`lora.rank=8` -> ("lora", "rank", 8); values are JSON, or else a plain word."""
+    from cl_graft.config import json_or_word
+
+    left, equals, value = text.partition("=")
+    owner, dot, option = left.partition(".")
+    if not (equals and dot and owner and option):
+        raise CLGraftError(f"--set {text!r} should read name.option=value, such as lora.rank=8.")
+    return owner, option, json_or_word(value)

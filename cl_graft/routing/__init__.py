@@ -1,0 +1,1 @@
+"""Which task a prompt belongs to, inferred from the base model alone: one file a router."""
