@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -164,6 +165,7 @@ def measured(model: torch.nn.Module) -> Iterator[Peak]:
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated()
         return
+    gc.collect()  # what an earlier trainer left would be counted when it goes
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:

@@ -86,12 +86,7 @@ def trace(
         rows = torch.ones(sequences, length, dtype=torch.long)
         meter = Meter()
         with meter, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            if kind == "sft" and rows.numel() * config.get_text_config().vocab_size <= FEW:
-                output = model(input_ids=rows, attention_mask=rows, use_cache=False)
-                loss = plain(output.logits, rows).nll
-            else:
-                given = {"input_ids": rows, "attention_mask": rows, "labels": rows}
-                loss = _loss(kind, model(**given, fused_lm_head=True))
+            loss = _loss(kind, model, rows)
         with meter:
             loss.backward()
         buffers = sum(b.untyped_storage().nbytes() for b in model.buffers())
@@ -134,7 +129,13 @@ def _give_memory(model: Any) -> None:
         setattr(model.get_submodule(parent), leaf, made[id(old)])
 
 
-def _loss(kind: str, output: Any) -> Any:
+def _loss(kind: str, model: Any, rows: Tensor) -> Tensor:
+    """As the trainers take it; what the model gives beside it is let go before the backward pass, as there."""
+    given = {"input_ids": rows, "attention_mask": rows, "use_cache": False}
+    vocabulary = model.config.get_text_config().vocab_size
+    if kind == "sft" and rows.numel() * vocabulary <= FEW:
+        return plain(model(**given).logits, rows).nll
+    output = model(**given, labels=rows, fused_lm_head=True)
     if kind == "sft":
         return -output.log_probs.sum()
     chosen, rejected = output.log_probs.sum(1).chunk(2)
