@@ -13,7 +13,7 @@ from cl_graft.matrix import FloatArray
 from cl_graft.report.aggregate import Cell, Series, groups, series
 from cl_graft.report.table import UNMEASURED, Table, show
 
-BASE, GENERAL = "base model", "general ability"
+BASE, GENERAL = "base model", "general"  # names of a column and a row
 ACCURACY_NOTE = (
     "Per cent of the test examples of the tasks seen so far that were taken for the task they are of, the mean over "
     "seeds. Prompts of general ability have no right answer and do not count. ± is the standard error over seeds."

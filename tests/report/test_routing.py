@@ -227,7 +227,7 @@ def test_accuracy_by_experience() -> None:
 def test_a_confusion_counts_what_was_taken_for_what_at_the_end() -> None:
     (found,) = confusions(routed([told(), inferred(), inferred(seed=1)]))
     assert found.name == "graftllm(task_ids=inferred)"
-    assert found.of == ("math", "code", "general ability")
+    assert found.of == ("math", "code", "general")
     assert found.taken_for == ("math", "code", "base model")
     np.testing.assert_array_equal(found.counts, [[14, 6, 0], [2, 16, 2], [0, 8, 0]])  # two seeds
     np.testing.assert_allclose(found.shares, [[0.7, 0.3, 0], [0.1, 0.8, 0.1], [0, 1, 0]])
@@ -248,7 +248,7 @@ def test_confusions_of_a_group_have_the_same_rows_and_columns() -> None:
     assert (one.of, one.taken_for) == (other.of, other.taken_for)
     assert np.isnan(other.shares[2]).all()  # no general prompt was asked of it
     _, grid = confusion_tables([inferred(), inferred("ties(task_ids=inferred)", routing=routes)])
-    assert grid.rows[-1] == ("general ability", "–", "–", "–")
+    assert grid.rows[-1] == ("general", "–", "–", "–")
 
 
 def test_files_of_routing(tmp_path: Path) -> None:
@@ -286,8 +286,8 @@ def test_the_figure_shows_shares_of_rows_and_frames_what_is_right() -> None:
     assert {xy for xy in framed if xy[0] < 3} == {
         (0, 0),
         (1, 1),
-    }  # nothing is right of general ability
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["math", "code", "general ability"]
+    }  # no answer is right of general
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["math", "code", "general"]
     assert [t.get_text() for t in ax.get_xticklabels()][:3] == ["math", "code", "base model"]
 
 
