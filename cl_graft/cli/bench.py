@@ -67,6 +67,18 @@ def bench_compose(
     typer.echo(f"ties over individual {found['ties_over_individual']:.2f}")
 
 
+@app.command("train")
+def bench_train(
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """An SFT stage beside a bare PyTorch loop over the same batches: time, set-up, memory, and where it goes."""
+    from cl_graft.bench.train import bench_train as measure
+    from cl_graft.bench.train import markdown
+
+    found = measure(say=lambda what: typer.echo(what, err=True))
+    typer.echo(json.dumps(found, indent=1) if json_ else markdown(found))
+
+
 @app.command("sweep")
 def bench_sweep(
     cells: Annotated[int, typer.Option(min=4, help="That only sleep.")] = 24,
