@@ -264,13 +264,15 @@ def assert_whole(out: Path) -> None:
 
 
 def _assert_whole_cell(folder: Path) -> None:
-    stages = CellFolder(folder).stages()
-    for record in stages:
-        outcomes = list(read_jsonl(folder / "stages" / f"{record['stage']:02d}" / "examples.jsonl"))
+    experiences = CellFolder(folder).experiences()
+    for record in experiences:
+        outcomes = list(
+            read_jsonl(folder / "experiences" / f"{record['experience']:02d}" / "examples.jsonl")
+        )
         counted = Counter((line["task"], line["metric"]) for line in outcomes)
         assert set(counted.values()) == {4}, counted
         if record["task"]:
-            name = f"{record['stage']:02d}-{record['task']}.safetensors"
+            name = f"{record['experience']:02d}-{record['task']}.safetensors"
             assert SkillPack.load(folder / "packs" / name).digest == record["pack"]
     for pack in folder.glob("packs/*.safetensors"):
         if not pack.name.startswith("."):
@@ -329,7 +331,7 @@ OF_THE_MACHINE = ("seconds", "tokens_per_second", "peak_memory_mb")
 def numbers(folder: Path) -> dict[str, Any]:
     """Of a cell: all that must not depend on how often it was stopped, or beside what it ran."""
     result = read_json(folder / "result.json")
-    records = CellFolder(folder).stages()
+    records = CellFolder(folder).experiences()
     losses = [
         {key: value for key, value in line.items() if key not in OF_THE_MACHINE}
         for record in records
@@ -340,7 +342,7 @@ def numbers(folder: Path) -> dict[str, Any]:
         "packs": {f.name: SkillPack.load(f).digest for f in sorted((folder / "packs").iterdir())},
         "losses": losses,
         "stage tokens": [record["tokens"] for record in records],
-        "examples": [f.read_text() for f in sorted(folder.glob("stages/*/examples.jsonl"))],
+        "examples": [f.read_text() for f in sorted(folder.glob("experiences/*/examples.jsonl"))],
     }
 
 

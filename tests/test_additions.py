@@ -19,9 +19,10 @@ from cl_graft.cli import complete
 from cl_graft.cli.options import sweep_from
 from cl_graft.config import Axes, RunConfig, Settings, Whereabouts, several
 from cl_graft.errors import UnknownName
+from cl_graft.experiment.executors import local
 from cl_graft.matrix import METRICS, Metric, PerformanceMatrix
 from cl_graft.report.tables import metrics
-from cl_graft.sweep_config import Sweep, sweep_of, template
+from cl_graft.sweep_config import Ray, Sweep, sweep_of, template
 from tests.command import Call
 from tests.report.test_tables import cell
 
@@ -178,8 +179,8 @@ class Notes:
     def __init__(self, folder):
         self.folder = folder
 
-    def stage(self, record):
-        (self.folder / "notes.txt").write_text(str(record["stage"]))
+    def experience(self, record):
+        (self.folder / "notes.txt").write_text(str(record["experience"]))
 
     def finish(self, result):
         pass
@@ -214,7 +215,7 @@ def test_a_tracker_is_one_file(
     monkeypatch.setattr(tracking, "__path__", _with(tracking, tmp_path, monkeypatch))
     config = RunConfig(scenario="mini", strategy="lora", track=["notes"], wandb="off")
     told = tracking.trackers(config, tmp_path, {})
-    told.stage({"stage": 3})
+    told.experience({"experience": 3})
     assert (tmp_path / "notes.txt").read_text() == "3"
     assert "csv, notes, tensorboard." in shown(call("sweep", "--help").out)
     assert "csv, notes, tensorboard." in page(hooks, "sweep-files.md")
@@ -233,6 +234,19 @@ def test_an_executor_is_one_file(
     assert "local, nobody, ray." in shown(call("sweep", "--help").out)
     assert "local, nobody, ray." in page(hooks, "sweep-files.md") and "nobody" in template()
     sys.modules.pop("cl_graft.experiment.executors.nobody")
+
+
+def test_our_executors_take_what_the_sweep_says() -> None:
+    def keywords(**fields: Any) -> dict[str, Any]:
+        asked = sweep_of(SMALL | fields, "here")
+        made: Any = executors.executor(asked, asked.cells())
+        return made.keywords
+
+    ray = {"executor": "ray", "ray": {"gpus": 1}}
+    assert keywords(**ray, workers=3) == {"workers": 3, "asks": Ray(gpus=1)}
+    assert keywords(workers=3) == {"workers": 3}
+    assert keywords(launch={"processes": 2}) == {"workers": 1}, "one job has all devices"
+    assert keywords(threads=10**6) == {"workers": local.gpus() or 1}
 
 
 def _with(package: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:

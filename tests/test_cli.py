@@ -61,8 +61,8 @@ def partial(finished: Finished, tmp_path: Path) -> Path:
     cell = tmp_path / "partial" / finished.cell.name
     shutil.copytree(finished.cell, cell)
     (cell / "result.json").unlink()
-    for stage in ("02", "03"):
-        shutil.rmtree(cell / "stages" / stage)
+    for experience in ("02", "03"):
+        shutil.rmtree(cell / "experiences" / experience)
     return cell.parent
 
 
@@ -149,13 +149,15 @@ def test_list_verbose_shows_options_as_they_are_set(call: Call) -> None:
 def test_a_run_leaves_the_files_that_record_py_documents(finished: Finished) -> None:
     cell = finished.cell
     packs = [f"packs/{i:02d}-{task}.safetensors" for i, task in enumerate(TASKS, 1)]
-    stages = [f"stages/{i:02d}/{f}" for i in range(4) for f in ("examples.jsonl", "stage.json")]
+    experiences = [
+        f"experiences/{i:02d}/{f}" for i in range(4) for f in ("examples.jsonl", "experience.json")
+    ]
     found = {str(f.relative_to(cell)) for f in cell.rglob("*") if f.is_file()} - {".lock"}
-    assert found == {"cell.json", "state.json", "result.json", *packs, *stages}
-    lines = (cell / "stages" / "03" / "examples.jsonl").read_text().splitlines()
+    assert found == {"cell.json", "state.json", "result.json", *packs, *experiences}
+    lines = (cell / "experiences" / "03" / "examples.jsonl").read_text().splitlines()
     outcomes = [json.loads(line) for line in lines]
     assert [set(o) for o in outcomes] == [
-        {"task", "metric", "index", "score", "answer", "note"}
+        {"task", "metric", "index", "score", "answer", "note", "taken_for"}
     ] * 48
     assert {o["task"] for o in outcomes} == {*TASKS, "general:general"}
     assert {o["index"] for o in outcomes} == set(range(12))
@@ -166,8 +168,8 @@ def test_the_matrix_is_the_mean_of_the_outcomes(finished: Finished) -> None:
     result = json.loads((finished.cell / "result.json").read_text())
     assert result["complete"]
     assert result["tasks"] == TASKS
-    for stage, row in enumerate(result["matrix"]):
-        file = finished.cell / "stages" / f"{stage:02d}" / "examples.jsonl"
+    for experience, row in enumerate(result["matrix"]):
+        file = finished.cell / "experiences" / f"{experience:02d}" / "examples.jsonl"
         outcomes = [json.loads(line) for line in file.read_text().splitlines()]
         for task, value in zip(TASKS, row, strict=True):
             scores = [o["score"] for o in outcomes if o["task"] == task]
@@ -295,7 +297,7 @@ def test_json_of_a_whole_cell(finished: Finished, call: Call) -> None:
     assert cell["metrics"]["op"] == PerformanceMatrix(cell["matrix"], tasks=TASKS).op()
     assert set(cell["seconds"]) == {"train", "compress", "evaluate", "harness"}
     assert all(seconds > 0 for seconds in cell["seconds"].values())
-    base = json.loads((finished.cell / "stages" / "00" / "stage.json").read_text())
+    base = json.loads((finished.cell / "experiences" / "00" / "experience.json").read_text())
     assert base["task"] is None
     assert cell["matrix"][0] == [base["scores"]["score"][task]["value"] for task in TASKS]
 

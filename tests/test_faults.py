@@ -63,7 +63,7 @@ def reference(server: Any, scenario: Path, tmp_path_factory: pytest.TempPathFact
 
 def finished(out: Path) -> dict[Path, bytes]:
     """What no continued run may write again: stages of the cell, and of the cache."""
-    markers = out.rglob("stage.json")
+    markers = [*out.rglob("stage.json"), *out.rglob("experience.json")]
     return {f: f.read_bytes() for m in markers for f in m.parent.iterdir() if f.is_file()}
 
 

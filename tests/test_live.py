@@ -19,11 +19,11 @@ def cells(out: Path, count: int = 3) -> list[RunConfig]:
     return [RunConfig(scenario="mini", strategy=name, out=out) for name in names]
 
 
-def stage(config: RunConfig, number: int, **scores: float) -> None:
+def experience(config: RunConfig, number: int, **scores: float) -> None:
     made: Any = {"score": {task: {"value": value} for task, value in scores.items()}}
-    folder = CellFolder(config.out / config.cell).stage_path(number)
+    folder = CellFolder(config.out / config.cell).experience_path(number)
     folder.mkdir(parents=True)
-    (folder / "stage.json").write_text(json.dumps({"scores": made}))
+    (folder / "experience.json").write_text(json.dumps({"scores": made}))
 
 
 def shown(progress: Board) -> str:
@@ -65,14 +65,14 @@ def test_a_cell_that_another_holds_up_is_waiting(tmp_path: Path) -> None:
 
 def test_the_matrix_fills_up(tmp_path: Path) -> None:
     a, b, _ = made = cells(tmp_path)
-    stage(a, 0, math=0.0, code=0.0)
+    experience(a, 0, math=0.0, code=0.0)
     progress = Board(made)
     assert "graftllm" in shown(progress) and "0 of 2" in shown(progress)
-    stage(a, 1, math=0.885, code=0.25)
+    experience(a, 1, math=0.885, code=0.25)
     progress.take(a.cell, "training code", 0.4)
     (row,) = [line.split() for line in shown(progress).splitlines() if "of 2" in line]
     assert row == ["graftllm", "88.5", "25.0", "1.0", "of", "2"]
-    stage(b, 0, math=0.5, code=0.5)
+    experience(b, 0, math=0.5, code=0.5)
     progress.take(b.cell, "training math", 0.1)
     assert [line.split()[0] for line in shown(progress).splitlines() if "of 2" in line] == [
         "graftllm",

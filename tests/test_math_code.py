@@ -487,11 +487,11 @@ def test_the_whole_configuration_runs_with_the_target_swapped(
     assert all(0 < size <= result["budget_bytes"] for size in result["pack_bytes"])
     (marker,) = (tmp_path / "out").glob("*/cell.json")
     folder = marker.parent
-    stages = sorted((folder / "stages").iterdir())
-    for stage in stages[1:]:
-        losses = json.loads((stage / "stage.json").read_text())["losses"]
+    experiences = sorted((folder / "experiences").iterdir())
+    for experience in experiences[1:]:
+        losses = json.loads((experience / "experience.json").read_text())["losses"]
         assert any("rewards/accuracies" in point for point in losses), "DPO took place"
-    lines = [json.loads(x) for x in (stages[0] / "examples.jsonl").read_text().splitlines()]
+    lines = [json.loads(x) for x in (experiences[0] / "examples.jsonl").read_text().splitlines()]
     assert [line["metric"] for line in lines] == ["math"] * 5 + ["tests"] * 2
     (folder / "result.json").unlink()
     again = cl_graft.run(**given, allow_code_execution=True)

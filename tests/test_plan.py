@@ -210,3 +210,18 @@ def test_a_planned_memory_holds_what_the_run_remembers(tmp_path):
 def test_separate_anchors_grow_with_the_tasks(tmp_path):
     found = plan(cells(tmp_path, [{"ewc": {"variant": "separate"}}]))
     assert [s.memory.terms for s in found.stages] == [0, 2 * 4 * 63_216]
+
+
+def test_what_is_shared_is_planned_without_weights_too(tmp_path, nano):
+    """States of the meta device have sizes, and no values that a key could be made of."""
+    model, tokenizer = nano
+    model.config.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def seen(found):
+        return [(s.task, s.start, s.rows, s.memory) for s in found.stages]
+
+    names = ["replay", "ewc", "lwf", "agem"]
+    given = cells(tmp_path, names)
+    bare = [c.model_copy(update={"model": str(tmp_path / "model")}) for c in given]
+    assert seen(plan(bare)) == seen(plan(given))

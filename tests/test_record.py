@@ -251,7 +251,7 @@ def test_a_cell_is_begun_once_and_then_recognised(tmp_path: Path) -> None:
     folder.begin({**IDENTITY, "tasks": ["ignored"]})
     assert (folder.path / "cell.json").read_text() == before
     assert read_json(folder.path / "cell.json") == {"format": record.FORMAT, **IDENTITY}
-    assert not folder.complete and folder.stages() == []
+    assert not folder.complete and folder.experiences() == []
 
 
 @pytest.mark.parametrize(
@@ -292,14 +292,16 @@ def outcome(task: str, index: int, **changed: Any) -> dict[str, Any]:
     }
 
 
-def test_a_stage_counts_once_its_record_is_there(tmp_path: Path) -> None:
+def test_an_experience_counts_once_its_record_is_there(tmp_path: Path) -> None:
     folder = CellFolder(tmp_path)
-    for stage in (0, 1, 3):
-        folder.write_stage(stage, [outcome("math", i) for i in range(3)], {"stage": stage})
-    assert folder.stages() == [{"stage": 0}, {"stage": 1}]
-    (folder.stage_path(1) / "stage.json").unlink()  # as if killed between its two files
-    assert folder.stages() == [{"stage": 0}]
-    assert len(list(read_jsonl(folder.stage_path(1) / "examples.jsonl"))) == 3
+    for experience in (0, 1, 3):
+        folder.write_experience(
+            experience, [outcome("math", i) for i in range(3)], {"experience": experience}
+        )
+    assert folder.experiences() == [{"experience": 0}, {"experience": 1}]
+    (folder.experience_path(1) / "experience.json").unlink()  # as if killed between its two files
+    assert folder.experiences() == [{"experience": 0}]
+    assert len(list(read_jsonl(folder.experience_path(1) / "examples.jsonl"))) == 3
 
 
 @settings(max_examples=30, deadline=None)
@@ -308,8 +310,8 @@ def test_a_stage_counts_once_its_record_is_there(tmp_path: Path) -> None:
 def test_any_answer_and_note_can_be_recorded(scratch: Path, text: str) -> None:
     """A program that raises an error about half a surrogate pair must not end the run that scores it."""
     folder, line = CellFolder(scratch), outcome("code", 0, answer=text, note=text)
-    folder.write_stage(0, [line], {})
-    assert list(read_jsonl(folder.stage_path(0) / "examples.jsonl")) == [line]
+    folder.write_experience(0, [line], {})
+    assert list(read_jsonl(folder.experience_path(0) / "examples.jsonl")) == [line]
 
 
 def test_cells_are_found_below_a_folder(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def forget_the_end(folder: Path, whole: int) -> None:
     """What is on disk when a run was stopped after `whole` stages, less the training that runs share."""
     (folder / "result.json").unlink()
     shutil.rmtree(folder.parent / "stages", ignore_errors=True)
-    for stage in sorted((folder / "stages").iterdir())[whole:]:
+    for stage in sorted((folder / "experiences").iterdir())[whole:]:
         shutil.rmtree(stage)
         for pack in (folder / "packs").glob(f"{stage.name}-*"):
             pack.unlink()
@@ -218,9 +218,9 @@ def begin(server: ForkServerContext, made: RunConfig) -> ForkServerProcess:
 
 def assert_whole(folder: Path) -> None:
     """Whatever a report or the next run would take for finished can be read and is finished."""
-    stages = CellFolder(folder).stages()
+    stages = CellFolder(folder).experiences()
     for record in stages[1:]:
-        name = f"{record['stage']:02d}-{record['task']}.safetensors"
+        name = f"{record['experience']:02d}-{record['task']}.safetensors"
         assert SkillPack.load(folder / "packs" / name).digest == record["pack"]
     assert collect(folder)["complete"] == (len(stages) == 3)
     assert len(stages) == 3 or not (folder / "result.json").exists()
@@ -263,7 +263,7 @@ def test_death_between_training_and_the_record_of_the_stage(
     process = begin(server, made)
     process.join()
     assert process.exitcode == 9
-    stages = sorted(f.parent.name for f in cell(made).glob("stages/*/stage.json"))
+    stages = sorted(f.parent.name for f in cell(made).glob("experiences/*/experience.json"))
     packs = sorted(f.name[:2] for f in (cell(made) / "packs").iterdir())
     assert stages == ["00", "01"]
     assert packs == (["01"] if where == "trained" else ["01", "02"])
@@ -272,7 +272,11 @@ def test_death_between_training_and_the_record_of_the_stage(
 
 
 def test_what_a_kill_left_half_written_is_swept_away(halfway: RunConfig, graftllm: Path) -> None:
-    torn = [".stage.json.7.tmp", "stages/01/.stage.json.7.tmp", "packs/.0123456789abcdef.tmp"]
+    torn = [
+        ".experience.json.7.tmp",
+        "experiences/01/.experience.json.7.tmp",
+        "packs/.0123456789abcdef.tmp",
+    ]
     for name in torn:
         (cell(halfway) / name).write_text('{"stage":')
     run(halfway)
@@ -314,17 +318,17 @@ def test_another_pack_than_the_stage_was_measured_with(halfway: RunConfig) -> No
     file = cell(halfway) / "packs" / "01-math.safetensors"
     pack = SkillPack.load(file)
     SkillPack({}, pack.task, pack.method, pack.options, pack.base).save(file)
-    refused(halfway, RecordError, str(cell(halfway)), "stage 1", "delete")
+    refused(halfway, RecordError, str(cell(halfway)), "experience 1", "delete")
 
 
 @pytest.mark.parametrize("lines", [0, 1, -1])
 def test_outcomes_that_are_not_all_there(halfway: RunConfig, lines: int) -> None:
-    file = cell(halfway) / "stages" / "01" / "examples.jsonl"
+    file = cell(halfway) / "experiences" / "01" / "examples.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:lines]))
     refused(halfway, RecordError, str(file), "delete")
 
 
-@pytest.mark.parametrize("name", ["cell.json", "stages/01/stage.json"])
+@pytest.mark.parametrize("name", ["cell.json", "experiences/01/experience.json"])
 def test_a_record_that_is_no_json(halfway: RunConfig, name: str) -> None:
     file = cell(halfway) / name
     file.write_text(file.read_text()[:-3])
@@ -401,7 +405,7 @@ def test_a_full_disk_loses_nothing_and_more_room_is_enough(
         run(made)
     assert "disk is full" in str(caught.value) or "No space left" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert len(CellFolder(cell(made)).stages()) == 2
+    assert len(CellFolder(cell(made)).experiences()) == 2
     assert_whole(cell(made))
     assert mount("-o", "remount,size=8m", str(small_disk))
     run(made)
@@ -414,7 +418,7 @@ def test_a_disk_that_may_only_be_read(
 ) -> None:
     made = config(plugin, "graftllm", small_disk)
     if begun:
-        shutil.copytree(graftllm / "stages" / "00", cell(made) / "stages" / "00")
+        shutil.copytree(graftllm / "experiences" / "00", cell(made) / "experiences" / "00")
         shutil.copy(graftllm / "cell.json", cell(made))
     assert mount("-o", "remount,ro", str(small_disk))
     if not begun:

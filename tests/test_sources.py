@@ -265,7 +265,7 @@ def cell(
     folder = Path("out", config().cell)
     if request.param == "killed":
         (folder / "result.json").unlink()
-        shutil.rmtree(folder / "stages" / "02")
+        shutil.rmtree(folder / "experiences" / "02")
         shutil.rmtree("out/cache")
     return folder
 

@@ -112,7 +112,7 @@ def start(words: list[str]) -> subprocess.Popen[str]:
 
 
 def whole_stages(out: Path) -> int:
-    return len(list(out.glob("*/stages/*/stage.json")))
+    return len(list(out.glob("*/experiences/*/experience.json")))
 
 
 def wait_for_stages(process: subprocess.Popen[str], out: Path, count: int) -> None:

@@ -174,7 +174,7 @@ def test_the_config_is_logged(both: tuple[dict[str, Any], Logged, Path]) -> None
 
 def test_scores_are_logged_as_they_come(both: tuple[dict[str, Any], Logged, Path]) -> None:
     result, logged, _ = both
-    assert logged.at("stage") == [0, 1, 2]
+    assert logged.at("experience") == [0, 1, 2]
     for column, task in enumerate(result["tasks"]):
         assert logged.at(f"score/{task}") == [row[column] for row in result["matrix"]]
     assert len({tuple(row) for row in result["matrix"]}) == 3, "the scores should move"
@@ -209,8 +209,8 @@ def test_the_matrix_is_a_table(both: tuple[dict[str, Any], Logged, Path]) -> Non
     (table,) = logged.at("matrix")
     assert table["_type"] == "table-file"
     held = json.loads((media / table["path"]).read_text())
-    assert held["columns"] == ["stage", *result["tasks"]]
-    assert held["data"] == [[stage, *row] for stage, row in enumerate(result["matrix"])]
+    assert held["columns"] == ["experience", *result["tasks"]]
+    assert held["data"] == [[experience, *row] for experience, row in enumerate(result["matrix"])]
 
 
 def test_figures_are_the_report_s(
@@ -235,8 +235,8 @@ def test_packs_are_artifacts_and_on_disk_once(
     base = json.loads((cell / "cell.json").read_text())["base"]
     packs = [a for a in logged.artifacts if a["type"] == "skillpack"]
     assert [a["name"] for a in packs] == [f"{cell.name}-{task}" for task in result["tasks"]]
-    for stage, (artifact, task) in enumerate(zip(packs, result["tasks"], strict=True), 1):
-        file = cell / "packs" / f"{stage:02d}-{task}.safetensors"
+    for experience, (artifact, task) in enumerate(zip(packs, result["tasks"], strict=True), 1):
+        file = cell / "packs" / f"{experience:02d}-{task}.safetensors"
         assert artifact["files"] == {file.name: str(file.resolve())}
         assert artifact["metadata"] == {
             "bytes": file.stat().st_size,
@@ -266,8 +266,8 @@ def test_a_run_that_the_caller_has_open_is_not_used_and_not_closed(
     wandb.teardown()
     (theirs,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert read(theirs).at("mine") == [1]
-    assert read(theirs).at("stage") == []
-    assert [logged.at("stage") for logged in logs(tmp_path / "out")] == [[0, 1, 2]]
+    assert read(theirs).at("experience") == []
+    assert [logged.at("experience") for logged in logs(tmp_path / "out")] == [[0, 1, 2]]
 
 
 # --- a cell that is begun several times ----------------------------------------------------------
@@ -277,9 +277,13 @@ def one_run(logged: list[Logged], result: dict[str, Any]) -> None:
     """Together, the files of a cell are one run in which everything is there once."""
     assert len({one.id for one in logged}) == 1
     rows = [row for one in logged for row in one.history]
-    # what was logged of a stage when W&B's process died, but for its end, is logged again, by the same steps
+    # what was logged of an experience when W&B's process died, but for its end, is logged again, by the same steps
     rows = list({row["_step"]: row for row in rows}.values())
-    assert [row["stage"] for one in logged for row in one.history if "stage" in row] == [0, 1, 2]
+    assert [row["experience"] for one in logged for row in one.history if "experience" in row] == [
+        0,
+        1,
+        2,
+    ]
     assert [row["_step"] for row in rows] == list(range(len(rows)))
     assert sum("train/loss" in row for row in rows) == 16
     names = [a["name"] for one in logged for a in one.artifacts if a["type"] == "skillpack"]
@@ -340,7 +344,7 @@ def test_how_an_attempt_ended_and_the_next_goes_on_with_the_run(
     else:
         assert attempt(made, lambda what, done: None, patient=False).state[:4] == then
     (first,) = logs(tmp_path / "out")
-    assert (first.at("stage"), first.exit_code) == ([0, 1], code)
+    assert (first.at("experience"), first.exit_code) == ([0, 1], code)
     result = run(tmp_path / "out", **fields)
     one_run(logs(tmp_path / "out"), result)
 
@@ -351,7 +355,7 @@ def test_an_attempt_that_logs_nothing_leaves_no_run(
     def busy(*_: Any) -> None:
         raise Busy("another cell makes it.")
 
-    monkeypatch.setattr("cl_graft.experiment.cell._stages", busy)
+    monkeypatch.setattr("cl_graft.experiment.cell._experiences", busy)
     made = config(plugin, cache, tmp_path, track=["csv", "tensorboard"])
     with pytest.raises(Busy):
         cl_graft.run(made)
@@ -383,7 +387,7 @@ def test_w_and_b_s_processes_end_with_a_sweep(plugin: Path, cache: Path, tmp_pat
     _, left = psutil.wait_procs(family, timeout=30)
     assert left == []
     assert sorted(one.exit_code for one in logs(tmp_path / "out")) == [0, 0]
-    assert [one.at("stage") for one in logs(tmp_path / "out")] == [[0, 1, 2]] * 2
+    assert [one.at("experience") for one in logs(tmp_path / "out")] == [[0, 1, 2]] * 2
     for name in ("scores.csv", "losses.csv", "tensorboard"):
         assert len(list(tmp_path.glob(f"out/*/tracking/{name}"))) == 2
 
@@ -396,17 +400,17 @@ def as_csv(out: Path, result: dict[str, Any]) -> None:
     (scores,), (losses,) = out.glob("*/tracking/scores.csv"), out.glob("*/tracking/losses.csv")
     with scores.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["stage", "task", "metric", "value", "n", "stderr"]
+    assert list(rows[0]) == ["experience", "task", "metric", "value", "n", "stderr"]
     for key, table in (("value", "matrix"), ("n", "n"), ("stderr", "stderr")):
-        told = {(int(r["stage"]), r["task"]): r[key] for r in rows if r["metric"] == "score"}
-        for stage, row in enumerate(result[table]):
+        told = {(int(r["experience"]), r["task"]): r[key] for r in rows if r["metric"] == "score"}
+        for experience, row in enumerate(result[table]):
             for task, value in zip(result["tasks"], row, strict=True):
-                assert float(told[stage, task]) == value
-    assert len(rows) == len({(r["stage"], r["task"], r["metric"]) for r in rows})
+                assert float(told[experience, task]) == value
+    assert len(rows) == len({(r["experience"], r["task"], r["metric"]) for r in rows})
     with losses.open(newline="") as file:
         points = list(csv.DictReader(file))
-    assert [(int(p["stage"]), int(p["step"])) for p in points] == [
-        (stage, step) for stage in (1, 2) for step in range(1, 9)
+    assert [(int(p["experience"]), int(p["step"])) for p in points] == [
+        (experience, step) for experience in (1, 2) for step in range(1, 9)
     ]
     for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_mb"):
         assert all(float(p[key]) >= 0 for p in points)
@@ -506,7 +510,7 @@ def dead_core(patch: pytest.MonkeyPatch, cell: Path) -> None:
 
     def logs_and_dies(self: Any, record: dict[str, Any], *rest: Any) -> None:
         log(self, record, *rest)
-        if record["stage"] == 1:
+        if record["experience"] == 1:
             for core in tracked._cores():
                 core.kill()
                 core.wait()
@@ -580,7 +584,7 @@ def test_a_server_that_does_not_answer(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(tracked, "STAGE_SECONDS", 5.0)
+    monkeypatch.setattr(tracked, "EXPERIENCE_SECONDS", 5.0)
     assert numbers(run(tmp_path, wandb="online")) == numbers(plain)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("W&B failed (")

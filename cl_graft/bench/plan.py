@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -122,15 +123,15 @@ def _stage(case: Case) -> Stage:
     """Two steps of it."""
     half = Preference(steps=2, batch=case.batch)
     recipe = Training(steps=2, batch=case.batch, preference=half)
-    texts = _texts(case, 2 * case.batch)
+    pairs = texts(case, 2 * case.batch)
     if case.kind == "sft":
-        examples = [Example(prompt, answer) for prompt, answer in texts]
+        examples = [Example(prompt, answer) for prompt, answer in pairs]
         return sft_job(Task("", examples, (), "exact", training=recipe), 0)
-    pairs = [Pair(prompt, answer, answer[::-1]) for prompt, answer in texts]
-    return dpo_job(Task("", (), (), "exact", training=recipe), pairs, 0)
+    made = [Pair(prompt, answer, answer[::-1]) for prompt, answer in pairs]
+    return dpo_job(Task("", (), (), "exact", training=recipe), made, 0)
 
 
-def _texts(case: Case, count: int) -> list[tuple[str, str]]:
+def texts(case: Case, count: int) -> list[tuple[str, str]]:
     """Prompts and answers."""
     rng = Random(0)
     if case.length is None:
@@ -164,6 +165,7 @@ def measured(model: torch.nn.Module) -> Iterator[Peak]:
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated()
         return
+    gc.collect()  # what an earlier trainer left would be counted when it goes
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:

@@ -108,12 +108,12 @@ def _cell(
     from cl_graft.evaluation.scorers import Scored
 
     path = folder.path
-    (path / "stages").mkdir(parents=True)
+    (path / "experiences").mkdir(parents=True)
     (path / "cell.json").write_text(json.dumps({"format": FORMAT, **identity}, indent=1))
-    for stage in range(len(TASKS) + 1):
+    for experience in range(len(TASKS) + 1):
         outcomes = {}
         for j, task in enumerate(scenario.tasks):
-            learned, age = stage > j, max(0, stage - j - 1)
+            learned, age = experience > j, max(0, experience - j - 1)
             right = rng.random(len(task.test)) < (
                 0.8 * (1 - forgets / 2) ** age if learned else 0.2
             )
@@ -123,29 +123,29 @@ def _cell(
                     for ok, e in zip(right, task.test, strict=True)
                 ]
             }
-        pack = int(BASE_BYTES * (0.02 + 0.08 * forgets)) if stage else None
+        pack = int(BASE_BYTES * (0.02 + 0.08 * forgets)) if experience else None
         record = {
-            "stage": stage,
-            "task": TASKS[stage - 1] if stage else None,
+            "experience": experience,
+            "task": TASKS[experience - 1] if experience else None,
             "scores": by_metric(outcomes, scenario.tasks),
             "general": None,
             "active": {},
             "general_active": [],
             "identical": [],
-            "pack": "0" * 32 if stage else None,
+            "pack": "0" * 32 if experience else None,
             "pack_bytes": pack,
             "seconds": {
-                "train": 30.0 * (stage > 0) * (1 + forgets),
-                "compress": 2.0 * (stage > 0),
+                "train": 30.0 * (experience > 0) * (1 + forgets),
+                "compress": 2.0 * (experience > 0),
                 "evaluate": 4.0,
                 "harness": 1.0,
             },
             "spent": 37.0,
-            "tokens": 100_000 * (stage > 0),
+            "tokens": 100_000 * (experience > 0),
             "peak_memory_mb": 700.0 + 100 * forgets,
-            "losses": [{"step": k, "loss": 2.0 / (1 + k)} for k in range(10 * (stage > 0))],
+            "losses": [{"step": k, "loss": 2.0 / (1 + k)} for k in range(10 * (experience > 0))],
         }
-        where = folder.stage_path(stage)
+        where = folder.experience_path(experience)
         where.mkdir()
         lines = [
             {
@@ -162,5 +162,5 @@ def _cell(
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (where / "examples.jsonl").write_text(text)
-        (where / "stage.json").write_text(json.dumps(record, indent=1))
+        (where / "experience.json").write_text(json.dumps(record, indent=1))
     (path / "result.json").write_text(json.dumps(collect(path), indent=1))

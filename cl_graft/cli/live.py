@@ -62,10 +62,10 @@ class Board:
         self.take(cell, what, done)
 
     def _read(self, name: str) -> None:
-        """The last whole stage of a cell, and whether it ended before."""
+        """The last whole experience of a cell, and whether it ended before."""
         config = self.configs[name]
         folder = CellFolder(config.out / config.cell)
-        records = folder.stages()
+        records = folder.experiences()
         if records:
             scores = records[-1]["scores"]["score"]
             self.rows[name] = len(records) - 1, {t: 100 * c["value"] for t, c in scores.items()}

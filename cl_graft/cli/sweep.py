@@ -122,9 +122,9 @@ def status(
 
     found = states(out)
     for path, state in found.items():
-        stages = f"{state['stages']} stages" if state["stages"] else ""
+        done = f"{state['experiences']} experiences" if state["experiences"] else ""
         reason = state.get("reason", "") if state["state"] == "failed" else ""
-        typer.echo(f"{state['state']:8} {path.name}  {stages}{reason}".rstrip())
+        typer.echo(f"{state['state']:8} {path.name}  {done}{reason}".rstrip())
     counts = {s: 0 for s in ("done", "running", "waiting", "failed")}
     for state in found.values():
         counts[state["state"]] += 1

@@ -56,7 +56,7 @@ class Examiner:
     """The one place where a model is scored.
 
     seconds: spent on scoring. aside: seconds of waiting for another cell's evaluation. measured: {key: outcomes} of
-    this run. recalled: keys of what another cell or stage measured, with the same weights.
+    this run. recalled: keys of what another cell or experience measured, with the same weights.
     """
 
     def __init__(self, grafted: Grafted, tokenizer: Any, outcomes: Outcomes, allow_code: bool):
@@ -67,15 +67,15 @@ class Examiner:
         self.seconds = self.aside = 0.0
         self._weights: dict[Key, str] = {}
 
-    def measure(self, task: Task, groups: Sequence[Group], stage: int) -> Results:
+    def measure(self, task: Task, groups: Sequence[Group], experience: int) -> Results:
         """Outcomes of every metric, one a test example; groups are evaluated one after the other, packs merged.
 
-        Weights stay as the last group left them. stage: tasks learned so far, for the record.
+        Weights stay as the last group left them. experience: tasks learned so far, for the record.
         """
         whole = key(task, groups)
         if whole in self.measured:
             return self.measured[whole]
-        parts = [self._measured(task, group, len(groups) == 1, stage) for group in groups]
+        parts = [self._measured(task, group, len(groups) == 1, experience) for group in groups]
         if len(groups) > 1:
             places = [index for group in groups for index in group.examples]
             order = sorted(range(len(places)), key=places.__getitem__)
@@ -83,7 +83,7 @@ class Examiner:
             self.measured[whole] = {m: [found[k] for k in order] for m, found in joined.items()}
         return self.measured[whole]
 
-    def _measured(self, task: Task, group: Group, alone: bool, stage: int) -> Results:
+    def _measured(self, task: Task, group: Group, alone: bool, experience: int) -> Results:
         """Outcomes of a group's examples."""
         some, name = task, key(task, [group])
         if not alone:
@@ -95,10 +95,10 @@ class Examiner:
             file = self.outcomes.file(weights, self.tokenizer, some)
             with locked(file):
                 self.aside += perf_counter() - begun
-                known = self.outcomes.recall(file, stage)
+                known = self.outcomes.recall(file, experience)
                 if known is None:
                     known = self._score(some), False
-                    self.outcomes.keep(file, some, known[0], weights, stage)
+                    self.outcomes.keep(file, some, known[0], weights, experience)
             self.measured[name], elsewhere = known
             if elsewhere:
                 self.recalled.add(name)

@@ -69,8 +69,8 @@ class Outcomes:
         )
         return self.folder / "evaluations" / f"{key}.jsonl"
 
-    def recall(self, file: Path, stage: int) -> tuple[Results, bool] | None:
-        """Outcomes, and whether another cell or stage than this one measured them; None if nobody has."""
+    def recall(self, file: Path, experience: int) -> tuple[Results, bool] | None:
+        """Outcomes, and whether another cell or experience than this one measured them; None if nobody has."""
         if self.mirror and not file.is_file():
             self.mirror.pull(f"cache/evaluations/{file.name}", file)
         if (whole := read_lines(file)) is None:
@@ -80,12 +80,12 @@ class Outcomes:
         for line in lines:
             scored = Scored(line["score"], line["answer"], line["note"])
             found.setdefault(line["metric"], []).append(scored)
-        return found, (first["cell"], first["stage"]) != (self.cell, stage)
+        return found, (first["cell"], first["experience"]) != (self.cell, experience)
 
-    def keep(self, file: Path, task: Task, results: Results, weights: str, stage: int) -> None:
+    def keep(self, file: Path, task: Task, results: Results, weights: str, experience: int) -> None:
         about: dict[str, Any] = {
             "cell": self.cell,
-            "stage": stage,
+            "experience": experience,
             "task": task.name,
             "weights": weights,
             "scorers": scored_by(task),

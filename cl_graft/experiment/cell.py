@@ -139,7 +139,7 @@ def _compute(
         strategy.stages.mirror.push(asked, f"{prompts.FOLDER}/{asked.name}")
     tracker = trackers(config, folder.path, about)
     try:
-        _stages(folder, strategy, benchmark(scenario), tracker, progress, begun)
+        _experiences(folder, strategy, benchmark(scenario), tracker, progress, begun)
         result = collect(folder.path)
         tracker.finish(result)  # before the cell is complete: what is cut short here is done again
         # the result comes last: after it nothing is looked at, and so nothing swept
@@ -151,7 +151,7 @@ def _compute(
     return result
 
 
-def _stages(
+def _experiences(
     folder: CellFolder,
     strategy: Strategy,
     stream: Any,
@@ -159,51 +159,51 @@ def _stages(
     progress: Progress,
     begun: float,
 ) -> None:
-    """begun: when the cell was, by `perf_counter`; what it took to load counts with the first stage."""
+    """begun: when the cell was, by `perf_counter`; what it took to load counts with the first experience."""
     done = _restore(folder, strategy)
     for record in done:
-        tracker.stage(record)
+        tracker.experience(record)
     tasks = strategy.scenario.tasks
     total = len(tasks) + 1
-    for stage in range(len(done), total):
-        task = tasks[stage - 1] if stage else None
-        strategy.progress = partial(_part_of, progress, stage, total)
+    for experience in range(len(done), total):
+        task = tasks[experience - 1] if experience else None
+        strategy.progress = partial(_part_of, progress, experience, total)
         costs = _Costs(strategy, begun)
         kept: dict[str, Any] = {"pack": None, "pack_bytes": None, "shared": {}, "alive_bytes": 0}
         if task:
             before = dict(strategy.shared)
-            strategy.train(stream.train_stream[stage - 1], eval_streams=[])
-            kept = _kept(folder, strategy, stage, before)
+            strategy.train(stream.train_stream[experience - 1], eval_streams=[])
+            kept = _kept(folder, strategy, experience, before)
         what = f"evaluating after {task.name}" if task else "evaluating the base model"
-        progress(what, (stage + 0.8) / total)
+        progress(what, (experience + 0.8) / total)
         scored, outcomes = _evaluate(strategy, stream)
-        about = {"stage": stage, "task": task.name if task else None}
+        about = {"experience": experience, "task": task.name if task else None}
         record = {**about, **scored, **kept, **costs.record()}
-        folder.write_stage(stage, _example_lines(outcomes, strategy), record)
+        folder.write_experience(experience, _example_lines(outcomes, strategy), record)
         folder.keep_shared(kept["shared"])
-        tracker.stage(record)
+        tracker.experience(record)
         if strategy.stages.mirror:
             strategy.stages.mirror.push(folder.path, folder.path.name)
         begun = perf_counter()
 
 
 def _kept(
-    folder: CellFolder, strategy: Strategy, stage: int, before: Mapping[str, SkillPack]
+    folder: CellFolder, strategy: Strategy, experience: int, before: Mapping[str, SkillPack]
 ) -> dict[str, Any]:
     """Write the task's pack and the shared artefacts that are new, and say what there is, in bytes.
 
-    before: the shared artefacts of the stage before, whose files are there.
+    before: the shared artefacts of the experience before, whose files are there.
     """
     pack = strategy.packs[-1]
-    size = _saved(pack, folder.new_pack_path(stage, pack.task))
+    size = _saved(pack, folder.new_pack_path(experience, pack.task))
     shared = {}
     for name, artefact in strategy.shared.items():
-        number = stage
+        number = experience
         if before.get(name) is artefact:
-            number = folder.stages()[-1]["shared"][name]["stage"]
+            number = folder.experiences()[-1]["shared"][name]["experience"]
         else:
-            _saved(artefact, folder.new_shared_path(stage, name))
-        shared[name] = {"stage": number, "pack": artefact.digest, "bytes": artefact.nbytes}
+            _saved(artefact, folder.new_shared_path(experience, name))
+        shared[name] = {"experience": number, "pack": artefact.digest, "bytes": artefact.nbytes}
     alive = sum(kept.nbytes for kept in strategy.alive)
     return {"pack": pack.digest, "pack_bytes": size, "shared": shared, "alive_bytes": alive}
 
@@ -219,7 +219,7 @@ def _saved(pack: SkillPack, path: Path) -> int:
 
 
 def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A stage's scores with the packs that they were made by, and every outcome: {task: {metric: outcomes}}."""
+    """An experience's scores with the packs that they were made by, and every outcome: {task: {metric: outcomes}}."""
     scenario, known = strategy.scenario, set(strategy.examiner.measured)
     strategy.eval(stream.test_stream)
     outcomes, general, by = dict(strategy.results), None, []
@@ -243,7 +243,7 @@ def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], dict[str
 
 
 class _Costs:
-    """Of a stage: what a strategy's counters grow by from here to `record`."""
+    """Of an experience: what a strategy's counters grow by from here to `record`."""
 
     def __init__(self, strategy: Strategy, begun: float):
         self.strategy, self.begun = strategy, begun
@@ -265,13 +265,13 @@ class _Costs:
         }
 
 
-def _part_of(progress: Progress, stage: int, total: int, what: str, part: float) -> None:
+def _part_of(progress: Progress, experience: int, total: int, what: str, part: float) -> None:
     share = 0.6 + 0.2 * part if what.startswith("compressing") else 0.6 * part
-    progress(what, (stage + share) / total)
+    progress(what, (experience + share) / total)
 
 
 def _forwards(progress: Progress) -> Progress:
-    """The same, never going back: a stage may train twice (SFT, then DPO)."""
+    """The same, never going back: a task may train twice (SFT, then DPO)."""
     furthest = 0.0
 
     def report(what: str, done: float) -> None:
@@ -283,19 +283,19 @@ def _forwards(progress: Progress) -> Progress:
 
 
 def _restore(folder: CellFolder, strategy: Strategy) -> list[dict[str, Any]]:
-    """Give the strategy its packs and outcomes back; returns the records of the stages that are whole."""
+    """Give the strategy its packs and outcomes back; returns the records of the experiences that are whole."""
     from cl_graft.skillpack.format.file import SkillPack
 
-    scenario, records = strategy.scenario, folder.stages()
+    scenario, records = strategy.scenario, folder.experiences()
     for record in records:
         if record["task"]:
             pack = SkillPack.load(
-                folder.pack_path(record["stage"], record["task"]), base=strategy.grafted.base
+                folder.pack_path(record["experience"], record["task"]), base=strategy.grafted.base
             )
             if pack.digest != record["pack"]:
                 raise RecordError(
-                    f"{folder.path}: the pack of stage {record['stage']} is not the one that its stage.json "
-                    "names; delete that stage's folder and the later ones to compute them anew."
+                    f"{folder.path}: the pack of experience {record['experience']} is not the one that its "
+                    "experience.json names; delete that experience's folder and the later ones to compute them anew."
                 )
             strategy.packs.append(pack)
         outcomes = _outcomes(folder, record, scenario)
@@ -311,16 +311,16 @@ def _restore(folder: CellFolder, strategy: Strategy) -> list[dict[str, Any]]:
 
 
 def _restore_shared(folder: CellFolder, strategy: Strategy, shared: Mapping[str, Any]) -> None:
-    """Give the strategy the artefacts back that its tasks shared after the last whole stage."""
+    """Give the strategy the artefacts back that its tasks shared after the last whole experience."""
     from cl_graft.skillpack.format.file import SkillPack
 
     for name, told in shared.items():
-        file = folder.shared_path(told["stage"], name)
+        file = folder.shared_path(told["experience"], name)
         strategy.shared[name] = SkillPack.load(file, base=strategy.grafted.base)
         if strategy.shared[name].digest != told["pack"]:
             raise RecordError(
-                f"{file} is not the artefact that the record of the last stage names; "
-                "delete that stage's folder and the later ones to compute them anew."
+                f"{file} is not the artefact that the record of the last experience names; "
+                "delete that experience's folder and the later ones to compute them anew."
             )
     folder.keep_shared(shared)
 
@@ -328,10 +328,10 @@ def _restore_shared(folder: CellFolder, strategy: Strategy, shared: Mapping[str,
 def _outcomes(
     folder: CellFolder, record: dict[str, Any], scenario: Scenario
 ) -> dict[str, dict[str, list[Scored]]]:
-    """{task: {metric: outcomes}} of a whole stage. Raises RecordError where some are missing."""
+    """{task: {metric: outcomes}} of a whole experience. Raises RecordError where some are missing."""
     from cl_graft.evaluation.scorers import Scored
 
-    file = folder.stage_path(record["stage"]) / "examples.jsonl"
+    file = folder.experience_path(record["experience"]) / "examples.jsonl"
     outcomes: dict[str, dict[str, list[Scored]]] = {}
     for line in read_jsonl(file):
         scored = Scored(line["score"], line["answer"], line["note"])
@@ -347,8 +347,8 @@ def _outcomes(
         found = None
     if found != (record["scores"], record["general"]):
         raise RecordError(
-            f"{file} does not hold the outcomes that its stage.json was made of; "
-            "delete that stage's folder and the later ones to compute them anew."
+            f"{file} does not hold the outcomes that its experience.json was made of; "
+            "delete that experience's folder and the later ones to compute them anew."
         )
     return outcomes
 

@@ -112,7 +112,7 @@ def _of_cell(
 
 def _not_learned(config: RunConfig, tasks: Sequence[str]) -> Sequence[str]:
     """The tasks that come after those whose records a killed run left."""
-    records = CellFolder(config.out / config.cell).stages()
+    records = CellFolder(config.out / config.cell).experiences()
     return tasks[max(0, len(records) - 1) :]  # the first record is the base's
 
 
@@ -125,7 +125,7 @@ def _model(config: RunConfig) -> tuple[Any, Any, bool]:
     if weights and sum(f.stat().st_size for f in weights) <= LOADED:
         return *load(config.model, config.data_dir), True
     tokenizer = load_tokenizer(config.model, place)
-    return skeleton(place).model, tokenizer, False
+    return skeleton(place).model.requires_grad_(True), tokenizer, False
 
 
 def _own_peak() -> float | None:

@@ -1,9 +1,9 @@
 """What the forward and backward pass of one micro-batch hold, from the model's own code, without allocating it.
 
-The model is built and run under torch's FakeTensorMode: shapes flow through transformers' layers, TRL's fused
-head, autograd and activation checkpointing as in training, and no tensor has contents. A storage counts from the
-operation that makes it until Python frees it, so the peak is the one that an allocator would see, except for what
-a kernel takes for itself.
+The model is built and run under torch's FakeTensorMode: shapes flow through transformers' layers, the head that
+the loss runs, autograd and activation checkpointing as in training, and no tensor has contents. A storage counts
+from the operation that makes it until Python frees it, so the peak is the one that an allocator would see, except
+for what a kernel takes for itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from cl_graft.training.loss import FEW, plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -84,8 +86,7 @@ def trace(
         rows = torch.ones(sequences, length, dtype=torch.long)
         meter = Meter()
         with meter, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            output = model(input_ids=rows, attention_mask=rows, labels=rows, fused_lm_head=True)
-            loss = _loss(kind, output)
+            loss = _loss(kind, model, rows)
         with meter:
             loss.backward()
         buffers = sum(b.untyped_storage().nbytes() for b in model.buffers())
@@ -128,7 +129,13 @@ def _give_memory(model: Any) -> None:
         setattr(model.get_submodule(parent), leaf, made[id(old)])
 
 
-def _loss(kind: str, output: Any) -> Any:
+def _loss(kind: str, model: Any, rows: Tensor) -> Tensor:
+    """As the trainers take it; what the model gives beside it is let go before the backward pass, as there."""
+    given = {"input_ids": rows, "attention_mask": rows, "use_cache": False}
+    vocabulary = model.config.get_text_config().vocab_size
+    if kind == "sft" and rows.numel() * vocabulary <= FEW:
+        return plain(model(**given).logits, rows).nll
+    output = model(**given, labels=rows, fused_lm_head=True)
     if kind == "sft":
         return -output.log_probs.sum()
     chosen, rejected = output.log_probs.sum(1).chunk(2)

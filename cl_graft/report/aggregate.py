@@ -185,7 +185,7 @@ def slugged(found: Mapping[str, list[Cell]]) -> Iterator[tuple[str, list[Cell]]]
 
 
 def general(cell: Cell) -> FloatArray:
-    """General ability per stage, (T+1,), NaN where it was not measured."""
+    """General ability per experience, (T+1,), NaN where it was not measured."""
     measured = [number(x) for x in cell.get("general") or []]
     return np.array(measured + [math.nan] * (len(cell["tasks"]) + 1 - len(measured)))
 

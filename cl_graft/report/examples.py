@@ -24,7 +24,7 @@ OUTCOMES = {
 
 
 class Answer(NamedTuple):
-    """A test example's answer at one stage. note: what the scorer said of it."""
+    """A test example's answer at one experience. note: what the scorer said of it."""
 
     score: float
     text: str
@@ -54,7 +54,7 @@ class Row(NamedTuple):
 def breakdown(
     path: Path, cell: Mapping[str, Any], asked: Mapping[str, Sequence[Asked]]
 ) -> dict[str, list[Row]]:
-    """{task: its test examples, by its primary metric}. The end of an incomplete cell is its last whole stage.
+    """{task: its test examples, by its primary metric}. The end of an incomplete cell is its last whole experience.
 
     A task whose examples are not all on disk is left out.
     """
@@ -62,7 +62,7 @@ def breakdown(
     if last < 0:
         return {}
     tasks = list(cell["tasks"])
-    base, end = (_answers(path, stage, tasks) for stage in (0, last))
+    base, end = (_answers(path, experience, tasks) for experience in (0, last))
     found = {}
     for j, task in enumerate(tasks):
         before = base.get(task, [])
@@ -101,16 +101,16 @@ def final(
 
 
 def _whole(cell: Mapping[str, Any]) -> int:
-    """Stages that are whole."""
+    """Experiences that are whole."""
     return len(cell["tasks"]) + 1 if cell["complete"] else len(cell["general"])
 
 
-def _answers(path: Path, stage: int, tasks: Sequence[str]) -> dict[str, list[Answer]]:
+def _answers(path: Path, experience: int, tasks: Sequence[str]) -> dict[str, list[Answer]]:
     """{task: its answers in order, by its primary metric}, which is the first that its lines name.
 
-    Only lines of these tasks are parsed: they start as `record.write_stage` starts them. No file, no answers.
+    Only lines of these tasks are parsed: they start as `record.write_experience` starts them. No file, no answers.
     """
-    file = path / "stages" / f"{stage:02d}" / "examples.jsonl"
+    file = path / "experiences" / f"{experience:02d}" / "examples.jsonl"
     if not file.is_file():
         return {}
     lines = file.read_text(encoding="utf-8").split("\n")

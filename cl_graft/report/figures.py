@@ -45,7 +45,7 @@ COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#888888")  # of aggregate.KINDS
 def heatmaps(cells: Sequence[Cell]) -> Figure:
     """The matrix of every label side by side, on one scale of 0 to 100 %.
 
-    Rows are the base model and the stages, columns the tasks. A frame marks the score of a task
+    Rows are the base model and the experiences, columns the tasks. A frame marks the score of a task
     just learned; an unmeasured cell is grey and hatched.
     """
     from matplotlib.figure import Figure
@@ -78,7 +78,7 @@ def heatmaps(cells: Sequence[Cell]) -> Figure:
 def curves(cells: Sequence[Cell]) -> Figure:
     """The score of each task along the stream: a panel per task, a line per label.
 
-    A band reaches one standard error to either side; the dotted vertical marks the stage that
+    A band reaches one standard error to either side; the dotted vertical marks the experience that
     learns the panel's task. Lines are set a little apart in x, or equal ones would hide each other.
     """
     from matplotlib.figure import Figure
@@ -109,7 +109,9 @@ def curves(cells: Sequence[Cell]) -> Figure:
     for ax in axes[len(tasks) :]:
         ax.remove()
     figure.suptitle(wrap(title, int(14 * width)))
-    note = "Score after each stage. Dotted: the stage that learns the task. Band: ± 1 s.e."
+    note = (
+        "Score after each experience. Dotted: the experience that learns the task. Band: ± 1 s.e."
+    )
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=note)
     return figure
@@ -218,9 +220,9 @@ def _panels(ax: Axes, lines: Sequence[Series], names: Sequence[str], grid: _Grid
     columns = range(min(grid.across, len(lines)))
     middles = [grid.place(k)[0] + j + 0.5 for k in columns for j in range(grid.t)]
     ax.set_xticks(middles, tasks * len(columns), **slant(lines[0].tasks))
-    stages = ["base", *(f"after {task}" for task in tasks)]
+    experiences = ["base", *(f"after {task}" for task in tasks)]
     tops = [grid.place(k)[1] for k in range(0, len(lines), grid.across)]
-    ax.set_yticks([y + i + 0.5 for y in tops for i in range(grid.t + 1)], stages * grid.down)
+    ax.set_yticks([y + i + 0.5 for y in tops for i in range(grid.t + 1)], experiences * grid.down)
     return mesh
 
 
@@ -246,7 +248,7 @@ def _matrix(ax: Axes, line: Series, x: float, y: float, colours: Colormap) -> No
 
 
 def _curve(ax: Axes, line: Series, j: int, shift: float, look: Mapping[str, Any]) -> None:
-    x = [stage + shift for stage in range(len(line.tasks) + 1)]
+    x = [experience + shift for experience in range(len(line.tasks) + 1)]
     mean, se = 100.0 * line.mean[:, j], 100.0 * line.stderr[:, j]
     ax.plot(x, mean, markersize=4, linewidth=1.2, **look)
     ax.fill_between(x, mean - se, mean + se, color=look["color"], alpha=0.15, linewidth=0)

@@ -55,7 +55,7 @@ def ranking(cells: Sequence[Cell]) -> list[Table]:
 
 
 def matrices(cells: Sequence[Cell]) -> list[Table]:
-    """The forgetting matrix of each label of each group: a row per stage, a column per task.
+    """The forgetting matrix of each label of each group: a row per experience, a column per task.
 
     General ability, where any cell of the group has it, is the last column. The other metrics that
     a cell recorded follow in tables of their own, in their own unit, with the error over seeds.
@@ -63,7 +63,7 @@ def matrices(cells: Sequence[Cell]) -> list[Table]:
     found = []
     for title, members in groups(cells).items():
         for line in series(members):
-            columns, mean, se = ("Stage", *line.tasks), line.mean, line.stderr
+            columns, mean, se = ("Experience", *line.tasks), line.mean, line.stderr
             if any(not np.isnan(general(cell)).all() for cell in members):
                 ability = average([general(cell) for cell in line.cells])
                 mean, se = np.column_stack([mean, ability[0]]), np.column_stack([se, ability[1]])
@@ -73,7 +73,7 @@ def matrices(cells: Sequence[Cell]) -> list[Table]:
             for metric in sorted({m for c in line.cells for m in c.get("extra_matrices") or {}}):
                 mean, se = average([extra(cell, metric) for cell in line.cells])
                 name = f"{title}: {line.name}, {metric}"
-                found.append(_matrix(name, ("Stage", *line.tasks), mean, se, ".3f"))
+                found.append(_matrix(name, ("Experience", *line.tasks), mean, se, ".3f"))
     return found
 
 
@@ -124,15 +124,15 @@ def by_task(cells: Sequence[Cell]) -> list[Table]:
 
 def overview(cells: Sequence[Cell]) -> Table:
     """A row for each cell: what it is, its scores in per cent, how far it is and what it took."""
-    columns = ("Strategy", "Scenario", "Model", "Budget", "Seed", "OP", "BWT", "Stages", "Of")
+    columns = ("Strategy", "Scenario", "Model", "Budget", "Seed", "OP", "BWT", "Experiences", "Of")
     rows, exact = (
         tuple(_overview_row(cell, spec) for cell in told_apart(cells)) for spec in (".1f", ".4f")
     )
     return Table("Cells", (*columns, "Seconds"), rows, exact=exact)
 
 
-def stages_done(cell: Cell) -> int:
-    """Stages of which anything was measured, the base model's among them."""
+def experiences_done(cell: Cell) -> int:
+    """Experiences of which anything was measured, the base model's among them."""
     return sum(any(score is not None for score in row) for row in cell["matrix"])
 
 
@@ -208,7 +208,7 @@ def _overview_row(cell: Cell, spec: str) -> tuple[str, ...]:
         *(str(cell[key]) for key in ("label", "scenario", "model", "budget", "seed")),
         show(scores[0], spec),
         show(scores[1], f"+{spec}"),
-        str(stages_done(cell)),
+        str(experiences_done(cell)),
         str(len(cell["matrix"])),
         show(number(cell.get("spent")), ",.1f"),
     )
@@ -224,15 +224,15 @@ def _matrix(
 ) -> Table:
     rows, exact = (
         tuple(
-            (stage, *(show(x, digits, e) for x, e in zip(mean[i], se[i], strict=True)))
-            for i, stage in enumerate(_stages(columns[1 : len(mean)]))
+            (experience, *(show(x, digits, e) for x, e in zip(mean[i], se[i], strict=True)))
+            for i, experience in enumerate(_experiences(columns[1 : len(mean)]))
         )
         for digits in (spec, ".4f")
     )
     return Table(title, columns, rows, note, exact)
 
 
-def _stages(tasks: Sequence[str]) -> list[str]:
+def _experiences(tasks: Sequence[str]) -> list[str]:
     return ["base", *(f"after {task}" for task in tasks)]
 
 
@@ -240,8 +240,8 @@ def _not_measured_again(line: Series) -> str:
     """Which scores were not measured in these cells, since the fingerprint of the weights was known already."""
     known = np.all([cell["identical"] for cell in line.cells], axis=0)
     found = [
-        f"{stage} ({', '.join(np.array(line.tasks)[row])})"
-        for stage, row in zip(_stages(line.tasks), known, strict=True)
+        f"{experience} ({', '.join(np.array(line.tasks)[row])})"
+        for experience, row in zip(_experiences(line.tasks), known, strict=True)
         if row.any()
     ]
     if not found:

@@ -15,7 +15,7 @@ from typing import Any
 
 from cl_graft.errors import CLGraftError, Refused
 
-MARKERS = ("stage.json", "result.json")
+MARKERS = ("stage.json", "experience.json", "result.json")
 OWN = (".lock", ".tmp", ".part")  # of a process on its disk
 
 

@@ -2,9 +2,9 @@
 
 <out>/<cell>/cell.json                     the experiment, its versions and fingerprints
 <out>/<cell>/packs/01-<task>.safetensors   what the strategy stores for each task
-<out>/<cell>/packs/shared/01-<name>...     what its tasks share, as the last stage that changed it left it
-<out>/<cell>/stages/01/examples.jsonl      every outcome: task, metric, index, score, answer, and what it was taken for
-<out>/<cell>/stages/01/stage.json          scores, bytes and costs; its presence says the stage is whole
+<out>/<cell>/packs/shared/01-<name>...     what its tasks share, as the last experience that changed it left it
+<out>/<cell>/experiences/01/examples.jsonl   every outcome: task, metric, index, score, answer, what it was taken for
+<out>/<cell>/experiences/01/experience.json  scores, bytes and costs; its presence says the experience is whole
 <out>/<cell>/result.json                   the matrix and all that a report needs; present when complete
 <out>/<cell>/state.json                    waiting, running, done or failed, since when, and where
 <out>/<cell>/traceback.txt                 of the last attempt, if it failed
@@ -150,46 +150,48 @@ class CellFolder:
                 f"{path} cannot be made ({error.strerror}); choose another --out."
             ) from error
 
-    def pack_path(self, stage: int, task: str) -> Path:
-        return self.path / "packs" / f"{stage:02d}-{task}.safetensors"
+    def pack_path(self, experience: int, task: str) -> Path:
+        return self.path / "packs" / f"{experience:02d}-{task}.safetensors"
 
-    def new_pack_path(self, stage: int, task: str) -> Path:
+    def new_pack_path(self, experience: int, task: str) -> Path:
         """`pack_path`, in a folder that is there now. Raises RecordError if the disk refuses it."""
-        path = self.pack_path(stage, task)
+        path = self.pack_path(experience, task)
         self._make(path.parent)
         return path
 
-    def shared_path(self, stage: int, name: str) -> Path:
-        """Where an artefact that tasks share is, as it was after a stage that changed it."""
-        return self.path / "packs" / "shared" / f"{stage:02d}-{name}.safetensors"
+    def shared_path(self, experience: int, name: str) -> Path:
+        """Where an artefact that tasks share is, as it was after an experience that changed it."""
+        return self.path / "packs" / "shared" / f"{experience:02d}-{name}.safetensors"
 
-    def new_shared_path(self, stage: int, name: str) -> Path:
+    def new_shared_path(self, experience: int, name: str) -> Path:
         """`shared_path`, in a folder that is there now. Raises RecordError if the disk refuses it."""
-        path = self.shared_path(stage, name)
+        path = self.shared_path(experience, name)
         self._make(path.parent)
         return path
 
     def keep_shared(self, shared: Mapping[str, Any]) -> None:
-        """Remove shared artefacts but these, {name: {"stage": ...}}: a later one has taken their place."""
-        kept = {self.shared_path(told["stage"], name) for name, told in shared.items()}
+        """Remove shared artefacts but these, {name: {"experience": ...}}: a later one has taken their place."""
+        kept = {self.shared_path(told["experience"], name) for name, told in shared.items()}
         for file in (self.path / "packs" / "shared").glob("*.safetensors"):
             if file not in kept:
                 file.unlink(missing_ok=True)
 
-    def stage_path(self, stage: int) -> Path:
-        return self.path / "stages" / f"{stage:02d}"
+    def experience_path(self, experience: int) -> Path:
+        return self.path / "experiences" / f"{experience:02d}"
 
-    def write_stage(self, stage: int, examples: Iterable[dict], record: dict[str, Any]) -> None:
-        folder = self.stage_path(stage)
+    def write_experience(
+        self, experience: int, examples: Iterable[dict], record: dict[str, Any]
+    ) -> None:
+        folder = self.experience_path(experience)
         # in ASCII, because what a program says of itself may hold halves of surrogate pairs
         lines = "".join(json.dumps(e) + "\n" for e in examples)
         write_text(folder / "examples.jsonl", lines)
-        write_json(folder / "stage.json", record)
+        write_json(folder / "experience.json", record)
 
-    def stages(self) -> list[dict[str, Any]]:
-        """Records of the whole stages, from row 0 on, up to the first that is missing."""
+    def experiences(self) -> list[dict[str, Any]]:
+        """Records of the whole experiences, from row 0 on, up to the first that is missing."""
         records: list[dict[str, Any]] = []
-        while (file := self.stage_path(len(records)) / "stage.json").is_file():
+        while (file := self.experience_path(len(records)) / "experience.json").is_file():
             records.append(read_json(file))
         return records
 
@@ -220,12 +222,14 @@ def _leaves(nest: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
 
 
 def states(folder: Path) -> dict[Path, dict[str, Any]]:
-    """{cell's folder: its state, with the number of its whole stages}. Raises RecordError where there is no cell."""
+    """{cell's folder: its state, and how many experiences are whole}. Raises RecordError where there is no cell."""
     found = {file.parent for file in folder.rglob("state.json")} if folder.is_dir() else set()
     if not found:
         raise RecordError(f"{folder} holds no cell; give the folder that --out named.")
     read = {path: CellFolder(path) for path in sorted(found)}
-    return {path: cell.state() | {"stages": len(cell.stages())} for path, cell in read.items()}
+    return {
+        path: cell.state() | {"experiences": len(cell.experiences())} for path, cell in read.items()
+    }
 
 
 def cells(folder: Path) -> list[Path]:

@@ -67,7 +67,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
 def collect(path: Path) -> dict[str, Any]:
     """The result of the cell in `path`, complete or not."""
     folder = CellFolder(path)
-    return result_object(folder.identity(), folder.stages())
+    return result_object(folder.identity(), folder.experiences())
 
 
 def kept(path: Path) -> dict[str, Any] | None:

@@ -22,12 +22,12 @@ Point = dict[str, float]  # a line of a training log: step, loss terms, learning
 
 
 class Tracker(Protocol):
-    """Told of a cell as it goes. A cell that is continued tells every stage again, from the first."""
+    """Told of a cell as it goes. A cell that is continued tells every experience again, from the first."""
 
     name: str
 
-    def stage(self, record: dict[str, Any]) -> None:
-        """A stage is whole; `record` is its stage.json."""
+    def experience(self, record: dict[str, Any]) -> None:
+        """An experience is whole; `record` is its experience.json."""
 
     def finish(self, result: dict[str, Any]) -> None:
         """The cell is complete; `result` is its result.json."""
@@ -54,8 +54,8 @@ class Trackers:
     def __init__(self, chosen: Sequence[Tracker]):
         self.left = list(chosen)
 
-    def stage(self, record: dict[str, Any]) -> None:
-        self._each(lambda tracker: tracker.stage(record))
+    def experience(self, record: dict[str, Any]) -> None:
+        self._each(lambda tracker: tracker.experience(record))
 
     def finish(self, result: dict[str, Any]) -> None:
         self._each(lambda tracker: tracker.finish(result))
@@ -82,8 +82,8 @@ class Trackers:
 # --- what is tracked, under the same names everywhere ---
 
 
-def of_stage(record: dict[str, Any]) -> dict[str, float]:
-    """Scores and costs of a stage; what was not measured is not there."""
+def of_experience(record: dict[str, Any]) -> dict[str, float]:
+    """Scores and costs of an experience; what was not measured is not there."""
     found = {
         f"{metric}/{task}": cell["value"]
         for metric, row in record["scores"].items()
@@ -127,10 +127,13 @@ def along(points: Iterable[Point], begin: int) -> Iterator[tuple[int, Point]]:
 
 
 def matrices(result: dict[str, Any]) -> dict[str, list[list[float | None]]]:
-    """Of the score, `matrix`, and of every other metric, each row with its stage before it."""
+    """Of the score, `matrix`, and of every other metric, each row with its experience before it."""
     found = {"matrix": result["matrix"]}
     found |= {f"matrix/{name}": rows for name, rows in result["extra_matrices"].items()}
-    return {name: [[stage, *row] for stage, row in enumerate(rows)] for name, rows in found.items()}
+    return {
+        name: [[experience, *row] for experience, row in enumerate(rows)]
+        for name, rows in found.items()
+    }
 
 
 def figures(result: dict[str, Any]) -> dict[str, Image]:

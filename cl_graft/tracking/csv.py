@@ -1,4 +1,4 @@
-"""tracking/scores.csv and tracking/losses.csv, written whole at every stage: a continued cell has each line once."""
+"""tracking/scores.csv and tracking/losses.csv, written whole each time: a continued cell has each line once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from cl_graft.config import RunConfig
 from cl_graft.store.files import write_text
 
-SCORES = ("stage", "task", "metric", "value", "n", "stderr")
+SCORES = ("experience", "task", "metric", "value", "n", "stderr")
 LAST = ("learning_rate", "grad_norm", "tokens_per_second", "peak_memory_mb", "epoch", "seconds")
 
 
@@ -27,16 +27,18 @@ class Csv:
         self.scores: list[dict[str, Any]] = []
         self.losses: list[dict[str, Any]] = []
 
-    def stage(self, record: dict[str, Any]) -> None:
-        stage = record["stage"]
+    def experience(self, record: dict[str, Any]) -> None:
+        experience = record["experience"]
         rows = [
             (task, metric, cell)
             for metric, row in record["scores"].items()
             for task, cell in row.items()
         ]
         rows += [("general", metric, cell) for metric, cell in (record["general"] or {}).items()]
-        self.scores += [{"stage": stage, "task": t, "metric": m, **cell} for t, m, cell in rows]
-        self.losses += [{"stage": stage, **point} for point in record["losses"]]
+        self.scores += [
+            {"experience": experience, "task": t, "metric": m, **cell} for t, m, cell in rows
+        ]
+        self.losses += [{"experience": experience, **point} for point in record["losses"]]
         write_text(self.folder / "scores.csv", text(SCORES, self.scores))
         write_text(self.folder / "losses.csv", text(columns(self.losses), self.losses))
 
@@ -48,10 +50,10 @@ class Csv:
 
 
 def columns(losses: Iterable[dict[str, Any]]) -> list[str]:
-    """Stage, step, every loss term in order of appearance, then what each point has."""
+    """Experience, step, every loss term in order of appearance, then what each point has."""
     known = dict.fromkeys(key for point in losses for key in point)
-    terms = [key for key in known if key not in ("stage", "step", *LAST)]
-    return ["stage", "step", *terms, *(key for key in LAST if key in known)]
+    terms = [key for key in known if key not in ("experience", "step", *LAST)]
+    return ["experience", "step", *terms, *(key for key in LAST if key in known)]
 
 
 def text(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:

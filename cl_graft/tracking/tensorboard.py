@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_graft.config import RunConfig
-from cl_graft.tracking import along, figures, of_point, of_result, of_stage
+from cl_graft.tracking import along, figures, of_experience, of_point, of_result
 
 
 def tracker(config: RunConfig, folder: Path, identity: dict[str, Any]) -> TensorBoard:
@@ -15,13 +15,13 @@ def tracker(config: RunConfig, folder: Path, identity: dict[str, Any]) -> Tensor
 
 
 class TensorBoard:
-    """Scores are over stages; training curves over steps, counted through all stages."""
+    """Scores are over experiences; training curves over steps, counted through all experiences."""
 
     name = "TensorBoard"
 
     def __init__(self, folder: Path):
         self.folder = folder / "tensorboard"
-        self.steps = self.stages = 0
+        self.steps = self.experiences = 0
 
     @cached_property
     def writer(self) -> Any:
@@ -30,21 +30,21 @@ class TensorBoard:
         # TensorBoard shows nothing that was written before this: a continued cell tells all of it again
         return SummaryWriter(str(self.folder), purge_step=0)
 
-    def stage(self, record: dict[str, Any]) -> None:
+    def experience(self, record: dict[str, Any]) -> None:
         for step, point in along(record["losses"], self.steps):
             self._scalars(of_point(point), step)
             self.steps = step
-        self.stages = record["stage"]
-        self._scalars(of_stage(record), self.stages)
+        self.experiences = record["experience"]
+        self._scalars(of_experience(record), self.experiences)
         self.writer.flush()
 
     def finish(self, result: dict[str, Any]) -> None:
         import numpy as np
 
-        self._scalars(of_result(result), self.stages)
+        self._scalars(of_result(result), self.experiences)
         for name, image in figures(result).items():
             pixels = np.asarray(image.convert("RGB"))
-            self.writer.add_image(name, pixels, self.stages, dataformats="HWC")
+            self.writer.add_image(name, pixels, self.experiences, dataformats="HWC")
         self.writer.close()
 
     def abandon(self, error: BaseException) -> None:

@@ -1,9 +1,9 @@
 """A cell as one run in Weights & Biases, however often it is begun.
 
 The run's id follows from the cell's name and identity, and every row of its history has a step that follows from the
-stages before it. A stage that an earlier attempt has logged is not logged again. Offline, its file tells: W&B's process
-may die before it has written what it was given. Online, a marker beside it does, written after the fact; the last stage
-there may not have left, and is sent again: W&B drops rows whose steps it has.
+experiences before it. An experience that an earlier attempt has logged is not logged again. Offline, its file tells:
+W&B's process may die before it has written what it was given. Online, a marker beside it does, written after the fact;
+the last experience there may not have left, and is sent again: W&B drops rows whose steps it has.
 
 W&B works in threads that are waited for so long and no longer. One that does not answer is left behind, and the
 process that W&B had started is killed; what it has written can be uploaded later, by `wandb sync`.
@@ -26,12 +26,12 @@ from cl_graft.store.digests import digest
 from cl_graft.store.files import write_text
 from cl_graft.store.locks import Busy
 from cl_graft.store.record import CellFolder
-from cl_graft.tracking import figures, matrices, of_point, of_result, of_stage
+from cl_graft.tracking import figures, matrices, of_experience, of_point, of_result
 
 T = TypeVar("T")
 
 CONFIG = ("options", "versions", "tasks", "base", "data", "budget_bytes", "base_bytes")
-STAGE_SECONDS = 90.0  # to start, and to take a stage in; uploading goes on behind
+EXPERIENCE_SECONDS = 90.0  # to start, and to take an experience in; uploading goes on behind
 FINISH_SECONDS = 600.0  # to upload what is left
 INTERRUPTED_SECONDS = 5.0  # the same after Ctrl-C; an executor kills a worker that takes ten
 
@@ -83,7 +83,7 @@ class Wandb:
 
     @cached_property
     def sent(self) -> list[str]:
-        """The digest of each stage that this run or an earlier attempt has sent."""
+        """The digest of each experience that this run or an earlier attempt has sent."""
         return self.marker.read_text().split()[:-1] if self.marker.is_file() else []
 
     @cached_property
@@ -96,16 +96,20 @@ class Wandb:
             return key in self.sent
         return any(held(file, key) for file in self.written)
 
-    def stage(self, record: dict[str, Any]) -> None:
-        """Training curves, scores and costs, over `stage`, and the pack as an artifact."""
+    def experience(self, record: dict[str, Any]) -> None:
+        """Training curves, scores and costs, over `experience`, and the pack as an artifact."""
         rows: list[dict[str, Any]] = [of_point(point) for point in record["losses"]]
         rows.append(
-            {"stage": record["stage"], **of_stage(record), "record": (key := digest(record))}
+            {
+                "experience": record["experience"],
+                **of_experience(record),
+                "record": (key := digest(record)),
+            }
         )
         first, self.step = self.step, self.step + len(rows)
         if self._logged(key):
             return
-        self._bounded(STAGE_SECONDS, lambda: self._log(record, rows, first))
+        self._bounded(EXPERIENCE_SECONDS, lambda: self._log(record, rows, first))
         self.sent.append(key)
         self._mark()
 
@@ -128,14 +132,14 @@ class Wandb:
             run.log_artifact(self._artifact(record))
         for step, row in enumerate(
             rows, first
-        ):  # the stage's own row last: it tells that all is there
+        ):  # the experience's own row last: it tells that all is there
             run.log(row, step=step, commit=True)
 
     def _finish(self, result: dict[str, Any], drawn: dict[str, Any]) -> None:
         run = self._started()
         import wandb
 
-        columns = ["stage", *result["tasks"]]
+        columns = ["experience", *result["tasks"]]
         row = {k: wandb.Table(columns=columns, data=rows) for k, rows in matrices(result).items()}
         row |= {name: wandb.Image(image) for name, image in drawn.items()}
         run.log(row, step=self.step, commit=True)
@@ -171,7 +175,7 @@ class Wandb:
             settings=quiet,
         )
         for stepped in ("score/*", "general/*", "seconds/*", "pack_bytes", "tokens"):
-            self.run.define_metric(stepped, step_metric="stage")
+            self.run.define_metric(stepped, step_metric="experience")
         return self.run
 
     def _artifact(self, record: dict[str, Any]) -> Any:
@@ -191,7 +195,7 @@ class Wandb:
                 "digest": record["pack"],
             },
         )
-        path = self.cell.pack_path(record["stage"], record["task"])
+        path = self.cell.pack_path(record["experience"], record["task"])
         artifact.add_file(str(path.resolve()), policy="immutable", skip_cache=True)
         return artifact
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_graft.config import Launch
-from cl_graft.models.text import encode
+from cl_graft.models.text import encode_all
 from cl_graft.store.digests import peak_memory_mb
 from cl_graft.store.files import flush, read_jsonl, write_json, write_text
 from cl_graft.training.config import (
@@ -26,7 +26,7 @@ from cl_graft.training.config import (
     save_steps,
 )
 from cl_graft.training.term import Term
-from cl_graft.training.trainer import ROWS, trainer_class
+from cl_graft.training.trainer import ROWS, sft_class, trainer_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,9 +95,8 @@ def _trainer(
 def encoded(tokenizer: Any, rows: Iterable[Row], config: StageConfig) -> Iterator[Text]:
     """The texts of the rows as the stage makes them: one of a row, or one for each answer of a pair."""
     answers = ("completion",) if config.kind == "sft" else ("chosen", "rejected")
-    for row in rows:
-        for answer in answers:
-            yield encode(tokenizer, row["prompt"], row[answer], config.max_length)
+    pairs = ((row["prompt"], row[answer]) for row in rows for answer in answers)
+    return encode_all(tokenizer, pairs, config.max_length)
 
 
 def lengths(texts: Iterable[Text]) -> list[int]:
@@ -122,22 +121,25 @@ def _sft(
     from trl import SFTConfig, SFTTrainer
 
     examples = [
-        {"input_ids": head + tail, "completion_mask": [0] * len(head) + [1] * len(tail), ROWS: row}
+        {
+            "input_ids": head + tail,
+            "labels": [-100] * len(head) + tail,
+            ROWS: row,
+        }
         for row, (head, tail) in enumerate(texts)
     ]
-    return trainer_class(
-        SFTTrainer, order(len(examples), config), terms
-    )(
+    return sft_class(SFTTrainer, order(len(examples), config), terms, examples)(
         model=model,
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list(examples),
+        # TRL asks for an Arrow data set, and would map it and read rows of it slowly: the examples go past it
+        train_dataset=Dataset.from_list(examples[:1]),
         args=_one_device(
             SFTConfig(
                 **given,
                 max_length=None,  # rows are cut already
-                padding_free=flattens(model)
-                and not terms,  # what a term is given has a row for each example
-                completion_only_loss=True,  # rows already tokenised: the default would be the whole text
+                # what a term is given has a row for each example
+                padding_free=flattens(model) and not terms,
+                dataset_kwargs={"skip_prepare_dataset": True},
             )
         ),
     )
@@ -220,6 +222,7 @@ def _arguments(
         "logging_steps": logging_steps(config),
         "disable_tqdm": True,
         "deepspeed": deepspeed,
+        "remove_unused_columns": False,  # our batches hold what is used
     }
 
 
@@ -251,6 +254,8 @@ def _report(work: Path, trainer: Any, step: int, tokens: float, progress: Progre
             self.begun, self.last = time.perf_counter(), (time.perf_counter(), state.global_step)
 
         def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == state.max_steps:
+                control.should_save = False  # the stage itself is saved next
             progress(state.global_step / max(1, state.max_steps))
 
         def on_log(self, args, state, control, logs=None, **kwargs):

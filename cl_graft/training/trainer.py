@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cl_graft.errors import CLGraftError
+from cl_graft.training.loss import FEW, fused, plain, unfused
 from cl_graft.training.term import Term
 
 ROWS = "rows"  # the column that says which row of the stage an example is
@@ -92,6 +93,12 @@ def _named(term: Term, found: Any) -> dict[str, Tensor]:
     return {name: value.squeeze() for name, value in parts.items()}
 
 
+class Output(NamedTuple):
+    """What a penalty is given of the forward pass."""
+
+    logits: Tensor | None  # (batch, length, vocabulary), if some term asks for them
+
+
 def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type:
     """TRL's trainer, reading exactly these rows in this order, whatever the number of processes, with these terms.
 
@@ -102,7 +109,6 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
     class Trainer(base):  # type: ignore[misc]
         loss_is_scaled_for_ga = True
         data_collator: Any
-        _signature_columns: Any
 
         def __init__(self, **given: Any):
             super().__init__(**given)
@@ -111,10 +117,6 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
 
         def _get_train_sampler(self, *_: Any) -> list[int]:
             return indices
-
-        def _set_signature_columns_if_needed(self) -> None:
-            super()._set_signature_columns_if_needed()
-            self._signature_columns = [*{*self._signature_columns, ROWS}]
 
         def get_batch_samples(self, *given: Any) -> tuple[list[Any], Any]:
             samples, items = super().get_batch_samples(*given)
@@ -126,24 +128,28 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             rows, steps = inputs.pop(ROWS), self.current_gradient_accumulation_steps
             batch = {**inputs}
-            outputs: list[Any] = []
-
-            def forward(**given: Any) -> Any:
-                run = _unfused if self.terms.logits else _as_it_is
-                outputs.append(run(model, **given))
-                return outputs[-1]
-
-            loss = super().compute_loss(forward, inputs, num_items_in_batch=num_items_in_batch)
+            loss, logits = self._loss(model, inputs, num_items_in_batch)
             if num_items_in_batch is None:  # else the loss is a share of the whole step's
                 loss = loss / steps
             if self.terms.penalties:
                 batch["labels"] = batch["input_ids"].where(_answers(batch), -100)
                 batch[ROWS] = rows.repeat(len(batch["input_ids"]) // len(rows))
                 batch["tokens"] = self.tokens
-                inner = self.accelerator.unwrap_model(model)
-                now = self.state.global_step
-                loss = loss + self.terms.penalty(inner, batch, outputs[0], now) / steps
+                given = (self.accelerator.unwrap_model(model), batch, Output(logits))
+                loss = loss + self.terms.penalty(*given, self.state.global_step) / steps
             return loss
+
+        def _loss(self, model: Any, inputs: Any, items: Any) -> tuple[Tensor, Tensor | None]:
+            """TRL's own loss of a micro-batch, and the logits if they are wanted."""
+            if not self.terms.logits:
+                return super().compute_loss(model, inputs), None
+            outputs = []
+
+            def forward(**given: Any) -> Any:
+                outputs.append(unfused(model, **given))
+                return outputs[-1]
+
+            return super().compute_loss(forward, inputs), outputs[0].logits
 
         def _prepare_for_training(self, *given: Any, **named: Any) -> Any:
             """DeepSpeed's engine clips and steps at the end of its backward pass: what projects comes just before."""
@@ -179,14 +185,91 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
     return Trainer
 
 
+def sft_class(base: type, indices: list[int], terms: Sequence[Term], examples: list[dict]) -> type:
+    """TRL's SFT trainer on these examples, lists of numbers, with its loss by the head that suits the size.
+
+    What TRL reads off the device after every micro-batch for its metrics is summed there and read once a line.
+    """
+
+    class Lean(trainer_class(base, indices, terms)):  # type: ignore[misc]
+        def __init__(self, **given: Any):
+            super().__init__(**given)
+            self.train_dataset = examples
+            inner = self.accelerator.unwrap_model(self.model)
+            inner = inner.get_base_model() if hasattr(inner, "peft_config") else inner
+            self.vocabulary = inner.config.get_text_config().vocab_size
+            if not self.padding_free:
+                self.data_collator = _Padded(self.processing_class.pad_token_id)
+            self.sums: dict[str, Tensor] = {}
+
+        def _loss(self, model: Any, inputs: Any, items: Any) -> tuple[Tensor, Tensor | None]:
+            labels = inputs.pop("labels")
+            inputs["use_cache"] = False
+            if self.aux_loss_enabled:
+                inputs["output_router_logits"] = True
+            if self.terms.logits or labels.numel() * self.vocabulary <= FEW:
+                output = model(**inputs)
+                told = plain(output.logits, labels)
+            else:
+                output = model(**inputs, labels=labels, fused_lm_head=True)
+                told = fused(output)
+            read = inputs.get("attention_mask", torch.ones_like(labels)).sum()
+            for name, value in (*told._asdict().items(), ("read", read)):
+                self.sums[name] = self.sums.get(name, 0) + value.detach()
+            processes = self.accelerator.num_processes if items is not None else 1
+            loss = told.nll / (told.answers if items is None else items).clamp(min=1) * processes
+            if self.aux_loss_enabled:
+                steps = self.current_gradient_accumulation_steps if items is not None else 1
+                loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
+            return loss, output.logits if self.terms.logits else None
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            if self.sums:
+                gather = self.accelerator.gather
+                x = {name: gather(value[None]).sum().item() for name, value in self.sums.items()}
+                count = max(1, x["answers"])
+                self._total_train_tokens += x["read"]
+                self._metrics["train"] |= {
+                    "entropy": [x["entropy"] / count],
+                    "mean_token_accuracy": [x["right"] / count],
+                    "num_tokens": [self._total_train_tokens],
+                }
+                self.sums = {}
+            super().log(logs, start_time)
+
+    return Lean
+
+
 class _Numbered:
     """TRL's collator, which would leave the numbers of the rows out."""
 
     def __init__(self, collate: Callable[[list[dict]], dict[str, Tensor]]):
         self.collate = collate
 
-    def __call__(self, examples: list[dict]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[dict]) -> dict[str, Any]:
         return {**self.collate(examples), ROWS: torch.tensor([e[ROWS] for e in examples])}
+
+
+class _Padded:
+    """What TRL's collator gives for SFT, without a tensor for each row, and the numbers of the rows."""
+
+    def __init__(self, pad: int):
+        self.pad = pad
+
+    def __call__(self, examples: list[dict]) -> dict[str, Any]:
+        sizes = [len(e["input_ids"]) for e in examples]
+        longest = max(sizes)
+
+        def padded(column: str, value: int) -> Tensor:
+            rows = [e[column] + [value] * (longest - len(e[column])) for e in examples]
+            return torch.tensor(rows)
+
+        return {
+            "input_ids": padded("input_ids", self.pad),
+            "labels": padded("labels", -100),
+            "attention_mask": (torch.arange(longest) < torch.tensor(sizes)[:, None]).long(),
+            ROWS: torch.tensor([e[ROWS] for e in examples]),
+        }
 
 
 def _answers(batch: Mapping[str, Tensor]) -> Tensor:
@@ -208,32 +291,3 @@ def _gradients(model: Any, sharded: bool) -> Iterator[dict[str, Tensor]]:
     yield dict(gradients)
     for name, gradient in gradients.items():
         safe_set_full_grad(named[name], gradient)
-
-
-def _as_it_is(model: Any, **given: Any) -> Any:
-    return model(**given)
-
-
-def _unfused(model: Any, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> Any:
-    """What TRL's fused head gives, from logits, which are left in the output, too."""
-    from trl.trainer.utils import FusedCausalLMOutput
-
-    full = model(**inputs)
-    targets = labels[:, 1:]
-    mask = targets != -100
-    logits = full.logits[:, :-1].float()
-    logs = logits.log_softmax(-1)
-    picked = logs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    with torch.no_grad():
-        entropy = -(logs.exp() * logs).sum(-1)
-        top, mean = logits.argmax(-1) == targets, logits.mean(-1)
-    output = FusedCausalLMOutput(
-        log_probs=picked.masked_fill(~mask, 0),
-        entropy=entropy.masked_fill(~mask, 0),
-        mean_logits=mean.masked_fill(~mask, 0),
-        is_top1=top & mask,
-        label_mask=mask,
-        aux_loss=getattr(full, "aux_loss", None),
-    )
-    output.logits = full.logits
-    return output

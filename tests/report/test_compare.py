@@ -34,7 +34,7 @@ def one_cell(out: Path, right: int, examples: int = 20, **result: Any) -> None:
     """A run of one seed that got `right` of the examples of each of its three tasks right at the end."""
     make(out, cells=1, examples=examples, strategies=1, scenarios=1)
     (cell,) = (p.parent for p in out.glob("*/result.json"))
-    file = cell / "stages" / "03" / "examples.jsonl"
+    file = cell / "experiences" / "03" / "examples.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     for line in lines:
         line["score"] = float(line["index"] < right)
@@ -97,7 +97,7 @@ def test_why_nothing_was_paired_is_told(tmp_path: Path) -> None:
     scores = compare(tmp_path / "a", tmp_path / "b")[-1]
     assert scores.rows[0][4:] == ("+50.0", "–", "1")
     assert scores.note.endswith("(its test examples differ).")
-    for file in tmp_path.glob("b/*/stages/03/examples.jsonl"):
+    for file in tmp_path.glob("b/*/experiences/03/examples.jsonl"):
         file.unlink()
     assert "are not on disk" in compare(tmp_path / "a", tmp_path / "b")[-1].note
 

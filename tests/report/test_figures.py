@@ -148,7 +148,7 @@ def test_heatmaps_frame_what_was_just_learned_and_hatch_what_was_not_measured() 
     boxes = [p for p in ax.patches if isinstance(p, Rectangle)]
     framed = {p.get_xy() for p in boxes if not p.get_fill()}
     hatched = {p.get_xy() for p in boxes if p.get_hatch()}
-    assert framed == {(0, 1), (1, 2)}  # x is the task, y the stage that learned it
+    assert framed == {(0, 1), (1, 2)}  # x is the task, y the experience that learned it
     assert hatched == {(1, 1)}
     assert len(texts(ax, "score")) == 5  # no number where nothing was measured
 

@@ -48,11 +48,11 @@ def odd(folder: Path) -> None:
         told["config"]["strategy"] = EVIL
         told |= {"label": EVIL, "strategy": EVIL} if name == "result.json" else {}
         (cells[0] / name).write_text(json.dumps(told))
-    for file in cells[0].glob("stages/*/examples.jsonl"):
+    for file in cells[0].glob("experiences/*/examples.jsonl"):
         file.write_text(file.read_text().replace(" or so", json.dumps(EVIL)[1:-1]))
     (cells[1] / "result.json").unlink()
-    shutil.rmtree(cells[1] / "stages" / "03")
-    shutil.rmtree(cells[2] / "stages")
+    shutil.rmtree(cells[1] / "experiences" / "03")
+    shutil.rmtree(cells[2] / "experiences")
     (folder / "data" / f"{first['data']}.jsonl").unlink()
 
 
@@ -155,8 +155,8 @@ def test_a_report_of_a_sweep_under_way_tells_what_is_known(tmp_path: Path) -> No
     begun, waits = sorted(p.parent for p in tmp_path.glob("*/result.json"))[:2]
     for cell, left in ((begun, 1), (waits, 0)):
         (cell / "result.json").unlink()
-        for stage in sorted((cell / "stages").iterdir())[left:]:
-            shutil.rmtree(stage)
+        for experience in sorted((cell / "experiences").iterdir())[left:]:
+            shutil.rmtree(experience)
     found = report(tmp_path)
     write_provenance([f.cell for f in found], tmp_path / "report")
     index = (tmp_path / "report" / "index.html").read_text()
@@ -234,9 +234,9 @@ def test_an_example_is_followed_from_before_to_the_end(tmp_path: Path) -> None:
     rows = breakdown(found.path, found.cell, {})
     assert list(rows) == found.cell["tasks"]
     for j, those in enumerate(rows.values()):
-        for stage, answers in ((0, "before"), (j + 1, "learned"), (3, "end")):
+        for experience, answers in ((0, "before"), (j + 1, "learned"), (3, "end")):
             scores = [getattr(row, answers).score for row in those]
-            assert sum(scores) / 40 == pytest.approx(found.cell["matrix"][stage][j])
+            assert sum(scores) / 40 == pytest.approx(found.cell["matrix"][experience][j])
     assert {row.outcome for row in rows["cipher"]} <= {"kept", "known", "never"}  # learned last
     score = sum(weight * x.mean() for weight, x in reader()(found)[1])
     assert score == pytest.approx(found.cell["metrics"]["op"])

@@ -59,7 +59,7 @@ def cell(label: str = "graftllm", matrix: Rows = FORGETS, **changes: Any) -> dic
 
 
 def half_done(label: str = "graftllm", **changes: Any) -> dict[str, Any]:
-    """One of two tasks learned: the last stage has not run."""
+    """One of two tasks learned: the last experience has not run."""
     rows: Rows = [[0.2, 0.3], [0.9, 0.9], [None, None]]
     unfinished = {"complete": False, "general": [0.5, 0.4], "pack_bytes": [190_000]}
     return cell(label, rows, **(unfinished | changes))
@@ -262,7 +262,7 @@ def test_a_forgetting_matrix_has_a_row_per_stage() -> None:
     half = [[None if x is None else x / 2 for x in row] for row in FORGETS]
     (table,) = matrices([cell(seed=0, general=None), cell(matrix=half, seed=1, general=None)])
     assert table.title == "math-code · mini · budget 10%: graftllm"
-    assert table.columns == ("Stage", "math", "code")
+    assert table.columns == ("Experience", "math", "code")
     assert table.rows == (
         ("base", "15.0 ± 5.0", "22.5 ± 7.5"),
         ("after math", "60.0 ± 20.0", "22.5 ± 7.5"),
@@ -272,11 +272,11 @@ def test_a_forgetting_matrix_has_a_row_per_stage() -> None:
 
 def test_general_ability_is_the_last_column_of_every_matrix_of_its_group() -> None:
     with_it, without = matrices([cell(), cell("lora", general=[None, None, None])])
-    assert with_it.columns == without.columns == ("Stage", "math", "code", "General ability")
+    assert with_it.columns == without.columns == ("Experience", "math", "code", "General ability")
     assert [row[-1] for row in with_it.rows] == ["50.0", "48.0", "47.0"]
     assert [row[-1] for row in without.rows] == ["–", "–", "–"]
     (alone,) = matrices([cell("lora", general=[None, None, None])])
-    assert alone.columns == ("Stage", "math", "code")
+    assert alone.columns == ("Experience", "math", "code")
 
 
 def test_the_matrix_of_an_incomplete_cell_stands_alone() -> None:
@@ -411,18 +411,18 @@ def test_written_tables_hold_what_was_printed(tmp_path: Path) -> None:
 
     with paths[16].open(newline="") as file:
         listed = list(csv.DictReader(file))
-    assert [(c["Strategy"], c["Seed"], c["OP"], c["Stages"], c["Of"]) for c in listed] == [
+    assert [(c["Strategy"], c["Seed"], c["OP"], c["Experiences"], c["Of"]) for c in listed] == [
         ("graftllm", "0", "65.0000", "3", "3"),
         ("lora(rank=8)", "0", "65.0000", "3", "3"),
         ("graftllm", "3", "", "2", "3"),
     ]
 
     with paths[13].open(newline="") as file:
-        stages = list(csv.DictReader(file))
-    assert len(stages) == 4 * 3  # graftllm, its exact match, lora and the incomplete cell
-    assert {None} == {row.get(None) for row in stages}  # every row fits the header
-    last = [row for row in stages if row["Matrix"].endswith(": lora(rank=8)")][-1]
-    assert (last["Stage"], last["math"], last["General ability"]) == (
+        experiences = list(csv.DictReader(file))
+    assert len(experiences) == 4 * 3  # graftllm, its exact match, lora and the incomplete cell
+    assert {None} == {row.get(None) for row in experiences}  # every row fits the header
+    last = [row for row in experiences if row["Matrix"].endswith(": lora(rank=8)")][-1]
+    assert (last["Experience"], last["math"], last["General ability"]) == (
         "after code",
         "60.0000",
         "47.0000",

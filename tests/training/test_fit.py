@@ -253,3 +253,79 @@ def test_a_batch_without_padding_is_the_same_batch(nano, train, monkeypatch):
     for padded, flat in zip(*logs, strict=True):
         assert flat["loss"] == pytest.approx(padded["loss"], rel=1e-4)
         assert flat["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("few", [1 << 24, 0], ids=["plain", "fused"])
+@pytest.mark.parametrize("micro", [8, 2])
+def test_the_loss_is_trls_own(nano, monkeypatch, tmp_path, few, micro):
+    """The gradient of a step as TRL's trainer takes it from the same rows, by either head, whole and cut in four."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from cl_graft.training import trainer as module
+    from cl_graft.training.term import Term
+
+    model, tokenizer = nano
+    start = weights(model)
+    examples = [Example(e.prompt + "x" * i, e.completion * (i + 1)) for i, e in enumerate(EXAMPLES)]
+    rows, config = sft(examples, Training(steps=1, batch=8, warmup=0.0))
+    monkeypatch.setattr(module, "FEW", few)
+    SEEN.clear()
+    fit(
+        *nano, rows, config, Launch(micro_batch=micro), tmp_path / "ours", terms=[Term.project(see)]
+    )
+    (line,) = read_jsonl(tmp_path / "ours" / LOG)
+
+    class Theirs(SFTTrainer):
+        def _clip_grad_norm(self, model):
+            SEEN.append({n: p.grad.clone() for n, p in model.named_parameters()})
+            return super()._clip_grad_norm(model)
+
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(start[name])
+    texts = [encode(tokenizer, r["prompt"], r["completion"], 512) for r in rows]
+    trainer = Theirs(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(
+            [{"input_ids": h + t, "completion_mask": [0] * len(h) + [1] * len(t)} for h, t in texts]
+        ),
+        args=SFTConfig(
+            output_dir=str(tmp_path / "theirs"),
+            max_steps=1,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=8 // micro,
+            completion_only_loss=True,
+            max_length=None,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            logging_steps=1,
+            disable_tqdm=True,
+        ),
+    )
+    trainer.train()
+    ours, theirs = SEEN
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+    told = trainer.state.log_history[0]
+    for column in ("loss", "grad_norm", "num_tokens"):
+        assert line[column] == pytest.approx(told[column], rel=1e-5)
+    if micro == 8:  # TRL takes the mean of the micro-batches' means, we that of all answer tokens
+        for column in ("entropy", "mean_token_accuracy"):
+            assert line[column] == pytest.approx(told[column], rel=1e-5)
+
+
+SEEN: list[dict] = []
+
+
+def see(model, gradients, state, step):
+    SEEN.append({n: g.clone() for n, g in gradients.items()})
+
+
+def test_a_stage_is_not_saved_twice_at_its_end(nano, tmp_path):
+    """What is trained is saved as the stage; its last step checkpoint would only be removed."""
+    rows, config = sft(EXAMPLES, Training(steps=8, batch=4))
+    fit(*nano, rows, config, Launch(save_steps=4), tmp_path)
+    assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]

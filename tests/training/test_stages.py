@@ -265,13 +265,13 @@ def test_small_steps_of_a_bfloat16_model_are_not_rounded_away(nano, tmp_path):
 
 
 def on_a_small_disk(says, cache, room):
-    """In a process of its own; after five of eight steps the system takes no file beyond so many bytes."""
+    """In a process of its own; after five of twelve steps the system takes no file beyond so many bytes."""
     rows = [dict(prompt="Q: Copy ab.", completion="ab")] * 4
-    job, seen = StageConfig("sft", 8, 4, 1e-3, 0.1, 0.0, 64, 0), []
+    job, seen = StageConfig("sft", 12, 4, 1e-3, 0.1, 0.0, 64, 0), []
 
     def progress(done):
         seen.append(done)
-        if room and done >= 5 / 8:
+        if room and done >= 5 / 12:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
@@ -297,7 +297,7 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_the_next_run_goes_on(tmp_
         return said
 
     assert re.search("cannot be written .*free space .*run the same command again", run(room))
-    assert run(None) == "done from 0.625"
+    assert run(None) == f"done from {5 / 12}"
     assert len(stages_in(tmp_path / "cache")) == 1
 
 

@@ -32,14 +32,14 @@ def write(found: Found, path: Path, group: str) -> None:
     """Make the page at `path`. group: the section of the index that the cell is in."""
     cell = found.cell
     asked = _asked(found.path.parent, cell.get("data", ""))
-    stages = [f"after {task}" for task in cell["tasks"]]
+    experiences = [f"after {task}" for task in cell["tasks"]]
     page = render(
         "cell.html",
         cell=cell,
         name=found.path.name,
         group=group,
-        matrix=list(zip(["base", *stages], cell["matrix"], cell["stderr"], strict=True)),
-        general=[*cell["general"], *[None] * (len(stages) + 1 - len(cell["general"]))],
+        matrix=list(zip(["base", *experiences], cell["matrix"], cell["stderr"], strict=True)),
+        general=[*cell["general"], *[None] * (len(experiences) + 1 - len(cell["general"]))],
         tasks=[
             _task(t, rows, bool(asked)) for t, rows in breakdown(found.path, cell, asked).items()
         ],
@@ -79,9 +79,9 @@ def _read(out: Path, data: str, _written: int) -> dict[str, list[Asked]]:
 
 
 def _losses(path: Path) -> list[dict[str, Any]]:
-    """A line of each stage's training loss: as the points of a polyline in a box of 100 by 30."""
+    """A line of each experience's training loss: as the points of a polyline in a box of 100 by 30."""
     found = []
-    for file in sorted(path.glob("stages/*/stage.json")):
+    for file in sorted(path.glob("experiences/*/experience.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
         losses = [p["loss"] for p in record["losses"] if p.get("loss") is not None]
         if len(losses) < 2:

@@ -19,7 +19,7 @@ from cl_graft.report.style import DARK, looks_of
 from cl_graft.report.tables import matrices, metrics
 
 CAPTIONS = {
-    "heatmaps": "Forgetting matrices, all on one colour scale. Rows are stages, columns tasks.",
+    "heatmaps": "Forgetting matrices, all on one colour scale. Rows are experiences, columns tasks.",
     "curves": "The score of each task along the stream.",
     "bytes-vs-score": "Final score against the bytes of the largest pack, with the Pareto front.",
     "bytes-vs-forgetting": "Forgetting against the bytes of the largest pack; less is better.",

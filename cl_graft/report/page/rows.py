@@ -15,7 +15,7 @@ from cl_graft.report.page.cell import file
 from cl_graft.report.significance import Standing, probability
 from cl_graft.report.statistics import Difference, Interval
 from cl_graft.report.table import UNMEASURED, show
-from cl_graft.report.tables import stages_done
+from cl_graft.report.tables import experiences_done
 
 WIDTH = 132  # pixels of an interval's plot
 
@@ -83,13 +83,13 @@ def costs(found: Standing) -> dict[str, Any]:
 def cell(found: Found) -> dict[str, Any]:
     """A cell in the list of all."""
     told = found.cell
-    done = stages_done(told)
+    done = experiences_done(told)
     return {
         "page": link(found),
         "cell": told,
         "op": _per_cent(number(told["metrics"].get("op"))),
         "bwt": _per_cent(number(told["metrics"].get("bwt")), spec="+.1f"),
-        "stages": Datum(f"{done} of {len(told['matrix'])}", done),
+        "experiences": Datum(f"{done} of {len(told['matrix'])}", done),
         "seconds": _number(told.get("spent"), ",.1f"),
     }
 

@@ -45,7 +45,11 @@ def of_pages() -> str:
 def of_cell(found: Found, group: str) -> str:
     """What a cell's page is made of. group: the section of the index that it leads back to."""
     path, cell = found.path, found.cell
-    files = [path / "cell.json", path / "result.json", *sorted(path.glob("stages/*/stage.json"))]
+    files = [
+        path / "cell.json",
+        path / "result.json",
+        *sorted(path.glob("experiences/*/experience.json")),
+    ]
     files.append(prompts.file(path.parent, cell.get("data", "")))
     told = [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
     # names, for those of plugins hang on what else is reported
