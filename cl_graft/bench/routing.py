@@ -92,8 +92,8 @@ def _pack(model: Any, seed: int) -> SkillPack:
         role, shape = roles(model)[name], tuple(parameter.shape)
         if role in ("attention", "mlp"):
             rank = max(1, min(shape) // 16)
-            factors = torch.randn(shape[0], rank), torch.randn(rank, shape[1])
-            tensors[name] = low_rank(*(0.01 * x for x in factors))
+            left, right = torch.randn(shape[0], rank), torch.randn(rank, shape[1])
+            tensors[name] = low_rank(0.01 * left, 0.01 * right)
         elif role in ("embedding", "head"):
             tensors[name] = sparse_top(0.01 * torch.randn(shape), parameter.numel() // 20)
         else:
