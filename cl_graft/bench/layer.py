@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cl_graft.bench import textbook
 from cl_graft.skillpack.codecs import decode, payload_bytes
 from cl_graft.skillpack.compress.calibrate import Moments, linear_layers, moments
-from cl_graft.skillpack.compress.compress import Piece, Room, compress, fetch
+from cl_graft.skillpack.compress.compress import ByteLimit, Piece, compress, fetch
 from cl_graft.skillpack.compress.policy import Adaptive
 from cl_graft.skillpack.compress.work_store import Item
 
@@ -116,14 +116,14 @@ def bench_layer(
 
 def within_budget(deltas: Mapping[str, Tensor], found: Moments) -> dict[str, Tensor]:
     """The deltas of linear layers as the engine keeps them, at BUDGET of their bf16 bytes together."""
-    limit = int(sum(BUDGET * 2 * d.numel() for d in deltas.values()))
-    room = Room(lambda specs: sum(payload_bytes(*s) for s in specs.values()), limit, "10%")
-    shelf: dict[str, Item] = {}
+    allowed = int(sum(BUDGET * 2 * d.numel() for d in deltas.values()))
+    limit = ByteLimit(lambda specs: sum(payload_bytes(*s) for s in specs.values()), allowed, "10%")
+    store: dict[str, Item] = {}
     pieces = [
         Piece(f"{n}.weight", tuple(d.shape), "other", partial(d.clone)) for n, d in deltas.items()
     ]
-    compress(pieces, found, Adaptive(), room, shelf)
-    return {n: decode(fetch(shelf, f"{n}.weight")) for n in deltas}
+    compress(pieces, found, Adaptive(), limit, store)
+    return {n: decode(fetch(store, f"{n}.weight")) for n in deltas}
 
 
 def inputs_of(model: nn.Module, batch: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:

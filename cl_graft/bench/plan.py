@@ -15,7 +15,7 @@ import torch
 
 from cl_graft.config import Launch
 from cl_graft.models import toy_language
-from cl_graft.models.embedded import world_tokenizer
+from cl_graft.models.embedded import toy_tokenizer
 from cl_graft.planning.memory import Job, estimate
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training.config import Row, StageConfig, dpo_job, sft_job
@@ -85,7 +85,7 @@ def bench_plan(cases: Iterable[Case] | None = None) -> list[dict[str, Any]]:
 
 def compare(case: Case) -> dict[str, Any]:
     """Estimate and measurement of one case, in megabytes."""
-    tokenizer = world_tokenizer()
+    tokenizer = toy_tokenizer()
     stage = _stage(case)
     job = Job(
         case.kind,

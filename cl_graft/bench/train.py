@@ -17,7 +17,7 @@ import torch
 from cl_graft import plugins
 from cl_graft.bench.plan import Case, texts
 from cl_graft.config import Launch
-from cl_graft.models.embedded import world_tokenizer
+from cl_graft.models.embedded import toy_tokenizer
 from cl_graft.models.text import encode_all
 from cl_graft.task import Example, Task, Training
 from cl_graft.training.config import Row, StageConfig, order, sft_job
@@ -136,10 +136,10 @@ def made(subject: Subject) -> tuple[Any, Any, Stage]:
     if subject.case.length is None:
         task = plugins.load("scenario", "mini")(seed=0, data_dir=None, tasks="math").tasks[0]
         recipe = replace(task.training, steps=subject.steps, batch=subject.case.batch)
-        return model, world_tokenizer(), sft_job(replace(task, training=recipe), 0)
+        return model, toy_tokenizer(), sft_job(replace(task, training=recipe), 0)
     examples = [Example(*pair) for pair in texts(subject.case, 64)]
     recipe = Training(steps=subject.steps, batch=subject.case.batch)
-    return model, world_tokenizer(), sft_job(Task("", examples, (), "exact", training=recipe), 0)
+    return model, toy_tokenizer(), sft_job(Task("", examples, (), "exact", training=recipe), 0)
 
 
 def loop(model: Any, tokenizer: Any, rows: list[Row], job: StageConfig, clock: Clock) -> None:

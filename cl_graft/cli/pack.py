@@ -250,12 +250,12 @@ def _roles(checkpoint: Checkpoint | None) -> dict[str, str]:
     """{tensor of the folder: role}; none without a folder, or where the model does not tell."""
     if checkpoint is None:
         return {}
-    from cl_graft.models.meta_model import skeleton
+    from cl_graft.models.meta_model import meta_model
     from cl_graft.models.roles import UnclearRoles
 
-    bones = skeleton(checkpoint.folder)
+    meta = meta_model(checkpoint.folder)
     try:
-        return {name: bones.role_of(name) for name in checkpoint.tensors}
+        return {name: meta.role_of(name) for name in checkpoint.tensors}
     except UnclearRoles as error:
         typer.echo(f"no roles: {error}", err=True)
         return {}

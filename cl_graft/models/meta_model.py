@@ -45,7 +45,7 @@ class Source(NamedTuple):
 
 
 @dataclass
-class Skeleton:
+class MetaModel:
     """model: parameters on the meta device, weights tied, evaluation mode.
 
     folder, keys: where it was made from, and the shapes of the tensors there; None and empty where it was
@@ -189,7 +189,7 @@ class Skeleton:
         return None, None
 
 
-def skeleton(source: str | os.PathLike[str] | PreTrainedConfig) -> Skeleton:
+def meta_model(source: str | os.PathLike[str] | PreTrainedConfig) -> MetaModel:
     """Of a model folder (config.json, and the names in its *.safetensors) or of a configuration.
 
     Raises CLGraftError for a folder without a readable configuration, and for a model whose code is not
@@ -216,7 +216,7 @@ def skeleton(source: str | os.PathLike[str] | PreTrainedConfig) -> Skeleton:
     finally:
         logging.set_verbosity(verbosity)
     model.requires_grad_(False).eval()
-    return Skeleton(model, folder, _shapes_in(folder) if folder else {})
+    return MetaModel(model, folder, _shapes_in(folder) if folder else {})
 
 
 def meta_parameters() -> Any:

@@ -1,6 +1,7 @@
 """What the vocabularies of the embedded models have in common.
 
-The names of cached models do not tell of this file: what changes their vocabularies needs another `Spec.version`.
+The names of cached models do not tell of this file: what changes their vocabularies needs another `version` of their
+recipes.
 """
 
 from __future__ import annotations

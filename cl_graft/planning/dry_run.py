@@ -57,7 +57,7 @@ class _Enough(Exception):
     """The last stage of a task was asked for; what a method does after it needs what training made."""
 
 
-class Rehearsal:
+class DryRun:
     """Stands in for training/stages.py: says what a strategy asks for, and what is finished of it."""
 
     def __init__(

@@ -103,10 +103,10 @@ def estimate(model: str | Path | PreTrainedConfig, job: Job) -> Memory:
     """
     import torch
 
-    from cl_graft.models.meta_model import skeleton
+    from cl_graft.models.meta_model import meta_model
     from cl_graft.planning.trace import trace
 
-    config = skeleton(model).model.config
+    config = meta_model(model).model.config
     halves = job.precision == "bf16"
     gradients: Literal["new", "kept", "freed"] = "freed"
     if not job.stage:

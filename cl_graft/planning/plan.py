@@ -20,7 +20,7 @@ from cl_graft.experiment import cell
 from cl_graft.experiment.prepare import prepare, strategy_of
 from cl_graft.models.load import load, load_tokenizer, locate
 from cl_graft.planning import cost
-from cl_graft.planning.dry_run import PlannedStage, Rehearsal, Timer
+from cl_graft.planning.dry_run import DryRun, PlannedStage, Timer
 from cl_graft.planning.memory import Memory
 from cl_graft.store.record import CellFolder
 
@@ -102,7 +102,7 @@ def _of_cell(
         strategy.grafted._base = "planned"  # a fingerprint needs the weights
     done = cell.finished(config) is not None
     left = [] if done else _not_learned(config, scenario.task_names)
-    recorder = Rehearsal(config, strategy, exact, memories, timer, gpu)
+    recorder = DryRun(config, strategy, exact, memories, timer, gpu)
     for task in strategy.scenario.tasks if left else ():
         recorder.learn(task)
     limit = strategy.budget.bytes if strategy.budgeted else strategy.budget.base_bytes
@@ -118,14 +118,14 @@ def _not_learned(config: RunConfig, tasks: Sequence[str]) -> Sequence[str]:
 
 def _model(config: RunConfig) -> tuple[Any, Any, bool]:
     """Model, tokenizer, and whether the weights are the real ones."""
-    from cl_graft.models.meta_model import skeleton
+    from cl_graft.models.meta_model import meta_model
 
     place = locate(config.model, config.data_dir)
     weights = list(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
     if weights and sum(f.stat().st_size for f in weights) <= LOADED:
         return *load(config.model, config.data_dir), True
     tokenizer = load_tokenizer(config.model, place)
-    return skeleton(place).model.requires_grad_(True), tokenizer, False
+    return meta_model(place).model.requires_grad_(True), tokenizer, False
 
 
 def _own_peak() -> float | None:

@@ -20,7 +20,7 @@ class _Lane:
 
 
 @dataclass
-class Lockstep:
+class RoundRobin:
     """Jobs that take turns: each runs, alone, until it calls `pause`, and goes on when all others have done so."""
 
     current: int = 0  # the job whose turn it is
