@@ -124,7 +124,7 @@ class Sweep(Whereabouts, Settings, Lists):
         return list(_each(name, values)) if name in PLUGINS else values
 
     def save(self, folder: Path) -> None:
-        """As `folder`/sweep.yaml, from which it can be resumed."""
+        """Write `folder`/sweep.yaml, from which the sweep can be resumed."""
         import yaml
 
         said = self.model_dump(mode="json", exclude_defaults=True, exclude={"out"})

@@ -112,7 +112,7 @@ def _random(rows: int, cols: int, bits: int, ranks: float, generator: torch.Gene
 
 
 def _actions(model: nn.Module, packs: list[SkillPack]) -> dict[str, Callable[[], object]]:
-    """In the order of one round: each finds the model as the one before left it."""
+    """The steps of one round, in their order: each finds the model as the one before left it."""
     grafted = Grafted(model)
     weights = dict(model.named_parameters())
     dtype = next(iter(weights.values())).dtype

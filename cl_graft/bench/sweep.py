@@ -48,7 +48,7 @@ def bench_sweep(cells: int = 24, seconds: float = 1.0) -> dict[str, float]:
 
 
 def _on_a_cluster_of_its_own(run: Callable[..., float], workers: int) -> float:
-    """Of as many CPUs as workers, whatever the machine has: the cells need none."""
+    """A Ray cluster of as many CPUs as workers, whatever the machine has: the cells need none."""
     import ray
 
     try:

@@ -44,7 +44,7 @@ SUBJECTS = (MINI, WIDE)
 
 
 class Clock:
-    """When a run began, and when each of its steps ended."""
+    """Times, by `perf_counter`, at which a run began and each of its steps ended."""
 
     def __init__(self) -> None:
         self.times = [_now()]

@@ -28,7 +28,7 @@ def final_part(text: str) -> str:
 
 
 def equivalent(pairs: Sequence[tuple[str, str]]) -> list[bool]:
-    """For each (reference, answer) whether the final answers are equal as numbers, expressions, intervals, sets, ...
+    """Whether the final answers of each (reference, answer) are equal as numbers, expressions, intervals, sets, ...
 
     The final answer is the last `\\boxed{...}`, or else the last formula or number. What cannot be read, or takes
     too long, is not equal to anything.

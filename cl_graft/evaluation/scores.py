@@ -1,4 +1,4 @@
-"""From outcomes of test examples to scores of tasks: value, number of examples and standard error."""
+"""Scores of tasks from outcomes of test examples: value, number of examples and standard error."""
 
 from __future__ import annotations
 

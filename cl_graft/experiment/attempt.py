@@ -44,7 +44,7 @@ def attempt(config: RunConfig, progress: Progress, patient: bool) -> Outcome:
 
 
 def seldom(report: Callable[..., None], seconds: float = 0.2) -> Callable[..., None]:
-    """The same report, not more often than that; a change of the words is always told."""
+    """A `report` that passes on one call in so many seconds; a change of the words is always told."""
     last: list[Any] = [0.0, None]
 
     def told(what: str, done: float) -> None:

@@ -27,7 +27,7 @@ from cl_graft.store.digests import (
     versions,
 )
 from cl_graft.store.files import RecordError, read_json, read_jsonl, refused, write_json
-from cl_graft.store.mirror import Mirror
+from cl_graft.store.mirror import mirror_of
 from cl_graft.store.record import CellFolder
 from cl_graft.store.result import collect
 from cl_graft.task import Scenario
@@ -53,7 +53,7 @@ def run(
     """
     config = config or RunConfig(**fields)
     folder = CellFolder(config.out / config.cell)
-    mirror = Mirror(config.mirror) if config.mirror else None
+    mirror = mirror_of(config)
     if (result := finished(config)) is not None:
         if mirror:  # the attempt that finished it may not have come to this
             mirror.push(folder.path, config.cell)
@@ -243,7 +243,7 @@ def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], dict[str
 
 
 class _Costs:
-    """Of an experience: what a strategy's counters grow by from here to `record`."""
+    """The costs of one experience: what a strategy's counters grow by from here to `record`."""
 
     def __init__(self, strategy: Strategy, begun: float):
         self.strategy, self.begun = strategy, begun
@@ -271,7 +271,7 @@ def _part_of(progress: Progress, experience: int, total: int, what: str, part: f
 
 
 def _forwards(progress: Progress) -> Progress:
-    """The same, never going back: a task may train twice (SFT, then DPO)."""
+    """A progress that never goes back: a task may train twice (SFT, then DPO)."""
     furthest = 0.0
 
     def report(what: str, done: float) -> None:

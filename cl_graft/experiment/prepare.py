@@ -13,7 +13,7 @@ from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.evaluation.scorers import require_consents, resolved
 from cl_graft.store.digests import digest
-from cl_graft.store.mirror import Mirror
+from cl_graft.store.mirror import mirror_of
 from cl_graft.task import Scenario
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def check(cells: Iterable[RunConfig]) -> None:
     for config in cells:
         _strategy(config)
         load.check(config.model)
-        if config.mirror:
-            Mirror(config.mirror).check()
+        if mirror := mirror_of(config):
+            mirror.check()
         name = config.short(config.scenario)
         told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
         chosen = [config.options.get(name), config.scoring]
@@ -127,7 +127,7 @@ def strategy_of(
     from cl_graft.models.chat import rendered
     from cl_graft.training.stages import Stages
 
-    mirror = Mirror(config.mirror) if config.mirror else None
+    mirror = mirror_of(config)
     return strategy_class(
         model=model,
         tokenizer=tokenizer,

@@ -190,7 +190,7 @@ class MetaModel:
 
 
 def meta_model(source: str | os.PathLike[str] | PreTrainedConfig) -> MetaModel:
-    """Of a model folder (config.json, and the names in its *.safetensors) or of a configuration.
+    """Make the meta model of a folder (config.json, and the names in its *.safetensors) or of a configuration.
 
     Raises CLGraftError for a folder without a readable configuration, and for a model whose code is not
     part of transformers: remote code is never run.

@@ -86,7 +86,7 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
 def _role_in_layer(
     modules: dict[str, nn.Module], layer: str, rest: str, inside: dict[str, dict[str, Role]]
 ) -> Role:
-    """From the outermost attention on the way to the owner, else from the layer's child that it is in."""
+    """Role by the outermost attention on the way to the owner, else by the layer's child that it is in."""
     steps = rest.split(".") if rest else []
     for n in range(len(steps)):
         if _is_attention(module := modules[".".join([layer, *steps[: n + 1]])]):

@@ -143,7 +143,7 @@ class DryRun:
     def pairs(
         self, model: Any, tokenizer: Any, task: Task, half: Preference, seed: int, allow: bool
     ) -> list[Pair]:
-        """Those that were sampled before, or as many as can be, each with the longest answers there may be."""
+        """The pairs that were sampled before, or as many as can be, each with the longest answers there may be."""
         if self.exact:
             start = fingerprint(model.named_parameters())
             if self.stages.pairs_file(start, tokenizer, task, half, seed).is_file():
@@ -228,7 +228,7 @@ class DryRun:
         )
 
     def _memory(self, needs: Job) -> Memory:
-        """As estimated for another stage alike, or now."""
+        """Memory of a stage, as estimated for another one alike, or now."""
         known = (self.config.model, replace(needs, lora=None), str(needs.lora))
         if known not in self.memories:
             self.memories[known] = estimate(self.strategy.model.config, needs)

@@ -95,7 +95,7 @@ class Memory:
 
 
 def estimate(model: str | Path | PreTrainedConfig, job: Job) -> Memory:
-    """For a model folder or a configuration; DPO's reference log-probabilities are computed beforehand.
+    """Estimate the memory of a job on a model folder or configuration; DPO's reference values are computed beforehand.
 
     Takes seconds (8 B parameters in 32 layers: about eight of a core's, after the imports). Not for a process that
     holds a ZeRO-3 configuration: transformers would divide the model that is made here, too.
@@ -140,7 +140,7 @@ def of_terms(terms: Sequence[Term], job: Job, trained: int, vocabulary: int) -> 
 
 
 def _whole(job: Job, found: Trace) -> Memory:
-    """Without ZeRO: everything in fp32 and on the device."""
+    """Memory without ZeRO: everything is in fp32 and on the device."""
     trained = sum(s.numel for s in found.shapes if s.trained)
     kept = 4 * trained
     passes = found.peak + (kept if job.accumulation > 1 else 0)
@@ -155,7 +155,7 @@ def _whole(job: Job, found: Trace) -> Memory:
 
 
 def _sharded(job: Job, found: Trace) -> Memory:
-    """Under DeepSpeed's ZeRO: each process keeps gradients and optimizer states of its share of the elements."""
+    """Memory under DeepSpeed's ZeRO: a process keeps gradients and optimizer states of its share of the elements."""
     size = 2 if job.precision == "bf16" else 4
     everything = sum(s.numel for s in found.shapes)
     share = ceil(sum(s.numel for s in found.shapes if s.trained) / job.processes)

@@ -41,7 +41,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of the training that is not cached; None where a part of it could not be estimated."""
+        """Seconds of the training that is not cached; None where a part of it could not be estimated."""
         found = [s.seconds for s in self.stages if s.state != "cached"]
         return None if any(s is None for s in found) else float(sum(s for s in found if s))
 

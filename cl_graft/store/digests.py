@@ -33,7 +33,7 @@ def digest(*parts: Any) -> str:
 
 @cache
 def code_digest(*modules: ModuleType) -> str:
-    """Of the source files of these modules: what was computed by other code is another thing."""
+    """Digest of the source files of these modules: what was computed by other code is another thing."""
     found = hashlib.blake2b(digest_size=16)
     for module in modules:
         found.update(Path(str(module.__file__)).read_bytes())
@@ -42,7 +42,7 @@ def code_digest(*modules: ModuleType) -> str:
 
 @cache
 def package_digest() -> str:
-    """Of this package's source, which tells two working copies of one version apart."""
+    """Digest of this package's source, which tells two working copies of one version apart."""
     found = hashlib.blake2b(digest_size=8)
     root = Path(__file__).parents[1]
     for file in sorted(root.rglob("*.py")):
@@ -121,7 +121,7 @@ def peak_memory_mb() -> float:
 
 
 def resident_bytes(key: str) -> int:
-    """Of this process, now (VmRSS) or at most (VmHWM), from Linux: its getrusage carries over the parent's peak.
+    """Memory of this process, now (VmRSS) or at most (VmHWM), from Linux: its getrusage carries over the parent's peak.
 
     Raises OSError on other systems.
     """

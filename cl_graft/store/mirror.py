@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, Refused
 
 MARKERS = ("stage.json", "experience.json", "result.json")
@@ -83,6 +84,11 @@ class Mirror:
                 part = f"{target}.{secrets.token_hex(4)}.part"
                 filesystem.put_file(str(file), part)
                 filesystem.mv(part, target)
+
+
+def mirror_of(config: RunConfig) -> Mirror | None:
+    """The copy that the cell's config asks for, if it does."""
+    return Mirror(config.mirror) if config.mirror else None
 
 
 def _late(path: str) -> tuple[bool, bool, str]:

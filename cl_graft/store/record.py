@@ -56,7 +56,7 @@ class CellFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while a process works on the cell; released by the system if the process dies."""
+        """Hold the lock of the cell while a process works on it; the system releases it if the process dies."""
         from filelock import Timeout
 
         self._make(self.path)

@@ -22,7 +22,7 @@ Point = dict[str, float]  # a line of a training log: step, loss terms, learning
 
 
 class Tracker(Protocol):
-    """Told of a cell as it goes. A cell that is continued tells every experience again, from the first."""
+    """A listener that is told of a cell as it goes. A cell that goes on tells every experience again, from the first."""
 
     name: str
 
@@ -33,7 +33,7 @@ class Tracker(Protocol):
         """The cell is complete; `result` is its result.json."""
 
     def abandon(self, error: BaseException) -> None:
-        """This attempt ends by the error; where it is locks.Busy, the cell has not failed but waits for another."""
+        """End the attempt by this error; where it is locks.Busy, the cell has not failed but waits for another."""
 
 
 def trackers(config: RunConfig, folder: Path, identity: dict[str, Any]) -> Trackers:
@@ -127,7 +127,7 @@ def along(points: Iterable[Point], begin: int) -> Iterator[tuple[int, Point]]:
 
 
 def matrices(result: dict[str, Any]) -> dict[str, list[list[float | None]]]:
-    """Of the score, `matrix`, and of every other metric, each row with its experience before it."""
+    """Matrices of the score, `matrix`, and of every other metric, each row with its experience before it."""
     found = {"matrix": result["matrix"]}
     found |= {f"matrix/{name}": rows for name, rows in result["extra_matrices"].items()}
     return {

@@ -77,7 +77,7 @@ class Wandb:
 
     @property
     def id(self) -> str:
-        """The same for the same experiment."""
+        """The run's id, which an experiment has in every attempt."""
         about = {key: self.identity[key] for key in ("config", "options", "base", "data")}
         return digest(self.config.cell, about)
 

@@ -98,7 +98,7 @@ class QuantizedLowRankCodec(Factored):
 
 
 def _grids(shape: tuple[int, ...], meta: Meta) -> list[Grid]:
-    """Left (rank, out) and right (rank, in) of each rank group, in turn. Raises ValueError on nonsense."""
+    """Grids of each rank group in turn, left (rank, out) and right (rank, in). Raises ValueError on nonsense."""
     fields(meta, "groups")
     rows, cols = matrix(shape)
     if not isinstance(meta["groups"], list):

@@ -36,7 +36,7 @@ class Moments:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def hessian(self, name: str) -> Tensor | None:
-        """(in, in) of a parameter's input; for an embedding (vocabulary,), its diagonal. None where unknown."""
+        """Second moment (in, in) of a parameter's input; of an embedding its diagonal (vocabulary,). None where unknown."""
         group = self.reads.get(name)
         return None if group is None else self.inputs.get(group)
 
@@ -88,7 +88,7 @@ def forward(model: nn.Module, batch: Batch) -> None:
 
 
 def backward(model: nn.Module, batch: Batch) -> None:
-    """Of the summed loss, so that no token's gradient depends on how many there are in the batch."""
+    """Backward pass of the summed loss, so that no token's gradient depends on how many there are in the batch."""
     with torch.enable_grad():
         loss = model(**batch, use_cache=False).loss
         (loss * (batch["labels"][:, 1:] != -100).sum()).backward()
@@ -98,7 +98,7 @@ def backward(model: nn.Module, batch: Batch) -> None:
 
 
 class Text(NamedTuple):
-    """Of a batch. keep: bool (sequences * length,), what is no padding; None where there is none."""
+    """The text of a batch. keep: bool (sequences * length,), what is no padding; None where there is no padding."""
 
     sequences: int
     tokens: int
@@ -172,7 +172,7 @@ def _add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
 
 @contextmanager
 def watched(model: nn.Module, sums: Sums, gradients: bool, inputs: bool = True) -> Iterator[None]:
-    """While it is open, forward passes of the model are added to `sums`, and backward passes with gradients."""
+    """Add the model's forward passes within to `sums`, and its backward passes where `gradients` is set."""
     linear, hooks = linear_layers(model), []
     tables = {n: m for n, m in model.named_modules() if _reads_tokens(m, model)}
     stacks = {n: m for n, m in model.named_modules() if _owns_matrices(m)}
@@ -194,7 +194,7 @@ def watched(model: nn.Module, sums: Sums, gradients: bool, inputs: bool = True) 
 
 @contextmanager
 def headless(model: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """While it is open, the head is asked but does not answer: its logits, (..., 0), would be for nothing."""
+    """Keep the head from multiplying within: it gives logits (..., 0), for nobody reads them."""
     head = model.get_output_embeddings() if wanted else None  # type: ignore[operator]
     if head is None:
         yield

@@ -1,4 +1,4 @@
-"""From deltas to encoded tensors that fit a budget: measure every tensor, find one plan for all, encode.
+"""Encoded tensors from deltas, within a budget: measure every tensor, find one plan for all, encode.
 
 Nothing here holds more than the tensors that read one input, and their Hessian, at a time: deltas are asked for
 when their turn comes, and what is finished goes into a work store (work_store.py), where a killed run finds it again.
@@ -121,7 +121,7 @@ class _Work:
     progress: Progress
 
     def delta(self, piece: Piece) -> Tensor:
-        """Of a matrix, as (out, in)."""
+        """The delta of a matrix, float32 (out, in)."""
         delta = piece.delta().to(self.device, torch.float32)
         return delta.T.contiguous() if piece.transposed else delta
 

@@ -83,7 +83,7 @@ def spectrum(delta: Tensor, hessian: Tensor | None) -> Spectrum:
 
 
 def _symmetric(left: Tensor, right: Tensor, strip: int = 512) -> Tensor:
-    """left @ right, known to be symmetric: what lies left of the diagonal is copied, not multiplied."""
+    """The product left @ right, known to be symmetric: what lies left of the diagonal is copied, not multiplied."""
     size = len(left)
     found = left.new_empty(size, size)
     for start in range(0, size, strip):
@@ -190,7 +190,7 @@ def _with_left(
     group_size: int,
     options: dict[str, Any],
 ) -> Encoded:
-    """left: unquantised, float32 (out, ranks); solved for where it is None."""
+    """Encode a matrix by its quantised right factors. left: unquantised, float32 (out, ranks); None is solved for."""
     read = torch.cat([right.dequantize() for right in rights])
     seen = read if hessian is None else read @ hessian
     moment = seen @ read.T

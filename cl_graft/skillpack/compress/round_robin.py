@@ -43,7 +43,7 @@ class RoundRobin:
             self._stop()
 
     def pause(self) -> None:
-        """Called in a job."""
+        """Let all other jobs have a turn; a job calls this."""
         if self._stopping:
             raise _Stopped
         lane = self._lanes[self.current]

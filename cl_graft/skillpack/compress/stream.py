@@ -195,7 +195,7 @@ def _slots(module: nn.Module, prefix: str, meta: MetaModel) -> Iterator[Slot]:
 
 @dataclass
 class _Loader:
-    """At most one unit's weights are in memory, those of `unit`."""
+    """Loads weights unit by unit: at most those of one are in memory, of `unit`."""
 
     meta: MetaModel
     read: Read
@@ -209,7 +209,7 @@ class _Loader:
 
     @contextmanager
     def ready(self, resident: Sequence[Slot]) -> Iterator[None]:
-        """With buffers on the device and the resident weights loaded; afterwards as it was before."""
+        """Hold buffers on the device and the resident weights loaded within; afterwards all is as before."""
         buffers = [(m, n, b) for m in self.meta.model.modules() for n, b in m._buffers.items()]
         try:
             for module, name, buffer in buffers:

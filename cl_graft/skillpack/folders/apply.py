@@ -165,7 +165,7 @@ def _config(
 
 
 def _set(config: dict[str, Any], key: str, value: object) -> None:
-    """In the place that has it: multimodal configs keep those of their language model apart."""
+    """Set a key in the place that has it: multimodal configs keep those of their language model apart."""
     text = config.get("text_config")
     if isinstance(text, dict) and key in text:
         text[key] = value

@@ -182,7 +182,7 @@ class Attached:
 
     @contextmanager
     def _weights(self, point: AttachmentPoint, choice: Choice, args: Any) -> Iterator[Any]:
-        """Within: base plus the packs' deltas where the point reads them. Yields what to call it with."""
+        """Put base plus the packs' deltas where the point reads them, within. Yields what to call it with."""
         before = [(m, n, m._parameters[n]) for ps in point.places.values() for m, n in ps]
         padding = getattr(point.module, "padding_idx", None)
         try:

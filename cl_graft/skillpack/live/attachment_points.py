@@ -46,8 +46,8 @@ class AttachmentPoint:
 def find_attachment_points(
     model: nn.Module, touched: Mapping[str, Tensor], example: Mapping[str, Any] | None = None
 ) -> list[AttachmentPoint]:
-    """For each parameter of `touched`, the innermost modules around each reading of it that get the
-    samples apart and no state of a sequence. Raises AttachError where there is none.
+    """The innermost modules around each reading of each parameter of `touched` that get the samples apart and no
+    state of a sequence. Raises AttachError where there is none.
     """
     if example is None:
         ids = torch.arange(6, device=next(iter(touched.values())).device).reshape(3, 2) % 3

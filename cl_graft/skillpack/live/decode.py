@@ -23,7 +23,7 @@ class Factors(NamedTuple):
     right: Tensor
 
     def to(self, device: torch.device) -> Factors:
-        """These factors on a device."""
+        """Move the factors to a device."""
         return Factors(self.left.to(device), self.right.to(device))
 
     def rows(self, ids: Tensor, cols: int) -> Tensor:
@@ -38,7 +38,7 @@ class Entries(NamedTuple):
     values: Tensor
 
     def to(self, device: torch.device) -> Entries:
-        """These entries on a device."""
+        """Move the entries to a device."""
         return Entries(self.positions.to(device), self.values.to(device))
 
     def rows(self, ids: Tensor, cols: int) -> Tensor:

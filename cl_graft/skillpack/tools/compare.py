@@ -87,7 +87,7 @@ def _row(name: str, role: str, a: SkillPack, b: SkillPack, found: _Products | No
 
 
 def _total(name: str, role: str | None, rows: list[Row], products: list[_Products | None]) -> Row:
-    """Of all rows of a role; of all rows for None."""
+    """Sum up all rows of a role, or all rows for None."""
     chosen = [(r, p) for r, p in zip(rows, products, strict=True) if role in (None, r.role)]
     places = {row.where for row, _ in chosen}
     known = [p for _, p in chosen if p is not None]
@@ -112,7 +112,7 @@ def _deltas(a: SkillPack, b: SkillPack, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _products(a: Tensor, b: Tensor) -> _Products | None:
-    """In float64; None for two shapes that cannot be compared."""
+    """The four products, in float64; None for two shapes that cannot be compared."""
     if a.shape != b.shape:
         return None
     sums = torch.zeros(4, dtype=torch.float64)

@@ -228,7 +228,7 @@ def cut(left: Tensor, right: Tensor, rank: int) -> Factors:
 
 
 def _padded(left: Tensor, right: Tensor, rank: int) -> Factors:
-    """With zero ranks up to `rank`: an adapter has at least one, a delta may have none."""
+    """Pad factors with zero ranks up to `rank`: an adapter has at least one, a delta may have none."""
     lack = rank - left.shape[1]
     if lack <= 0:
         return left, right
