@@ -213,7 +213,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def with_options(fields: Mapping[str, Any], sets: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
-    """The fields with (owner, option, value) put into every entry of that scenario or strategy, or else into `scoring`.
+    """The fields with (owner, option, value) put into every entry of that scenario or strategy, or else into
+    `router_options` or `scoring`.
 
     Which scorers there are is known once the scenario is made. Raises UnknownName for a scenario or strategy that is
     not of this sweep.
@@ -224,11 +225,15 @@ def with_options(fields: Mapping[str, Any], sets: Sequence[tuple[str, str, Any]]
     }
     everything = [entry for kind in entries.values() for entry in kind]
     scoring = dict(fields.get("scoring") or {})
+    routing = dict(fields.get("router_options") or {})
+    router = RunConfig.short(fields.get("router") or Settings.model_fields["router"].default)
     for owner, option, value in sets:
         own = [options for name, options in everything if RunConfig.short(name) == owner]
         for options in own:
             options[option] = value
-        if not own:
+        if owner == router:
+            routing[option] = value
+        elif not own:
             if any(owner in plugins.names(kind) for kind in PLUGINS):
                 names = [RunConfig.short(name) for name, _ in everything]
                 raise UnknownName("scenario or strategy in this sweep", owner, names)
@@ -241,6 +246,7 @@ def with_options(fields: Mapping[str, Any], sets: Sequence[tuple[str, str, Any]]
             if found
         },
         **({"scoring": scoring} if scoring else {}),
+        **({"router_options": routing} if routing else {}),
     }
 
 

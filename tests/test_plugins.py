@@ -97,7 +97,7 @@ def test_listing_imports_nothing() -> None:
     code = """
 import sys
 from cl_graft import plugins
-for kind in ("scenario", "strategy"):
+for kind in plugins.KINDS:
     assert all(plugins.about(kind, name) for name in plugins.names(kind))
 loaded = [m for m in sys.modules if m.split(".")[0] in ("torch", "transformers", "baselines", "scenarios")]
 assert not loaded and "cl_graft.strategy.graftllm" not in sys.modules, loaded

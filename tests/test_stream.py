@@ -9,11 +9,14 @@ import torch
 from avalanche.benchmarks import CLScenario
 from avalanche.evaluation.metrics import accuracy_metrics, bwt_metrics, forgetting_metrics
 from avalanche.training import Naive
+from avalanche.training import plugins as avalanches
+from avalanche.training.storage_policy import ReservoirSamplingBuffer
 
 from cl_graft import plugins
 from cl_graft.budget import Budget
+from cl_graft.errors import CLGraftError
 from cl_graft.matrix import PerformanceMatrix
-from cl_graft.stream import EvaluationPlugin, benchmark
+from cl_graft.stream import CALLED, EvaluationPlugin, SupervisedPlugin, benchmark
 
 
 def test_a_scenario_becomes_avalanche_streams_with_one_experience_a_task(tiny_scenario):
@@ -113,3 +116,80 @@ def test_avalanches_forgetting_of_our_strategy_is_our_matrixs(name, nano, tiny_s
         assert forgetting == 0.0
     else:
         assert rows[1][0] > 0, "the task was not learned, so the test shows nothing"
+
+
+def build_with(nano, scenario, *with_plugins, name="sequential"):
+    model, tokenizer = nano
+    found = plugins.load("strategy", name)
+    return found(
+        model=model,
+        tokenizer=tokenizer,
+        scenario=scenario,
+        budget=Budget("10%", sum(p.numel() for p in model.parameters())),
+        seed=0,
+        options=plugins.options(found),
+        plugins=with_plugins,
+    )
+
+
+def test_avalanches_replay_gives_our_strategies_their_data(nano, tiny_scenario):
+    """Its buffer is filled after the first experience, and half of the second one's rows come from it."""
+    replay = avalanches.ReplayPlugin(mem_size=8, storage_policy=ReservoirSamplingBuffer(max_size=8))
+    strategy, rows = build_with(nano, tiny_scenario, replay), []
+    run = strategy.stages.run
+
+    class Spied:
+        def run(self, model, tokenizer, given, *more):
+            rows.append(list(given))
+            return run(model, tokenizer, given, *more)
+
+    strategy.stages = Spied()
+    first, second = benchmark(tiny_scenario).train_stream
+    tasks = [{(e.prompt, e.completion) for e in task.train} for task in tiny_scenario.tasks]
+    strategy.train(first, eval_streams=[])
+    assert {(r["prompt"], r["completion"]) for r in rows[0]} == tasks[0] and len(rows[0]) == 48
+    kept = {(x["prompt"], x["completion"]) for x in replay.storage_policy.buffer}
+    assert len(kept) == 8 and kept <= tasks[0]
+    strategy.train(second, eval_streams=[])
+    seen = [(r["prompt"], r["completion"]) for r in rows[1]]
+    old = [row for row in seen if row in tasks[0]]
+    assert {row for row in seen if row in tasks[1]} == tasks[1]
+    assert set(old) == kept and len(old) == len(seen) // 2
+
+
+def test_hooks_are_called_in_avalanches_order(nano, tiny_scenario):
+    told = []
+
+    class Listens(SupervisedPlugin):
+        pass
+
+    for name in CALLED:
+        setattr(Listens, name, lambda self, strategy, name=name, **kwargs: told.append(name))
+    strategy, made = build_with(nano, tiny_scenario, Listens()), benchmark(tiny_scenario)
+    strategy.train(made.train_stream[0], eval_streams=[])
+    training = ["before_training", "before_training_exp", "after_training_exp", "after_training"]
+    assert told == training
+    told.clear()
+    strategy.eval(made.test_stream)
+    each = ["before_eval_exp", "before_eval_iteration", "after_eval_iteration", "after_eval_exp"]
+    assert told == ["before_eval", *each, *each, "after_eval"]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "says"),
+    [
+        (lambda: avalanches.EWCPlugin(0.4), "EWCPlugin.*before_backward.*'ewc'"),
+        (lambda: avalanches.LwFPlugin(), "LwFPlugin.*'lwf'"),
+        (lambda: avalanches.AGEMPlugin(4, 4), "AGEMPlugin.*'agem'"),
+        (lambda: avalanches.GDumbPlugin(8), "GDumbPlugin.*train_dataset_adaptation.*term"),
+        (
+            lambda: EvaluationPlugin(accuracy_metrics(minibatch=True), loggers=[]),
+            "training goes on",
+        ),
+        (lambda: EvaluationPlugin(accuracy_metrics(epoch=True), loggers=[]), "training goes on"),
+    ],
+)
+def test_a_plug_in_that_could_not_act_is_refused_in_one_sentence(plugin, says, nano, tiny_scenario):
+    with pytest.raises(CLGraftError, match=says) as caught:
+        build_with(nano, tiny_scenario, plugin())
+    assert "\n" not in str(caught.value)

@@ -225,7 +225,6 @@ def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], dict[str
     outcomes, general, by = dict(strategy.results), None, []
     if scenario.general:
         found = strategy.measure(scenario.general, None)
-        strategy.grafted.unload()
         general = cells(found, scenario.general.suites)
         outcomes[f"general:{scenario.general.name}"] = found
         by = list(strategy.answered[scenario.general.name].key)

@@ -71,12 +71,11 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
     if not 0 <= config.seed < 2**31:
         raise CLGraftError(f"seed {config.seed} is out of range; choose one from 0 to {2**31 - 1}.")
     router_of(config)
-    own = [config.short(name) for name in (config.scenario, config.strategy, config.router)]
-    known = {name for kind in plugins.KINDS for name in plugins.names(kind)}
+    scenario_name, strategy_name = config.short(config.scenario), config.short(config.strategy)
+    known = (*plugins.names("strategy"), *plugins.names("scenario"))
     for owner in config.options:
-        if owner not in (*own, *known):
-            raise UnknownName("scenario, strategy or router", owner, own[:2])
-    strategy_name = own[1]
+        if owner not in (scenario_name, strategy_name, *known):
+            raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
     found = plugins.load("strategy", config.strategy)
     _require_strategy(found, config.strategy)
     given = config.options.get(strategy_name, {})
@@ -148,7 +147,7 @@ def router_of(config: RunConfig) -> Router | None:
         return None
     name = config.short(config.router)
     kind = plugins.load("router", config.router)
-    return kind(**plugins.check_options("router", name, kind, config.options.get(name, {})))
+    return kind(**plugins.check_options("router", name, kind, config.router_options))
 
 
 def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:

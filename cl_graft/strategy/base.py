@@ -40,7 +40,7 @@ from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.digests import digest
 from cl_graft.strategy.context import Context, cost_of
 from cl_graft.strategy.kept import Kept, Tensors
-from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin
+from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin, check_plugins, drawn
 from cl_graft.task import Scenario, Task
 from cl_graft.training.config import Row, StageConfig, dpo_job, sft_job
 from cl_graft.training.delta import Delta
@@ -84,6 +84,7 @@ class Strategy(BaseTemplate):
         outcomes: Outcomes | None = None,
         router: Router | None = None,
     ):
+        check_plugins(plugins)
         super().__init__(model=model, device=model.device, plugins=list(plugins))
         self.tokenizer, self.scenario, self.budget = tokenizer, scenario, budget
         self.seed, self.options, self.allow_code = seed, dict(options), allow_code
@@ -296,8 +297,18 @@ class Strategy(BaseTemplate):
 
     # --- Avalanche's hooks ---
 
+    def _before_training_exp(self, **kwargs: Any) -> None:
+        """Plug-ins find the experience's examples, and may leave a loader of others in their place."""
+        task = self.scenario.tasks[self.experience.current_experience]
+        self.adapted_dataset, self.dataloader = self.experience.dataset, None
+        self.train_mb_size = task.training.batch
+        super()._before_training_exp(**kwargs)
+
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         task = self.scenario.tasks[experience.current_experience]
+        if self.dataloader is not None:
+            torch.manual_seed(self._stage_seed)
+            task = replace(task, train=drawn(self.dataloader))
         self._learn_to_route(task)
         context = self.context(task)
         begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
@@ -335,7 +346,10 @@ class Strategy(BaseTemplate):
         groups = self.groups(task, number)
         names = self.scenario.task_names if self.keeps == "per_task" else ()
         self.answered[task.name] = Answered(key(task, groups)[1:], groups, names)
-        return self.examiner.measure(task, groups, len(self.packs))
+        found = self.examiner.measure(task, groups, len(self.packs))
+        if not self.current_eval_stream:  # within an evaluation the next task may be answered by the same weights
+            self.grafted.unload()
+        return found
 
     @property
     def seconds(self) -> dict[str, float]:
