@@ -17,22 +17,20 @@ FILES = sorted(
 )
 
 # What leans on the name above: a preposition, a conjunction of time or cause, a pronoun, a participle, "the same".
-LEANING = set(
-    """
-    of as in at by with for to from on onto under within without
-    after before until when while since than so if such
-    these those this that it its they them their he she his
-    held told left taken given made called
-    """.split()
-)
+LEANING = {
+    *("of", "as", "in", "at", "by", "with", "for", "to", "from", "on", "under", "within"),
+    *("after", "before", "until", "when", "while", "since", "than", "so", "if", "without"),
+    *("these", "those", "this", "that", "such", "it", "its", "they", "them", "their", "he", "she"),
+    *("held", "told", "left", "taken", "given", "made", "called"),
+}
 OF_WHAT_IS_ABOVE = {("the", word) for word in ("same", "other", "others", "rest", "like")}
 
 
 def docstrings(tree: ast.AST) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if text := ast.get_docstring(node):
-                yield getattr(node, "name", "the module"), text
+        named = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if (named or isinstance(node, ast.Module)) and (text := ast.get_docstring(node)):
+            yield getattr(node, "name", "the module"), text
 
 
 def leans(text: str) -> bool:

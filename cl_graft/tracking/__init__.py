@@ -22,7 +22,7 @@ Point = dict[str, float]  # a line of a training log: step, loss terms, learning
 
 
 class Tracker(Protocol):
-    """A listener that is told of a cell as it goes. A cell that goes on tells every experience again, from the first."""
+    """A listener told of a cell as it goes. A cell that goes on tells every experience again, from the first."""
 
     name: str
 

@@ -25,7 +25,7 @@ class Told(NamedTuple):
 
 
 def plain(logits: Tensor, labels: Tensor) -> Told:
-    """Sums over answers, from logits (batch, length, vocabulary) and labels (batch, length) that are not shifted yet."""
+    """Sums over answers, from logits (batch, length, vocabulary) and labels (batch, length) not shifted yet."""
     targets = labels[:, 1:].flatten()
     logs = logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
     nll = functional.nll_loss(logs, targets, ignore_index=-100, reduction="sum")

@@ -147,21 +147,6 @@ def best_gap(positions: Tensor, numel: int) -> tuple[int, int]:
     return min(zip(widths, counts, strict=True), key=lambda pair: pair[0] * pair[1])
 
 
-def index_sizes(positions: Tensor, numel: int) -> dict[str, int]:
-    """Exact bytes of each way to say which of `numel` elements are kept.
-
-    positions: int64 (kept,), strictly increasing. `bitmap`: one bit an element; `plain`: positions
-    as integers of the smallest sufficient width; `gap`: the best gap code. Plain integers are here
-    to compare with: gap codes of that width say the same, but for a sole position one bit dearer.
-    """
-    width, tokens = best_gap(positions, numel)
-    return {
-        "bitmap": packed_bytes(numel, 1),
-        "plain": packed_bytes(positions.numel(), max(1, (numel - 1).bit_length())),
-        "gap": packed_bytes(tokens, width),
-    }
-
-
 def pack_index(positions: Tensor, numel: int) -> tuple[list[int] | None, Tensor]:
     """(gap, index): the shorter of a gap code, gap = [width, tokens], and a bitmap, gap = None."""
     width, tokens = best_gap(positions, numel)

@@ -36,7 +36,7 @@ class Moments:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def hessian(self, name: str) -> Tensor | None:
-        """Second moment (in, in) of a parameter's input; of an embedding its diagonal (vocabulary,). None where unknown."""
+        """Second moment (in, in) of a parameter's input; for an embedding its diagonal (vocabulary,). None: unknown."""
         group = self.reads.get(name)
         return None if group is None else self.inputs.get(group)
 

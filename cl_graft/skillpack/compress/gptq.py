@@ -31,54 +31,6 @@ Fit = Callable[[int, Tensor, Tensor], Grid]  # (tile, its columns (wide, rows), 
 Top = float | Tensor  # the largest code: of a whole column, or of each of its groups (rows / tall,)
 
 
-def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    bits: int,
-    *,
-    group_size: int = 64,
-    group_axis: Axis = "cols",
-    damping: float = 0.01,
-    act_order: bool = False,
-    symmetric: bool = False,
-    search: bool = True,
-    block: int = 128,
-    polish: int = 2,
-) -> Quantized:
-    """Quantise `weight` (rows, cols) of a linear layer whose inputs have second moment `hessian`.
-
-    weight: any float dtype; the work is done in float32.
-    hessian: (cols, cols), X^T X / n of the layer's inputs, symmetric positive semi-definite, of any
-        scale. Where it is 0 (inputs that never fired) what is left is rounding to nearest.
-    group_axis: "cols": `group_size` neighbours in a row share a scale; the result is of `weight`.
-        "rows": neighbours in a column do, for columns of very different size; a column's scales are
-        fitted when its turn comes, error feedback included; the result is of `weight.T`.
-    damping: share of the mean diagonal added to the diagonal; where Cholesky still fails in float32
-        and float64 it is raised tenfold, as often as it takes.
-    act_order: columns by falling diagonal. Groups are by the original order, so the layout does not
-        change; with "cols" their grids are then fitted before the first column is rounded.
-    symmetric, search: as in `quant.fit_grid`, an entry's importance being its share of the error.
-    block: columns between two updates of all the columns left; a matter of speed only.
-    polish: sweeps of coordinate descent after the solve; 0 is the published GPTQ.
-
-    Deterministic. Raises ValueError: non-finite or empty input, shapes that do not fit, a Hessian
-    that is far from positive semi-definite.
-    """
-    return gptq_many(
-        [weight],
-        hessian,
-        bits,
-        group_size=group_size,
-        group_axis=group_axis,
-        damping=damping,
-        act_order=act_order,
-        symmetric=symmetric,
-        search=search,
-        block=block,
-        polish=polish,
-    )[0]
-
-
 def gptq_many(
     weights: list[Tensor],
     hessian: Tensor,
@@ -93,10 +45,27 @@ def gptq_many(
     block: int = 128,
     polish: int = 2,
 ) -> list[Quantized]:
-    """`gptq` of matrices (rows_i, cols) that read the same inputs (q, k, v): one solve for all.
+    """Quantise matrices (rows_i, cols) of linear layers that read the same inputs (q, k, v): one solve for all.
 
-    Rows do not interact, so the results are those of separate calls up to the rounding of float32
-    sums. bits: of all, or one number for each matrix. Arguments and errors as in `gptq`.
+    Rows do not interact, so the results are those of separate calls up to the rounding of float32 sums.
+
+    weights: any float dtype; the work is done in float32.
+    hessian: (cols, cols), X^T X / n of the layers' inputs, symmetric positive semi-definite, of any
+        scale. Where it is 0 (inputs that never fired) what is left is rounding to nearest.
+    bits: of all, or one number for each matrix.
+    group_axis: "cols": `group_size` neighbours in a row share a scale; the results are of the weights.
+        "rows": neighbours in a column do, for columns of very different size; a column's scales are
+        fitted when its turn comes, error feedback included; the results are of the weights' transposes.
+    damping: share of the mean diagonal added to the diagonal; where Cholesky still fails in float32
+        and float64 it is raised tenfold, as often as it takes.
+    act_order: columns by falling diagonal. Groups are by the original order, so the layout does not
+        change; with "cols" their grids are then fitted before the first column is rounded.
+    symmetric, search: as in `quant.fit_grid`, an entry's importance being its share of the error.
+    block: columns between two updates of all the columns left; a matter of speed only.
+    polish: sweeps of coordinate descent after the solve; 0 is the published GPTQ (arXiv 2210.17323).
+
+    Deterministic. Raises ValueError: non-finite or empty input, shapes that do not fit, a Hessian
+    that is far from positive semi-definite.
     """
     each = [bits] * len(weights) if isinstance(bits, int) else list(bits)
     _check(weights, hessian, each, group_size, group_axis, damping, block)
@@ -149,8 +118,8 @@ def gptq_runs(
     """One matrix (rows, cols) whose columns change precision: `runs` is {bits: columns}, in order.
 
     Groups lie down the rows. The error of a column is fed back to all the columns after it, of
-    whatever precision. Returns, for each run, the result of its columns, transposed as `gptq` with
-    group_axis "rows" does. Arguments and errors as in `gptq`.
+    whatever precision. Returns, for each run, the result of its columns, transposed as `gptq_many`
+    with group_axis "rows" does. Arguments and errors are those of `gptq_many`.
     """
     _check([weight], hessian, list(runs), group_size, "rows", damping, block)
     tall = min(group_size, len(weight))
