@@ -5,15 +5,32 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cl_graft.cli.options import DataDir, names
 from cl_graft.cli.show import print_tables
+from cl_graft.errors import CLGraftError
 
 app = typer.Typer(help="Measure this machine and this code.", no_args_is_help=True)
+
+
+def _benchmark(name: str) -> Callable[..., Any]:
+    """The function `bench_<name>` of the benchmarks. Raises CLGraftError in an installation, which has none."""
+    try:
+        module = import_module(f"cl_graft.bench.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "cl_graft.bench":
+            raise
+        raise CLGraftError(
+            "the benchmarks are no part of the installed package; run the same command in a checkout of the source, "
+            "after `pip install --editable .` there."
+        ) from error
+    return getattr(module, f"bench_{name}")
 
 
 @app.command("pack")
@@ -27,7 +44,7 @@ def bench_pack(
     to: Annotated[Path | None, typer.Option(help="Folder for the table, with provenance.")] = None,
 ) -> None:
     """The pack engine beside a textbook implementation of the paper's scheme: ratios within one run."""
-    from cl_graft.bench.pack import bench_pack as measure
+    measure = _benchmark("pack")
     from cl_graft.bench.table import markdown, write
 
     found = measure(names(only), data_dir, threads, lambda what: typer.echo(what, err=True))
@@ -41,7 +58,7 @@ def bench_plan(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Memory that `plan` estimates against what the allocator counts while TRL really trains two steps."""
-    from cl_graft.bench.plan import bench_plan as measure
+    measure = _benchmark("plan")
     from cl_graft.planning.tables import estimates
 
     rows = measure()
@@ -51,12 +68,19 @@ def bench_plan(
         print_tables([estimates(rows)])
 
 
+@app.command("train")
+def bench_train() -> None:
+    """An SFT stage beside a bare PyTorch loop over the same batches: ratios of time and of peak memory."""
+    measure = _benchmark("train")
+    typer.echo(json.dumps(measure(say=lambda what: typer.echo(what, err=True)), indent=1))
+
+
 @app.command("compose")
 def bench_compose(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Peak memory of strategies over five tasks on a random Llama of 103 M parameters, training left out."""
-    from cl_graft.bench.compose import bench_compose as measure
+    measure = _benchmark("compose")
 
     found = measure(say=lambda what: typer.echo(what, err=True))
     if json_:
@@ -73,7 +97,7 @@ def bench_sweep(
     seconds: Annotated[float, typer.Option(min=0.1, help="That each sleeps.")] = 1.0,
 ) -> None:
     """What executors take beside the cells, and 4 Ray workers against 1, with cells that only sleep."""
-    from cl_graft.bench.sweep import bench_sweep as measure
+    measure = _benchmark("sweep")
 
     for name, value in measure(cells, seconds).items():
         typer.echo(f"{name:16} {value:.3g}")
@@ -85,7 +109,7 @@ def bench_report(
     examples: Annotated[int, typer.Option(min=1, help="Of each of their three tasks.")] = 64,
 ) -> None:
     """Seconds of a report of many cells, the first and one where nothing has changed, and the bytes of its page."""
-    from cl_graft.bench.report import bench_report as measure
+    measure = _benchmark("report")
 
     typer.echo(
         json.dumps(measure(cells, examples, lambda what: typer.echo(what, err=True)), indent=1)
