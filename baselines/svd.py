@@ -35,5 +35,5 @@ def _spec(shape, rank):
 def _encoded(x, rank):
     if not _is_smaller(x.shape, rank):
         return dense(x)
-    found = spectrum(x, None)
-    return low_rank(found.left(x, None, rank), found.right(x, rank))
+    factors = spectrum(x, None)
+    return low_rank(factors.left(x, None, rank), factors.right(x, rank))

@@ -65,8 +65,8 @@ def math_code(
     def task(name: str, score: str, suites: Sequence[str], sft: str, dpo: str) -> Task:
         test = []
         for suite in suites:
-            found = examples(suite, data_dir)
-            test += found if test_size is None else sample(found, test_size, f"test/{suite}")
+            problems = examples(suite, data_dir)
+            test += problems if test_size is None else sample(problems, test_size, f"test/{suite}")
         seen = {example.prompt for example in test}
         train = [e for e in gather(SFT, "sft", name, sft, train_size, seed) if e.prompt not in seen]
         pairs = [] if dpo == "none" else gather(DPO, "dpo", name, dpo, train_size, seed)
@@ -192,13 +192,13 @@ def gather(
 
     Raises UnknownName for what is neither a source nor a folder, DataError for data of another form.
     """
-    found: list[Any] = []
+    rows: list[Any] = []
     for name in [names] if Path(names).is_dir() else names.split("+"):
         if name not in known and not Path(name).is_dir():
             raise UnknownName(f"{config} data", name, [*known, "a folder"])
         source = known.get(name, LOCAL[config])
         most = min((n for n in (source.rows, size) if n is not None), default=None)
-        found += hub.rows(
+        rows += hub.rows(
             source.place or name,
             source.adapt,
             source.columns,
@@ -208,7 +208,7 @@ def gather(
             size=most,
             seed=f"{config}/{seed}/{task}/{name}",
         )
-    return found if size is None else sample(found, size, f"{config}/{seed}/{task}")
+    return rows if size is None else sample(rows, size, f"{config}/{seed}/{task}")
 
 
 def plain(text: str) -> str:

@@ -144,7 +144,7 @@ def _times(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
             begun = perf_counter()
             action()
             times[name].append(1e3 * (perf_counter() - begun))
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
 if __name__ == "__main__":

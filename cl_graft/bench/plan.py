@@ -97,7 +97,7 @@ def compare(case: Case) -> dict[str, Any]:
         gpu=torch.cuda.is_available(),
     )
     estimated = estimate(case.config, job)
-    found = measure(case.config, tokenizer, stage, job)
+    measured = measure(case.config, tokenizer, stage, job)
     changes = [n for n in ("checkpointing", "lora") if getattr(case, n)]
     if case.accumulation > 1:
         changes.append(f"accumulation {case.accumulation}")
@@ -107,8 +107,8 @@ def compare(case: Case) -> dict[str, Any]:
         "with": ", ".join(changes),
         "length": job.length,
         "estimated_mb": estimated.device / 1e6,
-        "measured_mb": found / 1e6,
-        "ratio": estimated.device / found,
+        "measured_mb": measured / 1e6,
+        "ratio": estimated.device / measured,
         "parts_mb": {n: v / 1e6 for n, v in asdict(estimated).items()},
     }
 

@@ -157,8 +157,8 @@ def _cell(
                 "note": o.note,
             }
             for t, metrics in outcomes.items()
-            for m, found in metrics.items()
-            for i, o in enumerate(found)
+            for m, scored in metrics.items()
+            for i, o in enumerate(scored)
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (where / "examples.jsonl").write_text(text)

@@ -96,24 +96,24 @@ def _compare(subject: Subject, say: Callable[[str], None]) -> dict[str, Any]:
     def median(name: str, part: str, clock: int) -> float:
         return statistics.median(run[part][clock] for run in runs[name])
 
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for key, part in (("sft_over_loop", "step"), ("sft_over_loop_with_setup", "whole")):
         for suffix, clock in (("", 1), ("_wall", 0)):
-            found[key + suffix] = median("sft", part, clock) / median("loop", part, clock)
+            figures[key + suffix] = median("sft", part, clock) / median("loop", part, clock)
     peaks = {name: peak_mb(name, subject) for name in RUNS}
-    found["peak_over_loop"] = peaks["sft"] / peaks["loop"]
+    figures["peak_over_loop"] = peaks["sft"] / peaks["loop"]
     steps = subject.steps
     for name in RUNS:
         step, whole = median(name, "step", 1), median(name, "whole", 1)
         parts = {"step_ms": 1e3 * step, "setup_ms": 1e3 * (whole - steps * step)}
-        found[name] = {**parts, "peak_mb": peaks[name]}
-    found["conditions"] = {
+        figures[name] = {**parts, "peak_mb": peaks[name]}
+    figures["conditions"] = {
         "steps": steps,
         "batch": subject.case.batch,
         "alternations": subject.alternations,
         "threads": 1,
     }
-    return found
+    return figures
 
 
 def timed(name: str, subject: Subject, steps: int | None = None) -> dict[str, Seconds]:

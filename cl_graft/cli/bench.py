@@ -47,10 +47,10 @@ def bench_pack(
     measure = _benchmark("pack")
     from cl_graft.bench.table import markdown, write
 
-    found = measure(names(only), data_dir, threads, lambda what: typer.echo(what, err=True))
-    typer.echo(json.dumps(found, indent=1) if json_ else markdown(found))
+    figures = measure(names(only), data_dir, threads, lambda what: typer.echo(what, err=True))
+    typer.echo(json.dumps(figures, indent=1) if json_ else markdown(figures))
     if to is not None:
-        write(found, to, [shlex.join(["cl-graft", *sys.argv[1:]])])
+        write(figures, to, [shlex.join(["cl-graft", *sys.argv[1:]])])
 
 
 @app.command("plan")
@@ -82,13 +82,13 @@ def bench_compose(
     """Peak memory of strategies over five tasks on a random Llama of 103 M parameters, training left out."""
     measure = _benchmark("compose")
 
-    found = measure(say=lambda what: typer.echo(what, err=True))
+    figures = measure(say=lambda what: typer.echo(what, err=True))
     if json_:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(figures, indent=1))
         return
-    for name, run in found["runs"].items():
+    for name, run in figures["runs"].items():
         typer.echo(f"{name:16} {run['peak_mb']:6.0f} MB at most, {run['kept_mb']:6.0f} MB kept")
-    typer.echo(f"ties over individual {found['ties_over_individual']:.2f}")
+    typer.echo(f"ties over individual {figures['ties_over_individual']:.2f}")
 
 
 @app.command("sweep")

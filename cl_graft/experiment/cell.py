@@ -224,9 +224,9 @@ def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], dict[str
     strategy.eval(stream.test_stream)
     outcomes, general, by = dict(strategy.results), None, []
     if scenario.general:
-        found = strategy.measure(scenario.general, None)
-        general = cells(found, scenario.general.suites)
-        outcomes[f"general:{scenario.general.name}"] = found
+        measured = strategy.measure(scenario.general, None)
+        general = cells(measured, scenario.general.suites)
+        outcomes[f"general:{scenario.general.name}"] = measured
         by = list(strategy.answered[scenario.general.name].key)
     known |= strategy.examiner.recalled
     active = {task.name: list(strategy.answered[task.name].key) for task in scenario.tasks}
@@ -338,13 +338,13 @@ def _outcomes(
     of_tasks = {t: metrics for t, metrics in outcomes.items() if not t.startswith("general:")}
     general = [metrics for t, metrics in outcomes.items() if t.startswith("general:")]
     try:
-        found: Any = (
+        scored_again: Any = (
             by_metric(of_tasks, scenario.tasks),
             cells(general[0], scenario.general.suites) if scenario.general and general else None,
         )
     except (ValueError, KeyError):  # lines are missing, doubled, or of another task
-        found = None
-    if found != (record["scores"], record["general"]):
+        scored_again = None
+    if scored_again != (record["scores"], record["general"]):
         raise RecordError(
             f"{file} does not hold the outcomes that its experience.json was made of; "
             "delete that experience's folder and the later ones to compute them anew."

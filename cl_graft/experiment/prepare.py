@@ -76,10 +76,10 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
     for owner in config.options:
         if owner not in (scenario_name, strategy_name, *known):
             raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
-    found = plugins.load("strategy", config.strategy)
-    _require_strategy(found, config.strategy)
+    strategy_class = plugins.load("strategy", config.strategy)
+    _require_strategy(strategy_class, config.strategy)
     given = config.options.get(strategy_name, {})
-    return found, plugins.check_options("strategy", strategy_name, found, given)
+    return strategy_class, plugins.check_options("strategy", strategy_name, strategy_class, given)
 
 
 def scenario_of(config: RunConfig) -> Scenario:
@@ -171,10 +171,10 @@ def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
     return replace(scenario, tasks=tuple(tasks))
 
 
-def _require_strategy(found: Any, name: str) -> None:
+def _require_strategy(loaded: Any, name: str) -> None:
     from cl_graft.strategy.base import Strategy
 
-    if not (isinstance(found, type) and issubclass(found, Strategy)):
+    if not (isinstance(loaded, type) and issubclass(loaded, Strategy)):
         raise CLGraftError(
             f"{name} is not a strategy; decorate its function with @compressor or @merger, "
             "or make it a subclass of cl_graft.Strategy."

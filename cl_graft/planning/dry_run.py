@@ -147,10 +147,10 @@ class DryRun:
         if self.exact:
             start = fingerprint(model.named_parameters())
             if self.stages.pairs_file(start, tokenizer, task, half, seed).is_file():
-                found = self.stages.pairs(model, tokenizer, task, half, seed, allow)
-                if not found:  # so SFT was the last stage
+                known = self.stages.pairs(model, tokenizer, task, half, seed, allow)
+                if not known:  # so SFT was the last stage
                     raise _Enough
-                return found
+                return known
         chosen = list(task.train)[: half.prompts]
         self.exact = False
         return [Pair(e.prompt, e.completion, e.completion) for e in chosen]
@@ -177,8 +177,8 @@ class DryRun:
         state: str,
         terms: Sequence[Term] = (),
     ) -> None:
-        found = lengths(encoded(self.strategy.tokenizer, rows, job))
-        needs = self._needs(job, max(found), lora)
+        counts = lengths(encoded(self.strategy.tokenizer, rows, job))
+        needs = self._needs(job, max(counts), lora)
         vocabulary = self.strategy.model.get_input_embeddings().weight.shape[0]
         held = of_terms(terms, needs, trained, vocabulary)
         named = self.strategy.model.named_parameters()
@@ -198,7 +198,7 @@ class DryRun:
             processes=needs.processes,
             parameters=everything,
             trained=trained,
-            tokens=round(tokens_of_a_step(found, len(rows), job) * job.steps),
+            tokens=round(tokens_of_a_step(counts, len(rows), job) * job.steps),
             memory=replace(self._memory(needs), terms=held),
             disk=cost.stage_bytes(everything if learned is None else learned) + 2 * resume,
             state=state,

@@ -42,8 +42,8 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """Seconds of the training that is not cached; None where a part of it could not be estimated."""
-        found = [s.seconds for s in self.stages if s.state != "cached"]
-        return None if any(s is None for s in found) else float(sum(s for s in found if s))
+        estimates = [s.seconds for s in self.stages if s.state != "cached"]
+        return None if any(s is None for s in estimates) else float(sum(s for s in estimates if s))
 
     def json(self) -> dict[str, Any]:
         stages = [asdict(s) | {"memory_device": s.memory.device} for s in self.stages]
@@ -70,21 +70,21 @@ def plan(
     gpu: memory is that of GPUs, with bf16, though this machine has none.
     """
     stages: dict[str, PlannedStage] = {}
-    found: dict[str, dict[str, Any]] = {}
+    planned: dict[str, dict[str, Any]] = {}
     memories: dict[Any, Memory] = {}
     timer = Timer(probe, peak or _own_peak(), utilisation)
     gpu = gpu or torch.cuda.is_available()
     for config in cells:
         own, about = _of_cell(config, memories, timer, gpu)
-        found[config.cell] = about
+        planned[config.cell] = about
         for key, stage in own:
             stages.setdefault(key, stage).cells.append(config.cell)
     listed = list(stages.values())
-    packs = sum(c["tasks"] * c["pack_bytes"] for c in found.values() if not c["finished"])
+    packs = sum(c["tasks"] * c["pack_bytes"] for c in planned.values() if not c["finished"])
     disk = packs + sum(s.disk for s in listed if s.state != "cached")
     out = cells[0].out.absolute()
     existing = next(p for p in (out, *out.parents) if p.exists())
-    return Plan(listed, found, disk, shutil.disk_usage(existing).free)
+    return Plan(listed, planned, disk, shutil.disk_usage(existing).free)
 
 
 def _of_cell(

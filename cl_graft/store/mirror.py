@@ -50,8 +50,8 @@ class Mirror:
         filesystem, root = self._place
         with _said(self.url):
             filesystem.invalidate_cache()
-            found = filesystem.find(f"{root}/{name}", detail=True)
-            for path, about in sorted(found.items(), key=lambda item: _late(item[0])):
+            there = filesystem.find(f"{root}/{name}", detail=True)
+            for path, about in sorted(there.items(), key=lambda item: _late(item[0])):
                 target = folder / Path(path).relative_to(f"{root}/{name}")
                 if path == f"{root}/{name}":
                     target = folder

@@ -67,10 +67,10 @@ def unpack_part(packed: Tensor, first: int, count: int, width: int) -> Tensor:
     if width == 8:
         return packed[first : first + count].clone()
     skip, eights = first % 8, -(-(first % 8 + count) // 8)  # eight values fill `width` whole bytes
-    found = packed[first // 8 * width :][: eights * width].numpy()
+    taken = packed[first // 8 * width :][: eights * width].numpy()
     padded = np.empty(eights * width + 8, dtype=np.uint8)  # a word is read 8 bytes at a time
-    padded[: len(found)] = found
-    padded[len(found) :] = 0
+    padded[: len(taken)] = taken
+    padded[len(taken) :] = 0
     starts = np.ndarray((eights,), "<u8", padded, strides=(width,))
     words = np.empty(eights, dtype="<u8")
     for tile in range(0, eights, TILE):

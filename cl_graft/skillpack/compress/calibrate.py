@@ -135,9 +135,9 @@ class Sums:
         if isinstance(module, nn.Embedding):
             if len(x) == 1:  # positions, the same for every sequence of the batch
                 x = x.expand(self.text.sequences, -1)
-            found = torch.bincount(self._kept(x.reshape(-1)), minlength=module.num_embeddings)
+            counts = torch.bincount(self._kept(x.reshape(-1)), minlength=module.num_embeddings)
             self.inputs[name] = (
-                self.inputs[name].add_(found) if name in self.inputs else found.float()
+                self.inputs[name].add_(counts) if name in self.inputs else counts.float()
             )
         else:
             rows = self._kept(x.reshape(-1, x.shape[-1]))
@@ -148,8 +148,8 @@ class Sums:
         return rows if keep is None or len(rows) != len(keep) else rows[keep]
 
     def wrote(self, name: str, gradient: Tensor) -> None:
-        found = gradient.detach().reshape(-1, gradient.shape[-1]).float().square().sum(0)
-        self.outputs[name] = self.outputs[name].add_(found) if name in self.outputs else found
+        squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square().sum(0)
+        self.outputs[name] = self.outputs[name].add_(squares) if name in self.outputs else squares
 
 
 STRIP = 512  # rows of X^T X that are multiplied at a time, from the diagonal to the right
@@ -158,8 +158,8 @@ STRIP = 512  # rows of X^T X that are multiplied at a time, from the diagonal to
 def _add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
     """total + rows^T rows, in place; float32 (in, in). What lies left of the diagonal is copied, not multiplied."""
     if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
-        found = torch.mm(rows.T, rows, out_dtype=torch.float32)
-        return found if total is None else total.add_(found)
+        gram = torch.mm(rows.T, rows, out_dtype=torch.float32)
+        return gram if total is None else total.add_(gram)
     rows = rows.float()
     width = rows.shape[1]
     total = rows.new_zeros(width, width) if total is None else total

@@ -126,8 +126,8 @@ class _Work:
         return delta.T.contiguous() if piece.transposed else delta
 
     def hessian(self, piece: Piece) -> Tensor | None:
-        found = self.moments.hessian(piece.name)
-        return None if found is None or found.ndim != 2 else found.to(self.device, torch.float32)
+        moment = self.moments.hessian(piece.name)
+        return None if moment is None or moment.ndim != 2 else moment.to(self.device, torch.float32)
 
 
 def measure(work: _Work) -> dict[str, Profile]:
@@ -160,13 +160,13 @@ def _measured(work: _Work, piece: Piece, hessian: Tensor | None) -> Tensor:
         delta = piece.delta().to(work.device, torch.float32)
         parts = (bins(part).cpu() for part in _worth(piece, delta, work.moments))
         return torch.stack(list(parts)).sum(0)
-    found = spectrum(work.delta(piece), hessian)
+    factors = spectrum(work.delta(piece), hessian)
     scale = _slope(work.moments, piece.name)
     if scale is None:
-        scale = torch.tensor(1.0) if not work.moments.reads else _alike(found.energy)
-    tensors = {"energy": found.energy, "basis": found.basis}
-    work.store[f"spectrum/{piece.name}"] = Item(tensors, {"wide": found.wide})
-    return (found.energy * scale.to(found.energy.device)).cpu()
+        scale = torch.tensor(1.0) if not work.moments.reads else _alike(factors.energy)
+    tensors = {"energy": factors.energy, "basis": factors.basis}
+    work.store[f"spectrum/{piece.name}"] = Item(tensors, {"wide": factors.wide})
+    return (factors.energy * scale.to(factors.energy.device)).cpu()
 
 
 def _worth(piece: Piece, delta: Tensor, moments: Moments) -> Iterator[Tensor]:
@@ -324,10 +324,10 @@ def _kept(work: _Work, piece: Piece, make: Callable[[], Encoded]) -> Spec:
     return _put(work.store, piece.name, make())
 
 
-def _put(store: WorkStore, name: str, found: Encoded) -> Spec:
-    about = {"codec": found.codec, "shape": list(found.shape), "meta": found.meta}
-    store[f"encoded/{name}"] = Item(found.parts, about)
-    return found.spec
+def _put(store: WorkStore, name: str, encoded: Encoded) -> Spec:
+    about = {"codec": encoded.codec, "shape": list(encoded.shape), "meta": encoded.meta}
+    store[f"encoded/{name}"] = Item(encoded.parts, about)
+    return encoded.spec
 
 
 def _matrices(work: _Work, plan: Plan) -> dict[str, Spec]:
@@ -339,7 +339,7 @@ def _matrices(work: _Work, plan: Plan) -> dict[str, Spec]:
             specs |= {p.name: fetch(work.store, p.name).spec for p in wanted}
         else:
             made = zip(wanted, _encoded(work, wanted, plan), strict=True)
-            specs |= {p.name: _put(work.store, p.name, found) for p, found in made}
+            specs |= {p.name: _put(work.store, p.name, encoded) for p, encoded in made}
         done += sum(prod(p.shape) for p in group if p.name in plan.counts)
         release()
         work.progress("compressing", done / total)
@@ -351,8 +351,10 @@ def _encoded(work: _Work, group: list[Piece], plan: Plan) -> list[Encoded]:
     items = []
     for piece in group:
         tensors, about = work.store[f"spectrum/{piece.name}"]
-        found = Spectrum(tensors["energy"], tensors["basis"].to(work.device), about["wide"])
-        items.append(Factored(work.delta(piece), found, plan.counts[piece.name], piece.transposed))
+        factors = Spectrum(tensors["energy"], tensors["basis"].to(work.device), about["wide"])
+        items.append(
+            Factored(work.delta(piece), factors, plan.counts[piece.name], piece.transposed)
+        )
     return encode(
         items,
         work.hessian(group[0]),

@@ -176,7 +176,7 @@ def _calibrated(
     inputs = _Inputs(store)
     if "moments" not in store:
         _check_disk(meta, store.path)
-        found = stream_moments(
+        measured = stream_moments(
             pairing.tuned,
             meta,
             calibration.batches,
@@ -186,7 +186,7 @@ def _calibrated(
             weights=weights,
             progress=partial(progress, "calibrating"),
         )
-        store["moments"] = Item(found.outputs, {"reads": found.reads})
+        store["moments"] = Item(measured.outputs, {"reads": measured.reads})
     outputs, about = store["moments"]
     return Moments(inputs, about["reads"], outputs)
 
@@ -242,8 +242,8 @@ def _work_folder(
     digest = hashlib.blake2b(digest_size=6)
     digest.update(json.dumps([__version__, torch.__version__, device, fields]).encode())
     for file in sorted({info.file for info in pairing.tuned.tensors.values()}):
-        found = file.stat()
-        digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}".encode())
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
     if calibration:
         digest.update(f"{calibration.gradient_batches} {calibration.prefix}".encode())
         for batch in calibration.batches:

@@ -128,13 +128,13 @@ def gptq_runs(
     unit = torch.cat(powers).to(weight.device)  # exact: powers of two
     columns = _padded(torch.cat([x for x, _ in scaled], 1).T, tall)
     options: dict[str, Any] = {"symmetric": symmetric, "search": search}
-    found: list[Grid] = []  # of all columns before the first is rounded: feedback moves them little
+    grids: list[Grid] = []  # of all columns before the first is rounded: feedback moves them little
     for b, part in zip(runs, columns.split(list(runs.values())), strict=True):
         scales, zeros = fit_grid(part.reshape(-1, tall), b, **options)
-        found += zip(scales.view(len(part), -1), zeros.view(len(part), -1), strict=True)
+        grids += zip(scales.view(len(part), -1), zeros.view(len(part), -1), strict=True)
     tops: list[Top] = [2.0**b - 1 for b, count in runs.items() for _ in range(count)]
     job = _job(columns, unit[:, None] * hessian * unit, damping, False, 1, tops, block)
-    codes, scale, zero = _quantise(job, dict(enumerate(found)), None, polish)
+    codes, scale, zero = _quantise(job, dict(enumerate(grids)), None, polish)
     results, start = [], 0
     for (_, exponent), (b, count) in zip(scaled, runs.items(), strict=True):
         run = slice(start, start + count)
@@ -146,14 +146,14 @@ def gptq_runs(
 
 def _runs(bits: list[int], sizes: list[int]) -> list[tuple[int, slice]]:
     """(bits, where) of neighbouring matrices of equal bits, so that they are fitted together."""
-    found: list[tuple[int, slice]] = []
+    runs: list[tuple[int, slice]] = []
     for b, size in zip(bits, sizes, strict=True):
-        start = found[-1][1].stop if found else 0
-        if found and found[-1][0] == b:
-            found[-1] = b, slice(found[-1][1].start, start + size)
+        start = runs[-1][1].stop if runs else 0
+        if runs and runs[-1][0] == b:
+            runs[-1] = b, slice(runs[-1][1].start, start + size)
         else:
-            found.append((b, slice(start, start + size)))
-    return found
+            runs.append((b, slice(start, start + size)))
+    return runs
 
 
 @dataclass(frozen=True)

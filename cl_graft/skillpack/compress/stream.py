@@ -70,11 +70,11 @@ def stream_moments(
     report = progress or (lambda done: None)
     if meta.plain:
         read = checkpoint.read if weights is None else weights
-        found = _streamed(meta, read, texts, labelled, device, deliver, report)
+        measured = _streamed(meta, read, texts, labelled, device, deliver, report)
     else:
-        found = _whole(meta, checkpoint, weights, texts, labelled, device, deliver)
+        measured = _whole(meta, checkpoint, weights, texts, labelled, device, deliver)
     report(1.0)
-    return Moments(sink if isinstance(sink, Mapping) else inputs, found.reads, found.outputs)
+    return Moments(sink if isinstance(sink, Mapping) else inputs, measured.reads, measured.outputs)
 
 
 def _streamed(
@@ -125,11 +125,11 @@ def _whole(
         )
         .to(device)
     )
-    found = moments(model, texts, gradients=False)
-    for group, hessian in found.inputs.items():
+    measured = moments(model, texts, gradients=False)
+    for group, hessian in measured.inputs.items():
         deliver(group, hessian)
     outputs = moments(model, labelled).outputs if labelled else {}
-    return Moments({}, found.reads, outputs)
+    return Moments({}, measured.reads, outputs)
 
 
 def _dtype(device: str | torch.device) -> torch.dtype:
@@ -314,13 +314,13 @@ def _inputs(
 def _in_several(units: Sequence[Unit]) -> set[str]:
     """Names, in their first unit, of modules that belong to several: their inputs are complete at the end only."""
     first: dict[int, tuple[Unit, str]] = {}
-    found = set()
+    shared = set()
     for unit in units:
         for name, module in unit.module.named_modules(prefix=unit.name):
             was = first.setdefault(id(module), (unit, name))
             if was[0] is not unit:
-                found.add(was[1])
-    return found
+                shared.add(was[1])
+    return shared
 
 
 # --- backwards, layer by layer ---

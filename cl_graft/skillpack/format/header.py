@@ -259,9 +259,9 @@ def check_base(
     added, grown = set(about["added"]), about["grown"]
     for name, (_, shape, _) in specs.items():
         wanted = None if name in added else tuple(grown.get(name, shape))
-        found = tuple(shapes[name]) if name in shapes else None
-        if wanted != found:
-            there, here = (f"shape {s}" if s is not None else "none" for s in (found, wanted))
+        in_base = tuple(shapes[name]) if name in shapes else None
+        if wanted != in_base:
+            there, here = (f"shape {s}" if s is not None else "none" for s in (in_base, wanted))
             what = f"{path}, tensor {name!r}: the base must have {here}, but has {there}"
             raise ShapeMismatch(f"{what}; load the base it was made on.")
     sizes = {name: math.prod(max(1, n) for n in specs[name][1]) for name in (*added, *grown)}

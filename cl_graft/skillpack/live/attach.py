@@ -51,8 +51,8 @@ class Attached:
         shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
         check_packs(self.packs, base, shapes)
         touched = {n: p for n, p in self._parameters.items() if any(n in q.tensors for q in packs)}
-        found = find_attachment_points(model, touched, example) if touched else []
-        multiplied = {name for point in found for name in point.linear | point.rows}
+        points = find_attachment_points(model, touched, example) if touched else []
+        multiplied = {name for point in points for name in point.linear | point.rows}
         self._held = [
             {n: h for n, e in q.tensors.items() if (h := _hold(e, touched[n], n in multiplied))}
             for q in self.packs
@@ -61,7 +61,7 @@ class Attached:
         self._batch: int | None = None
         check = model.register_forward_pre_hook(self._check_batch, with_kwargs=True)
         self._undo: list[Callable[[], object]] = [check.remove]
-        for point in found:
+        for point in points:
             self._undo.append(self._replace_forward(point))
 
     def choose(self, choices: Choices, beams: int = 1) -> None:

@@ -48,9 +48,9 @@ class Entries(NamedTuple):
         row = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), counts)
         ends = counts.cumsum(0)
         entry = torch.arange(len(row), device=ids.device) + (starts - ends + counts)[row]
-        found = torch.zeros(len(ids), cols, device=ids.device)
-        found[row, self.positions[entry] % cols] = self.values[entry].float()
-        return found
+        dense = torch.zeros(len(ids), cols, device=ids.device)
+        dense[row, self.positions[entry] % cols] = self.values[entry].float()
+        return dense
 
 
 def factors(parts: Sequence[Encoded], dtype: torch.dtype = torch.float32) -> Factors:

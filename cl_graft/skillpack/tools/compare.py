@@ -62,16 +62,16 @@ def compare(a: SkillPack, b: SkillPack, roles: Mapping[str, str] | None = None) 
     roles = roles or {}
     rows, products = [], []
     for name in sorted(a.tensors.keys() | b.tensors.keys()):
-        found = _products(*_deltas(a, b, name))
-        products.append(found)
-        rows.append(_row(name, roles.get(name, ""), a, b, found))
+        sums = _products(*_deltas(a, b, name))
+        products.append(sums)
+        rows.append(_row(name, roles.get(name, ""), a, b, sums))
     groups = sorted({row.role for row in rows} - {""})
     groups += [""] if groups and any(row.role == "" for row in rows) else []
     totals = [_total(role, role, rows, products) for role in groups]
     return Comparison(a.base == b.base, rows, [*totals, _total("all", None, rows, products)])
 
 
-def _row(name: str, role: str, a: SkillPack, b: SkillPack, found: _Products | None) -> Row:
+def _row(name: str, role: str, a: SkillPack, b: SkillPack, sums: _Products | None) -> Row:
     one, other = a.tensors.get(name), b.tensors.get(name)
     where: Where = "only in b" if one is None else "only in a" if other is None else "both"
     return Row(
@@ -82,7 +82,7 @@ def _row(name: str, role: str, a: SkillPack, b: SkillPack, found: _Products | No
         other.codec if other else None,
         payload_bytes(*one.spec) if one else 0,
         payload_bytes(*other.spec) if other else 0,
-        *(_alike(found) if found and where == "both" else (None, None)),
+        *(_alike(sums) if sums and where == "both" else (None, None)),
     )
 
 
@@ -133,7 +133,7 @@ def missed(pack: SkillPack, pairing: Pairing) -> dict[str, tuple[float, float]]:
 
     One tensor of each checkpoint is held at a time. A tensor that the pack leaves out has all of it as error.
     """
-    found = {}
+    errors = {}
     for change in pairing.changes:
         delta = pairing.delta(change.name)
         kept = pack.delta(change.name) if change.name in pack.tensors else torch.zeros(delta.shape)
@@ -143,5 +143,5 @@ def missed(pack: SkillPack, pairing: Pairing) -> dict[str, tuple[float, float]]:
                 f"tensor {change.name!r} has shape {tuple(kept.shape)} in the pack and {change.shape} in "
                 f"{pairing.tuned.folder}; give the tuned checkpoint that the pack was made of."
             )
-        found[change.name] = (sums.dd, sums.aa)
-    return found
+        errors[change.name] = (sums.dd, sums.aa)
+    return errors

@@ -188,11 +188,11 @@ def _factorised(pack: SkillPack, module: _Module) -> tuple[Factors, Exported]:
     encoded = pack.tensors[module.tensor]
     delta = pack.delta(module.tensor)
     if is_factored(encoded):
-        found: Factors = factors([encoded])
-        found = cut(*found, module.rank) if found[0].shape[1] > module.rank else found
+        pair: Factors = factors([encoded])
+        pair = cut(*pair, module.rank) if pair[0].shape[1] > module.rank else pair
     else:
-        found = best_factors(delta, module.rank)
-    left, right = _padded(*found, module.rank)
+        pair = best_factors(delta, module.rank)
+    left, right = _padded(*pair, module.rank)
     norm = float(delta.norm())
     error = float((delta - left @ right).norm()) / norm if norm else None
     over = module.rank > MOST_RANK
