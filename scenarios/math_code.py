@@ -113,7 +113,7 @@ class Source(NamedTuple):
     """A data set of the hub. rows: how many FuseChat-3.0 drew from it (SFT), where it is not its own data set."""
 
     place: str
-    adapt: Callable[[hub.Row], Any]
+    adapt: Callable[[hub.HubRow], Any]
     columns: tuple[str, ...]
     split: str = "train"
     rows: int | None = None
@@ -125,33 +125,33 @@ def turns(conversation: Sequence[dict[str, str]]) -> list[str]:
     return [text for who, text in said if who != "system"]
 
 
-def fusechat_sft(row: hub.Row) -> Example:
+def fusechat_sft(row: hub.HubRow) -> Example:
     question, answer = turns(row["conversations"])[:2]
     return Example(question, answer)
 
 
-def fusechat_dpo(row: hub.Row) -> Pair:
+def fusechat_dpo(row: hub.HubRow) -> Pair:
     return Pair(turns(row["prompt"])[0], turns(row["chosen"])[-1], turns(row["rejected"])[-1])
 
 
-def openmathinstruct(row: hub.Row) -> Example:
+def openmathinstruct(row: hub.HubRow) -> Example:
     return Example(reasoning(row["problem"]), row["generated_solution"].strip())
 
 
-def leetcode(row: hub.Row) -> Example:
+def leetcode(row: hub.HubRow) -> Example:
     """The answer is the Python one of four languages, with its explanation."""
     return Example(f"{row['content'].strip()}\n\nSolve it in Python.", row["python"].strip())
 
 
-def self_oss(row: hub.Row) -> Example:
+def self_oss(row: hub.HubRow) -> Example:
     return Example(row["instruction"].strip(), row["response"].strip())
 
 
-def local_sft(row: hub.Row) -> Example:
+def local_sft(row: hub.HubRow) -> Example:
     return Example(row["prompt"], row["completion"])
 
 
-def local_dpo(row: hub.Row) -> Pair:
+def local_dpo(row: hub.HubRow) -> Pair:
     return Pair(row["prompt"], row["chosen"], row["rejected"])
 
 

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from cl_graft.config import RunConfig
-from cl_graft.experiment.executors import Outcome, Progress, local
+from cl_graft.experiment.executors import Outcome, CellProgress, local
 from cl_graft.sweep_config import Ray
 
 
-def sleep(config: RunConfig, progress: Progress, patient: bool, seconds: float) -> Outcome:
+def sleep(config: RunConfig, progress: CellProgress, patient: bool, seconds: float) -> Outcome:
     progress("sleeping", 0.0)
     time.sleep(seconds)
     return Outcome("done")

@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 from cl_graft.data.readers import DataError, sample
 
 T = TypeVar("T")
-Row = Mapping[str, Any]
+HubRow = Mapping[str, Any]
 
 
 def rows(
     place: str,
-    adapt: Callable[[Row], T],
+    adapt: Callable[[HubRow], T],
     columns: Sequence[str],
     *,
     config: str | None = None,

@@ -9,12 +9,12 @@ from typing import Any
 
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, Refused
-from cl_graft.experiment.executors import Outcome, Progress
+from cl_graft.experiment.executors import Outcome, CellProgress
 from cl_graft.store.locks import Busy, held
 from cl_graft.store.record import CellBusy, CellFolder
 
 
-def attempt(config: RunConfig, progress: Progress, patient: bool) -> Outcome:
+def attempt(config: RunConfig, progress: CellProgress, patient: bool) -> Outcome:
     """Run the cell or continue it; its folder says meanwhile that it runs.
 
     patient: wait for what another process is making; else the outcome is `busy`.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cl_graft.config import RunConfig
 from cl_graft.evaluation.scores import by_metric, cells
 from cl_graft.experiment import identity
-from cl_graft.experiment.executors import Progress
+from cl_graft.experiment.executors import CellProgress
 from cl_graft.experiment.prepare import prepare, strategy_of
 from cl_graft.models.load import locate
 from cl_graft.skillpack.format.errors import SkillPackError
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def run(
     config: RunConfig | None = None,
-    progress: Progress | None = None,
+    progress: CellProgress | None = None,
     patient: bool = True,
     **fields: Any,
 ) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _compute(
     scenario: Scenario,
     strategy_class: type[Strategy],
     options: dict[str, Any],
-    progress: Progress,
+    progress: CellProgress,
     begun: float,
     patient: bool,
 ) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _experiences(
     strategy: Strategy,
     stream: Any,
     tracker: Trackers,
-    progress: Progress,
+    progress: CellProgress,
     begun: float,
 ) -> None:
     """begun: when the cell was, by `perf_counter`; what it took to load counts with the first experience."""
@@ -264,12 +264,12 @@ class _Costs:
         }
 
 
-def _part_of(progress: Progress, experience: int, total: int, what: str, part: float) -> None:
+def _part_of(progress: CellProgress, experience: int, total: int, what: str, part: float) -> None:
     share = 0.6 + 0.2 * part if what.startswith("compressing") else 0.6 * part
     progress(what, (experience + share) / total)
 
 
-def _forwards(progress: Progress) -> Progress:
+def _forwards(progress: CellProgress) -> CellProgress:
     """A progress that never goes back: a task may train twice (SFT, then DPO)."""
     furthest = 0.0
 

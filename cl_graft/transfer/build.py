@@ -24,11 +24,11 @@ from cl_graft.transfer.prompts import Prompts, judged_by_rule, read_prompts
 from cl_graft.transfer.sample import ANSWERS, SAMPLERS, Chunk, chunks, require_vllm
 from cl_graft.transfer.sources import check_readable, identify, reader
 
-Progress = Callable[[str, float], None]
+BuildProgress = Callable[[str, float], None]
 Rows = list[dict[str, Any]]
 
 
-def build(config: BuildConfig, progress: Progress = lambda what, done: None) -> dict[str, Any]:
+def build(config: BuildConfig, progress: BuildProgress = lambda what, done: None) -> dict[str, Any]:
     """Make the data sets in `config.out`, or go on with them; returns the report (report.json).
 
     Everything that can be known beforehand is checked before anything is sampled. Raises CLGraftError: for bad
@@ -115,7 +115,7 @@ def _digest(value: Any) -> str:
 
 
 def _sample(
-    config: BuildConfig, prompts: Prompts, schedule: Sequence[Chunk], progress: Progress
+    config: BuildConfig, prompts: Prompts, schedule: Sequence[Chunk], progress: BuildProgress
 ) -> Rows:
     """Rows of samples.jsonl, one a source and prompt, in the order of the schedule."""
     path = config.out / folder.SAMPLES
@@ -160,7 +160,7 @@ def _judge(
     prompts: Prompts,
     schedule: Sequence[Chunk],
     samples: Rows,
-    progress: Progress,
+    progress: BuildProgress,
 ) -> Rows:
     """Rows of rewards.jsonl, one for each row of samples.jsonl."""
     path = config.out / folder.REWARDS

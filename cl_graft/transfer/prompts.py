@@ -25,7 +25,7 @@ from cl_graft.transfer.config import BuildConfig
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 MAX_NEW_TOKENS = 512
 
-Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and what it holds
+PlacedFields = tuple[str, dict[str, Any]]  # where it stands, for messages, and what it holds
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _scenario_task(text: str, config: BuildConfig) -> tuple[Scenario, Task] | No
     raise UnknownName(f"task of {name}", wanted, scenario.task_names)
 
 
-def _rows(where: str) -> list[Row]:
+def _rows(where: str) -> list[PlacedFields]:
     path = Path(where)
     if path.suffix in SUFFIXES or path.is_file():
         return _file(path)
@@ -163,7 +163,7 @@ def _scenarios() -> list[str]:
     return [f"{name}/TASK" for name in plugins.names("scenario")]
 
 
-def _file(path: Path) -> list[Row]:
+def _file(path: Path) -> list[PlacedFields]:
     """Rows of a JSON, CSV or Parquet file with what says where each stands."""
     if not path.is_file():
         raise DataError(f"there is no file {path}; give the file that holds the prompts.")
@@ -186,7 +186,7 @@ def _file(path: Path) -> list[Row]:
     return [(f"{path}, {where}", row) for where, row in json_lines(path, text)]
 
 
-def _hub(name: str) -> list[Row]:
+def _hub(name: str) -> list[PlacedFields]:
     """Rows of the training split of a data set on the hub."""
     from datasets import load_dataset
 
@@ -204,7 +204,7 @@ def _hub(name: str) -> list[Row]:
     return [(f"{name}, row {i}", row) for i, row in enumerate(rows, 1)]
 
 
-def _example(row: Row, rule: Scoring | None, config: BuildConfig) -> Example:
+def _example(row: PlacedFields, rule: Scoring | None, config: BuildConfig) -> Example:
     """The row as an example. Raises DataError naming where it stands, what it lacks and what it has."""
     where, fields = row
     if not isinstance(fields, dict):

@@ -101,7 +101,9 @@ def test_the_shortest_index_is_taken_and_its_size_is_exact(case: tuple[int, set[
     where = torch.tensor(sorted(kept), dtype=torch.int64)
     all_gaps = [packing.pack(packing.gap_code(where, w), w).numel() for w in range(1, 12)]
     plain_width = next(w for w in range(1, 12) if numel - 1 < 2**w)
-    plain = (len(kept) * plain_width + 7) // 8  # positions as integers, which gap codes make needless
+    plain = (
+        len(kept) * plain_width + 7
+    ) // 8  # positions as integers, which gap codes make needless
     assert min(all_gaps) <= plain + (len(kept) == 1)
     gap, index = packing.pack_index(where, numel)
     assert index.numel() == min((numel + 7) // 8, *all_gaps)

@@ -38,7 +38,7 @@ from cl_graft.skillpack.compress.policy import (
 )
 from cl_graft.skillpack.compress.work_store import Item, WorkStore
 
-Progress = Callable[[str, float], None]
+PackProgress = Callable[[str, float], None]
 TABLE_CHUNK = 1 << 22  # entries of a table that are weighed at a time
 SMALLEST_SIDE = 4  # a matrix narrower than this has nothing to factorise
 
@@ -86,7 +86,7 @@ def compress(
     store: WorkStore,
     *,
     device: torch.device | str = "cpu",
-    progress: Progress = lambda what, done: None,
+    progress: PackProgress = lambda what, done: None,
 ) -> dict[str, Spec]:
     """Encode every piece; results go into the work store (`fetch`), specs are returned, in the order of pieces.
 
@@ -118,7 +118,7 @@ class _Work:
     policy: Policy
     store: WorkStore
     device: torch.device
-    progress: Progress
+    progress: PackProgress
 
     def delta(self, piece: Piece) -> Tensor:
         """The delta of a matrix, float32 (out, in)."""

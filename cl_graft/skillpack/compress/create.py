@@ -28,7 +28,7 @@ from cl_graft.models.meta_model import MetaModel, meta_model
 from cl_graft.models.roles import tied_head
 from cl_graft.skillpack.codecs import decode
 from cl_graft.skillpack.compress.calibrate import Batch, Moments
-from cl_graft.skillpack.compress.compress import ByteLimit, Piece, Progress, compress, fetch
+from cl_graft.skillpack.compress.compress import ByteLimit, Piece, PackProgress, compress, fetch
 from cl_graft.skillpack.compress.policy import METHODS, Policy
 from cl_graft.skillpack.compress.stream import stream_moments
 from cl_graft.skillpack.compress.work_store import Folder, Item
@@ -72,7 +72,7 @@ def create(
     calibration: Calibration | None = None,
     task: str = "delta",
     device: str = "cpu",
-    progress: Progress = lambda what, done: None,
+    progress: PackProgress = lambda what, done: None,
 ) -> Created:
     """Write the pack `out` of what `tuned` has learned on `base`, both Hugging Face folders.
 
@@ -170,7 +170,7 @@ def _calibrated(
     store: Folder,
     weights: Callable[[str], Tensor] | None,
     device: str,
-    progress: Progress,
+    progress: PackProgress,
 ) -> Moments:
     """Moments whose inputs lie in the work store; an earlier run's, if it got so far."""
     inputs = _Inputs(store)

@@ -17,7 +17,7 @@ from cl_graft.skillpack.codecs import Encoded, Spec
 from cl_graft.skillpack.codecs.encoded import raw
 from cl_graft.skillpack.format import header
 from cl_graft.skillpack.format.errors import CorruptPack, NonFinite, SkillPackError
-from cl_graft.skillpack.format.header import FIELDS, NO_DIGEST, Row
+from cl_graft.skillpack.format.header import FIELDS, NO_DIGEST, TableEntry
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -84,7 +84,7 @@ def write_pack(
     if not header.fits(head):
         raise SkillPackError(f"{path} needs {start} bytes of header; store fewer tensors.")
     size = start + header.payload_bytes(table)
-    rows: dict[str, list[Row]] = {name: [] for name in specs}
+    rows: dict[str, list[TableEntry]] = {name: [] for name in specs}
     for row in table:
         rows[row.name].append(row)
     with replacing(path, partial(_refusal, path, size)) as write:
@@ -115,7 +115,7 @@ def _store(
     name: str,
     spec: Spec,
     fetch: Callable[[str], Encoded],
-    rows: list[Row],
+    rows: list[TableEntry],
     start: int,
     write: Write,
 ) -> str:

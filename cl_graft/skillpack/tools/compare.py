@@ -17,7 +17,7 @@ CHUNK = 1 << 22  # elements that are widened to float64 at a time
 Where = Literal["both", "only in a", "only in b"]
 
 
-class Row(NamedTuple):
+class TensorComparison(NamedTuple):
     """One tensor, or the total of a role.
 
     cosine: of the two deltas, over all elements. difference: ||a - b|| / ||a||. None where a tensor
@@ -40,8 +40,8 @@ class Comparison(NamedTuple):
     """rows: by name. totals: by role, and over everything as "all" at the end."""
 
     same_base: bool
-    rows: list[Row]
-    totals: list[Row]
+    rows: list[TensorComparison]
+    totals: list[TensorComparison]
 
 
 class _Products(NamedTuple):
@@ -71,10 +71,12 @@ def compare(a: SkillPack, b: SkillPack, roles: Mapping[str, str] | None = None) 
     return Comparison(a.base == b.base, rows, [*totals, _total("all", None, rows, products)])
 
 
-def _row(name: str, role: str, a: SkillPack, b: SkillPack, sums: _Products | None) -> Row:
+def _row(
+    name: str, role: str, a: SkillPack, b: SkillPack, sums: _Products | None
+) -> TensorComparison:
     one, other = a.tensors.get(name), b.tensors.get(name)
     where: Where = "only in b" if one is None else "only in a" if other is None else "both"
-    return Row(
+    return TensorComparison(
         name,
         role,
         where,
@@ -86,14 +88,16 @@ def _row(name: str, role: str, a: SkillPack, b: SkillPack, sums: _Products | Non
     )
 
 
-def _total(name: str, role: str | None, rows: list[Row], products: list[_Products | None]) -> Row:
+def _total(
+    name: str, role: str | None, rows: list[TensorComparison], products: list[_Products | None]
+) -> TensorComparison:
     """Sum up all rows of a role, or all rows for None."""
     chosen = [(r, p) for r, p in zip(rows, products, strict=True) if role in (None, r.role)]
     places = {row.where for row, _ in chosen}
     known = [p for _, p in chosen if p is not None]
     sums = _Products(*(sum(values) for values in zip(*known, strict=True))) if known else None
     comparable = sums is not None and len(known) == len(chosen)
-    return Row(
+    return TensorComparison(
         name,
         role or "",
         places.pop() if len(places) == 1 else "both",
