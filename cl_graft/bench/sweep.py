@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from cl_graft.config import RunConfig
-from cl_graft.experiment.executors import Outcome, CellProgress, local
+from cl_graft.experiment.executors import CellProgress, Outcome, local
 from cl_graft.sweep_config import Ray
 
 

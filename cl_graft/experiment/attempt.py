@@ -9,7 +9,7 @@ from typing import Any
 
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, Refused
-from cl_graft.experiment.executors import Outcome, CellProgress
+from cl_graft.experiment.executors import CellProgress, Outcome
 from cl_graft.store.locks import Busy, held
 from cl_graft.store.record import CellBusy, CellFolder
 

@@ -28,7 +28,7 @@ from cl_graft.models.meta_model import MetaModel, meta_model
 from cl_graft.models.roles import tied_head
 from cl_graft.skillpack.codecs import decode
 from cl_graft.skillpack.compress.calibrate import Batch, Moments
-from cl_graft.skillpack.compress.compress import ByteLimit, Piece, PackProgress, compress, fetch
+from cl_graft.skillpack.compress.compress import ByteLimit, PackProgress, Piece, compress, fetch
 from cl_graft.skillpack.compress.policy import METHODS, Policy
 from cl_graft.skillpack.compress.stream import stream_moments
 from cl_graft.skillpack.compress.work_store import Folder, Item
