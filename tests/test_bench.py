@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cl_graft.bench import textbook
+from cl_graft.bench.compose import TASKS, bench_compose
 from cl_graft.bench.error import bench_error
 from cl_graft.bench.layer import bench_layer, relative
 from cl_graft.bench.merge import bench_merge
@@ -100,7 +101,42 @@ def test_the_table_has_a_row_for_every_figure(tmp_path):
     assert text in (tmp_path / "out" / "pack.md").read_text()
 
 
+@pytest.mark.slow
+def test_peak_memory_of_strategies_is_told_with_what_they_keep():
+    small = {"vocab_size": 512, "hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 1}
+    found = bench_compose(("individual", "ties"), small)
+    peaks, runs = found["peaks_mb"], found["runs"]
+    assert found["ties_over_individual"] == peaks["ties"] / peaks["individual"]
+    for name in peaks:
+        whole = 2 * TASKS * runs[name]["parameters"] / 1e6
+        assert whole < runs[name]["kept_mb"] < 1.2 * whole and peaks[name] > runs[name]["kept_mb"]
+
+
 def test_a_misspelt_part_is_answered_with_the_nearest():
     words = [sys.executable, "-m", "cl_graft", "bench", "pack", "--only", "tyme"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "did you mean time" in done.stderr
+
+
+@pytest.mark.slow
+def test_training_is_compared_over_the_same_batches():
+    """The loop's weights are the stage's, so both did the same work; ratios and parts of a tiny run are all there."""
+    from dataclasses import replace
+
+    from cl_graft.bench import train
+
+    tiny = train.Subject(replace(train.MINI.case, hidden=32, inner=64, heads=2, batch=4), 4, 1)
+    ends = []
+    for run in (train.loop, train.sft):
+        model, tokenizer, stage = train.made(tiny)
+        clock = train.Clock()
+        run(model, tokenizer, *stage, clock)
+        assert len(clock.times) == 5
+        ends.append(dict(model.named_parameters()))
+    for name, one in ends[0].items():
+        torch.testing.assert_close(one, ends[1][name], rtol=0, atol=1e-5)
+    found = train.bench_train((tiny,))["mini-llama"]
+    for key in ("sft_over_loop", "sft_over_loop_with_setup", "peak_over_loop"):
+        assert found[key] > 0
+    assert all(ms > 0 for ms in found["sft_parts_ms"].values())
+    assert "| sft_over_loop | " in train.markdown({"mini-llama": found})

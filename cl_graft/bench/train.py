@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import cProfile
 import gc
 import multiprocessing
+import pstats
 import statistics
 import tempfile
 import time
@@ -39,8 +41,24 @@ class Subject:
 
 
 MINI = Subject(Case("mini-llama", 128, 384, 3, 4, 224, batch=16, length=None), 60, 7)
-WIDE = Subject(Case("llama-100m", 768, 2048, 11, 12, 32000, batch=4, length=128), 4, 3)
+WIDE = Subject(Case("llama-100m", 768, 2048, 11, 12, 32000, batch=4, length=128), 3, 3)
 SUBJECTS = (MINI, WIDE)
+
+
+# Parts of a stage, each a function whose time, with what it calls, is told; the last two are the library's set-up.
+PARTS = {
+    "batches": ("transformers/trainer.py", "get_batch_samples"),
+    "forward and loss": ("training/trainer.py", "compute_loss"),
+    "backward": ("accelerate/accelerator.py", "backward"),
+    "clip": ("training/trainer.py", "_clip_grad_norm"),
+    "optimizer": ("accelerate/optimizer.py", "step"),
+    "log and step checkpoints": ("transformers/trainer.py", "_maybe_log_save_evaluate"),
+    "tokenise": ("models/text.py", "encode_all"),
+    "fingerprints": ("format/fingerprint.py", "fingerprint"),
+    "save the stage": ("training/checkpoint.py", "save"),
+    "make TRL's trainer": ("trl/trainer/sft_trainer.py", "__init__"),
+    "collect garbage": ("~", "<built-in method gc.collect>"),
+}
 
 
 class Clock:
@@ -84,10 +102,29 @@ def bench_train(
         torch.set_num_threads(before)
 
 
+def markdown(found: dict[str, Any]) -> str:
+    """A column for each model."""
+    lines = [["", *found], ["---", *("--:" for _ in found)]]
+    for key in ("sft_over_loop", "sft_over_loop_with_setup", "peak_over_loop"):
+        lines.append([key, *(f"{x[key]:.2f}" for x in found.values())])
+        if key + "_wall" in next(iter(found.values())):
+            lines.append(
+                [f"{key}, by the clock", *(f"{x[key + '_wall']:.2f}" for x in found.values())]
+            )
+    for name, told in (("loop", "bare loop"), ("sft", "stage")):
+        for part in ("step_ms", "setup_ms", "peak_mb"):
+            lines.append([f"{told}, {part}", *(f"{x[name][part]:,.1f}" for x in found.values())])
+    for part in PARTS:
+        lines.append(
+            [f"stage, {part}, ms", *(f"{x['sft_parts_ms'][part]:,.0f}" for x in found.values())]
+        )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def _compare(subject: Subject, say: Callable[[str], None]) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Seconds]]] = {"loop": [], "sft": []}
     for name in RUNS:  # imports, caches and the allocator's first pages are nobody's
-        timed(name, subject, steps=min(3, subject.steps))
+        timed(name, subject, steps=2)
     for turn in range(subject.alternations):
         say(f"{subject.case.name}: {turn + 1} of {subject.alternations}")
         for name in RUNS if turn % 2 else reversed(RUNS):
@@ -105,8 +142,9 @@ def _compare(subject: Subject, say: Callable[[str], None]) -> dict[str, Any]:
     steps = subject.steps
     for name in RUNS:
         step, whole = median(name, "step", 1), median(name, "whole", 1)
-        parts = {"step_ms": 1e3 * step, "setup_ms": 1e3 * (whole - steps * step)}
-        figures[name] = {**parts, "peak_mb": peaks[name]}
+        split = {"step_ms": 1e3 * step, "setup_ms": 1e3 * (whole - steps * step)}
+        figures[name] = {**split, "peak_mb": peaks[name]}
+    figures["sft_parts_ms"] = parts(subject)
     figures["conditions"] = {
         "steps": steps,
         "batch": subject.case.batch,
@@ -125,6 +163,22 @@ def timed(name: str, subject: Subject, steps: int | None = None) -> dict[str, Se
     clock = Clock()
     RUNS[name](model, tokenizer, rows, job, clock)
     return clock.found()
+
+
+def parts(subject: Subject) -> dict[str, float]:
+    """Processor milliseconds of one stage by where they go; the profiler's own are in them."""
+    model, tokenizer, (rows, job) = made(subject)
+    profile = cProfile.Profile(time.process_time)
+    profile.runcall(sft, model, tokenizer, rows, job, Clock())
+    times = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    return {
+        part: sum(
+            1e3 * row[3]
+            for (path, _, name), row in times.items()
+            if path.endswith(file) and name == function
+        )
+        for part, (file, function) in PARTS.items()
+    }
 
 
 def made(subject: Subject) -> tuple[Any, Any, Stage]:

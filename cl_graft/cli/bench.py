@@ -68,11 +68,21 @@ def bench_plan(
         print_tables([estimates(rows)])
 
 
-@app.command("train")
-def bench_train() -> None:
-    """An SFT stage beside a bare PyTorch loop over the same batches: ratios of time and of peak memory."""
-    measure = _benchmark("train")
-    typer.echo(json.dumps(measure(say=lambda what: typer.echo(what, err=True)), indent=1))
+@app.command("routing")
+def bench_routing(
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Prompts of several packs answered in one forward, beside a group a pack: processor seconds."""
+    figures = _benchmark("routing")()
+    if json_:
+        typer.echo(json.dumps(figures, indent=1))
+        return
+    for model, told in figures.items():
+        typer.echo(
+            f"{model}: {told['prompts']} prompts, {told['packs']} packs, {told['new_tokens']} new tokens: grouped "
+            f"{told['grouped']:.2f} s, attached {told['attached']:.2f} s, "
+            f"{told['attached_over_grouped']:.2f} times as long"
+        )
 
 
 @app.command("compose")
@@ -89,6 +99,18 @@ def bench_compose(
     for name, run in figures["runs"].items():
         typer.echo(f"{name:16} {run['peak_mb']:6.0f} MB at most, {run['kept_mb']:6.0f} MB kept")
     typer.echo(f"ties over individual {figures['ties_over_individual']:.2f}")
+
+
+@app.command("train")
+def bench_train(
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """An SFT stage beside a bare PyTorch loop over the same batches: time, set-up, memory, and where it goes."""
+    measure = _benchmark("train")
+    from cl_graft.bench.train import markdown
+
+    figures = measure(say=lambda what: typer.echo(what, err=True))
+    typer.echo(json.dumps(figures, indent=1) if json_ else markdown(figures))
 
 
 @app.command("sweep")

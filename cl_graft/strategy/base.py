@@ -347,7 +347,9 @@ class Strategy(BaseTemplate):
         names = self.scenario.task_names if self.keeps == "per_task" else ()
         self.answered[task.name] = Answered(key(task, groups)[1:], groups, names)
         found = self.examiner.measure(task, groups, len(self.packs))
-        if not self.current_eval_stream:  # within an evaluation the next task may be answered by the same weights
+        if (
+            not self.current_eval_stream
+        ):  # within an evaluation the next task may be answered by the same weights
             self.grafted.unload()
         return found
 

@@ -43,7 +43,7 @@ from cl_graft.store.files import (
 from cl_graft.store.locks import locked, use
 from cl_graft.store.mirror import Mirror
 from cl_graft.task import Pair, Preference, Task
-from cl_graft.training import adapters, checkpoint, config, fit, preferences, term, trainer
+from cl_graft.training import adapters, checkpoint, config, fit, loss, preferences, term, trainer
 from cl_graft.training.config import Row, StageConfig
 from cl_graft.training.term import Term
 
@@ -251,7 +251,7 @@ def stage_key(
 
 def training_code() -> str:
     """Digest of the code that a stage's outcome depends on."""
-    return code_digest(fit, trainer, term, config, adapters, text)
+    return code_digest(fit, trainer, loss, term, config, adapters, text)
 
 
 @contextmanager
