@@ -73,7 +73,8 @@ def bench_routing(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Prompts of several packs answered in one forward, beside a group a pack: processor seconds."""
-    figures = _benchmark("routing")()
+    measure = _benchmark("routing")
+    figures = measure()
     if json_:
         typer.echo(json.dumps(figures, indent=1))
         return
