@@ -27,8 +27,8 @@ class tall_mask(Strategy):
         vector, masks = {}, {}
         for name in own:
             of_tasks = {task: tensors[name] for task, tensors in deltas.items()}
-            vector[name], found = shared(of_tasks, mask_lambda)
-            masks |= {f"{task}/{name}": bits for task, bits in found.items()}
+            vector[name], masks_of = shared(of_tasks, mask_lambda)
+            masks |= {f"{task}/{name}": bits for task, bits in masks_of.items()}
         return Kept(own, {"vector": vector, "masks": masks})
 
     # by the recipe alone, so that its stages are those of all methods that train from the base

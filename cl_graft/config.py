@@ -43,8 +43,8 @@ class ModuleOf:
 
     def names(self) -> list[str]:
         spec = find_spec(self.package)
-        found = iter_modules(spec.submodule_search_locations if spec else None)
-        return sorted({module.name for module in found} - {*self.besides})
+        modules = iter_modules(spec.submodule_search_locations if spec else None)
+        return sorted({module.name for module in modules} - {*self.besides})
 
     def __call__(self, name: str) -> str:
         if name not in self.names():
@@ -243,22 +243,22 @@ class RunConfig(Whereabouts, Settings, Axes):
 
     def _set(self) -> dict[str, Any]:
         """The fields that decide the result, differ from their defaults, and have no part of a cell's name."""
-        found = {}
+        changed = {}
         for name, field in {**Axes.model_fields, **Settings.model_fields}.items():
             value = getattr(self, name)
             tells = all(getattr(self, k) == v for k, v in _extra(field).get("when", {}).items())
             if name not in SHOWN and value != field.default and tells:
-                found[name] = value
-        return found
+                changed[name] = value
+        return changed
 
     @property
     def scorers(self) -> dict[str, dict[str, Any]]:
         """{scorer: {option: value}} of `scoring`."""
-        found: dict[str, dict[str, Any]] = {}
+        options: dict[str, dict[str, Any]] = {}
         for told, value in self.scoring.items():
             scorer, _, option = told.rpartition(".")
-            found.setdefault(scorer, {})[option] = value
-        return found
+            options.setdefault(scorer, {})[option] = value
+        return options
 
     @property
     def label(self) -> str:
@@ -330,8 +330,8 @@ def _choices(parts: Iterable[Any]) -> list[str]:
         inner = get_args(part)
         if inner and all(isinstance(value, str) for value in inner):
             return list(inner)
-        if found := _choices(inner):
-            return found
+        if values := _choices(inner):
+            return values
     return []
 
 

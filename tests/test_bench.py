@@ -18,7 +18,7 @@ from cl_graft.bench.size import bytes_over_theory
 from cl_graft.bench.table import markdown, write
 from cl_graft.skillpack.codecs import dense, quantized_low_rank, sparse
 from cl_graft.skillpack.codecs.quant import round_to_nearest
-from cl_graft.skillpack.compress.gptq import gptq
+from cl_graft.skillpack.compress.gptq import gptq_many
 from cl_graft.skillpack.format.file import SkillPack
 
 
@@ -33,7 +33,7 @@ def test_the_textbooks_gptq_is_gptq():
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
     x, hessian = moment(64)
     plain = {"search": False, "polish": 0, "act_order": True, "group_size": 128}
-    ours = relative(x, weight, gptq(weight, hessian, 3, **plain).dequantize())
+    ours = relative(x, weight, gptq_many([weight], hessian, 3, **plain)[0].dequantize())
     theirs = relative(x, weight, textbook.gptq(weight, hessian, 3))
     nearest = relative(x, weight, round_to_nearest(weight, 3, 128, search=False).dequantize())
     assert theirs == pytest.approx(ours, rel=0.05)

@@ -176,8 +176,8 @@ def _cell(
                 **({"taken_for": taken[t][i]} if taken[t] else {}),
             }
             for t, metrics in outcomes.items()
-            for m, found in metrics.items()
-            for i, o in enumerate(found)
+            for m, scored in metrics.items()
+            for i, o in enumerate(scored)
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (where / "examples.jsonl").write_text(text)

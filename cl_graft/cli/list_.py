@@ -68,7 +68,7 @@ def _models() -> Iterator[tuple[str, str, str]]:
 
 
 def _fields() -> Iterator[tuple[str, str, str]]:
-    """Those of a sweep file, with their defaults."""
+    """List the fields of a sweep file, with their defaults."""
     from cl_graft.config import told
     from cl_graft.sweep_config import Sweep, yaml_of
 

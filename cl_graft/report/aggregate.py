@@ -95,7 +95,7 @@ class Series:
         return self.over_seeds(lambda cell: [math.nan, *alive(cell)][-1])[0], largest
 
     def seconds(self) -> list[float]:
-        """By KINDS."""
+        """Seconds of each of KINDS, on average over seeds."""
         return [
             self.over_seeds(lambda cell: number((cell.get("seconds") or {}).get(kind)))[0]  # noqa: B023
             for kind in KINDS
@@ -108,7 +108,7 @@ class Series:
         return [*spent, sum(spent)], [self.over_seeds(lambda c: number(c.get(k)))[0] for k in rest]  # noqa: B023
 
     def by_task(self) -> list[tuple[float, float, float, float]]:
-        """Of each task: before any learning, once it was learned, at the end, and the end less once learned."""
+        """Scores of each task: before any learning, once it was learned, at the end, and the end less once learned."""
         ends = zip(self.mean[0], np.diagonal(self.mean, -1), self.mean[-1], strict=True)
         return [(float(b), float(k), float(e), float(e - k)) for b, k, e in ends]
 

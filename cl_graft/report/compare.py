@@ -182,7 +182,7 @@ def _tested(found: Difference | None, a: Interval | None, b: Interval | None) ->
 
 
 def _seeds(found: Difference | None, whole: Pairs) -> str:
-    """Those that were paired, and of how many if not of all."""
+    """The number of seeds that were paired, and of how many if not of all."""
     if found is None or found.seeds == len(whole):
         return str(len(whole))
     return f"{found.seeds} of {len(whole)}"

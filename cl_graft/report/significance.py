@@ -159,7 +159,7 @@ def op_interval(line: Series, sample: Sample) -> Interval | None:
 
 
 def interval(values: Sequence[float | None], sample: Sample, known: Estimate) -> Interval | None:
-    """Of a score, one value a seed: over seeds, or over the test examples of a single one.
+    """Interval of a score, one value a seed: over seeds, or over the test examples of a single one.
 
     known: mean and standard error, which serve where there are no such examples. None where a seed is unmeasured.
     """

@@ -35,6 +35,7 @@ from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
 from cl_graft.routing.base import Router
 from cl_graft.skillpack.codecs.exact import exact, original
+from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.digests import digest
@@ -328,6 +329,7 @@ class Strategy(BaseTemplate):
             self.shared[name] = self._pack(task, tensors)
         if self.budgeted:
             self._require_fit()
+        release()
         self._seconds["train"] += self.log.seconds - trained
         self._seconds["compress"] += perf_counter() - begun - self._training_wall
         self.clock.train_iterations += task.training.steps

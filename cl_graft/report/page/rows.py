@@ -31,7 +31,7 @@ class Datum:
 
 
 def link(found: Found) -> str:
-    """Of a cell's page, from the index."""
+    """The address of a cell's page, from the index."""
     return quote(file(found, Path()).as_posix())
 
 
@@ -66,7 +66,7 @@ def ranking(found: Sequence[Standing]) -> list[dict[str, Any]]:
 
 
 def by_task(found: Standing) -> dict[str, Any]:
-    """Of each task: before any learning, once learned, at the end, and what was lost since it was learned."""
+    """Scores of each task: before any learning, once learned, at the end, and what was lost since it was learned."""
     parts = []
     for *scores, change in found.line.by_task():
         tint = 0.0 if math.isnan(change) else round(max(-1.0, min(1.0, change)), 3)
@@ -129,7 +129,7 @@ def _ends(found: Interval) -> list[float]:
 
 
 def _p(found: Standing) -> Datum:
-    """With the seeds that were paired, where those are not all."""
+    """The probability, with the seeds that were paired, where those are not all."""
     d = found.behind
     if d is None:
         return Datum(UNMEASURED)

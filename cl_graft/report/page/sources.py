@@ -1,4 +1,4 @@
-"""Of what a figure and a page are made, as digests: told cheaply, by the times and sizes of a cell's files."""
+"""Digests of what a figure and a page are made of: told cheaply, by the times and sizes of a cell's files."""
 
 from __future__ import annotations
 
