@@ -59,9 +59,11 @@ def project(
     rows = Random(f"{seed}/{step}").sample(everyone, min(batch, len(everyone)))
     parameters = dict(model.named_parameters())
     loss = model(**some(state, rows), use_cache=False).loss
-    found = torch.autograd.grad(loss, [parameters[n] for n in gradients], allow_unused=True)
+    reference = torch.autograd.grad(loss, [parameters[n] for n in gradients], allow_unused=True)
     pairs = [
-        (g, r.to(g.dtype)) for g, r in zip(gradients.values(), found, strict=True) if r is not None
+        (g, r.to(g.dtype))
+        for g, r in zip(gradients.values(), reference, strict=True)
+        if r is not None
     ]
     inner = torch.stack([(g * r).sum() for g, r in pairs]).sum()
     if inner < 0:

@@ -30,8 +30,9 @@ class emr(Strategy):
         own = context.dense(self.fine_tune(task, context))
         deltas = {pack.task: pack.tensors for pack in self.packs} | {task.name: own}
         vector, masks = {}, {}
-        sizes, masked = Counter(), Counter()  # sum |D_t| and sum |m_t u|
-        for name in own:  # of which one task's delta is decoded at a time
+        # sum |D_t| and sum |m_t u|
+        sizes, masked = Counter(), Counter()
+        for name in own:
             u = elected([tensors[name] for tensors in deltas.values()])
             vector[name] = dense(u)
             for other, tensors in deltas.items():
@@ -42,7 +43,8 @@ class emr(Strategy):
         scales = {t: exact(torch.tensor(sizes[t] / (masked[t] or 1.0))) for t in deltas}
         return Kept(own, {"vector": vector, "masks": masks, "scales": scales})
 
-    learn.pure = True  # type: ignore[attr-defined]  # it trains by the recipe, as all that start from the base
+    # by the recipe alone, so that its stages are those of all methods that train from the base
+    learn.pure = True
 
     def compose(self, task):
         if task is None or task >= len(self.packs):
@@ -52,7 +54,7 @@ class emr(Strategy):
 
 
 def elected(encoded):
-    """u of a parameter, from its encoded deltas."""
+    """u of a parameter, from its encoded deltas, of which one is decoded at a time."""
     sign = torch.where(sum(map(decode, encoded)) > 0, 1.0, -1.0)
     largest = torch.zeros_like(sign)
     for change in map(decode, encoded):

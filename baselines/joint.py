@@ -6,7 +6,7 @@ from cl_graft.strategy import Strategy
 
 
 class joint(Strategy):
-    """At stage i the union of tasks 1..i is learned with i times one task's steps, from the base."""
+    """Joint training: stage i learns the union of tasks 1..i with i times one task's steps, from the base."""
 
     keeps = "latest"
     budgeted = False

@@ -15,8 +15,8 @@ from cl_graft.training.term import Term
 
 
 class lwf(Strategy):
-    """From the second task on, T^2 KL(old || new) of the next-token distributions at temperature T is added to the
-    loss: at every answer token of the new task's batches, `old` being the model that the task's training starts from.
+    """Distillation from the second task on: the loss is raised by T^2 KL(old || new) of the next-token distributions at
+    temperature T, over every answer token of the new task's batches; `old` is the model that the task starts from.
 
     No text and no model of earlier tasks is kept: what `sequential` keeps is all. DPO is held to the same old model,
     in chosen and rejected answers. A step costs one forward pass more, the weights of the old model, and logits of

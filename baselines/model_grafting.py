@@ -78,9 +78,9 @@ def _gradient(context, delta, soft, batches) -> dict[str, Tensor]:
     context.model.zero_grad(set_to_none=True)
     for batch in batches:
         (context.model(**batch).loss / len(batches)).backward()
-    found = {n: p.grad.float() for n, p in context.model.named_parameters() if n in delta}
+    gradients = {n: p.grad.float() for n, p in context.model.named_parameters() if n in delta}
     context.model.zero_grad(set_to_none=True)
-    return found
+    return gradients
 
 
 @torch.no_grad()

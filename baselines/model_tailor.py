@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cl_graft.budget import largest
-from cl_graft.errors import OverBudget
+from cl_graft.budget import largest_within
 from cl_graft.skillpack.codecs import sparse
 from cl_graft.skillpack.compress.calibrate import linear_layers, stored_transposed
 from cl_graft.strategy import compressor
@@ -55,15 +54,12 @@ def model_tailor(
         """Top `per_block` entries of 10,000 in every block of every row group."""
         return {n: _top_of_block(s, per_block / 10_000, block) for n, s in scores.items()}
 
-    def fits(per_block: int) -> bool:
+    def cost(per_block: int) -> int:
         kept = {n: sparse(oriented(n, delta[n]), m) for n, m in masks(per_block).items() if m.any()}
-        return context.cost(kept) <= context.budget.bytes
+        return context.cost(kept)
 
-    chosen = largest(fits, 1, round(density * 10_000))
-    if chosen < 1:
-        raise OverBudget(
-            f"the budget {context.budget.text} holds no weight of each layer; raise it."
-        )
+    most = round(density * 10_000)
+    chosen = largest_within(context.budget, cost, most, "one entry in 10,000 of each layer")
     sign = 1.0 if released_sign else -1.0
     encoded = {}
     for name, mask in masks(chosen).items():

@@ -2,8 +2,7 @@
 
 from math import prod
 
-from cl_graft.budget import largest
-from cl_graft.errors import OverBudget
+from cl_graft.budget import largest_within
 from cl_graft.skillpack.codecs import dense, dense_spec, low_rank, low_rank_spec
 from cl_graft.skillpack.compress.factorise import spectrum
 from cl_graft.strategy import compressor
@@ -16,15 +15,12 @@ def svd(delta, context, *, rank: int | None = None):
     the budget holds.
     """
 
-    def fits(rank: int) -> bool:
+    def cost(rank: int) -> int:
         specs = {name: _spec(tuple(x.shape), rank) for name, x in delta.items()}
-        return context.cost_of(specs) <= context.budget.bytes
+        return context.cost_of(specs)
 
-    rank = rank or largest(fits, 1, max(max(x.shape) for x in delta.values()))
-    if rank < 1:
-        raise OverBudget(
-            f"the budget {context.budget.text} does not hold rank 1 of every matrix; raise it."
-        )
+    most = max(max(x.shape) for x in delta.values())
+    rank = rank or largest_within(context.budget, cost, most, "rank 1 of every matrix")
     return {name: _encoded(x, rank) for name, x in delta.items()}
 
 
@@ -39,5 +35,5 @@ def _spec(shape, rank):
 def _encoded(x, rank):
     if not _is_smaller(x.shape, rank):
         return dense(x)
-    found = spectrum(x, None)
-    return low_rank(found.left(x, None, rank), found.right(x, rank))
+    factors = spectrum(x, None)
+    return low_rank(factors.left(x, None, rank), factors.right(x, rank))

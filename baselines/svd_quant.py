@@ -1,7 +1,6 @@
 """SVD of every matrix of the delta, its factors quantised ("SVD+quant" in figures 7 and 8 of arXiv 2505.18502)."""
 
-from cl_graft.budget import largest
-from cl_graft.errors import OverBudget
+from cl_graft.budget import largest_within
 from cl_graft.skillpack.codecs import dense, dense_spec
 from cl_graft.skillpack.compress.factorise import Factored, encode, spec_of, spectrum
 from cl_graft.strategy import compressor
@@ -19,9 +18,9 @@ def svd_quant(delta, context, *, rank: int | None = None, bits: int = 4, group_s
             return spec_of({bits: min(rank, *shape)}, shape, group_size)
         return dense_spec(shape)
 
-    def fits(rank: int) -> bool:
+    def cost(rank: int) -> int:
         specs = {name: spec(tuple(x.shape), rank) for name, x in delta.items()}
-        return context.cost_of(specs) <= context.budget.bytes
+        return context.cost_of(specs)
 
     def encoded(x, rank: int):
         if x.ndim != 2:
@@ -29,9 +28,6 @@ def svd_quant(delta, context, *, rank: int | None = None, bits: int = 4, group_s
         matrix = Factored(x, spectrum(x, None), {bits: min(rank, *x.shape)})
         return encode([matrix], None, group_size=group_size, aware=False, refit=False)[0]
 
-    rank = rank or largest(fits, 1, max(min(x.shape) for x in delta.values() if x.ndim == 2))
-    if rank < 1:
-        raise OverBudget(
-            f"the budget {context.budget.text} does not hold rank 1 of every matrix; raise it."
-        )
+    most = max(min(x.shape) for x in delta.values() if x.ndim == 2)
+    rank = rank or largest_within(context.budget, cost, most, "rank 1 of every matrix")
     return {name: encoded(x, rank) for name, x in delta.items() if x.ndim != 2 or x.any()}

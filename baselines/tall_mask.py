@@ -27,11 +27,12 @@ class tall_mask(Strategy):
         vector, masks = {}, {}
         for name in own:
             of_tasks = {task: tensors[name] for task, tensors in deltas.items()}
-            vector[name], found = shared(of_tasks, mask_lambda)
-            masks |= {f"{task}/{name}": bits for task, bits in found.items()}
+            vector[name], masks_of = shared(of_tasks, mask_lambda)
+            masks |= {f"{task}/{name}": bits for task, bits in masks_of.items()}
         return Kept(own, {"vector": vector, "masks": masks})
 
-    learn.pure = True  # type: ignore[attr-defined]  # it trains by the recipe, as all that start from the base
+    # by the recipe alone, so that its stages are those of all methods that train from the base
+    learn.pure = True
 
     def compose(self, task):
         if task is None or task >= len(self.packs):

@@ -4,7 +4,9 @@ import torch
 
 from cl_graft.strategy import merger
 
-PART = 1 << 20  # entries at a time: several copies of them are held
+# Entries at a time, of which several copies are held. A power of two: torch sums the last few columns of a tensor in
+# another order than the rest, and those are then the same however many parts there are.
+PART = 1 << 20
 
 
 def threshold(delta, *, density):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, OverBudget
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -60,3 +60,16 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def largest_within(budget: Budget, cost: Callable[[int], int], high: int, one: str) -> int:
+    """The largest count in [1, high] whose `cost`, in bytes, the budget allows; cost never falls as counts rise.
+
+    one: what the smallest count is of what, for the sentence. Raises OverBudget where even that costs too much.
+    """
+    count = largest(lambda count: cost(count) <= budget.bytes, 1, high)
+    if count < 1:
+        raise OverBudget(
+            f"the budget {budget.text} ({budget.bytes} bytes) does not hold {one}; raise it."
+        )
+    return count

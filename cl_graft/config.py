@@ -43,8 +43,8 @@ class ModuleOf:
 
     def names(self) -> list[str]:
         spec = find_spec(self.package)
-        found = iter_modules(spec.submodule_search_locations if spec else None)
-        return sorted({module.name for module in found} - {*self.besides})
+        modules = iter_modules(spec.submodule_search_locations if spec else None)
+        return sorted({module.name for module in modules} - {*self.besides})
 
     def __call__(self, name: str) -> str:
         if name not in self.names():
@@ -171,6 +171,12 @@ class Settings(Frozen):
         description="Name, or path of a .py file, of what infers the task where task_ids is inferred.",
         json_schema_extra={"when": {"task_ids": "inferred"}},
     )
+    router_options: Annotated[dict[str, Any], BeforeValidator(_values)] = Field(
+        default={},
+        description="OPTION=VALUE of the router.",
+        examples=[{"regularisation": 0.01}],
+        json_schema_extra={"when": {"task_ids": "inferred"}},
+    )
 
 
 class Whereabouts(Frozen):
@@ -216,7 +222,7 @@ class Whereabouts(Frozen):
 class RunConfig(Whereabouts, Settings, Axes):
     """One cell: scenario x strategy x model x seed x budget, with options.
 
-    options: {name of the scenario, strategy or router: {option: value}}.
+    options: {scenario or strategy name: {option: value}}.
     """
 
     options: dict[str, dict[str, Any]] = {}
@@ -237,26 +243,22 @@ class RunConfig(Whereabouts, Settings, Axes):
 
     def _set(self) -> dict[str, Any]:
         """The fields that decide the result, differ from their defaults, and have no part of a cell's name."""
-        found = {}
+        changed = {}
         for name, field in {**Axes.model_fields, **Settings.model_fields}.items():
             value = getattr(self, name)
             tells = all(getattr(self, k) == v for k, v in _extra(field).get("when", {}).items())
             if name not in SHOWN and value != field.default and tells:
-                found[name] = value
-        return found
+                changed[name] = value
+        return changed
 
     @property
     def scorers(self) -> dict[str, dict[str, Any]]:
         """{scorer: {option: value}} of `scoring`."""
-        found: dict[str, dict[str, Any]] = {}
+        options: dict[str, dict[str, Any]] = {}
         for told, value in self.scoring.items():
             scorer, _, option = told.rpartition(".")
-            found.setdefault(scorer, {})[option] = value
-        return found
-
-    def _router(self) -> list[str]:
-        """Short name of the router, where there is one whose options tell."""
-        return [self.short(self.router)] if self.task_ids == "inferred" else []
+            options.setdefault(scorer, {})[option] = value
+        return options
 
     @property
     def label(self) -> str:
@@ -265,8 +267,6 @@ class RunConfig(Whereabouts, Settings, Axes):
         for name, value in self._set().items():
             several = value if isinstance(value, dict) else {"": value}
             more |= {f"{name}.{key}".rstrip("."): part for key, part in several.items()}
-        for router in self._router():
-            more |= {f"{router}.{k}": v for k, v in self.options.get(router, {}).items()}
         return self._with_options(self.short(self.strategy), more)
 
     @property
@@ -289,8 +289,7 @@ class RunConfig(Whereabouts, Settings, Axes):
         budget = re.sub(r"[^A-Za-z0-9.]+", "pct", self.budget, count=1)
         readable = [re.sub(r"[^A-Za-z0-9._-]+", "-", name) for name in (scenario, strategy)]
         parts = [*readable, model, budget, f"seed{self.seed}"]
-        own = (scenario, strategy, *self._router())
-        relevant = {k: v for k, v in self.options.items() if k in own and v}
+        relevant = {k: v for k, v in self.options.items() if k in (scenario, strategy) and v}
         told: list[Any] = [relevant, self.threads]
         if self.train_on:
             told.append({task: str(folder) for task, folder in self.train_on.items()})
@@ -331,8 +330,8 @@ def _choices(parts: Iterable[Any]) -> list[str]:
         inner = get_args(part)
         if inner and all(isinstance(value, str) for value in inner):
             return list(inner)
-        if found := _choices(inner):
-            return found
+        if values := _choices(inner):
+            return values
     return []
 
 

@@ -10,7 +10,7 @@ report, tracker and list of metrics.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -219,32 +219,6 @@ class PerformanceMatrix:
             "n": None if self.n is None else _plain(self.n, int),
             "stderr": None if self.stderr is None else _plain(self.stderr),
         }
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> PerformanceMatrix:
-        """The inverse of `to_dict`. Raises MatrixError where `tasks` or `scores` is missing."""
-        for key in ("tasks", "scores"):
-            if key not in record:
-                raise MatrixError(
-                    f"the record of a performance matrix has no {key!r}; "
-                    "write it with PerformanceMatrix.to_dict()."
-                )
-        return cls(record["scores"], record["tasks"], record.get("n"), record.get("stderr"))
-
-
-def binomial_stderr(mean: float, n: int) -> float:
-    """Standard error of a share of successes, `sqrt(mean (1 - mean) / n)`; NaN when n = 0.
-
-    For outcomes of 0 and 1 of which only the mean was kept; `mean_stderr` of the outcomes
-    themselves divides by n - 1 and is a little larger. Raises MatrixError for a mean outside [0, 1]
-    or a negative n.
-    """
-    if not 0.0 <= mean <= 1.0 or n < 0:
-        raise MatrixError(
-            f"a share of successes of {mean} over {n} examples is impossible; "
-            "give a mean between 0 and 1 and the number of examples."
-        )
-    return math.sqrt(mean * (1.0 - mean) / n) if n else math.nan
 
 
 def mean_stderr(values: Sequence[float] | FloatArray) -> float:

@@ -59,7 +59,7 @@ def signal_name(number: int) -> str:
 
 
 def end_with_parent() -> None:
-    """This process is not to outlive the one that started it: it is told to end, and ends within ten seconds."""
+    """End this process when the one that started it has ended: it is told to, and is gone within ten seconds."""
 
     def wait(parent: Any) -> None:
         parent.join()

@@ -107,7 +107,7 @@ class Sweep(Whereabouts, Settings, Lists):
         shared = {k: getattr(self, k) for k in RunConfig.model_fields if k in Sweep.model_fields}
         shared = {k: v for k, v in shared.items() if k not in Axes.model_fields}
         order = sorted(Axes.model_fields, key=lambda name: (name != "seed", name == "strategy"))
-        found: dict[str, RunConfig] = {}
+        by_name: dict[str, RunConfig] = {}
         for chosen in itertools.product(*map(self._along, order)):
             values = dict(zip(order, chosen, strict=True))
             options: dict[str, Options] = {}
@@ -115,8 +115,8 @@ class Sweep(Whereabouts, Settings, Lists):
                 values[kind], own = values[kind]
                 options |= _owned(values[kind], own)
             config = RunConfig(**values, options=options, **shared)
-            found.setdefault(config.cell, config)
-        return list(found.values())
+            by_name.setdefault(config.cell, config)
+        return list(by_name.values())
 
     def _along(self, name: str) -> list[Any]:
         """The values of an axis; of scenarios and strategies, with each choice of their options."""
@@ -124,7 +124,7 @@ class Sweep(Whereabouts, Settings, Lists):
         return list(_each(name, values)) if name in PLUGINS else values
 
     def save(self, folder: Path) -> None:
-        """As `folder`/sweep.yaml, from which it can be resumed."""
+        """Write `folder`/sweep.yaml, from which the sweep can be resumed."""
         import yaml
 
         said = self.model_dump(mode="json", exclude_defaults=True, exclude={"out"})
@@ -197,7 +197,7 @@ def read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise CLGraftError(
             f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); `cl-graft init` writes a file to "
@@ -207,13 +207,14 @@ def read(path: Path) -> dict[str, Any]:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise CLGraftError(f"{path}{line} is not YAML ({problem or error}); mend it.") from error
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise CLGraftError(f"{path} sets no fields; `cl-graft init` writes a file to begin with.")
-    return found
+    return fields
 
 
 def with_options(fields: Mapping[str, Any], sets: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
-    """The fields with (owner, option, value) put into every entry of that scenario or strategy, or else into `scoring`.
+    """The fields with (owner, option, value) put into every entry of that scenario or strategy, or else into
+    `router_options` or `scoring`.
 
     Which scorers there are is known once the scenario is made. Raises UnknownName for a scenario or strategy that is
     not of this sweep.
@@ -224,11 +225,15 @@ def with_options(fields: Mapping[str, Any], sets: Sequence[tuple[str, str, Any]]
     }
     everything = [entry for kind in entries.values() for entry in kind]
     scoring = dict(fields.get("scoring") or {})
+    routing = dict(fields.get("router_options") or {})
+    router = RunConfig.short(fields.get("router") or Settings.model_fields["router"].default)
     for owner, option, value in sets:
         own = [options for name, options in everything if RunConfig.short(name) == owner]
         for options in own:
             options[option] = value
-        if not own:
+        if owner == router:
+            routing[option] = value
+        elif not own:
             if any(owner in plugins.names(kind) for kind in PLUGINS):
                 names = [RunConfig.short(name) for name, _ in everything]
                 raise UnknownName("scenario or strategy in this sweep", owner, names)
@@ -236,11 +241,12 @@ def with_options(fields: Mapping[str, Any], sets: Sequence[tuple[str, str, Any]]
     return {
         **fields,
         **{
-            kind: [{name: options} if options else name for name, options in found]
-            for kind, found in entries.items()
-            if found
+            kind: [{name: options} if options else name for name, options in named]
+            for kind, named in entries.items()
+            if named
         },
         **({"scoring": scoring} if scoring else {}),
+        **({"router_options": routing} if routing else {}),
     }
 
 

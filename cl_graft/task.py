@@ -169,6 +169,6 @@ class Scenario:
         return tuple(task.name for task in self.tasks)
 
     def with_training(self, **changes) -> Scenario:
-        """The same scenario with fields of every task's `Training` changed."""
+        """A copy of the scenario with fields of every task's `Training` changed."""
         tasks = [replace(task, training=replace(task.training, **changes)) for task in self.tasks]
         return replace(self, tasks=tuple(tasks))

@@ -65,8 +65,8 @@ def math_code(
     def task(name: str, score: str, suites: Sequence[str], sft: str, dpo: str) -> Task:
         test = []
         for suite in suites:
-            found = examples(suite, data_dir)
-            test += found if test_size is None else sample(found, test_size, f"test/{suite}")
+            problems = examples(suite, data_dir)
+            test += problems if test_size is None else sample(problems, test_size, f"test/{suite}")
         seen = {example.prompt for example in test}
         train = [e for e in gather(SFT, "sft", name, sft, train_size, seed) if e.prompt not in seen]
         pairs = [] if dpo == "none" else gather(DPO, "dpo", name, dpo, train_size, seed)
@@ -113,7 +113,7 @@ class Source(NamedTuple):
     """A data set of the hub. rows: how many FuseChat-3.0 drew from it (SFT), where it is not its own data set."""
 
     place: str
-    adapt: Callable[[hub.Row], Any]
+    adapt: Callable[[hub.HubRow], Any]
     columns: tuple[str, ...]
     split: str = "train"
     rows: int | None = None
@@ -125,33 +125,33 @@ def turns(conversation: Sequence[dict[str, str]]) -> list[str]:
     return [text for who, text in said if who != "system"]
 
 
-def fusechat_sft(row: hub.Row) -> Example:
+def fusechat_sft(row: hub.HubRow) -> Example:
     question, answer = turns(row["conversations"])[:2]
     return Example(question, answer)
 
 
-def fusechat_dpo(row: hub.Row) -> Pair:
+def fusechat_dpo(row: hub.HubRow) -> Pair:
     return Pair(turns(row["prompt"])[0], turns(row["chosen"])[-1], turns(row["rejected"])[-1])
 
 
-def openmathinstruct(row: hub.Row) -> Example:
+def openmathinstruct(row: hub.HubRow) -> Example:
     return Example(reasoning(row["problem"]), row["generated_solution"].strip())
 
 
-def leetcode(row: hub.Row) -> Example:
+def leetcode(row: hub.HubRow) -> Example:
     """The answer is the Python one of four languages, with its explanation."""
     return Example(f"{row['content'].strip()}\n\nSolve it in Python.", row["python"].strip())
 
 
-def self_oss(row: hub.Row) -> Example:
+def self_oss(row: hub.HubRow) -> Example:
     return Example(row["instruction"].strip(), row["response"].strip())
 
 
-def local_sft(row: hub.Row) -> Example:
+def local_sft(row: hub.HubRow) -> Example:
     return Example(row["prompt"], row["completion"])
 
 
-def local_dpo(row: hub.Row) -> Pair:
+def local_dpo(row: hub.HubRow) -> Pair:
     return Pair(row["prompt"], row["chosen"], row["rejected"])
 
 
@@ -192,13 +192,13 @@ def gather(
 
     Raises UnknownName for what is neither a source nor a folder, DataError for data of another form.
     """
-    found: list[Any] = []
+    rows: list[Any] = []
     for name in [names] if Path(names).is_dir() else names.split("+"):
         if name not in known and not Path(name).is_dir():
             raise UnknownName(f"{config} data", name, [*known, "a folder"])
         source = known.get(name, LOCAL[config])
         most = min((n for n in (source.rows, size) if n is not None), default=None)
-        found += hub.rows(
+        rows += hub.rows(
             source.place or name,
             source.adapt,
             source.columns,
@@ -208,7 +208,7 @@ def gather(
             size=most,
             seed=f"{config}/{seed}/{task}/{name}",
         )
-    return found if size is None else sample(found, size, f"{config}/{seed}/{task}")
+    return rows if size is None else sample(rows, size, f"{config}/{seed}/{task}")
 
 
 def plain(text: str) -> str:

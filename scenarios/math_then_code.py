@@ -62,7 +62,7 @@ def question(text: str) -> str:
 
 
 def mawps(data_dir: Path | None) -> tuple[list[Example], list[Example]]:
-    """Its one file, split by a fixed seed: 400 problems for the test, no problem in both."""
+    """MAWPS's one file, split by a fixed seed: 400 problems for the test, no problem in both."""
     seen: dict[str, Example] = {}
     for row in records(data_dir, "mawps/test.jsonl", {"input": str, "target": (int, float)}):
         prompt = question(row["input"])

@@ -79,15 +79,15 @@ def examples(
         raise DataError(
             f"{seed!r} of mini would be empty; ask for a size of at least 1, not {size}."
         )
-    rng, found = Random(seed), []
+    rng, items = Random(seed), []
     for _ in range(100 * size + 1000):
         item = source(rng)
         prompt = toy_language.prompt(item.question)
         if prompt not in excluded:
             tests = tuple(f"assert {call} == {expected}" for call, expected in item.tests)
-            found.append(Example(prompt, item.answer, tests))
-        if len(found) == size:
-            return tuple(found)
+            items.append(Example(prompt, item.answer, tests))
+        if len(items) == size:
+            return tuple(items)
     raise DataError(
         f"the test set leaves too few prompts for {seed!r} of mini; lower mini.test_size."
     )

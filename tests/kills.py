@@ -79,14 +79,15 @@ LIMIT = 1200.0  # seconds that no life takes
 
 @dataclass(frozen=True)
 class Subject:
-    """What is run: a strategy, with preference optimisation after its training or without."""
+    """What is run: a strategy, with preference optimisation after its training or not, told the task or not."""
 
     strategy: str
     dpo: bool = False
+    routed: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.strategy} + DPO" if self.dpo else self.strategy
+        return self.strategy + " + DPO" * self.dpo + " + router" * self.routed
 
     def config(self, scenario: Path, out: Path) -> RunConfig:
         options: dict[str, dict[str, Any]] = {scenario.stem: {"dpo": True}} if self.dpo else {}
@@ -99,13 +100,16 @@ class Subject:
             options=options,
             out=out,
             launch=Launch(save_steps=3),
+            task_ids="inferred" if self.routed else "given",
+            budget="30%" if self.routed else "10%",
             wandb="off",
             allow_code_execution=True,
         )
 
 
 def subjects() -> list[Subject]:
-    return [*map(Subject, plugins.names("strategy")), Subject("individual", dpo=True)]
+    more = [Subject("individual", dpo=True), Subject("replay", dpo=True)]
+    return [*map(Subject, plugins.names("strategy")), *more, Subject("magnitude", routed=True)]
 
 
 def write_scenario(folder: Path) -> Path:
@@ -274,7 +278,10 @@ def _assert_whole_cell(folder: Path) -> None:
         if record["task"]:
             name = f"{record['experience']:02d}-{record['task']}.safetensors"
             assert SkillPack.load(folder / "packs" / name).digest == record["pack"]
-    for pack in folder.glob("packs/*.safetensors"):
+    for name, told in (experiences[-1]["shared"] if experiences else {}).items():
+        file = CellFolder(folder).shared_path(told["experience"], name)
+        assert SkillPack.load(file).digest == told["pack"]
+    for pack in folder.glob("packs/**/*.safetensors"):
         if not pack.name.startswith("."):
             SkillPack.load(pack)
     found = collect(folder)
@@ -324,6 +331,9 @@ RESULT = [
     "base_bytes",
     "tokens",
     "complete",
+    "routing",
+    "shared_bytes",
+    "alive_bytes",
 ]
 OF_THE_MACHINE = ("seconds", "tokens_per_second", "peak_memory_mb")
 
@@ -339,7 +349,10 @@ def numbers(folder: Path) -> dict[str, Any]:
     ]
     return {
         **{key: result[key] for key in RESULT},
-        "packs": {f.name: SkillPack.load(f).digest for f in sorted((folder / "packs").iterdir())},
+        "packs": {
+            f.relative_to(folder).as_posix(): SkillPack.load(f).digest
+            for f in sorted(folder.glob("packs/**/*.safetensors"))
+        },
         "losses": losses,
         "stage tokens": [record["tokens"] for record in records],
         "examples": [f.read_text() for f in sorted(folder.glob("experiences/*/examples.jsonl"))],

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cl_graft.bench import textbook
+from cl_graft.bench.compose import TASKS, bench_compose
 from cl_graft.bench.error import bench_error
 from cl_graft.bench.layer import bench_layer, relative
 from cl_graft.bench.merge import bench_merge
@@ -17,7 +18,7 @@ from cl_graft.bench.size import bytes_over_theory
 from cl_graft.bench.table import markdown, write
 from cl_graft.skillpack.codecs import dense, quantized_low_rank, sparse
 from cl_graft.skillpack.codecs.quant import round_to_nearest
-from cl_graft.skillpack.compress.gptq import gptq
+from cl_graft.skillpack.compress.gptq import gptq_many
 from cl_graft.skillpack.format.file import SkillPack
 
 
@@ -32,7 +33,7 @@ def test_the_textbooks_gptq_is_gptq():
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
     x, hessian = moment(64)
     plain = {"search": False, "polish": 0, "act_order": True, "group_size": 128}
-    ours = relative(x, weight, gptq(weight, hessian, 3, **plain).dequantize())
+    ours = relative(x, weight, gptq_many([weight], hessian, 3, **plain)[0].dequantize())
     theirs = relative(x, weight, textbook.gptq(weight, hessian, 3))
     nearest = relative(x, weight, round_to_nearest(weight, 3, 128, search=False).dequantize())
     assert theirs == pytest.approx(ours, rel=0.05)
@@ -98,6 +99,17 @@ def test_the_table_has_a_row_for_every_figure(tmp_path):
     made = json.loads((tmp_path / "out" / "pack.json").read_text())
     assert made["made_by"]["torch"] == torch.__version__
     assert text in (tmp_path / "out" / "pack.md").read_text()
+
+
+@pytest.mark.slow
+def test_peak_memory_of_strategies_is_told_with_what_they_keep():
+    small = {"vocab_size": 512, "hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 1}
+    found = bench_compose(("individual", "ties"), small)
+    peaks, runs = found["peaks_mb"], found["runs"]
+    assert found["ties_over_individual"] == peaks["ties"] / peaks["individual"]
+    for name in peaks:
+        whole = 2 * TASKS * runs[name]["parameters"] / 1e6
+        assert whole < runs[name]["kept_mb"] < 1.2 * whole and peaks[name] > runs[name]["kept_mb"]
 
 
 def test_a_misspelt_part_is_answered_with_the_nearest():

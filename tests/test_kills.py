@@ -13,7 +13,7 @@ import pytest
 from tests import kills
 
 KILLS = int(os.environ.get("CL_GRAFT_KILLS", "8"))
-FEW = ("lora", "individual + DPO")
+FEW = ("lora", "replay + DPO", "magnitude + router")
 
 
 @pytest.mark.slow

@@ -397,10 +397,10 @@ def qwen_7b() -> Any:
 )
 def test_the_targets_are_built_without_their_weights(config: Any, parameters: int) -> None:
     from cl_graft.budget import Budget
-    from cl_graft.models.meta_model import skeleton
+    from cl_graft.models.meta_model import meta_model
     from cl_graft.models.roles import roles
 
-    model = skeleton(config()).model
+    model = meta_model(config()).model
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert all(p.is_meta for p in model.parameters())
     found = roles(model)

@@ -48,6 +48,17 @@ def test_a_stage_that_cells_share_is_one(tmp_path):
     assert list(c["pack_bytes"] for c in found.cells.values())[1] == 12_643
 
 
+def test_methods_that_mask_a_shared_vector_train_what_individual_trains(tmp_path):
+    found = plan(cells(tmp_path, ["individual", "tall_mask", "emr", "o_lora"]))
+    assert told(found) == [
+        ("math", "sft", "base", "to run", 3),
+        ("cipher", "sft", "base", "to run", 3),
+        ("math", "sft", "base", "to run", 1),
+        ("cipher", "sft", "after math", "to run", 1),
+    ]
+    assert found.stages[0].trained == found.stages[0].parameters > found.stages[2].trained
+
+
 def test_what_was_planned_is_what_is_run(tmp_path):
     """Keys of the plan are the folders that the run makes, and then they are told to be cached."""
     first, *_ = wanted = cells(tmp_path)

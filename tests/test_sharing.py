@@ -93,3 +93,55 @@ def test_a_fifth_delta_method_costs_less_than_a_seventh_of_the_sweep(call, tmp_p
     report = {p: p.stat().st_mtime_ns for p in (tmp_path / "report").iterdir()}
     assert "finished already" in sweep(*FIRST, *further).out
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "report").iterdir()} == report
+
+
+HALVED = '''
+from cl_graft.strategy import Strategy
+
+
+class halved(Strategy):
+    """Starts as `sequential` does; every gradient is changed on its way."""
+
+    keeps = "latest"
+    budgeted = False
+
+    def learn(self, task, context, *, factor: float = 0.5):
+        hooks = [p.register_hook(lambda g: factor * g) for p in self.model.parameters()]
+        try:
+            return context.dense(self.fine_tune(task, context))
+        finally:
+            [hook.remove() for hook in hooks]
+'''
+
+
+def test_methods_that_start_alike_and_train_differently_never_share_a_stage(tmp_path):
+    """Their weights, rows and recipe are the same at the start: what they do to training is in their own `learn`."""
+    (tmp_path / "halved.py").write_text(HALVED)
+    own = str(tmp_path / "halved.py")
+    out = tmp_path / "out"
+    packs = {}
+    for strategy, factor in (("sequential", None), (own, 0.5), (own, 0.25)):
+        asked = config(strategy, out, tasks="math", steps=2)
+        if factor:
+            asked = asked.model_copy(
+                update={"options": {**asked.options, "halved": {"factor": factor}}}
+            )
+        before = made(out, "stages")
+        cell.run(asked)
+        assert len(made(out, "stages") - before) == 1, f"{strategy} {factor} trained by itself"
+        packs[strategy, factor] = (out / asked.cell / "packs" / "01-math.safetensors").read_bytes()
+    assert len(set(packs.values())) == 3
+    (tmp_path / "halved.py").write_text(HALVED.replace("factor * g", "-factor * g"))
+    before = made(out, "stages")
+    cell.run(
+        config(own, tmp_path / "edited", tasks="math", steps=2).model_copy(
+            update={"cache": out / "cache"}
+        )
+    )
+    assert len(made(out, "stages") - before) == 1, "and so does an edited one"
+
+
+def test_methods_in_the_short_forms_share_what_they_start_from(tmp_path):
+    for strategy in ("individual", "magnitude", "task_arithmetic"):
+        cell.run(config(strategy, tmp_path, tasks="math", steps=2))
+    assert len(made(tmp_path, "stages")) == 1

@@ -202,7 +202,7 @@ def test_ties_in_parts_is_ties_of_the_whole_bit_for_bit(monkeypatch):
     trimmed = torch.stack([torch.where(x.abs() >= 0.4, x, 0.0) for x in deltas])
     agrees = (trimmed * trimmed.sum(0).sign()) > 0
     assert torch.equal(whole, (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1))
-    monkeypatch.setattr(sys.modules[ties.__module__], "PART", 100)
+    monkeypatch.setattr(sys.modules[ties.__module__], "PART", 128)
     assert torch.equal(ties(deltas, [0.4] * 5), whole)
 
 

@@ -56,11 +56,11 @@ def bench_compose(
         ):
             runs[name] = pool.apply(_learn, (name, Path(folder), SHAPE | (shape or {})))
     peaks = {name: run["peak_mb"] for name, run in runs.items()}
-    found = {}
+    measured = {}
     if {"ties", "individual"} <= peaks.keys():
-        found["ties_over_individual"] = peaks["ties"] / peaks["individual"]
+        measured["ties_over_individual"] = peaks["ties"] / peaks["individual"]
     conditions = {"dtype": "float32", "tasks": TASKS, "training": "stand-in", "threads": 1}
-    return {**found, "peaks_mb": peaks, "runs": runs, "conditions": conditions}
+    return {**measured, "peaks_mb": peaks, "runs": runs, "conditions": conditions}
 
 
 class _Drawn(Stages):
@@ -84,7 +84,7 @@ def _learn(name: str, folder: Path, shape: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     _, tokenizer = load("nano-llama")
     scenario = Scenario("five", tuple(_task(number) for number in range(TASKS)))
-    found, stream = plugins.load("strategy", name), benchmark(scenario)
+    strategy_class, stream = plugins.load("strategy", name), benchmark(scenario)
     model: Any = _model(
         8, shape | {"hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 1}
     )
@@ -93,13 +93,13 @@ def _learn(name: str, folder: Path, shape: dict[str, Any]) -> dict[str, Any]:
     before, begun = resident_bytes("VmRSS"), perf_counter()
     forget_peak_memory()
     model = _model(0, shape)
-    strategy = found(
+    strategy = strategy_class(
         model=model,
         tokenizer=tokenizer,
         scenario=scenario,
         budget=Budget("100%", sum(p.numel() for p in model.parameters())),
         seed=0,
-        options=plugins.check_options("strategy", name, found, {}),
+        options=plugins.check_options("strategy", name, strategy_class, {}),
         stages=_Drawn(folder),
     )
     for experience in stream.train_stream:

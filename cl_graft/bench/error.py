@@ -44,12 +44,12 @@ def bench_error(
     names = [n for n in linear_layers(model) if model.get_submodule(n) is not _head(model)]
     deltas = {n: (tuned[f"{n}.weight"] - start[f"{n}.weight"]).detach() for n in names}
     rows = Random(seed).sample(list(task.train), min(CALIBRATION, len(task.train)))
-    found = moments(model, _batches(tokenizer, rows, task), gradients=False)
+    measured = moments(model, _batches(tokenizer, rows, task), gradients=False)
     inputs = _held_out(model, _batches(tokenizer, list(task.test)[:HELD_OUT], task), names)
 
-    plain = {n: _textbook(d, found.hessian(f"{n}.weight")) for n, d in deltas.items()}
-    whole = within_budget(deltas, found)
-    each = {n: within_budget({n: d}, found)[n] for n, d in deltas.items()}
+    plain = {n: _textbook(d, measured.hessian(f"{n}.weight")) for n, d in deltas.items()}
+    whole = within_budget(deltas, measured)
+    each = {n: within_budget({n: d}, measured)[n] for n, d in deltas.items()}
     errors = {
         kind: [relative(inputs[n], d, approximation[n]) for n, d in deltas.items()]
         for kind, approximation in (("textbook", plain), ("ours", whole), ("each", each))
@@ -97,16 +97,16 @@ def _held_out(
     parts = []
     for batch in batches:
         keep = batch["attention_mask"].flatten().bool()
-        found = inputs_of(model.eval(), batch, names)
-        parts.append({n: x[keep] for n, x in found.items()})
+        inputs = inputs_of(model.eval(), batch, names)
+        parts.append({n: x[keep] for n, x in inputs.items()})
     return {n: torch.cat([part[n] for part in parts]) for n in names}
 
 
 def tasks(data_dir: Path | None, seed: int = 0) -> list[tuple[str, Task]]:
     """(model, task): mini's math and code, and a real text classification where its data are at hand."""
     mini = plugins.load("scenario", "mini")(seed=seed)
-    found = [("mini-llama", task) for task in mini.tasks[:2]]
+    chosen = [("mini-llama", task) for task in mini.tasks[:2]]
     if data_dir is not None:
         real = plugins.load("scenario", "text_classification")(seed=seed, data_dir=data_dir)
-        found.append(("text-llama", real.tasks[0]))
-    return found
+        chosen.append(("text-llama", real.tasks[0]))
+    return chosen

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cl_graft.bench import textbook
 from cl_graft.skillpack.codecs import decode, payload_bytes
 from cl_graft.skillpack.compress.calibrate import Moments, linear_layers, moments
-from cl_graft.skillpack.compress.compress import Piece, Room, compress, fetch
+from cl_graft.skillpack.compress.compress import ByteLimit, Piece, compress, fetch
 from cl_graft.skillpack.compress.policy import Adaptive
 from cl_graft.skillpack.compress.work_store import Item
 
@@ -89,14 +89,14 @@ def bench_layer(
 
     begun = perf_counter()
     batches = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in calibration.split(8)]
-    found = moments(model, batches, gradients=False)
+    measured = moments(model, batches, gradients=False)
     calibrated = perf_counter()
-    ours = within_budget(deltas, found)
+    ours = within_budget(deltas, measured)
     ours_seconds = calibrated - begun, perf_counter() - calibrated
     inputs = inputs_of(model, {"input_ids": held_out}, [*deltas])
     errors = {
-        kind: [relative(inputs[n], d, found[n]) for n, d in deltas.items()]
-        for kind, found in (("textbook", plain), ("ours", ours))
+        kind: [relative(inputs[n], d, measured[n]) for n, d in deltas.items()]
+        for kind, measured in (("textbook", plain), ("ours", ours))
     }
     return {
         "time_ratio": sum(textbook_seconds) / sum(ours_seconds),
@@ -114,26 +114,26 @@ def bench_layer(
     }
 
 
-def within_budget(deltas: Mapping[str, Tensor], found: Moments) -> dict[str, Tensor]:
+def within_budget(deltas: Mapping[str, Tensor], measured: Moments) -> dict[str, Tensor]:
     """The deltas of linear layers as the engine keeps them, at BUDGET of their bf16 bytes together."""
-    limit = int(sum(BUDGET * 2 * d.numel() for d in deltas.values()))
-    room = Room(lambda specs: sum(payload_bytes(*s) for s in specs.values()), limit, "10%")
-    shelf: dict[str, Item] = {}
+    allowed = int(sum(BUDGET * 2 * d.numel() for d in deltas.values()))
+    limit = ByteLimit(lambda specs: sum(payload_bytes(*s) for s in specs.values()), allowed, "10%")
+    store: dict[str, Item] = {}
     pieces = [
         Piece(f"{n}.weight", tuple(d.shape), "other", partial(d.clone)) for n, d in deltas.items()
     ]
-    compress(pieces, found, Adaptive(), room, shelf)
-    return {n: decode(fetch(shelf, f"{n}.weight")) for n in deltas}
+    compress(pieces, measured, Adaptive(), limit, store)
+    return {n: decode(fetch(store, f"{n}.weight")) for n in deltas}
 
 
 def inputs_of(model: nn.Module, batch: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     """What each named linear layer reads, (sequences * length, in), when the model reads a batch."""
-    found: dict[str, Tensor] = {}
+    inputs_by_name: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
 
     def hook_for(name: str):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            found[name] = inputs[0].flatten(0, -2)
+            inputs_by_name[name] = inputs[0].flatten(0, -2)
 
         return hook
 
@@ -142,8 +142,8 @@ def inputs_of(model: nn.Module, batch: Mapping[str, Tensor], names: list[str]) -
         model(**batch)
     for hook in hooks:
         hook.remove()
-    return found
+    return inputs_by_name
 
 
-def relative(x: Tensor, delta: Tensor, found: Tensor) -> float:
-    return float((x @ (delta - found).T).norm() / (x @ delta.T).norm())
+def relative(x: Tensor, delta: Tensor, rebuilt: Tensor) -> float:
+    return float((x @ (delta - rebuilt).T).norm() / (x @ delta.T).norm())

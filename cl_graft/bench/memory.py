@@ -31,7 +31,7 @@ def bench_memory(layers: tuple[int, ...] = (2, 8), budget: str = "2%") -> dict[s
     A Llama checkpoint in bf16, 2048 wide, weights drawn at random, base and tuned written to a temporary folder.
     `peak_extra_mb` is of the deepest, less the largest tensor (float32).
     """
-    found = []
+    peaks = []
     for count in layers:
         with tempfile.TemporaryDirectory(prefix="cl-graft-bench-") as folder:
             here = Path(folder)
@@ -40,13 +40,13 @@ def bench_memory(layers: tuple[int, ...] = (2, 8), budget: str = "2%") -> dict[s
             context = multiprocessing.get_context("spawn")
             with context.Pool(1) as pool:
                 extra, seconds = pool.apply(_create, (here, budget))
-            found.append({"layers": count, "checkpoint_mb": size, "extra_mb": extra, "s": seconds})
+            peaks.append({"layers": count, "checkpoint_mb": size, "extra_mb": extra, "s": seconds})
     largest = 4 * HIDDEN * VOCABULARY / 1e6
     return {
-        "peak_extra_mb": found[-1]["extra_mb"] - largest,
+        "peak_extra_mb": peaks[-1]["extra_mb"] - largest,
         "largest_tensor_mb": largest,
-        "growth": found[-1]["extra_mb"] / found[0]["extra_mb"],
-        "runs": found,
+        "growth": peaks[-1]["extra_mb"] / peaks[0]["extra_mb"],
+        "runs": peaks,
         "conditions": {"budget": budget, "calibration": "off", "dtype": "bfloat16"},
     }
 

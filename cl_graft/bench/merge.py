@@ -112,7 +112,7 @@ def _random(rows: int, cols: int, bits: int, ranks: float, generator: torch.Gene
 
 
 def _actions(model: nn.Module, packs: list[SkillPack]) -> dict[str, Callable[[], object]]:
-    """In the order of one round: each finds the model as the one before left it."""
+    """The steps of one round, in their order: each finds the model as the one before left it."""
     grafted = Grafted(model)
     weights = dict(model.named_parameters())
     dtype = next(iter(weights.values())).dtype
@@ -144,7 +144,7 @@ def _times(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
             begun = perf_counter()
             action()
             times[name].append(1e3 * (perf_counter() - begun))
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
 if __name__ == "__main__":

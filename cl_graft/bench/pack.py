@@ -30,15 +30,15 @@ def bench_pack(
 
     Raises UnknownName for a part that does not exist.
     """
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for part in parts:
         if part not in PARTS:
             raise UnknownName("part of the benchmark", part, PARTS)
     torch.set_num_threads(threads)
     for part in parts:
         tell(part)
-        found[part] = _MEASURES[part](data_dir)
-    return found
+        figures[part] = _MEASURES[part](data_dir)
+    return figures
 
 
 def _error(data_dir: Path | None) -> dict[str, Any]:

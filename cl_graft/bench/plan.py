@@ -15,7 +15,7 @@ import torch
 
 from cl_graft.config import Launch
 from cl_graft.models import toy_language
-from cl_graft.models.embedded import world_tokenizer
+from cl_graft.models.embedded import toy_tokenizer
 from cl_graft.planning.memory import Job, estimate
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training.config import Row, StageConfig, dpo_job, sft_job
@@ -85,7 +85,7 @@ def bench_plan(cases: Iterable[Case] | None = None) -> list[dict[str, Any]]:
 
 def compare(case: Case) -> dict[str, Any]:
     """Estimate and measurement of one case, in megabytes."""
-    tokenizer = world_tokenizer()
+    tokenizer = toy_tokenizer()
     stage = _stage(case)
     job = Job(
         case.kind,
@@ -97,7 +97,7 @@ def compare(case: Case) -> dict[str, Any]:
         gpu=torch.cuda.is_available(),
     )
     estimated = estimate(case.config, job)
-    found = measure(case.config, tokenizer, stage, job)
+    measured = measure(case.config, tokenizer, stage, job)
     changes = [n for n in ("checkpointing", "lora") if getattr(case, n)]
     if case.accumulation > 1:
         changes.append(f"accumulation {case.accumulation}")
@@ -107,8 +107,8 @@ def compare(case: Case) -> dict[str, Any]:
         "with": ", ".join(changes),
         "length": job.length,
         "estimated_mb": estimated.device / 1e6,
-        "measured_mb": found / 1e6,
-        "ratio": estimated.device / found,
+        "measured_mb": measured / 1e6,
+        "ratio": estimated.device / measured,
         "parts_mb": {n: v / 1e6 for n, v in asdict(estimated).items()},
     }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -20,6 +21,12 @@ from cl_graft.task import Example, Scenario, Task
 
 TASKS = ("math", "code", "cipher")
 BASE_BYTES = 2_000_000
+OWN = {
+    "graftllm": "given",
+    "lora": "inferred",
+    "individual": "given",
+}  # with a pack a task; others have one for all
+ROUTER_BYTES = 5_000
 
 
 def bench_report(
@@ -74,6 +81,7 @@ def make(out: Path, cells: int, examples: int, strategies: int = 25, scenarios: 
                         "options": {},
                         "threads": 1,
                         "train_on": {},
+                        **({"task_ids": "inferred"} if OWN.get(name) == "inferred" else {}),
                     },
                     "options": {"rank": 8},
                     **about,
@@ -124,6 +132,11 @@ def _cell(
                 ]
             }
         pack = int(BASE_BYTES * (0.02 + 0.08 * forgets)) if experience else None
+        taken = _taken_for(identity["config"], scenario, experience, rng)
+        own = identity["config"]["strategy"] in OWN
+        shared: dict[str, Any] = {}
+        if experience and identity["config"].get("task_ids"):
+            shared["router"] = {"experience": experience, "pack": "1" * 32, "bytes": ROUTER_BYTES}
         record = {
             "experience": experience,
             "task": TASKS[experience - 1] if experience else None,
@@ -134,6 +147,11 @@ def _cell(
             "identical": [],
             "pack": "0" * 32 if experience else None,
             "pack_bytes": pack,
+            "shared": shared,
+            "alive_bytes": (pack or 0) * (experience if own else 1) + ROUTER_BYTES * len(shared),
+            "routing": {
+                t: dict(Counter(name or "" for name in names)) for t, names in taken.items()
+            },
             "seconds": {
                 "train": 30.0 * (experience > 0) * (1 + forgets),
                 "compress": 2.0 * (experience > 0),
@@ -155,12 +173,36 @@ def _cell(
                 "score": o.score,
                 "answer": o.answer,
                 "note": o.note,
+                **({"taken_for": taken[t][i]} if taken[t] else {}),
             }
             for t, metrics in outcomes.items()
-            for m, found in metrics.items()
-            for i, o in enumerate(found)
+            for m, scored in metrics.items()
+            for i, o in enumerate(scored)
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (where / "examples.jsonl").write_text(text)
         (where / "experience.json").write_text(json.dumps(record, indent=1))
     (path / "result.json").write_text(json.dumps(collect(path), indent=1))
+
+
+def _taken_for(
+    config: Mapping[str, Any], scenario: Scenario, experience: int, rng: np.random.Generator
+) -> dict[str, list[str | None]]:
+    """{task: what each of its test examples was taken for}, None for the base: by a router nine times in ten rightly.
+
+    Of a task that is yet to be learned, a router names one of those that were.
+    """
+    seen, found = TASKS[:experience], dict[str, list[str | None]]()
+    for task in scenario.tasks:
+        known = task.name if task.name in seen else None
+        if config["strategy"] not in OWN:
+            found[task.name] = []
+        elif seen and config.get("task_ids"):
+            drawn = rng.choice(seen, len(task.test)).tolist()
+            sure = rng.random(len(task.test)) < 0.9
+            found[task.name] = [
+                known if known and s else d for s, d in zip(sure, drawn, strict=True)
+            ]
+        else:
+            found[task.name] = [known] * len(task.test)
+    return found

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from cl_graft.config import RunConfig
-from cl_graft.experiment.executors import Outcome, Progress, local
+from cl_graft.experiment.executors import CellProgress, Outcome, local
 from cl_graft.sweep_config import Ray
 
 
-def sleep(config: RunConfig, progress: Progress, patient: bool, seconds: float) -> Outcome:
+def sleep(config: RunConfig, progress: CellProgress, patient: bool, seconds: float) -> Outcome:
     progress("sleeping", 0.0)
     time.sleep(seconds)
     return Outcome("done")
@@ -48,7 +48,7 @@ def bench_sweep(cells: int = 24, seconds: float = 1.0) -> dict[str, float]:
 
 
 def _on_a_cluster_of_its_own(run: Callable[..., float], workers: int) -> float:
-    """Of as many CPUs as workers, whatever the machine has: the cells need none."""
+    """A Ray cluster of as many CPUs as workers, whatever the machine has: the cells need none."""
     import ray
 
     try:

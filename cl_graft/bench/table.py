@@ -12,22 +12,22 @@ from cl_graft.store.files import write_json, write_text
 HEADINGS = ("figure", "value", "conditions")
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(figures: dict[str, Any]) -> str:
     """One row a figure; a part that was not measured has none."""
-    rows = [row for part in found for row in _ROWS[part](found[part])]
+    rows = [row for part in figures for row in _ROWS[part](figures[part])]
     lines = [HEADINGS, ("---", "--:", "---"), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def write(found: dict[str, Any], folder: Path, commands: Sequence[str]) -> None:
+def write(figures: dict[str, Any], folder: Path, commands: Sequence[str]) -> None:
     """pack.md and pack.json in the folder, with the commands, versions and machine that made them."""
     about = {**versions(), **machine()}
-    whole = {**found, "commands": list(commands), "made_by": about}
+    whole = {**figures, "commands": list(commands), "made_by": about}
     write_json(folder / "pack.json", whole)
     lines = [
         "# The pack engine beside a textbook implementation of the paper's scheme",
         "",
-        markdown(found),
+        markdown(figures),
         "",
         "Made by the commands below; every comparison is a ratio within one run.",
         "",

@@ -19,7 +19,7 @@ import torch
 from cl_graft import plugins
 from cl_graft.bench.plan import Case, texts
 from cl_graft.config import Launch
-from cl_graft.models.embedded import world_tokenizer
+from cl_graft.models.embedded import toy_tokenizer
 from cl_graft.models.text import encode_all
 from cl_graft.task import Example, Task, Training
 from cl_graft.training.config import Row, StageConfig, order, sft_job
@@ -62,7 +62,7 @@ PARTS = {
 
 
 class Clock:
-    """When a run began, and when each of its steps ended."""
+    """Times, by `perf_counter`, at which a run began and each of its steps ended."""
 
     def __init__(self) -> None:
         self.times = [_now()]
@@ -133,25 +133,25 @@ def _compare(subject: Subject, say: Callable[[str], None]) -> dict[str, Any]:
     def median(name: str, part: str, clock: int) -> float:
         return statistics.median(run[part][clock] for run in runs[name])
 
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for key, part in (("sft_over_loop", "step"), ("sft_over_loop_with_setup", "whole")):
         for suffix, clock in (("", 1), ("_wall", 0)):
-            found[key + suffix] = median("sft", part, clock) / median("loop", part, clock)
+            figures[key + suffix] = median("sft", part, clock) / median("loop", part, clock)
     peaks = {name: peak_mb(name, subject) for name in RUNS}
-    found["peak_over_loop"] = peaks["sft"] / peaks["loop"]
+    figures["peak_over_loop"] = peaks["sft"] / peaks["loop"]
     steps = subject.steps
     for name in RUNS:
         step, whole = median(name, "step", 1), median(name, "whole", 1)
         split = {"step_ms": 1e3 * step, "setup_ms": 1e3 * (whole - steps * step)}
-        found[name] = {**split, "peak_mb": peaks[name]}
-    found["sft_parts_ms"] = parts(subject)
-    found["conditions"] = {
+        figures[name] = {**split, "peak_mb": peaks[name]}
+    figures["sft_parts_ms"] = parts(subject)
+    figures["conditions"] = {
         "steps": steps,
         "batch": subject.case.batch,
         "alternations": subject.alternations,
         "threads": 1,
     }
-    return found
+    return figures
 
 
 def timed(name: str, subject: Subject, steps: int | None = None) -> dict[str, Seconds]:
@@ -190,10 +190,10 @@ def made(subject: Subject) -> tuple[Any, Any, Stage]:
     if subject.case.length is None:
         task = plugins.load("scenario", "mini")(seed=0, data_dir=None, tasks="math").tasks[0]
         recipe = replace(task.training, steps=subject.steps, batch=subject.case.batch)
-        return model, world_tokenizer(), sft_job(replace(task, training=recipe), 0)
+        return model, toy_tokenizer(), sft_job(replace(task, training=recipe), 0)
     examples = [Example(*pair) for pair in texts(subject.case, 64)]
     recipe = Training(steps=subject.steps, batch=subject.case.batch)
-    return model, world_tokenizer(), sft_job(Task("", examples, (), "exact", training=recipe), 0)
+    return model, toy_tokenizer(), sft_job(Task("", examples, (), "exact", training=recipe), 0)
 
 
 def loop(model: Any, tokenizer: Any, rows: list[Row], job: StageConfig, clock: Clock) -> None:

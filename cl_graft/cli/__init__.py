@@ -52,17 +52,17 @@ class Commands(TyperGroup):
 
 
 def _about(name: str) -> str | None:
-    found = COMMANDS[name]
-    return found.info.help if isinstance(found, typer.Typer) else inspect.getdoc(found)
+    command = COMMANDS[name]
+    return command.info.help if isinstance(command, typer.Typer) else inspect.getdoc(command)
 
 
 def built(name: str) -> Any:
     """The command of this name, as Typer runs it."""
-    found, alone = COMMANDS[name], typer.Typer(**SETTINGS)
-    if isinstance(found, typer.Typer):
-        alone.add_typer(found, name=name)
+    command, alone = COMMANDS[name], typer.Typer(**SETTINGS)
+    if isinstance(command, typer.Typer):
+        alone.add_typer(command, name=name)
     else:
-        alone.command(name)(spelled_out(found))
+        alone.command(name)(spelled_out(command))
     return typer.main.get_group(alone).commands[name]
 
 

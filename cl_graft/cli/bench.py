@@ -5,15 +5,32 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cl_graft.cli.options import DataDir, names
 from cl_graft.cli.show import print_tables
+from cl_graft.errors import CLGraftError
 
 app = typer.Typer(help="Measure this machine and this code.", no_args_is_help=True)
+
+
+def _benchmark(name: str) -> Callable[..., Any]:
+    """The function `bench_<name>` of the benchmarks. Raises CLGraftError in an installation, which has none."""
+    try:
+        module = import_module(f"cl_graft.bench.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "cl_graft.bench":
+            raise
+        raise CLGraftError(
+            "the benchmarks are no part of the installed package; run the same command in a checkout of the source, "
+            "after `pip install --editable .` there."
+        ) from error
+    return getattr(module, f"bench_{name}")
 
 
 @app.command("pack")
@@ -27,13 +44,13 @@ def bench_pack(
     to: Annotated[Path | None, typer.Option(help="Folder for the table, with provenance.")] = None,
 ) -> None:
     """The pack engine beside a textbook implementation of the paper's scheme: ratios within one run."""
-    from cl_graft.bench.pack import bench_pack as measure
+    measure = _benchmark("pack")
     from cl_graft.bench.table import markdown, write
 
-    found = measure(names(only), data_dir, threads, lambda what: typer.echo(what, err=True))
-    typer.echo(json.dumps(found, indent=1) if json_ else markdown(found))
+    figures = measure(names(only), data_dir, threads, lambda what: typer.echo(what, err=True))
+    typer.echo(json.dumps(figures, indent=1) if json_ else markdown(figures))
     if to is not None:
-        write(found, to, [shlex.join(["cl-graft", *sys.argv[1:]])])
+        write(figures, to, [shlex.join(["cl-graft", *sys.argv[1:]])])
 
 
 @app.command("plan")
@@ -41,7 +58,7 @@ def bench_plan(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Memory that `plan` estimates against what the allocator counts while TRL really trains two steps."""
-    from cl_graft.bench.plan import bench_plan as measure
+    measure = _benchmark("plan")
     from cl_graft.planning.tables import estimates
 
     rows = measure()
@@ -51,20 +68,38 @@ def bench_plan(
         print_tables([estimates(rows)])
 
 
+@app.command("routing")
+def bench_routing(
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Prompts of several packs answered in one forward, beside a group a pack: processor seconds."""
+    measure = _benchmark("routing")
+    figures = measure()
+    if json_:
+        typer.echo(json.dumps(figures, indent=1))
+        return
+    for model, told in figures.items():
+        typer.echo(
+            f"{model}: {told['prompts']} prompts, {told['packs']} packs, {told['new_tokens']} new tokens: grouped "
+            f"{told['grouped']:.2f} s, attached {told['attached']:.2f} s, "
+            f"{told['attached_over_grouped']:.2f} times as long"
+        )
+
+
 @app.command("compose")
 def bench_compose(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Peak memory of strategies over five tasks on a random Llama of 103 M parameters, training left out."""
-    from cl_graft.bench.compose import bench_compose as measure
+    measure = _benchmark("compose")
 
-    found = measure(say=lambda what: typer.echo(what, err=True))
+    figures = measure(say=lambda what: typer.echo(what, err=True))
     if json_:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(figures, indent=1))
         return
-    for name, run in found["runs"].items():
+    for name, run in figures["runs"].items():
         typer.echo(f"{name:16} {run['peak_mb']:6.0f} MB at most, {run['kept_mb']:6.0f} MB kept")
-    typer.echo(f"ties over individual {found['ties_over_individual']:.2f}")
+    typer.echo(f"ties over individual {figures['ties_over_individual']:.2f}")
 
 
 @app.command("train")
@@ -72,11 +107,11 @@ def bench_train(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """An SFT stage beside a bare PyTorch loop over the same batches: time, set-up, memory, and where it goes."""
-    from cl_graft.bench.train import bench_train as measure
+    measure = _benchmark("train")
     from cl_graft.bench.train import markdown
 
-    found = measure(say=lambda what: typer.echo(what, err=True))
-    typer.echo(json.dumps(found, indent=1) if json_ else markdown(found))
+    figures = measure(say=lambda what: typer.echo(what, err=True))
+    typer.echo(json.dumps(figures, indent=1) if json_ else markdown(figures))
 
 
 @app.command("sweep")
@@ -85,7 +120,7 @@ def bench_sweep(
     seconds: Annotated[float, typer.Option(min=0.1, help="That each sleeps.")] = 1.0,
 ) -> None:
     """What executors take beside the cells, and 4 Ray workers against 1, with cells that only sleep."""
-    from cl_graft.bench.sweep import bench_sweep as measure
+    measure = _benchmark("sweep")
 
     for name, value in measure(cells, seconds).items():
         typer.echo(f"{name:16} {value:.3g}")
@@ -97,7 +132,7 @@ def bench_report(
     examples: Annotated[int, typer.Option(min=1, help="Of each of their three tasks.")] = 64,
 ) -> None:
     """Seconds of a report of many cells, the first and one where nothing has changed, and the bytes of its page."""
-    from cl_graft.bench.report import bench_report as measure
+    measure = _benchmark("report")
 
     typer.echo(
         json.dumps(measure(cells, examples, lambda what: typer.echo(what, err=True)), indent=1)

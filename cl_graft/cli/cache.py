@@ -19,15 +19,15 @@ def ls(folder: Folder = Path("results")) -> None:
     """List them, the largest first."""
     from cl_graft.experiment.cache import entries
 
-    found = entries(_cache(folder))
-    for entry in found:
+    listed = entries(_cache(folder))
+    for entry in listed:
         state = "" if entry.current else "  of another version"
         typer.echo(
             f"{size(entry.bytes):>10}  {entry.kind:10}  {_ago(entry.age):>8}  {entry.about}{state}"
         )
-    stale = [e for e in found if not e.current]
+    stale = [e for e in listed if not e.current]
     typer.echo(
-        f"{size(sum(e.bytes for e in found))} in {len(found)}, "
+        f"{size(sum(e.bytes for e in listed))} in {len(listed)}, "
         f"of which {size(sum(e.bytes for e in stale))} in {len(stale)} no run can recall"
     )
 

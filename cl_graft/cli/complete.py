@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 Offered = list[tuple[str, str]]  # a word, and a line on it
-LISTS = ("scenarios", "strategies", "scorers", "models", "budgets", "fields", "metrics")
+LISTS = ("scenarios", "strategies", "scorers", "routers", "models", "budgets", "fields", "metrics")
 
 
 def lists(incomplete: str) -> Offered:

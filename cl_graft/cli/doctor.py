@@ -20,12 +20,14 @@ def doctor(
 
     from cl_graft.planning.doctor import examine, sound
 
-    found = examine(out)
+    findings = examine(out)
     if json_:
-        typer.echo(json.dumps({"sound": sound(found), "findings": [*map(asdict, found)]}, indent=1))
+        typer.echo(
+            json.dumps({"sound": sound(findings), "findings": [*map(asdict, findings)]}, indent=1)
+        )
     else:
-        width = max(len(f.what) for f in found)
-        for f in found:
+        width = max(len(f.what) for f in findings)
+        for f in findings:
             typer.echo(f"{f.state:8} {f.what:{width}}  {f.said}{f' ({f.cure})' if f.cure else ''}")
-    if not sound(found):
+    if not sound(findings):
         raise typer.Exit(1)

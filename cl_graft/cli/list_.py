@@ -11,7 +11,12 @@ import typer
 from cl_graft.cli import complete
 from cl_graft.errors import UnknownName
 
-KINDS = {"scenarios": "scenario", "strategies": "strategy", "scorers": "scorer"}
+KINDS = {
+    "scenarios": "scenario",
+    "strategies": "strategy",
+    "scorers": "scorer",
+    "routers": "router",
+}
 BUDGETS = (
     ("10%", "ten per cent of the base's bytes in bf16, all of a pack's file counted; the default"),
     ("10%:weights", "the paper's comparison: ten per cent of the base's weights, 16 bits each"),
@@ -63,7 +68,7 @@ def _models() -> Iterator[tuple[str, str, str]]:
 
 
 def _fields() -> Iterator[tuple[str, str, str]]:
-    """Those of a sweep file, with their defaults."""
+    """List the fields of a sweep file, with their defaults."""
     from cl_graft.config import told
     from cl_graft.sweep_config import Sweep, yaml_of
 

@@ -84,7 +84,7 @@ class Board:
         return Counter(state(what) for what in self.what.values())
 
     def seconds_left(self) -> float | None:
-        """As if what is left went on as fast as what was done; None until there is something to go by."""
+        """Seconds to the end if the rest goes as fast as what was done; None until there is something to go by."""
         now, whole = sum(self.done.values()), float(len(self.configs))
         if now - self.before < 0.02 * whole and now - self.before < 0.5:
             return None

@@ -74,15 +74,15 @@ def _options(kind: type) -> dict[str, inspect.Parameter]:
     from cl_graft.config import Axes, RunConfig, several
     from cl_graft.sweep_config import Sweep
 
-    found = {}
+    parameters = {}
     fields = RunConfig.model_fields if kind is RunFields else Sweep.model_fields
     for name, field in fields.items():
         if name == "options":
             continue
         key = several(name) if kind is RunFields and name in Axes.model_fields else name
-        found[key] = _option(name, field, kind is RunFields and field.is_required())
-    found["set_"] = _parameter("set_", None, Set)
-    return found
+        parameters[key] = _option(name, field, kind is RunFields and field.is_required())
+    parameters["set_"] = _parameter("set_", None, Set)
+    return parameters
 
 
 def _option(name: str, field: FieldInfo, needed: bool) -> inspect.Parameter:

@@ -69,7 +69,7 @@ def create(
         rows = {"samples": samples, "length": length, "batch": batch}
         text = Calibration(calibration_batches(tuned, calibration, **rows), prefix=prefix)  # type: ignore[arg-type]
     with interruptible(), bars() as bar:
-        found = create_pack(
+        created = create_pack(
             base,
             tuned,
             out,
@@ -81,11 +81,11 @@ def create(
             device=device,
             progress=lambda what, done: bar(out.name, what, done),
         )
-    for note in found.notes:
+    for note in created.notes:
         typer.echo(note)
-    seconds = ", ".join(f"{kind} {value:.0f} s" for kind, value in found.seconds.items())
+    seconds = ", ".join(f"{kind} {value:.0f} s" for kind, value in created.seconds.items())
     typer.echo(
-        f"{out}: {found.bytes:,} bytes of {found.limit:,} ({found.bytes / found.limit:.1%})."
+        f"{out}: {created.bytes:,} bytes of {created.limit:,} ({created.bytes / created.limit:.1%})."
     )
     typer.echo(f"{seconds}; peak memory {peak_memory_mb():,.0f} MiB.")
 
@@ -100,20 +100,20 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """What is in a pack: header, bytes by role, and codec, bytes and error of every tensor."""
-    found, checkpoint = _load(file, base)
-    roles, errors = _roles(checkpoint), _errors(found, checkpoint, tuned)
+    loaded, checkpoint = _load(file, base)
+    roles, errors = _roles(checkpoint), _errors(loaded, checkpoint, tuned)
     header = {
-        "task": found.task,
-        "method": found.method,
-        "options": found.options,
-        "base": found.base,
-        "versions": found.versions,
-        "digest": found.digest,
-        "added": found.added,
-        "grown": found.grown,
+        "task": loaded.task,
+        "method": loaded.method,
+        "options": loaded.options,
+        "base": loaded.base,
+        "versions": loaded.versions,
+        "digest": loaded.digest,
+        "added": loaded.added,
+        "grown": loaded.grown,
         "bytes": file.stat().st_size,
     }
-    tensors = tensor_rows(found, roles)
+    tensors = tensor_rows(loaded, roles)
     totals = role_rows(tensors) if roles else []
     for row in tensors:
         if row["tensor"] in errors:
@@ -144,17 +144,17 @@ def verify(
     ] = None,
 ) -> None:
     """Check everything about a pack: checksums, shapes, values, and its base if one is named."""
-    found, checkpoint = _load(file, base)
+    loaded, checkpoint = _load(file, base)
     if checkpoint is not None:
         from cl_graft.skillpack.folders.apply import check_base
 
-        check_base(checkpoint, found)
+        check_base(checkpoint, loaded)
     if model is not None:
         _check_model(file, model, data_dir)
-    for name in found.tensors:
-        found.delta(name)
+    for name in loaded.tensors:
+        loaded.delta(name)
     against = "".join(f", for base {named}" for named in (base, model) if named)
-    typer.echo(f"{file} is whole: {len(found.tensors)} tensors of task {found.task!r}{against}.")
+    typer.echo(f"{file} is whole: {len(loaded.tensors)} tensors of task {loaded.task!r}{against}.")
 
 
 @app.command()
@@ -163,13 +163,15 @@ def diff(a: Path, b: Path, base: MaybeBase = None, json_: Json = False) -> None:
     from cl_graft.skillpack.tools.compare import compare
 
     (one, checkpoint), (other, _) = _load(a, base), _load(b, base)
-    found = compare(one, other, _roles(checkpoint))
-    rows, totals = ([row._asdict() for row in part] for part in (found.rows, found.totals))
+    comparison = compare(one, other, _roles(checkpoint))
+    rows, totals = (
+        [row._asdict() for row in part] for part in (comparison.rows, comparison.totals)
+    )
     if json_:
-        whole = {"same_base": found.same_base, "totals": totals, "tensors": rows}
+        whole = {"same_base": comparison.same_base, "totals": totals, "tensors": rows}
         typer.echo(json.dumps(whole, indent=1))
         return
-    if not found.same_base:
+    if not comparison.same_base:
         typer.echo("the packs are for different bases; their deltas start from different weights.")
     unused = {"codec_a", "codec_b", "role"}
     print_rows([{k: v for k, v in row.items() if k not in unused} for row in totals], "Totals")
@@ -181,10 +183,10 @@ def apply(base: BaseDir, pack: PackFile, out: OutDir) -> None:
     """Write base + pack as a Hugging Face folder."""
     from cl_graft.skillpack.folders.apply import apply_pack
 
-    found, _ = _load(pack, base)
-    for note in apply_pack(base, found, out):
+    loaded, _ = _load(pack, base)
+    for note in apply_pack(base, loaded, out):
         typer.echo(note)
-    typer.echo(f"{out}: {base} with task {found.task!r}.")
+    typer.echo(f"{out}: {base} with task {loaded.task!r}.")
 
 
 @app.command()
@@ -197,9 +199,9 @@ def remove(
     """Check bit for bit that a folder is base + pack; with --out, write the base again."""
     from cl_graft.skillpack.folders.apply import remove_pack
 
-    found, _ = _load(pack, base)
-    count = remove_pack(grafted, found, base, out)
-    typer.echo(f"{grafted} is {base} with task {found.task!r}: {count} tensors, bit for bit.")
+    loaded, _ = _load(pack, base)
+    count = remove_pack(grafted, loaded, base, out)
+    typer.echo(f"{grafted} is {base} with task {loaded.task!r}: {count} tensors, bit for bit.")
     if out is not None:
         typer.echo(f"{out}: the base again, without the pack.")
 
@@ -250,12 +252,12 @@ def _roles(checkpoint: Checkpoint | None) -> dict[str, str]:
     """{tensor of the folder: role}; none without a folder, or where the model does not tell."""
     if checkpoint is None:
         return {}
-    from cl_graft.models.meta_model import skeleton
+    from cl_graft.models.meta_model import meta_model
     from cl_graft.models.roles import UnclearRoles
 
-    bones = skeleton(checkpoint.folder)
+    meta = meta_model(checkpoint.folder)
     try:
-        return {name: bones.role_of(name) for name in checkpoint.tensors}
+        return {name: meta.role_of(name) for name in checkpoint.tensors}
     except UnclearRoles as error:
         typer.echo(f"no roles: {error}", err=True)
         return {}

@@ -30,9 +30,9 @@ def plan(
     from cl_graft.planning.plan import plan as make
     from cl_graft.planning.tables import summary, table
 
-    found = make(sweep_from(file, given).cells(), probe, peak, utilisation, gpu)
+    made = make(sweep_from(file, given).cells(), probe, peak, utilisation, gpu)
     if json_:
-        typer.echo(json.dumps(found.json(), indent=1, default=str))
+        typer.echo(json.dumps(made.json(), indent=1, default=str))
     else:
-        print_tables([table(found)])
-        typer.echo("\n".join(summary(found)))
+        print_tables([table(made)])
+        typer.echo("\n".join(summary(made)))

@@ -43,7 +43,7 @@ def compare(
 
     tables = compared(a, b)
     if json_:
-        found = [{"title": t.title, "columns": t.columns, "rows": t.rows} for t in tables]
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        shown = [{"title": t.title, "columns": t.columns, "rows": t.rows} for t in tables]
+        typer.echo(json.dumps(shown, indent=1, ensure_ascii=False))
     else:
         print_tables(tables)

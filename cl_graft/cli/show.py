@@ -18,10 +18,10 @@ def report(folders: list[Path], target: Path) -> None:
 
     try:
         with interruptible():
-            found = find(folders)
-            cells = [f.cell for f in found]
+            known = find(folders)
+            cells = [f.cell for f in known]
             print_tables([*matrices(cells), *ranking(cells)])
-            index = write(found, target)
+            index = write(known, target)
     except OSError as error:
         raise CLGraftError(
             f"{target} cannot be written ({error.strerror or error}); free space or copy the results elsewhere."

@@ -120,13 +120,13 @@ def status(
     """The state of every cell in a results folder: waiting, running, done or failed, and why."""
     from cl_graft.store.record import states
 
-    found = states(out)
-    for path, state in found.items():
+    known = states(out)
+    for path, state in known.items():
         done = f"{state['experiences']} experiences" if state["experiences"] else ""
         reason = state.get("reason", "") if state["state"] == "failed" else ""
         typer.echo(f"{state['state']:8} {path.name}  {done}{reason}".rstrip())
     counts = {s: 0 for s in ("done", "running", "waiting", "failed")}
-    for state in found.values():
+    for state in known.values():
         counts[state["state"]] += 1
     typer.echo(", ".join(f"{n} {name}" for name, n in counts.items()))
 

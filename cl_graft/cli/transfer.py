@@ -98,20 +98,20 @@ def build(
         allow_code_execution=allow_code_execution,
     )
     with interruptible(), bars() as bar:
-        found = build_data(config, lambda what, done: bar(out.name, what, done))
+        built = build_data(config, lambda what, done: bar(out.name, what, done))
     if json_:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(built, indent=1))
     else:
-        print_tables(tables(found))
-        typer.echo(f"data: {out} ({found['sft']:,} SFT rows, {found['dpo']:,} DPO pairs)")
-    if reason := shortfall(found, config):
+        print_tables(tables(built))
+        typer.echo(f"data: {out} ({built['sft']:,} SFT rows, {built['dpo']:,} DPO pairs)")
+    if reason := shortfall(built, config):
         raise CLGraftError(reason)
 
 
 def _options(sets: list[str]) -> dict[str, dict[str, Any]]:
     from cl_graft.plugins import parse_set
 
-    found: dict[str, dict[str, Any]] = {}
+    chosen: dict[str, dict[str, Any]] = {}
     for owner, option, value in map(parse_set, sets):
-        found.setdefault(owner, {})[option] = value
-    return found
+        chosen.setdefault(owner, {})[option] = value
+    return chosen

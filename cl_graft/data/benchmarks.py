@@ -101,7 +101,7 @@ def examples(name: str, data_dir: Path | None) -> list[Example]:
     made = BENCHMARKS[name]
     if data_dir is None:
         return hub.rows(made.place, made.example, made.columns, config=made.config, split="test")
-    found = records(data_dir, made.file, made.columns)
+    problems = records(data_dir, made.file, made.columns)
     if name == "mbpp":  # its file holds all splits
-        found = [row for row in found if 11 <= row["task_id"] <= 510]
-    return [made.example(row) for row in found]
+        problems = [row for row in problems if 11 <= row["task_id"] <= 510]
+    return [made.example(row) for row in problems]

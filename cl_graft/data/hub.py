@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 from cl_graft.data.readers import DataError, sample
 
 T = TypeVar("T")
-Row = Mapping[str, Any]
+HubRow = Mapping[str, Any]
 
 
 def rows(
     place: str,
-    adapt: Callable[[Row], T],
+    adapt: Callable[[HubRow], T],
     columns: Sequence[str],
     *,
     config: str | None = None,
@@ -51,16 +51,16 @@ def rows(
     if not wanted:
         raise DataError(f"{place} holds no row; choose another source.")
     chosen = wanted if size is None else sample(wanted, size, seed)
-    found = []
+    adapted = []
     for number, row in zip(chosen, table.select(chosen), strict=True):
         try:
-            found.append(adapt(row))
+            adapted.append(adapt(row))
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise DataError(
                 f"row {number} of {place} does not have the form of its data set ({type(error).__name__}: {error}); "
                 "mend it or choose another source."
             ) from error
-    return found
+    return adapted
 
 
 def _load(place: str, config: str | None, split: str) -> Any:

@@ -29,9 +29,9 @@ def records(data_dir: Path | None, name: str, fields: Fields) -> list[dict[str, 
     """
     path = _existing(data_dir, name)
     text = _text(path)
-    found = _list(path, text) if path.suffix == ".json" else json_lines(path, text)
+    entries = _list(path, text) if path.suffix == ".json" else json_lines(path, text)
     types = fields if isinstance(fields, Mapping) else dict.fromkeys(fields, object)
-    for where, record in found:
+    for where, record in entries:
         for field, wanted in types.items():
             if not isinstance(record, dict) or field not in record:
                 raise DataError(
@@ -42,18 +42,18 @@ def records(data_dir: Path | None, name: str, fields: Fields) -> list[dict[str, 
                     f"{path}, {where} has {type(record[field]).__name__} in field {field!r}; "
                     f"write {_names(wanted)} there."
                 )
-    if not found:
+    if not entries:
         raise DataError(f"{path} holds no record; put the data set's file there.")
-    return [record for _, record in found]
+    return [record for _, record in entries]
 
 
 def labels(data_dir: Path | None, name: str) -> list[str]:
     """A JSON list of strings. Raises DataError for anything else."""
     path = _existing(data_dir, name)
-    found = [value for _, value in _list(path, _text(path))]
-    if not found or not all(isinstance(value, str) for value in found):
+    values = [value for _, value in _list(path, _text(path))]
+    if not values or not all(isinstance(value, str) for value in values):
         raise DataError(f"{path} should hold a JSON list of strings; mend or replace the file.")
-    return found
+    return values
 
 
 def _text(path: Path) -> str:
@@ -93,16 +93,16 @@ def _list(path: Path, text: str) -> list[tuple[str, Any]]:
 
 def json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
     """("line N", value) of each line that is not blank. Raises DataError naming `path` and the line."""
-    found = []
+    values = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                found.append((f"line {number}", json.loads(line)))
+                values.append((f"line {number}", json.loads(line)))
             except ValueError as error:
                 raise DataError(
                     f"{path}, line {number} is not JSON ({error}); mend or remove the line."
                 ) from error
-    return found
+    return values
 
 
 def sample(items: Sequence[T], size: int, seed: str) -> list[T]:

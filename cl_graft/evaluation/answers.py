@@ -28,20 +28,20 @@ def final_part(text: str) -> str:
 
 
 def equivalent(pairs: Sequence[tuple[str, str]]) -> list[bool]:
-    """For each (reference, answer) whether the final answers are equal as numbers, expressions, intervals, sets, ...
+    """Whether the final answers of each (reference, answer) are equal as numbers, expressions, intervals, sets, ...
 
     The final answer is the last `\\boxed{...}`, or else the last formula or number. What cannot be read, or takes
     too long, is not equal to anything.
     """
-    found: list[bool] = []
-    while len(found) < len(pairs):  # another process after each one that had to be killed
+    verdicts: list[bool] = []
+    while len(verdicts) < len(pairs):  # another process after each one that had to be killed
         with _judge() as judge:
-            for reference, answer in pairs[len(found) :]:
+            for reference, answer in pairs[len(verdicts) :]:
                 verdict = _ask(judge, final_part(reference), final_part(answer))
-                found.append(bool(verdict))
+                verdicts.append(bool(verdict))
                 if verdict is None:
                     break
-    return found
+    return verdicts
 
 
 @contextmanager

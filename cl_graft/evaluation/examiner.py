@@ -43,8 +43,8 @@ class Answered:
     @property
     def names(self) -> list[str | None]:
         """The task that each example was taken for, in their order."""
-        found = {i: g.taken_for for g in self.groups for i in g.examples} if self.tasks else {}
-        return [None if (k := found[i]) is None else self.tasks[k] for i in sorted(found)]
+        name_of = {i: g.taken_for for g in self.groups for i in g.examples} if self.tasks else {}
+        return [None if (k := name_of[i]) is None else self.tasks[k] for i in sorted(name_of)]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -80,7 +80,9 @@ class Examiner:
             places = [index for group in groups for index in group.examples]
             order = sorted(range(len(places)), key=places.__getitem__)
             joined = {m: [o for part in parts for o in part[m]] for m in task.metrics}
-            self.measured[whole] = {m: [found[k] for k in order] for m, found in joined.items()}
+            self.measured[whole] = {
+                m: [outcomes[k] for k in order] for m, outcomes in joined.items()
+            }
         return self.measured[whole]
 
     def _measured(self, task: Task, group: Group, alone: bool, experience: int) -> Results:
@@ -116,9 +118,9 @@ class Examiner:
         model: Any = self.grafted.model
         length, most = task.training.max_length, task.max_new_tokens
         examinee = Examinee(model, self.tokenizer, most, length, self.allow_code)
-        found = score(examinee, task.test, task.scorings)
+        outcomes = score(examinee, task.test, task.scorings)
         self.seconds += perf_counter() - begun
-        return found
+        return outcomes
 
 
 def key(task: Task, groups: Sequence[Group]) -> Key:

@@ -36,8 +36,8 @@ def generate(
     top_p: float = 1.0,
 ) -> list[str]:
     """The texts of `answers`: greedy unless a temperature is given."""
-    found = answers(model, tokenizer, prompts, max_new_tokens, temperature, seed, top_p)
-    return [answer.text for answer in found]
+    said = answers(model, tokenizer, prompts, max_new_tokens, temperature, seed, top_p)
+    return [answer.text for answer in said]
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def answers(
     model.eval()
     encoded = [tokenizer(p)["input_ids"] for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
-    found, ends = [Answer("", 0, False)] * len(prompts), _ends(model, tokenizer)
+    said, ends = [Answer("", 0, False)] * len(prompts), _ends(model, tokenizer)
     if temperature is not None:
         torch.manual_seed(seed)
     for start in range(0, len(order), BATCH):
@@ -82,8 +82,8 @@ def answers(
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
         for i, row, text in zip(chunk, output.tolist(), texts, strict=True):
             tokens = next((k for k, token in enumerate(row) if token in ends), len(row))
-            found[i] = Answer(text, tokens, tokens < len(row))
-    return found
+            said[i] = Answer(text, tokens, tokens < len(row))
+    return said
 
 
 @torch.no_grad()

@@ -76,11 +76,11 @@ class Outcomes:
         if (whole := read_lines(file)) is None:
             return None
         first, lines = whole
-        found: Results = {}
+        kept: Results = {}
         for line in lines:
             scored = Scored(line["score"], line["answer"], line["note"])
-            found.setdefault(line["metric"], []).append(scored)
-        return found, (first["cell"], first["experience"]) != (self.cell, experience)
+            kept.setdefault(line["metric"], []).append(scored)
+        return kept, (first["cell"], first["experience"]) != (self.cell, experience)
 
     def keep(self, file: Path, task: Task, results: Results, weights: str, experience: int) -> None:
         about: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""From outcomes of test examples to scores of tasks: value, number of examples and standard error."""
+"""Scores of tasks from outcomes of test examples: value, number of examples and standard error."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def by_metric(
     results: Mapping[str, Mapping[str, Sequence[Scored]]], tasks: Iterable[Task]
 ) -> dict[str, dict[str, Cell]]:
     """{metric: {task: cell}} of {task: {metric: outcomes, one a test example}}. Raises ValueError as `cells` does."""
-    found: dict[str, dict[str, Cell]] = {}
+    by_name: dict[str, dict[str, Cell]] = {}
     suites = {task.name: task.suites for task in tasks}
     for name, metrics in results.items():
         for key, cell in cells(metrics, suites[name]).items():
-            found.setdefault(key, {})[name] = cell
-    return found
+            by_name.setdefault(key, {})[name] = cell
+    return by_name
 
 
 def cells(metrics: Mapping[str, Sequence[Scored]], suites: Sequence[str]) -> dict[str, Cell]:
@@ -33,16 +33,16 @@ def cells(metrics: Mapping[str, Sequence[Scored]], suites: Sequence[str]) -> dic
     suites: the suite of each example. A task of several is scored by the mean of their means; what each came to by
     the first metric is there under the suite's name, too. Raises ValueError for other than one outcome an example.
     """
-    found: dict[str, Cell] = {}
+    by_column: dict[str, Cell] = {}
     for number, (metric, outcomes) in enumerate(metrics.items()):
         groups: dict[str, list[float]] = {}
         for suite, outcome in zip(suites, outcomes, strict=True):
             groups.setdefault(suite, []).append(outcome.score)
         parts = {suite: _cell(scores) for suite, scores in groups.items()}
-        found[metric if number else "score"] = _mean_of(list(parts.values()))
+        by_column[metric if number else "score"] = _mean_of(list(parts.values()))
         if not number and len(parts) > 1:
-            found |= parts
-    return found
+            by_column |= parts
+    return by_column
 
 
 def _cell(scores: Sequence[float]) -> Cell:

@@ -9,12 +9,12 @@ from typing import Any
 
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, Refused
-from cl_graft.experiment.executors import Outcome, Progress
+from cl_graft.experiment.executors import CellProgress, Outcome
 from cl_graft.store.locks import Busy, held
 from cl_graft.store.record import CellBusy, CellFolder
 
 
-def attempt(config: RunConfig, progress: Progress, patient: bool) -> Outcome:
+def attempt(config: RunConfig, progress: CellProgress, patient: bool) -> Outcome:
     """Run the cell or continue it; its folder says meanwhile that it runs.
 
     patient: wait for what another process is making; else the outcome is `busy`.
@@ -44,7 +44,7 @@ def attempt(config: RunConfig, progress: Progress, patient: bool) -> Outcome:
 
 
 def seldom(report: Callable[..., None], seconds: float = 0.2) -> Callable[..., None]:
-    """The same report, not more often than that; a change of the words is always told."""
+    """A `report` that passes on one call in so many seconds; a change of the words is always told."""
     last: list[Any] = [0.0, None]
 
     def told(what: str, done: float) -> None:

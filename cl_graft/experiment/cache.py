@@ -38,12 +38,12 @@ class Entry:
 
 def entries(cache: Path) -> list[Entry]:
     """Everything in the folder, the largest first. Raises RecordError if it is no cache."""
-    found = list(_entries(cache))
-    if not found and not any((cache / name).is_dir() for name in ("stages", "evaluations")):
+    known = list(_entries(cache))
+    if not known and not any((cache / name).is_dir() for name in ("stages", "evaluations")):
         raise RecordError(
             f"{cache} holds no stages and no evaluations; give a results folder, or the one that --cache named."
         )
-    return sorted(found, key=lambda entry: -entry.bytes)
+    return sorted(known, key=lambda entry: -entry.bytes)
 
 
 def _entries(cache: Path) -> Iterator[Entry]:
@@ -63,13 +63,18 @@ def _entries(cache: Path) -> Iterator[Entry]:
             about = f"{job['kind']}, {job['steps']} steps of {job['batch']}, seed {job['seed']}"
             yield _entry(folder, "stage", about, _current(made["made_by"], training_code()))
     for file in (cache / "pairs").glob("*.jsonl"):
-        found = read_lines(file)
-        yield _entry(file, "pairs", f"{len(found[1])} pairs" if found else TORN, bool(found))
+        evaluations = read_lines(file)
+        yield _entry(
+            file,
+            "pairs",
+            f"{len(evaluations[1])} pairs" if evaluations else TORN,
+            bool(evaluations),
+        )
     for file in (cache / "evaluations").glob("*.jsonl"):
-        if (found := read_lines(file)) is None:
+        if (evaluations := read_lines(file)) is None:
             yield _entry(file, "evaluation", TORN, False)
             continue
-        first, _ = found
+        first, _ = evaluations
         about = f"{first['task']} of {first['cell'] or 'no cell'}"
         current = _current(first["made_by"], evaluation_code())
         current = current and scorers_are_as_then(first["scorers"])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cl_graft.config import RunConfig
 from cl_graft.evaluation.scores import by_metric, cells
 from cl_graft.experiment import identity
-from cl_graft.experiment.executors import Progress
+from cl_graft.experiment.executors import CellProgress
 from cl_graft.experiment.prepare import prepare, strategy_of
 from cl_graft.models.load import locate
 from cl_graft.skillpack.format.errors import SkillPackError
@@ -27,7 +27,7 @@ from cl_graft.store.digests import (
     versions,
 )
 from cl_graft.store.files import RecordError, read_json, read_jsonl, refused, write_json
-from cl_graft.store.mirror import Mirror
+from cl_graft.store.mirror import mirror_of
 from cl_graft.store.record import CellFolder
 from cl_graft.store.result import collect
 from cl_graft.task import Scenario
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def run(
     config: RunConfig | None = None,
-    progress: Progress | None = None,
+    progress: CellProgress | None = None,
     patient: bool = True,
     **fields: Any,
 ) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def run(
     """
     config = config or RunConfig(**fields)
     folder = CellFolder(config.out / config.cell)
-    mirror = Mirror(config.mirror) if config.mirror else None
+    mirror = mirror_of(config)
     if (result := finished(config)) is not None:
         if mirror:  # the attempt that finished it may not have come to this
             mirror.push(folder.path, config.cell)
@@ -99,7 +99,7 @@ def _compute(
     scenario: Scenario,
     strategy_class: type[Strategy],
     options: dict[str, Any],
-    progress: Progress,
+    progress: CellProgress,
     begun: float,
     patient: bool,
 ) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _experiences(
     strategy: Strategy,
     stream: Any,
     tracker: Trackers,
-    progress: Progress,
+    progress: CellProgress,
     begun: float,
 ) -> None:
     """begun: when the cell was, by `perf_counter`; what it took to load counts with the first experience."""
@@ -224,10 +224,9 @@ def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], dict[str
     strategy.eval(stream.test_stream)
     outcomes, general, by = dict(strategy.results), None, []
     if scenario.general:
-        found = strategy.measure(scenario.general, None)
-        strategy.grafted.unload()
-        general = cells(found, scenario.general.suites)
-        outcomes[f"general:{scenario.general.name}"] = found
+        measured = strategy.measure(scenario.general, None)
+        general = cells(measured, scenario.general.suites)
+        outcomes[f"general:{scenario.general.name}"] = measured
         by = list(strategy.answered[scenario.general.name].key)
     known |= strategy.examiner.recalled
     active = {task.name: list(strategy.answered[task.name].key) for task in scenario.tasks}
@@ -243,7 +242,7 @@ def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], dict[str
 
 
 class _Costs:
-    """Of an experience: what a strategy's counters grow by from here to `record`."""
+    """The costs of one experience: what a strategy's counters grow by from here to `record`."""
 
     def __init__(self, strategy: Strategy, begun: float):
         self.strategy, self.begun = strategy, begun
@@ -265,13 +264,13 @@ class _Costs:
         }
 
 
-def _part_of(progress: Progress, experience: int, total: int, what: str, part: float) -> None:
+def _part_of(progress: CellProgress, experience: int, total: int, what: str, part: float) -> None:
     share = 0.6 + 0.2 * part if what.startswith("compressing") else 0.6 * part
     progress(what, (experience + share) / total)
 
 
-def _forwards(progress: Progress) -> Progress:
-    """The same, never going back: a task may train twice (SFT, then DPO)."""
+def _forwards(progress: CellProgress) -> CellProgress:
+    """A progress that never goes back: a task may train twice (SFT, then DPO)."""
     furthest = 0.0
 
     def report(what: str, done: float) -> None:
@@ -339,13 +338,13 @@ def _outcomes(
     of_tasks = {t: metrics for t, metrics in outcomes.items() if not t.startswith("general:")}
     general = [metrics for t, metrics in outcomes.items() if t.startswith("general:")]
     try:
-        found: Any = (
+        scored_again: Any = (
             by_metric(of_tasks, scenario.tasks),
             cells(general[0], scenario.general.suites) if scenario.general and general else None,
         )
     except (ValueError, KeyError):  # lines are missing, doubled, or of another task
-        found = None
-    if found != (record["scores"], record["general"]):
+        scored_again = None
+    if scored_again != (record["scores"], record["general"]):
         raise RecordError(
             f"{file} does not hold the outcomes that its experience.json was made of; "
             "delete that experience's folder and the later ones to compute them anew."

@@ -28,8 +28,8 @@ def sources(config: RunConfig, scorers: Iterable[str]) -> dict[str, Any]:
     """{"scenario", "strategy" or "router": files, "scorers": {name: files}} of the plug-ins, and what these import
     from beside them."""
     kinds = ("scenario", "strategy", *(["router"] if config.task_ids == "inferred" else []))
-    found: dict[str, Any] = {kind: plugins.sources(kind, getattr(config, kind)) for kind in kinds}
-    return found | {"scorers": {name: plugins.sources("scorer", name) for name in scorers}}
+    files: dict[str, Any] = {kind: plugins.sources(kind, getattr(config, kind)) for kind in kinds}
+    return files | {"scorers": {name: plugins.sources("scorer", name) for name in scorers}}
 
 
 def scorers_of(scenario: Scenario) -> list[str]:
@@ -43,17 +43,17 @@ def inputs(config: RunConfig) -> dict[str, Files]:
 
     What is not on this machine is left out. Raises CLGraftError where the data cannot be read.
     """
-    found: dict[str, Files] = {}
+    digests: dict[str, Files] = {}
     folders = [f for f in (config.data_dir, *config.train_on.values()) if f and f.is_dir()]
     if folders:
-        found["data"] = {"data set": _data_set(config, folders)}
+        digests["data"] = {"data set": _data_set(config, folders)}
     if spec := embedded.SPECS.get(config.model):
         if spec.corpus == "data" and config.data_dir and config.data_dir.is_dir():
-            found["model"] = {"text to train the model on": digest(corpus.texts(config.data_dir))}
+            digests["model"] = {"text to train the model on": digest(corpus.texts(config.data_dir))}
     elif (folder := Path(config.model)).is_dir():
         files = sorted({file for kind in FILES for file in folder.glob(kind)})
-        found["model"] = {str(file): digest_of(file) for file in files}
-    return found
+        digests["model"] = {str(file): digest_of(file) for file in files}
+    return digests
 
 
 def _data_set(config: RunConfig, folders: list[Path]) -> str:

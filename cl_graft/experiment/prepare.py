@@ -13,7 +13,7 @@ from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.evaluation.scorers import require_consents, resolved
 from cl_graft.store.digests import digest
-from cl_graft.store.mirror import Mirror
+from cl_graft.store.mirror import mirror_of
 from cl_graft.task import Scenario
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def check(cells: Iterable[RunConfig]) -> None:
     for config in cells:
         _strategy(config)
         load.check(config.model)
-        if config.mirror:
-            Mirror(config.mirror).check()
+        if mirror := mirror_of(config):
+            mirror.check()
         name = config.short(config.scenario)
         told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
         chosen = [config.options.get(name), config.scoring]
@@ -71,16 +71,15 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
     if not 0 <= config.seed < 2**31:
         raise CLGraftError(f"seed {config.seed} is out of range; choose one from 0 to {2**31 - 1}.")
     router_of(config)
-    own = [config.short(name) for name in (config.scenario, config.strategy, config.router)]
-    known = {name for kind in plugins.KINDS for name in plugins.names(kind)}
+    scenario_name, strategy_name = config.short(config.scenario), config.short(config.strategy)
+    known = (*plugins.names("strategy"), *plugins.names("scenario"))
     for owner in config.options:
-        if owner not in (*own, *known):
-            raise UnknownName("scenario, strategy or router", owner, own[:2])
-    strategy_name = own[1]
-    found = plugins.load("strategy", config.strategy)
-    _require_strategy(found, config.strategy)
+        if owner not in (scenario_name, strategy_name, *known):
+            raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
+    strategy_class = plugins.load("strategy", config.strategy)
+    _require_strategy(strategy_class, config.strategy)
     given = config.options.get(strategy_name, {})
-    return found, plugins.check_options("strategy", strategy_name, found, given)
+    return strategy_class, plugins.check_options("strategy", strategy_name, strategy_class, given)
 
 
 def scenario_of(config: RunConfig) -> Scenario:
@@ -127,7 +126,7 @@ def strategy_of(
     from cl_graft.models.chat import rendered
     from cl_graft.training.stages import Stages
 
-    mirror = Mirror(config.mirror) if config.mirror else None
+    mirror = mirror_of(config)
     return strategy_class(
         model=model,
         tokenizer=tokenizer,
@@ -148,7 +147,7 @@ def router_of(config: RunConfig) -> Router | None:
         return None
     name = config.short(config.router)
     kind = plugins.load("router", config.router)
-    return kind(**plugins.check_options("router", name, kind, config.options.get(name, {})))
+    return kind(**plugins.check_options("router", name, kind, config.router_options))
 
 
 def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
@@ -172,10 +171,10 @@ def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
     return replace(scenario, tasks=tuple(tasks))
 
 
-def _require_strategy(found: Any, name: str) -> None:
+def _require_strategy(loaded: Any, name: str) -> None:
     from cl_graft.strategy.base import Strategy
 
-    if not (isinstance(found, type) and issubclass(found, Strategy)):
+    if not (isinstance(loaded, type) and issubclass(loaded, Strategy)):
         raise CLGraftError(
             f"{name} is not a strategy; decorate its function with @compressor or @merger, "
             "or make it a subclass of cl_graft.Strategy."

@@ -16,7 +16,7 @@ from cl_graft.errors import CLGraftError
 from cl_graft.experiment.executors import Executor, Outcome, Report
 from cl_graft.store import prompts
 from cl_graft.store.files import DiskRefused
-from cl_graft.store.mirror import Mirror
+from cl_graft.store.mirror import mirror_of
 from cl_graft.store.record import CellBusy, CellFolder
 
 Aside = Callable[[Callable[[Report], None], Report], None]  # calls the first with the second
@@ -81,8 +81,7 @@ def _settled(config: RunConfig, outcome: Outcome) -> Failure | None:
     folder = CellFolder(config.out / config.cell)
     if outcome.state == "done":
         try:
-            if config.mirror:  # it may have been computed on another machine's disk
-                mirror = Mirror(config.mirror)
+            if mirror := mirror_of(config):  # it may have been computed on another machine's disk
                 mirror.pull(config.cell, folder.path)
                 mirror.pull(prompts.FOLDER, config.out / prompts.FOLDER)
         except CLGraftError as error:

@@ -25,22 +25,22 @@ SENTENCES = ("TC/agnews", "SC/amazon", "SC/SST-2", "NLI/MNLI")
 def texts(data_dir: Path | None) -> list[str]:
     """GSM8K training problems, MBPP training programs (task ids 601-974), training sentences of four
     classification sets. Raises DataError for a missing file or field."""
-    found = [
+    sentences = [
         f"Question: {row['question']}\nAnswer: {row['answer']}"
         for row in records(data_dir, "gsm8k/train.jsonl", {"question": str, "answer": str})
     ]
-    found += [
+    sentences += [
         f"# {row['text']}\n{row['code']}"
         for row in records(data_dir, "mbpp/mbpp.jsonl", {"text": str, "code": str, "task_id": int})
         if 601 <= row["task_id"] <= 974
     ]
     for name in SENTENCES:
         rows = records(data_dir, f"cl_benchmark/{name}/train.json", {"sentence": str})
-        found += [row["sentence"] for row in rows]
-    return [text.replace("\r\n", "\n")[:CHARACTERS] for text in found]
+        sentences += [row["sentence"] for row in rows]
+    return [text.replace("\r\n", "\n")[:CHARACTERS] for text in sentences]
 
 
-def tokenizer(found: list[str]) -> PreTrainedTokenizerBase:
+def tokenizer(sentences: list[str]) -> PreTrainedTokenizerBase:
     """Byte-level BPE, so that any text can be written."""
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -51,12 +51,12 @@ def tokenizer(found: list[str]) -> PreTrainedTokenizerBase:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(found, trainer)
+    made.train_from_iterator(sentences, trainer)
     return wrapped(made)
 
 
-def batches(found: list[str], size: int, seed: int) -> Iterator[list[tuple[str, str]]]:
+def batches(sentences: list[str], size: int, seed: int) -> Iterator[list[tuple[str, str]]]:
     """Endless batches of (empty prompt, text)."""
     rng = Random(seed)
     while True:
-        yield [("", text) for text in rng.sample(found, size)]
+        yield [("", text) for text in rng.sample(sentences, size)]

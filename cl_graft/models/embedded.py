@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from cl_graft.errors import CLGraftError
 from cl_graft.models import corpus, mini_gpt2, toy_language
-from cl_graft.models.spec import Spec
+from cl_graft.models.recipe import ModelRecipe
 from cl_graft.models.vocabulary import SPECIAL, wrapped
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ Pairs = Iterator[list[tuple[str, str]]]  # batches of (prompt, completion)
 
 
 SPECS = {
-    "mini-llama": Spec(
+    "mini-llama": ModelRecipe(
         "0.6 M parameters, shallow skill in every mini task", 128, 3, 4, 384, 900, 3e-3
     ),
-    "text-llama": Spec(
+    "text-llama": ModelRecipe(
         "0.9 M parameters, pre-trained on the training texts in --data-dir",
         128,
         3,
@@ -45,8 +45,8 @@ SPECS = {
         batch=16,
         corpus="data",
     ),
-    "nano-llama": Spec("60 k parameters, for tests in seconds", 48, 2, 2, 96, 60, 5e-3),
-    "mini-gpt2": Spec(
+    "nano-llama": ModelRecipe("60 k parameters, for tests in seconds", 48, 2, 2, 96, 60, 5e-3),
+    "mini-gpt2": ModelRecipe(
         "0.9 M parameters, good at every mini task: a source to transfer from",
         128,
         4,
@@ -56,7 +56,7 @@ SPECS = {
         3e-3,
         family="gpt2",
     ),
-    "nano-gpt2": Spec(
+    "nano-gpt2": ModelRecipe(
         "a source of the same kind, for tests in seconds", 48, 2, 2, 96, 60, 5e-3, family="gpt2"
     ),
 }
@@ -116,7 +116,7 @@ def obtain(name: str, data_dir: Path | None = None) -> Path:
     return target
 
 
-def _train(spec: Spec, texts: list[str], target: Path) -> None:
+def _train(spec: ModelRecipe, texts: list[str], target: Path) -> None:
     import torch
 
     threads = torch.get_num_threads()
@@ -131,7 +131,7 @@ def _train(spec: Spec, texts: list[str], target: Path) -> None:
                 corpus.batches(texts, spec.batch, spec.seed),
             )
         else:
-            tokenizer, batches = world_tokenizer(), world_batches(spec)
+            tokenizer, batches = toy_tokenizer(), toy_batches(spec)
         new = new_llama if spec.family == "llama" else mini_gpt2.new_gpt2
         model = new(spec, len(tokenizer))
         pretrain(model, tokenizer, batches, spec.steps, spec.lr)
@@ -141,14 +141,14 @@ def _train(spec: Spec, texts: list[str], target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def world_batches(spec: Spec) -> Pairs:
+def toy_batches(spec: ModelRecipe) -> Pairs:
     rng = Random(spec.seed)
     while True:
         items = [toy_language.pretraining(rng) for _ in range(spec.batch)]
         yield [(toy_language.prompt(item.question), item.answer) for item in items]
 
 
-def new_llama(spec: Spec, vocab: int) -> PreTrainedModel:
+def new_llama(spec: ModelRecipe, vocab: int) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -214,7 +214,7 @@ def _collate(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]):
     return ids, mask, labels
 
 
-def world_tokenizer() -> PreTrainedTokenizerBase:
+def toy_tokenizer() -> PreTrainedTokenizerBase:
     """Words of the world with and without a leading blank, and every printable character."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 

@@ -73,7 +73,7 @@ def load(
 
 
 def load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
-    """Of the model `name`, located at `place`; it has a padding token.
+    """Load the tokenizer of the model `name`, located at `place`; it has a padding token.
 
     Raises CLGraftError where it cannot be loaded or has no end-of-sequence token.
     """

@@ -45,7 +45,7 @@ class Source(NamedTuple):
 
 
 @dataclass
-class Skeleton:
+class MetaModel:
     """model: parameters on the meta device, weights tied, evaluation mode.
 
     folder, keys: where it was made from, and the shapes of the tensors there; None and empty where it was
@@ -140,14 +140,14 @@ class Skeleton:
     @cached_property
     def _keys(self) -> dict[str, str]:
         """Parameter or buffer -> key. Under its own name first, where tied weights are stored twice."""
-        found: dict[str, str] = {}
+        keys: dict[str, str] = {}
         for key in self.keys:
             name, conversion = self._target(key)
             if name is not None and conversion is None:
                 first = self._canonical.get(name, name)
-                if first not in found or name == first:
-                    found[first] = key
-        return found
+                if first not in keys or name == first:
+                    keys[first] = key
+        return keys
 
     @cached_property
     def _sources(self) -> dict[str, Source]:
@@ -157,15 +157,15 @@ class Skeleton:
             name, conversion = self._target(key)
             if name is not None and conversion is not None:
                 groups.setdefault(name, []).append((key, conversion))
-        found: dict[str, Source] = {}
+        sources: dict[str, Source] = {}
         for target, tensors in groups.items():
             source = Source(target, tuple(tensors))
             try:
                 made = _converted(self.model, source, self._blank)
             except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
                 continue  # needs more than shapes, or another interface than the one known here
-            found |= {n: source for n, t in made.items() if t.shape == self._shapes.get(n)}
-        return found
+            sources |= {n: source for n, t in made.items() if t.shape == self._shapes.get(n)}
+        return sources
 
     def _blank(self, key: str) -> Tensor:
         return torch.empty(self.keys[key], device="meta")
@@ -183,14 +183,14 @@ class Skeleton:
         """The model's own name for a key, and what is done to the tensor on the way to it."""
         name, conversion = self._rename(key)
         for candidate, change in ((name, conversion), (key, None)):
-            for found in _with_prefix(candidate, self.model.base_model_prefix):
-                if found in self._shapes:
-                    return found, change
+            for spelled in _with_prefix(candidate, self.model.base_model_prefix):
+                if spelled in self._shapes:
+                    return spelled, change
         return None, None
 
 
-def skeleton(source: str | os.PathLike[str] | PreTrainedConfig) -> Skeleton:
-    """Of a model folder (config.json, and the names in its *.safetensors) or of a configuration.
+def meta_model(source: str | os.PathLike[str] | PreTrainedConfig) -> MetaModel:
+    """Make the meta model of a folder (config.json, and the names in its *.safetensors) or of a configuration.
 
     Raises CLGraftError for a folder without a readable configuration, and for a model whose code is not
     part of transformers: remote code is never run.
@@ -216,7 +216,7 @@ def skeleton(source: str | os.PathLike[str] | PreTrainedConfig) -> Skeleton:
     finally:
         logging.set_verbosity(verbosity)
     model.requires_grad_(False).eval()
-    return Skeleton(model, folder, _shapes_in(folder) if folder else {})
+    return MetaModel(model, folder, _shapes_in(folder) if folder else {})
 
 
 def meta_parameters() -> Any:
@@ -261,11 +261,11 @@ def _shapes_in(folder: Path) -> Shapes:
     files = ["model.safetensors"] if single.is_file() else []
     if not files and index.is_file():
         files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in files:
         with safe_open(folder / name, framework="pt") as file:
-            found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    return found
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

@@ -11,7 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from cl_graft.models import toy_language
-from cl_graft.models.spec import Spec
+from cl_graft.models.recipe import ModelRecipe
 from cl_graft.models.vocabulary import SPECIAL, byte_level, wrapped
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def batches(size: int, seed: int) -> Iterator[list[tuple[str, str]]]:
         yield [(toy_language.prompt(item.question), item.answer) for item in items]
 
 
-def new_gpt2(spec: Spec, vocab: int) -> PreTrainedModel:
+def new_gpt2(spec: ModelRecipe, vocab: int) -> PreTrainedModel:
     """A GPT-2 with random weights, for texts of up to 256 tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -86,7 +86,7 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
 def _role_in_layer(
     modules: dict[str, nn.Module], layer: str, rest: str, inside: dict[str, dict[str, Role]]
 ) -> Role:
-    """From the outermost attention on the way to the owner, else from the layer's child that it is in."""
+    """Role by the outermost attention on the way to the owner, else by the layer's child that it is in."""
     steps = rest.split(".") if rest else []
     for n in range(len(steps)):
         if _is_attention(module := modules[".".join([layer, *steps[: n + 1]])]):
@@ -97,13 +97,13 @@ def _role_in_layer(
 def _children(layer: nn.Module) -> dict[str, Role]:
     """Role of the matrices in each child of a decoder layer, those in its attention aside."""
     mixes = any(_is_attention(m) or isinstance(m, _ConvNd) for m in layer.modules())
-    found: dict[str, Role] = {}
+    roles: dict[str, Role] = {}
     for name, child in layer.named_children():
         matrices = any(not _is_vector(p) for p in child.parameters())
         first = matrices and not mixes and not _says(child, CHANNELS)
         mixes = mixes or first
-        found[name] = "other" if first or _convolves(child) else "mlp"
-    return found
+        roles[name] = "other" if first or _convolves(child) else "mlp"
+    return roles
 
 
 def tied_head(model: nn.Module) -> dict[str, str]:

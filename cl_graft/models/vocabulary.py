@@ -1,6 +1,7 @@
 """What the vocabularies of the embedded models have in common.
 
-The names of cached models do not tell of this file: what changes their vocabularies needs another `Spec.version`.
+The names of cached models do not tell of this file: what changes their vocabularies needs another `version` of their
+recipes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ SPECIAL = ["<pad>", "<s>", "</s>"]  # ids 0, 1 and 2
 
 
 def byte_level(model: Any) -> Tokenizer:
-    """Of a `tokenizers` model of bytes: digits one by one, blanks kept, so that any text survives."""
+    """A tokenizer of bytes from a `tokenizers` model: digits one by one, blanks kept, so that any text survives."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
 
     made = Tokenizer(model)
@@ -30,7 +31,7 @@ def byte_level(model: Any) -> Tokenizer:
 
 
 def wrapped(made: Tokenizer, **more: str) -> PreTrainedTokenizerBase:
-    """For transformers: a text begins with `<s>`, and batches are padded on the left. more: other special tokens."""
+    """Wrap it for transformers: texts begin with `<s>`, batches are padded on the left. more: special tokens."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 

@@ -38,7 +38,7 @@ def train_flops(
 def train_seconds(
     flops: int, peak: float, devices: int = 1, utilisation: float = UTILISATION
 ) -> float:
-    """For devices of `peak` floating-point operations a second each, `utilisation` of which are reached.
+    """Seconds on devices of `peak` floating-point operations a second each, a share `utilisation` of which is reached.
 
     Raises CLGraftError for a utilisation outside (0, 1].
     """
@@ -66,7 +66,7 @@ def probe(train: Callable[[Progress], Any]) -> float:
 
 
 def stage_bytes(parameters: int) -> int:
-    """Of the weights that a stage leaves, in fp32."""
+    """Bytes of the weights that a stage leaves, in fp32."""
     return 4 * parameters
 
 
@@ -77,7 +77,7 @@ def step_bytes(
     stage: Literal[0, 2, 3] = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> int:
-    """Of a checkpoint to resume from, all processes' files together; with `trained`, of an adapter's training.
+    """Bytes of a checkpoint to resume from, all processes' files together; with `trained`, of an adapter's training.
 
     The Trainer's own: weights (an adapter's alone, if there is one) and AdamW's two moments, 12 N where all is
     trained. DeepSpeed's: the weights as computed with, the master weights and moments (12 for each trained

@@ -126,9 +126,9 @@ def _compiler() -> Iterator[Finding]:
     compiler = next(
         filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++"))), None
     )
-    for what, found in (("C++ compiler", compiler), ("ninja", shutil.which("ninja"))):
-        if found:
-            yield Finding(what, "ok", found)
+    for what, path in (("C++ compiler", compiler), ("ninja", shutil.which("ninja"))):
+        if path:
+            yield Finding(what, "ok", path)
         else:
             cure = "install it and have it on PATH, for DeepSpeed (--launch)"
             yield Finding(what, "missing", "not on PATH", cure)

@@ -57,7 +57,7 @@ class _Enough(Exception):
     """The last stage of a task was asked for; what a method does after it needs what training made."""
 
 
-class Rehearsal:
+class DryRun:
     """Stands in for training/stages.py: says what a strategy asks for, and what is finished of it."""
 
     def __init__(
@@ -143,14 +143,14 @@ class Rehearsal:
     def pairs(
         self, model: Any, tokenizer: Any, task: Task, half: Preference, seed: int, allow: bool
     ) -> list[Pair]:
-        """Those that were sampled before, or as many as can be, each with the longest answers there may be."""
+        """The pairs that were sampled before, or as many as can be, each with the longest answers there may be."""
         if self.exact:
             start = fingerprint(model.named_parameters())
             if self.stages.pairs_file(start, tokenizer, task, half, seed).is_file():
-                found = self.stages.pairs(model, tokenizer, task, half, seed, allow)
-                if not found:  # so SFT was the last stage
+                known = self.stages.pairs(model, tokenizer, task, half, seed, allow)
+                if not known:  # so SFT was the last stage
                     raise _Enough
-                return found
+                return known
         chosen = list(task.train)[: half.prompts]
         self.exact = False
         return [Pair(e.prompt, e.completion, e.completion) for e in chosen]
@@ -177,8 +177,8 @@ class Rehearsal:
         state: str,
         terms: Sequence[Term] = (),
     ) -> None:
-        found = lengths(encoded(self.strategy.tokenizer, rows, job))
-        needs = self._needs(job, max(found), lora)
+        counts = lengths(encoded(self.strategy.tokenizer, rows, job))
+        needs = self._needs(job, max(counts), lora)
         vocabulary = self.strategy.model.get_input_embeddings().weight.shape[0]
         held = of_terms(terms, needs, trained, vocabulary)
         named = self.strategy.model.named_parameters()
@@ -198,7 +198,7 @@ class Rehearsal:
             processes=needs.processes,
             parameters=everything,
             trained=trained,
-            tokens=round(tokens_of_a_step(found, len(rows), job) * job.steps),
+            tokens=round(tokens_of_a_step(counts, len(rows), job) * job.steps),
             memory=replace(self._memory(needs), terms=held),
             disk=cost.stage_bytes(everything if learned is None else learned) + 2 * resume,
             state=state,
@@ -228,7 +228,7 @@ class Rehearsal:
         )
 
     def _memory(self, needs: Job) -> Memory:
-        """As estimated for another stage alike, or now."""
+        """Memory of a stage, as estimated for another one alike, or now."""
         known = (self.config.model, replace(needs, lora=None), str(needs.lora))
         if known not in self.memories:
             self.memories[known] = estimate(self.strategy.model.config, needs)

@@ -95,7 +95,7 @@ class Memory:
 
 
 def estimate(model: str | Path | PreTrainedConfig, job: Job) -> Memory:
-    """For a model folder or a configuration; DPO's reference log-probabilities are computed beforehand.
+    """Estimate the memory of a job on a model folder or configuration; DPO's reference values are computed beforehand.
 
     Takes seconds (8 B parameters in 32 layers: about eight of a core's, after the imports). Not for a process that
     holds a ZeRO-3 configuration: transformers would divide the model that is made here, too.
@@ -103,15 +103,15 @@ def estimate(model: str | Path | PreTrainedConfig, job: Job) -> Memory:
     """
     import torch
 
-    from cl_graft.models.meta_model import skeleton
+    from cl_graft.models.meta_model import meta_model
     from cl_graft.planning.trace import trace
 
-    config = skeleton(model).model.config
+    config = meta_model(model).model.config
     halves = job.precision == "bf16"
     gradients: Literal["new", "kept", "freed"] = "freed"
     if not job.stage:
         gradients = "new" if job.accumulation == 1 else "kept"
-    found = trace(
+    traced = trace(
         config,
         job.kind,
         job.sequences,
@@ -123,7 +123,7 @@ def estimate(model: str | Path | PreTrainedConfig, job: Job) -> Memory:
         checkpointing=job.checkpointing,
         triton=job.gpu,
     )
-    return _sharded(job, found) if job.stage else _whole(job, found)
+    return _sharded(job, traced) if job.stage else _whole(job, traced)
 
 
 def of_terms(terms: Sequence[Term], job: Job, trained: int, vocabulary: int) -> int:
@@ -139,14 +139,14 @@ def of_terms(terms: Sequence[Term], job: Job, trained: int, vocabulary: int) -> 
     return states + logits + (4 * trained * (2 if job.stage else 1) if projected else 0)
 
 
-def _whole(job: Job, found: Trace) -> Memory:
-    """Without ZeRO: everything in fp32 and on the device."""
-    trained = sum(s.numel for s in found.shapes if s.trained)
+def _whole(job: Job, traced: Trace) -> Memory:
+    """Memory without ZeRO: everything is in fp32 and on the device."""
+    trained = sum(s.numel for s in traced.shapes if s.trained)
     kept = 4 * trained
-    passes = found.peak + (kept if job.accumulation > 1 else 0)
-    step = kept + _adam(job, [s.numel for s in found.shapes if s.trained])
+    passes = traced.peak + (kept if job.accumulation > 1 else 0)
+    step = kept + _adam(job, [s.numel for s in traced.shapes if s.trained])
     return Memory(
-        parameters=4 * sum(s.numel for s in found.shapes) + found.buffers,
+        parameters=4 * sum(s.numel for s in traced.shapes) + traced.buffers,
         gradients=kept,
         optimizer=8 * trained,
         activations=max(passes, step) - kept,
@@ -154,25 +154,25 @@ def _whole(job: Job, found: Trace) -> Memory:
     )
 
 
-def _sharded(job: Job, found: Trace) -> Memory:
-    """Under DeepSpeed's ZeRO: each process keeps gradients and optimizer states of its share of the elements."""
+def _sharded(job: Job, traced: Trace) -> Memory:
+    """Memory under DeepSpeed's ZeRO: a process keeps gradients and optimizer states of its share of the elements."""
     size = 2 if job.precision == "bf16" else 4
-    everything = sum(s.numel for s in found.shapes)
-    share = ceil(sum(s.numel for s in found.shapes if s.trained) / job.processes)
+    everything = sum(s.numel for s in traced.shapes)
+    share = ceil(sum(s.numel for s in traced.shapes if s.trained) / job.processes)
     parameters, gathered = size * everything, 0
     if job.stage == 3:
-        kept = sum(s.numel for s in found.shapes if s.numel <= job.persistent)
+        kept = sum(s.numel for s in traced.shapes if s.numel <= job.persistent)
         divided = everything - kept
-        largest = max(s.numel for s in found.shapes)
+        largest = max(s.numel for s in traced.shapes)
         parameters = size * (kept + ceil(divided / job.processes))
         gathered = size * max(min(divided, job.live), largest)
     # at the step, the share's gradients are copied once more, in fp32, for the master weights
     step = 0 if job.offload else 4 * share + _adam(job, [share])
     return Memory(
-        parameters=parameters + found.buffers,
+        parameters=parameters + traced.buffers,
         gradients=0 if job.offload else size * share,
         optimizer=0 if job.offload else 12 * share,
-        activations=max(found.peak, step),
+        activations=max(traced.peak, step),
         buffers=size * job.bucket + gathered,
         host=16 * share if job.offload else 0,
     )

@@ -20,7 +20,7 @@ from cl_graft.experiment import cell
 from cl_graft.experiment.prepare import prepare, strategy_of
 from cl_graft.models.load import load, load_tokenizer, locate
 from cl_graft.planning import cost
-from cl_graft.planning.dry_run import PlannedStage, Rehearsal, Timer
+from cl_graft.planning.dry_run import DryRun, PlannedStage, Timer
 from cl_graft.planning.memory import Memory
 from cl_graft.store.record import CellFolder
 
@@ -41,9 +41,9 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of the training that is not cached; None where a part of it could not be estimated."""
-        found = [s.seconds for s in self.stages if s.state != "cached"]
-        return None if any(s is None for s in found) else float(sum(s for s in found if s))
+        """Seconds of the training that is not cached; None where a part of it could not be estimated."""
+        estimates = [s.seconds for s in self.stages if s.state != "cached"]
+        return None if any(s is None for s in estimates) else float(sum(s for s in estimates if s))
 
     def json(self) -> dict[str, Any]:
         stages = [asdict(s) | {"memory_device": s.memory.device} for s in self.stages]
@@ -70,21 +70,21 @@ def plan(
     gpu: memory is that of GPUs, with bf16, though this machine has none.
     """
     stages: dict[str, PlannedStage] = {}
-    found: dict[str, dict[str, Any]] = {}
+    planned: dict[str, dict[str, Any]] = {}
     memories: dict[Any, Memory] = {}
     timer = Timer(probe, peak or _own_peak(), utilisation)
     gpu = gpu or torch.cuda.is_available()
     for config in cells:
         own, about = _of_cell(config, memories, timer, gpu)
-        found[config.cell] = about
+        planned[config.cell] = about
         for key, stage in own:
             stages.setdefault(key, stage).cells.append(config.cell)
     listed = list(stages.values())
-    packs = sum(c["tasks"] * c["pack_bytes"] for c in found.values() if not c["finished"])
+    packs = sum(c["tasks"] * c["pack_bytes"] for c in planned.values() if not c["finished"])
     disk = packs + sum(s.disk for s in listed if s.state != "cached")
     out = cells[0].out.absolute()
     existing = next(p for p in (out, *out.parents) if p.exists())
-    return Plan(listed, found, disk, shutil.disk_usage(existing).free)
+    return Plan(listed, planned, disk, shutil.disk_usage(existing).free)
 
 
 def _of_cell(
@@ -102,7 +102,7 @@ def _of_cell(
         strategy.grafted._base = "planned"  # a fingerprint needs the weights
     done = cell.finished(config) is not None
     left = [] if done else _not_learned(config, scenario.task_names)
-    recorder = Rehearsal(config, strategy, exact, memories, timer, gpu)
+    recorder = DryRun(config, strategy, exact, memories, timer, gpu)
     for task in strategy.scenario.tasks if left else ():
         recorder.learn(task)
     limit = strategy.budget.bytes if strategy.budgeted else strategy.budget.base_bytes
@@ -118,14 +118,14 @@ def _not_learned(config: RunConfig, tasks: Sequence[str]) -> Sequence[str]:
 
 def _model(config: RunConfig) -> tuple[Any, Any, bool]:
     """Model, tokenizer, and whether the weights are the real ones."""
-    from cl_graft.models.meta_model import skeleton
+    from cl_graft.models.meta_model import meta_model
 
     place = locate(config.model, config.data_dir)
     weights = list(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
     if weights and sum(f.stat().st_size for f in weights) <= LOADED:
         return *load(config.model, config.data_dir), True
     tokenizer = load_tokenizer(config.model, place)
-    return skeleton(place).model.requires_grad_(True), tokenizer, False
+    return meta_model(place).model.requires_grad_(True), tokenizer, False
 
 
 def _own_peak() -> float | None:

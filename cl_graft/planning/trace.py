@@ -66,7 +66,7 @@ def trace(
     checkpointing: bool = False,
     triton: bool = False,
 ) -> Trace:
-    """Of a forward and a backward pass over `sequences` rows of `length` tokens; DPO's pairs are two rows each.
+    """Trace a forward and a backward pass over `sequences` rows of `length` tokens; DPO's pairs are two rows each.
 
     gradients: `new` where there are none before, so that they count as they arise; `kept` where they are there
     from an earlier micro-batch and are added to; `freed` where each is taken away as soon as it is whole, as
@@ -130,7 +130,7 @@ def _give_memory(model: Any) -> None:
 
 
 def _loss(kind: str, model: Any, rows: Tensor) -> Tensor:
-    """As the trainers take it; what the model gives beside it is let go before the backward pass, as there."""
+    """The loss as the trainers take it; what else the model gives is let go before the backward pass, as there."""
     given = {"input_ids": rows, "attention_mask": rows, "use_cache": False}
     vocabulary = model.config.get_text_config().vocab_size
     if kind == "sft" and rows.numel() * vocabulary <= FEW:
@@ -148,7 +148,7 @@ def _drop(parameter: Any) -> None:
 
 @contextlib.contextmanager
 def _in_place(triton: bool) -> Iterator[None]:
-    """On a GPU, TRL's kernels fold a tile of logits without temporaries; its torch code for a CPU has several."""
+    """Let TRL's kernels fold tiles of logits without temporaries, as on a GPU; torch code for a CPU has several."""
     if not triton:
         yield
         return

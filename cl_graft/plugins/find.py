@@ -26,9 +26,9 @@ from cl_graft.store import source_files
 PACKAGE = Path(__file__).parents[1]
 
 
-def _is_scenario(found: Any, name: str, where: str | None) -> None:
+def _is_scenario(loaded: Any, name: str, where: str | None) -> None:
     try:
-        inspect.signature(found).bind(seed=0, data_dir=None)
+        inspect.signature(loaded).bind(seed=0, data_dir=None)
     except TypeError as error:
         raise CLGraftError(
             f"{where}: {name!r} is no scenario ({error}); make it a function with the keyword-only "
@@ -36,23 +36,23 @@ def _is_scenario(found: Any, name: str, where: str | None) -> None:
         ) from error
 
 
-def _is_strategy(found: Any, name: str, where: str | None) -> None:
-    if not inspect.isclass(found) or inspect.isabstract(found):
+def _is_strategy(loaded: Any, name: str, where: str | None) -> None:
+    if not inspect.isclass(loaded) or inspect.isabstract(loaded):
         raise CLGraftError(
             f"{where}: {name!r} is no strategy; make it one by @compressor or @merger, or as a subclass "
             "of Strategy with a `learn`."
         )
 
 
-def _is_scorer(found: Any, name: str, where: str | None) -> None:
-    if inspect.isclass(found) or not all(hasattr(found, part) for part in ("score", "needs")):
+def _is_scorer(loaded: Any, name: str, where: str | None) -> None:
+    if inspect.isclass(loaded) or not all(hasattr(loaded, part) for part in ("score", "needs")):
         raise CLGraftError(
             f"{where}: {name!r} is no scorer; make it one by @scorer() above a function of an example and an answer."
         )
 
 
-def _is_router(found: Any, name: str, where: str | None) -> None:
-    if not inspect.isclass(found) or inspect.isabstract(found) or not hasattr(found, "update"):
+def _is_router(loaded: Any, name: str, where: str | None) -> None:
+    if not inspect.isclass(loaded) or inspect.isabstract(loaded) or not hasattr(loaded, "update"):
         raise CLGraftError(
             f"{where}: {name!r} is no router; make it a subclass of cl_graft.routing.base.Router with `update` and "
             "`scores`."
@@ -224,13 +224,13 @@ def _place(kind: str, name: str) -> _Place:
 def _spelled_out(place: _Place, entry: metadata.EntryPoint) -> _Place:
     """The place of an entry point whose module is a package, or is installed as a link to a folder elsewhere."""
     with _importing(f"{entry.module!r} of an installed package"):
-        found = importlib.util.find_spec(entry.module)
-    if not found or not found.origin or not Path(found.origin).is_file():
+        spec = importlib.util.find_spec(entry.module)
+    if not spec or not spec.origin or not Path(spec.origin).is_file():
         raise CLGraftError(
             f"the file of {entry.value} ({place.origin}) is not there, so its changes would not be seen; install "
             "its package as files."
         )
-    file, depth = Path(found.origin), entry.module.count(".")
+    file, depth = Path(spec.origin), entry.module.count(".")
     root = file.parents[depth + (file.name == "__init__.py")]
     return replace(place, file=file, roots=(root,))
 
@@ -249,9 +249,9 @@ def load(kind: str, name: str) -> Any:
         return _object(_module(kind, name), kind, Path(name).stem if name.endswith(".py") else name)
     for entry in known.entries().select(name=name):
         with _importing(f"{kind} {name!r} of an installed package ({entry.value})"):
-            found = entry.load()
-        known.check(found, name, entry.value)
-        return found
+            plugin = entry.load()
+        known.check(plugin, name, entry.value)
+        return plugin
     raise UnknownName(kind, name, names(kind))
 
 
@@ -268,12 +268,12 @@ def within(kind: str, name: str, host: str) -> str:
     if ":" in name:
         return name
     module = _module(known.host, host)
-    found = getattr(module, name, None)
+    defined = getattr(module, name, None)
     try:
-        known.check(found, name, module.__file__)
+        known.check(defined, name, module.__file__)
     except CLGraftError:
         return name
-    return f"{host}:{name}" if found.__module__ == module.__name__ else name
+    return f"{host}:{name}" if defined.__module__ == module.__name__ else name
 
 
 def _module(kind: str, name: str) -> ModuleType:
@@ -345,10 +345,10 @@ def _importing(what: str) -> Iterator[None]:
 
 
 def _object(module: ModuleType, kind: str, name: str) -> Any:
-    found = getattr(module, name, None)
-    if found is None:
+    plugin = getattr(module, name, None)
+    if plugin is None:
         raise CLGraftError(
             f"{module.__file__} defines no {name!r}: name its {kind} after the file, so that it can be found."
         )
-    KINDS[kind].check(found, name, module.__file__)
-    return found
+    KINDS[kind].check(plugin, name, module.__file__)
+    return plugin

@@ -21,17 +21,17 @@ def options(plugin: Callable[..., Any]) -> dict[str, Any]:
     """
     function = getattr(plugin, "function", plugin)
     given = {"seed", "data_dir"}  # filled in by the harness, not by the user
-    found = {
+    defaults = {
         p.name: p.default
         for p in inspect.signature(function).parameters.values()
         if p.kind is p.KEYWORD_ONLY and p.name not in given
     }
-    for option, default in found.items():
+    for option, default in defaults.items():
         if default is inspect.Parameter.empty:
             raise CLGraftError(
                 f"option {option!r} of {plugin.__name__} has no default; give it one in the signature."
             )
-    return found
+    return defaults
 
 
 def check_options(kind: str, name: str, plugin: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,10 +72,10 @@ def choices(kind: str, name: str, chosen: Mapping[str, Any]) -> list[dict[str, A
         value if isinstance(value, list) and not _fits(value, known[option]) else [value]
         for option, value in chosen.items()
     ]
-    found = [dict(zip(chosen, values, strict=True)) for values in itertools.product(*each)]
-    for combination in found:
+    combinations = [dict(zip(chosen, values, strict=True)) for values in itertools.product(*each)]
+    for combination in combinations:
         check_options(kind, Path(name).stem, plugin, combination)
-    return found
+    return combinations
 
 
 def _types(plugin: Any) -> dict[str, Any]:

@@ -19,9 +19,16 @@ import numpy as np
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
 from cl_graft.matrix import FloatArray, PerformanceMatrix, mean_stderr
+from cl_graft.report.table import UNMEASURED
 
 Cell = Mapping[str, Any]
 Estimate = tuple[float, float]  # a mean and its standard error; either may be NaN
+GIVEN, NOT_NEEDED = "given", "not needed"  # of `protocol`
+PROTOCOLS = (
+    "Task IDs: given where the method is told, at test, which task a prompt is of; inferred where a router tells it "
+    "from the prompt; not needed where all prompts are answered alike. Being told is the easier problem: compare like "
+    "with like."
+)
 KINDS = ("train", "compress", "evaluate", "harness")  # what a cell's seconds went into
 
 
@@ -66,12 +73,29 @@ class Series:
         """Change of general ability from the base model to the end."""
         return self.over_seeds(lambda cell: general(cell)[-1] - general(cell)[0])
 
-    def total_bytes(self) -> float:
-        """Of all packs of a cell."""
-        return self.over_seeds(lambda cell: sum(packs(cell)) if packs(cell) else math.nan)[0]
+    @property
+    def protocol(self) -> str:
+        """What `protocol` says of its cells."""
+        return protocol(self.cells[0])
+
+    @property
+    def title(self) -> str:
+        """The name as `titled`."""
+        return titled(self.name, self.cells[0])
+
+    def routing(self) -> list[Estimate]:
+        """After each task, the share of test examples of the tasks seen that a router took for their own."""
+        each = [c.get("routing_accuracy") or [] for c in self.cells]
+        places = range(1, len(self.tasks) + 1)
+        return [estimate([number(a[k]) if k < len(a) else math.nan for a in each]) for k in places]
+
+    def kept_bytes(self) -> tuple[float, float]:
+        """What is alive after the last task, and the largest pack that one task stored."""
+        largest = self.over_seeds(lambda cell: max(packs(cell), default=math.nan))[0]
+        return self.over_seeds(lambda cell: [math.nan, *alive(cell)][-1])[0], largest
 
     def seconds(self) -> list[float]:
-        """By KINDS."""
+        """Seconds of each of KINDS, on average over seeds."""
         return [
             self.over_seeds(lambda cell: number((cell.get("seconds") or {}).get(kind)))[0]  # noqa: B023
             for kind in KINDS
@@ -84,14 +108,13 @@ class Series:
         return [*spent, sum(spent)], [self.over_seeds(lambda c: number(c.get(k)))[0] for k in rest]  # noqa: B023
 
     def by_task(self) -> list[tuple[float, float, float, float]]:
-        """Of each task: before any learning, once it was learned, at the end, and the end less once learned."""
+        """Scores of each task: before any learning, once it was learned, at the end, and the end less once learned."""
         ends = zip(self.mean[0], np.diagonal(self.mean, -1), self.mean[-1], strict=True)
         return [(float(b), float(k), float(e), float(e - k)) for b, k, e in ends]
 
     def storage(self) -> float:
-        """Bytes of the largest pack of a task, in per cent of the base model's bytes."""
-        share = self.over_seeds(lambda c: max(packs(c), default=math.nan) / c["base_bytes"])
-        return 100.0 * share[0]
+        """The mean of what `storage` says of its cells."""
+        return self.over_seeds(storage)[0]
 
 
 def groups(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -108,6 +131,11 @@ def groups(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
         title + (f" · {' → '.join(tasks)}" if titles.count(title) > 1 else ""): members
         for (title, tasks), members in found.items()
     }
+
+
+def titled(name: str, cell: Cell) -> str:
+    """A line's name where nothing else tells that its method is told the task; a label says what was inferred."""
+    return f"{name}, told the task" if protocol(cell) == GIVEN else name
 
 
 def told_apart(cells: Sequence[Cell]) -> list[Cell]:
@@ -198,7 +226,34 @@ def extra(cell: Cell, metric: str) -> FloatArray:
 
 
 def packs(cell: Cell) -> list[float]:
+    """Bytes of the pack that each task stored."""
     return [number(size) for size in cell.get("pack_bytes") or []]
+
+
+def alive(cell: Cell) -> list[float]:
+    """Bytes that are kept after each task: the packs that are still needed, and what the tasks share."""
+    return [number(size) for size in cell.get("alive_bytes") or []]
+
+
+def storage(cell: Cell) -> float:
+    """Bytes alive after the last task, for each task learned, in per cent of the base model's bytes in bf16."""
+    kept = alive(cell)
+    return 100.0 * kept[-1] / (len(kept) * cell["base_bytes"]) if kept else math.nan
+
+
+def protocol(cell: Cell) -> str:
+    """Whether the method is told the task of a test prompt: given, inferred (by which router), or not needed.
+
+    Not needed where all tasks are answered alike; unmeasured where nothing has been answered yet.
+    """
+    told = cell.get("routing") or []
+    if not any(counts for row in told for counts in row.values()):
+        return NOT_NEEDED if told else UNMEASURED
+    config = cell["config"]
+    if config.get("task_ids", GIVEN) == GIVEN:
+        return GIVEN
+    router = config.get("router", RunConfig.model_fields["router"].default)
+    return f"inferred ({RunConfig.short(router)})"
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -13,10 +13,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cl_graft.report.aggregate import Cell, Estimate, estimate, number, packs, told_apart
+from cl_graft.report.aggregate import (
+    PROTOCOLS,
+    Cell,
+    Estimate,
+    estimate,
+    number,
+    protocol,
+    storage,
+    titled,
+    told_apart,
+)
 from cl_graft.report.style import looks_of, save, styled, wrap
 from cl_graft.report.table import Table, show
-from cl_graft.report.tradeoff import log_ticks
+from cl_graft.report.tradeoff import ALIVE, log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,23 +55,23 @@ def table(title: str, cells: Sequence[Cell]) -> Table:
     budgets = sorted({c["budget"] for c in cells}, key=lambda b: _size(cells, b))
     rows = []
     for label, members in by_label.items():
-        row = [label]
+        row = [label, protocol(members[0])]
         for budget in budgets:
             row += [_show(_op(members, budget)), _show(_kept(cells, members, budget))]
         rows.append(tuple(row))
-    columns = ["Strategy"]
+    columns = ["Strategy", "Task IDs"]
     for budget in budgets:
         columns += [f"OP at {budget}", f"kept at {budget}"]
     note = (
         "OP: mean final score in per cent. Kept: per cent of the gain of full fine-tuning (individual) over the base "
-        "model, seed by seed. ± is the standard error over seeds."
+        "model, seed by seed. ± is the standard error over seeds. " + PROTOCOLS
     )
     return Table(f"{title}: by budget", tuple(columns), tuple(rows), note)
 
 
 @styled
 def figure(title: str, cells: Sequence[Cell]) -> Figure:
-    """OP against the bytes of the largest pack, in per cent of the base model, on a log axis.
+    """OP against the bytes alive, a task, in per cent of the base model, on a log axis.
 
     Whiskers are one standard error over seeds; the horizontals are the base model and full fine-tuning.
     """
@@ -81,14 +91,14 @@ def figure(title: str, cells: Sequence[Cell]) -> Figure:
         x, y, e = zip(*points, strict=True)
         error = None if any(map(math.isnan, e)) else list(e)
         look: Any = {"markersize": 5, "linewidth": 1.2, "capsize": 2, **looks[line.name]}
-        ax.errorbar(x, y, error, label=wrap(line.name, 34), **look)
+        ax.errorbar(x, y, error, label=wrap(titled(line.name, members[0]), 34), **look)
     for name, value in (("full fine-tuning", _op_of_full(cells)), ("base model", _base(cells))):
         if not math.isnan(value):
             dashes = "--" if name == "base model" else "-"
             ax.axhline(value, color="#9A9A9A", linewidth=1, linestyle=dashes, label=name, zorder=1)
     log_ticks(ax)
     ax.grid()
-    ax.set_xlabel("largest pack of a task, % of the base model's bytes")
+    ax.set_xlabel(ALIVE)
     ax.set_ylabel("overall performance (OP), %")
     drawn.suptitle(wrap(title, 98))
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), labelspacing=0.7)
@@ -132,8 +142,7 @@ def _score(members: Sequence[Cell]) -> Estimate:
 
 
 def _share(members: Sequence[Cell]) -> float:
-    """Bytes of the largest pack in per cent of the base model's."""
-    return estimate([100 * max(packs(c), default=math.nan) / c["base_bytes"] for c in members])[0]
+    return estimate([storage(c) for c in members])[0]
 
 
 def _show(found: Estimate) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_graft.report import Found, find
-from cl_graft.report.aggregate import Cell, series
+from cl_graft.report.aggregate import Cell, protocol, series
 from cl_graft.report.significance import (
     Reader,
     Sample,
@@ -31,7 +31,8 @@ NOTE = (
     "over its test examples, which BWT and FM have not. B - A of OP and of each task at the end with the interval and "
     "two-sided p of a paired hierarchical bootstrap (seeds, then test examples) over the seeds that both tested on the "
     "same examples; a p of one seed says nothing of others. Each p is of its row alone: among many rows one below 0.05 "
-    "is to be expected. BWT and FM are not tested."
+    "is to be expected. BWT, FM and Routing (test examples taken for the task they are of, where both inferred it) are "
+    "not tested. Bytes alive: all that is kept after the last task, in bytes."
 )
 
 
@@ -89,7 +90,10 @@ def _about(pairs: Sequence[tuple[Cell, Cell]]) -> Table:
     """A row for each two values that differ, with the number of pairs of cells that differ so."""
     counts: dict[tuple[str, str, str], int] = {}
     for one, other in pairs:
-        a, b = (flattened({k: cell.get(k) for k in ABOUT}) for cell in (one, other))
+        a, b = (
+            flattened({k: cell.get(k) for k in ABOUT} | {"task IDs at test": protocol(cell)})
+            for cell in (one, other)
+        )
         for name in {**a, **b}:
             if a.get(name, ...) != b.get(name, ...):
                 told = (name, _text(a.get(name, ...)), _text(b.get(name, ...)))
@@ -131,12 +135,16 @@ def _scores(pairs: Pairs) -> Table:
                 untold.append(f"{title} ({_why_not(ours, theirs)})")
             less = _tested(found, x, y) if ours else (_less(y, x), "")
             rows.append((title, name, _told(x), _told(y), *less, _seeds(found, whole)))
+        rows.append((title, "Bytes alive", *_bytes(whole), "", str(len(whole))))
     note = f"{NOTE} Not paired: {'; '.join(untold)}." if untold else NOTE
     return Table("Scores", ("Cell", "Score", "A", "B", "B - A", "p", "Seeds"), tuple(rows), note)
 
 
 def _side(founds: Sequence[Found], tested: Reader) -> dict[str, tuple[Interval | None, Sample]]:
-    """{OP, BWT, FM and each task: its interval, and the test examples behind it, which BWT and FM have not}."""
+    """{OP, BWT, FM, each task and Routing: its interval, and the test examples behind it, of OP and the tasks alone}.
+
+    Routing is there where it was measured.
+    """
     line = series([f.cell for f in founds])[0]
     sample = {f.cell["seed"]: tested(f) for f in founds}
     found: dict[str, tuple[Interval | None, Sample]] = {"OP": (op_interval(line, sample), sample)}
@@ -148,7 +156,15 @@ def _side(founds: Sequence[Found], tested: Reader) -> dict[str, tuple[Interval |
         sample = {f.cell["seed"]: tested(f, task) for f in founds}
         known = (float(line.mean[-1, j]), float(line.stderr[-1, j]))
         found[task] = (interval(values, sample, known), sample)
+    if told := interval([c["routing_accuracy"][-1] for c in line.cells], {}, line.routing()[-1]):
+        found["Routing"] = (told, {})
     return found
+
+
+def _bytes(whole: Pairs) -> tuple[str, str, str]:
+    """Bytes alive after the last task of A and B, means over seeds, and B - A."""
+    a, b = (series([pair[k].cell for pair in whole])[0].kept_bytes()[0] for k in (0, 1))
+    return show(a, ",.0f"), show(b, ",.0f"), show(b - a, "+,.0f")
 
 
 def _why_not(one: Sample, other: Sample) -> str:
@@ -166,7 +182,7 @@ def _tested(found: Difference | None, a: Interval | None, b: Interval | None) ->
 
 
 def _seeds(found: Difference | None, whole: Pairs) -> str:
-    """Those that were paired, and of how many if not of all."""
+    """The number of seeds that were paired, and of how many if not of all."""
     if found is None or found.seeds == len(whole):
         return str(len(whole))
     return f"{found.seeds} of {len(whole)}"

@@ -103,5 +103,5 @@ def _with_options(told: Mapping[str, Any], members: Sequence[Cell]) -> dict[str,
 
 
 def _value(value: Any) -> str:
-    """As `--set` reads it."""
+    """A value as `--set` reads it."""
     return value if isinstance(value, str) else json.dumps(value)

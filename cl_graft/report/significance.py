@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cl_graft.report import Found
-from cl_graft.report.aggregate import Estimate, Series, series
+from cl_graft.report.aggregate import PROTOCOLS, Estimate, Series, series
 from cl_graft.report.examples import final
 from cl_graft.report.statistics import (
     Difference,
@@ -104,6 +104,7 @@ def table(title: str, found: Sequence[Standing]) -> Table:
     """OP with its interval, and the difference to the best with its interval and p."""
     columns: tuple[str, ...] = (
         "Strategy",
+        "Task IDs",
         "OP",
         "OP low",
         "OP high",
@@ -114,7 +115,9 @@ def table(title: str, found: Sequence[Standing]) -> Table:
     )
     columns += ("p < 0.05", "Seeds", "Seeds compared", "Examples compared")
     exact = tuple(_row(s, ".4f", "{:.6g}".format) for s in found)
-    return Table(f"Intervals: {title}", columns, tuple(map(_row, found)), NOTE, exact)
+    return Table(
+        f"Intervals: {title}", columns, tuple(map(_row, found)), f"{NOTE} {PROTOCOLS}", exact
+    )
 
 
 def reader() -> Reader:
@@ -156,7 +159,7 @@ def op_interval(line: Series, sample: Sample) -> Interval | None:
 
 
 def interval(values: Sequence[float | None], sample: Sample, known: Estimate) -> Interval | None:
-    """Of a score, one value a seed: over seeds, or over the test examples of a single one.
+    """Interval of a score, one value a seed: over seeds, or over the test examples of a single one.
 
     known: mean and standard error, which serve where there are no such examples. None where a seed is unmeasured.
     """
@@ -186,4 +189,5 @@ def _row(
         told.append(p(behind.p))
     counts = [str(behind.seeds), f"{behind.examples:,}"] if behind else [UNMEASURED] * 2
     seeds = str(len(found.line.cells)) if found.line.complete else UNMEASURED
-    return (found.line.name, *shown, *told, "*" if found.significant else "", seeds, *counts)
+    line = (found.line.name, found.line.protocol)
+    return (*line, *shown, *told, "*" if found.significant else "", seeds, *counts)

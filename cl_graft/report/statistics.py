@@ -69,7 +69,7 @@ def over_examples(strata: Strata) -> Interval:
 
 
 def over_normal(mean: float, stderr: float) -> Interval:
-    """Of a mean of which only the standard error is known."""
+    """The normal interval of a mean of which only the standard error is known."""
     half = _z() * stderr
     return Interval(mean, mean - half, mean + half)
 
@@ -171,7 +171,7 @@ def _redrawn(x: FloatArray, rng: np.random.Generator) -> FloatArray:
 
 
 def _limits(x: FloatArray, rng: np.random.Generator) -> tuple[float, float]:
-    """Of a stratum's mean."""
+    """Both limits of a stratum's mean."""
     if not np.isin(x, (0.0, 1.0)).all():
         return _percentiles(x.mean() + _redrawn(x, rng))
     n, p, z = x.size, float(x.mean()), _z()

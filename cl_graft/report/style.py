@@ -108,7 +108,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def png(figure: Figure) -> bytes:
-    """At 150 dpi."""
+    """The figure as PNG, at 150 dpi."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

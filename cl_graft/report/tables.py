@@ -15,6 +15,7 @@ import numpy as np
 from cl_graft.matrix import METRICS, FloatArray
 from cl_graft.report.aggregate import (
     KINDS,
+    PROTOCOLS,
     Cell,
     Series,
     average,
@@ -22,20 +23,29 @@ from cl_graft.report.aggregate import (
     general,
     groups,
     number,
+    protocol,
     series,
     slugged,
     told_apart,
 )
+from cl_graft.report.routing import accuracy, confusion_csv, confusion_tables, inferred
 from cl_graft.report.table import UNMEASURED, Table, show, write_atomic
 
+BYTES_NOTE = (
+    "Bytes alive: all that is kept after the last task, the packs still needed and what the tasks share. Largest pack: "
+    "bytes of the largest pack that one task stored."
+)
 COST_NOTE = (
     "Means over seeds. Training counts for every cell that used it, shared or not; harness is what was neither "
-    "training, generating nor compressing. Peak memory is that of the process."
+    "training, generating nor compressing. Peak memory is that of the process. " + BYTES_NOTE
 )
 NOTE = (
     "Scores, OP, BWT, FM and the change of general ability in per cent; ± is the standard error "
-    "over seeds, or over test examples where there is one seed. Storage is the largest pack of a "
-    "task in per cent of the base model in bf16; total bytes are those of all packs."
+    f"over seeds, or over test examples where there is one seed. {BYTES_NOTE} Storage: bytes alive over the tasks "
+    f"learned, in per cent of the base model in bf16. {PROTOCOLS}"
+)
+ROUTING_NOTE = (
+    " Routing: per cent of the test examples of all tasks that were taken for the task they are of."
 )
 
 
@@ -47,10 +57,15 @@ def ranking(cells: Sequence[Cell]) -> list[Table]:
             series(members), key=lambda s: np.nan_to_num(-s.metric("op")[0], nan=math.inf)
         )
         lines.sort(key=lambda s: not s.complete)
-        columns = ("Strategy", *lines[0].tasks, "OP", "BWT", "FM", "General Δ")
-        columns += ("Storage %", "Total bytes", "Train s", "Seeds")
-        rows, exact = (tuple(_ranking_row(line, spec) for line in lines) for spec in (".1f", ".4f"))
-        tables.append(Table(f"Ranking: {title}", columns, rows, NOTE, exact))
+        routed = any(map(inferred, members))
+        columns = ("Strategy", "Task IDs", *lines[0].tasks, "OP", "BWT", "FM", "General Δ")
+        columns += ("Routing",) if routed else ()
+        columns += ("Storage %", "Bytes alive", "Largest pack", "Train s", "Seeds")
+        rows, exact = (
+            tuple(_ranking_row(line, routed, spec) for line in lines) for spec in (".1f", ".4f")
+        )
+        note = NOTE + (ROUTING_NOTE if routed else "")
+        tables.append(Table(f"Ranking: {title}", columns, rows, note, exact))
     return tables
 
 
@@ -68,11 +83,11 @@ def matrices(cells: Sequence[Cell]) -> list[Table]:
                 ability = average([general(cell) for cell in line.cells])
                 mean, se = np.column_stack([mean, ability[0]]), np.column_stack([se, ability[1]])
                 columns += ("General ability",)
-            name, note = f"{title}: {line.name}", _not_measured_again(line)
+            name, note = f"{title}: {line.title}", _not_measured_again(line)
             found.append(_matrix(name, columns, 100.0 * mean, 100.0 * se, ".1f", note))
             for metric in sorted({m for c in line.cells for m in c.get("extra_matrices") or {}}):
                 mean, se = average([extra(cell, metric) for cell in line.cells])
-                name = f"{title}: {line.name}, {metric}"
+                name = f"{title}: {line.title}, {metric}"
                 found.append(_matrix(name, ("Experience", *line.tasks), mean, se, ".3f"))
     return found
 
@@ -84,14 +99,14 @@ def metrics(cells: Sequence[Cell]) -> list[Table]:
         shown = [m for m in METRICS.values() if any(m.name in c["metrics"] for c in members)]
         rows, exact = (
             tuple(
-                (line.name, *(_share(*line.metric(m.name), spec) for m in shown))
+                (line.name, line.protocol, *(_share(*line.metric(m.name), spec) for m in shown))
                 for line in series(members)
             )
             for spec in (".1f", ".4f")
         )
         lower = ", ".join(m.name for m in shown if m.better == "lower")
-        note = f"In per cent; docs/reports.md has the formulas. Lower is better of {lower}."
-        columns = ("Strategy", *(m.name for m in shown))
+        note = f"In per cent; docs/reports.md has the formulas. Lower is better of {lower}. {PROTOCOLS}"
+        columns = ("Strategy", "Task IDs", *(m.name for m in shown))
         tables.append(Table(f"Metrics: {title}", columns, rows, note, exact))
     return tables
 
@@ -101,8 +116,8 @@ def costs(cells: Sequence[Cell]) -> list[Table]:
     tables = []
     for title, members in groups(cells).items():
         rows = tuple(_cost_row(line) for line in series(members))
-        columns = ("Strategy", *(f"{kind.capitalize()} s" for kind in KINDS), "Total s")
-        columns += ("Tokens", "Peak MiB", "Total bytes")
+        columns = ("Strategy", "Task IDs", *(f"{kind.capitalize()} s" for kind in KINDS))
+        columns += ("Total s", "Tokens", "Peak MiB", "Bytes alive", "Largest pack")
         tables.append(Table(f"Costs: {title}", columns, rows, COST_NOTE))
     return tables
 
@@ -113,22 +128,27 @@ def by_task(cells: Sequence[Cell]) -> list[Table]:
     for title, members in groups(cells).items():
         lines = series(members)
         parts = ("base", "learned", "end", "Δ")
-        columns = ("Strategy", *(f"{task} {part}" for task in lines[0].tasks for part in parts))
-        rows, exact = (
-            tuple((line.name, *_by_task(line, spec)) for line in lines) for spec in (".1f", ".4f")
+        columns = (
+            "Strategy",
+            "Task IDs",
+            *(f"{task} {part}" for task in lines[0].tasks for part in parts),
         )
-        note = "In per cent, means over seeds. Δ: the end less just learned."
+        rows, exact = (
+            tuple((line.name, line.protocol, *_by_task(line, spec)) for line in lines)
+            for spec in (".1f", ".4f")
+        )
+        note = f"In per cent, means over seeds. Δ: the end less just learned. {PROTOCOLS}"
         tables.append(Table(f"By task: {title}", columns, rows, note, exact))
     return tables
 
 
 def overview(cells: Sequence[Cell]) -> Table:
     """A row for each cell: what it is, its scores in per cent, how far it is and what it took."""
-    columns = ("Strategy", "Scenario", "Model", "Budget", "Seed", "OP", "BWT", "Experiences", "Of")
+    columns = ("Strategy", "Task IDs", "Scenario", "Model", "Budget", "Seed", "OP", "BWT")
     rows, exact = (
         tuple(_overview_row(cell, spec) for cell in told_apart(cells)) for spec in (".1f", ".4f")
     )
-    return Table("Cells", (*columns, "Seconds"), rows, exact=exact)
+    return Table("Cells", (*columns, "Experiences", "Of", "Seconds"), rows, PROTOCOLS, exact)
 
 
 def experiences_done(cell: Cell) -> int:
@@ -161,9 +181,25 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
             "matrices.md": "\n\n".join(table.markdown() for table in tables) + "\n",
             "matrices.csv": Table("", ("Matrix", *columns), tuple(joined)).csv(),
             "matrices.tex": "\n".join(table.latex() for table in tables),
+            **_routing(members),
         }.items():
             written.append(write_atomic(Path(folder) / f"{slug}-{name}", text.encode()))
     return written + (overview(cells).write(Path(folder) / "cells-table") if cells else [])
+
+
+def _routing(cells: Sequence[Cell]) -> dict[str, str]:
+    """{end of a file's name: its text} of what was taken for what in one group; nothing where nothing was inferred."""
+    if not any(map(inferred, cells)):
+        return {}
+    (table,), grids = accuracy(cells), confusion_tables(cells)
+    return {
+        "routing.md": table.markdown() + "\n",
+        "routing.csv": table.csv(),
+        "routing.tex": table.latex(),
+        "confusion.md": "\n\n".join(grid.markdown() for grid in grids) + "\n",
+        "confusion.csv": confusion_csv(cells),
+        "confusion.tex": "\n".join(grid.latex() for grid in grids),
+    }
 
 
 def _share(mean: float, se: float, spec: str) -> str:
@@ -174,21 +210,25 @@ def _cost_row(line: Series) -> tuple[str, ...]:
     seconds, rest = line.costs()
     return (
         line.name,
+        line.protocol,
         *(show(x, ",.1f") for x in seconds),
-        *(show(x, ",.0f") for x in [*rest, line.total_bytes()]),
+        *(show(x, ",.0f") for x in [*rest, *line.kept_bytes()]),
     )
 
 
-def _ranking_row(line: Series, spec: str = ".1f") -> tuple[str, ...]:
+def _ranking_row(line: Series, routed: bool, spec: str) -> tuple[str, ...]:
     scores = list(zip(line.mean[-1], line.stderr[-1], [spec] * len(line.tasks), strict=True))
     for key, how in (("op", spec), ("bwt", f"+{spec}"), ("fm", spec)):
         scores.append((*line.metric(key), how))
     scores.append((*line.drift(), f"+{spec}"))
+    if routed:
+        scores.append((*line.routing()[-1], spec))
     return (
         line.name,
+        line.protocol,
         *(_share(mean, se, how) for mean, se, how in scores),
         show(line.storage(), ".2f"),
-        show(line.total_bytes(), ",.0f"),
+        *(show(x, ",.0f") for x in line.kept_bytes()),
         show(line.seconds()[0], ",.1f"),
         str(len(line.cells)) if line.complete else UNMEASURED,
     )
@@ -205,7 +245,9 @@ def _by_task(line: Series, spec: str) -> list[str]:
 def _overview_row(cell: Cell, spec: str) -> tuple[str, ...]:
     scores = [100.0 * number(cell["metrics"].get(key)) for key in ("op", "bwt")]
     return (
-        *(str(cell[key]) for key in ("label", "scenario", "model", "budget", "seed")),
+        cell["label"],
+        protocol(cell),
+        *(str(cell[key]) for key in ("scenario", "model", "budget", "seed")),
         show(scores[0], spec),
         show(scores[1], f"+{spec}"),
         str(experiences_done(cell)),

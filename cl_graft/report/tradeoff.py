@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from cl_graft.report.aggregate import Cell, series
 from cl_graft.report.style import GREY, looks_of, styled, title_of, wrap
 
+ALIVE = "bytes alive after the last task / tasks, % of the base model's bytes"
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 @styled
 def bytes_vs_score(cells: Sequence[Cell]) -> Figure:
-    """OP against the largest pack of a task in per cent of the base model's bytes, on a log axis.
+    """OP against the bytes alive, a task, in per cent of the base model's bytes, on a log axis.
 
     Whiskers are one standard error of OP. The stairs are the Pareto front, the dashed vertical the
     budget. A label that is incomplete or has no pack cannot have a place and is named below.
@@ -45,7 +47,7 @@ def _against_bytes(cells: Sequence[Cell], metric: str, name: str, better: int) -
     for line in shown:
         (x, y), se = placed[line.name], 100.0 * line.metric(metric)[1]
         style = looks[line.name] | {"linestyle": "none", "markersize": 6.5, "elinewidth": 1}
-        label, bar = wrap(line.name, 34), None if math.isnan(se) else se
+        label, bar = wrap(line.title, 34), None if math.isnan(se) else se
         ax.errorbar(x, y, yerr=bar, label=label, capsize=2, zorder=3, **style)
     if front := pareto([placed[s.name] for s in shown], better):
         widest = max(placed[s.name][0] for s in shown)
@@ -61,7 +63,7 @@ def _against_bytes(cells: Sequence[Cell], metric: str, name: str, better: int) -
         ax.text(budget, 1.01, f"budget {first['budget']}", color=GREY, **above)
     log_ticks(ax)
     ax.grid()
-    ax.set_xlabel("largest pack of a task, % of the base model's bytes")
+    ax.set_xlabel(ALIVE)
     ax.set_ylabel(name)
     figure.suptitle(wrap(title, 98))
     if hidden:

@@ -34,7 +34,7 @@ class Router(ABC):
 
     @abstractmethod
     def scores(self, state: State, features: Tensor) -> Tensor:
-        """Of features (prompts, width): (prompts, tasks), higher where the task is likelier."""
+        """Scores (prompts, tasks) of features (prompts, width), higher where the task is likelier."""
 
     def choose(self, state: State, features: Tensor) -> list[int]:
         """The likeliest task of every prompt; of equals the earliest."""

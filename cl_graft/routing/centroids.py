@@ -20,8 +20,8 @@ class centroids(Router):
         """Append `centres` (centroids, width) in bf16, and the task of each in `owners`."""
         directions = torch.nn.functional.normalize(features).double().numpy()
         count = min(self.per_task, len(directions))
-        found, _ = kmeans2(directions, count, minit="++", rng=task, missing="warn")
-        mine = torch.from_numpy(found).bfloat16()
+        centres, _ = kmeans2(directions, count, minit="++", rng=task, missing="warn")
+        mine = torch.from_numpy(centres).bfloat16()
         owners = torch.full((len(mine),), task, dtype=torch.int32)
         if not state:
             return {"centres": mine, "owners": owners}

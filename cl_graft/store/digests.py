@@ -25,29 +25,29 @@ if TYPE_CHECKING:
 
 def digest(*parts: Any) -> str:
     """BLAKE2b, 32 hex digits, of JSON values."""
-    found = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.blake2b(digest_size=16)
     for part in parts:
-        found.update(json.dumps(part, sort_keys=True).encode() + b"\0")
-    return found.hexdigest()
+        hashed.update(json.dumps(part, sort_keys=True).encode() + b"\0")
+    return hashed.hexdigest()
 
 
 @cache
 def code_digest(*modules: ModuleType) -> str:
-    """Of the source files of these modules: what was computed by other code is another thing."""
-    found = hashlib.blake2b(digest_size=16)
+    """Digest of the source files of these modules: what was computed by other code is another thing."""
+    hashed = hashlib.blake2b(digest_size=16)
     for module in modules:
-        found.update(Path(str(module.__file__)).read_bytes())
-    return found.hexdigest()
+        hashed.update(Path(str(module.__file__)).read_bytes())
+    return hashed.hexdigest()
 
 
 @cache
 def package_digest() -> str:
-    """Of this package's source, which tells two working copies of one version apart."""
-    found = hashlib.blake2b(digest_size=8)
+    """Digest of this package's source, which tells two working copies of one version apart."""
+    hashed = hashlib.blake2b(digest_size=8)
     root = Path(__file__).parents[1]
     for file in sorted(root.rglob("*.py")):
-        found.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return found.hexdigest()
+        hashed.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return hashed.hexdigest()
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -101,15 +101,15 @@ def machine() -> dict[str, str]:
 
     lines = Path("/proc/cpuinfo").read_text().split("\n") if Path("/proc/cpuinfo").is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    found = {
+    about = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": models[0] if models else platform.processor() or "unknown",
         "cores": str(os.cpu_count()),
         "threads a run": str(torch.get_num_threads()),
     }
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        about["gpu"] = torch.cuda.get_device_name()
+    return about
 
 
 def peak_memory_mb() -> float:
@@ -121,7 +121,7 @@ def peak_memory_mb() -> float:
 
 
 def resident_bytes(key: str) -> int:
-    """Of this process, now (VmRSS) or at most (VmHWM), from Linux: its getrusage carries over the parent's peak.
+    """Memory of this process, now (VmRSS) or at most (VmHWM), from Linux: its getrusage carries over the parent's peak.
 
     Raises OSError on other systems.
     """

@@ -1,14 +1,14 @@
-"""Files that are whole or not there: written beside their place, flushed, renamed. Torn last lines are passed over."""
+"""Text, JSON and JSON lines on disk: a file is there as a whole or not at all; torn last lines are passed over."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cl_graft.atomic import replacing
 from cl_graft.errors import CLGraftError, Refused
 
 LEFT = (".tmp", ".part")  # ends of the names of what is being written, here or from a mirror
@@ -22,24 +22,29 @@ class DiskRefused(RecordError, Refused):
     """The disk takes no file."""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Atomic: a sibling temporary file, flushed to disk, then renamed. Raises DiskRefused if the disk does."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DiskRefused(
+def write_bytes(path: Path, data: bytes) -> None:
+    """Put a file with these bytes at `path`, in folders that are made for it; a kill leaves it whole or as it was.
+
+    Raises DiskRefused if the disk takes no more.
+    """
+
+    def refusal(error: OSError) -> DiskRefused:
+        return DiskRefused(
             f"{path} cannot be written ({error.strerror}); free space or choose another --out, "
             "then run the same command again to continue."
-        ) from error
-    finally:
-        with suppress(OSError):  # there is none after a success, or where no file can be
-            temporary.unlink()
+        )
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refusal(error) from error
+    with replacing(path, refusal) as write:
+        write(data, 0)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a file with this text, in UTF-8, at `path`, as `write_bytes` does."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

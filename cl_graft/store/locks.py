@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Busy(RecordError):
-    """Another process is making it."""
+    """A file or folder that another process is making."""
 
 
 @contextmanager
 def locked(path: Path, patient: bool = True) -> Iterator[None]:
-    """Held while `path` is made: whoever comes second waits, and finds the work done.
+    """Hold the lock of `path` while it is made: whoever comes second waits, and finds the work done.
 
     What a process that was killed meanwhile left half-made beside `path` is removed.
     Raises RecordError where the disk refuses even a lock, and Busy, if not patient, where it would have to wait.

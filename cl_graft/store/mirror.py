@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, Refused
 
 MARKERS = ("stage.json", "experience.json", "result.json")
@@ -49,8 +50,8 @@ class Mirror:
         filesystem, root = self._place
         with _said(self.url):
             filesystem.invalidate_cache()
-            found = filesystem.find(f"{root}/{name}", detail=True)
-            for path, about in sorted(found.items(), key=lambda item: _late(item[0])):
+            there = filesystem.find(f"{root}/{name}", detail=True)
+            for path, about in sorted(there.items(), key=lambda item: _late(item[0])):
                 target = folder / Path(path).relative_to(f"{root}/{name}")
                 if path == f"{root}/{name}":
                     target = folder
@@ -83,6 +84,11 @@ class Mirror:
                 part = f"{target}.{secrets.token_hex(4)}.part"
                 filesystem.put_file(str(file), part)
                 filesystem.mv(part, target)
+
+
+def mirror_of(config: RunConfig) -> Mirror | None:
+    """The copy that the cell's config asks for, if it does."""
+    return Mirror(config.mirror) if config.mirror else None
 
 
 def _late(path: str) -> tuple[bool, bool, str]:

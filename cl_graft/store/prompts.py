@@ -48,12 +48,12 @@ def _lines(scenario: Scenario) -> Iterator[dict[str, Any]]:
 
 def recall(out: Path, fingerprint: str) -> dict[str, list[Asked]]:
     """{task: its test examples}; empty where none were kept, as by earlier versions."""
-    found: dict[str, list[Asked]] = {}
+    by_task: dict[str, list[Asked]] = {}
     path = file(out, fingerprint)
     for line in read_jsonl(path) if path.is_file() else ():
         asked = Asked(line["prompt"], line["reference"], line.get("suite", ""))
-        found.setdefault(line["task"], []).append(asked)
-    return found
+        by_task.setdefault(line["task"], []).append(asked)
+    return by_task
 
 
 def file(out: Path, fingerprint: str) -> Path:

@@ -56,7 +56,7 @@ class CellFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while a process works on the cell; released by the system if the process dies."""
+        """Hold the lock of the cell while a process works on it; the system releases it if the process dies."""
         from filelock import Timeout
 
         self._make(self.path)
@@ -92,12 +92,12 @@ class CellFolder:
         Whether one runs is told by its lock, wherever it runs: a pid may be of another machine, or another's by now.
         """
         file = self.path / "state.json"
-        found: dict[str, Any] = read_json(file) if file.is_file() else {"state": "waiting"}
+        marked: dict[str, Any] = read_json(file) if file.is_file() else {"state": "waiting"}
         if self.complete:
-            return found | {"state": "done"}
-        if found["state"] in ("running", "done"):
-            return found | {"state": "running" if held(self.lock_file) else "waiting"}
-        return found
+            return marked | {"state": "done"}
+        if marked["state"] in ("running", "done"):
+            return marked | {"state": "running" if held(self.lock_file) else "waiting"}
+        return marked
 
     def failed(self, reason: str, trace: str) -> None:
         write_text(self.path / "traceback.txt", trace)
@@ -114,20 +114,20 @@ class CellFolder:
 
     def identity(self) -> dict[str, Any]:
         """What `cell.json` says. Raises RecordError for a folder of another version."""
-        found = read_json(self.path / "cell.json")
-        version = found.get("format") if isinstance(found, dict) else None
+        about = read_json(self.path / "cell.json")
+        version = about.get("format") if isinstance(about, dict) else None
         if version != FORMAT:
             raise RecordError(
                 f"{self.path} was written in results format {version} and this version knows {FORMAT}; "
                 "choose another --out, or the version that wrote it."
             )
-        return found
+        return about
 
     def check(self, part: dict[str, Any]) -> None:
         """Raises RecordError where `cell.json` differs from this part of an identity."""
-        found = self.identity()
+        recorded = self.identity()
         for key, now in part.items():
-            then = found.get(key)
+            then = recorded.get(key)
             if then == now:
                 continue
             if key in ("sources", "inputs"):
@@ -223,10 +223,10 @@ def _leaves(nest: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
 
 def states(folder: Path) -> dict[Path, dict[str, Any]]:
     """{cell's folder: its state, and how many experiences are whole}. Raises RecordError where there is no cell."""
-    found = {file.parent for file in folder.rglob("state.json")} if folder.is_dir() else set()
-    if not found:
+    folders = {file.parent for file in folder.rglob("state.json")} if folder.is_dir() else set()
+    if not folders:
         raise RecordError(f"{folder} holds no cell; give the folder that --out named.")
-    read = {path: CellFolder(path) for path in sorted(found)}
+    read = {path: CellFolder(path) for path in sorted(folders)}
     return {
         path: cell.state() | {"experiences": len(cell.experiences())} for path, cell in read.items()
     }
@@ -236,7 +236,7 @@ def cells(folder: Path) -> list[Path]:
     """Cell folders at or below `folder`, sorted. Raises RecordError if there is none."""
     if not folder.is_dir():
         raise RecordError(f"there is no folder {folder}; give the folder that --out named.")
-    found = sorted(file.parent for file in folder.rglob("cell.json"))
-    if not found:
+    folders = sorted(file.parent for file in folder.rglob("cell.json"))
+    if not folders:
         raise RecordError(f"{folder} holds no cell; run `cl-graft run` with --out {folder} first.")
-    return found
+    return folders

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
     metrics = PerformanceMatrix(matrix, tasks=tasks).metrics()
     kinds = records[0]["seconds"] if records else {}
     last = records[-1] if records else {}
+    routing = [r["routing"] for r in records]
     return {
         "scenario": config.scenario_label,
         "strategy": config.short(config.strategy),
@@ -46,7 +47,8 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "pack_bytes": [r["pack_bytes"] for r in records if r["pack_bytes"] is not None],
         "shared_bytes": {name: kept["bytes"] for name, kept in last.get("shared", {}).items()},
         "alive_bytes": [r["alive_bytes"] for r in records if r["task"]],
-        "routing": [r["routing"] for r in records],
+        "routing": routing,
+        "routing_accuracy": _accuracy(tasks, routing, config.task_ids == "inferred"),
         "base_bytes": identity["base_bytes"],
         "seconds": {kind: sum(r["seconds"][kind] for r in records) for kind in kinds},
         "spent": sum(r["spent"] for r in records),
@@ -77,4 +79,20 @@ def kept(path: Path) -> dict[str, Any] | None:
         return None
     folder.identity()  # refuses another version's
     result = read_json(path / "result.json")
-    return result if "base" in result else None
+    return result if "routing_accuracy" in result else None
+
+
+def _accuracy(
+    tasks: Sequence[str], routing: Sequence[Mapping[str, Mapping[str, int]]], inferred: bool
+) -> list[float | None]:
+    """By experience, the share of the test examples of tasks seen so far that were taken for the task they are of.
+
+    None where nothing was inferred: before the first task, where tasks are given, and where all are answered alike.
+    """
+    found: list[float | None] = []
+    for learned, counts in enumerate(routing):
+        seen = {task: counts.get(task, {}) for task in tasks[:learned]} if inferred else {}
+        examples = sum(sum(taken.values()) for taken in seen.values())
+        right = sum(taken.get(task, 0) for task, taken in seen.items())
+        found.append(right / examples if examples else None)
+    return found

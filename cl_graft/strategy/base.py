@@ -35,6 +35,7 @@ from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
 from cl_graft.routing.base import Router
 from cl_graft.skillpack.codecs.exact import exact, original
+from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.digests import digest
@@ -328,6 +329,7 @@ class Strategy(BaseTemplate):
             self.shared[name] = self._pack(task, tensors)
         if self.budgeted:
             self._require_fit()
+        release()
         self._seconds["train"] += self.log.seconds - trained
         self._seconds["compress"] += perf_counter() - begun - self._training_wall
         self.clock.train_iterations += task.training.steps
@@ -346,7 +348,12 @@ class Strategy(BaseTemplate):
         groups = self.groups(task, number)
         names = self.scenario.task_names if self.keeps == "per_task" else ()
         self.answered[task.name] = Answered(key(task, groups)[1:], groups, names)
-        return self.examiner.measure(task, groups, len(self.packs))
+        found = self.examiner.measure(task, groups, len(self.packs))
+        if (
+            not self.current_eval_stream
+        ):  # within an evaluation the next task may be answered by the same weights
+            self.grafted.unload()
+        return found
 
     @property
     def seconds(self) -> dict[str, float]:

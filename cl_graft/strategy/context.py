@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl_graft.budget import Budget, largest
+from cl_graft.budget import Budget, largest_within
 from cl_graft.errors import OverBudget
 from cl_graft.models.roles import Role, roles
 from cl_graft.models.text import encode
@@ -107,16 +107,13 @@ class Context:
             parts = picked.split([s.numel() for s in scores.values()])
             return {n: p.view_as(s) for (n, s), p in zip(scores.items(), parts, strict=True)}
 
-        def fits(count: int) -> bool:
-            return self.cost(self.keep(scores, chosen(count))) <= self.budget.bytes
+        def cost(count: int) -> int:
+            return self.cost(self.keep(scores, chosen(count)))
 
         most = min(at_most or flat.numel(), flat.numel())
-        count = most if at_most and fits(most) else largest(fits, 1, most)
-        if count < 1:
-            raise OverBudget(
-                f"the budget {self.budget.text} ({self.budget.bytes} bytes) does not hold one weight; raise it."
-            )
-        return chosen(count)
+        if at_most and cost(most) <= self.budget.bytes:
+            return chosen(most)
+        return chosen(largest_within(self.budget, cost, most, "one weight"))
 
     def dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Encoded]:
         """All of the delta in bf16, whatever it costs: for references that have no budget."""

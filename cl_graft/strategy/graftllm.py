@@ -18,7 +18,7 @@ from cl_graft.errors import UnknownName
 from cl_graft.models.roles import tied_head
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.compress.calibrate import stored_transposed
-from cl_graft.skillpack.compress.compress import Piece, Room, compress, fetch
+from cl_graft.skillpack.compress.compress import ByteLimit, Piece, compress, fetch
 from cl_graft.skillpack.compress.policy import METHODS
 from cl_graft.skillpack.compress.work_store import Item
 from cl_graft.strategy.context import Context
@@ -50,17 +50,17 @@ def graftllm(
         raise UnknownName("policy", policy, METHODS)
     given = {name: value for name, value in locals().items() if value is not None}
     options = {f.name: given[f.name] for f in fields(METHODS[policy]) if f.name in given}
-    shelf: dict[str, Item] = {}
+    store: dict[str, Item] = {}
     specs = compress(
         pieces(context.model, delta, context.roles),
         context.moments(calibration_batches),
         METHODS[policy](**options),
-        Room(context.cost_of, context.budget.bytes, context.budget.text),
-        shelf,
+        ByteLimit(context.cost_of, context.budget.bytes, context.budget.text),
+        store,
         device=context.model.device,
         progress=lambda what, done: context.progress(done),
     )
-    return {name: fetch(shelf, name) for name in specs}
+    return {name: fetch(store, name) for name in specs}
 
 
 def pieces(model: nn.Module, delta: Mapping[str, Tensor], roles: Mapping[str, str]) -> list[Piece]:

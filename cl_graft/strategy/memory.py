@@ -47,7 +47,7 @@ class Reservoir:
                 self.rows[place] = row
 
     def draw(self, count: int, seed: int) -> list[Row]:
-        """So many rows, none twice before each has come once; none at all of an empty reservoir."""
+        """Draw `count` rows, none twice before each has come once; none at all of an empty reservoir."""
         rng, found = Random(f"draw/{seed}"), list[Row]()
         while self.rows and len(found) < count:
             found += rng.sample(self.rows, len(self.rows))
@@ -91,7 +91,7 @@ def tokens(
 
 
 def some(batch: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
-    """These rows of such a batch, as long as the longest of them."""
+    """Some rows of a batch as `tokens` gives it, cut to the longest of them."""
     picked = {name: x[list(rows)] for name, x in batch.items()}
     width = int(picked["attention_mask"].sum(1).max())
     return {name: x[:, :width] for name, x in picked.items()}

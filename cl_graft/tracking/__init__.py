@@ -22,7 +22,7 @@ Point = dict[str, float]  # a line of a training log: step, loss terms, learning
 
 
 class Tracker(Protocol):
-    """Told of a cell as it goes. A cell that is continued tells every experience again, from the first."""
+    """A listener told of a cell as it goes. A cell that goes on tells every experience again, from the first."""
 
     name: str
 
@@ -33,7 +33,7 @@ class Tracker(Protocol):
         """The cell is complete; `result` is its result.json."""
 
     def abandon(self, error: BaseException) -> None:
-        """This attempt ends by the error; where it is locks.Busy, the cell has not failed but waits for another."""
+        """End the attempt by this error; where it is locks.Busy, the cell has not failed but waits for another."""
 
 
 def trackers(config: RunConfig, folder: Path, identity: dict[str, Any]) -> Trackers:
@@ -84,17 +84,17 @@ class Trackers:
 
 def of_experience(record: dict[str, Any]) -> dict[str, float]:
     """Scores and costs of an experience; what was not measured is not there."""
-    found = {
+    values = {
         f"{metric}/{task}": cell["value"]
         for metric, row in record["scores"].items()
         for task, cell in row.items()
     }
-    found |= {
+    values |= {
         f"general/{metric}": cell["value"] for metric, cell in (record["general"] or {}).items()
     }
-    found |= {f"seconds/{kind}": value for kind, value in record["seconds"].items()}
-    found |= {key: record[key] for key in ("tokens", "peak_memory_mb", "pack_bytes")}
-    return {key: value for key, value in found.items() if value is not None}
+    values |= {f"seconds/{kind}": value for kind, value in record["seconds"].items()}
+    values |= {key: record[key] for key in ("tokens", "peak_memory_mb", "pack_bytes")}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def of_point(point: Point) -> dict[str, float]:
@@ -104,15 +104,15 @@ def of_point(point: Point) -> dict[str, float]:
 
 def of_result(result: dict[str, Any]) -> dict[str, float]:
     """Metrics and total costs of a cell; what is not defined for it is not there."""
-    found = {f"metrics/{key}": value for key, value in result["metrics"].items()}
-    found |= {f"total_seconds/{kind}": value for kind, value in result["seconds"].items()}
-    found |= {
+    values = {f"metrics/{key}": value for key, value in result["metrics"].items()}
+    values |= {f"total_seconds/{kind}": value for kind, value in result["seconds"].items()}
+    values |= {
         "pack_bytes_max": max(result["pack_bytes"], default=None),
         "base_bytes": result["base_bytes"],
         "total_tokens": result["tokens"],
         "peak_memory_mb_max": result["peak_memory_mb"],
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def along(points: Iterable[Point], begin: int) -> Iterator[tuple[int, Point]]:
@@ -127,12 +127,12 @@ def along(points: Iterable[Point], begin: int) -> Iterator[tuple[int, Point]]:
 
 
 def matrices(result: dict[str, Any]) -> dict[str, list[list[float | None]]]:
-    """Of the score, `matrix`, and of every other metric, each row with its experience before it."""
-    found = {"matrix": result["matrix"]}
-    found |= {f"matrix/{name}": rows for name, rows in result["extra_matrices"].items()}
+    """Matrices of the score, `matrix`, and of every other metric, each row with its experience before it."""
+    named = {"matrix": result["matrix"]}
+    named |= {f"matrix/{name}": rows for name, rows in result["extra_matrices"].items()}
     return {
         name: [[experience, *row] for experience, row in enumerate(rows)]
-        for name, rows in found.items()
+        for name, rows in named.items()
     }
 
 

@@ -77,7 +77,7 @@ class Wandb:
 
     @property
     def id(self) -> str:
-        """The same for the same experiment."""
+        """The run's id, which an experiment has in every attempt."""
         about = {key: self.identity[key] for key in ("config", "options", "base", "data")}
         return digest(self.config.cell, about)
 
@@ -244,12 +244,12 @@ def _cores() -> set[Any]:
     """W&B's processes that this one has started."""
     import psutil
 
-    found = set()
+    processes = set()
     for process in psutil.Process().children():
         with suppress(psutil.Error):
             if process.name().startswith("wandb") and process.status() != psutil.STATUS_ZOMBIE:
-                found.add(process)
-    return found
+                processes.add(process)
+    return processes
 
 
 def held(file: Path, word: str) -> bool:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_graft.budget import Budget, largest
-from cl_graft.errors import OverBudget
+from cl_graft.budget import Budget, largest_within
 from cl_graft.skillpack.codecs import Encoded, Spec, low_rank_spec
 from cl_graft.skillpack.compress.calibrate import linear_layers, stored_transposed
 from cl_graft.skillpack.format.file import SkillPack
@@ -89,16 +88,12 @@ def largest_rank(
     """
     shapes = {f"{n}.weight": _shape(m) for n, m in targets(model).items()}
 
-    def fits(rank: int) -> bool:
+    def cost(rank: int) -> int:
         specs = {name: low_rank_spec(shape, rank * shares) for name, shape in shapes.items()}
-        return cost_of(specs) <= budget.bytes
+        return cost_of(specs)
 
-    best = largest(fits, 1, min(min(shape) for shape in shapes.values()))
-    if best < 1:
-        raise OverBudget(
-            f"the budget {budget.text} does not hold LoRA of rank 1 on all linear layers; raise it."
-        )
-    return best
+    most = min(min(shape) for shape in shapes.values())
+    return largest_within(budget, cost, most, "LoRA of rank 1 on all linear layers")
 
 
 def _shape(module: Any) -> tuple[int, int]:

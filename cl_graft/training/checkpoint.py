@@ -56,7 +56,7 @@ def save(
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:
-    """Of the whole parameter, also where DeepSpeed has left a part of it here."""
+    """The shape of the whole parameter, also where DeepSpeed has left a part of it here."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 

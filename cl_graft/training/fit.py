@@ -287,7 +287,7 @@ def _report(work: Path, trainer: Any, step: int, tokens: float, progress: Progre
 
 
 def _peak_mb() -> float:
-    """Of the accelerator's memory where there is one, else of the process."""
+    """Peak of the accelerator's memory where there is one, else of the process's, in MiB."""
     import torch
 
     if torch.cuda.is_available():

@@ -141,7 +141,7 @@ def command(launch: Launch, work: Path) -> list[str]:
 
 
 def surroundings() -> dict[str, str]:
-    """Of the processes: this one's, with the package and DeepSpeed's compiled parts where they are found again."""
+    """Environment of the processes: this one's, and where the package and DeepSpeed's compiled parts are found."""
     source = str(Path(__file__).resolve().parents[2])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     extensions = cache_root() / "extensions" / f"torch-{torch.__version__}"

@@ -25,7 +25,7 @@ class Told(NamedTuple):
 
 
 def plain(logits: Tensor, labels: Tensor) -> Told:
-    """From logits (batch, length, vocabulary) and labels (batch, length) that are not shifted yet."""
+    """Sums over answers, from logits (batch, length, vocabulary) and labels (batch, length) not shifted yet."""
     targets = labels[:, 1:].flatten()
     logs = logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
     nll = functional.nll_loss(logs, targets, ignore_index=-100, reduction="sum")
@@ -37,7 +37,7 @@ def plain(logits: Tensor, labels: Tensor) -> Told:
 
 
 def fused(output: Any) -> Told:
-    """From what a model with TRL's fused head gives."""
+    """Sums over answers, from what a model with TRL's fused head gives."""
     given = (output.entropy.detach().sum(), output.is_top1.sum(), output.label_mask.sum())
     return Told(-output.log_probs.sum(), *given)
 

@@ -22,7 +22,7 @@ def preference_pairs(
     seed: int,
     allow_code: bool,
 ) -> list[Pair]:
-    """At most one pair a prompt: a right answer against a wrong one, the first of each as sampled.
+    """Pairs of a right answer and a wrong one, at most one a prompt, the first of each as sampled.
 
     Prompts on which all samples score alike teach nothing and are left out; where no prompt is left
     the list is empty. Where the answer is one of `choices`, the worse one is another choice at random.

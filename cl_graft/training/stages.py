@@ -167,7 +167,7 @@ class Stages:
         return spent
 
     def log(self, folder: Path, spent: float = 0.0) -> Log:
-        """Of a finished stage, on which this run has spent so many seconds."""
+        """The log of a finished stage, on which this run has spent so many seconds."""
         lines = list(read_jsonl(folder / fit.LOG))
         about = read_json(folder / MARKER)
         return Log(lines[-1]["seconds"] if lines else 0.0, spent, round(about["tokens"]), lines)

@@ -1,1 +1,1 @@
-"""From source models' answers to training data: sample, judge, select, write, read. See docs/transfer.md."""
+"""Training data from source models' answers: sample, judge, select, write, read. See docs/transfer.md."""

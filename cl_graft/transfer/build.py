@@ -24,11 +24,11 @@ from cl_graft.transfer.prompts import Prompts, judged_by_rule, read_prompts
 from cl_graft.transfer.sample import ANSWERS, SAMPLERS, Chunk, chunks, require_vllm
 from cl_graft.transfer.sources import check_readable, identify, reader
 
-Progress = Callable[[str, float], None]
+BuildProgress = Callable[[str, float], None]
 Rows = list[dict[str, Any]]
 
 
-def build(config: BuildConfig, progress: Progress = lambda what, done: None) -> dict[str, Any]:
+def build(config: BuildConfig, progress: BuildProgress = lambda what, done: None) -> dict[str, Any]:
     """Make the data sets in `config.out`, or go on with them; returns the report (report.json).
 
     Everything that can be known beforehand is checked before anything is sampled. Raises CLGraftError: for bad
@@ -55,16 +55,16 @@ def build(config: BuildConfig, progress: Progress = lambda what, done: None) -> 
         return _write(config, prompts, samples, rewards)
 
 
-def shortfall(found: dict[str, Any], config: BuildConfig) -> str | None:
+def shortfall(built: dict[str, Any], config: BuildConfig) -> str | None:
     """Why the build is not what was asked for: no SFT row, or bounds on the gap that no pair keeps; else None."""
-    if not found["sft"]:
+    if not built["sft"]:
         return (
-            f"no answer to any of {found['prompts']:,} prompts is right; give other sources, easier prompts or more "
+            f"no answer to any of {built['prompts']:,} prompts is right; give other sources, easier prompts or more "
             "--samples."
         )
-    if not found["dpo"] and (config.min_gap is not None or config.max_gap is not None):
+    if not built["dpo"] and (config.min_gap is not None or config.max_gap is not None):
         return (
-            f"no pair is left ({report.why_no_pair(found)}); the SFT set is whole, and the same command with another "
+            f"no pair is left ({report.why_no_pair(built)}); the SFT set is whole, and the same command with another "
             "--min-gap or --max-gap selects again from the same answers."
         )
     return None
@@ -115,7 +115,7 @@ def _digest(value: Any) -> str:
 
 
 def _sample(
-    config: BuildConfig, prompts: Prompts, schedule: Sequence[Chunk], progress: Progress
+    config: BuildConfig, prompts: Prompts, schedule: Sequence[Chunk], progress: BuildProgress
 ) -> Rows:
     """Rows of samples.jsonl, one a source and prompt, in the order of the schedule."""
     path = config.out / folder.SAMPLES
@@ -160,7 +160,7 @@ def _judge(
     prompts: Prompts,
     schedule: Sequence[Chunk],
     samples: Rows,
-    progress: Progress,
+    progress: BuildProgress,
 ) -> Rows:
     """Rows of rewards.jsonl, one for each row of samples.jsonl."""
     path = config.out / folder.REWARDS
@@ -237,17 +237,17 @@ def _write(config: BuildConfig, prompts: Prompts, samples: Rows, rewards: Rows) 
             dpo.append(_dpo_row(example, pair))
         for source, reason in why.items():
             dropped[source][reason] += 1
-    found = report.summary(
+    summary = report.summary(
         samples, rewards, sft, dpo, dropped, len(prompts.examples), prompts.duplicates
     )
     out, identity = config.out, folder.read_marker(config.out) or {}
     write_text(out / folder.SFT, "".join(map(lines.line, sft)))
     write_text(out / folder.DPO, "".join(map(lines.line, dpo)))
-    write_json(out / "report.json", found)
-    write_text(out / "report.md", report.markdown(found))
-    write_text(out / "README.md", report.card(found, {p: identity[p] for p in folder.PARTS}))
+    write_json(out / "report.json", summary)
+    write_text(out / "report.md", report.markdown(summary))
+    write_text(out / "README.md", report.card(summary, {p: identity[p] for p in folder.PARTS}))
     folder.finish(out)
-    return found
+    return summary
 
 
 def _sft_row(example: Example, best: select.Judged) -> dict[str, Any]:

@@ -30,8 +30,8 @@ def begin(out: Path, identity: Mapping[str, Any]) -> None:
     anew under another rule; which gaps a pair may have can always change, since selecting costs nothing.
     Raises RecordError for other settings, for files changed since, and for a folder that no build began.
     """
-    found = read_marker(out)
-    if found is None:
+    marker = read_marker(out)
+    if marker is None:
         others = [file.name for file in out.iterdir() if file.name != ".lock"]
         if others:
             raise RecordError(
@@ -39,24 +39,24 @@ def begin(out: Path, identity: Mapping[str, Any]) -> None:
             )
         write_json(out / "build.json", {"format": FORMAT, **identity})
         return
-    complete = "files" in found
-    _refuse_other(out, "sampling", found, identity)
+    complete = "files" in marker
+    _refuse_other(out, "sampling", marker, identity)
     if complete:
-        _refuse_other(out, "judging", found, identity)
-        _refuse_changed(out, found, (SAMPLES, REWARDS))
-    if found["judging"] != identity["judging"]:
+        _refuse_other(out, "judging", marker, identity)
+        _refuse_changed(out, marker, (SAMPLES, REWARDS))
+    if marker["judging"] != identity["judging"]:
         (out / REWARDS).unlink(missing_ok=True)
-    if any(found[part] != identity[part] for part in PARTS):
-        kept = {key: value for key, value in found.items() if key != "files"}
+    if any(marker[part] != identity[part] for part in PARTS):
+        kept = {key: value for key, value in marker.items() if key != "files"}
         write_json(out / "build.json", {**kept, **{part: identity[part] for part in PARTS}})
 
 
 def finish(out: Path) -> None:
     """Write the marker: build.json with the digest of every file."""
-    found = read_marker(out)
-    assert found is not None
-    found["files"] = {name: digest(out / name) for name in FILES}
-    write_json(out / "build.json", found)
+    marker = read_marker(out)
+    assert marker is not None
+    marker["files"] = {name: digest(out / name) for name in FILES}
+    write_json(out / "build.json", marker)
 
 
 def read_marker(out: Path) -> dict[str, Any] | None:
@@ -65,9 +65,9 @@ def read_marker(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] == FORMAT and all(isinstance(found[part], dict) for part in PARTS):
-            return found
+        marker = json.loads(path.read_text(encoding="utf-8"))
+        if marker["format"] == FORMAT and all(isinstance(marker[part], dict) for part in PARTS):
+            return marker
     except (OSError, ValueError, TypeError, KeyError):
         pass
     raise RecordError(
@@ -77,9 +77,9 @@ def read_marker(out: Path) -> dict[str, Any] | None:
 
 
 def _refuse_other(
-    out: Path, part: str, found: Mapping[str, Any], identity: Mapping[str, Any]
+    out: Path, part: str, marker: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
-    then, now = found[part], identity[part]
+    then, now = marker[part], identity[part]
     other = [key for key in now if then.get(key) != now[key]]
     if other:
         shown = " and ".join(key.replace("_", " ") for key in other)
@@ -88,9 +88,9 @@ def _refuse_other(
         )
 
 
-def _refuse_changed(out: Path, found: Mapping[str, Any], names: Iterable[str]) -> None:
+def _refuse_changed(out: Path, marker: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in names:
-        if not (out / name).is_file() or digest(out / name) != found["files"].get(name):
+        if not (out / name).is_file() or digest(out / name) != marker["files"].get(name):
             raise RecordError(
                 f"{out / name} is not as the build left it; build the data again into another --out."
             )
@@ -98,13 +98,13 @@ def _refuse_changed(out: Path, found: Mapping[str, Any], names: Iterable[str]) -
 
 def read_rows(out: Path, name: str) -> list[dict[str, Any]]:
     """Rows of one file of a complete build. Raises RecordError for an incomplete one and for a changed file."""
-    found = read_marker(out)
-    if found is None or "files" not in found:
-        why = "is not complete" if found else "holds no build.json"
+    marker = read_marker(out)
+    if marker is None or "files" not in marker:
+        why = "is not complete" if marker else "holds no build.json"
         raise RecordError(
             f"{out} {why}; make it, or finish it, with `cl-graft transfer build --out {out}`."
         )
-    _refuse_changed(out, found, (name,))
+    _refuse_changed(out, marker, (name,))
     return [json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
 
 

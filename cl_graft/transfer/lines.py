@@ -33,7 +33,7 @@ def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    """In ASCII: a model may say halves of surrogate pairs."""
+    """One row as a line of JSON, in ASCII: a model may say halves of surrogate pairs."""
     return json.dumps(row, allow_nan=False) + "\n"
 
 

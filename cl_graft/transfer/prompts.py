@@ -25,7 +25,7 @@ from cl_graft.transfer.config import BuildConfig
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 MAX_NEW_TOKENS = 512
 
-Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and what it holds
+PlacedFields = tuple[str, dict[str, Any]]  # where it stands, for messages, and what it holds
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def read_prompts(config: BuildConfig) -> Prompts:
     not there, CLGraftError where nothing says how to judge.
     """
     own = _scenario_task(config.prompts, config)
-    found = _rows(config.prompts) if own is None else []
+    entries = _rows(config.prompts) if own is None else []
     rule, length, chat = _judged_by(config, own)
     _check_options(config, own, rule)
     if own is not None:
@@ -59,7 +59,7 @@ def read_prompts(config: BuildConfig) -> Prompts:
             if rule and config.reward_model is None and not judged_by_rule(example, rule):
                 _refuse_unjudged(f"{config.prompts}, example {i}", example, rule)
     else:
-        rows = [_example(row, rule, config) for row in found]
+        rows = [_example(row, rule, config) for row in entries]
     different = {example.prompt: example for example in reversed(rows)}  # the first of equals stays
     kept = [e for e in dict.fromkeys(rows) if different.pop(e.prompt, None) is not None]
     chosen = tuple(kept[: config.limit])
@@ -150,7 +150,7 @@ def _scenario_task(text: str, config: BuildConfig) -> tuple[Scenario, Task] | No
     raise UnknownName(f"task of {name}", wanted, scenario.task_names)
 
 
-def _rows(where: str) -> list[Row]:
+def _rows(where: str) -> list[PlacedFields]:
     path = Path(where)
     if path.suffix in SUFFIXES or path.is_file():
         return _file(path)
@@ -163,7 +163,7 @@ def _scenarios() -> list[str]:
     return [f"{name}/TASK" for name in plugins.names("scenario")]
 
 
-def _file(path: Path) -> list[Row]:
+def _file(path: Path) -> list[PlacedFields]:
     """Rows of a JSON, CSV or Parquet file with what says where each stands."""
     if not path.is_file():
         raise DataError(f"there is no file {path}; give the file that holds the prompts.")
@@ -186,7 +186,7 @@ def _file(path: Path) -> list[Row]:
     return [(f"{path}, {where}", row) for where, row in json_lines(path, text)]
 
 
-def _hub(name: str) -> list[Row]:
+def _hub(name: str) -> list[PlacedFields]:
     """Rows of the training split of a data set on the hub."""
     from datasets import load_dataset
 
@@ -204,25 +204,25 @@ def _hub(name: str) -> list[Row]:
     return [(f"{name}, row {i}", row) for i, row in enumerate(rows, 1)]
 
 
-def _example(row: Row, rule: Scoring | None, config: BuildConfig) -> Example:
+def _example(row: PlacedFields, rule: Scoring | None, config: BuildConfig) -> Example:
     """The row as an example. Raises DataError naming where it stands, what it lacks and what it has."""
-    where, found = row
-    if not isinstance(found, dict):
+    where, fields = row
+    if not isinstance(fields, dict):
         raise DataError(f"{where} is no object with columns; write one with a column 'prompt'.")
     needed = ["prompt"]
     if rule is not None and config.reward_model is None:
         needed += _scorer(rule).reads
     for column in needed:
-        if column not in found:
+        if column not in fields:
             raise DataError(
-                f"{where} has no column {column!r}; its columns are {', '.join(map(repr, found))}."
+                f"{where} has no column {column!r}; its columns are {', '.join(map(repr, fields))}."
             )
     by_tests = rule is not None and "tests" in _scorer(rule).reads
     example = Example(
-        prompt=_text(where, "prompt", found["prompt"]),
-        completion=_text(where, "completion", _or_empty(found, "completion")),
-        tests=_tests(where, found.get("tests") or []) if by_tests else (),
-        setup=_text(where, "setup", _or_empty(found, "setup")),
+        prompt=_text(where, "prompt", fields["prompt"]),
+        completion=_text(where, "completion", _or_empty(fields, "completion")),
+        tests=_tests(where, fields.get("tests") or []) if by_tests else (),
+        setup=_text(where, "setup", _or_empty(fields, "setup")),
     )
     if not example.prompt.strip():
         raise DataError(f"{where} has an empty prompt; write one or remove the row.")
@@ -233,8 +233,8 @@ def _example(row: Row, rule: Scoring | None, config: BuildConfig) -> Example:
     return example
 
 
-def _or_empty(found: dict[str, Any], column: str) -> Any:
-    return "" if found.get(column) is None else found[column]
+def _or_empty(value: dict[str, Any], column: str) -> Any:
+    return "" if value.get(column) is None else value[column]
 
 
 def _refuse_unjudged(where: str, example: Example, rule: Scoring) -> None:

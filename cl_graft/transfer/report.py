@@ -67,7 +67,7 @@ def summary(
         "sft": len(sft),
         "dpo": len(dpo),
         "sources": sources,
-        "rewards": {kind: histogram(found) for kind, found in values.items() if found},
+        "rewards": {kind: histogram(some) for kind, some in values.items() if some},
     }
 
 
@@ -88,11 +88,11 @@ def histogram(values: Sequence[float]) -> list[dict[str, Any]]:
     ]
 
 
-def tables(found: Mapping[str, Any]) -> list[Table]:
+def tables(summary: Mapping[str, Any]) -> list[Table]:
     """Yield by source, why pairs were dropped, and the rewards."""
-    sources = found["sources"]
-    head = f"{found['prompts']:,} prompts ({found['duplicate prompts']:,} duplicates left out)"
-    total = f"{found['sft']:,} SFT rows, {found['dpo']:,} DPO pairs"
+    sources = summary["sources"]
+    head = f"{summary['prompts']:,} prompts ({summary['duplicate prompts']:,} duplicates left out)"
+    total = f"{summary['sft']:,} SFT rows, {summary['dpo']:,} DPO pairs"
     columns = (
         "Source",
         "Answers",
@@ -133,7 +133,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         made.append(
             Table("Prompts without a pair of the source, and why", ("Source", *reasons), kept)
         )
-    for kind, bins in found["rewards"].items():
+    for kind, bins in summary["rewards"].items():
         counted = tuple(
             (
                 f"{b['from']:.4g}" + (f" to {b['to']:.4g}" if b["to"] != b["from"] else ""),
@@ -145,11 +145,11 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     return made
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    return "\n\n".join(table.markdown() for table in tables(found)) + "\n"
+def markdown(summary: Mapping[str, Any]) -> str:
+    return "\n\n".join(table.markdown() for table in tables(summary)) + "\n"
 
 
-def card(found: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The data set's README.md: what `datasets` reads to load `sft` and `dpo`, and what a reader wants to know.
 
     A set without a row is no config, since there is nothing to load.
@@ -157,7 +157,7 @@ def card(found: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     configs = [
         f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}.jsonl"
         for name in ("sft", "dpo")
-        if found[name]
+        if summary[name]
     ]
     front = ["configs:", *configs] if configs else ["configs: []"]
     models = ", ".join(f"`{one['name']}`" for one in settings["sampling"]["sources"])
@@ -181,7 +181,7 @@ def card(found: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "",
         *told,
         "",
-        markdown(found),
+        markdown(summary),
     ]
     return "\n".join(lines)
 
@@ -190,10 +190,10 @@ def _flat(part: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(k, v) for k, v in part.items() if not isinstance(v, (dict, list)) and v is not None]
 
 
-def why_no_pair(found: Mapping[str, Any]) -> str:
+def why_no_pair(summary: Mapping[str, Any]) -> str:
     """How many prompts of all sources gave no pair, for each reason."""
     totals: Counter[str] = Counter()
-    for one in found["sources"].values():
+    for one in summary["sources"].values():
         totals.update(one["dropped"])
     return ", ".join(f"{totals[why]:,} {why}" for why in REASONS if totals[why])
 

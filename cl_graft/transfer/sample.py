@@ -57,8 +57,8 @@ def hf_sampler(config: BuildConfig, source: str, max_new_tokens: int, chat: bool
 
     def sample(prompts: Sequence[str], seed: int) -> list[list[Answer]]:
         texts = [worded(tokenizer, source, p, chat) for p in prompts for _ in range(config.samples)]
-        found = answers(model, tokenizer, texts, max_new_tokens, temperature, seed, config.top_p)
-        return [found[i : i + config.samples] for i in range(0, len(found), config.samples)]
+        said = answers(model, tokenizer, texts, max_new_tokens, temperature, seed, config.top_p)
+        return [said[i : i + config.samples] for i in range(0, len(said), config.samples)]
 
     return sample
 

@@ -71,11 +71,11 @@ def pair(
     pairs: list[Chosen] = []
     dropped: dict[str, str] = {}
     for source in sources:
-        found = _of_one_source([a for a in answers if a.source == source], gaps, seed)
-        if isinstance(found, Chosen):
-            pairs.append(found)
+        of_source = _of_one_source([a for a in answers if a.source == source], gaps, seed)
+        if isinstance(of_source, Chosen):
+            pairs.append(of_source)
         else:
-            dropped[source] = found
+            dropped[source] = of_source
     if not pairs:
         return None, dropped
     chosen = min(pairs, key=lambda p: (-p.better.reward, -p.gap, _draw(seed, p.better)))

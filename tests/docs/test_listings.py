@@ -34,7 +34,14 @@ def words(line: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", ["first-sweep.md", "adding-a-baseline.md", "adding-a-scenario.md", "adding-a-scorer.md"]
+    "page",
+    [
+        "first-sweep.md",
+        "adding-a-baseline.md",
+        "adding-a-scenario.md",
+        "adding-a-scorer.md",
+        "adding-a-router.md",
+    ],
 )
 def test_the_page_can_be_followed(
     page: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ import transformers as hf
 
 from cl_graft.evaluation import generate as module
 from cl_graft.evaluation.generate import answers, choice_likelihoods, generate, log_likelihoods
-from cl_graft.models.embedded import world_tokenizer
+from cl_graft.models.embedded import toy_tokenizer
 
 PROMPTS = [
     "Q: Tom has 3 apples",
@@ -53,7 +53,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
 
 @cache
 def tokenizer() -> Any:
-    return world_tokenizer()
+    return toy_tokenizer()
 
 
 @cache
@@ -140,7 +140,7 @@ def test_answers_stop_at_the_end_of_sequence() -> None:
     """Make a sign that the model says the mark of the end: no answer goes beyond it."""
     whole = generate(model(), tokenizer(), PROMPTS, 12)
     sign = next(c for c in "".join(whole) if c not in "".join(PROMPTS) and not c.isalpha())
-    ending = world_tokenizer()
+    ending = toy_tokenizer()
     ending.eos_token = sign
     cut = generate(model(), ending, PROMPTS, 12)
     said = tokenizer().get_vocab()[sign]

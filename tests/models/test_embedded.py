@@ -176,7 +176,7 @@ def test_it_loads_like_any_model(made: Path, cache: Path) -> None:
     assert type(plain).__name__ == "LlamaForCausalLM"
     ours = dict(model.named_parameters())
     assert all(torch.equal(p, ours[n].cpu()) for n, p in plain.named_parameters())
-    fresh = embedded.world_tokenizer()
+    fresh = embedded.toy_tokenizer()
     rng = Random(1)
     for text in ["", *(i.question + i.answer for i in map(toy_language.pretraining, [rng] * 200))]:
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"] == fresh(text)["input_ids"]
@@ -201,7 +201,7 @@ def test_it_has_learned_something(made: Path, cache: Path) -> None:
 # --- its tokenizer ---
 
 
-TOKENIZER = embedded.world_tokenizer()
+TOKENIZER = embedded.toy_tokenizer()
 
 
 def test_text_of_the_world_survives_the_tokenizer() -> None:

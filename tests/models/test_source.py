@@ -42,7 +42,7 @@ def test_words_are_whole_and_digits_and_other_letters_are_not() -> None:
         "q",
         "?",
     ]
-    llama = embedded.world_tokenizer()
+    llama = embedded.toy_tokenizer()
     prompt = toy_language.prompt("Tom has 3 apples.")
     assert TOKENIZER(prompt)["input_ids"] != llama(prompt)["input_ids"]
     assert len(TOKENIZER) != len(llama)

@@ -22,7 +22,7 @@ def at(label: str, budget: str, seed: int, score: float, base: float = 0.2) -> d
         budget=budget,
         seed=seed,
         budget_bytes=size,
-        pack_bytes=[size, size],
+        alive_bytes=[size, 2 * size],
     )
 
 
@@ -40,11 +40,25 @@ def test_kept_is_the_share_of_the_gain_of_the_same_seeds_full_fine_tuning():
     """Seed 0 gains .6 in full and .3 by LoRA at 5 %; seed 1 .7 and .35: half, exactly."""
     ((title, members),) = budgets.groups(CELLS).items()
     made = budgets.table(title, members)
-    assert made.columns == ("Strategy", "OP at 5%", "kept at 5%", "OP at 10%", "kept at 10%")
+    assert made.columns == (
+        "Strategy",
+        "Task IDs",
+        "OP at 5%",
+        "kept at 5%",
+        "OP at 10%",
+        "kept at 10%",
+    )
     full, lora = made.rows
-    assert full == ("individual", "85.0 ± 5.0", "100.0 ± 0.0", "85.0 ± 5.0", "100.0 ± 0.0")
-    assert lora[:3] == ("lora", "52.5 ± 2.5", "50.0 ± 0.0")
-    assert lora[4] == "72.5 ± 2.5"  # .45 / .6 and .49 / .7
+    assert full == (
+        "individual",
+        "not needed",
+        "85.0 ± 5.0",
+        "100.0 ± 0.0",
+        "85.0 ± 5.0",
+        "100.0 ± 0.0",
+    )
+    assert lora[:4] == ("lora", "not needed", "52.5 ± 2.5", "50.0 ± 0.0")
+    assert lora[5] == "72.5 ± 2.5"  # .45 / .6 and .49 / .7
 
 
 def test_one_budget_and_unfinished_cells_make_no_group():
@@ -56,7 +70,7 @@ def test_what_was_not_measured_leaves_a_gap():
     gap = at("ewc", "5%", 0, 0.5)
     gap["metrics"]["op"] = None
     ((title, members),) = budgets.groups([*CELLS, gap]).items()
-    assert budgets.table(title, members).rows[-1] == ("ewc", "–", "–", "–", "–")
+    assert budgets.table(title, members).rows[-1] == ("ewc", "not needed", "–", "–", "–", "–")
     assert "ewc" not in legend(budgets.figure(title, members))
 
 

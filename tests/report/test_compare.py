@@ -54,12 +54,42 @@ def test_the_difference_is_b_less_a(tmp_path: Path) -> None:
     a, b, less, p, seeds = rows["OP"]
     assert a.startswith("25.0 [1") and b.startswith("75.0 [6")  # with Wilson's limits
     assert less.startswith("+50.0 [+3") and (p, seeds) == ("< 0.001", "1")
-    assert set(rows) == {"OP", "BWT", "FM", "math", "code", "cipher"}
+    assert set(rows) == {"OP", "BWT", "FM", "math", "code", "cipher", "Bytes alive"}
+    assert rows["Bytes alive"] == (
+        "120,000",
+        "120,000",
+        "+0",
+        "",
+        "1",
+    )  # three packs of 2 % of 2 MB
     a, b, less, p, _ = rows["code"]  # a third of the examples: wider
     assert a.startswith("25.0 [1") and b.startswith("75.0 [5")
     assert less.startswith("+50.0 [+30.0, +70.0]")
     assert p == "0.002"  # no less than that of a sign test of ten
     assert rows["BWT"][3:] == rows["FM"][3:] == ("", "1")
+
+
+def inferred(out: Path, right: int, alive: int) -> None:
+    """A run in which a router took `right` of 15 test examples for the task they are of, and `alive` bytes are kept."""
+    one_cell(out, 5, alive_bytes=[0, 0, alive], routing_accuracy=[None, 1.0, 0.5, right / 15])
+    for file in [*out.glob("*/cell.json"), *out.glob("*/result.json")]:
+        told = json.loads(file.read_text())
+        told["config"]["task_ids"] = "inferred"
+        file.write_text(json.dumps(told))
+
+
+def test_routing_and_bytes_are_compared_where_both_have_them(tmp_path: Path) -> None:
+    inferred(tmp_path / "a", 9, 100_000)
+    inferred(tmp_path / "b", 12, 103_500)
+    one_cell(tmp_path / "given", 5)
+    about, scores = compare(tmp_path / "a", tmp_path / "b")
+    rows = {row[1]: row[2:] for row in scores.rows}
+    assert rows["Routing"] == ("60.0", "80.0", "+20.0", "", "1")
+    assert rows["Bytes alive"] == ("100,000", "103,500", "+3,500", "", "1")
+    assert about.rows == ()
+    about, scores = compare(tmp_path / "given", tmp_path / "b")
+    assert "Routing" not in {row[1] for row in scores.rows}
+    assert ("task IDs at test", "given", "inferred (ridge)", "1") in about.rows
 
 
 def test_runs_that_differ_in_training_alone_are_paired(tmp_path: Path) -> None:

@@ -52,12 +52,16 @@ def cell(label: str = "graftllm", matrix: Rows = KEEPS, **changes: Any) -> dict[
         "metrics": {k: None if v != v else v for k, v in metrics.items()},
         "general": None,
         "pack_bytes": [] if pack is None else [int(BASE_BYTES * pack / 100)] * len(tasks),
+        "alive_bytes": [],
+        "routing": [{task: {} for task in tasks} for _ in matrix],
+        "routing_accuracy": [None] * len(matrix),
         "base_bytes": BASE_BYTES,
         "seconds": {"train": 1.0},
         "extra_matrices": {},
         "identical": [[False] * len(tasks) for _ in matrix],
         "complete": True,
     }
+    made["alive_bytes"] = np.cumsum(made["pack_bytes"]).tolist()  # of a method with a pack a task
     return made | changes
 
 
@@ -392,7 +396,9 @@ def crowded(count: int = 8) -> list[dict[str, Any]]:
 
 def over_budgets(cells: list[dict[str, Any]]) -> Figure:
     """The same at a tenth of the budget, a little worse, and full fine-tuning."""
-    small = [c | {"budget": "1%", "pack_bytes": [x // 10 for x in c["pack_bytes"]]} for c in cells]
+    small = [
+        c | {"budget": "1%", "alive_bytes": [x // 10 for x in c["alive_bytes"]]} for c in cells
+    ]
     full = cells[0] | {"label": "individual", "strategy": "individual"}
     ((title, members),) = budgets.groups([*cells, *small, full]).items()
     return budgets.figure(title, members)

@@ -66,6 +66,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report"
 
 
+def page_of(folder: Path, strategy: str) -> str:
+    """The page of this strategy's cell in the second scenario, in which no cell is odd."""
+    (file,) = (folder / "cells").glob(f"synthetic-1__{strategy}__*.html")
+    return file.read_text()
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """The text of every cell of the first table's body."""
+    body = table[table.index("<tbody>") : table.index("</tbody>")]
+    rows = re.findall(r"<tr.*?>(.*?)</tr>", body, re.DOTALL)
+    cells = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+    return [[re.sub(r"<[^>]*>", " ", text).strip() for text in row] for row in cells]
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
@@ -179,6 +193,48 @@ def test_a_report_tells_plugins_of_one_name_apart(tmp_path: Path) -> None:
     for name in ("a/mine", "b/mine"):
         assert f"</span>{name}" in index
     assert (tmp_path / "report" / "cells-table.csv").read_text().count("/mine,") == 2
+
+
+def test_a_cells_page_shows_what_its_router_did_and_others_have_no_such_part(made: Path) -> None:
+    """Counts are those of the record: 6 test examples of each of three tasks."""
+    text = page_of(made, "lora")
+    result = json.loads(next(made.parent.glob("synthetic-1__lora__*/result.json")).read_text())
+    table = text[text.index("What test prompts were taken for") :]
+    rows = rows_of(table)
+    assert [row[0] for row in rows] == result["tasks"]
+    for task, *cells in rows:
+        taken = result["routing"][-1][task]
+        expected = [taken.get(name, 0) for name in result["tasks"]]
+        assert [cell.split() for cell in cells] == [
+            [str(n), f"{100 * n / 6:.1f}", "%"] for n in expected
+        ]
+    (shown,) = rows_of(text[text.index("Routing accuracy, per cent") :])
+    assert shown == [f"{100 * x:.1f}" for x in result["routing_accuracy"][1:]]
+    assert "task IDs inferred (ridge)" in text
+    for strategy, told in (("graftllm", "given"), ("sequential", "not needed")):
+        other = page_of(made, strategy)
+        assert 'id="routing"' not in other and f"task IDs {told}" in other
+
+
+def test_a_cells_page_tells_shared_bytes_by_name(made: Path) -> None:
+    text = page_of(made, "lora")
+    result = json.loads(next(made.parent.glob("synthetic-1__lora__*/result.json")).read_text())
+    told = dict(re.findall(r"<dt>([^<]*)</dt><dd>([\d,]+)</dd>", text))
+    own = sum(result["pack_bytes"])
+    assert told["shared: router"] == "5,000"
+    assert told["packs still needed"] == f"{own:,}"
+    assert told["alive after the last task"] == f"{own + 5_000:,}"
+    assert told["largest pack of a task"] == f"{max(result['pack_bytes']):,}"
+    assert "<b>" in text and "5.0 kB of them shared" in text
+
+
+def test_the_page_says_of_every_row_whether_the_task_was_told(made: Path) -> None:
+    text = (made / "index.html").read_text()
+    rows = [row for row in rows_of(text[text.index('data-kind="ranking"') :]) if len(row) > 1]
+    told = {row[0].split()[0]: row[1] for row in rows}
+    assert told["graftllm"] == "given" and told["lora(task_ids=inferred)"] == "inferred (ridge)"
+    assert told["sequential"] == "not needed"
+    assert "compare like with like" in text
 
 
 def test_right_and_wrong_are_told_by_a_sign_and_a_word() -> None:
@@ -327,13 +383,13 @@ def test_a_click_on_a_header_sorts_and_another_turns_it_round(made: Path, browse
     shown = Shown(browser, made / "index.html")
     table = "#synthetic-1-mini-llama-budget-10pct table[data-kind=ranking]"
     head = f"{table} thead th:nth-child(%d) button"
-    before = shown.column(table, 1)
+    before = shown.column(table, 2)
     assert before == sorted(before, key=float, reverse=True), "the best come first"
-    shown.page.click(head % 2)
-    assert shown.column(table, 1) == before
-    shown.page.click(head % 2)
-    assert shown.column(table, 1) == before[::-1]
-    assert shown.page.get_attribute(f"{table} thead th:nth-child(2)", "aria-sort") == "ascending"
+    shown.page.click(head % 3)
+    assert shown.column(table, 2) == before
+    shown.page.click(head % 3)
+    assert shown.column(table, 2) == before[::-1]
+    assert shown.page.get_attribute(f"{table} thead th:nth-child(3)", "aria-sort") == "ascending"
     shown.page.click(head % 1)
     names = shown.column(table, 0)
     assert names == sorted(names)
@@ -344,8 +400,8 @@ def test_what_is_unmeasured_stays_last(made: Path, browser: Any) -> None:
     shown = Shown(browser, made / "index.html")
     table = "#synthetic-0-mini-llama-budget-10pct table[data-kind=ranking]"
     for _ in range(2):
-        shown.page.click(f"{table} thead th:nth-child(2) button")
-        values = shown.column(table, 1)
+        shown.page.click(f"{table} thead th:nth-child(3) button")
+        values = shown.column(table, 2)
         assert values[-1] == "" and "" not in values[:-1]
     shown.close()
 

@@ -46,6 +46,10 @@ def cell(label: str = "graftllm", matrix: Rows = FORGETS, **changes: Any) -> dic
         "metrics": {k: None if v != v else v for k, v in metrics.items()},
         "general": [0.5, 0.48, 0.47],
         "pack_bytes": [190_000, 199_600],
+        "shared_bytes": {},
+        "alive_bytes": [190_000, 389_600],
+        "routing": [{task: {} for task in tasks} for _ in matrix],
+        "routing_accuracy": [None] * len(matrix),
         "base_bytes": 2_000_000,
         "seconds": {"train": 1234.5, "compress": 10.0, "evaluate": 5.0, "harness": 0.5},
         "spent": 700.0,
@@ -62,6 +66,7 @@ def half_done(label: str = "graftllm", **changes: Any) -> dict[str, Any]:
     """One of two tasks learned: the last experience has not run."""
     rows: Rows = [[0.2, 0.3], [0.9, 0.9], [None, None]]
     unfinished = {"complete": False, "general": [0.5, 0.4], "pack_bytes": [190_000]}
+    unfinished |= {"alive_bytes": [190_000]}
     return cell(label, rows, **(unfinished | changes))
 
 
@@ -78,14 +83,16 @@ def test_a_row_of_the_ranking_worked_by_hand() -> None:
     assert table.title == "Ranking: math-code · mini · budget 10%"
     assert rows_of(table)["graftllm"] == {
         "Strategy": "graftllm",
+        "Task IDs": "not needed",
         "math": "60.0 ± 1.0",
         "code": "70.0 ± 1.0",
         "OP": "65.0 ± 0.7",  # sqrt(.01^2 + .01^2) / 2
         "BWT": "-20.0",  # paired examples: no standard error from one seed
         "FM": "20.0",
         "General Δ": "-3.0",
-        "Storage %": "9.98",  # 199,600 bytes, the larger pack, of 2,000,000
-        "Total bytes": "389,600",
+        "Storage %": "9.74",  # 389,600 bytes alive over two tasks of 2,000,000
+        "Bytes alive": "389,600",
+        "Largest pack": "199,600",
         "Train s": "1,234.5",
         "Seeds": "1",
     }
@@ -95,7 +102,7 @@ def test_seeds_are_averaged_and_the_error_is_theirs() -> None:
     worse: Rows = [[0.2, 0.3], [0.8, 0.3], [0.4, 0.6]]
     cells = [
         cell(seed=0),
-        cell(matrix=worse, seed=1, general=[0.5, 0.5, 0.45], pack_bytes=[100_000, 100_100]),
+        cell(matrix=worse, seed=1, general=[0.5, 0.5, 0.45], alive_bytes=[100_000, 200_100]),
     ]
     (table,) = ranking(cells)
     row = rows_of(table)["graftllm"]
@@ -104,7 +111,8 @@ def test_seeds_are_averaged_and_the_error_is_theirs() -> None:
     assert row["OP"] == "57.5 ± 7.5"
     assert row["BWT"] == "-30.0 ± 10.0"
     assert row["General Δ"] == "-4.0 ± 1.0"
-    assert row["Storage %"] == "7.49"  # (9.98 + 5.005) / 2
+    assert row["Storage %"] == "7.37"  # (9.74 + 5.0025) / 2
+    assert row["Bytes alive"] == "294,850"
     assert row["Seeds"] == "2"
 
 
@@ -135,7 +143,7 @@ def test_an_incomplete_cell_is_flagged_and_never_averaged() -> None:
     assert (whole["math"], whole["OP"], whole["Seeds"]) == ("60.0 ± 0.0", "65.0 ± 0.0", "2")
     for column in ("math", "code", "OP", "BWT", "FM", "General Δ", "Seeds"):
         assert part[column] == "–", column
-    assert part["Storage %"] == "9.50"  # of the one pack so far
+    assert part["Storage %"] == "9.50"  # of the one task so far
 
 
 def test_an_incomplete_cell_shows_no_op_even_where_its_last_row_is_measured() -> None:
@@ -153,11 +161,11 @@ def test_a_score_that_one_seed_lacks_is_unmeasured_in_the_mean() -> None:
 
 @pytest.mark.parametrize("missing", [None, [], [None, None, None]])
 def test_what_was_not_recorded_is_a_dash(missing: Any) -> None:
-    bare = cell(general=missing, pack_bytes=[], seconds={}, stderr=None)
+    bare = cell(general=missing, pack_bytes=[], alive_bytes=[], seconds={}, stderr=None)
     (table,) = ranking([bare])
     row = rows_of(table)["graftllm"]
     assert (row["math"], row["OP"]) == ("60.0", "65.0")
-    for column in ("General Δ", "Storage %", "Total bytes", "Train s"):
+    for column in ("General Δ", "Storage %", "Bytes alive", "Largest pack", "Train s"):
         assert row[column] == "–", column
 
 
@@ -354,7 +362,7 @@ def test_costs_are_means_over_seeds() -> None:
     )
     row = rows_of(table)["graftllm"]
     assert (row["Train s"], row["Compress s"], row["Total s"]) == ("1,617.2", "20.0", "1,642.8")
-    assert (row["Tokens"], row["Peak MiB"], row["Total bytes"]) == ("2,000", "500", "389,600")
+    assert (row["Tokens"], row["Peak MiB"], row["Bytes alive"]) == ("2,000", "500", "389,600")
     assert rows_of(table)["lora"]["Total s"] == "–"
 
 
@@ -373,9 +381,9 @@ def test_every_metric_is_shown_with_the_error_over_seeds() -> None:
     better: Rows = [[0.2, 0.3], [0.8, 0.3], [0.7, 0.7]]
     (table,) = metrics([cell(), cell(matrix=better, seed=1), half_done(seed=3)])
     first, incomplete = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
-    assert list(first)[1:] == [name for name, m in METRICS.items() if not m.joint]
+    assert list(first)[2:] == [name for name, m in METRICS.items() if not m.joint]
     assert (first["op"], first["bwt"], first["fm"]) == ("67.5 ± 2.5", "-15.0 ± 5.0", "15.0 ± 5.0")
-    assert set(incomplete.values()) == {incomplete["Strategy"], "–"}
+    assert set(incomplete.values()) == {incomplete["Strategy"], "not needed", "–"}
     assert "Lower is better of fm, avalanche_forgetting" in table.note
 
 
@@ -398,7 +406,7 @@ def test_written_tables_hold_what_was_printed(tmp_path: Path) -> None:
         rank = list(csv.DictReader(file))
     assert float(rank[0]["math"]) == 60.0
     assert float(rank[0]["math s.e."]) == 1.0
-    assert int(rank[0]["Total bytes"]) == 389_600
+    assert int(rank[0]["Bytes alive"]) == 389_600
 
     with paths[10].open(newline="") as file:
         (task, *_) = csv.DictReader(file)

@@ -19,7 +19,7 @@ from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.codecs.quant import round_to_nearest
 from cl_graft.skillpack.format.file import ShapeMismatch, SkillPack, WrongBase, fingerprint
 from cl_graft.skillpack.live.attach import Attached, Choice
-from cl_graft.skillpack.live.attachment_points import AttachError, find_spots
+from cl_graft.skillpack.live.attachment_points import AttachError, find_attachment_points
 from cl_graft.skillpack.live.grafted import Grafted
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -177,11 +177,13 @@ def test_generation_of_a_mixed_batch_equals_the_separate_ones(kind: str) -> None
 def test_the_lowest_module_with_the_samples_apart_is_taken() -> None:
     tied, experts = make("llama-tied"), make("mixtral")
     name = "model.embed_tokens.weight"
-    spots = find_spots(tied, {name: dict(tied.named_parameters())[name]})
+    spots = find_attachment_points(tied, {name: dict(tied.named_parameters())[name]})
     assert {spot.module for spot in spots} == {tied.lm_head, tied.model.embed_tokens}
     weights = {n: p for n, p in experts.named_parameters() if "layers.0.mlp" in n}
     assert len(weights) == 3  # a router and two stacks, of which none gets a batch
-    assert [spot.module for spot in find_spots(experts, weights)] == [experts.model.layers[0].mlp]
+    assert [spot.module for spot in find_attachment_points(experts, weights)] == [
+        experts.model.layers[0].mlp
+    ]
 
 
 def test_the_base_is_neither_copied_nor_decoded_in_full() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.format.file import SkillPack
-from cl_graft.skillpack.tools.compare import Row, compare
+from cl_graft.skillpack.tools.compare import TensorComparison, compare
 
 
 def pack(base: str = "b", **tensors: Tensor | Encoded) -> SkillPack:
@@ -27,7 +27,9 @@ def test_a_tensor_in_both() -> None:
     found = compare(pack(w=ONE), pack(w=codecs.dense(other, torch.float32)))
     (row,) = found.rows
     cosine, difference = 16 / 25, math.sqrt(18) / 5
-    assert row == Row("w", "", "both", "dense", "dense", 8, 16, *map(approx, (cosine, difference)))
+    assert row == TensorComparison(
+        "w", "", "both", "dense", "dense", 8, 16, *map(approx, (cosine, difference))
+    )
     assert found.totals == [row._replace(name="all", codec_a=None, codec_b=None)]
 
 

@@ -8,7 +8,7 @@ import torch
 from cl_graft.errors import OverBudget
 from cl_graft.skillpack.codecs import decode, payload_bytes
 from cl_graft.skillpack.compress.calibrate import Moments
-from cl_graft.skillpack.compress.compress import Piece, Room, compress, fetch
+from cl_graft.skillpack.compress.compress import ByteLimit, Piece, compress, fetch
 from cl_graft.skillpack.compress.policy import Adaptive, Paper
 
 SHAPES = {
@@ -51,8 +51,10 @@ def moments(gradients=True):
     return Moments(inputs, reads, outputs)
 
 
-def room(limit):
-    return Room(lambda specs: sum(payload_bytes(*s) for s in specs.values()), limit, f"{limit}B")
+def within(limit):
+    return ByteLimit(
+        lambda specs: sum(payload_bytes(*s) for s in specs.values()), limit, f"{limit}B"
+    )
 
 
 WHOLE = 2 * sum(x.numel() for x in deltas().values())
@@ -63,9 +65,9 @@ WHOLE = 2 * sum(x.numel() for x in deltas().values())
 @pytest.mark.parametrize("share", [0.08, 0.3])
 def test_the_budget_is_met_from_below(policy, known, share):
     known = {"nothing": Moments(), "inputs": moments(False), "gradients": moments()}[known]
-    limit, shelf = int(share * WHOLE), {}
-    specs = compress(pieces(deltas()), known, policy, room(limit), shelf)
-    used = sum(payload_bytes(*fetch(shelf, name).spec) for name in specs)
+    limit, store = int(share * WHOLE), {}
+    specs = compress(pieces(deltas()), known, policy, within(limit), store)
+    used = sum(payload_bytes(*fetch(store, name).spec) for name in specs)
     assert used <= limit
     if policy == Adaptive():
         assert used >= 0.99 * limit
@@ -76,9 +78,9 @@ def test_the_budget_is_met_from_below(policy, known, share):
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.4])
 def test_a_matrix_alone_meets_it_within_a_hundredth(share):
     delta = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    limit, shelf = int(share * 2 * delta.numel()), {}
+    limit, store = int(share * 2 * delta.numel()), {}
     specs = compress(
-        [Piece("w", (256, 256), "mlp", delta.clone)], Moments(), Adaptive(), room(limit), shelf
+        [Piece("w", (256, 256), "mlp", delta.clone)], Moments(), Adaptive(), within(limit), store
     )
     assert 0.99 * limit <= payload_bytes(*specs["w"]) <= limit
 
@@ -87,7 +89,7 @@ def test_the_deltas_are_left_as_they_are():
     found, before = deltas(), deltas()
     own = [Piece(n, tuple(x.shape), SHAPES[n][1], lambda x=x: x) for n, x in found.items()]
     for policy in (Adaptive(), Paper()):
-        compress(own, moments(), policy, room(int(0.2 * WHOLE)), {})
+        compress(own, moments(), policy, within(int(0.2 * WHOLE)), {})
     assert all(torch.equal(found[n], before[n]) for n in before)
 
 
@@ -95,16 +97,16 @@ def test_entries_of_embedding_and_head_are_kept_where_they_are_worth_it():
     known = moments()
     for name in ("embed.weight", "head.weight"):
         known.outputs[name] = 100 * known.outputs[name]
-    specs = compress(pieces(deltas()), known, Adaptive(), room(int(0.2 * WHOLE)), {})
+    specs = compress(pieces(deltas()), known, Adaptive(), within(int(0.2 * WHOLE)), {})
     assert all(specs[name][2]["kept"] > 100 for name in ("embed.weight", "head.weight"))
 
 
 def test_more_bytes_less_error():
     found, errors = deltas(), []
     for share in (0.05, 0.1, 0.2, 0.4):
-        shelf = {}
-        specs = compress(pieces(found), Moments(), Adaptive(), room(int(share * WHOLE)), shelf)
-        rebuilt = {n: decode(fetch(shelf, n)) if n in specs else 0 * x for n, x in found.items()}
+        store = {}
+        specs = compress(pieces(found), Moments(), Adaptive(), within(int(share * WHOLE)), store)
+        rebuilt = {n: decode(fetch(store, n)) if n in specs else 0 * x for n, x in found.items()}
         errors.append(sum((found[n] - rebuilt[n]).square().sum().item() for n in found))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2 * errors[0]
 
@@ -114,20 +116,20 @@ def test_bytes_go_to_the_matrix_whose_output_matters_more():
     last.outputs["down.weight"] = 100 * last.outputs["down.weight"]
     used = []
     for known in (first, last):
-        specs = compress(pieces(deltas()), known, Adaptive(), room(int(0.15 * WHOLE)), {})
+        specs = compress(pieces(deltas()), known, Adaptive(), within(int(0.15 * WHOLE)), {})
         used.append(payload_bytes(*specs["down.weight"]))
     assert used[1] > used[0]
 
 
 def test_a_budget_that_holds_nothing_is_refused():
     with pytest.raises(OverBudget, match="10B"):
-        compress(pieces(deltas()), moments(), Adaptive(), room(10), {})
+        compress(pieces(deltas()), moments(), Adaptive(), within(10), {})
     with pytest.raises(OverBudget, match="lower the policy's"):
-        compress(pieces(deltas()), moments(), Paper(rank=16, beta=1.0), room(2000), {})
+        compress(pieces(deltas()), moments(), Paper(rank=16, beta=1.0), within(2000), {})
 
 
 class Mortal(dict):
-    """A shelf that dies after so many items."""
+    """A work store that dies after so many items."""
 
     def __init__(self, lives):
         super().__init__()
@@ -143,21 +145,21 @@ class Mortal(dict):
 @pytest.mark.parametrize("policy", [Adaptive(), Paper()])
 def test_a_kill_at_any_point_changes_no_byte_and_finished_work_is_not_done_again(policy):
     whole = {}
-    specs = compress(pieces(deltas()), moments(), policy, room(int(0.12 * WHOLE)), whole)
+    specs = compress(pieces(deltas()), moments(), policy, within(int(0.12 * WHOLE)), whole)
     for lives in range(len(whole)):
-        shelf = Mortal(lives)
+        store = Mortal(lives)
         with pytest.raises(KeyboardInterrupt):
-            compress(pieces(deltas()), moments(), policy, room(int(0.12 * WHOLE)), shelf)
-        shelf.lives = len(whole)
-        again = compress(pieces(deltas()), moments(), policy, room(int(0.12 * WHOLE)), shelf)
+            compress(pieces(deltas()), moments(), policy, within(int(0.12 * WHOLE)), store)
+        store.lives = len(whole)
+        again = compress(pieces(deltas()), moments(), policy, within(int(0.12 * WHOLE)), store)
         assert again == specs
         for name in specs:
-            one, other = fetch(whole, name).parts, fetch(shelf, name).parts
+            one, other = fetch(whole, name).parts, fetch(store, name).parts
             assert all(torch.equal(one[part], other[part]) for part in one)
     touched = []
     watched = [
         Piece(p.name, p.shape, p.role, lambda p=p: touched.append(p.name) or p.delta())
         for p in pieces(deltas())
     ]
-    compress(watched, moments(), policy, room(int(0.12 * WHOLE)), whole)
+    compress(watched, moments(), policy, within(int(0.12 * WHOLE)), whole)
     assert not touched

@@ -181,7 +181,7 @@ def test_a_kill_at_any_point_changes_no_byte_and_nothing_is_done_twice(
     pairing = pair(Checkpoint(base), Checkpoint(after))
 
     def never(*_: object) -> None:
-        raise AssertionError("all is on the shelf")
+        raise AssertionError("all is in the work store")
 
     monkeypatch.setattr(type(pairing), "delta", never)
     create(base, after, out, **options)

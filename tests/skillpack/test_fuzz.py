@@ -102,7 +102,7 @@ class Donor:
         inner, end = json.JSONDecoder().raw_decode(text, len(header.MAGIC) - 2)
         return inner, text[end:]
 
-    def part(self, row: header.Row, rng: random.Random) -> bytes:
+    def part(self, row: header.TableEntry, rng: random.Random) -> bytes:
         """Bytes for this part: what it holds here, or else something of the same size."""
         size, own = row.end - row.start, self.parts.get((row.name, row.part), b"")
         if len(own) == size:

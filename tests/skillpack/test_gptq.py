@@ -26,7 +26,7 @@ from cl_graft.skillpack.codecs.quant import (
     normalised,
     round_to_nearest,
 )
-from cl_graft.skillpack.compress.gptq import Axis, _factorised, gptq, gptq_many
+from cl_graft.skillpack.compress.gptq import Axis, _factorised, gptq_many
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -37,6 +37,10 @@ def inputs(cols: int, n: int = 512, seed: int = 0) -> Tensor:
     """Correlated activations (n, cols) whose columns differ in size, as those of a model do."""
     mix = torch.eye(cols) + 0.5 * random(cols, cols, seed=seed + 1) / cols**0.5
     return random(n, cols, seed=seed + 2) @ mix * (0.7 * random(cols, seed=seed + 3)).exp()
+
+
+def gptq(weight: Tensor, hessian: Tensor, bits: int, **options: Any) -> Quantized:
+    return gptq_many([weight], hessian, bits, **options)[0]
 
 
 def moment(x: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cl_graft.errors import CLGraftError
-from cl_graft.models.meta_model import Skeleton, skeleton
+from cl_graft.models.meta_model import MetaModel, meta_model
 from cl_graft.models.roles import decoder_layers
 from cl_graft.skillpack.compress.calibrate import Moments, moments
-from cl_graft.skillpack.compress.round_robin import Lockstep
+from cl_graft.skillpack.compress.round_robin import RoundRobin
 from cl_graft.skillpack.compress.stream import stream_moments
 from cl_graft.skillpack.compress.text import calibration_batches
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
@@ -86,11 +86,11 @@ class Counted(Checkpoint):
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Callable[[str], tuple[Any, Counted, Skeleton]]:
-    def save(kind: str) -> tuple[Any, Counted, Skeleton]:
+def saved(tmp_path: Path) -> Callable[[str], tuple[Any, Counted, MetaModel]]:
+    def save(kind: str) -> tuple[Any, Counted, MetaModel]:
         model = made(kind)
         model.save_pretrained(tmp_path)
-        return model, Counted(tmp_path), skeleton(tmp_path)
+        return model, Counted(tmp_path), meta_model(tmp_path)
 
     return save
 
@@ -114,45 +114,45 @@ def assert_same(found: Moments, wanted: Moments) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_streamed_moments_are_those_of_the_model_in_memory(kind: str, saved: Any) -> None:
-    model, checkpoint, bones = saved(kind)
-    found = stream_moments(checkpoint, bones, BATCHES, gradient_batches=BATCHES[:2])
+    model, checkpoint, meta = saved(kind)
+    found = stream_moments(checkpoint, meta, BATCHES, gradient_batches=BATCHES[:2])
     inputs, outputs = moments(model, BATCHES, gradients=False), moments(model, BATCHES[:2])
     assert_same(found, Moments(inputs.inputs, inputs.reads, outputs.outputs))
     assert any(x.abs().max() > 0 for x in found.outputs.values())
 
 
 def test_without_gradient_batches_nothing_is_known_of_outputs(saved: Any) -> None:
-    model, checkpoint, bones = saved("llama")
-    assert_same(stream_moments(checkpoint, bones, BATCHES), moments(model, BATCHES, False))
+    model, checkpoint, meta = saved("llama")
+    assert_same(stream_moments(checkpoint, meta, BATCHES), moments(model, BATCHES, False))
 
 
 def test_a_skeleton_can_be_used_again(saved: Any) -> None:
-    _, checkpoint, bones = saved("gemma3")
-    buffers = {n: b.clone() for n, b in bones.model.named_buffers()}
-    first = stream_moments(checkpoint, bones, BATCHES, gradient_batches=BATCHES[:1])
-    assert all(p.is_meta and p.grad is None for p in bones.model.parameters())
-    assert bones.model.lm_head.weight is bones.model.model.embed_tokens.weight
-    assert all(torch.equal(b, buffers[n]) for n, b in bones.model.named_buffers())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in bones.model.modules())
-    assert not any("forward" in m.__dict__ for m in bones.model.modules())
-    assert_same(stream_moments(checkpoint, bones, BATCHES, gradient_batches=BATCHES[:1]), first)
+    _, checkpoint, meta = saved("gemma3")
+    buffers = {n: b.clone() for n, b in meta.model.named_buffers()}
+    first = stream_moments(checkpoint, meta, BATCHES, gradient_batches=BATCHES[:1])
+    assert all(p.is_meta and p.grad is None for p in meta.model.parameters())
+    assert meta.model.lm_head.weight is meta.model.model.embed_tokens.weight
+    assert all(torch.equal(b, buffers[n]) for n, b in meta.model.named_buffers())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in meta.model.modules())
+    assert not any("forward" in m.__dict__ for m in meta.model.modules())
+    assert_same(stream_moments(checkpoint, meta, BATCHES, gradient_batches=BATCHES[:1]), first)
 
 
 def test_weights_in_bfloat16_are_widened(saved: Any, tmp_path: Path) -> None:
-    model, _, bones = saved("llama")
+    model, _, meta = saved("llama")
     model.bfloat16().save_pretrained(tmp_path)
     assert Checkpoint(tmp_path).dtype == torch.bfloat16
     assert_same(
-        stream_moments(Checkpoint(tmp_path), bones, BATCHES), moments(model.float(), BATCHES, False)
+        stream_moments(Checkpoint(tmp_path), meta, BATCHES), moments(model.float(), BATCHES, False)
     )
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_weights_can_come_from_elsewhere(kind: str, saved: Any) -> None:
     """Those of the compressed layers before, say; by the checkpoint's keys."""
-    model, checkpoint, bones = saved(kind)
+    model, checkpoint, meta = saved(kind)
     found = stream_moments(
-        checkpoint, bones, BATCHES, weights=lambda key: checkpoint.read(key) * 1.25
+        checkpoint, meta, BATCHES, weights=lambda key: checkpoint.read(key) * 1.25
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -170,17 +170,17 @@ def loaded_layers(model: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
 def test_one_layer_is_in_memory_at_a_time_and_each_is_read_once(kind: str, saved: Any) -> None:
-    model, checkpoint, bones = saved(kind)
+    model, checkpoint, meta = saved(kind)
     seen: list[list[int]] = []
     hooks = [
-        layer.register_forward_hook(lambda *_: seen.append(loaded_layers(bones.model)))
-        for layer in decoder_layers(bones.model)[1]
+        layer.register_forward_hook(lambda *_: seen.append(loaded_layers(meta.model)))
+        for layer in decoder_layers(meta.model)[1]
     ]
-    stream_moments(checkpoint, bones, BATCHES)
+    stream_moments(checkpoint, meta, BATCHES)
     assert seen == [[0]] * 3 + [[1]] * 3 + [[2]] * 3, "batches in lockstep"
-    head = bones.key_of("lm_head.weight")
+    head = meta.key_of("lm_head.weight")
     wanted = set(checkpoint.tensors)
-    if not bones.model.config.tie_word_embeddings:
+    if not meta.model.config.tie_word_embeddings:
         wanted.remove(head)  # nothing needs what it writes
     assert sorted(checkpoint.reads) == sorted(wanted)
     for hook in hooks:
@@ -188,30 +188,30 @@ def test_one_layer_is_in_memory_at_a_time_and_each_is_read_once(kind: str, saved
 
 
 def test_going_back_each_layer_is_read_once_more(saved: Any) -> None:
-    _, checkpoint, bones = saved("llama")
+    _, checkpoint, meta = saved("llama")
     seen: list[list[int]] = []
-    for i, layer in enumerate(bones.model.model.layers):
+    for i, layer in enumerate(meta.model.model.layers):
 
         def note(module: nn.Module, grads: Any, outputs: Any, i: int = i) -> None:
-            seen.append([i, *loaded_layers(bones.model)])
+            seen.append([i, *loaded_layers(meta.model)])
 
         layer.mlp.down_proj.register_full_backward_hook(note)
-    stream_moments(checkpoint, bones, [], gradient_batches=BATCHES[:1])
+    stream_moments(checkpoint, meta, [], gradient_batches=BATCHES[:1])
     assert seen == [[2, 2], [1, 1], [0, 0]]
     for name in checkpoint.tensors:
         assert checkpoint.reads.count(name) == (2 if ".layers." in name else 1), name
 
 
 def test_moments_are_handed_over_when_their_layer_is_done(saved: Any) -> None:
-    model, checkpoint, bones = saved("llama")
+    model, checkpoint, meta = saved("llama")
     order: list[tuple[str, list[int]]] = []
     kept: dict[str, Tensor] = {}
 
     def sink(group: str, hessian: Tensor) -> None:
-        order.append((group, loaded_layers(bones.model)))
+        order.append((group, loaded_layers(meta.model)))
         kept[group] = hessian
 
-    found = stream_moments(checkpoint, bones, BATCHES, sink=sink)
+    found = stream_moments(checkpoint, meta, BATCHES, sink=sink)
     assert found.inputs == {}
     found.inputs = kept
     assert_same(found, moments(model, BATCHES, False))
@@ -225,9 +225,9 @@ def test_a_sink_that_is_a_mapping_is_the_inputs_of_the_result(saved: Any) -> Non
     class Spool(dict):
         __call__ = dict.__setitem__
 
-    _, checkpoint, bones = saved("llama")
+    _, checkpoint, meta = saved("llama")
     spool = Spool()
-    found = stream_moments(checkpoint, bones, BATCHES, sink=spool)
+    found = stream_moments(checkpoint, meta, BATCHES, sink=spool)
     assert found.inputs is spool
     assert (
         found.hessian("model.layers.2.self_attn.k_proj.weight")
@@ -236,9 +236,9 @@ def test_a_sink_that_is_a_mapping_is_the_inputs_of_the_result(saved: Any) -> Non
 
 
 def test_progress_rises_to_one(saved: Any) -> None:
-    _, checkpoint, bones = saved("llama")
+    _, checkpoint, meta = saved("llama")
     done: list[float] = []
-    stream_moments(checkpoint, bones, BATCHES, gradient_batches=BATCHES[:2], progress=done.append)
+    stream_moments(checkpoint, meta, BATCHES, gradient_batches=BATCHES[:2], progress=done.append)
     assert done == sorted(done) and 0 < done[0] < 0.1 and done[-1] == 1.0
 
 
@@ -249,15 +249,15 @@ def test_progress_rises_to_one(saved: Any) -> None:
 def test_a_model_whose_names_are_not_known_is_loaded_whole(
     saved: Any, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
 ) -> None:
-    model, checkpoint, bones = saved("mixtral")
+    model, checkpoint, meta = saved("mixtral")
     monkeypatch.setattr(
         "cl_graft.models.meta_model._renaming", lambda model: lambda key: (key, None)
     )
-    assert not bones.plain
+    assert not meta.plain
     kept: dict[str, Tensor] = {}
     found = stream_moments(
         checkpoint,
-        bones,
+        meta,
         BATCHES,
         gradient_batches=BATCHES[:1],
         sink=kept.__setitem__,
@@ -276,7 +276,7 @@ def test_a_model_whose_names_are_not_known_is_loaded_whole(
 @pytest.mark.parametrize("turn", [1, 2, 3])
 def test_an_error_inside_a_layer_ends_the_run(saved: Any, turn: int) -> None:
     """Whichever batch it is in, none of the others is left waiting."""
-    _, checkpoint, bones = saved("llama")
+    _, checkpoint, meta = saved("llama")
     before, calls = threading.active_count(), [0]
 
     def fail(*_: Any) -> None:
@@ -284,48 +284,48 @@ def test_an_error_inside_a_layer_ends_the_run(saved: Any, turn: int) -> None:
         if calls[0] == turn:
             raise ValueError("no more")
 
-    hook = bones.model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    hook = meta.model.model.layers[1].mlp.register_forward_pre_hook(fail)
     with pytest.raises(ValueError, match="no more"):
-        stream_moments(checkpoint, bones, BATCHES)
+        stream_moments(checkpoint, meta, BATCHES)
     assert calls == [turn] and threading.active_count() == before
-    assert all(p.is_meta for p in bones.model.parameters())
+    assert all(p.is_meta for p in meta.model.parameters())
     hook.remove()
-    assert stream_moments(checkpoint, bones, BATCHES).inputs
+    assert stream_moments(checkpoint, meta, BATCHES).inputs
 
 
 @pytest.mark.timeout(60)
 def test_weights_that_cannot_be_read_end_the_run(saved: Any, tmp_path: Path) -> None:
-    _, checkpoint, bones = saved("llama")
+    _, checkpoint, meta = saved("llama")
     stored = load_file(tmp_path / "model.safetensors")
     stored["model.layers.1.mlp.up_proj.weight"] = torch.ones(3, 3)
     save_file(stored, tmp_path / "model.safetensors")
     for arguments in ({"batches": BATCHES}, {"batches": [], "gradient_batches": BATCHES}):
         with pytest.raises(CLGraftError, match=r"layers.1.mlp.up_proj.weight has the shape"):
-            stream_moments(Checkpoint(tmp_path), bones, **arguments)
-        assert all(p.is_meta for p in bones.model.parameters())
+            stream_moments(Checkpoint(tmp_path), meta, **arguments)
+        assert all(p.is_meta for p in meta.model.parameters())
 
 
 @pytest.mark.timeout(60)
 def test_layers_that_run_twice_a_pass_are_refused(saved: Any) -> None:
-    _, checkpoint, bones = saved("llama")
-    layers = bones.model.model.layers
-    run = bones.model.model.forward
+    _, checkpoint, meta = saved("llama")
+    layers = meta.model.model.layers
+    run = meta.model.model.forward
 
     def twice(*args: Any, **kwargs: Any) -> Any:
         layers[0](torch.zeros(1, 2, 16), position_embeddings=(torch.ones(1, 2, 4),) * 2)
         return run(*args, **kwargs)
 
-    bones.model.model.forward = twice
+    meta.model.model.forward = twice
     with pytest.raises(CLGraftError, match=r"runs model.layers.0.\S+ several times a pass"):
-        stream_moments(checkpoint, bones, BATCHES)
+        stream_moments(checkpoint, meta, BATCHES)
 
 
 def test_modules_that_several_layers_share_are_counted_in_all_of_them(saved: Any) -> None:
-    model, checkpoint, bones = saved("llama")
-    for m in (model, bones.model):
+    model, checkpoint, meta = saved("llama")
+    for m in (model, meta.model):
         m.model.layers[2].mlp = m.model.layers[0].mlp
-    bones = Skeleton(bones.model, bones.folder, bones.keys)
-    found = stream_moments(checkpoint, bones, BATCHES)
+    meta = MetaModel(meta.model, meta.folder, meta.keys)
+    found = stream_moments(checkpoint, meta, BATCHES)
     assert_same(found, moments(model, BATCHES, False))
 
 
@@ -333,7 +333,7 @@ def test_modules_that_several_layers_share_are_counted_in_all_of_them(saved: Any
 
 
 def test_jobs_take_turns_in_order() -> None:
-    steps, log = Lockstep(), list[str]()
+    steps, log = RoundRobin(), list[str]()
 
     def job(name: str, turns: int) -> None:
         for i in range(turns):
@@ -343,12 +343,12 @@ def test_jobs_take_turns_in_order() -> None:
 
     steps.run([lambda: job("a", 2), lambda: job("b", 3), lambda: job("c", 0)])
     assert log == ["a0", "b0", "c.", "a1", "b1", "a.", "b2", "b."]
-    Lockstep().run([])
+    RoundRobin().run([])
 
 
 @pytest.mark.timeout(60)
 def test_a_job_that_swallows_errors_is_stopped_all_the_same() -> None:
-    steps, log = Lockstep(), list[str]()
+    steps, log = RoundRobin(), list[str]()
 
     def stubborn() -> None:
         while True:

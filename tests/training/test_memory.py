@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from cl_graft.bench.plan import MINI, TEXT, compare, measured
 from cl_graft.errors import CLGraftError
-from cl_graft.models.embedded import world_tokenizer
+from cl_graft.models.embedded import toy_tokenizer
 from cl_graft.planning.memory import Job, estimate
 from cl_graft.planning.trace import Meter, trace
 from cl_graft.task import Example, Pair, Preference, Task, Training
@@ -162,7 +162,7 @@ def test_a_large_model_is_planned_without_its_memory():
 
 
 def test_a_row_is_as_long_as_the_stage_makes_it():
-    tokenizer = world_tokenizer()
+    tokenizer = toy_tokenizer()
     rows = [Example("abc", "d"), Example("a", "bcdefg")]
     task = Task("t", rows, (), "exact", training=Training(max_length=512, preference=Preference()))
     short = replace(task, training=Training(max_length=6))

@@ -56,7 +56,7 @@ def torn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sure(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Says "yes", of the other embedded vocabulary."""
-    tokenizer = embedded.world_tokenizer()
+    tokenizer = embedded.toy_tokenizer()
     return trained(tmp_path_factory.mktemp("sources") / "sure", ["yes"], tokenizer, 1)
 
 

@@ -113,7 +113,7 @@ class Scorer:
             raise CLGraftError(
                 f"the scorer {self.name!r} gives {len(values)} scores for {len(answers)} examples; return one for each."
             )
-        found = []
+        scored = []
         for value, answer in zip(values, answers, strict=True):
             number = value.score if isinstance(value, Scored) else value
             if not isinstance(number, Real) or not math.isfinite(number):
@@ -121,8 +121,8 @@ class Scorer:
                     f"the scorer {self.name!r} gives {number!r} for the answer {answer[:60]!r}; return a finite "
                     "number."
                 )
-            found.append(value if isinstance(value, Scored) else Scored(float(number), answer))
-        return found
+            scored.append(value if isinstance(value, Scored) else Scored(float(number), answer))
+        return scored
 
 
 def scorer(**declared: Any) -> Callable[[Callable[..., Any]], Scorer]:
@@ -132,8 +132,8 @@ def scorer(**declared: Any) -> Callable[[Callable[..., Any]], Scorer]:
 
 def _found(scoring: Scoring) -> tuple[Scorer, dict[str, Any]]:
     """The scorer and its options, defaults included. Raises UnknownName or CLGraftError."""
-    found = plugins.load("scorer", scoring.name)
-    return found, plugins.check_options("scorer", found.name, found, scoring.options)
+    scorer = plugins.load("scorer", scoring.name)
+    return scorer, plugins.check_options("scorer", scorer.name, scorer, scoring.options)
 
 
 def score(
@@ -155,11 +155,11 @@ def score(
 
 def described(scoring: Scoring) -> dict[str, Any]:
     """All that scores depend on besides examples and model, as plain data: options, declared identity, source files."""
-    found, options = _found(scoring)
+    scorer, options = _found(scoring)
     return {
-        "scorer": found.name,
+        "scorer": scorer.name,
         "options": options,
-        "identity": dict(found.identity),
+        "identity": dict(scorer.identity),
         "sources": plugins.sources("scorer", scoring.name),
     }
 
@@ -175,7 +175,7 @@ def resolved(
     """
     used: set[str] = set()
 
-    def found(scoring: Scoring) -> str | Scoring:
+    def checked(scoring: Scoring) -> str | Scoring:
         named = replace(scoring, name=plugins.within("scorer", scoring.name, host))
         short = _found(named)[0].name
         used.add(short)
@@ -184,7 +184,7 @@ def resolved(
         return chosen.name if chosen == Scoring.of(chosen.name) else chosen
 
     def scored(task: Task) -> Task:
-        first, *further = map(found, task.scorings)
+        first, *further = map(checked, task.scorings)
         return replace(task, score=first, also=tuple(further))
 
     general = scenario.general and scored(scenario.general)
@@ -201,7 +201,7 @@ def require_consents(allowed: bool, tasks: Iterable[Task]) -> None:
 
 def judge_of(scoring: Scoring) -> Scoring | None:
     """The scoring that judges an answer in words: itself, or the one named in its place; None where there is none."""
-    found, _ = _found(scoring)
-    if found.needs == "answers":
+    scorer, _ = _found(scoring)
+    if scorer.needs == "answers":
         return scoring
-    return Scoring(found.sampled) if found.sampled else None
+    return Scoring(scorer.sampled) if scorer.sampled else None

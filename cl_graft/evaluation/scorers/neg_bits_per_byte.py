@@ -10,7 +10,7 @@ from cl_graft.task import Example
 
 @scorer(needs="likelihoods")
 def neg_bits_per_byte(examinee: Examinee, examples: Sequence[Example]) -> list[float]:
-    """Of an answer longer than `max_length` the part that is read counts, bits and bytes."""
+    """Minus bits per UTF-8 byte of each reference answer; one longer than `max_length` counts as far as it is read."""
     values = examinee.likelihoods([(e.prompt, e.completion) for e in examples])
     return [
         value / log(2) / max(1, len(_read(examinee, e).encode()))

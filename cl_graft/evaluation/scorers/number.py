@@ -15,10 +15,10 @@ NUMBER = re.compile(
 
 def final_number(text: str) -> float | None:
     """The number after the last `####`, or the last number of the text; None without one."""
-    found = NUMBER.findall(text.rsplit("####", 1)[-1]) if "####" in text else NUMBER.findall(text)
-    if not found:
+    numbers = NUMBER.findall(text.rsplit("####", 1)[-1]) if "####" in text else NUMBER.findall(text)
+    if not numbers:
         return None
-    return float((found[0] if "####" in text else found[-1]).replace(",", ""))
+    return float((numbers[0] if "####" in text else numbers[-1]).replace(",", ""))
 
 
 def _flaw(example: Example) -> str:

@@ -43,12 +43,12 @@ def _judge(jobs: Sequence[Job]) -> dict[Job, Outcome]:
     """
     new = [job for job in dict.fromkeys(jobs) if job not in _verdicts]
     outcomes = run_many([partial(run_asserts, *job) for job in new], _programs_at_a_time())
-    found = dict(zip(new, outcomes, strict=True))
-    for job, outcome in found.items():
+    judged = dict(zip(new, outcomes, strict=True))
+    for job, outcome in judged.items():
         if outcome.reason == "timeout":
-            found[job] = run_asserts(*job)
-    _verdicts.update({job: o for job, o in found.items() if o.reason != "timeout"})
-    return {job: found.get(job) or _verdicts[job] for job in jobs}
+            judged[job] = run_asserts(*job)
+    _verdicts.update({job: o for job, o in judged.items() if o.reason != "timeout"})
+    return {job: judged.get(job) or _verdicts[job] for job in jobs}
 
 
 @scorer(

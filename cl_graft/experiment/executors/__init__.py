@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cl_graft.sweep_config import Sweep
 
 Report = Callable[[str, str, float], None]  # cell, what is being done, fraction of it done
-Progress = Callable[[str, float], None]  # the same of one cell
+CellProgress = Callable[[str, float], None]  # what is being done in one cell, fraction of it done
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Outcome:
 WAITS = {"busy": "waiting for another's work", "lost": "waiting after its process was lost"}
 
 Work = Callable[
-    [RunConfig, Progress, bool], Outcome
+    [RunConfig, CellProgress, bool], Outcome
 ]  # attempt.attempt, or a stand-in to measure with
 Executor = Callable[[Sequence[RunConfig], Report], Iterator[tuple[RunConfig, Outcome]]]
 

@@ -48,7 +48,7 @@ def default_workers(threads: int) -> int:
 
 
 def executor(asked: Sweep, cells: Sequence[RunConfig]) -> Executor:
-    """As many processes at a time as the sweep says, else one a GPU, or as many as the cores suffice for."""
+    """Processes of this machine: as many at a time as the sweep says, else one a GPU, or as the cores suffice for."""
     # a stage of several processes has all of the machine's devices to itself
     several = any(c.launch.processes for c in cells)
     workers = asked.workers or (1 if several else default_workers(asked.threads))

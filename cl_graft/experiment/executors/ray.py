@@ -127,7 +127,7 @@ def _outcome(ray: Any, reference: Any) -> Outcome:
 
 
 def _work(work: Work, config: str, patient: bool, events: Any, folder: str) -> tuple[Any, ...]:
-    """On a node: an attempt at the cell; plain values go back.
+    """Attempt the cell on a node; plain values go back.
 
     folder: where the sweep was started, which relative paths begin from if the node has it, too.
     """

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cl_graft.report import Found, budgets
 from cl_graft.report.aggregate import groups, slugged
-from cl_graft.report.figures import FIGURES, draw
+from cl_graft.report.figures import draw, figures_of
 from cl_graft.report.page import cell, index, sources
 from cl_graft.report.page.work import SMALL, Work
 from cl_graft.report.significance import reader, standings, table
@@ -32,7 +32,7 @@ def write(found: Sequence[Found], folder: Path) -> Path:
     for slug, those in members.items():
         cells = [f.cell for f in those]
         key = digest(cells, sources.of_figures())
-        for name in FIGURES:
+        for name in figures_of(cells):
             stem = folder / f"{slug}-{name}"
             making.add(files_of(stem), key, partial(draw, name, cells, stem), 1.0)
     over = list(slugged(budgets.groups([f.cell for f in found])))

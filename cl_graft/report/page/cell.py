@@ -12,9 +12,11 @@ from typing import Any
 from markupsafe import Markup
 
 from cl_graft.report import Found
+from cl_graft.report.aggregate import Cell, alive, packs, protocol
 from cl_graft.report.examples import OUTCOMES, RIGHT, Answer, Row, breakdown
 from cl_graft.report.page.template import render
 from cl_graft.report.provenance import commands
+from cl_graft.report.routing import ACCURACY_NOTE, CONFUSION_NOTE, confusions, routed
 from cl_graft.report.table import write_atomic
 from cl_graft.store import prompts
 from cl_graft.store.prompts import Asked
@@ -33,6 +35,9 @@ def write(found: Found, path: Path, group: str) -> None:
     cell = found.cell
     asked = _asked(found.path.parent, cell.get("data", ""))
     experiences = [f"after {task}" for task in cell["tasks"]]
+    accuracy = [
+        (n, x) for n, x in zip(["base", *experiences], cell["routing_accuracy"], strict=False)
+    ]
     page = render(
         "cell.html",
         cell=cell,
@@ -40,6 +45,12 @@ def write(found: Found, path: Path, group: str) -> None:
         group=group,
         matrix=list(zip(["base", *experiences], cell["matrix"], cell["stderr"], strict=True)),
         general=[*cell["general"], *[None] * (len(experiences) + 1 - len(cell["general"]))],
+        protocol=protocol(cell),
+        bytes=_bytes(cell),
+        accuracy=[(n, x) for n, x in accuracy if x is not None],
+        confusion=next(iter(confusions(routed([cell]))), None),
+        confusion_note=CONFUSION_NOTE,
+        accuracy_note=ACCURACY_NOTE,
         tasks=[
             _task(t, rows, bool(asked)) for t, rows in breakdown(found.path, cell, asked).items()
         ],
@@ -53,6 +64,13 @@ def write(found: Found, path: Path, group: str) -> None:
         options=json.dumps(cell["options"], indent=1, ensure_ascii=False),
     )
     write_atomic(path, page.encode("utf-8", "replace"))
+
+
+def _bytes(cell: Cell) -> dict[str, float | None]:
+    """What is alive, the tasks' own packs among it, and the largest pack of a task; none before the first task."""
+    kept = [None, *alive(cell)][-1]
+    own = None if kept is None else kept - sum(cell["shared_bytes"].values())
+    return {"alive": kept or 0.0, "own": own, "largest": max(packs(cell), default=None)}
 
 
 def _task(name: str, rows: list[Row], asked: bool) -> dict[str, Any]:

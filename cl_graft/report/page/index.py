@@ -9,21 +9,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cl_graft.report import Found
-from cl_graft.report.aggregate import KINDS
-from cl_graft.report.figures import FIGURES
+from cl_graft.report.aggregate import KINDS, PROTOCOLS
+from cl_graft.report.figures import figures_of
 from cl_graft.report.page import rows
 from cl_graft.report.page.template import render as fill
 from cl_graft.report.provenance import commands
+from cl_graft.report.routing import ACCURACY_NOTE, confusion_tables, inferred
 from cl_graft.report.significance import NOTE, Standing
 from cl_graft.report.style import DARK, looks_of
-from cl_graft.report.tables import matrices, metrics
+from cl_graft.report.tables import BYTES_NOTE, matrices, metrics
 
 CAPTIONS = {
     "heatmaps": "Forgetting matrices, all on one colour scale. Rows are experiences, columns tasks.",
     "curves": "The score of each task along the stream.",
-    "bytes-vs-score": "Final score against the bytes of the largest pack, with the Pareto front.",
-    "bytes-vs-forgetting": "Forgetting against the bytes of the largest pack; less is better.",
+    "bytes-vs-score": "Final score against the bytes alive after the last task, with the Pareto front.",
+    "bytes-vs-forgetting": "Forgetting against the bytes alive after the last task; less is better.",
     "costs": "What a cell took, by what it went into, and its peak memory; means over seeds.",
+    "routing": "What test prompts were taken for at the end. Rows: their own task. Columns: what a router said.",
 }
 MANY = 12  # tasks from which on the ranking leaves out their columns; the breakdown has them
 
@@ -56,6 +58,9 @@ def render(
         machines=_distinct(found, "machine"),
         captions=CAPTIONS,
         note=NOTE,
+        protocols=PROTOCOLS,
+        bytes=BYTES_NOTE,
+        routing=ACCURACY_NOTE,
     )
 
 
@@ -88,9 +93,10 @@ def _group(
         "wide": len(first["tasks"]) <= MANY,
         "breakdown": [rows.by_task(s) for s in found],
         "costs": [rows.costs(s) for s in found],
-        "numbers": [*metrics(cells), *matrices(cells)],
+        "routed": [rows.routing(s) for s in found if any(map(inferred, s.line.cells))],
+        "numbers": [*metrics(cells), *matrices(cells), *confusion_tables(cells)],
         "pages": {s.line.name: [(c["seed"], links[id(c)]) for c in s.line.cells] for s in found},
-        "figures": [(name, f"{slug}-{name}") for name in FIGURES],
+        "figures": [(name, f"{slug}-{name}") for name in figures_of(cells)],
         "commands": commands(cells),
         "kinds": KINDS,
     }

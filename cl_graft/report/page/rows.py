@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from cl_graft.report import Found
-from cl_graft.report.aggregate import number
+from cl_graft.report.aggregate import number, protocol
 from cl_graft.report.page.cell import file
 from cl_graft.report.significance import Standing, probability
 from cl_graft.report.statistics import Difference, Interval
@@ -31,7 +31,7 @@ class Datum:
 
 
 def link(found: Found) -> str:
-    """Of a cell's page, from the index."""
+    """The address of a cell's page, from the index."""
     return quote(file(found, Path()).as_posix())
 
 
@@ -45,6 +45,7 @@ def ranking(found: Sequence[Standing]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": line.name,
+                "protocol": line.protocol,
                 "complete": line.complete,
                 "plot": plot,
                 "mark": "best" if op and not rank else "behind" if s.significant else "",
@@ -55,8 +56,9 @@ def ranking(found: Sequence[Standing]) -> list[dict[str, Any]]:
                 "bwt": _per_cent(*line.metric("bwt"), spec="+.1f"),
                 "fm": _per_cent(*line.metric("fm")),
                 "general": _per_cent(*line.drift(), spec="+.1f"),
+                "routing": _per_cent(*line.routing()[-1]),
                 "storage": _number(line.storage(), ".2f"),
-                "bytes": _number(line.total_bytes()),
+                "bytes": list(map(_number, line.kept_bytes())),
                 "seeds": len(line.cells) if line.complete else 0,
             }
         )
@@ -64,20 +66,30 @@ def ranking(found: Sequence[Standing]) -> list[dict[str, Any]]:
 
 
 def by_task(found: Standing) -> dict[str, Any]:
-    """Of each task: before any learning, once learned, at the end, and what was lost since it was learned."""
+    """Scores of each task: before any learning, once learned, at the end, and what was lost since it was learned."""
     parts = []
     for *scores, change in found.line.by_task():
         tint = 0.0 if math.isnan(change) else round(max(-1.0, min(1.0, change)), 3)
         lost = Datum(show(100 * change, "+.1f"), _value(change), tint=tint)
         parts.append((*map(_per_cent, scores), lost))
-    return {"name": found.line.name, "complete": found.line.complete, "parts": parts}
+    return _named(found, parts)
 
 
 def costs(found: Standing) -> dict[str, Any]:
-    """Seconds by what they went into and in all, tokens, memory."""
+    """Seconds by what they went into and in all, tokens, memory, bytes alive and of the largest pack."""
     seconds, rest = found.line.costs()
     parts = [*(_number(x, ",.1f") for x in seconds), *map(_number, rest)]
-    return {"name": found.line.name, "complete": found.line.complete, "parts": parts}
+    return _named(found, [*parts, *map(_number, found.line.kept_bytes())])
+
+
+def routing(found: Standing) -> dict[str, Any]:
+    """How often prompts were taken for the task they are of, after each task."""
+    return _named(found, [_per_cent(*estimate) for estimate in found.line.routing()])
+
+
+def _named(found: Standing, parts: list[Any]) -> dict[str, Any]:
+    line = found.line
+    return {"name": line.name, "protocol": line.protocol, "complete": line.complete, "parts": parts}
 
 
 def cell(found: Found) -> dict[str, Any]:
@@ -87,6 +99,7 @@ def cell(found: Found) -> dict[str, Any]:
     return {
         "page": link(found),
         "cell": told,
+        "protocol": protocol(told),
         "op": _per_cent(number(told["metrics"].get("op"))),
         "bwt": _per_cent(number(told["metrics"].get("bwt")), spec="+.1f"),
         "experiences": Datum(f"{done} of {len(told['matrix'])}", done),
@@ -116,7 +129,7 @@ def _ends(found: Interval) -> list[float]:
 
 
 def _p(found: Standing) -> Datum:
-    """With the seeds that were paired, where those are not all."""
+    """The probability, with the seeds that were paired, where those are not all."""
     d = found.behind
     if d is None:
         return Datum(UNMEASURED)

@@ -1,4 +1,4 @@
-"""Of what a figure and a page are made, as digests: told cheaply, by the times and sizes of a cell's files."""
+"""Digests of what a figure and a page are made of: told cheaply, by the times and sizes of a cell's files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from cl_graft.report import (
     budgets,
     examples,
     figures,
+    panels,
     provenance,
+    routing,
     style,
     table,
     tables,
@@ -25,7 +27,8 @@ from cl_graft.store import digests, prompts
 @cache
 def of_figures() -> str:
     """The code that draws figures, and the version of the library that it draws with."""
-    code = digests.code_digest(budgets, figures, aggregate, style, table, tables, tradeoff)
+    drawn = (budgets, figures, aggregate, panels, routing, style, table, tables, tradeoff)
+    code = digests.code_digest(*drawn)
     return digests.digest(code, metadata.version("matplotlib"))
 
 
@@ -35,7 +38,7 @@ def of_pages() -> str:
     from cl_graft.report.page import cell, template
 
     found = hashlib.blake2b(digest_size=16)
-    code = (examples, provenance, aggregate, table, tables, units, cell, template, prompts)
+    code = (examples, provenance, aggregate, routing, table, tables, units, cell, template, prompts)
     found.update(digests.code_digest(*code).encode())
     for file in sorted(resources.files(__package__).joinpath("templates").iterdir(), key=str):
         found.update(file.read_bytes())

@@ -58,7 +58,7 @@ class Work:
             self.before = json.loads(self.record.read_text(encoding="utf-8"))
 
     def add(self, files: Sequence[Path], key: str, call: partial[Any], cost: float) -> None:
-        """To be made by one call unless all were made of the same before and are there; key: of what."""
+        """Add files that one call makes, unless all were made of the same before and are there; key: of what."""
         name = files[0].relative_to(self.record.parent).as_posix()
         self.made[name] = key
         if self.before.get(name) == key and all(file.is_file() for file in files):

@@ -127,13 +127,13 @@ def layout(codec: str, shape: tuple[int, ...], meta: Meta) -> Layout:
     """{part: (dtype, shape)}, exactly the parts that must be there; ValueError on nonsense."""
     known = codec_named(codec)
     check_shape(shape)
-    found = known.layout(shape, meta)
-    for part, (dtype, _) in found.items():
+    parts = known.layout(shape, meta)
+    for part, (dtype, _) in parts.items():
         if dtype not in STORABLE.values():
             raise ValueError(
                 f"codec {codec} lays out part {part} in {dtype}: a file has {', '.join(STORABLE)}."
             )
-    return found
+    return parts
 
 
 def payload_bytes(codec: str, shape: tuple[int, ...], meta: Meta) -> int:
@@ -170,9 +170,9 @@ def is_scattered(encoded: Encoded) -> bool:
 def check_parts(encoded: Encoded) -> None:
     """Raise ValueError unless the parts have the dtypes and shapes that `layout` asks for."""
     wanted = layout(*encoded.spec)
-    found = {name: (part.dtype, tuple(part.shape)) for name, part in encoded.parts.items()}
-    if found != wanted:
-        raise ValueError(f"codec {encoded.codec} needs the parts {wanted}, not {found}.")
+    given = {name: (part.dtype, tuple(part.shape)) for name, part in encoded.parts.items()}
+    if given != wanted:
+        raise ValueError(f"codec {encoded.codec} needs the parts {wanted}, not {given}.")
 
 
 def check(encoded: Encoded) -> None:

@@ -130,9 +130,9 @@ def dtype_name(dtype: torch.dtype, known: Dtypes = DTYPES) -> str:
 
 def rounded(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """x in `dtype`, contiguous, on the CPU, and finite."""
-    found = x.detach().to("cpu", dtype, copy=True).contiguous()
-    if not torch.isfinite(found).all():
+    narrow = x.detach().to("cpu", dtype, copy=True).contiguous()
+    if not torch.isfinite(narrow).all():
         if torch.isfinite(x).all():
             raise ValueError(f"{what} overflows {dtype_name(dtype)}: store it in a wider dtype.")
         raise ValueError(f"{what} holds NaN or Inf: there is nothing to store.")
-    return found
+    return narrow

@@ -67,10 +67,10 @@ def unpack_part(packed: Tensor, first: int, count: int, width: int) -> Tensor:
     if width == 8:
         return packed[first : first + count].clone()
     skip, eights = first % 8, -(-(first % 8 + count) // 8)  # eight values fill `width` whole bytes
-    found = packed[first // 8 * width :][: eights * width].numpy()
+    taken = packed[first // 8 * width :][: eights * width].numpy()
     padded = np.empty(eights * width + 8, dtype=np.uint8)  # a word is read 8 bytes at a time
-    padded[: len(found)] = found
-    padded[len(found) :] = 0
+    padded[: len(taken)] = taken
+    padded[len(taken) :] = 0
     starts = np.ndarray((eights,), "<u8", padded, strides=(width,))
     words = np.empty(eights, dtype="<u8")
     for tile in range(0, eights, TILE):
@@ -145,21 +145,6 @@ def best_gap(positions: Tensor, numel: int) -> tuple[int, int]:
     widths = range(1, max(1, numel.bit_length()) + 1)
     counts = [gaps.numel() + int((gaps // ((1 << width) - 1)).sum()) for width in widths]
     return min(zip(widths, counts, strict=True), key=lambda pair: pair[0] * pair[1])
-
-
-def index_sizes(positions: Tensor, numel: int) -> dict[str, int]:
-    """Exact bytes of each way to say which of `numel` elements are kept.
-
-    positions: int64 (kept,), strictly increasing. `bitmap`: one bit an element; `plain`: positions
-    as integers of the smallest sufficient width; `gap`: the best gap code. Plain integers are here
-    to compare with: gap codes of that width say the same, but for a sole position one bit dearer.
-    """
-    width, tokens = best_gap(positions, numel)
-    return {
-        "bitmap": packed_bytes(numel, 1),
-        "plain": packed_bytes(positions.numel(), max(1, (numel - 1).bit_length())),
-        "gap": packed_bytes(tokens, width),
-    }
 
 
 def pack_index(positions: Tensor, numel: int) -> tuple[list[int] | None, Tensor]:

@@ -45,8 +45,8 @@ def quantized_low_rank(
     for pair in pairs:
         left, right = (packing.grid_of(factor) for factor in pair)
         if (left.rows, left.cols, right.cols) != (right.rows, *shape):
-            found = f"({left.rows}, {left.cols}) and ({right.rows}, {right.cols})"
-            raise ValueError(f"factors {found} are not (r, out) and (r, in) of shape {shape}.")
+            shapes = f"({left.rows}, {left.cols}) and ({right.rows}, {right.cols})"
+            raise ValueError(f"factors {shapes} are not (r, out) and (r, in) of shape {shape}.")
         if left.bits != right.bits:
             raise ValueError(f"a rank group has {left.bits} bits left, but {right.bits} right.")
         groups.append([left.rows, left.bits, left.group_size, right.group_size])
@@ -98,20 +98,20 @@ class QuantizedLowRankCodec(Factored):
 
 
 def _grids(shape: tuple[int, ...], meta: Meta) -> list[Grid]:
-    """Left (rank, out) and right (rank, in) of each rank group, in turn. Raises ValueError on nonsense."""
+    """Grids of each rank group in turn, left (rank, out) and right (rank, in). Raises ValueError on nonsense."""
     fields(meta, "groups")
     rows, cols = matrix(shape)
     if not isinstance(meta["groups"], list):
         raise ValueError("groups is not a list.")
     whole(len(meta["groups"]), "the number of rank groups", 0, MAX_GROUPS)
-    found = []
+    each = []
     for group in meta["groups"]:
         rank, bits, left_size, right_size = wholes(group, 4, "a rank group")
-        found += [
+        each += [
             grids.checked_grid(rank, rows, bits, left_size),
             grids.checked_grid(rank, cols, bits, right_size),
         ]
-    return found
+    return each
 
 
 def _fill(out: Tensor, packed: Tensor, scales: Tensor, grid: Grid) -> None:

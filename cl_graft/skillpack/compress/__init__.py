@@ -1,1 +1,1 @@
-"""From a delta to encoded tensors: calibration, factors, GPTQ, and one budget over all of them."""
+"""Encoded tensors from a delta: calibration, factors, GPTQ, and one budget over all of them."""

@@ -36,7 +36,7 @@ class Moments:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def hessian(self, name: str) -> Tensor | None:
-        """(in, in) of a parameter's input; for an embedding (vocabulary,), its diagonal. None where unknown."""
+        """Second moment (in, in) of a parameter's input; for an embedding its diagonal (vocabulary,). None: unknown."""
         group = self.reads.get(name)
         return None if group is None else self.inputs.get(group)
 
@@ -88,7 +88,7 @@ def forward(model: nn.Module, batch: Batch) -> None:
 
 
 def backward(model: nn.Module, batch: Batch) -> None:
-    """Of the summed loss, so that no token's gradient depends on how many there are in the batch."""
+    """Backward pass of the summed loss, so that no token's gradient depends on how many there are in the batch."""
     with torch.enable_grad():
         loss = model(**batch, use_cache=False).loss
         (loss * (batch["labels"][:, 1:] != -100).sum()).backward()
@@ -98,7 +98,7 @@ def backward(model: nn.Module, batch: Batch) -> None:
 
 
 class Text(NamedTuple):
-    """Of a batch. keep: bool (sequences * length,), what is no padding; None where there is none."""
+    """The text of a batch. keep: bool (sequences * length,), what is no padding; None where there is no padding."""
 
     sequences: int
     tokens: int
@@ -135,9 +135,9 @@ class Sums:
         if isinstance(module, nn.Embedding):
             if len(x) == 1:  # positions, the same for every sequence of the batch
                 x = x.expand(self.text.sequences, -1)
-            found = torch.bincount(self._kept(x.reshape(-1)), minlength=module.num_embeddings)
+            counts = torch.bincount(self._kept(x.reshape(-1)), minlength=module.num_embeddings)
             self.inputs[name] = (
-                self.inputs[name].add_(found) if name in self.inputs else found.float()
+                self.inputs[name].add_(counts) if name in self.inputs else counts.float()
             )
         else:
             rows = self._kept(x.reshape(-1, x.shape[-1]))
@@ -148,8 +148,8 @@ class Sums:
         return rows if keep is None or len(rows) != len(keep) else rows[keep]
 
     def wrote(self, name: str, gradient: Tensor) -> None:
-        found = gradient.detach().reshape(-1, gradient.shape[-1]).float().square().sum(0)
-        self.outputs[name] = self.outputs[name].add_(found) if name in self.outputs else found
+        squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square().sum(0)
+        self.outputs[name] = self.outputs[name].add_(squares) if name in self.outputs else squares
 
 
 STRIP = 512  # rows of X^T X that are multiplied at a time, from the diagonal to the right
@@ -158,8 +158,8 @@ STRIP = 512  # rows of X^T X that are multiplied at a time, from the diagonal to
 def _add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
     """total + rows^T rows, in place; float32 (in, in). What lies left of the diagonal is copied, not multiplied."""
     if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
-        found = torch.mm(rows.T, rows, out_dtype=torch.float32)
-        return found if total is None else total.add_(found)
+        gram = torch.mm(rows.T, rows, out_dtype=torch.float32)
+        return gram if total is None else total.add_(gram)
     rows = rows.float()
     width = rows.shape[1]
     total = rows.new_zeros(width, width) if total is None else total
@@ -172,7 +172,7 @@ def _add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
 
 @contextmanager
 def watched(model: nn.Module, sums: Sums, gradients: bool, inputs: bool = True) -> Iterator[None]:
-    """While it is open, forward passes of the model are added to `sums`, and backward passes with gradients."""
+    """Add the model's forward passes within to `sums`, and its backward passes where `gradients` is set."""
     linear, hooks = linear_layers(model), []
     tables = {n: m for n, m in model.named_modules() if _reads_tokens(m, model)}
     stacks = {n: m for n, m in model.named_modules() if _owns_matrices(m)}
@@ -194,7 +194,7 @@ def watched(model: nn.Module, sums: Sums, gradients: bool, inputs: bool = True) 
 
 @contextmanager
 def headless(model: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """While it is open, the head is asked but does not answer: its logits, (..., 0), would be for nothing."""
+    """Keep the head from multiplying within: it gives logits (..., 0), for nobody reads them."""
     head = model.get_output_embeddings() if wanted else None  # type: ignore[operator]
     if head is None:
         yield

@@ -1,7 +1,7 @@
-"""From deltas to encoded tensors that fit a budget: measure every tensor, find one plan for all, encode.
+"""Encoded tensors from deltas, within a budget: measure every tensor, find one plan for all, encode.
 
 Nothing here holds more than the tensors that read one input, and their Hessian, at a time: deltas are asked for
-when their turn comes, and what is finished goes onto a shelf (work_store.py), where a killed run finds it again.
+when their turn comes, and what is finished goes into a work store (work_store.py), where a killed run finds it again.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from cl_graft.skillpack.compress.policy import (
     kept_above,
     sparse_bytes,
 )
-from cl_graft.skillpack.compress.work_store import Item, Shelf
+from cl_graft.skillpack.compress.work_store import Item, WorkStore
 
-Progress = Callable[[str, float], None]
+PackProgress = Callable[[str, float], None]
 TABLE_CHUNK = 1 << 22  # entries of a table that are weighed at a time
 SMALLEST_SIDE = 4  # a matrix narrower than this has nothing to factorise
 
@@ -70,11 +70,11 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Room:
-    """What may be used: `cost` of {name: (codec, shape, meta)}, in bytes, must not exceed `limit`."""
+class ByteLimit:
+    """What may be used: `cost` of {name: (codec, shape, meta)}, in bytes, must not exceed `bytes`."""
 
     cost: Callable[[Mapping[str, Spec]], int]
-    limit: int
+    bytes: int
     text: str  # as the user wrote it
 
 
@@ -82,32 +82,32 @@ def compress(
     pieces: Sequence[Piece],
     moments: Moments,
     policy: Policy,
-    room: Room,
-    shelf: Shelf,
+    limit: ByteLimit,
+    store: WorkStore,
     *,
     device: torch.device | str = "cpu",
-    progress: Progress = lambda what, done: None,
+    progress: PackProgress = lambda what, done: None,
 ) -> dict[str, Spec]:
-    """Encode every piece; the results are on the shelf (`fetch`), their specs are returned, in the order of pieces.
+    """Encode every piece; results go into the work store (`fetch`), specs are returned, in the order of pieces.
 
     A tensor of which nothing is worth keeping is left out. Raises OverBudget.
     """
-    work = _Work(list(pieces), moments, policy, shelf, torch.device(device), progress)
+    work = _Work(list(pieces), moments, policy, store, torch.device(device), progress)
     profiles = measure(work)
     fixed: dict[str, Spec] = {}
     for piece in work.pieces:
         if piece.kind == "vector":
             fixed[piece.name] = _kept(work, piece, partial(_whole, piece))
-    tables = _tables(work, profiles, fixed, room)
+    tables = _tables(work, profiles, fixed, limit)
     matrices = {name: p for name, p in profiles.items() if p.kind == "matrix"}
     specs = fixed | tables
-    specs |= _matrices(work, _fitting(policy, matrices, specs, room))
+    specs |= _matrices(work, _fitting(policy, matrices, specs, limit))
     return {piece.name: specs[piece.name] for piece in work.pieces if piece.name in specs}
 
 
-def fetch(shelf: Shelf, name: str) -> Encoded:
-    """An encoded tensor, from the shelf."""
-    tensors, about = shelf[f"encoded/{name}"]
+def fetch(store: WorkStore, name: str) -> Encoded:
+    """An encoded tensor, from the work store."""
+    tensors, about = store[f"encoded/{name}"]
     return Encoded(about["codec"], tuple(about["shape"]), about["meta"], tensors)
 
 
@@ -116,18 +116,18 @@ class _Work:
     pieces: list[Piece]
     moments: Moments
     policy: Policy
-    shelf: Shelf
+    store: WorkStore
     device: torch.device
-    progress: Progress
+    progress: PackProgress
 
     def delta(self, piece: Piece) -> Tensor:
-        """Of a matrix, as (out, in)."""
+        """The delta of a matrix, float32 (out, in)."""
         delta = piece.delta().to(self.device, torch.float32)
         return delta.T.contiguous() if piece.transposed else delta
 
     def hessian(self, piece: Piece) -> Tensor | None:
-        found = self.moments.hessian(piece.name)
-        return None if found is None or found.ndim != 2 else found.to(self.device, torch.float32)
+        moment = self.moments.hessian(piece.name)
+        return None if moment is None or moment.ndim != 2 else moment.to(self.device, torch.float32)
 
 
 def measure(work: _Work) -> dict[str, Profile]:
@@ -140,13 +140,13 @@ def measure(work: _Work) -> dict[str, Profile]:
             key = f"worth/{piece.name}"
             if piece.kind == "vector":
                 continue
-            if key not in work.shelf:
+            if key not in work.store:
                 if piece.kind == "matrix" and work.policy.activation_aware and hessian is None:
                     hessian = work.hessian(piece)
                     hessian = None if hessian is None else damped(hessian, work.policy.damping)
-                work.shelf[key] = Item({"worth": _measured(work, piece, hessian)}, {})
+                work.store[key] = Item({"worth": _measured(work, piece, hessian)}, {})
             shape = piece.shape[::-1] if piece.transposed else piece.shape
-            worth = work.shelf[key].tensors["worth"]
+            worth = work.store[key].tensors["worth"]
             profiles[piece.name] = Profile(piece.kind, piece.role, shape, worth)
         done += sum(prod(piece.shape) for piece in group)
         release()
@@ -155,18 +155,18 @@ def measure(work: _Work) -> dict[str, Profile]:
 
 
 def _measured(work: _Work, piece: Piece, hessian: Tensor | None) -> Tensor:
-    """What its ranks or entries are worth (see Profile); a matrix's spectrum goes onto the shelf."""
+    """What its ranks or entries are worth (see Profile); a matrix's spectrum goes into the work store."""
     if piece.kind == "table":
         delta = piece.delta().to(work.device, torch.float32)
         parts = (bins(part).cpu() for part in _worth(piece, delta, work.moments))
         return torch.stack(list(parts)).sum(0)
-    found = spectrum(work.delta(piece), hessian)
+    factors = spectrum(work.delta(piece), hessian)
     scale = _slope(work.moments, piece.name)
     if scale is None:
-        scale = torch.tensor(1.0) if not work.moments.reads else _alike(found.energy)
-    tensors = {"energy": found.energy, "basis": found.basis}
-    work.shelf[f"spectrum/{piece.name}"] = Item(tensors, {"wide": found.wide})
-    return (found.energy * scale.to(found.energy.device)).cpu()
+        scale = torch.tensor(1.0) if not work.moments.reads else _alike(factors.energy)
+    tensors = {"energy": factors.energy, "basis": factors.basis}
+    work.store[f"spectrum/{piece.name}"] = Item(tensors, {"wide": factors.wide})
+    return (factors.energy * scale.to(factors.energy.device)).cpu()
 
 
 def _worth(piece: Piece, delta: Tensor, moments: Moments) -> Iterator[Tensor]:
@@ -231,9 +231,9 @@ def _groups(work: _Work) -> list[list[Piece]]:
 
 
 def _fitting(
-    policy: Policy, profiles: Mapping[str, Profile], fixed: Mapping[str, Spec], room: Room
+    policy: Policy, profiles: Mapping[str, Profile], fixed: Mapping[str, Spec], limit: ByteLimit
 ) -> Plan:
-    """The largest plan that, with what is fixed, fits the room; a table's bytes are estimated."""
+    """The largest plan that, with what is fixed, fits the limit; a table's bytes are estimated."""
 
     def left(plan: Plan) -> int:
         specs, about = dict(fixed), 0
@@ -245,21 +245,21 @@ def _fitting(
                 least = plan.least.get(name)
                 kept = plan.top[name] if least is None else kept_above(profile.worth, least)
                 about += sparse_bytes(kept, prod(profile.shape))
-        return room.limit - room.cost(specs) - about
+        return limit.bytes - limit.cost(specs) - about
 
     low, high = policy.start
     if left(policy.plan(profiles, low)) >= 0:
         return policy.plan(profiles, low)
     if left(policy.plan(profiles, high)) < 0:
         raise OverBudget(
-            f"the budget {room.text} ({room.limit} bytes) holds not even what the policy must keep; "
+            f"the budget {limit.text} ({limit.bytes} bytes) holds not even what the policy must keep; "
             "raise it, or lower the policy's alpha, beta or rank."
         )
     while high - low > 1e-5 * (policy.start[1] - policy.start[0]):
         middle = (low + high) / 2
         fits = left(policy.plan(profiles, middle)) >= 0
         low, high = (low, middle) if fits else (middle, high)
-    return _topped_up(policy, profiles, policy.plan(profiles, high), left, room.limit // 200)
+    return _topped_up(policy, profiles, policy.plan(profiles, high), left, limit.bytes // 200)
 
 
 def _topped_up(
@@ -284,12 +284,12 @@ def _topped_up(
 
 
 def _tables(
-    work: _Work, profiles: Mapping[str, Profile], fixed: Mapping[str, Spec], room: Room
+    work: _Work, profiles: Mapping[str, Profile], fixed: Mapping[str, Spec], limit: ByteLimit
 ) -> dict[str, Spec]:
     """Embeddings, heads and the like, at the price that all tensors share."""
-    allowed = room.limit
+    allowed = limit.bytes
     while True:
-        plan = _fitting(work.policy, profiles, fixed, replace(room, limit=allowed))
+        plan = _fitting(work.policy, profiles, fixed, replace(limit, bytes=allowed))
         specs = {
             piece.name: _kept(work, piece, partial(_pruned, piece, plan, work.moments))
             for piece in work.pieces
@@ -297,12 +297,12 @@ def _tables(
         }
         needed = {piece.name for piece in work.pieces if piece.present}
         specs = {n: spec for n, spec in specs.items() if spec[2]["kept"] or n in needed}
-        over = room.cost({**fixed, **specs}) - room.limit
+        over = limit.cost({**fixed, **specs}) - limit.bytes
         if over <= 0:
             return specs
         allowed -= over + 64  # the estimate of their bytes was too low
         for name in specs:
-            del work.shelf[f"encoded/{name}"]
+            del work.store[f"encoded/{name}"]
 
 
 def _whole(piece: Piece) -> Encoded:
@@ -318,16 +318,16 @@ def _pruned(piece: Piece, plan: Plan, moments: Moments) -> Encoded:
 
 
 def _kept(work: _Work, piece: Piece, make: Callable[[], Encoded]) -> Spec:
-    """The spec of an encoded tensor, from the shelf or made now."""
-    if f"encoded/{piece.name}" in work.shelf:
-        return fetch(work.shelf, piece.name).spec
-    return _put(work.shelf, piece.name, make())
+    """The spec of an encoded tensor, from the work store or made now."""
+    if f"encoded/{piece.name}" in work.store:
+        return fetch(work.store, piece.name).spec
+    return _put(work.store, piece.name, make())
 
 
-def _put(shelf: Shelf, name: str, found: Encoded) -> Spec:
-    about = {"codec": found.codec, "shape": list(found.shape), "meta": found.meta}
-    shelf[f"encoded/{name}"] = Item(found.parts, about)
-    return found.spec
+def _put(store: WorkStore, name: str, encoded: Encoded) -> Spec:
+    about = {"codec": encoded.codec, "shape": list(encoded.shape), "meta": encoded.meta}
+    store[f"encoded/{name}"] = Item(encoded.parts, about)
+    return encoded.spec
 
 
 def _matrices(work: _Work, plan: Plan) -> dict[str, Spec]:
@@ -335,11 +335,11 @@ def _matrices(work: _Work, plan: Plan) -> dict[str, Spec]:
     total, done = sum(prod(p.shape) for p in work.pieces if p.name in plan.counts) or 1, 0
     for group in _groups(work):
         wanted = [p for p in group if plan.counts.get(p.name)]
-        if all(f"encoded/{p.name}" in work.shelf for p in wanted):
-            specs |= {p.name: fetch(work.shelf, p.name).spec for p in wanted}
+        if all(f"encoded/{p.name}" in work.store for p in wanted):
+            specs |= {p.name: fetch(work.store, p.name).spec for p in wanted}
         else:
             made = zip(wanted, _encoded(work, wanted, plan), strict=True)
-            specs |= {p.name: _put(work.shelf, p.name, found) for p, found in made}
+            specs |= {p.name: _put(work.store, p.name, encoded) for p, encoded in made}
         done += sum(prod(p.shape) for p in group if p.name in plan.counts)
         release()
         work.progress("compressing", done / total)
@@ -350,9 +350,11 @@ def _encoded(work: _Work, group: list[Piece], plan: Plan) -> list[Encoded]:
     """Matrices that read the same input, in one solve."""
     items = []
     for piece in group:
-        tensors, about = work.shelf[f"spectrum/{piece.name}"]
-        found = Spectrum(tensors["energy"], tensors["basis"].to(work.device), about["wide"])
-        items.append(Factored(work.delta(piece), found, plan.counts[piece.name], piece.transposed))
+        tensors, about = work.store[f"spectrum/{piece.name}"]
+        factors = Spectrum(tensors["energy"], tensors["basis"].to(work.device), about["wide"])
+        items.append(
+            Factored(work.delta(piece), factors, plan.counts[piece.name], piece.transposed)
+        )
     return encode(
         items,
         work.hessian(group[0]),

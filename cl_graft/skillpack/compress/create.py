@@ -24,11 +24,11 @@ from torch import Tensor
 from cl_graft import __version__
 from cl_graft.budget import Budget
 from cl_graft.errors import CLGraftError
-from cl_graft.models.meta_model import Skeleton, skeleton
+from cl_graft.models.meta_model import MetaModel, meta_model
 from cl_graft.models.roles import tied_head
 from cl_graft.skillpack.codecs import decode
 from cl_graft.skillpack.compress.calibrate import Batch, Moments
-from cl_graft.skillpack.compress.compress import Piece, Progress, Room, compress, fetch
+from cl_graft.skillpack.compress.compress import ByteLimit, PackProgress, Piece, compress, fetch
 from cl_graft.skillpack.compress.policy import METHODS, Policy
 from cl_graft.skillpack.compress.stream import stream_moments
 from cl_graft.skillpack.compress.work_store import Folder, Item
@@ -72,7 +72,7 @@ def create(
     calibration: Calibration | None = None,
     task: str = "delta",
     device: str = "cpu",
-    progress: Progress = lambda what, done: None,
+    progress: PackProgress = lambda what, done: None,
 ) -> Created:
     """Write the pack `out` of what `tuned` has learned on `base`, both Hugging Face folders.
 
@@ -86,7 +86,7 @@ def create(
     allowed = Budget(budget, sum(prod(before.tensors[n].shape) for n in before.floating))
     with _timed(seconds, "pair"):
         progress("comparing the checkpoints", 0.0)
-        pairing, bones = pair(before, after), skeleton(tuned)
+        pairing, meta = pair(before, after), meta_model(tuned)
         fingerprint = before.fingerprint()
     notes = list(pairing.notes)
     options = {"budget": budget, "calibrated": calibration is not None, **_plain(policy)}
@@ -98,23 +98,25 @@ def create(
         "added": pairing.added,
         "grown": pairing.grown,
     }
-    room = Room(partial(_size, fields), allowed.bytes, budget)
+    limit = ByteLimit(partial(_size, fields), allowed.bytes, budget)
     work = _work_folder(out, pairing, fields, calibration, device)
     weights = None
     rounds = 2 if calibration and calibration.prefix == "compressed" else 1
     for number in range(rounds):
-        shelf = Folder(work / str(number))
+        store = Folder(work / str(number))
         moments = Moments()
         if calibration:
             with _timed(seconds, "calibrate"):
-                moments = _calibrated(pairing, bones, calibration, shelf, weights, device, progress)
-                notes += [bones.note] if bones.note and not number else []
+                moments = _calibrated(pairing, meta, calibration, store, weights, device, progress)
+                notes += [meta.note] if meta.note and not number else []
         with _timed(seconds, "compress"):
-            pieces, renamed = _pieces(pairing, bones), _by_key(moments, pairing, bones)
-            specs = compress(pieces, renamed, policy, room, shelf, device=device, progress=progress)
-        weights = partial(_compressed, pairing, set(specs), shelf)
+            pieces, renamed = _pieces(pairing, meta), _by_key(moments, pairing, meta)
+            specs = compress(
+                pieces, renamed, policy, limit, store, device=device, progress=progress
+            )
+        weights = partial(_compressed, pairing, set(specs), store)
     with _timed(seconds, "write"):
-        written = write_pack(out, specs, partial(fetch, shelf), **fields)
+        written = write_pack(out, specs, partial(fetch, store), **fields)
     shutil.rmtree(work, ignore_errors=True)
     return Created(written, allowed.bytes, seconds, notes)
 
@@ -132,51 +134,51 @@ def _size(fields: dict[str, Any], specs: Mapping[str, Any]) -> int:
     return packed_size(specs, **{**fields, "added": added, "grown": grown})
 
 
-def _pieces(pairing: Pairing, bones: Skeleton) -> list[Piece]:
-    head = tied_head(bones.model)
+def _pieces(pairing: Pairing, meta: MetaModel) -> list[Piece]:
+    head = tied_head(meta.model)
     return [
         Piece(
             change.name,
             change.shape,
-            bones.role_of(change.source),
+            meta.role_of(change.source),
             partial(pairing.delta, change.name),
-            transposed=bones.is_transposed(change.source),
-            head=head.get(bones.parameter_of(change.source) or ""),
+            transposed=meta.is_transposed(change.source),
+            head=head.get(meta.parameter_of(change.source) or ""),
             whole=change.base_shape is None,
-            present=bones.role_of(change.source) in ("embedding", "head"),
+            present=meta.role_of(change.source) in ("embedding", "head"),
         )
         for change in pairing.changes
     ]
 
 
-def _by_key(moments: Moments, pairing: Pairing, bones: Skeleton) -> Moments:
+def _by_key(moments: Moments, pairing: Pairing, meta: MetaModel) -> Moments:
     """Moments by the names of the checkpoint's tensors, too, not by the model's parameters alone."""
     reads, outputs = dict(moments.reads), dict(moments.outputs)
     for change in pairing.changes:
-        name = bones.parameter_of(change.source)
+        name = meta.parameter_of(change.source)
         if name in moments.reads:
             reads[change.name] = moments.reads[name]
-        if name in moments.outputs and bones.key_of(name) is not None:  # not one of several parts
+        if name in moments.outputs and meta.key_of(name) is not None:  # not one of several parts
             outputs[change.name] = moments.outputs[name]
     return Moments(moments.inputs, reads, outputs)
 
 
 def _calibrated(
     pairing: Pairing,
-    bones: Skeleton,
+    meta: MetaModel,
     calibration: Calibration,
-    shelf: Folder,
+    store: Folder,
     weights: Callable[[str], Tensor] | None,
     device: str,
-    progress: Progress,
+    progress: PackProgress,
 ) -> Moments:
-    """Moments whose inputs lie on the shelf; an earlier run's, if it got so far."""
-    inputs = _Inputs(shelf)
-    if "moments" not in shelf:
-        _check_disk(bones, shelf.path)
-        found = stream_moments(
+    """Moments whose inputs lie in the work store; an earlier run's, if it got so far."""
+    inputs = _Inputs(store)
+    if "moments" not in store:
+        _check_disk(meta, store.path)
+        measured = stream_moments(
             pairing.tuned,
-            bones,
+            meta,
             calibration.batches,
             gradient_batches=calibration.batches[: calibration.gradient_batches],
             device=device,
@@ -184,43 +186,43 @@ def _calibrated(
             weights=weights,
             progress=partial(progress, "calibrating"),
         )
-        shelf["moments"] = Item(found.outputs, {"reads": found.reads})
-    outputs, about = shelf["moments"]
+        store["moments"] = Item(measured.outputs, {"reads": measured.reads})
+    outputs, about = store["moments"]
     return Moments(inputs, about["reads"], outputs)
 
 
 class _Inputs(Mapping[str, Tensor]):
-    """Second moments on a shelf. Called with a group and its moments it puts them there."""
+    """Second moments in a work store. Called with a group and its moments it puts them there."""
 
-    def __init__(self, shelf: Folder):
-        self.shelf = shelf
+    def __init__(self, store: Folder):
+        self.store = store
 
     def __call__(self, group: str, moments: Tensor) -> None:
-        self.shelf[f"inputs/{group}"] = Item({"moments": moments}, {})
+        self.store[f"inputs/{group}"] = Item({"moments": moments}, {})
 
     def __getitem__(self, group: str) -> Tensor:
-        return self.shelf[f"inputs/{group}"].tensors["moments"]
+        return self.store[f"inputs/{group}"].tensors["moments"]
 
     def __iter__(self) -> Iterator[str]:
-        return (key.removeprefix("inputs/") for key in self.shelf if key.startswith("inputs/"))
+        return (key.removeprefix("inputs/") for key in self.store if key.startswith("inputs/"))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
 
-def _compressed(pairing: Pairing, kept: set[str], shelf: Folder, name: str) -> Tensor:
+def _compressed(pairing: Pairing, kept: set[str], store: Folder, name: str) -> Tensor:
     """A tensor of the compressed model: the base's, and what the pack keeps of the delta."""
     tuned = pairing.tuned.tensors[name]
     if not tuned.dtype.is_floating_point:
         return pairing.tuned.read(name)
-    weight = decode(fetch(shelf, name)) if name in kept else torch.zeros(tuned.shape)
+    weight = decode(fetch(store, name)) if name in kept else torch.zeros(tuned.shape)
     if name in pairing.base.tensors:
         add_rows(weight, pairing.base.read(name))
     return weight.to(tuned.dtype)
 
 
-def _check_disk(bones: Skeleton, folder: Path) -> None:
-    widths = [p.shape[-1] for p in bones.model.parameters() if p.ndim == 2]
+def _check_disk(meta: MetaModel, folder: Path) -> None:
+    widths = [p.shape[-1] for p in meta.model.parameters() if p.ndim == 2]
     needed, free = 4 * sum(w * w for w in widths) // 2, shutil.disk_usage(folder).free
     if free < needed:
         raise CLGraftError(
@@ -240,8 +242,8 @@ def _work_folder(
     digest = hashlib.blake2b(digest_size=6)
     digest.update(json.dumps([__version__, torch.__version__, device, fields]).encode())
     for file in sorted({info.file for info in pairing.tuned.tensors.values()}):
-        found = file.stat()
-        digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}".encode())
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
     if calibration:
         digest.update(f"{calibration.gradient_batches} {calibration.prefix}".encode())
         for batch in calibration.batches:

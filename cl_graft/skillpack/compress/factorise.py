@@ -55,9 +55,9 @@ class Spectrum:
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """H plus `damping` times its mean diagonal; what the spectrum and the least squares are taken under."""
-    found = hessian.clone()
-    found.diagonal().add_(damping * hessian.diagonal().mean().clamp_min(1e-12))
-    return found
+    result = hessian.clone()
+    result.diagonal().add_(damping * hessian.diagonal().mean().clamp_min(1e-12))
+    return result
 
 
 def spectrum(delta: Tensor, hessian: Tensor | None) -> Spectrum:
@@ -83,14 +83,14 @@ def spectrum(delta: Tensor, hessian: Tensor | None) -> Spectrum:
 
 
 def _symmetric(left: Tensor, right: Tensor, strip: int = 512) -> Tensor:
-    """left @ right, known to be symmetric: what lies left of the diagonal is copied, not multiplied."""
+    """The product left @ right, known to be symmetric: what lies left of the diagonal is copied, not multiplied."""
     size = len(left)
-    found = left.new_empty(size, size)
+    product = left.new_empty(size, size)
     for start in range(0, size, strip):
         stop = min(start + strip, size)
-        found[start:stop, start:] = left[start:stop] @ right[:, start:]
-        found[stop:, start:stop] = found[start:stop, stop:].T
-    return found
+        product[start:stop, start:] = left[start:stop] @ right[:, start:]
+        product[stop:, start:stop] = product[start:stop, stop:].T
+    return product
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,7 @@ def _with_left(
     group_size: int,
     options: dict[str, Any],
 ) -> Encoded:
-    """left: unquantised, float32 (out, ranks); solved for where it is None."""
+    """Encode a matrix by its quantised right factors. left: unquantised, float32 (out, ranks); None is solved for."""
     read = torch.cat([right.dequantize() for right in rights])
     seen = read if hessian is None else read @ hessian
     moment = seen @ read.T

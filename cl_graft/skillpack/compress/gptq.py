@@ -31,54 +31,6 @@ Fit = Callable[[int, Tensor, Tensor], Grid]  # (tile, its columns (wide, rows), 
 Top = float | Tensor  # the largest code: of a whole column, or of each of its groups (rows / tall,)
 
 
-def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    bits: int,
-    *,
-    group_size: int = 64,
-    group_axis: Axis = "cols",
-    damping: float = 0.01,
-    act_order: bool = False,
-    symmetric: bool = False,
-    search: bool = True,
-    block: int = 128,
-    polish: int = 2,
-) -> Quantized:
-    """Quantise `weight` (rows, cols) of a linear layer whose inputs have second moment `hessian`.
-
-    weight: any float dtype; the work is done in float32.
-    hessian: (cols, cols), X^T X / n of the layer's inputs, symmetric positive semi-definite, of any
-        scale. Where it is 0 (inputs that never fired) what is left is rounding to nearest.
-    group_axis: "cols": `group_size` neighbours in a row share a scale; the result is of `weight`.
-        "rows": neighbours in a column do, for columns of very different size; a column's scales are
-        fitted when its turn comes, error feedback included; the result is of `weight.T`.
-    damping: share of the mean diagonal added to the diagonal; where Cholesky still fails in float32
-        and float64 it is raised tenfold, as often as it takes.
-    act_order: columns by falling diagonal. Groups are by the original order, so the layout does not
-        change; with "cols" their grids are then fitted before the first column is rounded.
-    symmetric, search: as in `quant.fit_grid`, an entry's importance being its share of the error.
-    block: columns between two updates of all the columns left; a matter of speed only.
-    polish: sweeps of coordinate descent after the solve; 0 is the published GPTQ.
-
-    Deterministic. Raises ValueError: non-finite or empty input, shapes that do not fit, a Hessian
-    that is far from positive semi-definite.
-    """
-    return gptq_many(
-        [weight],
-        hessian,
-        bits,
-        group_size=group_size,
-        group_axis=group_axis,
-        damping=damping,
-        act_order=act_order,
-        symmetric=symmetric,
-        search=search,
-        block=block,
-        polish=polish,
-    )[0]
-
-
 def gptq_many(
     weights: list[Tensor],
     hessian: Tensor,
@@ -93,10 +45,27 @@ def gptq_many(
     block: int = 128,
     polish: int = 2,
 ) -> list[Quantized]:
-    """`gptq` of matrices (rows_i, cols) that read the same inputs (q, k, v): one solve for all.
+    """Quantise matrices (rows_i, cols) of linear layers that read the same inputs (q, k, v): one solve for all.
 
-    Rows do not interact, so the results are those of separate calls up to the rounding of float32
-    sums. bits: of all, or one number for each matrix. Arguments and errors as in `gptq`.
+    Rows do not interact, so the results are those of separate calls up to the rounding of float32 sums.
+
+    weights: any float dtype; the work is done in float32.
+    hessian: (cols, cols), X^T X / n of the layers' inputs, symmetric positive semi-definite, of any
+        scale. Where it is 0 (inputs that never fired) what is left is rounding to nearest.
+    bits: of all, or one number for each matrix.
+    group_axis: "cols": `group_size` neighbours in a row share a scale; the results are of the weights.
+        "rows": neighbours in a column do, for columns of very different size; a column's scales are
+        fitted when its turn comes, error feedback included; the results are of the weights' transposes.
+    damping: share of the mean diagonal added to the diagonal; where Cholesky still fails in float32
+        and float64 it is raised tenfold, as often as it takes.
+    act_order: columns by falling diagonal. Groups are by the original order, so the layout does not
+        change; with "cols" their grids are then fitted before the first column is rounded.
+    symmetric, search: as in `quant.fit_grid`, an entry's importance being its share of the error.
+    block: columns between two updates of all the columns left; a matter of speed only.
+    polish: sweeps of coordinate descent after the solve; 0 is the published GPTQ (arXiv 2210.17323).
+
+    Deterministic. Raises ValueError: non-finite or empty input, shapes that do not fit, a Hessian
+    that is far from positive semi-definite.
     """
     each = [bits] * len(weights) if isinstance(bits, int) else list(bits)
     _check(weights, hessian, each, group_size, group_axis, damping, block)
@@ -149,8 +118,8 @@ def gptq_runs(
     """One matrix (rows, cols) whose columns change precision: `runs` is {bits: columns}, in order.
 
     Groups lie down the rows. The error of a column is fed back to all the columns after it, of
-    whatever precision. Returns, for each run, the result of its columns, transposed as `gptq` with
-    group_axis "rows" does. Arguments and errors as in `gptq`.
+    whatever precision. Returns, for each run, the result of its columns, transposed as `gptq_many`
+    with group_axis "rows" does. Arguments and errors are those of `gptq_many`.
     """
     _check([weight], hessian, list(runs), group_size, "rows", damping, block)
     tall = min(group_size, len(weight))
@@ -159,13 +128,13 @@ def gptq_runs(
     unit = torch.cat(powers).to(weight.device)  # exact: powers of two
     columns = _padded(torch.cat([x for x, _ in scaled], 1).T, tall)
     options: dict[str, Any] = {"symmetric": symmetric, "search": search}
-    found: list[Grid] = []  # of all columns before the first is rounded: feedback moves them little
+    grids: list[Grid] = []  # of all columns before the first is rounded: feedback moves them little
     for b, part in zip(runs, columns.split(list(runs.values())), strict=True):
         scales, zeros = fit_grid(part.reshape(-1, tall), b, **options)
-        found += zip(scales.view(len(part), -1), zeros.view(len(part), -1), strict=True)
+        grids += zip(scales.view(len(part), -1), zeros.view(len(part), -1), strict=True)
     tops: list[Top] = [2.0**b - 1 for b, count in runs.items() for _ in range(count)]
     job = _job(columns, unit[:, None] * hessian * unit, damping, False, 1, tops, block)
-    codes, scale, zero = _quantise(job, dict(enumerate(found)), None, polish)
+    codes, scale, zero = _quantise(job, dict(enumerate(grids)), None, polish)
     results, start = [], 0
     for (_, exponent), (b, count) in zip(scaled, runs.items(), strict=True):
         run = slice(start, start + count)
@@ -177,14 +146,14 @@ def gptq_runs(
 
 def _runs(bits: list[int], sizes: list[int]) -> list[tuple[int, slice]]:
     """(bits, where) of neighbouring matrices of equal bits, so that they are fitted together."""
-    found: list[tuple[int, slice]] = []
+    runs: list[tuple[int, slice]] = []
     for b, size in zip(bits, sizes, strict=True):
-        start = found[-1][1].stop if found else 0
-        if found and found[-1][0] == b:
-            found[-1] = b, slice(found[-1][1].start, start + size)
+        start = runs[-1][1].stop if runs else 0
+        if runs and runs[-1][0] == b:
+            runs[-1] = b, slice(runs[-1][1].start, start + size)
         else:
-            found.append((b, slice(start, start + size)))
-    return found
+            runs.append((b, slice(start, start + size)))
+    return runs
 
 
 @dataclass(frozen=True)

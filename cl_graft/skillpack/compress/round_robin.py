@@ -20,7 +20,7 @@ class _Lane:
 
 
 @dataclass
-class Lockstep:
+class RoundRobin:
     """Jobs that take turns: each runs, alone, until it calls `pause`, and goes on when all others have done so."""
 
     current: int = 0  # the job whose turn it is
@@ -43,7 +43,7 @@ class Lockstep:
             self._stop()
 
     def pause(self) -> None:
-        """Called in a job."""
+        """Let all other jobs have a turn; a job calls this."""
         if self._stopping:
             raise _Stopped
         lane = self._lanes[self.current]

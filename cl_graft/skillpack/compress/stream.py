@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from cl_graft.errors import CLGraftError
-from cl_graft.models.meta_model import Read, Skeleton
+from cl_graft.models.meta_model import MetaModel, Read
 from cl_graft.models.roles import decoder_layers
 from cl_graft.skillpack.compress.calibrate import (
     Batch,
@@ -34,7 +34,7 @@ from cl_graft.skillpack.compress.calibrate import (
     text_of,
     watched,
 )
-from cl_graft.skillpack.compress.round_robin import Lockstep
+from cl_graft.skillpack.compress.round_robin import RoundRobin
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 
 Sink = Callable[[str, Tensor], None]
@@ -42,7 +42,7 @@ Sink = Callable[[str, Tensor], None]
 
 def stream_moments(
     checkpoint: Checkpoint,
-    skeleton: Skeleton,
+    meta: MetaModel,
     batches: Iterable[Batch],
     *,
     gradient_batches: Iterable[Batch] = (),
@@ -60,7 +60,7 @@ def stream_moments(
     itself where that is a Mapping, else empty, for the caller to set. weights: gives a unit's weights by the
     checkpoint's keys instead of `checkpoint.read`. progress: called with the fraction done.
 
-    Where `skeleton.plain` is False (`skeleton.note` says why) the whole model is loaded. Raises CLGraftError
+    Where `meta.plain` is False (`meta.note` says why) the whole model is loaded. Raises CLGraftError
     for a model that runs a layer several times a pass, and what the model's own code raises.
     """
     texts = [_moved(batch, device) for batch in batches]
@@ -68,17 +68,17 @@ def stream_moments(
     inputs: dict[str, Tensor] = {}
     deliver = inputs.__setitem__ if sink is None else sink
     report = progress or (lambda done: None)
-    if skeleton.plain:
+    if meta.plain:
         read = checkpoint.read if weights is None else weights
-        found = _streamed(skeleton, read, texts, labelled, device, deliver, report)
+        measured = _streamed(meta, read, texts, labelled, device, deliver, report)
     else:
-        found = _whole(skeleton, checkpoint, weights, texts, labelled, device, deliver)
+        measured = _whole(meta, checkpoint, weights, texts, labelled, device, deliver)
     report(1.0)
-    return Moments(sink if isinstance(sink, Mapping) else inputs, found.reads, found.outputs)
+    return Moments(sink if isinstance(sink, Mapping) else inputs, measured.reads, measured.outputs)
 
 
 def _streamed(
-    skeleton: Skeleton,
+    meta: MetaModel,
     read: Read,
     texts: Sequence[Batch],
     labelled: Sequence[Batch],
@@ -86,11 +86,11 @@ def _streamed(
     deliver: Sink,
     progress: Callable[[float], None],
 ) -> Moments:
-    model, sums = skeleton.model, Sums()
-    units, resident = _units(skeleton)
+    model, sums = meta.model, Sums()
+    units, resident = _units(meta)
     layers = sum(unit.layer for unit in units)
     loads = bool(texts) * len(units) + len(labelled) * (len(units) + layers)
-    loader = _Loader(skeleton, read, device, progress, max(1, loads))
+    loader = _Loader(meta, read, device, progress, max(1, loads))
     with loader.ready(resident):
         if texts:
             _inputs(model, units, loader, texts, sums, deliver)
@@ -103,7 +103,7 @@ def _streamed(
 
 
 def _whole(
-    skeleton: Skeleton,
+    meta: MetaModel,
     checkpoint: Checkpoint,
     weights: Read | None,
     texts: Sequence[Batch],
@@ -111,12 +111,12 @@ def _whole(
     device: str | torch.device,
     deliver: Sink,
 ) -> Moments:
-    """transformers loads what the skeleton does not know how to."""
+    """transformers loads what the meta does not know how to."""
     model = (
-        type(skeleton.model)
+        type(meta.model)
         .from_pretrained(
             checkpoint.folder if weights is None else None,
-            config=deepcopy(skeleton.model.config),
+            config=deepcopy(meta.model.config),
             state_dict=None
             if weights is None
             else {key: weights(key) for key in checkpoint.tensors},
@@ -125,11 +125,11 @@ def _whole(
         )
         .to(device)
     )
-    found = moments(model, texts, gradients=False)
-    for group, hessian in found.inputs.items():
+    measured = moments(model, texts, gradients=False)
+    for group, hessian in measured.inputs.items():
         deliver(group, hessian)
     outputs = moments(model, labelled).outputs if labelled else {}
-    return Moments({}, found.reads, outputs)
+    return Moments({}, measured.reads, outputs)
 
 
 def _dtype(device: str | torch.device) -> torch.dtype:
@@ -161,12 +161,12 @@ class Unit:
     layer: bool
 
 
-def _units(skeleton: Skeleton) -> tuple[list[Unit], list[Slot]]:
+def _units(meta: MetaModel) -> tuple[list[Unit], list[Slot]]:
     """The units, and what belongs to none: weights of modules that hold others, loaded throughout."""
-    model = skeleton.model
+    model = meta.model
     prefix, layers = decoder_layers(model)
     units = [
-        Unit(name := f"{prefix}.{i}", layer, list(_slots(layer, name, skeleton)), True)
+        Unit(name := f"{prefix}.{i}", layer, list(_slots(layer, name, meta)), True)
         for i, layer in enumerate(layers)
     ]
     inside = {id(module) for layer in layers for module in layer.modules()}
@@ -174,7 +174,7 @@ def _units(skeleton: Skeleton) -> tuple[list[Unit], list[Slot]]:
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
-        own = [s for s in _slots(module, name, skeleton) if s.module is module]
+        own = [s for s in _slots(module, name, meta) if s.module is module]
         if any(next(child.parameters(), None) is not None for child in module.children()):
             resident += own
         elif own:
@@ -182,7 +182,7 @@ def _units(skeleton: Skeleton) -> tuple[list[Unit], list[Slot]]:
     return units, resident
 
 
-def _slots(module: nn.Module, prefix: str, skeleton: Skeleton) -> Iterator[Slot]:
+def _slots(module: nn.Module, prefix: str, meta: MetaModel) -> Iterator[Slot]:
     for inner, owner in module.named_modules(prefix=prefix):
         stored = [n for n, p in owner._parameters.items() if p is not None]
         stored += [
@@ -195,9 +195,9 @@ def _slots(module: nn.Module, prefix: str, skeleton: Skeleton) -> Iterator[Slot]
 
 @dataclass
 class _Loader:
-    """At most one unit's weights are in memory, those of `unit`."""
+    """Loads weights unit by unit: at most those of one are in memory, of `unit`."""
 
-    skeleton: Skeleton
+    meta: MetaModel
     read: Read
     device: str | torch.device
     progress: Callable[[float], None]
@@ -209,8 +209,8 @@ class _Loader:
 
     @contextmanager
     def ready(self, resident: Sequence[Slot]) -> Iterator[None]:
-        """With buffers on the device and the resident weights loaded; afterwards as it was before."""
-        buffers = [(m, n, b) for m in self.skeleton.model.modules() for n, b in m._buffers.items()]
+        """Hold buffers on the device and the resident weights loaded within; afterwards all is as before."""
+        buffers = [(m, n, b) for m in self.meta.model.modules() for n, b in m._buffers.items()]
         try:
             for module, name, buffer in buffers:
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
@@ -239,9 +239,9 @@ class _Loader:
             self.unit = None
 
     def _fill(self, slots: Sequence[Slot]) -> None:
-        strict = getattr(self.skeleton.model, "_keep_in_fp32_modules_strict", None) or ()
+        strict = getattr(self.meta.model, "_keep_in_fp32_modules_strict", None) or ()
         for module, attribute, name in slots:
-            tensor = self.skeleton.load(name, self.read)
+            tensor = self.meta.load(name, self.read)
             if tensor is None:  # a buffer that the checkpoint does not store
                 continue
             was = getattr(module, attribute)
@@ -279,7 +279,7 @@ def _inputs(
     texts = [text_of(batch) for batch in batches]
     tokens, delivered = max(1, sum(text.tokens for text in texts)), set[str]()
     late = _in_several(units)
-    steps = Lockstep()
+    steps = RoundRobin()
 
     def finish(waiting: Iterable[str]) -> None:
         for group in waiting:
@@ -314,13 +314,13 @@ def _inputs(
 def _in_several(units: Sequence[Unit]) -> set[str]:
     """Names, in their first unit, of modules that belong to several: their inputs are complete at the end only."""
     first: dict[int, tuple[Unit, str]] = {}
-    found = set()
+    shared = set()
     for unit in units:
         for name, module in unit.module.named_modules(prefix=unit.name):
             was = first.setdefault(id(module), (unit, name))
             if was[0] is not unit:
-                found.add(was[1])
-    return found
+                shared.add(was[1])
+    return shared
 
 
 # --- backwards, layer by layer ---

@@ -22,7 +22,7 @@ class Item(NamedTuple):
     about: dict[str, Any]
 
 
-Shelf = MutableMapping[str, Item]  # a dict will do where a kill may cost the work
+WorkStore = MutableMapping[str, Item]  # a dict will do where a kill may cost the work
 
 
 class Folder(MutableMapping[str, Item]):

@@ -71,9 +71,9 @@ def remove_pack(
     base, grafted = Checkpoint(base_dir), Checkpoint(grafted_dir)
     check_base(base, pack)
     specs = _specs(base, pack, _dropped_head(base, pack))
-    found = {name: (info.dtype, info.shape) for name, info in grafted.tensors.items()}
-    differing = [name for name in specs if found.get(name) != specs[name]]
-    differing += [name for name in found if name not in specs]
+    shapes = {name: (info.dtype, info.shape) for name, info in grafted.tensors.items()}
+    differing = [name for name in specs if shapes.get(name) != specs[name]]
+    differing += [name for name in shapes if name not in specs]
     for name in specs:
         if name not in differing and not _identical(grafted.read(name), result(base, pack, name)):
             differing.append(name)
@@ -100,11 +100,11 @@ def check_base(base: Checkpoint, pack: SkillPack) -> None:
                 f"the pack of task {pack.task!r} wants tensor {name!r} to be {_told(wanted)} in the "
                 f"base, but it is {_told(there)} in {base.folder}; give the base it was made on."
             )
-    found = base.fingerprint()
-    if pack.base != found:
+    fingerprint = base.fingerprint()
+    if pack.base != fingerprint:
         raise WrongBase(
             f"the pack of task {pack.task!r} is for base {pack.base!r}, but {base.folder} is "
-            f"{found!r}; give the base it was made on."
+            f"{fingerprint!r}; give the base it was made on."
         )
 
 
@@ -165,7 +165,7 @@ def _config(
 
 
 def _set(config: dict[str, Any], key: str, value: object) -> None:
-    """In the place that has it: multimodal configs keep those of their language model apart."""
+    """Set a key in the place that has it: multimodal configs keep those of their language model apart."""
     text = config.get("text_config")
     if isinstance(text, dict) and key in text:
         text[key] = value

@@ -146,11 +146,11 @@ def _tensors(folder: Path) -> dict[str, Info]:
     for file in sorted(set(where.values())):
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder} lacks {file}, which its index names; fetch it.")
-        found = _header(folder / file)
-        for name in found.keys() & tensors.keys():
+        infos = _header(folder / file)
+        for name in infos.keys() & tensors.keys():
             both = f"both {tensors[name].file.name} and {file} of {folder} hold {name!r}"
             raise CheckpointError(f"{both}; keep the shards of one save only.")
-        tensors |= found
+        tensors |= infos
     for name, file in where.items():
         if name not in tensors or tensors[name].file.name != file:
             raise CheckpointError(f"{folder / file} lacks {name!r}, which the index says it holds.")
@@ -281,8 +281,8 @@ def write_tensors(path: Path, specs: Specs, fetch: Fetch) -> None:
 
 def _bytes(name: str, tensor: Tensor, spec: tuple[torch.dtype, tuple[int, ...]]) -> memoryview:
     if (tensor.dtype, tuple(tensor.shape)) != spec:
-        found = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise CheckpointError(f"{name!r} is {found}, not {spec} as announced.")
+        given = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise CheckpointError(f"{name!r} is {given}, not {spec} as announced.")
     return raw(tensor)
 
 

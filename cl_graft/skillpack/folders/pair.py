@@ -247,9 +247,9 @@ def _buffers(base: Checkpoint, tuned: Checkpoint, buffers: set[str]) -> list[str
         ("the tuned lacks", base.tensors.keys() - tuned.tensors.keys()),
         ("only the tuned has", tuned.tensors.keys() - base.tensors.keys()),
     ):
-        if found := sorted(names & buffers):
+        if both := sorted(names & buffers):
             stay = "the base's stay" if what.endswith("lacks") else "left out"
-            notes.append(f"{len(found)} buffers that {what} ({found[0]}, ...): {stay}.")
+            notes.append(f"{len(both)} buffers that {what} ({both[0]}, ...): {stay}.")
     differing = []
     for name in sorted(buffers & base.tensors.keys() & tuned.tensors.keys()):
         if not _same(base, name, tuned, name):

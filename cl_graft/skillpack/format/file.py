@@ -33,7 +33,7 @@ from cl_graft.skillpack.format.errors import (
     WrongBase,
 )
 from cl_graft.skillpack.format.fingerprint import fingerprint
-from cl_graft.skillpack.format.header import AGAIN, FIELDS, FORMAT, MAGIC, MAX_HEADER, Row
+from cl_graft.skillpack.format.header import AGAIN, FIELDS, FORMAT, MAGIC, MAX_HEADER, TableEntry
 from cl_graft.skillpack.format.write import current_versions, packed_size, verify, write_pack
 
 __all__ = [
@@ -211,7 +211,7 @@ def _read_header(path: Path, file: BufferedReader, size: int) -> bytes:
     return start + file.read(length - len(MAGIC))
 
 
-def _view(payload: bytearray, row: Row) -> Tensor:
+def _view(payload: bytearray, row: TableEntry) -> Tensor:
     """The part of a row, without a copy."""
     if row.start == row.end:
         return torch.empty(row.shape, dtype=row.dtype)

@@ -27,12 +27,12 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
     `named`: as of `model.named_parameters()`, or a generator that reads a checkpoint: one tensor is
     held at a time, and beside it at most 64 MiB, however large it is.
     """
-    found = []
+    digests = []
     for name, tensor in named:
-        found.append((name, _hash(name, tensor.detach())))
+        digests.append((name, _hash(name, tensor.detach())))
         del tensor
     digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
-    for _, one in sorted(found):
+    for _, one in sorted(digests):
         digest.update(one)
     return digest.hexdigest()
 

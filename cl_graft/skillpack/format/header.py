@@ -54,7 +54,7 @@ AGAIN = "fetch or make the pack again."
 MOST_OF_LARGEST, MOST_OF_BASE, HARMLESS = 16, 4, 1 << 22
 
 
-class Row(NamedTuple):
+class TableEntry(NamedTuple):
     """One part in the file: bytes start to end of the payload."""
 
     name: str
@@ -65,7 +65,7 @@ class Row(NamedTuple):
     end: int
 
 
-def table_of(specs: Mapping[str, Spec]) -> list[Row]:
+def table_of(specs: Mapping[str, Spec]) -> list[TableEntry]:
     """Every part in its place: widest dtype first, as safetensors orders them, then by key."""
     order = list(NAMES)
     parts = [
@@ -76,11 +76,11 @@ def table_of(specs: Mapping[str, Spec]) -> list[Row]:
     rows, end = [], 0
     for *_, name, part, dtype, shape in sorted(parts, key=lambda row: row[:2]):
         start, end = end, end + codecs.part_bytes(dtype, shape)
-        rows.append(Row(name, part, dtype, shape, start, end))
+        rows.append(TableEntry(name, part, dtype, shape, start, end))
     return rows
 
 
-def payload_bytes(table: list[Row]) -> int:
+def payload_bytes(table: list[TableEntry]) -> int:
     """Bytes after the header."""
     return table[-1].end if table else 0
 
@@ -123,7 +123,7 @@ def digest_of(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
-def encode(text: str, digest: str, table: list[Row]) -> bytes:
+def encode(text: str, digest: str, table: list[TableEntry]) -> bytes:
     """All bytes before the payload: the JSON, its digest, and where each part lies."""
     metadata = f'{text[:-1]},"digest":{_compact(digest)}}}'
     header: dict[str, Any] = {"__metadata__": {"skillpack": metadata}}
@@ -259,9 +259,9 @@ def check_base(
     added, grown = set(about["added"]), about["grown"]
     for name, (_, shape, _) in specs.items():
         wanted = None if name in added else tuple(grown.get(name, shape))
-        found = tuple(shapes[name]) if name in shapes else None
-        if wanted != found:
-            there, here = (f"shape {s}" if s is not None else "none" for s in (found, wanted))
+        in_base = tuple(shapes[name]) if name in shapes else None
+        if wanted != in_base:
+            there, here = (f"shape {s}" if s is not None else "none" for s in (in_base, wanted))
             what = f"{path}, tensor {name!r}: the base must have {here}, but has {there}"
             raise ShapeMismatch(f"{what}; load the base it was made on.")
     sizes = {name: math.prod(max(1, n) for n in specs[name][1]) for name in (*added, *grown)}

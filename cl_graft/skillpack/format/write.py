@@ -6,21 +6,20 @@ import contextlib
 import errno
 import importlib.metadata
 import os
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cl_graft.atomic import Write, replacing
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import Encoded, Spec
 from cl_graft.skillpack.codecs.encoded import raw
 from cl_graft.skillpack.format import header
 from cl_graft.skillpack.format.errors import CorruptPack, NonFinite, SkillPackError
-from cl_graft.skillpack.format.header import FIELDS, NO_DIGEST, Row
+from cl_graft.skillpack.format.header import FIELDS, NO_DIGEST, TableEntry
 
 Shapes = Mapping[str, Sequence[int]]
-Write = Callable[[bytes | memoryview, int], None]  # the bytes, and where they go in the file
 
 
 def current_versions() -> dict[str, str]:
@@ -85,10 +84,10 @@ def write_pack(
     if not header.fits(head):
         raise SkillPackError(f"{path} needs {start} bytes of header; store fewer tensors.")
     size = start + header.payload_bytes(table)
-    rows: dict[str, list[Row]] = {name: [] for name in specs}
+    rows: dict[str, list[TableEntry]] = {name: [] for name in specs}
     for row in table:
         rows[row.name].append(row)
-    with _replacement(path, size) as write:
+    with replacing(path, partial(_refusal, path, size)) as write:
         checksums = {
             name: _store(path, name, specs[name], fetch, rows[name], start, write) for name in specs
         }
@@ -116,7 +115,7 @@ def _store(
     name: str,
     spec: Spec,
     fetch: Callable[[str], Encoded],
-    rows: list[Row],
+    rows: list[TableEntry],
     start: int,
     write: Write,
 ) -> str:
@@ -140,46 +139,8 @@ def verify(path: Path, name: str, encoded: Encoded) -> None:
         raise NonFinite(f"{path}, tensor {name!r} holds NaN or Inf; train or compress again.")
 
 
-@contextlib.contextmanager
-def _replacement(path: Path, size: int) -> Iterator[Write]:
-    """A new file in the place of `path` once all is written: a kill leaves the old or the new."""
-    sibling = path.parent / f".{secrets.token_hex(8)}.tmp"
-    try:
-        with _explained(path, size):
-            descriptor = os.open(sibling, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            yield partial(_write, path, size, descriptor)
-            with _explained(path, size):
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        with _explained(path, size):
-            os.replace(sibling, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            sibling.unlink()
-        raise
-    with _explained(path, size):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _write(path: Path, size: int, descriptor: int, data: bytes | memoryview, at: int) -> None:
-    with _explained(path, size):
-        while len(data):
-            done = os.pwrite(descriptor, data, at)
-            data, at = data[done:], at + done
-
-
-@contextlib.contextmanager
-def _explained(path: Path, size: int) -> Iterator[None]:
-    """What the system refuses, in a sentence; not what `fetch` fails to read."""
-    try:
-        yield
-    except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        cure = f"find a folder that takes {size} bytes and save again."
-        raise SkillPackError(f"{path} was not written ({why}); {cure}") from error
+def _refusal(path: Path, size: int, error: OSError) -> SkillPackError:
+    """What the system refuses, in a sentence."""
+    why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+    cure = f"find a folder that takes {size} bytes and save again."
+    return SkillPackError(f"{path} was not written ({why}); {cure}")

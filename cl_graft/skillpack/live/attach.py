@@ -17,7 +17,11 @@ from torch.utils._pytree import tree_map
 
 from cl_graft.skillpack.codecs import Encoded, is_factored, is_scattered
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
-from cl_graft.skillpack.live.attachment_points import AttachError, Spot, find_spots
+from cl_graft.skillpack.live.attachment_points import (
+    AttachError,
+    AttachmentPoint,
+    find_attachment_points,
+)
 from cl_graft.skillpack.live.decode import Entries, Factors, entries, factors
 from cl_graft.skillpack.live.grafted import add, add_sparse, check_packs
 
@@ -47,8 +51,8 @@ class Attached:
         shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
         check_packs(self.packs, base, shapes)
         touched = {n: p for n, p in self._parameters.items() if any(n in q.tensors for q in packs)}
-        found = find_spots(model, touched, example) if touched else []
-        multiplied = {name for spot in found for name in spot.linear | spot.rows}
+        points = find_attachment_points(model, touched, example) if touched else []
+        multiplied = {name for point in points for name in point.linear | point.rows}
         self._held = [
             {n: h for n, e in q.tensors.items() if (h := _hold(e, touched[n], n in multiplied))}
             for q in self.packs
@@ -57,8 +61,8 @@ class Attached:
         self._batch: int | None = None
         check = model.register_forward_pre_hook(self._check_batch, with_kwargs=True)
         self._undo: list[Callable[[], object]] = [check.remove]
-        for spot in found:
-            self._undo.append(self._replace_forward(spot))
+        for point in points:
+            self._undo.append(self._replace_forward(point))
 
     def choose(self, choices: Choices, beams: int = 1) -> None:
         """The packs of the next batches: one entry for all samples, or a list of one for each.
@@ -104,52 +108,60 @@ class Attached:
                 "choose one for each (and say how many beams), or one for all."
             )
 
-    def _replace_forward(self, spot: Spot) -> Callable[[], object]:
-        module, plain, own = spot.module, spot.module.forward, spot.module.__dict__.get("forward")
+    def _replace_forward(self, point: AttachmentPoint) -> Callable[[], object]:
+        module, plain, own = (
+            point.module,
+            point.module.forward,
+            point.module.__dict__.get("forward"),
+        )
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._serve(spot, plain, args, kwargs)
+            return self._serve(point, plain, args, kwargs)
 
         module.__dict__["forward"] = forward
         if own is None:
             return lambda: module.__dict__.pop("forward")
         return lambda: module.__dict__.update(forward=own)
 
-    def _serve(self, spot: Spot, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _serve(
+        self, point: AttachmentPoint, plain: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         """The module's output, each sample's with its packs."""
-        if spot.linear or spot.rows:  # modules of one input
+        if point.linear or point.rows:  # modules of one input
             args, kwargs = (*args, *kwargs.values()), {}
         kinds = set(self._choices)
-        added = {c: self._of(c, spot, True) for c in kinds}
-        swapped = {c: self._of(c, spot, False) for c in kinds}
+        added = {c: self._of(c, point, True) for c in kinds}
+        swapped = {c: self._of(c, point, False) for c in kinds}
         heavy = [swapped[c] for c in self._choices]
 
         def run(choice: Choice, args: Any, kwargs: Any) -> Any:
-            with self._weights(spot, choice, args) as args:
+            with self._weights(point, choice, args) as args:
                 return plain(*args, **kwargs)
 
         one = len(set(heavy)) == 1
         out = run(heavy[0], args, kwargs) if one else self._apart(heavy, run, args, kwargs)
         for choice, rows in _rows([added[c] for c in self._choices]).items():
             for index in choice:
-                for name in spot.linear:
-                    delta = _product(args[0][rows], self._held[index][name], spot.transposed)
+                for name in point.linear:
+                    delta = _product(args[0][rows], self._held[index][name], point.transposed)
                     out[rows] += delta.to(out.dtype)
         return out
 
-    def _of(self, choice: Choice, spot: Spot, light: bool) -> Choice:
-        """The packs of a choice that matter to this spot: to be added to its output, or to weights."""
-        touched = {k: spot.places.keys() & self.packs[k].tensors.keys() for k in choice}
-        return tuple(k for k in choice if any(self._added(k, n, spot) == light for n in touched[k]))
+    def _of(self, choice: Choice, point: AttachmentPoint, light: bool) -> Choice:
+        """The packs of a choice that matter to this point: to be added to its output, or to weights."""
+        touched = {k: point.places.keys() & self.packs[k].tensors.keys() for k in choice}
+        return tuple(
+            k for k in choice if any(self._added(k, n, point) == light for n in touched[k])
+        )
 
-    def _added(self, index: int, name: str, spot: Spot) -> bool:
-        return name in spot.linear and isinstance(self._held[index].get(name), Factors)
+    def _added(self, index: int, name: str, point: AttachmentPoint) -> bool:
+        return name in point.linear and isinstance(self._held[index].get(name), Factors)
 
     def _apart(self, choices: list[Choice], run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """run(choice, ...) on the rows of each choice, the rows of what comes out back in place."""
         count, whole, parts = len(choices), self._choices, []
         for choice, rows in _rows(choices).items():
-            self._choices = tuple(whole[row] for row in rows)  # for the spots within this one
+            self._choices = tuple(whole[row] for row in rows)  # for the points within this one
 
             def take(x: Any, rows: list[int] = rows) -> Any:
                 batch = isinstance(x, Tensor) and x.ndim > 1 and len(x) == count
@@ -169,20 +181,20 @@ class Attached:
         return tree_map(join, *(part for _, part in parts))
 
     @contextmanager
-    def _weights(self, spot: Spot, choice: Choice, args: Any) -> Iterator[Any]:
-        """Within: base plus the packs' deltas where the spot reads them. Yields what to call it with."""
-        before = [(m, n, m._parameters[n]) for ps in spot.places.values() for m, n in ps]
-        padding = getattr(spot.module, "padding_idx", None)
+    def _weights(self, point: AttachmentPoint, choice: Choice, args: Any) -> Iterator[Any]:
+        """Put base plus the packs' deltas where the point reads them, within. Yields what to call it with."""
+        before = [(m, n, m._parameters[n]) for ps in point.places.values() for m, n in ps]
+        padding = getattr(point.module, "padding_idx", None)
         try:
-            for name, places in spot.places.items():
+            for name, places in point.places.items():
                 packs = [k for k in choice if name in self.packs[k].tensors]
-                packs = [k for k in packs if not self._added(k, name, spot)]
+                packs = [k for k in packs if not self._added(k, name, point)]
                 if not packs:
                     continue
-                if name in spot.rows:
+                if name in point.rows:
                     ids, inverse = args[0].unique(return_inverse=True)
                     weight, args = self._looked_up(name, packs, ids), (inverse, *args[1:])
-                    spot.module.padding_idx = None  # type: ignore[assignment]  # a row of the base
+                    point.module.padding_idx = None  # type: ignore[assignment]  # a row of the base
                 else:
                     weight = self._merged(name, packs)
                 for module, own in places:
@@ -191,8 +203,8 @@ class Attached:
         finally:
             for module, own, parameter in before:
                 module._parameters[own] = parameter
-            if spot.rows:
-                spot.module.padding_idx = padding  # type: ignore[assignment]
+            if point.rows:
+                point.module.padding_idx = padding  # type: ignore[assignment]
 
     @torch.no_grad()
     def _merged(self, name: str, packs: list[int]) -> Tensor:

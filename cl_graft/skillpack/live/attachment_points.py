@@ -25,7 +25,7 @@ class AttachError(SkillPackError):
 
 
 @dataclass(frozen=True, eq=False)
-class Spot:
+class AttachmentPoint:
     """A module that has the samples of a batch apart, and the touched parameters read in it.
 
     places: {parameter name: the modules, with their own name for it, where it hangs}.
@@ -43,17 +43,17 @@ class Spot:
         return not isinstance(self.module, nn.Linear)
 
 
-def find_spots(
+def find_attachment_points(
     model: nn.Module, touched: Mapping[str, Tensor], example: Mapping[str, Any] | None = None
-) -> list[Spot]:
-    """For each parameter of `touched`, the innermost modules around each reading of it that get the
-    samples apart and no state of a sequence. Raises AttachError where there is none.
+) -> list[AttachmentPoint]:
+    """The innermost modules around each reading of each parameter of `touched` that get the samples apart and no
+    state of a sequence. Raises AttachError where there is none.
     """
     if example is None:
         ids = torch.arange(6, device=next(iter(touched.values())).device).reshape(3, 2) % 3
         example = {"input_ids": ids} | ({"use_cache": True} if hasattr(model, "generate") else {})
     readings, apart = _trial(model, touched, example)
-    modules, spots = dict(model.named_modules()), dict[int, Spot]()
+    modules, points = dict(model.named_modules()), dict[int, AttachmentPoint]()
     for name, parameter in touched.items():
         steps = name.split(".")
         owners = tuple(modules[".".join(steps[:n])] for n in range(len(steps)))
@@ -69,25 +69,25 @@ def find_spots(
                     "put the pack into the weights with Grafted."
                 )
             if not any(module is not m and module in set(m.modules()) for m in around if m):
-                spot = spots.setdefault(id(module), Spot(module))
-                _enter(spot, name, parameter, model)
-    return list(spots.values())
+                point = points.setdefault(id(module), AttachmentPoint(module))
+                _enter(point, name, parameter, model)
+    return list(points.values())
 
 
-def _enter(spot: Spot, name: str, parameter: Tensor, model: nn.Module) -> None:
+def _enter(point: AttachmentPoint, name: str, parameter: Tensor, model: nn.Module) -> None:
     from transformers.pytorch_utils import Conv1D
 
-    module = spot.module
-    spot.places[name] = [
+    module = point.module
+    point.places[name] = [
         (m, own) for m in module.modules() for own, p in m._parameters.items() if p is parameter
     ]
     if module._parameters.get("weight") is not parameter:
         return
     if type(module).forward in (nn.Linear.forward, Conv1D.forward):
-        spot.linear.add(name)
+        point.linear.add(name)
     table = getattr(model, "get_input_embeddings", lambda: None)()
     if type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and module is table):
-        spot.rows.update([name] if module.max_norm is None else [])
+        point.rows.update([name] if module.max_norm is None else [])
 
 
 class _Readings(TorchFunctionMode):

@@ -23,7 +23,7 @@ class Factors(NamedTuple):
     right: Tensor
 
     def to(self, device: torch.device) -> Factors:
-        """These factors on a device."""
+        """Move the factors to a device."""
         return Factors(self.left.to(device), self.right.to(device))
 
     def rows(self, ids: Tensor, cols: int) -> Tensor:
@@ -38,7 +38,7 @@ class Entries(NamedTuple):
     values: Tensor
 
     def to(self, device: torch.device) -> Entries:
-        """These entries on a device."""
+        """Move the entries to a device."""
         return Entries(self.positions.to(device), self.values.to(device))
 
     def rows(self, ids: Tensor, cols: int) -> Tensor:
@@ -48,9 +48,9 @@ class Entries(NamedTuple):
         row = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), counts)
         ends = counts.cumsum(0)
         entry = torch.arange(len(row), device=ids.device) + (starts - ends + counts)[row]
-        found = torch.zeros(len(ids), cols, device=ids.device)
-        found[row, self.positions[entry] % cols] = self.values[entry].float()
-        return found
+        dense = torch.zeros(len(ids), cols, device=ids.device)
+        dense[row, self.positions[entry] % cols] = self.values[entry].float()
+        return dense
 
 
 def factors(parts: Sequence[Encoded], dtype: torch.dtype = torch.float32) -> Factors:

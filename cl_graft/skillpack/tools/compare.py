@@ -17,7 +17,7 @@ CHUNK = 1 << 22  # elements that are widened to float64 at a time
 Where = Literal["both", "only in a", "only in b"]
 
 
-class Row(NamedTuple):
+class TensorComparison(NamedTuple):
     """One tensor, or the total of a role.
 
     cosine: of the two deltas, over all elements. difference: ||a - b|| / ||a||. None where a tensor
@@ -40,8 +40,8 @@ class Comparison(NamedTuple):
     """rows: by name. totals: by role, and over everything as "all" at the end."""
 
     same_base: bool
-    rows: list[Row]
-    totals: list[Row]
+    rows: list[TensorComparison]
+    totals: list[TensorComparison]
 
 
 class _Products(NamedTuple):
@@ -62,19 +62,21 @@ def compare(a: SkillPack, b: SkillPack, roles: Mapping[str, str] | None = None) 
     roles = roles or {}
     rows, products = [], []
     for name in sorted(a.tensors.keys() | b.tensors.keys()):
-        found = _products(*_deltas(a, b, name))
-        products.append(found)
-        rows.append(_row(name, roles.get(name, ""), a, b, found))
+        sums = _products(*_deltas(a, b, name))
+        products.append(sums)
+        rows.append(_row(name, roles.get(name, ""), a, b, sums))
     groups = sorted({row.role for row in rows} - {""})
     groups += [""] if groups and any(row.role == "" for row in rows) else []
     totals = [_total(role, role, rows, products) for role in groups]
     return Comparison(a.base == b.base, rows, [*totals, _total("all", None, rows, products)])
 
 
-def _row(name: str, role: str, a: SkillPack, b: SkillPack, found: _Products | None) -> Row:
+def _row(
+    name: str, role: str, a: SkillPack, b: SkillPack, sums: _Products | None
+) -> TensorComparison:
     one, other = a.tensors.get(name), b.tensors.get(name)
     where: Where = "only in b" if one is None else "only in a" if other is None else "both"
-    return Row(
+    return TensorComparison(
         name,
         role,
         where,
@@ -82,18 +84,20 @@ def _row(name: str, role: str, a: SkillPack, b: SkillPack, found: _Products | No
         other.codec if other else None,
         payload_bytes(*one.spec) if one else 0,
         payload_bytes(*other.spec) if other else 0,
-        *(_alike(found) if found and where == "both" else (None, None)),
+        *(_alike(sums) if sums and where == "both" else (None, None)),
     )
 
 
-def _total(name: str, role: str | None, rows: list[Row], products: list[_Products | None]) -> Row:
-    """Of all rows of a role; of all rows for None."""
+def _total(
+    name: str, role: str | None, rows: list[TensorComparison], products: list[_Products | None]
+) -> TensorComparison:
+    """Sum up all rows of a role, or all rows for None."""
     chosen = [(r, p) for r, p in zip(rows, products, strict=True) if role in (None, r.role)]
     places = {row.where for row, _ in chosen}
     known = [p for _, p in chosen if p is not None]
     sums = _Products(*(sum(values) for values in zip(*known, strict=True))) if known else None
     comparable = sums is not None and len(known) == len(chosen)
-    return Row(
+    return TensorComparison(
         name,
         role or "",
         places.pop() if len(places) == 1 else "both",
@@ -112,7 +116,7 @@ def _deltas(a: SkillPack, b: SkillPack, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _products(a: Tensor, b: Tensor) -> _Products | None:
-    """In float64; None for two shapes that cannot be compared."""
+    """The four products, in float64; None for two shapes that cannot be compared."""
     if a.shape != b.shape:
         return None
     sums = torch.zeros(4, dtype=torch.float64)
@@ -133,7 +137,7 @@ def missed(pack: SkillPack, pairing: Pairing) -> dict[str, tuple[float, float]]:
 
     One tensor of each checkpoint is held at a time. A tensor that the pack leaves out has all of it as error.
     """
-    found = {}
+    errors = {}
     for change in pairing.changes:
         delta = pairing.delta(change.name)
         kept = pack.delta(change.name) if change.name in pack.tensors else torch.zeros(delta.shape)
@@ -143,5 +147,5 @@ def missed(pack: SkillPack, pairing: Pairing) -> dict[str, tuple[float, float]]:
                 f"tensor {change.name!r} has shape {tuple(kept.shape)} in the pack and {change.shape} in "
                 f"{pairing.tuned.folder}; give the tuned checkpoint that the pack was made of."
             )
-        found[change.name] = (sums.dd, sums.aa)
-    return found
+        errors[change.name] = (sums.dd, sums.aa)
+    return errors

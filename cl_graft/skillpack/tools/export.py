@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cl_graft.models.meta_model import Skeleton, skeleton
+from cl_graft.models.meta_model import MetaModel, meta_model
 from cl_graft.skillpack.codecs import Encoded, is_factored, rank_of
 from cl_graft.skillpack.folders.apply import check_base
 from cl_graft.skillpack.folders.checkpoint import Checkpoint, new_folder, write_tensors
@@ -72,7 +72,7 @@ def export_peft(
         raise NothingToExport(f"an adapter of rank {rank} holds nothing; give a rank of 1 or more.")
     base = Checkpoint(base_dir)
     check_base(base, pack)
-    modules, left_out = _sort(pack, skeleton(base.folder), rank)
+    modules, left_out = _sort(pack, meta_model(base.folder), rank)
     if not modules:
         raise NothingToExport(
             f"the pack of task {pack.task!r} changes no linear layer that an adapter could hold; "
@@ -90,15 +90,15 @@ def export_peft(
 
 
 def _sort(
-    pack: SkillPack, bones: Skeleton, most: int | None
+    pack: SkillPack, meta: MetaModel, most: int | None
 ) -> tuple[list[_Module], dict[str, Exported]]:
-    parameters = dict(bones.model.named_parameters(remove_duplicate=False))
+    parameters = dict(meta.model.named_parameters(remove_duplicate=False))
     uses = Counter(id(parameter) for parameter in parameters.values())
     modules, left_out = [], {}
     for name, encoded in pack.tensors.items():
-        inner = bones.parameter_of(name) or ""
+        inner = meta.parameter_of(name) or ""
         parameter = parameters.get(inner)
-        owner = bones.model.get_submodule(inner.rpartition(".")[0])
+        owner = meta.model.get_submodule(inner.rpartition(".")[0])
         why = _why_not(name, encoded, pack, owner, parameter)
         if not why and uses[id(parameter)] > 1:
             why = "left out: tied to another tensor"
@@ -108,7 +108,7 @@ def _sort(
         own = rank_of(encoded)
         rank = min(encoded.shape) if own is None else own
         limit = most if most is not None else MOST_RANK if own is None else rank
-        path, transposed = inner.removesuffix(".weight"), bones.is_transposed(name)
+        path, transposed = inner.removesuffix(".weight"), meta.is_transposed(name)
         modules.append(_Module(path, name, max(1, min(rank, limit)), transposed))
     return modules, left_out
 
@@ -188,11 +188,11 @@ def _factorised(pack: SkillPack, module: _Module) -> tuple[Factors, Exported]:
     encoded = pack.tensors[module.tensor]
     delta = pack.delta(module.tensor)
     if is_factored(encoded):
-        found: Factors = factors([encoded])
-        found = cut(*found, module.rank) if found[0].shape[1] > module.rank else found
+        pair: Factors = factors([encoded])
+        pair = cut(*pair, module.rank) if pair[0].shape[1] > module.rank else pair
     else:
-        found = best_factors(delta, module.rank)
-    left, right = _padded(*found, module.rank)
+        pair = best_factors(delta, module.rank)
+    left, right = _padded(*pair, module.rank)
     norm = float(delta.norm())
     error = float((delta - left @ right).norm()) / norm if norm else None
     over = module.rank > MOST_RANK
@@ -228,7 +228,7 @@ def cut(left: Tensor, right: Tensor, rank: int) -> Factors:
 
 
 def _padded(left: Tensor, right: Tensor, rank: int) -> Factors:
-    """With zero ranks up to `rank`: an adapter has at least one, a delta may have none."""
+    """Pad factors with zero ranks up to `rank`: an adapter has at least one, a delta may have none."""
     lack = rank - left.shape[1]
     if lack <= 0:
         return left, right

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cl_graft.errors import CLGraftError
 from cl_graft.models import meta_model as module
-from cl_graft.models.meta_model import Skeleton, skeleton
+from cl_graft.models.meta_model import MetaModel, meta_model
 
 TOKENS = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SHAPE = {
@@ -60,7 +60,7 @@ def test_every_tensor_is_a_parameter_and_every_parameter_can_be_loaded(
 ) -> None:
     model = made(kind)
     stored = saved(model, tmp_path)
-    found = skeleton(tmp_path)
+    found = meta_model(tmp_path)
     assert found.keys == {k: tuple(t.shape) for k, t in stored.items()}
     assert found.plain and found.note is None
     names = dict(model.named_parameters())
@@ -73,7 +73,7 @@ def test_every_tensor_is_a_parameter_and_every_parameter_can_be_loaded(
 def test_parameters_hold_nothing_and_buffers_are_real(kind: str, tmp_path: Path) -> None:
     model = made(kind)
     model.save_pretrained(tmp_path)
-    found = skeleton(tmp_path).model
+    found = meta_model(tmp_path).model
     assert not found.training
     assert all(p.is_meta and not p.requires_grad for p in found.parameters())
     assert {n: p.shape for n, p in found.named_parameters()} == {
@@ -100,7 +100,7 @@ def test_parameters_hold_nothing_and_buffers_are_real(kind: str, tmp_path: Path)
 )
 def test_the_role_of_a_tensor(kind: str, key: str, role: str, tmp_path: Path) -> None:
     made(kind).save_pretrained(tmp_path)
-    assert skeleton(tmp_path).role_of(key) == role
+    assert meta_model(tmp_path).role_of(key) == role
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_which_tensors_are_stored_transposed(
     kind: str, transposed: set[str], tmp_path: Path
 ) -> None:
     stored = saved(made(kind), tmp_path)
-    found = skeleton(tmp_path)
+    found = meta_model(tmp_path)
     assert {k.split(".1.", 1)[-1] for k in stored if ".1." in k and found.is_transposed(k)} == (
         transposed
     )
@@ -131,7 +131,7 @@ def test_which_tensors_are_stored_transposed(
 
 def test_experts_one_by_one_are_the_stacked_parameter(tmp_path: Path) -> None:
     stored = saved(made("mixtral"), tmp_path)
-    found, moe = skeleton(tmp_path), "model.layers.1.block_sparse_moe.experts.10"
+    found, moe = meta_model(tmp_path), "model.layers.1.block_sparse_moe.experts.10"
     assert stored[f"{moe}.w1.weight"].shape == (24, 16)
     for part, name in (("w1", "gate_up_proj"), ("w3", "gate_up_proj"), ("w2", "down_proj")):
         assert found.parameter_of(f"{moe}.{part}.weight") == f"model.layers.1.mlp.experts.{name}"
@@ -149,7 +149,7 @@ def test_the_prefix_of_the_base_model_may_be_missing(tmp_path: Path) -> None:
     assert "h.0.attn.c_attn.weight" in stored
     model.config.save_pretrained(tmp_path)
     save_file(stored, tmp_path / "model.safetensors")
-    found = skeleton(tmp_path)
+    found = meta_model(tmp_path)
     assert found.plain
     assert found.parameter_of("h.0.attn.c_attn.weight") == "transformer.h.0.attn.c_attn.weight"
     assert found.key_of("transformer.h.0.attn.c_attn.weight") == "h.0.attn.c_attn.weight"
@@ -160,14 +160,14 @@ def test_tied_weights_are_one_parameter_however_often_they_are_stored(tmp_path: 
     model = made("gemma3")
     stored = saved(model, tmp_path)
     assert "lm_head.weight" not in stored
-    once = skeleton(tmp_path)
+    once = meta_model(tmp_path)
     assert once.key_of("lm_head.weight") == "model.embed_tokens.weight"
     assert once.model.lm_head.weight is once.model.model.embed_tokens.weight
     save_file(
         {**stored, "lm_head.weight": stored["model.embed_tokens.weight"].clone()},
         tmp_path / "model.safetensors",
     )
-    twice = skeleton(tmp_path)
+    twice = meta_model(tmp_path)
     assert twice.parameter_of("lm_head.weight") == "model.embed_tokens.weight"
     assert twice.role_of("lm_head.weight") == "embedding"
     assert twice.key_of("lm_head.weight") == "model.embed_tokens.weight"
@@ -176,7 +176,7 @@ def test_tied_weights_are_one_parameter_however_often_they_are_stored(tmp_path: 
 def test_a_checkpoint_of_many_files(tmp_path: Path) -> None:
     stored = saved(made("llama"), tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    found = skeleton(tmp_path)
+    found = meta_model(tmp_path)
     assert found.keys.keys() == stored.keys() and found.plain
 
 
@@ -184,7 +184,7 @@ def test_a_tensor_that_is_missing_is_named_in_a_note(tmp_path: Path) -> None:
     stored = saved(made("llama"), tmp_path)
     del stored["model.layers.1.mlp.up_proj.weight"]
     save_file(stored, tmp_path / "model.safetensors")
-    found = skeleton(tmp_path)
+    found = meta_model(tmp_path)
     assert not found.plain
     assert found.note is not None and "'model.layers.1.mlp.up_proj.weight'" in found.note
     assert found.note.endswith("calibration loads the whole model.")
@@ -199,8 +199,8 @@ def test_without_the_conversions_of_transformers_names_are_taken_as_they_are(
     made("llama").save_pretrained(tmp_path / "llama")
     made("mixtral").save_pretrained(tmp_path / "mixtral")
     monkeypatch.delattr(loading, "rename_source_key")
-    assert skeleton(tmp_path / "llama").plain
-    mixtral = skeleton(tmp_path / "mixtral")
+    assert meta_model(tmp_path / "llama").plain
+    mixtral = meta_model(tmp_path / "mixtral")
     assert not mixtral.plain
     assert mixtral.role_of("model.layers.0.self_attn.q_proj.weight") == "attention"
 
@@ -209,7 +209,7 @@ def test_weights_of_another_shape_than_the_configuration_says_are_refused(tmp_pa
     stored = saved(made("llama"), tmp_path)
     stored["model.norm.weight"] = torch.ones(8)
     with pytest.raises(CLGraftError, match=r"model.norm.weight has the shape \[8\].*\[16\]"):
-        skeleton(tmp_path).load("model.norm.weight", stored.__getitem__)
+        meta_model(tmp_path).load("model.norm.weight", stored.__getitem__)
 
 
 # --- from a configuration, and what is refused ---
@@ -218,8 +218,8 @@ def test_weights_of_another_shape_than_the_configuration_says_are_refused(tmp_pa
 def test_a_configuration_alone_gives_the_model_and_is_not_changed() -> None:
     config = KINDS["llama"]()
     before = config.to_dict()
-    found = skeleton(config)
-    assert isinstance(found, Skeleton) and found.keys == {} and found.folder is None
+    found = meta_model(config)
+    assert isinstance(found, MetaModel) and found.keys == {} and found.folder is None
     assert not found.plain
     assert found.role_of("model.layers.0.mlp.up_proj.weight") == "mlp"
     assert config.to_dict() == before
@@ -231,10 +231,10 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
     with pytest.raises(CLGraftError, match="code of its own .auto_map., which is never run"):
-        skeleton(tmp_path)
+        meta_model(tmp_path)
     config = {**KINDS["llama"]().to_dict(), "auto_map": classes}  # transformers has its own: used
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert type(skeleton(tmp_path).model) is hf.LlamaForCausalLM
+    assert type(meta_model(tmp_path).model) is hf.LlamaForCausalLM
     assert not marker.exists()
 
 
@@ -254,7 +254,7 @@ def test_a_folder_without_a_causal_lm_is_refused_in_one_sentence(
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(CLGraftError, match=message) as refused:
-        skeleton(tmp_path)
+        meta_model(tmp_path)
     assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Spec:
+class ModelRecipe:
     """An embedded model: its shape and how it is pre-trained."""
 
     about: str
