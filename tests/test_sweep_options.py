@@ -140,7 +140,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             yield config, attempt(config, lambda what, done: None, True)
 
     monkeypatch.setattr(executors, "executor", lambda asked, cells: here)
-    monkeypatch.setattr(local, "aside", directly)
+    monkeypatch.setattr(local, "apart", directly)
     return found
 
 

@@ -102,21 +102,21 @@ def bench_train(
         torch.set_num_threads(before)
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(figures: dict[str, Any]) -> str:
     """A column for each model."""
-    lines = [["", *found], ["---", *("--:" for _ in found)]]
+    lines = [["", *figures], ["---", *("--:" for _ in figures)]]
     for key in ("sft_over_loop", "sft_over_loop_with_setup", "peak_over_loop"):
-        lines.append([key, *(f"{x[key]:.2f}" for x in found.values())])
-        if key + "_wall" in next(iter(found.values())):
+        lines.append([key, *(f"{x[key]:.2f}" for x in figures.values())])
+        if key + "_wall" in next(iter(figures.values())):
             lines.append(
-                [f"{key}, by the clock", *(f"{x[key + '_wall']:.2f}" for x in found.values())]
+                [f"{key}, by the clock", *(f"{x[key + '_wall']:.2f}" for x in figures.values())]
             )
     for name, told in (("loop", "bare loop"), ("sft", "stage")):
         for part in ("step_ms", "setup_ms", "peak_mb"):
-            lines.append([f"{told}, {part}", *(f"{x[name][part]:,.1f}" for x in found.values())])
+            lines.append([f"{told}, {part}", *(f"{x[name][part]:,.1f}" for x in figures.values())])
     for part in PARTS:
         lines.append(
-            [f"stage, {part}, ms", *(f"{x['sft_parts_ms'][part]:,.0f}" for x in found.values())]
+            [f"stage, {part}, ms", *(f"{x['sft_parts_ms'][part]:,.0f}" for x in figures.values())]
         )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 

@@ -41,14 +41,14 @@ class Board:
         self.what = {name: "" for name in self.configs}
         self.done = {name: 0.0 for name in self.configs}
         self.rows: dict[str, tuple[int, dict[str, float]]] = {}
-        self.aside = ""  # what is done before any cell begins
+        self.preparing = ""  # what is done before any cell begins
         for name in self.configs:
             self._read(name)
         self.before = sum(self.done.values())
 
     def take(self, cell: str, what: str, done: float) -> None:
         if cell not in self.configs:
-            self.aside = what
+            self.preparing = what
             return
         if self.what[cell] != what:
             self.what[cell] = what
@@ -56,7 +56,7 @@ class Board:
         self.done[cell] = max(self.done[cell], done)
 
     def line(self, cell: str, what: str, done: float) -> None:
-        if self.what.get(cell, self.aside) != what:
+        if self.what.get(cell, self.preparing) != what:
             count = sum(w == "done" for w in self.what.values()) + (what == "done")
             typer.echo(f"[{count}/{len(self.configs)} {done:4.0%}] {cell}: {what}", err=True)
         self.take(cell, what, done)
@@ -103,8 +103,8 @@ class Board:
         parts = [f"{counts[s]} {s}" for s in ("done", "running", "waiting", "failed") if counts[s]]
         spent, left = self.clock() - self.begun, self.seconds_left()
         told = f"{_time(spent)} so far" + (f", about {_time(left)} left" if left else "")
-        aside = f"  ·  {self.aside}" if self.aside and not counts["running"] else ""
-        return f"{len(self.configs)} cells: {', '.join(parts)}  ·  {told}{aside}"
+        preparing = f"  ·  {self.preparing}" if self.preparing and not counts["running"] else ""
+        return f"{len(self.configs)} cells: {', '.join(parts)}  ·  {told}{preparing}"
 
     def _running(self) -> Any:
         from rich.progress_bar import ProgressBar

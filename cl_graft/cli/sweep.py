@@ -76,7 +76,7 @@ def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
     left = [config for config, result in zip(cells, results, strict=True) if result is None]
 
     def checked(task: Callable[[Report], None], report: Report) -> None:
-        local.aside(task, report)
+        local.apart(task, report)
         asked.save(asked.out)  # what is refused is not what the folder is of
 
     failures: list[Failure] = []

@@ -55,7 +55,7 @@ class Answered:
 class Examiner:
     """The one place where a model is scored.
 
-    seconds: spent on scoring. aside: seconds of waiting for another cell's evaluation. measured: {key: outcomes} of
+    seconds: spent on scoring. waiting_seconds: spent on waiting for another cell to score. measured: {key: outcomes} of
     this run. recalled: keys of what another cell or experience measured, with the same weights.
     """
 
@@ -64,7 +64,7 @@ class Examiner:
         self.outcomes, self.allow_code = outcomes, allow_code
         self.measured: dict[Key, Results] = {}
         self.recalled: set[Key] = set()
-        self.seconds = self.aside = 0.0
+        self.seconds = self.waiting_seconds = 0.0
         self._weights: dict[Key, str] = {}
 
     def measure(self, task: Task, groups: Sequence[Group], experience: int) -> Results:
@@ -96,7 +96,7 @@ class Examiner:
             weights, begun = self._fingerprint(group.packs), perf_counter()
             file = self.outcomes.file(weights, self.tokenizer, some)
             with locked(file):
-                self.aside += perf_counter() - begun
+                self.waiting_seconds += perf_counter() - begun
                 known = self.outcomes.recall(file, experience)
                 if known is None:
                     known = self._score(some), False

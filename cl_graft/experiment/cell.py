@@ -246,13 +246,18 @@ class _Costs:
 
     def __init__(self, strategy: Strategy, begun: float):
         self.strategy, self.begun = strategy, begun
-        self.seconds, self.aside = strategy.seconds, strategy.aside
+        self.seconds, self.unmeasured_seconds = strategy.seconds, strategy.unmeasured_seconds
         self.log, self.losses = replace(strategy.log), len(strategy.log.losses)
 
     def record(self) -> dict[str, Any]:
         strategy, log = self.strategy, self.strategy.log
         seconds = {k: v - self.seconds[k] for k, v in strategy.seconds.items()}
-        busy = seconds["compress"] + seconds["evaluate"] + strategy.aside - self.aside
+        busy = (
+            seconds["compress"]
+            + seconds["evaluate"]
+            + strategy.unmeasured_seconds
+            - self.unmeasured_seconds
+        )
         busy += log.spent - self.log.spent
         spent = perf_counter() - self.begun
         return {

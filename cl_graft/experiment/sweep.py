@@ -19,7 +19,7 @@ from cl_graft.store.files import DiskRefused
 from cl_graft.store.mirror import mirror_of
 from cl_graft.store.record import CellBusy, CellFolder
 
-Aside = Callable[[Callable[[Report], None], Report], None]  # calls the first with the second
+Apart = Callable[[Callable[[Report], None], Report], None]  # calls the first with the second
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def sweep(
     cells: Sequence[RunConfig],
     executor: Executor,
     report: Report,
-    aside: Aside = lambda task, report: task(report),  # noqa: E731
+    apart: Apart = lambda task, report: task(report),  # noqa: E731
     retry_failed: bool = False,
     fail_fast: bool = False,
 ) -> list[Failure]:
@@ -42,7 +42,7 @@ def sweep(
 
     Everything that can be checked is checked before anything starts. Raises CLGraftError for a bad name or
     option; an interrupt stops the workers and loses at most the task under way in each.
-    aside: how the checks are called, in another process if need be. retry_failed: run those that failed before, too.
+    apart: how the checks are called, in another process if need be. retry_failed: run those that failed before, too.
     fail_fast: stop at the first that fails.
     """
     from cl_graft.experiment.cell import finished
@@ -50,7 +50,7 @@ def sweep(
     waiting = [c for c in cells if finished(c) is None]
     if not waiting:
         return []
-    aside(partial(_prepared, waiting), report)
+    apart(partial(_prepared, waiting), report)
     failures = [] if retry_failed else [f for c in waiting if (f := _failed_before(c))]
     given_up = {f.cell for f in failures}
     waiting = [c for c in waiting if c.cell not in given_up]

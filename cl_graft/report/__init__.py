@@ -11,14 +11,14 @@ MANY = 100  # cells, whose report is made by several processes
 
 
 @dataclass(frozen=True)
-class Found:
+class ReportedCell:
     """A cell's folder, and what `cl-graft report DIR --json` prints of it."""
 
     path: Path
     cell: dict[str, Any]
 
 
-def find(folders: Sequence[Path]) -> list[Found]:
+def find(folders: Sequence[Path]) -> list[ReportedCell]:
     """All cells at or below the folders, complete or not, in a stable order, as `aggregate.told_apart`."""
     from cl_graft.report.aggregate import told_apart
     from cl_graft.store.record import cells
@@ -26,24 +26,24 @@ def find(folders: Sequence[Path]) -> list[Found]:
 
     paths = [path for folder in folders for path in cells(folder)]
     told = told_apart([kept(path) or collect(path) for path in paths])
-    return [Found(path, dict(cell)) for path, cell in zip(paths, told, strict=True)]
+    return [ReportedCell(path, dict(cell)) for path, cell in zip(paths, told, strict=True)]
 
 
 def gather(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The result objects of `find`."""
-    return [found.cell for found in find(folders)]
+    return [reported.cell for reported in find(folders)]
 
 
-def write(found: Sequence[Found], target: Path) -> Path:
+def write(reported: Sequence[ReportedCell], target: Path) -> Path:
     """Tables, provenance, figures and pages; returns the page to open. Raises OSError where the disk refuses."""
     from cl_graft.report.page import work
     from cl_graft.report.page import write as write_page
     from cl_graft.report.provenance import write_provenance
     from cl_graft.report.tables import write_tables
 
-    if len(found) > MANY:
+    if len(reported) > MANY:
         work.warm()  # while the tables are being made
-    cells = [f.cell for f in found]
+    cells = [f.cell for f in reported]
     write_tables(cells, target)
     write_provenance(cells, target)
-    return write_page(found, target)
+    return write_page(reported, target)

@@ -37,7 +37,7 @@ class ReportError(CLGraftError, ValueError):
 
 
 @dataclass(frozen=True)
-class Series:
+class Line:
     """One line of a report: a label's complete cells over seeds, or one incomplete cell.
 
     mean, stderr: float64 (T+1, T), scores as shares of 1; row 0 is the base model. stderr is over
@@ -84,7 +84,7 @@ class Series:
         return titled(self.name, self.cells[0])
 
     def routing(self) -> list[Estimate]:
-        """After each task, the share of test examples of the tasks seen that a router took for their own."""
+        """The share of test examples of the tasks seen that a router took for their own, after each task."""
         each = [c.get("routing_accuracy") or [] for c in self.cells]
         places = range(1, len(self.tasks) + 1)
         return [estimate([number(a[k]) if k < len(a) else math.nan for a in each]) for k in places]
@@ -122,14 +122,14 @@ def groups(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
     One scenario learned in two orders is two groups, whose titles then name the order.
     """
-    found: dict[tuple[str, tuple[str, ...]], list[Cell]] = {}
+    grouped: dict[tuple[str, tuple[str, ...]], list[Cell]] = {}
     for cell in told_apart(cells):
         title = f"{cell['scenario']} · {cell['model']} · budget {cell['budget']}"
-        found.setdefault((title, tuple(cell["tasks"])), []).append(cell)
-    titles = [title for title, _ in found]
+        grouped.setdefault((title, tuple(cell["tasks"])), []).append(cell)
+    titles = [title for title, _ in grouped]
     return {
         title + (f" · {' → '.join(tasks)}" if titles.count(title) > 1 else ""): members
-        for (title, tasks), members in found.items()
+        for (title, tasks), members in grouped.items()
     }
 
 
@@ -143,7 +143,7 @@ def told_apart(cells: Sequence[Cell]) -> list[Cell]:
 
     `a/mine.py` and `b/mine.py`, both called mine, become a/mine and b/mine.
     """
-    found = list(cells)
+    apart = list(cells)
     for kind, shown in (("scenario", "scenario"), ("strategy", "label")):
         names = {c["config"][kind] for c in cells if "config" in c}
         called: dict[str, set[str]] = {}
@@ -151,12 +151,12 @@ def told_apart(cells: Sequence[Cell]) -> list[Cell]:
             called.setdefault(RunConfig.short(name), set()).add(name)
         for stem, alike in called.items():
             tails = _tails(alike) if len(alike) > 1 else {}
-            for k, cell in enumerate(found):
+            for k, cell in enumerate(apart):
                 tail = tails.get(cell["config"][kind], stem) if "config" in cell else stem
                 name, bracket, options = cell[shown].partition("(")
                 if tail != stem and name == stem:  # else it was told apart before
-                    found[k] = {**cell, shown: tail + bracket + options}
-    return found
+                    apart[k] = {**cell, shown: tail + bracket + options}
+    return apart
 
 
 def _tails(names: set[str]) -> dict[str, str]:
@@ -169,8 +169,8 @@ def _tails(names: set[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def series(cells: Sequence[Cell]) -> list[Series]:
-    """The cells of one group as series, in order of first appearance, the incomplete ones last.
+def lines_of(cells: Sequence[Cell]) -> list[Line]:
+    """The cells of one group as lines, in order of first appearance, the incomplete ones last.
 
     Raises ReportError unless the cells are of one group, each seed of a label once.
     """
@@ -201,12 +201,12 @@ def series(cells: Sequence[Cell]) -> list[Series]:
     return [_series(name, members) for name, members in (complete | incomplete).items()]
 
 
-def slugged(found: Mapping[str, list[Cell]]) -> Iterator[tuple[str, list[Cell]]]:
+def slugged(grouped: Mapping[str, list[Cell]]) -> Iterator[tuple[str, list[Cell]]]:
     """The groups, each with a file name of its own in place of its title."""
     taken: set[str] = set()
-    for title, members in found.items():
+    for title, members in grouped.items():
         stem = re.sub(r"[^A-Za-z0-9.]+", "-", title.replace("%", "pct")).strip("-.")[:120]
-        names = [stem, *(f"{stem}-{k}" for k in range(2, len(found) + 1))]
+        names = [stem, *(f"{stem}-{k}" for k in range(2, len(grouped) + 1))]
         slug = next(name for name in names if name.lower() not in taken)  # some disks fold case
         taken.add(slug.lower())
         yield slug, members
@@ -267,14 +267,14 @@ def number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _series(name: str, cells: Sequence[Cell]) -> Series:
+def _series(name: str, cells: Sequence[Cell]) -> Line:
     first = cells[0]
     tasks = tuple(first["tasks"])
     read = [PerformanceMatrix(c["matrix"], tasks, stderr=c.get("stderr")) for c in cells]
     mean, stderr = average([m.scores for m in read])
     if len(read) == 1 and read[0].stderr is not None:
         stderr = read[0].stderr
-    return Series(name, first["strategy"], first["complete"], tasks, tuple(cells), mean, stderr)
+    return Line(name, first["strategy"], first["complete"], tasks, tuple(cells), mean, stderr)
 
 
 def average(grids: Sequence[FloatArray]) -> tuple[FloatArray, FloatArray]:

@@ -42,11 +42,11 @@ class _Line(NamedTuple):
 
 def groups(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Complete cells of each scenario and model that were run at two budgets or more."""
-    found: dict[str, list[Cell]] = {}
+    grouped: dict[str, list[Cell]] = {}
     for cell in told_apart(cells):
         if cell["complete"]:
-            found.setdefault(f"{cell['scenario']} · {cell['model']}", []).append(cell)
-    return {t: members for t, members in found.items() if len({c["budget"] for c in members}) > 1}
+            grouped.setdefault(f"{cell['scenario']} · {cell['model']}", []).append(cell)
+    return {t: members for t, members in grouped.items() if len({c["budget"] for c in members}) > 1}
 
 
 def table(title: str, cells: Sequence[Cell]) -> Table:
@@ -112,21 +112,21 @@ def write(cells: Sequence[Cell], stem: Path) -> list[Path]:
 
 
 def _by_label(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    found: dict[str, list[Cell]] = {}
+    by_label: dict[str, list[Cell]] = {}
     for cell in cells:
-        found.setdefault(cell["label"], []).append(cell)
+        by_label.setdefault(cell["label"], []).append(cell)
     best = {
         label: max((c["metrics"]["op"] or 0.0 for c in members), default=0.0)
-        for label, members in found.items()
+        for label, members in by_label.items()
     }
-    return {label: found[label] for label in sorted(found, key=lambda name: -best[name])}
+    return {label: by_label[label] for label in sorted(by_label, key=lambda name: -best[name])}
 
 
 def _each_budget(members: Sequence[Cell]) -> list[list[Cell]]:
-    found: dict[str, list[Cell]] = {}
+    by_budget: dict[str, list[Cell]] = {}
     for cell in members:
-        found.setdefault(cell["budget"], []).append(cell)
-    return list(found.values())
+        by_budget.setdefault(cell["budget"], []).append(cell)
+    return list(by_budget.values())
 
 
 def _size(cells: Sequence[Cell], budget: str) -> int:

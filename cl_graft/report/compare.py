@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cl_graft.report import Found, find
-from cl_graft.report.aggregate import Cell, protocol, series
+from cl_graft.report import ReportedCell, find
+from cl_graft.report.aggregate import Cell, lines_of, protocol
 from cl_graft.report.significance import (
     Reader,
     Sample,
@@ -52,18 +52,18 @@ def flattened(value: Any, name: str = "") -> dict[str, Any]:
     """{dotted name: value} of what is not a mapping."""
     if not isinstance(value, Mapping) or not value:
         return {name: value}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, part in value.items():
-        found |= flattened(part, f"{name}.{key}" if name else str(key))
-    return found
+        flat |= flattened(part, f"{name}.{key}" if name else str(key))
+    return flat
 
 
-Pairs = list[tuple[Found, Found]]
+Pairs = list[tuple[ReportedCell, ReportedCell]]
 
 
 def _matched(
-    ours: Sequence[Found], theirs: Sequence[Found]
-) -> tuple[Pairs, tuple[list[Found], list[Found]]]:
+    ours: Sequence[ReportedCell], theirs: Sequence[ReportedCell]
+) -> tuple[Pairs, tuple[list[ReportedCell], list[ReportedCell]]]:
     if len(ours) == len(theirs) == 1:
         return [(ours[0], theirs[0])], ([], [])
     other = {_key(f.cell): f for f in theirs}
@@ -77,7 +77,7 @@ def _key(cell: Cell) -> tuple[Any, ...]:
     return tuple(cell[name] for name in NAMES)
 
 
-def _cells(alone: tuple[list[Found], list[Found]]) -> Table:
+def _cells(alone: tuple[list[ReportedCell], list[ReportedCell]]) -> Table:
     rows = tuple(
         (_title(f.cell), str(f.cell["seed"]), side)
         for side, those in zip("AB", alone, strict=True)
@@ -130,40 +130,44 @@ def _scores(pairs: Pairs) -> Table:
         a, b = (_side([pair[k] for pair in whole], tested) for k in (0, 1))
         for name in (name for name in a if name in b):
             (x, ours), (y, theirs) = a[name], b[name]
-            found = difference(theirs, ours)
-            if name == "OP" and (found is None or found.seeds < len(whole)):
+            paired = difference(theirs, ours)
+            if name == "OP" and (paired is None or paired.seeds < len(whole)):
                 untold.append(f"{title} ({_why_not(ours, theirs)})")
-            less = _tested(found, x, y) if ours else (_less(y, x), "")
-            rows.append((title, name, _told(x), _told(y), *less, _seeds(found, whole)))
+            less = _tested(paired, x, y) if ours else (_less(y, x), "")
+            rows.append((title, name, _told(x), _told(y), *less, _seeds(paired, whole)))
         rows.append((title, "Bytes alive", *_bytes(whole), "", str(len(whole))))
     note = f"{NOTE} Not paired: {'; '.join(untold)}." if untold else NOTE
     return Table("Scores", ("Cell", "Score", "A", "B", "B - A", "p", "Seeds"), tuple(rows), note)
 
 
-def _side(founds: Sequence[Found], tested: Reader) -> dict[str, tuple[Interval | None, Sample]]:
+def _side(
+    cells: Sequence[ReportedCell], tested: Reader
+) -> dict[str, tuple[Interval | None, Sample]]:
     """{OP, BWT, FM, each task and Routing: its interval, and the test examples behind it, of OP and the tasks alone}.
 
     Routing is there where it was measured.
     """
-    line = series([f.cell for f in founds])[0]
-    sample = {f.cell["seed"]: tested(f) for f in founds}
-    found: dict[str, tuple[Interval | None, Sample]] = {"OP": (op_interval(line, sample), sample)}
+    line = lines_of([f.cell for f in cells])[0]
+    sample = {f.cell["seed"]: tested(f) for f in cells}
+    measured: dict[str, tuple[Interval | None, Sample]] = {
+        "OP": (op_interval(line, sample), sample)
+    }
     for key in ("bwt", "fm"):
         values = [cell["metrics"].get(key) for cell in line.cells]
-        found[key.upper()] = (interval(values, {}, line.metric(key)), {})
+        measured[key.upper()] = (interval(values, {}, line.metric(key)), {})
     for j, task in enumerate(line.tasks):
         values = [cell["matrix"][-1][j] for cell in line.cells]
-        sample = {f.cell["seed"]: tested(f, task) for f in founds}
+        sample = {f.cell["seed"]: tested(f, task) for f in cells}
         known = (float(line.mean[-1, j]), float(line.stderr[-1, j]))
-        found[task] = (interval(values, sample, known), sample)
+        measured[task] = (interval(values, sample, known), sample)
     if told := interval([c["routing_accuracy"][-1] for c in line.cells], {}, line.routing()[-1]):
-        found["Routing"] = (told, {})
-    return found
+        measured["Routing"] = (told, {})
+    return measured
 
 
 def _bytes(whole: Pairs) -> tuple[str, str, str]:
     """Bytes alive after the last task of A and B, means over seeds, and B - A."""
-    a, b = (series([pair[k].cell for pair in whole])[0].kept_bytes()[0] for k in (0, 1))
+    a, b = (lines_of([pair[k].cell for pair in whole])[0].kept_bytes()[0] for k in (0, 1))
     return show(a, ",.0f"), show(b, ",.0f"), show(b - a, "+,.0f")
 
 
@@ -175,28 +179,28 @@ def _why_not(one: Sample, other: Sample) -> str:
     return "its test examples differ"
 
 
-def _tested(found: Difference | None, a: Interval | None, b: Interval | None) -> tuple[str, str]:
-    if found is None:
+def _tested(paired: Difference | None, a: Interval | None, b: Interval | None) -> tuple[str, str]:
+    if paired is None:
         return _less(b, a), UNMEASURED
-    return _told(found, "+.1f"), probability(found.p)
+    return _told(paired, "+.1f"), probability(paired.p)
 
 
-def _seeds(found: Difference | None, whole: Pairs) -> str:
+def _seeds(paired: Difference | None, whole: Pairs) -> str:
     """The number of seeds that were paired, and of how many if not of all."""
-    if found is None or found.seeds == len(whole):
+    if paired is None or paired.seeds == len(whole):
         return str(len(whole))
-    return f"{found.seeds} of {len(whole)}"
+    return f"{paired.seeds} of {len(whole)}"
 
 
 def _less(b: Interval | None, a: Interval | None) -> str:
     return UNMEASURED if a is None or b is None else show(100 * (b.mean - a.mean), "+.1f")
 
 
-def _told(found: Interval | Difference | None, spec: str = ".1f") -> str:
-    if found is None:
+def _told(measured: Interval | Difference | None, spec: str = ".1f") -> str:
+    if measured is None:
         return UNMEASURED
-    mean, low, high = (show(100 * x, spec) for x in (found.mean, found.low, found.high))
-    return mean if math.isnan(found.low) else f"{mean} [{low}, {high}]"
+    mean, low, high = (show(100 * x, spec) for x in (measured.mean, measured.low, measured.high))
+    return mean if math.isnan(measured.low) else f"{mean} [{low}, {high}]"
 
 
 def _title(cell: Cell) -> str:

@@ -31,7 +31,7 @@ class Answer(NamedTuple):
     note: str
 
 
-class Row(NamedTuple):
+class ExampleRow(NamedTuple):
     """A test example with its answers before any learning, once its task was learned, and at the end."""
 
     number: int
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 def breakdown(
     path: Path, cell: Mapping[str, Any], asked: Mapping[str, Sequence[Asked]]
-) -> dict[str, list[Row]]:
+) -> dict[str, list[ExampleRow]]:
     """{task: its test examples, by its primary metric}. The end of an incomplete cell is its last whole experience.
 
     A task whose examples are not all on disk is left out.
@@ -63,7 +63,7 @@ def breakdown(
         return {}
     tasks = list(cell["tasks"])
     base, end = (_answers(path, experience, tasks) for experience in (0, last))
-    found = {}
+    by_task = {}
     for j, task in enumerate(tasks):
         before = base.get(task, [])
         nothing: list[Any] = [None] * len(before)
@@ -73,8 +73,8 @@ def breakdown(
             learned = ends if j + 1 == last else _answers(path, j + 1, [task]).get(task, [])
         parts = [list(asked.get(task) or nothing), before, learned, ends]
         if before and {len(part) for part in parts} == {len(before)}:
-            found[task] = [Row(i, *row) for i, row in enumerate(zip(*parts, strict=True))]
-    return found
+            by_task[task] = [ExampleRow(i, *row) for i, row in enumerate(zip(*parts, strict=True))]
+    return by_task
 
 
 def final(
@@ -84,7 +84,7 @@ def final(
 
     Empty where they do not come to the scores that the cell recorded: the suites of a task are told by `asked` alone.
     """
-    tasks, found = list(cell["tasks"]), dict[str, Strata]()
+    tasks, by_task = list(cell["tasks"]), dict[str, Strata]()
     answers = _answers(path, len(tasks), tasks)
     for task, recorded in zip(tasks, cell["matrix"][-1], strict=True):
         scores = np.array([a.score for a in answers.get(task, ())])
@@ -96,8 +96,8 @@ def final(
         mean = sum(float(x.mean()) for x in parts) / len(parts)
         if recorded is None or not math.isclose(mean, recorded, abs_tol=1e-9):
             return {}
-        found[task] = [(1 / len(parts), x) for x in parts]
-    return found
+        by_task[task] = [(1 / len(parts), x) for x in parts]
+    return by_task
 
 
 def _whole(cell: Mapping[str, Any]) -> int:
@@ -114,7 +114,7 @@ def _answers(path: Path, experience: int, tasks: Sequence[str]) -> dict[str, lis
     if not file.is_file():
         return {}
     lines = file.read_text(encoding="utf-8").split("\n")
-    found = {}
+    by_task = {}
     for task in tasks:
         start = f'{{"task": {json.dumps(task)},'
         # at once: a report reads hundreds of thousands of lines
@@ -126,5 +126,5 @@ def _answers(path: Path, experience: int, tasks: Sequence[str]) -> dict[str, lis
             if one["metric"] == primary
         ]
         if answers:
-            found[task] = answers
-    return found
+            by_task[task] = answers
+    return by_task

@@ -17,12 +17,10 @@ import numpy as np
 from cl_graft.report.aggregate import (
     KINDS,
     Cell,
+    Line,
     ReportError,
-    Series,
-    groups,
+    lines_of,
     number,
-    series,
-    slugged,
 )
 from cl_graft.report.panels import Panel, side_by_side
 from cl_graft.report.routing import confusions, inferred, routed
@@ -53,7 +51,7 @@ def heatmaps(cells: Sequence[Cell]) -> Figure:
     Rows are the base model and the experiences, columns the tasks. A frame marks the score of a task
     just learned; an unmeasured cell is grey and hatched.
     """
-    lines, title = series(cells), title_of(cells)
+    lines, title = lines_of(cells), title_of(cells)
     tasks = lines[0].tasks
     learned = frozenset((j + 1, j) for j in range(len(tasks)))
     panels = [Panel(line.title, 100.0 * line.mean, learned) for line in lines]
@@ -74,10 +72,10 @@ def routing(cells: Sequence[Cell]) -> Figure:
         raise ReportError(
             f"no task was inferred in {title}; draw what was taken for what of cells with a router."
         )
-    found = confusions(lines)
+    drawn = confusions(lines)
     right = frozenset((j, j) for j in range(len(lines[0].tasks)))
-    panels = [Panel(one.name, 100.0 * one.shares, right) for one in found]
-    rows, columns = list(map(short, found[0].of)), found[0].taken_for
+    panels = [Panel(one.name, 100.0 * one.shares, right) for one in drawn]
+    rows, columns = list(map(short, drawn[0].of)), drawn[0].taken_for
     note = "Rows: the task of a prompt. Columns: what it was taken for at the end. Frame: right. All seeds together."
     return side_by_side(panels, rows, columns, title, "test prompts, %", note)
 
@@ -91,7 +89,7 @@ def curves(cells: Sequence[Cell]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    lines, title = series(cells), title_of(cells)
+    lines, title = lines_of(cells), title_of(cells)
     tasks, looks = lines[0].tasks, looks_of(lines)
     down = math.ceil(len(tasks) / 3)
     across = math.ceil(len(tasks) / down)
@@ -130,7 +128,7 @@ def costs(cells: Sequence[Cell]) -> Figure:
     """Seconds of a cell by what they went into, a bar per label, the mean over seeds; peak memory beside it."""
     from matplotlib.figure import Figure
 
-    lines, title = series(cells), title_of(cells)
+    lines, title = lines_of(cells), title_of(cells)
     names = [wrap(line.name, 40) for line in lines]
     height = 1.1 + sum(0.17 * (1 + name.count("\n")) + 0.06 for name in names)
     figure = Figure(figsize=(7.2, max(2.0, height)), layout="constrained")
@@ -175,16 +173,7 @@ def draw(name: str, cells: Sequence[Cell], stem: Path) -> list[Path]:
     return save(figures_of(cells)[name](cells), stem)
 
 
-def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
-    """Writes every figure of each group as `style.save` does; returns the files."""
-    written = []
-    for slug, members in slugged(groups(cells)):
-        for name in figures_of(members):
-            written += draw(name, members, Path(folder) / f"{slug}-{name}")
-    return written
-
-
-def _curve(ax: Axes, line: Series, j: int, shift: float, look: Mapping[str, Any]) -> None:
+def _curve(ax: Axes, line: Line, j: int, shift: float, look: Mapping[str, Any]) -> None:
     x = [experience + shift for experience in range(len(line.tasks) + 1)]
     mean, se = 100.0 * line.mean[:, j], 100.0 * line.stderr[:, j]
     ax.plot(x, mean, markersize=4, linewidth=1.2, **look)

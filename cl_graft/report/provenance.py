@@ -20,8 +20,8 @@ def write_provenance(cells: Sequence[Cell], folder: Path) -> Path:
     lines = ["# Provenance", "", "Made by", "", "```", *commands(cells), "```", ""]
     for title, key in (("Versions", "versions"), ("Machine", "machine")):
         lines += [f"## {title}", ""]
-        found = {tuple(sorted(c[key].items())) for c in cells}
-        for entries in sorted(found, key=str):
+        values = {tuple(sorted(c[key].items())) for c in cells}
+        for entries in sorted(values, key=str):
             lines += [*(f"- {name}: {value}" for name, value in entries), ""]
     spent = {kind: sum((c["seconds"] or {}).get(kind, 0.0) for c in cells) for kind in KINDS}
     told = ", ".join(f"{kind} {seconds:.0f}" for kind, seconds in spent.items())
@@ -83,11 +83,11 @@ def _fields(members: Sequence[Cell]) -> dict[str, Any]:
     values = {name: [config[name]] for name in Axes.model_fields if name in config}
     values["strategy"] = list(dict.fromkeys(m["config"]["strategy"] for m in members))
     values["seed"] = sorted({m["seed"] for m in members})
-    found: dict[str, Any] = {several(name): value for name, value in values.items()}
+    fields: dict[str, Any] = {several(name): value for name, value in values.items()}
     for name, field in Settings.model_fields.items():
         if config.get(name, field.default) != field.default:
-            found[name] = config[name]
-    return found
+            fields[name] = config[name]
+    return fields
 
 
 def _with_options(told: Mapping[str, Any], members: Sequence[Cell]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cl_graft.matrix import FloatArray
-from cl_graft.report.aggregate import Cell, Series, groups, series
+from cl_graft.report.aggregate import Cell, Line, groups, lines_of
 from cl_graft.report.table import UNMEASURED, Table, show
 
 BASE, GENERAL = "base model", "general"  # names of a column and a row
@@ -51,12 +51,12 @@ def inferred(cell: Cell) -> bool:
     return any(x is not None for x in cell.get("routing_accuracy") or [])
 
 
-def routed(cells: Sequence[Cell]) -> list[Series]:
-    """The lines of one group whose tasks a router inferred. Raises ReportError as `series` does."""
-    return [line for line in series(cells) if any(map(inferred, line.cells))]
+def routed(cells: Sequence[Cell]) -> list[Line]:
+    """The lines of one group whose tasks a router inferred. Raises ReportError as `lines_of` does."""
+    return [line for line in lines_of(cells) if any(map(inferred, line.cells))]
 
 
-def confusions(lines: Sequence[Series]) -> list[Confusion]:
+def confusions(lines: Sequence[Line]) -> list[Confusion]:
     """One for each line, after the last task of complete cells; all with the same rows and columns."""
     if not lines:
         return []
@@ -65,15 +65,15 @@ def confusions(lines: Sequence[Series]) -> list[Confusion]:
     told = [(name, taken) for those in last for counts in those for name, taken in counts.items()]
     of = tasks + ((GENERAL,) if any(n not in tasks and taken for n, taken in told) else ())
     taken_for = tasks + ((BASE,) if any("" in taken for _, taken in told) else ())
-    found = []
+    matrices = []
     for line, those in zip(lines, last, strict=True):
         counts = np.zeros((len(of), len(taken_for)), np.int64)
         for name, taken in ((n, t) for counted in those for n, t in counted.items()):
             row = tasks.index(name) if name in tasks else len(tasks)
             for task, count in taken.items():
                 counts[row, tasks.index(task) if task else len(tasks)] += count
-        found.append(Confusion(line.name, of, taken_for, counts))
-    return found
+        matrices.append(Confusion(line.name, of, taken_for, counts))
+    return matrices
 
 
 def accuracy(cells: Sequence[Cell]) -> list[Table]:
@@ -90,7 +90,7 @@ def accuracy(cells: Sequence[Cell]) -> list[Table]:
     return tables
 
 
-def told(line: Series, spec: str = ".1f") -> list[str]:
+def told(line: Line, spec: str = ".1f") -> list[str]:
     """Routing accuracy after each task, in per cent, with its standard error over seeds."""
     return [show(100.0 * mean, spec, 100.0 * se) for mean, se in line.routing()]
 
@@ -99,20 +99,22 @@ def confusion_tables(cells: Sequence[Cell]) -> list[Table]:
     """A table for each label of each group whose tasks were inferred: counts and per cent."""
     tables = []
     for title, members in groups(cells).items():
-        for found in confusions(routed(members)):
-            rows = tuple((of, *(_counted(*pair) for pair in row)) for of, row in found.rows())
-            columns = ("Prompts of", *found.taken_for)
-            tables.append(Table(f"Routing of {title}: {found.name}", columns, rows, CONFUSION_NOTE))
+        for confusion in confusions(routed(members)):
+            rows = tuple((of, *(_counted(*pair) for pair in row)) for of, row in confusion.rows())
+            columns = ("Prompts of", *confusion.taken_for)
+            tables.append(
+                Table(f"Routing of {title}: {confusion.name}", columns, rows, CONFUSION_NOTE)
+            )
     return tables
 
 
 def confusion_csv(cells: Sequence[Cell]) -> str:
     """The confusions of one group for a program: a row for each label, task of prompts, and what they were."""
     rows = tuple(
-        (found.name, of, name, str(n), show(100.0 * share, ".4f"))
-        for found in confusions(routed(cells))
-        for of, row in found.rows()
-        for name, (n, share) in zip(found.taken_for, row, strict=True)
+        (confusion.name, of, name, str(n), show(100.0 * share, ".4f"))
+        for confusion in confusions(routed(cells))
+        for of, row in confusion.rows()
+        for name, (n, share) in zip(confusion.taken_for, row, strict=True)
     )
     columns = ("Strategy", "Prompts of", "Taken for", "Examples", "Per cent")
     return Table("", columns, rows).csv()

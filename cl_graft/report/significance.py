@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-from cl_graft.report import Found
-from cl_graft.report.aggregate import PROTOCOLS, Estimate, Series, series
+from cl_graft.report import ReportedCell
+from cl_graft.report.aggregate import PROTOCOLS, Estimate, Line, lines_of
 from cl_graft.report.examples import final
 from cl_graft.report.statistics import (
     Difference,
@@ -37,13 +37,13 @@ NOTE = (
 
 
 @dataclass(frozen=True)
-class Standing:
+class RankedLine:
     """A line of a group. behind: less the best, p after Holm; None for the best and where nothing is paired.
 
     seeds: those that it or the best has, of which `behind` may have paired fewer.
     """
 
-    line: Series
+    line: Line
     op: Interval | None
     behind: Difference | None = None
     seeds: int = 0
@@ -60,31 +60,33 @@ Sample = dict[int, Tested]  # by seed
 
 
 class Reader(Protocol):
-    def __call__(self, found: Found, task: str | None = None) -> Tested:
+    def __call__(self, reported: ReportedCell, task: str | None = None) -> Tested:
         """The test examples of one task, or of all as OP weighs them, and the cell's scores on them at the end.
 
         No scores where they are not on disk, or do not come to those that the cell recorded.
         """
 
 
-def standings(members: Sequence[Found], tested: Callable[[Found], Tested]) -> list[Standing]:
+def ranked_lines(
+    members: Sequence[ReportedCell], tested: Callable[[ReportedCell], Tested]
+) -> list[RankedLine]:
     """The lines of one group, the best OP first, incomplete ones last. tested: a `reader`."""
-    lines = series([found.cell for found in members])
+    lines = lines_of([member.cell for member in members])
     placed = {(f.cell["label"], f.cell["seed"]): f for f in members}
     samples: dict[str, Sample] = {}
     for line in lines:
-        founds = [placed[c["label"], c["seed"]] for c in line.cells if line.complete]
-        samples[line.name] = {f.cell["seed"]: tested(f) for f in founds}
-    known = [Standing(line, op_interval(line, samples[line.name])) for line in lines]
+        of_line = [placed[c["label"], c["seed"]] for c in line.cells if line.complete]
+        samples[line.name] = {f.cell["seed"]: tested(f) for f in of_line}
+    known = [RankedLine(line, op_interval(line, samples[line.name])) for line in lines]
     known.sort(key=lambda s: (not s.line.complete, s.op is None, -s.op.mean if s.op else 0.0))
     if not known or known[0].op is None:
         return known
     best = samples[known[0].line.name]
-    found = [None, *(difference(samples[s.line.name], best) for s in known[1:])]
-    adjusted = holm([math.nan if d is None else d.p for d in found])
+    behind = [None, *(difference(samples[s.line.name], best) for s in known[1:])]
+    adjusted = holm([math.nan if d is None else d.p for d in behind])
     return [
         replace(s, behind=d and replace(d, p=p), seeds=len(samples[s.line.name].keys() | best))
-        for s, d, p in zip(known, found, adjusted, strict=True)
+        for s, d, p in zip(known, behind, adjusted, strict=True)
     ]
 
 
@@ -100,7 +102,7 @@ def difference(one: Sample, other: Sample) -> Difference | None:
     return paired(pairs, tests) if pairs else None
 
 
-def table(title: str, found: Sequence[Standing]) -> Table:
+def table(title: str, ranked: Sequence[RankedLine]) -> Table:
     """OP with its interval, and the difference to the best with its interval and p."""
     columns: tuple[str, ...] = (
         "Strategy",
@@ -114,9 +116,9 @@ def table(title: str, found: Sequence[Standing]) -> Table:
         "p (Holm)",
     )
     columns += ("p < 0.05", "Seeds", "Seeds compared", "Examples compared")
-    exact = tuple(_row(s, ".4f", "{:.6g}".format) for s in found)
+    exact = tuple(_row(s, ".4f", "{:.6g}".format) for s in ranked)
     return Table(
-        f"Intervals: {title}", columns, tuple(map(_row, found)), f"{NOTE} {PROTOCOLS}", exact
+        f"Intervals: {title}", columns, tuple(map(_row, ranked)), f"{NOTE} {PROTOCOLS}", exact
     )
 
 
@@ -139,20 +141,20 @@ def reader() -> Reader:
 
     scored: dict[Path, dict[str, Strata]] = {}
 
-    def tested(found: Found, task: str | None = None) -> Tested:
-        out, data = found.path.parent, found.cell.get("data", "")
-        if found.path not in scored:
-            scored[found.path] = final(found.path, found.cell, asked(out, data))
-        scores = scored[found.path]
+    def tested(reported: ReportedCell, task: str | None = None) -> Tested:
+        out, data = reported.path.parent, reported.cell.get("data", "")
+        if reported.path not in scored:
+            scored[reported.path] = final(reported.path, reported.cell, asked(out, data))
+        scores = scored[reported.path]
         if task is not None:
             return named(out, data, (task,)), scores.get(task, [])
         even = [(w / len(scores), x) for strata in scores.values() for w, x in strata]
-        return named(out, data, tuple(found.cell["tasks"])), even
+        return named(out, data, tuple(reported.cell["tasks"])), even
 
     return tested
 
 
-def op_interval(line: Series, sample: Sample) -> Interval | None:
+def op_interval(line: Line, sample: Sample) -> Interval | None:
     """None where OP is unmeasured."""
     values = [cell["metrics"].get("op") for cell in line.cells]
     return interval(values, sample, line.metric("op")) if line.complete else None
@@ -177,9 +179,9 @@ def probability(p: float) -> str:
 
 
 def _row(
-    found: Standing, spec: str = ".1f", p: Callable[[float], str] = probability
+    ranked: RankedLine, spec: str = ".1f", p: Callable[[float], str] = probability
 ) -> tuple[str, ...]:
-    op, behind = found.op, found.behind
+    op, behind = ranked.op, ranked.behind
     shown = [UNMEASURED] * 3
     if op:
         shown = [show(100 * x, spec) for x in (op.mean, op.low, op.high)]
@@ -188,6 +190,6 @@ def _row(
         told = [show(100 * x, f"+{spec}") for x in (behind.mean, behind.low, behind.high)]
         told.append(p(behind.p))
     counts = [str(behind.seeds), f"{behind.examples:,}"] if behind else [UNMEASURED] * 2
-    seeds = str(len(found.line.cells)) if found.line.complete else UNMEASURED
-    line = (found.line.name, found.line.protocol)
-    return (*line, *shown, *told, "*" if found.significant else "", seeds, *counts)
+    seeds = str(len(ranked.line.cells)) if ranked.line.complete else UNMEASURED
+    line = (ranked.line.name, ranked.line.protocol)
+    return (*line, *shown, *told, "*" if ranked.significant else "", seeds, *counts)

@@ -144,13 +144,13 @@ def _hierarchical(means: FloatArray, seeds: Sequence[Strata], tests: Sequence[Ha
 
 def _noise(seeds: Sequence[Strata], tests: Sequence[Hashable]) -> FloatArray:
     """(seeds, seeds): covariance of their scores where the examples of every test set are drawn anew."""
-    found = np.zeros((len(seeds), len(seeds)))
+    noise = np.zeros((len(seeds), len(seeds)))
     for test in dict.fromkeys(tests):
         those = [k for k, other in enumerate(tests) if other == test]
         for parts in zip(*(seeds[k] for k in those), strict=True):
             values = np.column_stack([x - x.mean() for _, x in parts])
-            found[np.ix_(those, those)] += (parts[0][0] / len(values)) ** 2 * (values.T @ values)
-    return found
+            noise[np.ix_(those, those)] += (parts[0][0] / len(values)) ** 2 * (values.T @ values)
+    return noise
 
 
 def _redrawn(x: FloatArray, rng: np.random.Generator) -> FloatArray:

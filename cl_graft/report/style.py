@@ -123,8 +123,8 @@ def png(figure: Figure) -> bytes:
 
 def darkened(svg: str) -> str:
     """An SVG of matplotlib's in the colours of DARK. What names no colour is black, text above all."""
-    found = re.sub(r"#[0-9a-fA-F]{6}", lambda c: DARK.get(c[0].lower(), c[0]), svg)
-    return found.replace(
+    recoloured = re.sub(r"#[0-9a-fA-F]{6}", lambda c: DARK.get(c[0].lower(), c[0]), svg)
+    return recoloured.replace(
         '<style type="text/css">', f'<style type="text/css">svg{{fill:{DARK["#000000"]}}}', 1
     )
 

@@ -106,7 +106,10 @@ def show(value: float, spec: str, se: float = math.nan) -> str:
 
 
 def write_atomic(path: Path, data: bytes) -> Path:
-    """Writes a file beside its place and moves it there, so that no reader sees half of it."""
+    """Write a file beside its place and move it there, so that no reader sees half of it.
+
+    It is not pushed to the disk: a report has many files, and is made again in seconds. Raises OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

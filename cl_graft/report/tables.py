@@ -17,14 +17,14 @@ from cl_graft.report.aggregate import (
     KINDS,
     PROTOCOLS,
     Cell,
-    Series,
+    Line,
     average,
     extra,
     general,
     groups,
+    lines_of,
     number,
     protocol,
-    series,
     slugged,
     told_apart,
 )
@@ -54,7 +54,7 @@ def ranking(cells: Sequence[Cell]) -> list[Table]:
     tables = []
     for title, members in groups(cells).items():
         lines = sorted(
-            series(members), key=lambda s: np.nan_to_num(-s.metric("op")[0], nan=math.inf)
+            lines_of(members), key=lambda s: np.nan_to_num(-s.metric("op")[0], nan=math.inf)
         )
         lines.sort(key=lambda s: not s.complete)
         routed = any(map(inferred, members))
@@ -75,21 +75,21 @@ def matrices(cells: Sequence[Cell]) -> list[Table]:
     General ability, where any cell of the group has it, is the last column. The other metrics that
     a cell recorded follow in tables of their own, in their own unit, with the error over seeds.
     """
-    found = []
+    made = []
     for title, members in groups(cells).items():
-        for line in series(members):
+        for line in lines_of(members):
             columns, mean, se = ("Experience", *line.tasks), line.mean, line.stderr
             if any(not np.isnan(general(cell)).all() for cell in members):
                 ability = average([general(cell) for cell in line.cells])
                 mean, se = np.column_stack([mean, ability[0]]), np.column_stack([se, ability[1]])
                 columns += ("General ability",)
             name, note = f"{title}: {line.title}", _not_measured_again(line)
-            found.append(_matrix(name, columns, 100.0 * mean, 100.0 * se, ".1f", note))
+            made.append(_matrix(name, columns, 100.0 * mean, 100.0 * se, ".1f", note))
             for metric in sorted({m for c in line.cells for m in c.get("extra_matrices") or {}}):
                 mean, se = average([extra(cell, metric) for cell in line.cells])
                 name = f"{title}: {line.title}, {metric}"
-                found.append(_matrix(name, ("Experience", *line.tasks), mean, se, ".3f"))
-    return found
+                made.append(_matrix(name, ("Experience", *line.tasks), mean, se, ".3f"))
+    return made
 
 
 def metrics(cells: Sequence[Cell]) -> list[Table]:
@@ -100,7 +100,7 @@ def metrics(cells: Sequence[Cell]) -> list[Table]:
         rows, exact = (
             tuple(
                 (line.name, line.protocol, *(_share(*line.metric(m.name), spec) for m in shown))
-                for line in series(members)
+                for line in lines_of(members)
             )
             for spec in (".1f", ".4f")
         )
@@ -115,7 +115,7 @@ def costs(cells: Sequence[Cell]) -> list[Table]:
     """What the cells of each group took: seconds by what they went into, tokens and memory, means over seeds."""
     tables = []
     for title, members in groups(cells).items():
-        rows = tuple(_cost_row(line) for line in series(members))
+        rows = tuple(_cost_row(line) for line in lines_of(members))
         columns = ("Strategy", "Task IDs", *(f"{kind.capitalize()} s" for kind in KINDS))
         columns += ("Total s", "Tokens", "Peak MiB", "Bytes alive", "Largest pack")
         tables.append(Table(f"Costs: {title}", columns, rows, COST_NOTE))
@@ -126,7 +126,7 @@ def by_task(cells: Sequence[Cell]) -> list[Table]:
     """Each task of each group before any learning, once it was learned and at the end, with what was lost between."""
     tables = []
     for title, members in groups(cells).items():
-        lines = series(members)
+        lines = lines_of(members)
         parts = ("base", "learned", "end", "Δ")
         columns = (
             "Strategy",
@@ -206,7 +206,7 @@ def _share(mean: float, se: float, spec: str) -> str:
     return show(100.0 * mean, spec, 100.0 * se)
 
 
-def _cost_row(line: Series) -> tuple[str, ...]:
+def _cost_row(line: Line) -> tuple[str, ...]:
     seconds, rest = line.costs()
     return (
         line.name,
@@ -216,7 +216,7 @@ def _cost_row(line: Series) -> tuple[str, ...]:
     )
 
 
-def _ranking_row(line: Series, routed: bool, spec: str) -> tuple[str, ...]:
+def _ranking_row(line: Line, routed: bool, spec: str) -> tuple[str, ...]:
     scores = list(zip(line.mean[-1], line.stderr[-1], [spec] * len(line.tasks), strict=True))
     for key, how in (("op", spec), ("bwt", f"+{spec}"), ("fm", spec)):
         scores.append((*line.metric(key), how))
@@ -234,7 +234,7 @@ def _ranking_row(line: Series, routed: bool, spec: str) -> tuple[str, ...]:
     )
 
 
-def _by_task(line: Series, spec: str) -> list[str]:
+def _by_task(line: Line, spec: str) -> list[str]:
     return [
         show(100.0 * x, f"+{spec}" if k == 3 else spec)
         for parts in line.by_task()
@@ -278,14 +278,14 @@ def _experiences(tasks: Sequence[str]) -> list[str]:
     return ["base", *(f"after {task}" for task in tasks)]
 
 
-def _not_measured_again(line: Series) -> str:
+def _not_measured_again(line: Line) -> str:
     """Which scores were not measured in these cells, since the fingerprint of the weights was known already."""
     known = np.all([cell["identical"] for cell in line.cells], axis=0)
-    found = [
+    repeated = [
         f"{experience} ({', '.join(np.array(line.tasks)[row])})"
         for experience, row in zip(_experiences(line.tasks), known, strict=True)
         if row.any()
     ]
-    if not found:
+    if not repeated:
         return ""
-    return f"Measured once, by another row or cell with the same fingerprint of weights: {'; '.join(found)}."
+    return f"Measured once, by another row or cell with the same fingerprint of weights: {'; '.join(repeated)}."

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cl_graft.report.aggregate import Cell, series
+from cl_graft.report.aggregate import Cell, lines_of
 from cl_graft.report.style import GREY, looks_of, styled, title_of, wrap
 
 ALIVE = "bytes alive after the last task / tasks, % of the base model's bytes"
@@ -36,7 +36,7 @@ def bytes_vs_forgetting(cells: Sequence[Cell]) -> Figure:
 def _against_bytes(cells: Sequence[Cell], metric: str, name: str, better: int) -> Figure:
     from matplotlib.figure import Figure
 
-    lines, title = series(cells), title_of(cells)
+    lines, title = lines_of(cells), title_of(cells)
     looks, first = looks_of(lines), cells[0]
     placed = {s.name: (s.storage(), 100.0 * s.metric(metric)[0]) for s in lines}
     shown = [s for s in lines if placed[s.name][0] > 0 and not math.isnan(placed[s.name][1])]

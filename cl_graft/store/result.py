@@ -85,14 +85,14 @@ def kept(path: Path) -> dict[str, Any] | None:
 def _accuracy(
     tasks: Sequence[str], routing: Sequence[Mapping[str, Mapping[str, int]]], inferred: bool
 ) -> list[float | None]:
-    """By experience, the share of the test examples of tasks seen so far that were taken for the task they are of.
+    """The share, by experience, of the tasks' test examples so far that were taken for the task that they are of.
 
     None where nothing was inferred: before the first task, where tasks are given, and where all are answered alike.
     """
-    found: list[float | None] = []
+    shares: list[float | None] = []
     for learned, counts in enumerate(routing):
         seen = {task: counts.get(task, {}) for task in tasks[:learned]} if inferred else {}
         examples = sum(sum(taken.values()) for taken in seen.values())
         right = sum(taken.get(task, 0) for task, taken in seen.items())
-        found.append(right / examples if examples else None)
-    return found
+        shares.append(right / examples if examples else None)
+    return shares

@@ -348,12 +348,12 @@ class Strategy(BaseTemplate):
         groups = self.groups(task, number)
         names = self.scenario.task_names if self.keeps == "per_task" else ()
         self.answered[task.name] = Answered(key(task, groups)[1:], groups, names)
-        found = self.examiner.measure(task, groups, len(self.packs))
+        outcomes = self.examiner.measure(task, groups, len(self.packs))
         if (
             not self.current_eval_stream
         ):  # within an evaluation the next task may be answered by the same weights
             self.grafted.unload()
-        return found
+        return outcomes
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -361,9 +361,9 @@ class Strategy(BaseTemplate):
         return self._seconds | {"evaluate": self.examiner.seconds}
 
     @property
-    def aside(self) -> float:
+    def unmeasured_seconds(self) -> float:
         """Seconds of sampling preference pairs, and of waiting for another cell's evaluation."""
-        return self.sampling + self.examiner.aside
+        return self.sampling + self.examiner.waiting_seconds
 
     def _show_to_avalanche(self, outcomes: Sequence[Scored]) -> None:
         """Each example as a two-class problem, 'answered right or not', for Avalanche's own metrics."""

@@ -48,10 +48,10 @@ class Reservoir:
 
     def draw(self, count: int, seed: int) -> list[Row]:
         """Draw `count` rows, none twice before each has come once; none at all of an empty reservoir."""
-        rng, found = Random(f"draw/{seed}"), list[Row]()
-        while self.rows and len(found) < count:
-            found += rng.sample(self.rows, len(self.rows))
-        return found[:count]
+        rng, drawn = Random(f"draw/{seed}"), list[Row]()
+        while self.rows and len(drawn) < count:
+            drawn += rng.sample(self.rows, len(self.rows))
+        return drawn[:count]
 
 
 class Memory:

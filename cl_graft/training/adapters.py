@@ -46,12 +46,12 @@ class Adapter:
 
     def factors(self) -> dict[str, Pair]:
         """{parameter: (left, right)}, float32: its delta, laid out as it is, is left @ right; B has the scale."""
-        found = {}
+        pairs = {}
         for name, module in adapted_layers(self.model).items():
             up = self.scale * module.lora_B["default"].weight.detach().float()
             down = module.lora_A["default"].weight.detach().float()
-            found[name] = (down.T, up.T) if name in self.transposed else (up, down)
-        return found
+            pairs[name] = (down.T, up.T) if name in self.transposed else (up, down)
+        return pairs
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Encoded]) -> None:
@@ -106,12 +106,12 @@ def downs(model: Any, packs: Sequence[SkillPack]) -> dict[str, Tensor]:
     model: the plain one. packs: what `factors` gave, stored as `low_rank`.
     """
     transposed = stored_transposed(model)
-    found: dict[str, list[Tensor]] = {}
+    stacked: dict[str, list[Tensor]] = {}
     for pack in packs:
         for name, encoded in pack.tensors.items():
             left, right = encoded.parts["left"].float(), encoded.parts["right"].float()
-            found.setdefault(name, []).append(left.T if name in transposed else right)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+            stacked.setdefault(name, []).append(left.T if name in transposed else right)
+    return {name: torch.cat(parts) for name, parts in stacked.items()}
 
 
 def faster(task: Task, scale: float) -> Task:

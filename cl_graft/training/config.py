@@ -83,10 +83,10 @@ def order(rows: int, config: StageConfig) -> list[int]:
 
     So a batch is the same rows whatever the number of processes, and the last one of a pass is no smaller.
     """
-    rng, found = Random(config.seed), list[int]()
-    while len(found) < config.steps * config.batch:
-        found += rng.sample(range(rows), rows)
-    return found[: config.steps * config.batch]
+    rng, numbers = Random(config.seed), list[int]()
+    while len(numbers) < config.steps * config.batch:
+        numbers += rng.sample(range(rows), rows)
+    return numbers[: config.steps * config.batch]
 
 
 def accumulation(batch: int, launch: Launch) -> tuple[int, int]:

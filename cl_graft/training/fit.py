@@ -61,11 +61,11 @@ def fit(
 
     with quiet():
         arguments = _arguments(config, launch, work, deepspeed)
-        trainer, found = _trainer(model, tokenizer, rows, config, arguments, terms)
+        trainer, counts = _trainer(model, tokenizer, rows, config, arguments, terms)
         main = trainer.accelerator.is_main_process
         last = _last_checkpoint(work, main)
         step = int(last.name.rsplit("-", 1)[1]) if last else 0
-        tokens = tokens_of_a_step(found, len(rows), config)
+        tokens = tokens_of_a_step(counts, len(rows), config)
         report = _report(work, trainer, step, tokens, progress)
         if main:
             write_json(work / TOKENS, config.steps * tokens)
@@ -84,7 +84,7 @@ def _trainer(
     given: dict,
     terms: Sequence[Term],
 ) -> tuple[Any, list[int]]:
-    """TRL's, and the lengths of the texts that it trains on."""
+    """TRL's trainer, and the lengths of the texts that it trains on, in tokens."""
     texts = encoded(tokenizer, rows, config)
     if config.kind == "dpo":
         return _dpo(model, tokenizer, rows, config, given, terms), lengths(texts)

@@ -119,15 +119,15 @@ def slots(hostfile: Path) -> int:
         lines = [line.split("#")[0].strip() for line in hostfile.read_text().splitlines()]
     except OSError as error:
         raise CLGraftError(f"{hostfile} cannot be read ({error.strerror}).") from error
-    found = 0
+    count = 0
     for number, line in enumerate(lines, 1):
         match = re.fullmatch(r"\S+\s+slots=(\d+)", line)
         if line and not match:
             raise CLGraftError(
                 f"{hostfile}, line {number} is {line!r}; write a host and its devices as `host slots=8`."
             )
-        found += int(match[1]) if match else 0
-    return found
+        count += int(match[1]) if match else 0
+    return count
 
 
 def command(launch: Launch, work: Path) -> list[str]:
@@ -232,7 +232,7 @@ def _end(job: subprocess.Popen) -> None:
 def _reason(work: Path, code: int) -> str:
     """How the process that failed first died, or what it said: the others fail or are ended because of it."""
     said = (work / "job.out").read_text(errors="replace")
-    codes = [int(found) for found in re.findall(r"exitcode\s*:\s*(-\d+)", said)]
+    codes = [int(number) for number in re.findall(r"exitcode\s*:\s*(-\d+)", said)]
     killed = [c for c in codes if c not in (-signal.SIGTERM, -signal.SIGABRT)]
     if killed:
         return f"a process was killed by {signal_name(-killed[0])}"

@@ -186,8 +186,8 @@ class Stages:
         file = self.pairs_file(start, tokenizer, task, half, seed)
         with locked(file, self.patient):
             self._fetch(file)
-            if (found := read_lines(file)) is not None:
-                return [Pair(**line) for line in found[1]]
+            if (known := read_lines(file)) is not None:
+                return [Pair(**line) for line in known[1]]
             made = preferences.preference_pairs(model, tokenizer, task, half, seed, allow_code)
             write_lines(file, {}, map(asdict, made))
             if self.mirror:

@@ -58,8 +58,8 @@ class Term:
     logits: bool = False
 
     def __post_init__(self) -> None:
-        named, found = self.function.__qualname__, getattr(self.function, "__globals__", {})
-        if found.get(named) is not self.function or not Path(found.get("__file__", "")).is_file():
+        named, module = self.function.__qualname__, getattr(self.function, "__globals__", {})
+        if module.get(named) is not self.function or not Path(module.get("__file__", "")).is_file():
             raise CLGraftError(
                 f"a term's function {named!r} is not defined at the top level of a Python file; move it there, "
                 "so that a stage of several processes can find it by name."

@@ -35,8 +35,8 @@ class Terms:
         """
         values: dict[str, Tensor] = {}
         for term, state in self.penalties:
-            found = term.function(model, batch, output, state, **term.options)
-            for name, value in _named(term, found).items():
+            given = term.function(model, batch, output, state, **term.options)
+            for name, value in _named(term, given).items():
                 if name in values:
                     raise CLGraftError(
                         f"two terms are called {name!r}; name one of them otherwise."
@@ -73,17 +73,17 @@ class Terms:
         if not self.count:
             return {}
         mean = torch.stack(list(self.sums.values())) / self.count
-        found = dict(zip(self.sums, gather(mean[None]).mean(0).tolist(), strict=True))
+        averages = dict(zip(self.sums, gather(mean[None]).mean(0).tolist(), strict=True))
         self.sums, self.count = {}, 0
-        return found
+        return averages
 
 
-def _named(term: Term, found: Any) -> dict[str, Tensor]:
+def _named(term: Term, given: Any) -> dict[str, Tensor]:
     """{name in the log: scalar} of what a penalty gave."""
     parts = (
-        {f"{term.name}.{k}": x for k, x in found.items()}
-        if isinstance(found, Mapping)
-        else {term.name: found}
+        {f"{term.name}.{k}": x for k, x in given.items()}
+        if isinstance(given, Mapping)
+        else {term.name: given}
     )
     for name, value in parts.items():
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -153,7 +153,7 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
 
         def _prepare_for_training(self, *given: Any, **named: Any) -> Any:
             """DeepSpeed's engine clips and steps at the end of its backward pass: what projects comes just before."""
-            found = super()._prepare_for_training(*given, **named)
+            prepared = super()._prepare_for_training(*given, **named)
             if self.is_deepspeed_enabled and self.terms.projections:
                 step = self.deepspeed.step
 
@@ -162,7 +162,7 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
                     return step(*given, **named)
 
                 self.deepspeed.step = projected
-            return found
+            return prepared
 
         def _clip_grad_norm(self, model: Any) -> Any:
             if self.terms.projections and not self.is_deepspeed_enabled:
@@ -286,8 +286,8 @@ def _gradients(model: Any, sharded: bool) -> Iterator[dict[str, Tensor]]:
         return
     from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 
-    found = {name: safe_get_full_grad(p) for name, p in named.items()}
-    gradients = {name: gradient for name, gradient in found.items() if gradient is not None}
+    whole = {name: safe_get_full_grad(p) for name, p in named.items()}
+    gradients = {name: gradient for name, gradient in whole.items() if gradient is not None}
     yield dict(gradients)
     for name, gradient in gradients.items():
         safe_set_full_grad(named[name], gradient)

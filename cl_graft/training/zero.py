@@ -46,9 +46,9 @@ def whole(parameter: nn.Parameter) -> Tensor:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    found = safe_get_full_fp32_param(parameter)
-    if found is not None:  # the optimizer holds it in float32
-        return found.view(getattr(parameter, "ds_shape", parameter.shape))
+    gathered = safe_get_full_fp32_param(parameter)
+    if gathered is not None:  # the optimizer holds it in float32
+        return gathered.view(getattr(parameter, "ds_shape", parameter.shape))
     if not hasattr(parameter, "ds_id"):
         return parameter.detach().float()
     with deepspeed.zero.GatheredParameters([parameter]), torch.no_grad():

@@ -62,5 +62,5 @@ def test_an_interrupt_while_a_process_is_started_leaves_none(
         if what == "a cell":
             list(local.run_cells([config(tmp_path)], lambda *said: None, 1, talks))
         else:
-            local.aside(sleeps, lambda *said: None)
+            local.apart(sleeps, lambda *said: None)
     assert not workers()

@@ -21,7 +21,7 @@ from PIL import Image
 from cl_graft.matrix import PerformanceMatrix
 from cl_graft.report import budgets
 from cl_graft.report.aggregate import ReportError
-from cl_graft.report.figures import FIGURES, costs, curves, heatmaps, write_figures
+from cl_graft.report.figures import FIGURES, costs, curves, draw, heatmaps
 from cl_graft.report.style import DARK, KNOWN, PALETTE, darkened
 from cl_graft.report.tradeoff import bytes_vs_forgetting, bytes_vs_score, pareto
 
@@ -433,14 +433,21 @@ def test_a_notebook_shows_a_figure_that_is_returned() -> None:
 
 def test_written_figures_are_png_and_svg_and_the_same_every_time(tmp_path: Path) -> None:
     cells = [cell(), cell("sequential", FORGETS, pack=100.0)]
-    first = write_figures(cells, tmp_path / "one")
+
+    def drawn(folder: str) -> list[Path]:
+        stem = "math-code-mini-budget-10pct"
+        return [
+            f for name in FIGURES for f in draw(name, cells, tmp_path / folder / f"{stem}-{name}")
+        ]
+
+    first = drawn("one")
     assert [str(p.relative_to(tmp_path / "one")) for p in first] == [
         f"{folder}math-code-mini-budget-10pct-{kind}.{end}"
         for kind in FIGURES
         for folder, end in (("", "png"), ("", "svg"), ("dark/", "svg"))
     ]
     assert sorted(p for p in (tmp_path / "one").rglob("*.*")) == sorted(first)  # none is left
-    for path, again in zip(first, write_figures(cells, tmp_path / "two"), strict=True):
+    for path, again in zip(first, drawn("two"), strict=True):
         assert path.read_bytes() == again.read_bytes(), path.name
     for path in first[::3]:
         with Image.open(path) as image:

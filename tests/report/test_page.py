@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from cl_graft.bench.report import make
-from cl_graft.report import Found, find, page
-from cl_graft.report.examples import Answer, Row, breakdown, final
+from cl_graft.report import ReportedCell, find, page
+from cl_graft.report.examples import Answer, ExampleRow, breakdown, final
 from cl_graft.report.page import template
 from cl_graft.report.provenance import write_provenance
 from cl_graft.report.significance import reader
@@ -32,7 +32,7 @@ ARGUMENTS = [
 ]
 
 
-def report(folder: Path) -> list[Found]:
+def report(folder: Path) -> list[ReportedCell]:
     found = find([folder])
     write_tables([f.cell for f in found], folder / "report")
     page.write(found, folder / "report")
@@ -239,7 +239,9 @@ def test_the_page_says_of_every_row_whether_the_task_was_told(made: Path) -> Non
 
 def test_right_and_wrong_are_told_by_a_sign_and_a_word() -> None:
     """Not by colour alone; and a score between 0 and 1 as a number."""
-    row = Row(0, None, Answer(0.0, "no", ""), Answer(0.75, "nearly", ""), Answer(1.0, "yes", ""))
+    row = ExampleRow(
+        0, None, Answer(0.0, "no", ""), Answer(0.75, "nearly", ""), Answer(1.0, "yes", "")
+    )
     cells = re.findall(r'<b class="m">(.*?)</b>', page.cell._row(row, row.outcome, False))
     words = [re.sub(r"<[^>]*>", "", cell) for cell in cells]
     assert words == ["✗wrong", "✓right 0.75", "✓right"]

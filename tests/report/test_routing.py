@@ -16,10 +16,10 @@ from matplotlib.patches import Rectangle
 from cl_graft.bench.report import make
 from cl_graft.config import RunConfig
 from cl_graft.report import budgets, find, page
-from cl_graft.report.aggregate import ReportError, protocol, series
-from cl_graft.report.figures import curves, figures_of, routing, write_figures
+from cl_graft.report.aggregate import ReportError, lines_of, protocol
+from cl_graft.report.figures import curves, draw, figures_of, routing
 from cl_graft.report.routing import accuracy, confusion_csv, confusion_tables, confusions, routed
-from cl_graft.report.significance import reader, standings, table
+from cl_graft.report.significance import ranked_lines, reader, table
 from cl_graft.report.tables import (
     by_task,
     costs,
@@ -164,7 +164,7 @@ def test_every_table_with_scores_says_which_protocol_a_row_is_of() -> None:
 
 def test_intervals_say_it_too(tmp_path: Path) -> None:
     make(tmp_path, cells=3, examples=4, strategies=3, scenarios=1)
-    rows = rows_of(table("", standings(find([tmp_path]), reader())))
+    rows = rows_of(table("", ranked_lines(find([tmp_path]), reader())))
     assert {name: row["Task IDs"] for name, row in rows.items()} == {
         "graftllm": "given",
         "lora(task_ids=inferred)": "inferred (ridge)",
@@ -198,7 +198,7 @@ def test_bytes_are_what_is_alive_after_the_last_task(alive: Any, shared: Any, sh
     assert (row["Storage %"], row["Bytes alive"], row["Largest pack"]) == (*shown, "100,000")
     row = rows_of(costs([one])[0])["graftllm"]
     assert (row["Bytes alive"], row["Largest pack"]) == (shown[1], "100,000")
-    (line,) = series([one])
+    (line,) = lines_of([one])
     (ax,) = panels(figures_of([one])["bytes-vs-score"]([one]))
     ((x, _),) = ax.containers[0].lines[0].get_xydata()
     assert x == pytest.approx(line.storage()) == pytest.approx(alive[-1] / 3 / 20_000)
@@ -319,10 +319,9 @@ def test_a_figure_of_routing_is_drawn_only_where_there_is_routing(tmp_path: Path
     assert "routing" not in figures_of([told(), cell("sequential")])
     with pytest.raises(ReportError, match="no task was inferred"):
         routing([told()])
-    written = [p.name for p in write_figures([inferred()], tmp_path)]
-    assert [n for n in written if "-routing." in n] == [
-        f"math-code-mini-budget-10pct-routing.{end}" for end in ("png", "svg", "svg")
-    ]
+    assert "routing" in figures_of([inferred()])
+    written = [p.name for p in draw("routing", [inferred()], tmp_path / "routing")]
+    assert written == [f"routing.{end}" for end in ("png", "svg", "svg")]
 
 
 def test_a_method_that_is_told_and_one_that_infers_share_no_file(tmp_path: Path) -> None:

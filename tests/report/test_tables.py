@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cl_graft.errors import CLGraftError
 from cl_graft.matrix import METRICS, PerformanceMatrix
-from cl_graft.report.aggregate import ReportError, groups, series, told_apart
+from cl_graft.report.aggregate import ReportError, groups, lines_of, told_apart
 from cl_graft.report.table import Table, write_atomic
 from cl_graft.report.tables import costs, matrices, metrics, ranking, write_tables
 
@@ -231,7 +231,7 @@ def plugin(path: str, label: str = "mine", **changes: Any) -> dict[str, Any]:
 def test_plugins_of_one_name_are_told_apart_by_their_folders() -> None:
     """As `RunConfig.cell` tells them; a cell that is there twice is still refused."""
     cells = [plugin("x/a/mine.py"), plugin("x/b/mine.py"), plugin("x/b/mine.py", seed=1)]
-    assert [(line.name, len(line.cells)) for line in series(cells)] == [
+    assert [(line.name, len(line.cells)) for line in lines_of(cells)] == [
         ("a/mine", 1),
         ("b/mine", 2),
     ]
@@ -243,20 +243,20 @@ def test_plugins_of_one_name_are_told_apart_by_their_folders() -> None:
         assert all(one is other for one, other in zip(cells, told_apart(cells), strict=True))
     (mine, _) = told_apart([plugin("a/mine.py", label="mine(rank=8)"), plugin("b/mine.py")])
     assert mine["label"] == "a/mine(rank=8)"
-    assert [line.name for line in series([plugin("mine"), plugin("x/mine.py")])] == [
+    assert [line.name for line in lines_of([plugin("mine"), plugin("x/mine.py")])] == [
         "mine",
         "x/mine",
     ]
-    assert [line.name for line in series([plugin("x/a/mine.py")])] == ["mine"]
+    assert [line.name for line in lines_of([plugin("x/a/mine.py")])] == ["mine"]
     with pytest.raises(ReportError, match="seed 0 of mine occurs twice"):
-        series([plugin("mine.py"), plugin("mine.py")])
+        lines_of([plugin("mine.py"), plugin("mine.py")])
 
 
 def test_series_are_of_one_group() -> None:
     with pytest.raises(ReportError, match="are of 2 groups"):
-        series([cell(), cell(model="8b")])
+        lines_of([cell(), cell(model="8b")])
     with pytest.raises(ReportError, match="there are no cells"):
-        series([])
+        lines_of([])
 
 
 def test_no_cells_make_no_tables(tmp_path: Path) -> None:

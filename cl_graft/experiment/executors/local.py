@@ -55,7 +55,7 @@ def executor(asked: Sweep, cells: Sequence[RunConfig]) -> Executor:
     return partial(run_cells, workers=workers)
 
 
-def aside(task: Callable[[Report], None], report: Report) -> None:
+def apart(task: Callable[[Report], None], report: Report) -> None:
     """Do something in a process of its own, which has everything imported; what it reports is reported here.
 
     Raises CLGraftError with the sentence of the one that was raised there.

@@ -12,21 +12,21 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from cl_graft.report import Found, budgets
+from cl_graft.report import ReportedCell, budgets
 from cl_graft.report.aggregate import groups, slugged
 from cl_graft.report.figures import draw, figures_of
 from cl_graft.report.page import cell, index, sources
 from cl_graft.report.page.work import SMALL, Work
-from cl_graft.report.significance import reader, standings, table
+from cl_graft.report.significance import ranked_lines, reader, table
 from cl_graft.report.style import files_of
 from cl_graft.report.table import TEXTS, write_atomic
 from cl_graft.store.digests import digest
 
 
-def write(found: Sequence[Found], folder: Path) -> Path:
+def write(reported: Sequence[ReportedCell], folder: Path) -> Path:
     """Everything above for these cells, and the figures; returns the index. Raises OSError where the disk refuses."""
-    placed = {id(f.cell): f for f in found}
-    titled = groups([f.cell for f in found])
+    placed = {id(f.cell): f for f in reported}
+    titled = groups([f.cell for f in reported])
     members = {slug: [placed[id(c)] for c in those] for slug, those in slugged(titled)}
     making = Work(folder / "made.json")
     for slug, those in members.items():
@@ -35,20 +35,20 @@ def write(found: Sequence[Found], folder: Path) -> Path:
         for name in figures_of(cells):
             stem = folder / f"{slug}-{name}"
             making.add(files_of(stem), key, partial(draw, name, cells, stem), 1.0)
-    over = list(slugged(budgets.groups([f.cell for f in found])))
+    over = list(slugged(budgets.groups([f.cell for f in reported])))
     for slug, several in over:
         stem = folder / f"{slug}-budgets"
         key = digest(several, sources.of_figures())
         files = [*files_of(stem), *(stem.with_name(f"{stem.name}.{kind}") for kind in TEXTS)]
         making.add(files, key, partial(budgets.write, several, stem), 1.0)
-    pages = {f.path: cell.file(f, folder) for f in found}
+    pages = {f.path: cell.file(f, folder) for f in reported}
     for slug, those in members.items():
         for f in those:
             page = partial(cell.write, f, pages[f.path], slug)
             making.add([pages[f.path]], sources.of_cell(f, slug), page, SMALL)
     with making:
         examples = reader()
-        known = {slug: standings(those, examples) for slug, those in members.items()}
+        known = {slug: ranked_lines(those, examples) for slug, those in members.items()}
         for title, (slug, ranked) in zip(titled, known.items(), strict=True):
             table(title, ranked).write(folder / f"{slug}-intervals")
         shown = [(f"{slug}-budgets", f"{c[0]['scenario']} · {c[0]['model']}") for slug, c in over]

@@ -11,9 +11,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cl_graft.report import Found
+from cl_graft.report import ReportedCell
 from cl_graft.report.aggregate import Cell, alive, packs, protocol
-from cl_graft.report.examples import OUTCOMES, RIGHT, Answer, Row, breakdown
+from cl_graft.report.examples import OUTCOMES, RIGHT, Answer, ExampleRow, breakdown
 from cl_graft.report.page.template import render
 from cl_graft.report.provenance import commands
 from cl_graft.report.routing import ACCURACY_NOTE, CONFUSION_NOTE, confusions, routed
@@ -25,15 +25,15 @@ MOST = 400  # examples of a task that a page shows
 LONGEST = 4000  # characters of a text that a page shows
 
 
-def file(found: Found, folder: Path) -> Path:
+def file(reported: ReportedCell, folder: Path) -> Path:
     """Where its page is."""
-    return folder / "cells" / f"{found.path.name}.html"
+    return folder / "cells" / f"{reported.path.name}.html"
 
 
-def write(found: Found, path: Path, group: str) -> None:
+def write(reported: ReportedCell, path: Path, group: str) -> None:
     """Make the page at `path`. group: the section of the index that the cell is in."""
-    cell = found.cell
-    asked = _asked(found.path.parent, cell.get("data", ""))
+    cell = reported.cell
+    asked = _asked(reported.path.parent, cell.get("data", ""))
     experiences = [f"after {task}" for task in cell["tasks"]]
     accuracy = [
         (n, x) for n, x in zip(["base", *experiences], cell["routing_accuracy"], strict=False)
@@ -41,7 +41,7 @@ def write(found: Found, path: Path, group: str) -> None:
     page = render(
         "cell.html",
         cell=cell,
-        name=found.path.name,
+        name=reported.path.name,
         group=group,
         matrix=list(zip(["base", *experiences], cell["matrix"], cell["stderr"], strict=True)),
         general=[*cell["general"], *[None] * (len(experiences) + 1 - len(cell["general"]))],
@@ -52,13 +52,13 @@ def write(found: Found, path: Path, group: str) -> None:
         confusion_note=CONFUSION_NOTE,
         accuracy_note=ACCURACY_NOTE,
         tasks=[
-            _task(t, rows, bool(asked)) for t, rows in breakdown(found.path, cell, asked).items()
+            _task(t, rows, bool(asked)) for t, rows in breakdown(reported.path, cell, asked).items()
         ],
         asked=bool(asked),
         right=RIGHT,
         most=MOST,
         outcomes=OUTCOMES,
-        losses=_losses(found.path),
+        losses=_losses(reported.path),
         command="\n".join(commands([cell])),
         config=json.dumps(cell["config"], indent=1, ensure_ascii=False),
         options=json.dumps(cell["options"], indent=1, ensure_ascii=False),
@@ -73,7 +73,7 @@ def _bytes(cell: Cell) -> dict[str, float | None]:
     return {"alive": kept or 0.0, "own": own, "largest": max(packs(cell), default=None)}
 
 
-def _task(name: str, rows: list[Row], asked: bool) -> dict[str, Any]:
+def _task(name: str, rows: list[ExampleRow], asked: bool) -> dict[str, Any]:
     outcomes = [row.outcome for row in rows]
     counts = Counter(outcomes)
     shown = zip(rows[:MOST], outcomes, strict=False)
@@ -98,7 +98,7 @@ def _read(out: Path, data: str, _written: int) -> dict[str, list[Asked]]:
 
 def _losses(path: Path) -> list[dict[str, Any]]:
     """A line of each experience's training loss: as the points of a polyline in a box of 100 by 30."""
-    found = []
+    curves = []
     for file in sorted(path.glob("experiences/*/experience.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
         losses = [p["loss"] for p in record["losses"] if p.get("loss") is not None]
@@ -110,11 +110,11 @@ def _losses(path: Path) -> list[dict[str, Any]]:
             for k, x in enumerate(losses)
         ]
         ends = {"first": losses[0], "last": losses[-1], "low": low, "high": high}
-        found.append({"task": record["task"], "points": " ".join(points), **ends})
-    return found
+        curves.append({"task": record["task"], "points": " ".join(points), **ends})
+    return curves
 
 
-def _row(row: Row, outcome: str, asked: bool) -> str:
+def _row(row: ExampleRow, outcome: str, asked: bool) -> str:
     """A test example as a row of its table, escaped: the bulk of a report, for which a template takes too long."""
     cells = []
     if asked:

@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cl_graft.report import Found
+from cl_graft.report import ReportedCell
 from cl_graft.report.aggregate import KINDS, PROTOCOLS
 from cl_graft.report.figures import figures_of
 from cl_graft.report.page import rows
 from cl_graft.report.page.template import render as fill
 from cl_graft.report.provenance import commands
 from cl_graft.report.routing import ACCURACY_NOTE, confusion_tables, inferred
-from cl_graft.report.significance import NOTE, Standing
+from cl_graft.report.significance import NOTE, RankedLine
 from cl_graft.report.style import DARK, looks_of
 from cl_graft.report.tables import BYTES_NOTE, matrices, metrics
 
@@ -31,31 +31,31 @@ MANY = 12  # tasks from which on the ranking leaves out their columns; the break
 
 
 def render(
-    members: Mapping[str, Sequence[Found]],
+    members: Mapping[str, Sequence[ReportedCell]],
     titles: Sequence[str],
-    known: Mapping[str, Sequence[Standing]],
+    known: Mapping[str, Sequence[RankedLine]],
     budgets: Sequence[tuple[str, str]],
 ) -> str:
     """The page. titles: of the groups. budgets: slug and title of each figure over budgets."""
-    found = [f for those in members.values() for f in those]
+    reported = [f for those in members.values() for f in those]
     return fill(
         "index.html",
         groups=[
             _group(slug, title, known[slug], those)
             for (slug, those), title in zip(members.items(), titles, strict=True)
         ],
-        cells=[rows.cell(f) for f in found],
+        cells=[rows.cell(f) for f in reported],
         counts={
-            "cells": len(found),
-            "incomplete": sum(not f.cell["complete"] for f in found),
-            "strategies": len({f.cell["label"] for f in found}),
-            "scenarios": len({f.cell["scenario"] for f in found}),
-            "models": len({f.cell["model"] for f in found}),
-            "seeds": len({f.cell["seed"] for f in found}),
+            "cells": len(reported),
+            "incomplete": sum(not f.cell["complete"] for f in reported),
+            "strategies": len({f.cell["label"] for f in reported}),
+            "scenarios": len({f.cell["scenario"] for f in reported}),
+            "models": len({f.cell["model"] for f in reported}),
+            "seeds": len({f.cell["seed"] for f in reported}),
         },
         budgets=budgets,
-        versions=_distinct(found, "versions"),
-        machines=_distinct(found, "machine"),
+        versions=_distinct(reported, "versions"),
+        machines=_distinct(reported, "machine"),
         captions=CAPTIONS,
         note=NOTE,
         protocols=PROTOCOLS,
@@ -65,17 +65,17 @@ def render(
 
 
 def _group(
-    slug: str, title: str, found: Sequence[Standing], members: Sequence[Found]
+    slug: str, title: str, ranked: Sequence[RankedLine], members: Sequence[ReportedCell]
 ) -> dict[str, Any]:
     cells = [f.cell for f in members]
     links = {id(f.cell): rows.link(f) for f in members}
-    lines = [s.line for s in found]
+    lines = [s.line for s in ranked]
     looks = looks_of(lines)
     colours = {
         name: (look["color"], DARK.get(look["color"].lower(), look["color"]))
         for name, look in looks.items()
     }
-    best = found[0] if found and found[0].op else None
+    best = ranked[0] if ranked and ranked[0].op else None
     first = cells[0]
     base = [x for c in cells for x in c["matrix"][0] if x is not None]
     return {
@@ -89,20 +89,20 @@ def _group(
         "best": best,
         "base": math.fsum(base) / len(base) if base else math.nan,
         "colours": colours,
-        "rows": rows.ranking(found),
+        "rows": rows.ranking(ranked),
         "wide": len(first["tasks"]) <= MANY,
-        "breakdown": [rows.by_task(s) for s in found],
-        "costs": [rows.costs(s) for s in found],
-        "routed": [rows.routing(s) for s in found if any(map(inferred, s.line.cells))],
+        "breakdown": [rows.by_task(s) for s in ranked],
+        "costs": [rows.costs(s) for s in ranked],
+        "routed": [rows.routing(s) for s in ranked if any(map(inferred, s.line.cells))],
         "numbers": [*metrics(cells), *matrices(cells), *confusion_tables(cells)],
-        "pages": {s.line.name: [(c["seed"], links[id(c)]) for c in s.line.cells] for s in found},
+        "pages": {s.line.name: [(c["seed"], links[id(c)]) for c in s.line.cells] for s in ranked},
         "figures": [(name, f"{slug}-{name}") for name in figures_of(cells)],
         "commands": commands(cells),
         "kinds": KINDS,
     }
 
 
-def _distinct(found: Sequence[Found], key: str) -> list[tuple[dict[str, str], int]]:
+def _distinct(reported: Sequence[ReportedCell], key: str) -> list[tuple[dict[str, str], int]]:
     """Each different value with the number of cells that have it, the most common first."""
-    counts = Counter(json.dumps(f.cell[key], sort_keys=True) for f in found)
+    counts = Counter(json.dumps(f.cell[key], sort_keys=True) for f in reported)
     return [(json.loads(text), count) for text, count in counts.most_common()]

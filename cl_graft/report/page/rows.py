@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from cl_graft.report import Found
+from cl_graft.report import ReportedCell
 from cl_graft.report.aggregate import number, protocol
 from cl_graft.report.page.cell import file
-from cl_graft.report.significance import Standing, probability
+from cl_graft.report.significance import RankedLine, probability
 from cl_graft.report.statistics import Difference, Interval
 from cl_graft.report.table import UNMEASURED, show
 from cl_graft.report.tables import experiences_done
@@ -30,16 +30,16 @@ class Datum:
     tint: float = 0.0
 
 
-def link(found: Found) -> str:
+def link(reported: ReportedCell) -> str:
     """The address of a cell's page, from the index."""
-    return quote(file(found, Path()).as_posix())
+    return quote(file(reported, Path()).as_posix())
 
 
-def ranking(found: Sequence[Standing]) -> list[dict[str, Any]]:
+def ranking(ranked: Sequence[RankedLine]) -> list[dict[str, Any]]:
     """A row for each line of a group, the best first."""
-    plots = _plots([s.op for s in found])
+    plots = _plots([s.op for s in ranked])
     rows = []
-    for rank, (s, plot) in enumerate(zip(found, plots, strict=True)):
+    for rank, (s, plot) in enumerate(zip(ranked, plots, strict=True)):
         line, op, behind = s.line, s.op, s.behind
         ends = zip(line.mean[-1], line.stderr[-1], strict=True)
         rows.append(
@@ -65,39 +65,39 @@ def ranking(found: Sequence[Standing]) -> list[dict[str, Any]]:
     return rows
 
 
-def by_task(found: Standing) -> dict[str, Any]:
+def by_task(ranked: RankedLine) -> dict[str, Any]:
     """Scores of each task: before any learning, once learned, at the end, and what was lost since it was learned."""
     parts = []
-    for *scores, change in found.line.by_task():
+    for *scores, change in ranked.line.by_task():
         tint = 0.0 if math.isnan(change) else round(max(-1.0, min(1.0, change)), 3)
         lost = Datum(show(100 * change, "+.1f"), _value(change), tint=tint)
         parts.append((*map(_per_cent, scores), lost))
-    return _named(found, parts)
+    return _named(ranked, parts)
 
 
-def costs(found: Standing) -> dict[str, Any]:
+def costs(ranked: RankedLine) -> dict[str, Any]:
     """Seconds by what they went into and in all, tokens, memory, bytes alive and of the largest pack."""
-    seconds, rest = found.line.costs()
+    seconds, rest = ranked.line.costs()
     parts = [*(_number(x, ",.1f") for x in seconds), *map(_number, rest)]
-    return _named(found, [*parts, *map(_number, found.line.kept_bytes())])
+    return _named(ranked, [*parts, *map(_number, ranked.line.kept_bytes())])
 
 
-def routing(found: Standing) -> dict[str, Any]:
+def routing(ranked: RankedLine) -> dict[str, Any]:
     """How often prompts were taken for the task they are of, after each task."""
-    return _named(found, [_per_cent(*estimate) for estimate in found.line.routing()])
+    return _named(ranked, [_per_cent(*estimate) for estimate in ranked.line.routing()])
 
 
-def _named(found: Standing, parts: list[Any]) -> dict[str, Any]:
-    line = found.line
+def _named(ranked: RankedLine, parts: list[Any]) -> dict[str, Any]:
+    line = ranked.line
     return {"name": line.name, "protocol": line.protocol, "complete": line.complete, "parts": parts}
 
 
-def cell(found: Found) -> dict[str, Any]:
+def cell(reported: ReportedCell) -> dict[str, Any]:
     """A cell in the list of all."""
-    told = found.cell
+    told = reported.cell
     done = experiences_done(told)
     return {
-        "page": link(found),
+        "page": link(reported),
         "cell": told,
         "protocol": protocol(told),
         "op": _per_cent(number(told["metrics"].get("op"))),
@@ -107,12 +107,12 @@ def cell(found: Found) -> dict[str, Any]:
     }
 
 
-def _plots(found: Sequence[Interval | None]) -> list[list[float]]:
+def _plots(intervals: Sequence[Interval | None]) -> list[list[float]]:
     """Where each interval begins, its mean, its end, and the first's mean, in pixels of one scale; none for None.
 
     Nothing is drawn beyond scores of 0 and 1: the t interval of two seeds would leave the others no room.
     """
-    clipped = [[min(max(x, 0.0), 1.0) for x in _ends(i)] if i else [] for i in found]
+    clipped = [[min(max(x, 0.0), 1.0) for x in _ends(i)] if i else [] for i in intervals]
     ends = [x for those in clipped for x in those]
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
     best = clipped[0][1:2] if clipped else []
@@ -123,27 +123,27 @@ def _plots(found: Sequence[Interval | None]) -> list[list[float]]:
     return [[place(x) for x in those + best] if those else [] for those in clipped]
 
 
-def _ends(found: Interval) -> list[float]:
-    ends = (found.low, found.mean, found.high)
-    return [found.mean if math.isnan(x) else x for x in ends]
+def _ends(interval: Interval) -> list[float]:
+    ends = (interval.low, interval.mean, interval.high)
+    return [interval.mean if math.isnan(x) else x for x in ends]
 
 
-def _p(found: Standing) -> Datum:
+def _p(ranked: RankedLine) -> Datum:
     """The probability, with the seeds that were paired, where those are not all."""
-    d = found.behind
+    d = ranked.behind
     if d is None:
         return Datum(UNMEASURED)
-    some = f"{d.seeds} of {found.seeds} seeds" if d.seeds < found.seeds else ""
-    return Datum(probability(d.p) + ("\u2009*" if found.significant else ""), d.p, some)
+    some = f"{d.seeds} of {ranked.seeds} seeds" if d.seeds < ranked.seeds else ""
+    return Datum(probability(d.p) + ("\u2009*" if ranked.significant else ""), d.p, some)
 
 
-def _interval(found: Interval | Difference | None, spec: str = ".1f") -> Datum:
-    if found is None:
+def _interval(known: Interval | Difference | None, spec: str = ".1f") -> Datum:
+    if known is None:
         return Datum(UNMEASURED)
     told = ""
-    if not math.isnan(found.low):
-        told = f"[{show(100 * found.low, spec)}, {show(100 * found.high, spec)}]"
-    return Datum(show(100 * found.mean, spec), found.mean, told)
+    if not math.isnan(known.low):
+        told = f"[{show(100 * known.low, spec)}, {show(100 * known.high, spec)}]"
+    return Datum(show(100 * known.mean, spec), known.mean, told)
 
 
 def _per_cent(mean: float, stderr: float = math.nan, spec: str = ".1f") -> Datum:

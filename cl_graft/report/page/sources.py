@@ -7,7 +7,7 @@ from functools import cache
 from importlib import metadata, resources
 
 from cl_graft.report import (
-    Found,
+    ReportedCell,
     aggregate,
     budgets,
     examples,
@@ -37,17 +37,17 @@ def of_pages() -> str:
     """The code and the templates that make a cell's page."""
     from cl_graft.report.page import cell, template
 
-    found = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.blake2b(digest_size=16)
     code = (examples, provenance, aggregate, routing, table, tables, units, cell, template, prompts)
-    found.update(digests.code_digest(*code).encode())
+    hashed.update(digests.code_digest(*code).encode())
     for file in sorted(resources.files(__package__).joinpath("templates").iterdir(), key=str):
-        found.update(file.read_bytes())
-    return found.hexdigest()
+        hashed.update(file.read_bytes())
+    return hashed.hexdigest()
 
 
-def of_cell(found: Found, group: str) -> str:
+def of_cell(reported: ReportedCell, group: str) -> str:
     """What a cell's page is made of. group: the section of the index that it leads back to."""
-    path, cell = found.path, found.cell
+    path, cell = reported.path, reported.cell
     files = [
         path / "cell.json",
         path / "result.json",

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cl_graft.report import Found
+from cl_graft.report import ReportedCell
 from cl_graft.report import significance as module
 from cl_graft.report.page import rows
-from cl_graft.report.significance import NOTE, Sample, difference, reader, standings, table
+from cl_graft.report.significance import NOTE, Sample, difference, ranked_lines, reader, table
 from cl_graft.report.statistics import Strata
 from tests.report.test_tables import cell as made
 
@@ -28,18 +28,20 @@ def outcomes(right: int, shift: int = 0) -> np.ndarray:
     return np.roll((np.arange(N) < right).astype(float), shift)
 
 
-def found(label: str, seed: int, right: int, complete: bool = True) -> Found:
+def found(label: str, seed: int, right: int, complete: bool = True) -> ReportedCell:
     """A cell of one task."""
     op = right / N
     rows = [[0.1], [op if complete else None]]
     about = {"tasks": ["math"], "seed": seed, "complete": complete, "n": [[N], [N]]}
-    return Found(Path(f"{label}-{seed}"), made(label, rows, stderr=[[0.01], [0.02]], **about))
+    return ReportedCell(
+        Path(f"{label}-{seed}"), made(label, rows, stderr=[[0.01], [0.02]], **about)
+    )
 
 
 def answers(**scores: Any) -> Any:
     """A reader of {label: {seed: number right}}, all seeds on examples of their own."""
 
-    def read(cell: Found) -> tuple[str, Strata]:
+    def read(cell: ReportedCell) -> tuple[str, Strata]:
         seed = cell.cell["seed"]
         right = scores[cell.cell["label"]][seed]
         return str(seed), [(1.0, outcomes(right))]
@@ -47,12 +49,12 @@ def answers(**scores: Any) -> Any:
     return read
 
 
-def group(**scores: dict[int, int]) -> list[Found]:
+def group(**scores: dict[int, int]) -> list[ReportedCell]:
     return [found(label, seed, n) for label, those in scores.items() for seed, n in those.items()]
 
 
-def ranked(**scores: dict[int, int]) -> dict[str, module.Standing]:
-    return {s.line.name: s for s in standings(group(**scores), answers(**scores))}
+def ranked(**scores: dict[int, int]) -> dict[str, module.RankedLine]:
+    return {s.line.name: s for s in ranked_lines(group(**scores), answers(**scores))}
 
 
 # --- the order, and the intervals -------------------------------------------------------------
@@ -80,7 +82,7 @@ def test_one_seed_has_limits_over_its_examples_and_never_a_star():
 
 
 def test_without_examples_the_interval_is_the_normal_and_nothing_is_compared():
-    known = standings(group(a={0: 30}, b={0: 10}), lambda cell: ("", []))
+    known = ranked_lines(group(a={0: 30}, b={0: 10}), lambda cell: ("", []))
     assert known[0].op.high - known[0].op.mean == pytest.approx(1.96 * 0.02, abs=1e-4)
     assert known[1].behind is None
 
@@ -88,7 +90,7 @@ def test_without_examples_the_interval_is_the_normal_and_nothing_is_compared():
 def test_incomplete_cells_come_last_and_are_compared_to_nothing():
     """As in a report of a sweep under way: a label may be there twice, whole and in part."""
     cells = [found("a", 0, 40, complete=False), found("b", 0, 10), found("a", 1, 30)]
-    known = standings(cells, answers(a={1: 30}, b={0: 10}))
+    known = ranked_lines(cells, answers(a={1: 30}, b={0: 10}))
     assert [s.line.name for s in known] == ["a", "b", "a (incomplete: seed 0, 0 of 1 tasks)"]
     assert known[1].behind is None  # no seed in common
     assert (known[2].op, known[2].behind) == (None, None)
@@ -96,9 +98,9 @@ def test_incomplete_cells_come_last_and_are_compared_to_nothing():
 
 
 def test_a_group_without_a_complete_cell_has_lines_and_no_best():
-    (only,) = standings([found("a", 0, 40, complete=False)], answers(a={0: 40}))
+    (only,) = ranked_lines([found("a", 0, 40, complete=False)], answers(a={0: 40}))
     assert (only.op, only.behind) == (None, None)
-    assert not standings([found("a", 0, 4, complete=False)], answers(a={0: 4}))[0].significant
+    assert not ranked_lines([found("a", 0, 4, complete=False)], answers(a={0: 4}))[0].significant
 
 
 # --- differences ------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ def test_a_test_set_is_known_by_its_examples_not_by_the_data(tmp_path: Path):
             "".join(json.dumps(line) + "\n" for line in told)
         )
         cell = {"data": data, "tasks": ["math"], "matrix": [[0.1], [0.2]]}
-        return reader()(Found(tmp_path / "cell", cell))[0]
+        return reader()(ReportedCell(tmp_path / "cell", cell))[0]
 
     first = keep("d0", ("math", "1 + 1"))
     assert keep("d1", ("math", "1 + 1")) == first
