@@ -17,7 +17,7 @@ pip() { "$folder/env/bin/python" -m pip install --quiet --disable-pip-version-ch
 pip torch==2.13.0
 pip --no-deps torchvision==0.16.2 pytorchcv==0.0.74 avalanche-lib==0.6.0
 pip numpy==2.4.6 scikit-learn==1.9.1 torchmetrics==1.9.0 gdown==6.5.1 qpsolvers==4.13.0 dill==0.4.1 tensorboard==2.21.0 \
-  psutil==7.2.2 pillow==13.0.0 matplotlib==3.11.2 tqdm==4.70.1 typing-extensions gputil==1.4.0 setuptools==81.0.0
+  wandb==0.31.0 psutil==7.2.2 pillow==13.0.0 matplotlib==3.11.2 tqdm==4.70.1 typing-extensions gputil==1.4.0 setuptools==81.0.0
 "$folder/env/bin/python" - <<'PYTHON'
 from collections import Counter
 from importlib.metadata import version
