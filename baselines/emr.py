@@ -21,7 +21,7 @@ from cl_graft.task import Task
 
 
 class emr(Strategy):
-    """One vector, a mask and a scale a task."""
+    """EMR-Merging: one vector for all tasks, a mask and a scale for each."""
 
     keeps = "per_task"
     budgeted = False

@@ -100,7 +100,7 @@ class Sweep(Whereabouts, Settings, Lists):
     )
 
     def cells(self) -> list[RunConfig]:
-        """Each once, in the order given, seeds outermost so that early results compare all strategies.
+        """The cells, each once, in the order given, seeds outermost so that early results compare all strategies.
 
         Raises CLGraftError for a name or an option that there is none of.
         """

@@ -21,7 +21,7 @@ LEANING = {
     *("of", "as", "in", "at", "by", "with", "for", "to", "from", "on", "under", "within"),
     *("after", "before", "until", "when", "while", "since", "than", "so", "if", "without"),
     *("these", "those", "this", "that", "such", "it", "its", "they", "them", "their", "he", "she"),
-    *("held", "told", "left", "taken", "given", "made", "called"),
+    *("held", "told", "left", "taken", "given", "made", "called", "none", "not", "also", "there"),
 }
 OF_WHAT_IS_ABOVE = {("the", word) for word in ("same", "other", "others", "rest", "like")}
 

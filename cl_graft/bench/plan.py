@@ -120,7 +120,7 @@ def _lora() -> Any:
 
 
 def _stage(case: Case) -> Stage:
-    """Two steps of it."""
+    """A stage of two steps of a case."""
     half = Preference(steps=2, batch=case.batch)
     recipe = Training(steps=2, batch=case.batch, preference=half)
     pairs = texts(case, 2 * case.batch)
@@ -132,7 +132,7 @@ def _stage(case: Case) -> Stage:
 
 
 def texts(case: Case, count: int) -> list[tuple[str, str]]:
-    """Prompts and answers."""
+    """Prompts and answers of a case, drawn at random."""
     rng = Random(0)
     if case.length is None:
         items = [toy_language.pretraining(rng) for _ in range(count)]

@@ -13,7 +13,7 @@ HEADINGS = ("figure", "value", "conditions")
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """One row a figure; a part that was not measured has none."""
+    """The figures as a Markdown table, a row each; a part that was not measured has none."""
     rows = [row for part in figures for row in _ROWS[part](figures[part])]
     lines = [HEADINGS, ("---", "--:", "---"), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -103,7 +103,7 @@ def bench_train(
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """A column for each model."""
+    """The figures as a Markdown table with a column for each model."""
     lines = [["", *figures], ["---", *("--:" for _ in figures)]]
     for key in ("sft_over_loop", "sft_over_loop_with_setup", "peak_over_loop"):
         lines.append([key, *(f"{x[key]:.2f}" for x in figures.values())])

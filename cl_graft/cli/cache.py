@@ -16,7 +16,7 @@ Folder = Annotated[Path, typer.Argument(help="A results folder, or the one that 
 
 @app.command("ls")
 def ls(folder: Folder = Path("results")) -> None:
-    """List them, the largest first."""
+    """List what a cache holds, the largest first."""
     from cl_graft.experiment.cache import entries
 
     listed = entries(_cache(folder))

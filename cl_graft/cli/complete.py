@@ -13,22 +13,22 @@ LISTS = ("scenarios", "strategies", "scorers", "routers", "models", "budgets", "
 
 
 def lists(incomplete: str) -> Offered:
-    """What `cl-graft list` lists."""
+    """Complete what `cl-graft list` lists."""
     return _fitting(incomplete, ((name, "") for name in LISTS))
 
 
 def scenario(incomplete: str) -> Offered:
-    """One scenario."""
+    """Complete the name of one scenario."""
     return _fitting(incomplete, _plugins("scenario"))
 
 
 def strategy(incomplete: str) -> Offered:
-    """One strategy."""
+    """Complete the name of one strategy."""
     return _fitting(incomplete, _plugins("strategy"))
 
 
 def model(incomplete: str) -> Offered:
-    """One embedded model."""
+    """Complete the name of one embedded model."""
     return _fitting(incomplete, _models())
 
 

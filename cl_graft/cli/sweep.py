@@ -59,7 +59,7 @@ def _held(file: Path | None, given: SweepFields) -> Path:
 
 
 def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
-    """All cells that are left, under the live view, and then the report."""
+    """Run all cells that are left, under the live view, and then the report."""
     from cl_graft.cli.live import view
     from cl_graft.cli.progress import interruptible
     from cl_graft.cli.show import print_finished

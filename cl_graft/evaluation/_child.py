@@ -432,7 +432,7 @@ def failure(error: BaseException, step: str) -> str:
 
 
 def attempt(function: Callable[..., object], *arguments: Any) -> bool:
-    """True if it could be done; False where the kernel or the platform refuses."""
+    """Try something; False where the kernel or the platform refuses."""
     try:
         function(*arguments)
     except (OSError, ValueError, AttributeError):
@@ -451,7 +451,7 @@ def load_libc() -> Any:
 
 
 def call(libc: Any, name: str, *arguments: Any) -> None:
-    """One C call by name; raises OSError unless it returns 0."""
+    """Make one C call by name; raises OSError unless it returns 0."""
     if libc is None:
         raise OSError(f"no {name} here")
     if getattr(libc, name)(*arguments) != 0:

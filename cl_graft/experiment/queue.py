@@ -25,7 +25,7 @@ class Queue:
         return (self.held.popleft(), True) if self.held else None
 
     def after(self, config: RunConfig, outcome: Outcome) -> Outcome | None:
-        """None if the cell is to be tried again, else what became of it."""
+        """The outcome to report of a cell, None if it is to be tried again."""
         if outcome.state == "busy":
             self.held.append(config)
             return None

@@ -96,7 +96,7 @@ def _settled(config: RunConfig, outcome: Outcome) -> Failure | None:
 
 
 def _prepared(cells: Sequence[RunConfig], report: Report) -> None:
-    """Every name and option is right, and every embedded model trained."""
+    """Check every name and option, and train every embedded model."""
     from cl_graft.experiment.prepare import check
     from cl_graft.models import load
 

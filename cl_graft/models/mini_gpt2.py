@@ -57,7 +57,7 @@ def new_gpt2(spec: ModelRecipe, vocab: int) -> PreTrainedModel:
 
 
 def tokenizer() -> PreTrainedTokenizerBase:
-    """Byte-level, as GPT-2's: the world's words whole, digits one by one, all else in bytes; any text survives."""
+    """A byte-level tokenizer as GPT-2's: words of the toy language whole, digits one by one, any other text in bytes."""
     from tokenizers import models, pre_tokenizers
 
     words = toy_language.vocabulary()

@@ -95,7 +95,7 @@ def _of_cell(
         config.model_copy(update={"allow_code_execution": True})
     )
     torch.set_num_threads(config.threads)
-    # anew for each cell: a rehearsal restores the weights alone, and LoRA leaves them frozen
+    # anew for each cell: a dry run restores the weights alone, and LoRA leaves them frozen
     model, tokenizer, exact = _model(config)
     strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer)
     if not exact:

@@ -27,7 +27,7 @@ COLUMNS = (
 
 
 def table(plan: Plan) -> Table:
-    """A row a stage."""
+    """The table of a plan's stages, a row each."""
     rows = tuple(_row(stage) for stage in plan.stages)
     note = "Batch: micro-batch x accumulated x processes. Memory: of one process, on its device (and in the host's)."
     return Table("Training stages", COLUMNS, rows, note)

@@ -57,7 +57,7 @@ def routed(cells: Sequence[Cell]) -> list[Line]:
 
 
 def confusions(lines: Sequence[Line]) -> list[Confusion]:
-    """One for each line, after the last task of complete cells; all with the same rows and columns."""
+    """Confusion matrices of the lines after the last task of complete cells; all with the same rows and columns."""
     if not lines:
         return []
     tasks = lines[0].tasks

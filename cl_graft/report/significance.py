@@ -155,7 +155,7 @@ def reader() -> Reader:
 
 
 def op_interval(line: Line, sample: Sample) -> Interval | None:
-    """None where OP is unmeasured."""
+    """Interval of a line's OP; None where that is unmeasured."""
     values = [cell["metrics"].get("op") for cell in line.cells]
     return interval(values, sample, line.metric("op")) if line.complete else None
 

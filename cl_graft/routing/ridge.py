@@ -38,7 +38,7 @@ class ridge(Router):
 
 
 def _with_constant(features: Tensor) -> Tensor:
-    """float64 (prompts, width + 1)."""
+    """Features with a constant 1 behind them, float64 (prompts, width + 1)."""
     x = features.double()
     return torch.cat([x, x.new_ones(len(x), 1)], 1)
 

@@ -19,7 +19,7 @@ class RecordError(CLGraftError):
 
 
 class DiskRefused(RecordError, Refused):
-    """The disk takes no file."""
+    """A file that the disk does not take."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -57,7 +57,7 @@ def recall(out: Path, fingerprint: str) -> dict[str, list[Asked]]:
 
 
 def file(out: Path, fingerprint: str) -> Path:
-    """Where they are kept."""
+    """The file in which the prompts of this data are kept."""
     return out / FOLDER / f"{fingerprint}.jsonl"
 
 

@@ -33,7 +33,7 @@ PATIENCE = (
 
 
 class CellBusy(Busy):
-    """Another process computes this cell."""
+    """A cell that another process computes."""
 
 
 class CellFolder:

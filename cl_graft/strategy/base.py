@@ -359,7 +359,7 @@ class Strategy(BaseTemplate):
         return self.sampling + self.examiner.waiting_seconds
 
     def _show_to_avalanche(self, outcomes: Sequence[Scored]) -> None:
-        """Each example as a two-class problem, 'answered right or not', for Avalanche's own metrics."""
+        """Show each example as a two-class problem, 'answered right or not', to Avalanche's own metrics."""
         right = torch.tensor([o.score >= 0.5 for o in outcomes]).long()
         self.mb_y = torch.ones_like(right)
         self.mb_output = torch.nn.functional.one_hot(right, 2).float()

@@ -76,7 +76,7 @@ class Memory:
         self[kind].see(rows, self.seed)
 
     def tensors(self) -> dict[str, Encoded]:
-        """All of it as `json`, UTF-8 in a uint8 tensor (bytes,)."""
+        """The memory as `json`, UTF-8 in a uint8 tensor (bytes,)."""
         told = {k: {"seen": r.seen, "rows": r.rows} for k, r in sorted(self.kinds.items())}
         text = json.dumps(told, ensure_ascii=False).encode()
         return {"json": exact(torch.frombuffer(bytearray(text), dtype=torch.uint8))}

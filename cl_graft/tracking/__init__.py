@@ -37,7 +37,7 @@ class Tracker(Protocol):
 
 
 def trackers(config: RunConfig, folder: Path, identity: dict[str, Any]) -> Trackers:
-    """All that the config chooses, as one.
+    """All trackers that the config chooses, as one.
 
     folder: the cell's; what they write goes into its `tracking`. identity: what its `cell.json` says.
     """

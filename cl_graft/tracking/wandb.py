@@ -209,7 +209,7 @@ class Wandb:
             self._teardown()
 
     def _teardown(self) -> None:
-        """Also where its process is dead: the next cell needs a new one. A run of the caller's keeps its own."""
+        """End W&B's process, even a dead one: the next cell needs a new one. A run of the caller's keeps its own."""
         import wandb
 
         if not self.others and wandb.run is None:

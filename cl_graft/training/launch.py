@@ -131,7 +131,7 @@ def slots(hostfile: Path) -> int:
 
 
 def command(launch: Launch, work: Path) -> list[str]:
-    """What starts the processes."""
+    """The command that starts the processes."""
     module = ["cl_graft.training.job", str(work.absolute())]
     if launch.hostfile is None:
         each = ["--standalone", f"--nproc_per_node={launch.processes}", "--module"]
@@ -215,7 +215,7 @@ def _wait(
 
 
 def _end(job: subprocess.Popen) -> None:
-    """No process of the job is left."""
+    """End the job, so that no process of it is left."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
         if job.poll() is None:
             with suppress(ProcessLookupError):

@@ -219,7 +219,7 @@ class Stages:
         half: Preference,
         seed: int,
     ) -> Path:
-        """Where the pairs are that a model of this fingerprint samples."""
+        """The file of the pairs that a model of this fingerprint samples."""
         scored = described(task.scorings[0])
         asked = [asdict(half), scored, task.max_new_tokens, [asdict(e) for e in task.train]]
         code = code_digest(preferences, generate, base)

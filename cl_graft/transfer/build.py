@@ -110,7 +110,7 @@ def _identity(config: BuildConfig, prompts: Prompts) -> dict[str, Any]:
 
 
 def _digest(value: Any) -> str:
-    """Not identity.digest, which gives another value than the one in the folders of earlier builds."""
+    """Digest of a build; identity.digest gives another value than the one in the folders of earlier builds."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 

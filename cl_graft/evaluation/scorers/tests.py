@@ -29,7 +29,7 @@ def program_of(answer: str, setup: str = "") -> str:
 
 
 def _programs_at_a_time() -> int:
-    """One a thread of the cell, and one that begins or ends while the others compute."""
+    """The number of programs: one a thread of the cell, and one that begins or ends while the others compute."""
     import torch
 
     return torch.get_num_threads() + 1

@@ -34,7 +34,7 @@ DRIVERS = ("/proc/driver/nvidia", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, an
 
 
 def gpus() -> int:
-    """How many this process may use; without importing torch where no driver is there."""
+    """The number of GPUs that this process may use; without importing torch where no driver is there."""
     if sys.platform == "linux" and not any(map(os.path.exists, DRIVERS)):
         return 0
     import torch
@@ -43,7 +43,7 @@ def gpus() -> int:
 
 
 def default_workers(threads: int) -> int:
-    """One a GPU where there are GPUs, else as many as the cores suffice for."""
+    """The number of workers: one a GPU where there are GPUs, else as many as the cores suffice for."""
     return gpus() or max(1, cores() // threads)
 
 

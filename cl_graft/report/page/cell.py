@@ -26,7 +26,7 @@ LONGEST = 4000  # characters of a text that a page shows
 
 
 def file(reported: ReportedCell, folder: Path) -> Path:
-    """Where its page is."""
+    """The path of a cell's page."""
     return folder / "cells" / f"{reported.path.name}.html"
 
 

@@ -93,7 +93,7 @@ def _named(ranked: RankedLine, parts: list[Any]) -> dict[str, Any]:
 
 
 def cell(reported: ReportedCell) -> dict[str, Any]:
-    """A cell in the list of all."""
+    """The row of a cell in the list of all."""
     told = reported.cell
     done = experiences_done(told)
     return {

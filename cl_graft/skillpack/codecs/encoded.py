@@ -106,7 +106,7 @@ def fields(meta: Meta, *names: str) -> None:
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """`shape`, that of a matrix."""
+    """The shape of a matrix, (rows, cols). Raises ValueError for another."""
     if len(shape) != 2:
         raise ValueError(f"shape {short(shape)} is not that of a matrix.")
     return shape[0], shape[1]

@@ -40,7 +40,7 @@ class MaskCodec(Codec):
         return bits.float().reshape(encoded.shape)
 
     def weight_bits(self, shape: tuple[int, ...], meta: Meta) -> int:
-        """None: a mask keeps no weight."""
+        """No bits: a mask keeps no weight."""
         return 0
 
     def least_bits(self, shape: tuple[int, ...], meta: Meta) -> float:

@@ -202,7 +202,7 @@ def grid_of(q: Quantized) -> Grid:
 
 
 def pack_quantized(q: Quantized) -> Tensor:
-    """All but the scales, as uint8 (grid_of(q).bytes,). Raises ValueError on codes beyond the bits.
+    """Pack all but the scales, as uint8 (grid_of(q).bytes,). Raises ValueError on codes beyond the bits.
 
     The exponent is a byte, not a number in a header, so that no size depends on the data.
     """

@@ -40,7 +40,7 @@ class Quantized:
     exponent: int = 0
 
     def dequantize(self) -> Tensor:
-        """float32 (rows, cols)."""
+        """The matrix that the codes stand for, float32 (rows, cols)."""
         group = torch.arange(self.codes.shape[1], device=self.codes.device) // self.group_size
         steps = self.codes.float() - self.zero.float()[:, group]
         return self.scale.float()[:, group] * steps * 2.0**self.exponent

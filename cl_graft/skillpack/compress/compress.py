@@ -131,7 +131,7 @@ class _Work:
 
 
 def measure(work: _Work) -> dict[str, Profile]:
-    """What every tensor's ranks or entries are worth."""
+    """Measure what every tensor's ranks or entries are worth."""
     profiles: dict[str, Profile] = {}
     total, done = sum(prod(p.shape) for p in work.pieces), 0
     for group in _groups(work):

@@ -2,7 +2,7 @@
 
 The model runs by its own code; only its weights come and go. Each decoder layer, and each module outside the
 layers that has weights of its own, is a unit: entering one drops the weights of the last and loads its own.
-The micro-batches run in lockstep, each in a thread that waits before a unit until the others have come to
+The micro-batches run in turns, each in a thread that waits before a unit until the others have come to
 it, so that a unit is loaded once a pass however many micro-batches there are. Exactly one thread runs at any
 time, in a fixed order. Between units only the micro-batches' hidden states and masks are held.
 """
@@ -264,7 +264,7 @@ class _Loader:
                 module._buffers[attribute] = was
 
 
-# --- forwards in lockstep ---
+# --- forwards in turns ---
 
 
 def _inputs(

@@ -71,7 +71,7 @@ class Folder(MutableMapping[str, Item]):
             return False
 
     def clear(self) -> None:
-        """The folder and all in it."""
+        """Remove the folder and all in it."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _file(self, key: str) -> Path:

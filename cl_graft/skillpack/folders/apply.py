@@ -174,7 +174,7 @@ def _set(config: dict[str, Any], key: str, value: object) -> None:
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, so that -0 is not 0."""
+    """Whether two tensors are the same bit for bit, so that -0 is not 0."""
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 

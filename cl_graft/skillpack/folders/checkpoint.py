@@ -83,7 +83,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json."""
+        """The content of config.json."""
         config = _json(self.folder / "config.json")
         if not isinstance(config, dict):
             raise CheckpointError(
@@ -258,7 +258,7 @@ def write_weights(
 
 
 def write_tensors(path: Path, specs: Specs, fetch: Fetch) -> None:
-    """One safetensors file, with never more than one fetched tensor alive.
+    """Write one safetensors file, with never more than one fetched tensor alive.
 
     Tensors of wide dtypes come first, so that all are aligned; equal ones keep the order of specs.
     """

@@ -19,7 +19,7 @@ __all__ = [
 
 
 class PackNotFound(SkillPackError):
-    """There is no such file."""
+    """A path at which there is no file."""
 
 
 class NotASkillPack(SkillPackError):
@@ -27,7 +27,7 @@ class NotASkillPack(SkillPackError):
 
 
 class TruncatedPack(SkillPackError):
-    """The file ends too early."""
+    """A file that ends too early."""
 
 
 class CorruptPack(SkillPackError):
