@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from cl_graft import __version__
 from cl_graft.task import Example, Pair, Scenario, Task
+from cl_graft.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from cl_graft import __version__, plugins
+from cl_graft import plugins
 from cl_graft.budget import Budget
 from cl_graft.errors import CLGraftError, OverBudget
 from cl_graft.evaluation.examiner import Answered, Examiner, Group, key
@@ -47,6 +47,7 @@ from cl_graft.training.config import Row, StageConfig, jobs
 from cl_graft.training.delta import Delta
 from cl_graft.training.stages import Log, Stages, in_full_precision
 from cl_graft.training.term import Term
+from cl_graft.version import __version__
 
 Keeps = Literal["per_task", "sum", "latest", "merged"]
 ROUTER = "router"  # the shared artefact that tells tasks apart

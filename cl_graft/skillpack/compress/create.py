@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cl_graft import __version__
 from cl_graft.budget import Budget
 from cl_graft.errors import CLGraftError
 from cl_graft.models.meta_model import MetaModel, meta_model
@@ -35,6 +34,7 @@ from cl_graft.skillpack.compress.work_store import Folder, Item
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.skillpack.folders.pair import Pairing, add_rows, pair
 from cl_graft.skillpack.format.write import packed_size, write_pack
+from cl_graft.version import __version__
 
 
 @dataclass(frozen=True)
