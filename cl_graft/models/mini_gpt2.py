@@ -57,7 +57,7 @@ def new_gpt2(spec: ModelRecipe, vocab: int) -> PreTrainedModel:
 
 
 def tokenizer() -> PreTrainedTokenizerBase:
-    """A byte-level tokenizer as GPT-2's: words of the toy language whole, digits one by one, any other text in bytes."""
+    """A byte-level tokenizer as GPT-2's: words of the toy language whole, digits one by one, other text in bytes."""
     from tokenizers import models, pre_tokenizers
 
     words = toy_language.vocabulary()
