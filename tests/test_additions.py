@@ -94,6 +94,7 @@ OTHER = {  # a value that is not the default, where that cannot be told from the
     "train_on": {"math": Path("built")},
     "task_ids": "inferred",
     "scoring": {"number.tolerance": 0.5},
+    "router_options": {"regularisation": 0.5},
     "launch": {"processes": 2},
     "wandb": "off",
     "track": ["csv"],
@@ -105,7 +106,7 @@ def changed(name: str) -> RunConfig:
     default = RunConfig.model_fields[name].default
     plain = {bool: True, int: 7}.get(type(default), "else")
     fields = {"scenario": "mini", "strategy": "lora", name: OTHER.get(name, plain)}
-    return RunConfig(**fields, **({"task_ids": "inferred"} if name == "router" else {}))
+    return RunConfig(**fields, **({"task_ids": "inferred"} if name.startswith("router") else {}))
 
 
 def test_what_decides_the_result_is_in_its_name_and_identity_and_nothing_else_is() -> None:

@@ -245,7 +245,7 @@ def peak_mb(name: str, subject: Subject) -> float:
 
 
 def _peak(name: str, subject: Subject) -> float:
-    import trl  # noqa: F401  so that both hold the same libraries
+    from trl import SFTTrainer  # noqa: F401  so that both hold the same libraries
 
     from cl_graft.store.digests import peak_memory_mb
 

@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import rich.table
@@ -89,7 +89,9 @@ class Table:
 
         grid = RichTable(title=Text(self.title), caption=Text(self.note) if self.note else None)
         for i, column in enumerate(self.columns):
-            grid.add_column(Text(column), justify="right" if i else "left")
+            # folded, since names that lost their ends look alike
+            side: Any = "right" if i else "left"
+            grid.add_column(Text(column), justify=side, overflow="fold")
         for row in self.rows:
             grid.add_row(*map(Text, row))  # Text: brackets in a label are not markup
         return grid

@@ -42,7 +42,7 @@ COST_NOTE = (
 NOTE = (
     "Scores, OP, BWT, FM and the change of general ability in per cent; ± is the standard error "
     f"over seeds, or over test examples where there is one seed. {BYTES_NOTE} Storage: bytes alive over the tasks "
-    f"learned, in per cent of the base model in bf16, as the budget counts. {PROTOCOLS}"
+    f"learned, in per cent of the base model in bf16. {PROTOCOLS}"
 )
 ROUTING_NOTE = (
     " Routing: per cent of the test examples of all tasks that were taken for the task they are of."

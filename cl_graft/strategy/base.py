@@ -18,7 +18,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -42,8 +42,8 @@ from cl_graft.store.digests import digest
 from cl_graft.strategy.context import Context, cost_of
 from cl_graft.strategy.kept import Kept, Tensors
 from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin, check_plugins, drawn
-from cl_graft.task import Scenario, Task
-from cl_graft.training.config import Row, StageConfig, dpo_job, sft_job
+from cl_graft.task import Pair, Preference, Scenario, Task
+from cl_graft.training.config import Row, StageConfig, jobs
 from cl_graft.training.delta import Delta
 from cl_graft.training.stages import Log, Stages, in_full_precision
 from cl_graft.training.term import Term
@@ -129,37 +129,30 @@ class Strategy(BaseTemplate):
 
         Strategies of one sweep that do the very same training share it (training/stages.py).
         """
-        half, seed, begun = task.training.preference, self._stage_seed, perf_counter()
+        seed, begun = self._stage_seed, perf_counter()
 
         def progress(done: float) -> None:
             self.progress(f"training {task.name}", done)
 
-        def run(rows: Sequence[Row], job: StageConfig) -> Path:
-            folder, log = self.stages.run(
-                model,
-                self.tokenizer,
-                self.training_rows(rows, job),
-                job,
-                progress,
-                terms,
-                self.origin,
-            )
-            self.log.add(log)
-            return folder
-
         with in_full_precision(model):
-            folder = run(*sft_job(task, seed))
-            if half:
-                sampled = perf_counter()
-                pairs = task.pairs or self.stages.pairs(
-                    model, self.tokenizer, task, half, seed, self.allow_code
+            for its_rows, job in jobs(task, seed, partial(self._sampled, model, task)):
+                rows = self.training_rows(its_rows, job)
+                folder, log = self.stages.run(
+                    model, self.tokenizer, rows, job, progress, terms, self.origin
                 )
-                self.sampling += perf_counter() - sampled
-                if pairs:
-                    folder = run(*dpo_job(task, pairs, seed))
+                self.log.add(log)
         self._training_wall += perf_counter() - begun
         torch.manual_seed(seed)  # whether training was recalled must not matter from here
         return folder
+
+    def _sampled(self, model: Any, task: Task, half: Preference) -> Sequence[Pair]:
+        """The model's own preference pairs for the task."""
+        begun = perf_counter()
+        pairs = self.stages.pairs(
+            model, self.tokenizer, task, half, self._stage_seed, self.allow_code
+        )
+        self.sampling += perf_counter() - begun
+        return pairs
 
     def training_rows(self, rows: Sequence[Row], job: StageConfig) -> Sequence[Row]:
         """The rows that a stage trains on, given those of its task; a method may put others among them.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
 from cl_graft.config import Launch
 from cl_graft.errors import CLGraftError
-from cl_graft.task import Pair, Task
+from cl_graft.task import Pair, Preference, Task
 
 Row = dict[str, str]  # prompt and completion (sft); prompt, chosen and rejected (dpo)
 
@@ -34,6 +34,19 @@ class StageConfig:
     seed: int
     beta: float = 0.0
     length_normalised: bool = False
+
+
+def jobs(
+    task: Task, seed: int, sample: Callable[[Preference], Sequence[Pair]]
+) -> Iterator[tuple[list[Row], StageConfig]]:
+    """The stages of a task's recipe, rows and config: SFT, then DPO if it has a preference half and there are pairs.
+
+    sample: gives the model's own pairs; asked when SFT is over, and only where the task has none of its own.
+    """
+    yield sft_job(task, seed)
+    half = task.training.preference
+    if half and (pairs := task.pairs or sample(half)):
+        yield dpo_job(task, pairs, seed)
 
 
 def sft_job(task: Task, seed: int) -> tuple[list[Row], StageConfig]:

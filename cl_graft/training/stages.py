@@ -43,7 +43,17 @@ from cl_graft.store.files import (
 from cl_graft.store.locks import locked, use
 from cl_graft.store.mirror import Mirror
 from cl_graft.task import Pair, Preference, Task
-from cl_graft.training import adapters, checkpoint, config, fit, loss, preferences, term, trainer
+from cl_graft.training import (
+    adapters,
+    checkpoint,
+    config,
+    fit,
+    launch,
+    loss,
+    preferences,
+    term,
+    trainer,
+)
 from cl_graft.training.config import Row, StageConfig
 from cl_graft.training.term import Term
 
@@ -116,10 +126,22 @@ class Stages:
             if not is_whole(target):
                 shutil.rmtree(target, ignore_errors=True)
                 work.mkdir(parents=True, exist_ok=True)
+                begun = perf_counter()
                 with new_folder(target) as building:
+                    if self.launch.processes:
+                        given = (model, tokenizer, rows, job, self.launch, work, building)
+                        launch.launched(*given, progress, terms)
+                    else:
+                        fit.fit(
+                            model, tokenizer, rows, job, self.launch, work, None, progress, terms
+                        )
+                    spent = perf_counter() - begun
+                    if self.launch.processes:
+                        checkpoint.load_into(model, building)
+                    else:
+                        checkpoint.save(model, tokenizer, building)
                     about = {"terms": [t.about for t in terms], "origin": origin}
-                    given = (model, tokenizer, rows, job, work, building, progress, terms)
-                    spent = self._train(*given, about)
+                    self._mark(building, work, model, len(rows), job, about)
                 shutil.rmtree(work, ignore_errors=True)
                 if self.mirror:
                     self.mirror.push(target, self._name(target))
@@ -128,35 +150,21 @@ class Stages:
         checkpoint.load_into(model, target)
         return target, self.log(target, waited)
 
-    def _train(
+    def _mark(
         self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: Sequence[Row],
-        job: StageConfig,
-        work: Path,
         building: Path,
-        progress: fit.Progress,
-        terms: Sequence[Term],
+        work: Path,
+        model: nn.Module,
+        rows: int,
+        job: StageConfig,
         about: dict[str, Any],
-    ) -> float:
-        begun = perf_counter()
-        if self.launch.processes:
-            from cl_graft.training.launch import launched
-
-            launched(model, tokenizer, rows, job, self.launch, work, building, progress, terms)
-        else:
-            fit.fit(model, tokenizer, rows, job, self.launch, work, progress=progress, terms=terms)
-        spent = perf_counter() - begun
-        if self.launch.processes:
-            checkpoint.load_into(model, building)
-        else:
-            checkpoint.save(model, tokenizer, building)
+    ) -> None:
+        """Put the log beside the checkpoint, and last the marker that says what made them."""
         shutil.copy(work / fit.LOG, building / fit.LOG)
         flush(building)
         about |= {
             "config": asdict(job),
-            "rows": len(rows),
+            "rows": rows,
             "lines": len(list(read_jsonl(building / fit.LOG))),
             "tokens": read_json(work / fit.TOKENS),
             "weights": fingerprint(model.named_parameters()),
@@ -164,7 +172,6 @@ class Stages:
             "made_by": {"code": training_code(), **versions()},
         }
         write_json(building / MARKER, about)
-        return spent
 
     def log(self, folder: Path, spent: float = 0.0) -> Log:
         """The log of a finished stage, on which this run has spent so many seconds."""

@@ -374,6 +374,17 @@ def test_rich_keeps_brackets_and_prints_every_cell() -> None:
         assert part in text, part
 
 
+def test_names_that_differ_at_their_ends_are_whole_in_a_narrow_terminal() -> None:
+    names = ("magnitude(task_ids=inferred)", "magnitude(task_ids=given)")
+    table = Table("", ("Strategy", *"abcdef"), tuple((name, *["60.0 ± 1.0"] * 6) for name in names))
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(table.rich())
+    first = [
+        line.split("│")[1].strip() for line in console.export_text().splitlines() if "│" in line
+    ]
+    assert "".join(first) == "".join(names)
+
+
 # --- all metrics ------------------------------------------------------------------------------
 
 
