@@ -28,6 +28,7 @@ class agem(Strategy):
     """
 
     keeps = "latest"
+    terms = ("project",)
     budgeted = False
 
     def learn(self, task: Task, context: Context, *, size: int = 500, batch: int = 32) -> Kept:

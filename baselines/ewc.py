@@ -27,6 +27,7 @@ class ewc(Strategy):
     """
 
     keeps = "latest"
+    terms = ("penalty",)
     budgeted = False
 
     def learn(
@@ -53,13 +54,11 @@ class ewc(Strategy):
         tuned = context.dense(self.fine_tune(task, context, terms))
         rows = sft_job(task, self.seed)[0]
         rows = Random(f"fisher/{self.seed}/{seen}").sample(rows, min(samples, len(rows)))
-        importance = fisher(self.model, tokens(context.tokenizer, rows, task.training.max_length))
+        new = fisher(self.model, tokens(context.tokenizer, rows, task.training.max_length))
         if variant == "online" and seen:
-            importance = {
-                n: f + gamma * kept["fisher-0"][n].to(f.device) for n, f in importance.items()
-            }
+            new = {n: f + gamma * kept["fisher-0"][n].to(f.device) for n, f in new.items()}
         here = {n: exact(p) for n, p in weights.items()}
-        return Kept(tuned, self._shared({n: exact(f) for n, f in importance.items()}, here))
+        return Kept(tuned, self._shared({n: exact(f) for n, f in new.items()}, here))
 
     def _shared(self, fisher: Tensors, anchor: Tensors) -> dict[str, Tensors]:
         if self.options["variant"] == "online":

@@ -24,6 +24,7 @@ class lwf(Strategy):
     """
 
     keeps = "latest"
+    terms = ("penalty",)
     budgeted = False
 
     def learn(

@@ -25,6 +25,7 @@ class o_lora(Strategy):
     """
 
     keeps = "sum"
+    terms = ("penalty",)
 
     def learn(
         self,

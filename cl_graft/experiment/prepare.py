@@ -78,6 +78,10 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
             raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
     strategy_class = plugins.load("strategy", config.strategy)
     _require_strategy(strategy_class, config.strategy)
+    if config.launch.processes:
+        from cl_graft.training import term
+
+        term.check(strategy_class.terms, config.launch, f"the strategy {strategy_name!r}")
     given = config.options.get(strategy_name, {})
     return strategy_class, plugins.check_options("strategy", strategy_name, strategy_class, given)
 

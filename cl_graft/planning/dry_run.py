@@ -19,7 +19,7 @@ from cl_graft.training import checkpoint
 from cl_graft.training.config import Row, StageConfig, accumulation, dpo_job, sft_job
 from cl_graft.training.fit import encoded, fit, lengths, tokens_of_a_step
 from cl_graft.training.stages import MARKER, Log, stage_key
-from cl_graft.training.term import Term, check
+from cl_graft.training.term import Term
 from cl_graft.training.zero import BUCKET
 
 if TYPE_CHECKING:
@@ -118,7 +118,6 @@ class DryRun:
         lora = model.peft_config["default"] if checkpoint.is_adapted(model) else None
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.adapter = (lora, trained)
-        check(terms, self.stages.launch)
         if any(x.is_meta for term in terms for x in term.state.values()):
             self.exact = False
         told = [(t.name, t.kind, dict(t.options)) for t in terms]  # their tensors are not known

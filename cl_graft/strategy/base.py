@@ -57,13 +57,16 @@ class Strategy(BaseTemplate):
     """A continual-learning method, driven like any Avalanche strategy: `train(experience)`, `eval(stream)`.
 
     A method says what it keeps in `learn`; its options are the keyword-only arguments of that function.
-    budgeted: False for references that are allowed any size. stages, outcomes: where what was trained and measured is
-    kept; without them, as long as the strategy lives. router: infers the task of a prompt, which is else given.
+    terms: kinds of terms that it adds to training, so that a launch which cannot carry them is refused before anything
+    starts. budgeted: False for references that are allowed any size. stages, outcomes: where what was trained and
+    measured is kept; without them, as long as the strategy lives. router: infers the task of a prompt, which is else
+    given.
     """
 
     PLUGIN_CLASS = SupervisedPlugin
     keeps: ClassVar[Keeps] = "per_task"
     budgeted: ClassVar[bool] = True
+    terms: ClassVar[tuple[Literal["penalty", "project"], ...]] = ()
     function: ClassVar[Callable[..., Any]]  # whose keyword-only arguments are the options
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -130,6 +133,11 @@ class Strategy(BaseTemplate):
 
         Strategies of one sweep that do the very same training share it (training/stages.py).
         """
+        if undeclared := {term.kind for term in terms} - {*self.terms}:
+            raise CLGraftError(
+                f"{type(self).__name__} adds a term of kind {min(undeclared)!r} that it does not declare; write "
+                f"terms = ({min(undeclared)!r},) in its class."
+            )
         seed, begun = self._stage_seed, perf_counter()
 
         def progress(done: float) -> None:

@@ -114,7 +114,7 @@ class Stages:
         of its own beside; stages with another are not shared. The log is the one of the run that did the work, so
         that costs are those of training, shared or not. Raises CLGraftError for terms that the launch cannot carry.
         """
-        term.check(terms, self.launch)
+        term.check({t.kind for t in terms}, self.launch, ", ".join(t.name for t in terms))
         start = fingerprint(model.named_parameters())
         key = stage_key(start, tokenizer, rows, job, terms, origin)
         target, begun = self.folder / "stages" / key, perf_counter()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -125,19 +125,17 @@ class Term:
         }
 
 
-def check(terms: Sequence[Term], launch: Launch) -> None:
-    """Raises CLGraftError, before anything starts, for terms that cannot act in such a launch."""
-    named = ", ".join(t.name for t in terms)
-    if terms and launch.processes and launch.zero == 3:
+def check(kinds: Collection[str], launch: Launch, whose: str) -> None:
+    """Raises CLGraftError for kinds of terms that cannot act in such a launch. whose: what uses them, for the error."""
+    if kinds and launch.processes and launch.zero == 3:
         raise CLGraftError(
-            f"the terms {named} need whole parameters and gradients, and ZeRO-3 leaves a part of each with a "
+            f"{whose} needs whole parameters and gradients in training, and ZeRO-3 leaves a part of each with a "
             "process; launch with zero=2."
         )
-    projects = ", ".join(t.name for t in terms if t.kind == "project")
-    if projects and launch.processes and launch.offload:
+    if "project" in kinds and launch.processes and launch.offload:
         raise CLGraftError(
-            f"{projects} changes gradients, whose norm DeepSpeed has already taken where the optimizer is "
-            "offloaded; launch with offload=false."
+            f"{whose} changes gradients, whose norm DeepSpeed has already taken where the optimizer is offloaded; "
+            "launch with offload=false."
         )
 
 

@@ -15,6 +15,7 @@ from cl_graft.errors import CLGraftError
 from cl_graft.models.load import load
 from cl_graft.skillpack.format.file import fingerprint
 from cl_graft.store.files import read_jsonl
+from cl_graft.stream import benchmark
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training import term
 from cl_graft.training.config import dpo_job, order, sft_job
@@ -388,3 +389,32 @@ def test_two_processes_under_zero_2_add_and_project_what_one_does(plugin, tmp_pa
             assert theirs[column] == pytest.approx(line[column], rel=1e-3), column
     frozen = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(alone[frozen], start[frozen]) and not torch.equal(alone[NAME], start[NAME])
+
+
+@pytest.mark.parametrize("name", ["ewc", "agem", "lwf", "o_lora"])
+def test_a_method_with_terms_is_refused_under_zero_3_before_its_cell_begins(name, tmp_path, call):
+    words = [
+        "run",
+        "--scenario",
+        "mini",
+        "--strategy",
+        name,
+        "--model",
+        "nano-llama",
+        "--wandb",
+        "off",
+    ]
+    words += ["--out", tmp_path / "out", "--allow-code-execution"]
+    done = call(*words, "--launch", "processes=2,zero=3")
+    assert done.code == 1 and f"strategy '{name}'" in done.err and "zero=2" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_term_that_a_method_does_not_declare_is_an_error(build, tiny_scenario):
+    """Else the launch that cannot carry it would be found out when the first task is learned already."""
+    strategy = build("lwf")
+    strategy.terms = ()
+    stream = benchmark(tiny_scenario).train_stream
+    strategy.train(stream[0], eval_streams=[])
+    with pytest.raises(CLGraftError, match="declare.*penalty"):
+        strategy.train(stream[1], eval_streams=[])
