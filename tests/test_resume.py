@@ -384,12 +384,12 @@ def mount(*arguments: str) -> bool:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 544 KiB: room for the training of two tasks, but for one pack only."""
+    """A file system of 600 KiB: room for the training of two tasks, but for one pack only."""
     folder = tmp_path / "small"
     folder.mkdir()
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("only root may mount a small file system")
-    if not mount("-t", "tmpfs", "-o", "size=1250k", "none", str(folder)):
+    if not mount("-t", "tmpfs", "-o", "size=600k", "none", str(folder)):
         pytest.skip("this system lets not even root mount a file system")
     try:
         yield folder
