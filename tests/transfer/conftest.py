@@ -14,6 +14,7 @@ import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerBase
 
 from cl_graft.models import embedded, mini_gpt2
+from cl_graft.models.recipe import ModelRecipe
 from tests.command import Call
 
 QUESTIONS = [f"Q: Copy {letter}.\nA: " for letter in "abcdefghijklmnopqrstuvwxyz"]
@@ -31,7 +32,7 @@ def trained(
     """A GPT-2 that answers every question with one of these words at random."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    spec = embedded.Spec("", 32, 1, 2, 64, 150, 1e-2, family="gpt2")
+    spec = ModelRecipe("", 32, 1, 2, 64, 150, 1e-2, family="gpt2")
     model = mini_gpt2.new_gpt2(spec, len(tokenizer))
 
     def batches() -> Iterator[list[tuple[str, str]]]:
