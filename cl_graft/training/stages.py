@@ -11,6 +11,7 @@ folder appears whole or not at all, and may be deleted at any time: what is miss
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -142,11 +143,11 @@ class Stages:
                         checkpoint.save(model, tokenizer, building)
                     about = {"terms": [t.about for t in terms], "origin": origin}
                     self._mark(building, work, model, len(rows), job, about)
-                shutil.rmtree(work, ignore_errors=True)
+                _discard(work)
                 if self.mirror:
                     self.mirror.push(target, self._name(target))
                 return target, self.log(target, waited + spent)
-            shutil.rmtree(work, ignore_errors=True)  # of one that was killed before it could
+            _discard(work)  # of one that was killed before it could
         checkpoint.load_into(model, target)
         return target, self.log(target, waited)
 
@@ -225,6 +226,15 @@ class Stages:
         code = code_digest(preferences, generate, base)
         key = digest(start, vocabulary(tokenizer), asked, seed, place(), code, versions())
         return self.folder / "pairs" / f"{key}.jsonl"
+
+
+def _discard(work: Path) -> None:
+    """Remove step checkpoints, out of sight at once: what is half removed must not be gone on from."""
+    gone = work.with_name(f".{work.name}.gone.tmp")
+    shutil.rmtree(gone, ignore_errors=True)  # of one that was killed in here
+    if work.is_dir():
+        os.replace(work, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def is_whole(folder: Path) -> bool:

@@ -326,3 +326,26 @@ def test_a_stage_that_was_half_fetched_is_fetched_to_its_end(nano, tmp_path, mon
     stages = Stages(tmp_path / "two", mirror=Mirror((tmp_path / "copy").as_uri()))
     stages.run(model, tokenizer, *sft_job(TASK, 0))
     assert fingerprint(model.named_parameters()) == fingerprint(nano[0].named_parameters())
+
+
+def test_step_checkpoints_are_gone_at_once_so_that_no_half_of_them_is_gone_on_from(
+    tmp_path, monkeypatch
+):
+    """A kill while they are removed leaves nothing under the name that the next run looks at; it removes the rest."""
+    work = tmp_path / "key.work"
+    (work / "checkpoint-6").mkdir(parents=True)
+    (work / "checkpoint-6" / fit.WHOLE).touch()
+    rmtree, calls = stages.shutil.rmtree, []
+
+    def killed(path, ignore_errors=False):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rmtree(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(stages.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stages._discard(work)
+    assert not work.exists() and [p.name for p in tmp_path.iterdir()] == [".key.work.gone.tmp"]
+    stages._discard(work)
+    assert not any(tmp_path.iterdir())
