@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+LONGEST = 255  # bytes of a name on the file systems there are
 Write = Callable[[bytes | memoryview, int], None]  # the bytes, and where they go in the file
 
 
@@ -32,7 +33,10 @@ def replacing(path: Path, refusal: Callable[[OSError], Exception]) -> Iterator[W
                 done = os.pwrite(descriptor, data, at)
                 data, at = data[done:], at + done
 
-    sibling = path.parent / f".{secrets.token_hex(8)}.tmp"
+    # under the name of its target, by which it is found and removed after a kill, unless that is too long
+    token = secrets.token_hex(8)
+    name = f".{path.name}.{token}.tmp"
+    sibling = path.parent / (name if len(os.fsencode(name)) <= LONGEST else f".{token}.tmp")
     try:
         with explained():
             descriptor = os.open(sibling, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

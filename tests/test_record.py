@@ -324,3 +324,27 @@ def test_cells_are_found_below_a_folder(tmp_path: Path) -> None:
 def test_a_folder_without_cells_is_refused(tmp_path: Path) -> None:
     assert "holds no cell" in refusal(lambda: record.cells(tmp_path))
     assert "there is no folder" in refusal(lambda: record.cells(tmp_path / "none"))
+
+
+def test_what_a_killed_write_leaves_bears_the_name_of_its_target(tmp_path: Path) -> None:
+    """By that name the next that locks the target finds and removes it; a name at the limit still is written."""
+    from cl_graft.atomic import replacing
+    from cl_graft.store.locks import locked
+
+    class Killed(BaseException):
+        pass
+
+    target, unlink = tmp_path / "outcomes.jsonl", Path.unlink
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+        with pytest.raises(Killed), replacing(target, lambda error: error):
+            raise Killed
+    assert Path.unlink is unlink
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".outcomes.jsonl.") and left.suffix == ".tmp"
+    with locked(target):
+        assert not left.exists()
+    longest = tmp_path / ("x" * 255)
+    with replacing(longest, lambda error: error) as write:
+        write(b"whole", 0)
+    assert longest.read_bytes() == b"whole"
