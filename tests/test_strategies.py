@@ -235,3 +235,24 @@ def test_sft_then_dpo_trains_on_pairs_that_the_model_itself_sampled(build, tiny_
     accuracies = [x for x in with_dpo.log.losses if "rewards/accuracies" in x]
     assert accuracies, "no preference pair was found"
     assert with_dpo.packs[0].digest != plain.packs[0].digest
+
+
+def test_from_train_to_the_optimizers_loop_there_are_six_steps_at_most(
+    build, tiny_scenario, monkeypatch
+):
+    """Functions of ours on the way, and the library's own `train` at the end of it."""
+    from transformers import Trainer
+
+    way, train = [], Trainer.train
+
+    def seen(self, *given, **named):
+        frame = sys._getframe(1)
+        while frame is not None:
+            if "/cl_graft/" in frame.f_code.co_filename:
+                way.append(frame.f_code.co_name)
+            frame = frame.f_back
+        return train(self, *given, **named)
+
+    monkeypatch.setattr(Trainer, "train", seen)
+    build("individual").train(benchmark(tiny_scenario).train_stream[0], eval_streams=[])
+    assert way[::-1] == ["_train_exp", "learn", "teach", "run", "fit"]
