@@ -248,7 +248,9 @@ class Strategy(BaseTemplate):
 
     def _pack(self, task: Task, tensors: Tensors, method: str = "") -> SkillPack:
         return SkillPack(
-            tensors=tensors,
+            tensors=dict(
+                sorted(tensors.items())
+            ),  # as a file gives them back: sums go by this order
             task=task.name,
             method=method or type(self).__name__,
             options=self.options,
@@ -321,7 +323,7 @@ class Strategy(BaseTemplate):
         self.restore_base()
         if self.budgeted:
             context.require_fit(kept.own)
-        self.packs.append(replace(context.header, tensors=kept.own))
+        self.packs.append(self._pack(task, kept.own))
         for name, tensors in kept.shared.items():
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == ROUTER:
                 raise CLGraftError(
