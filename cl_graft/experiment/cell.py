@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -15,6 +15,7 @@ from cl_graft.config import RunConfig
 from cl_graft.evaluation.scores import by_metric, cells
 from cl_graft.experiment import identity
 from cl_graft.experiment.executors import CellProgress
+from cl_graft.experiment.outcomes import example_lines, restore
 from cl_graft.experiment.prepare import prepare, strategy_of
 from cl_graft.models.load import locate
 from cl_graft.skillpack.format.errors import SkillPackError
@@ -26,14 +27,13 @@ from cl_graft.store.digests import (
     peak_memory_mb,
     versions,
 )
-from cl_graft.store.files import RecordError, read_json, read_jsonl, refused, write_json
+from cl_graft.store.files import read_json, refused, write_json
 from cl_graft.store.mirror import mirror_of
 from cl_graft.store.record import CellFolder
 from cl_graft.store.result import collect
 from cl_graft.task import Scenario
 
 if TYPE_CHECKING:
-    from cl_graft.evaluation.scorers import Scored
     from cl_graft.skillpack.format.file import SkillPack
     from cl_graft.strategy.base import Strategy
     from cl_graft.tracking import Trackers
@@ -160,7 +160,7 @@ def _experiences(
     begun: float,
 ) -> None:
     """begun: when the cell was, by `perf_counter`; what it took to load counts with the first experience."""
-    done = _restore(folder, strategy)
+    done = restore(folder, strategy)
     for record in done:
         tracker.experience(record)
     tasks = strategy.scenario.tasks
@@ -179,7 +179,7 @@ def _experiences(
         scored, outcomes = _evaluate(strategy, stream)
         about = {"experience": experience, "task": task.name if task else None}
         record = {**about, **scored, **kept, **costs.record()}
-        folder.write_experience(experience, _example_lines(outcomes, strategy), record)
+        folder.write_experience(experience, example_lines(outcomes, strategy), record)
         folder.keep_shared(kept["shared"])
         tracker.experience(record)
         if strategy.stages.mirror:
@@ -284,93 +284,3 @@ def _forwards(progress: CellProgress) -> CellProgress:
         progress(what, furthest)
 
     return report
-
-
-def _restore(folder: CellFolder, strategy: Strategy) -> list[dict[str, Any]]:
-    """Give the strategy its packs and outcomes back; returns the records of the experiences that are whole."""
-    from cl_graft.skillpack.format.file import SkillPack
-
-    scenario, records = strategy.scenario, folder.experiences()
-    for record in records:
-        if record["task"]:
-            pack = SkillPack.load(
-                folder.pack_path(record["experience"], record["task"]), base=strategy.grafted.base
-            )
-            if pack.digest != record["pack"]:
-                raise RecordError(
-                    f"{folder.path}: the pack of experience {record['experience']} is not the one that its "
-                    "experience.json names; delete that experience's folder and the later ones to compute them anew."
-                )
-            strategy.packs.append(pack)
-        outcomes = _outcomes(folder, record, scenario)
-        measured = strategy.examiner.measured
-        for name, packs in record["active"].items():
-            measured[(name, *packs)] = outcomes[name]
-        if scenario.general and record["general"]:
-            key = (scenario.general.name, *record["general_active"])
-            measured[key] = outcomes[f"general:{scenario.general.name}"]
-    if records:
-        _restore_shared(folder, strategy, records[-1]["shared"])
-    return records
-
-
-def _restore_shared(folder: CellFolder, strategy: Strategy, shared: Mapping[str, Any]) -> None:
-    """Give the strategy the artefacts back that its tasks shared after the last whole experience."""
-    from cl_graft.skillpack.format.file import SkillPack
-
-    for name, told in shared.items():
-        file = folder.shared_path(told["experience"], name)
-        strategy.shared[name] = SkillPack.load(file, base=strategy.grafted.base)
-        if strategy.shared[name].digest != told["pack"]:
-            raise RecordError(
-                f"{file} is not the artefact that the record of the last experience names; "
-                "delete that experience's folder and the later ones to compute them anew."
-            )
-    folder.keep_shared(shared)
-
-
-def _outcomes(
-    folder: CellFolder, record: dict[str, Any], scenario: Scenario
-) -> dict[str, dict[str, list[Scored]]]:
-    """{task: {metric: outcomes}} of a whole experience. Raises RecordError where some are missing."""
-    from cl_graft.evaluation.scorers import Scored
-
-    file = folder.experience_path(record["experience"]) / "examples.jsonl"
-    outcomes: dict[str, dict[str, list[Scored]]] = {}
-    for line in read_jsonl(file):
-        scored = Scored(line["score"], line["answer"], line["note"])
-        outcomes.setdefault(line["task"], {}).setdefault(line["metric"], []).append(scored)
-    of_tasks = {t: metrics for t, metrics in outcomes.items() if not t.startswith("general:")}
-    general = [metrics for t, metrics in outcomes.items() if t.startswith("general:")]
-    try:
-        scored_again: Any = (
-            by_metric(of_tasks, scenario.tasks),
-            cells(general[0], scenario.general.suites) if scenario.general and general else None,
-        )
-    except (ValueError, KeyError):  # lines are missing, doubled, or of another task
-        scored_again = None
-    if scored_again != (record["scores"], record["general"]):
-        raise RecordError(
-            f"{file} does not hold the outcomes that its experience.json was made of; "
-            "delete that experience's folder and the later ones to compute them anew."
-        )
-    return outcomes
-
-
-def _example_lines(
-    results: dict[str, dict[str, list[Scored]]], strategy: Strategy
-) -> list[dict[str, Any]]:
-    """One line an outcome. taken_for: the task that the example was answered as, where that makes a difference."""
-    return [
-        {"task": task, "metric": metric, "index": i, **asdict(outcome), **taken}
-        for task, metrics in results.items()
-        for metric, outcomes in metrics.items()
-        for i, (outcome, taken) in enumerate(
-            zip(outcomes, _taken(strategy, task, len(outcomes)), strict=True)
-        )
-    ]
-
-
-def _taken(strategy: Strategy, task: str, count: int) -> list[dict[str, Any]]:
-    names = strategy.answered[task.removeprefix("general:")].names
-    return [{"taken_for": name} for name in names] if names else [{}] * count
