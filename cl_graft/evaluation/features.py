@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BATCH = 64
+from cl_graft.evaluation.generate import BATCH
+from cl_graft.skillpack.compress.text import padded
 
 
 class Features:
@@ -33,12 +34,9 @@ class Features:
     def _read(self, prompts: list[str]) -> Tensor:
         self.model.eval()
         rows = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
-        ids = torch.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(rows):  # on the right, where causal attention never looks
-            ids[index, : len(row)] = torch.tensor(row)
-            mask[index, : len(row)] = 1
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        # on the right, where causal attention never looks
+        batch = padded([(row, len(row)) for row in rows], self.tokenizer.pad_token_id)
+        ids, mask = (batch[k].to(self.model.device) for k in ("input_ids", "attention_mask"))
         output = self.model(
             input_ids=ids, attention_mask=mask, output_hidden_states=True, logits_to_keep=1
         )

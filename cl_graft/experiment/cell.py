@@ -196,11 +196,11 @@ def _kept(
     """
     pack = strategy.packs[-1]
     size = _saved(pack, folder.new_pack_path(experience, pack.task))
-    shared = {}
+    shared, told = {}, folder.experiences()[-1]["shared"] if before else {}
     for name, artefact in strategy.shared.items():
         number = experience
         if before.get(name) is artefact:
-            number = folder.experiences()[-1]["shared"][name]["experience"]
+            number = told[name]["experience"]
         else:
             _saved(artefact, folder.new_shared_path(experience, name))
         shared[name] = {"experience": number, "pack": artefact.digest, "bytes": artefact.nbytes}

@@ -241,16 +241,15 @@ class Strategy(BaseTemplate):
         prompts = self.router.sample([e.prompt for e in task.train], self.seed)
         state = self.router.update(self._router_state, self._features(prompts), len(self.packs))
         tensors = {name: exact(value) for name, value in state.items()}
-        self.shared[ROUTER] = self._pack(task, tensors, f"{type(self.router).__name__}")
+        self.shared[ROUTER] = self._pack(task, tensors, type(self.router).__name__)
         self._seconds["compress"] += perf_counter() - begun
 
     # --- learning a task ---
 
     def _pack(self, task: Task, tensors: Tensors, method: str = "") -> SkillPack:
+        in_order = dict(sorted(tensors.items()))  # as a file gives them back: sums go by it
         return SkillPack(
-            tensors=dict(
-                sorted(tensors.items())
-            ),  # as a file gives them back: sums go by this order
+            tensors=in_order,
             task=task.name,
             method=method or type(self).__name__,
             options=self.options,
@@ -353,9 +352,8 @@ class Strategy(BaseTemplate):
         names = self.scenario.task_names if self.keeps == "per_task" else ()
         self.answered[task.name] = Answered(key(task, groups)[1:], groups, names)
         outcomes = self.examiner.measure(task, groups, len(self.packs))
-        if (
-            not self.current_eval_stream
-        ):  # within an evaluation the next task may be answered by the same weights
+        # within an evaluation the next task may be answered by the same weights
+        if not self.current_eval_stream:
             self.grafted.unload()
         return outcomes
 
