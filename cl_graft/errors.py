@@ -11,12 +11,17 @@ class CLGraftError(Exception):
 
 
 class UnknownName(CLGraftError):
-    """A name that nothing answers to; the message offers the nearest ones."""
+    """A name that nothing answers to; the message offers the nearest ones.
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]):
-        known = sorted(known)
+    other: what else than a known name could be given, in words.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], other: str = ""):
+        known = sorted({*known} - {name})  # it may be known to another kind
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}."
+        hint = f"did you mean {' or '.join(close)}?"
+        if not close:
+            hint = f"known: {', '.join(known) or 'none'}{other and f'; or give {other}'}."
         super().__init__(f"there is no {kind} named {name!r}; {hint}")
         self.kind, self.name, self.known = kind, name, known
 

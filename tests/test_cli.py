@@ -203,12 +203,19 @@ def test_a_run_ends_with_the_table_and_where_everything_is(finished: Finished) -
 @pytest.mark.slow
 def test_progress_goes_to_stderr_and_never_back(finished: Finished) -> None:
     lines = finished.said.stderr.splitlines()
-    assert all(line.startswith("[") and "%] graftllm: " in line for line in lines), lines
-    done = [int(line[1:5].strip(" %")) for line in lines]
-    assert done == sorted(done)
-    told = [line.partition(": ")[2] for line in lines]
+    shape = r"\d\d:\d\d:\d\d \[ *(\d+)%\] \d of 1 cells, .+ left.*; mini__\S+: (.+)"
+    found = [re.fullmatch(shape, line) for line in lines]
+    assert all(found), lines
+    done = [int(match[1]) for match in found if match]
+    assert done == sorted(done) and done[-1] == 100
+    told = [match[2] for match in found if match]
+    told = [words for words in told if not words.startswith("preparing ")]  # where none is cached
     assert told[:2] == ["loading the model", "evaluating the base model"]
-    assert {f"training {task}" for task in TASKS} <= set(told)
+    for task in TASKS:
+        assert f"training {task}, step 1 of 8" in told
+        assert any(
+            re.fullmatch(rf"trained {task}, step 8 of 8, loss [\d.]+", words) for words in told
+        )
 
 
 @pytest.mark.slow
@@ -359,7 +366,7 @@ def test_a_name_or_value_that_is_wrong(
 def assert_told(done: Done, *words: str) -> None:
     """The same after progress: the last line is the sentence."""
     *progress, last = done.err.splitlines(keepends=True)
-    assert all(line.startswith("[") for line in progress)
+    assert all(re.match(r"\d\d:\d\d:\d\d \[", line) for line in progress)
     assert_refused(Done(done.code, done.out, last), *words)
 
 

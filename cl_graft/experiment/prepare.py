@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from cl_graft.budget import Budget
 from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.evaluation.scorers import require_consents, resolved
+from cl_graft.experiment import early
 from cl_graft.store.digests import digest
 from cl_graft.store.mirror import mirror_of
 from cl_graft.task import Scenario
@@ -24,25 +25,31 @@ if TYPE_CHECKING:
 
 
 def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]]:
-    """Find and check everything a run names, before anything is computed."""
+    """Find and check everything a run names, before anything is computed; what costs least to check comes first."""
+    early.check([config])
     scenario = _scenario(config)
     _launch(config.launch, scenario)
     return scenario, *_strategy(config)
 
 
 def check(cells: Iterable[RunConfig]) -> None:
-    """Raise what `prepare` would for any of the cells, and for their models, mirrors and launches.
+    """Raise what `prepare` would for any of the cells, and for their mirrors and launches.
+
+    What costs least to check comes first.
+    """
+    cells = list(cells)
+    check_data(cells)
+    check_methods(cells)
+
+
+def check_data(cells: Sequence[RunConfig]) -> None:
+    """The part of `check` that needs no library of models: plain values and names, scenarios, consents, launches.
 
     A scenario that cells share is made once.
     """
-    from cl_graft.models import load
-
+    early.check(cells)
     made = set()
     for config in cells:
-        _strategy(config)
-        load.check(config.model)
-        if mirror := mirror_of(config):
-            mirror.check()
         name = config.short(config.scenario)
         told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
         chosen = [config.options.get(name), config.scoring]
@@ -50,6 +57,14 @@ def check(cells: Iterable[RunConfig]) -> None:
         if scenario not in made:
             _launch(config.launch, _scenario(config))
             made.add(scenario)
+
+
+def check_methods(cells: Sequence[RunConfig]) -> None:
+    """The rest of `check`: mirrors, and strategies with their options."""
+    for config in cells:
+        if mirror := mirror_of(config):
+            mirror.check()
+        _strategy(config)
 
 
 def _launch(launch: Launch, scenario: Scenario) -> None:
@@ -66,16 +81,9 @@ def _launch(launch: Launch, scenario: Scenario) -> None:
 
 
 def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
-    """Class and options of the strategy; the config's plain values are checked, too."""
-    Budget(config.budget, 10**9)
-    if not 0 <= config.seed < 2**31:
-        raise CLGraftError(f"seed {config.seed} is out of range; choose one from 0 to {2**31 - 1}.")
+    """Class and options of the strategy; the router is checked, too."""
     router_of(config)
-    scenario_name, strategy_name = config.short(config.scenario), config.short(config.strategy)
-    known = (*plugins.names("strategy"), *plugins.names("scenario"))
-    for owner in config.options:
-        if owner not in (scenario_name, strategy_name, *known):
-            raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
+    strategy_name = config.short(config.strategy)
     strategy_class = plugins.load("strategy", config.strategy)
     _require_strategy(strategy_class, config.strategy)
     if config.launch.processes:
@@ -91,11 +99,12 @@ def scenario_of(config: RunConfig) -> Scenario:
     name = config.short(config.scenario)
     make = plugins.load("scenario", config.scenario)
     chosen = plugins.check_options("scenario", name, make, config.options.get(name, {}))
-    scenario = make(seed=config.seed, data_dir=config.data_dir, **chosen)
+    with plugins.authored(f"the scenario {config.scenario}"):
+        scenario = make(seed=config.seed, data_dir=config.data_dir, **chosen)
     if not isinstance(scenario, Scenario):
         raise CLGraftError(
-            f"{config.scenario} is not a scenario: its function returns {type(scenario).__name__}; "
-            "return a cl_graft.task.Scenario."
+            f"{plugins.line_of(make, config.scenario)}: {name} is not a scenario: its function returns "
+            f"{type(scenario).__name__}; return a cl_graft.task.Scenario."
         )
     scenario, used = resolved(scenario, config.scenario, config.scorers)
     for owner in config.scorers:

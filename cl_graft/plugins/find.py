@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.plugins.authors import reason
 from cl_graft.store import source_files
 
 PACKAGE = Path(__file__).parents[1]
@@ -126,8 +127,16 @@ def about(kind: str, name: str) -> str:
 
 
 def origin(kind: str, name: str) -> str:
-    """Where the plug-in comes from: a file of ours, a package with its version, or a file of the user's."""
+    """Where the plug-in comes from: a file of ours, a package with its version, or a file of the user's.
+
+    Raises UnknownName, or CLGraftError for a file that is not there.
+    """
     return _place(kind, name).origin
+
+
+def file_of(kind: str, name: str) -> Path:
+    """The file that defines the plug-in; nothing is imported. Raises as `origin`."""
+    return _place(kind, name).file
 
 
 def sources(kind: str, name: str) -> dict[str, str]:
@@ -340,8 +349,7 @@ def _importing(what: str) -> Iterator[None]:
     except CLGraftError:
         raise
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}".strip().split("\n", 1)[0]
-        raise CLGraftError(f"{what} does not import ({reason}); mend it.") from error
+        raise CLGraftError(f"{what} does not import ({reason(error)}); mend it.") from error
 
 
 def _object(module: ModuleType, kind: str, name: str) -> Any:

@@ -43,7 +43,7 @@ from cl_graft.strategy.context import Context, cost_of
 from cl_graft.strategy.kept import Kept, Tensors
 from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin, check_plugins, drawn
 from cl_graft.task import Pair, Preference, Scenario, Task
-from cl_graft.training.config import Row, StageConfig, jobs
+from cl_graft.training.config import Row, StageConfig, at_step, jobs
 from cl_graft.training.delta import Delta
 from cl_graft.training.stages import Log, Stages, in_full_precision
 from cl_graft.training.term import Term
@@ -104,7 +104,7 @@ class Strategy(BaseTemplate):
         )
         self.answered: dict[str, Answered] = {}
         self.features = Features(model, tokenizer)
-        self.progress: Callable[[str, float], None] = lambda what, done: None
+        self.progress: Callable[..., None] = lambda what, done, at="": None
         self._seconds: dict[str, float] = {"train": 0.0, "compress": 0.0}
         self.log = Log()
         self.sampling = 0.0  # seconds of sampling preference pairs
@@ -140,8 +140,8 @@ class Strategy(BaseTemplate):
             )
         seed, begun = self._stage_seed, perf_counter()
 
-        def progress(done: float) -> None:
-            self.progress(f"training {task.name}", done)
+        def progress(done: float, at: str) -> None:
+            self.progress(f"training {task.name}", done, at)
 
         with in_full_precision(model):
             for its_rows, job in jobs(task, seed, partial(self._sampled, model, task)):
@@ -150,6 +150,8 @@ class Strategy(BaseTemplate):
                     model, self.tokenizer, rows, job, progress, terms, self.origin
                 )
                 self.log.add(log)
+                at = at_step(job.steps, job.steps, log.losses[-1]["loss"] if log.losses else None)
+                self.progress(f"trained {task.name}", 1.0, at)
         self._training_wall += perf_counter() - begun
         torch.manual_seed(seed)  # whether training was recalled must not matter from here
         return folder

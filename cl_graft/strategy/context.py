@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,6 @@ from cl_graft.skillpack.compress.text import padded
 from cl_graft.skillpack.format.file import SkillPack, packed_size
 from cl_graft.task import Task
 from cl_graft.training.delta import Delta
-from cl_graft.training.fit import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +56,7 @@ class Context:
     budget: Budget
     seed: int
     header: SkillPack  # the pack to be, without tensors: what its header costs
-    progress: Progress = field(default=lambda done: None)
+    progress: Callable[[float], None] = field(default=lambda done: None)
 
     @cached_property
     def roles(self) -> dict[str, Role]:

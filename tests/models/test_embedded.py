@@ -310,7 +310,7 @@ def test_a_hub_id_and_a_folder_are_taken_as_they_are(made: Path) -> None:
     assert locate("owner/model") == "owner/model"
     assert locate(str(made)) == str(made)
     for path in ("./owner/model", "/no/such/folder", "../model"):
-        assert "no model named" in one_sentence(lambda p=path: locate(p), UnknownName)
+        assert f"there is no folder {path}" in one_sentence(lambda p=path: locate(p))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
