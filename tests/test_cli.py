@@ -228,6 +228,43 @@ def test_a_run_that_is_done_shows_its_table_again_and_does_nothing(
     assert files(finished.out) == before
 
 
+@pytest.mark.slow
+def test_a_torn_result_is_made_anew_by_the_same_command(
+    finished: Finished, call: Call, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(finished.out, tmp_path / "out"))
+    result = out / finished.cell.name / "result.json"
+    whole = result.read_text()
+    result.write_text(whole[:100])
+    assert "; run the same command again to make it anew." in call("report", out).err
+    assert call("run", *CELL, *SMALL, "--allow-code-execution", "--out", out).code == 0
+    assert result.read_text() == whole
+
+
+TINY = ["--scenario", "mini", "--model", "nano-llama", "--wandb", "off"]
+TINY += [
+    word
+    for option in ("steps=1", "batch=2", "train_size=4", "test_size=2", "tasks=cipher")
+    for word in ("--set", f"mini.{option}")
+]
+
+
+def test_a_run_that_failed_is_failed_and_says_where(call: Call, tmp_path: Path) -> None:
+    Path("mine.py").write_text(
+        '"""Mine."""\nfrom cl_graft.strategy import compressor\n\n\n'
+        "@compressor()\ndef mine(delta, context):\n    return delta.no_such_thing\n"
+    )
+    done = call("run", *TINY, "--strategy", "mine.py")
+    told = "mine.py, line 7: AttributeError: 'Delta' object has no attribute 'no_such_thing'"
+    assert told in done.reason and "Traceback" not in done.err
+    (trace,) = tmp_path.glob("results/*/traceback.txt")
+    assert "no_such_thing" in trace.read_text()
+    assert str(trace.relative_to(tmp_path)) in done.reason
+    line, counts = call("status").out.splitlines()
+    assert line.startswith("failed ") and line.endswith(told)
+    assert counts == "0 done, 0 running, 0 waiting, 1 failed"
+
+
 # --- packs -------------------------------------------------------------------------------------
 
 

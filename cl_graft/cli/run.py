@@ -28,7 +28,6 @@ def run(given: RunFields) -> None:
     try:
         with interruptible(), view([config]) as report:
             result = run_cell(config, partial(report, config.cell))
-            report(config.cell, "done", 1.0)
     except (CLGraftError, typer.Exit):
         raise
     except Exception as error:

@@ -79,6 +79,7 @@ def run(
                 result = _compute(
                     config, folder, scenario, strategy_class, options, report, begun, patient
                 )
+            report("done", 1.0)
         if mirror:
             mirror.push(folder.path, config.cell)
         return result

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cl_graft.config import RunConfig
 from cl_graft.matrix import PerformanceMatrix
@@ -15,8 +16,10 @@ from cl_graft.store.record import CellFolder, states
 Grid = list[list[float | None]]  # a row an experience, the base's first; a column a task
 
 
-class Result(TypedDict):
+class Result(BaseModel):
     """What a report cannot do without, of what `result_object` gives."""
+
+    model_config = ConfigDict(protected_namespaces=(), defer_build=True)
 
     scenario: str
     strategy: str
@@ -133,10 +136,8 @@ def kept(path: Path) -> dict[str, Any] | None:
 
 def _checked(result: Any, file: Path, cure: str) -> dict[str, Any]:
     """The result. Raises RecordError where one of its parts is missing, or of another type or size."""
-    from pydantic import ValidationError
-
     try:
-        _whole().validate_python(result)
+        Result.model_validate(result)
         rows, tasks = len(result["tasks"]) + 1, len(result["tasks"])
         for name in ("matrix", "n", "stderr", "identical"):
             if [len(row) for row in result[name]] != [tasks] * rows:
@@ -146,13 +147,6 @@ def _checked(result: Any, file: Path, cure: str) -> dict[str, Any]:
         place = ".".join(map(str, first["loc"])) or "the whole"
         raise RecordError(f"{file}: {place}: {first['msg']}; {cure}.") from error
     return result
-
-
-@cache
-def _whole() -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Result)
 
 
 def known_states(folder: Path) -> dict[Path, dict[str, Any]]:

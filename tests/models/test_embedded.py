@@ -126,7 +126,9 @@ def test_what_a_killed_training_left_goes_with_the_next(
     target = embedded.folder(NAME, [])
     (target.parent / f".building-{target.name}-abcd").mkdir(parents=True)
     (target.parent / ".building-other-abcd").mkdir()
-    monkeypatch.setattr(embedded, "_train", lambda spec, texts, build: (build / "all").touch())
+    monkeypatch.setattr(
+        embedded, "_train", lambda spec, texts, build, progress: (build / "all").touch()
+    )
     assert embedded.obtain(NAME) == target
     left = {p.name for p in target.parent.iterdir() if p.is_dir()}
     assert left == {target.name, ".building-other-abcd"}, "another model may be in the making"
