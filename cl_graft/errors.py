@@ -30,5 +30,9 @@ class Refused(CLGraftError):
     """A disk or a network did not take or give a file. The cell is as it was, and the same command continues it."""
 
 
+class AuthorMistake(CLGraftError):
+    """What a plug-in's author has to mend in its file; the message begins with the file and the line."""
+
+
 class OverBudget(CLGraftError):
     """A method's artefact does not fit the storage declared for a task."""

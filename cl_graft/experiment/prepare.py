@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cl_graft import plugins
 from cl_graft.budget import Budget
 from cl_graft.config import Launch, RunConfig
-from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
 from cl_graft.evaluation.scorers import require_consents, resolved
 from cl_graft.experiment import early
 from cl_graft.store.digests import digest
@@ -65,6 +65,24 @@ def check_methods(cells: Sequence[RunConfig]) -> None:
         if mirror := mirror_of(config):
             mirror.check()
         _strategy(config)
+    try_methods(cells)
+
+
+def try_methods(cells: Sequence[RunConfig]) -> None:
+    """Let each method that is a file of the user's learn two toy tasks, each once with the same options.
+
+    Raises CLGraftError with file and line for what its author has to mend.
+    """
+    tried = set()
+    for config in cells:
+        if config.strategy.endswith(".py"):
+            strategy_class, options = _strategy(config)
+            told = digest(config.strategy, repr(sorted(options.items())))
+            if told not in tried:
+                from cl_graft.experiment.trial import trial
+
+                trial(strategy_class, options)
+                tried.add(told)
 
 
 def _launch(launch: Launch, scenario: Scenario) -> None:
@@ -106,7 +124,13 @@ def scenario_of(config: RunConfig) -> Scenario:
             f"{plugins.line_of(make, config.scenario)}: {name} is not a scenario: its function returns "
             f"{type(scenario).__name__}; return a cl_graft.task.Scenario."
         )
-    scenario, used = resolved(scenario, config.scenario, config.scorers)
+    try:
+        scenario, used = resolved(scenario, config.scenario, config.scorers)
+    except UnknownName as error:
+        if error.kind != "scorer":
+            raise
+        where = plugins.line_with(plugins.file_of("scenario", config.scenario), error.name)
+        raise AuthorMistake(f"{where}: {error}") from error
     for owner in config.scorers:
         if owner not in used:
             known = [name, config.short(config.strategy), *sorted(used)]

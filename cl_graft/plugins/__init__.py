@@ -1,6 +1,6 @@
 """Plug-ins of every kind: found by name, entry point or path; their options; and the files they are made of."""
 
-from cl_graft.plugins.authors import authored, line_of, reason
+from cl_graft.plugins.authors import authored, line_of, line_with, place, reason, require_call
 from cl_graft.plugins.find import (
     KINDS,
     Kind,
@@ -27,12 +27,15 @@ __all__ = [
     "file_of",
     "import_file",
     "line_of",
+    "line_with",
     "load",
     "names",
     "options",
     "origin",
     "parse_set",
+    "place",
     "reason",
+    "require_call",
     "sources",
     "sources_of",
     "within",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import AuthorMistake, CLGraftError
 
 PACKAGE = Path(__file__).parents[1]
 LIBRARIES = tuple(
@@ -48,6 +48,29 @@ def line_of(plugin: Any, name: str) -> str:
     except (TypeError, OSError):
         return name
     return f"{_short(file or name)}, line {line}"
+
+
+def line_with(file: Path, word: str) -> str:
+    """`FILE, line N` of the first line that has the word as a text; the file alone where none has."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    quoted = (f'"{word}"', f"'{word}'")
+    number = next((n for n, line in enumerate(lines, 1) if any(q in line for q in quoted)), None)
+    return f"{_short(str(file))}, line {number}" if number else _short(str(file))
+
+
+def require_call(plugin: Any, arguments: str) -> None:
+    """Raises AuthorMistake where a function cannot be called with so many positional arguments, by these names."""
+    try:
+        inspect.signature(plugin).bind(*arguments.split(", "))
+    except TypeError as error:
+        name = getattr(plugin, "__name__", "it")
+        raise AuthorMistake(
+            f"{line_of(plugin, name)}: {name} cannot be called as it is going to be ({error}); give it the arguments "
+            f"{arguments}, and every other a default, after a `*`."
+        ) from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from cl_graft.errors import CLGraftError, UnknownName
-from cl_graft.plugins.authors import reason
+from cl_graft.plugins.authors import line_of, reason, require_call
 from cl_graft.store import source_files
 
 PACKAGE = Path(__file__).parents[1]
@@ -43,6 +43,8 @@ def _is_strategy(loaded: Any, name: str, where: str | None) -> None:
             f"{where}: {name!r} is no strategy; make it one by @compressor or @merger, or as a subclass "
             "of Strategy with a `learn`."
         )
+    if hasattr(loaded, "learn"):
+        require_call(loaded.learn, "self, task, context")
 
 
 def _is_scorer(loaded: Any, name: str, where: str | None) -> None:
@@ -50,6 +52,8 @@ def _is_scorer(loaded: Any, name: str, where: str | None) -> None:
         raise CLGraftError(
             f"{where}: {name!r} is no scorer; make it one by @scorer() above a function of an example and an answer."
         )
+    asked = "example, answer" if loaded.needs == "answers" else "examinee, examples"
+    require_call(loaded.function, asked)
 
 
 def _is_router(loaded: Any, name: str, where: str | None) -> None:
@@ -358,5 +362,5 @@ def _object(module: ModuleType, kind: str, name: str) -> Any:
         raise CLGraftError(
             f"{module.__file__} defines no {name!r}: name its {kind} after the file, so that it can be found."
         )
-    KINDS[kind].check(plugin, name, module.__file__)
+    KINDS[kind].check(plugin, name, line_of(plugin, str(module.__file__)))
     return plugin

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.plugins.authors import line_of
 from cl_graft.plugins.find import file_of, load, names
 
 # what annotations are made of, in a signature that is read without its module
@@ -39,7 +40,8 @@ def options(plugin: Callable[..., Any]) -> dict[str, Any]:
     for option, default in defaults.items():
         if default is inspect.Parameter.empty:
             raise CLGraftError(
-                f"option {option!r} of {plugin.__name__} has no default; give it one in the signature."
+                f"{line_of(plugin, plugin.__name__)}: option {option!r} of {plugin.__name__} has no default; give it one "
+                "in the signature."
             )
     return defaults
 

@@ -28,12 +28,13 @@ import torch
 
 from cl_graft import plugins
 from cl_graft.budget import Budget
-from cl_graft.errors import CLGraftError, OverBudget
+from cl_graft.errors import AuthorMistake, OverBudget
 from cl_graft.evaluation.examiner import Answered, Examiner, Group, key
 from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
 from cl_graft.routing.base import Router
+from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.codecs.exact import exact, original
 from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.format.file import SkillPack
@@ -134,9 +135,9 @@ class Strategy(BaseTemplate):
         Strategies of one sweep that do the very same training share it (training/stages.py).
         """
         if undeclared := {term.kind for term in terms} - {*self.terms}:
-            raise CLGraftError(
-                f"{type(self).__name__} adds a term of kind {min(undeclared)!r} that it does not declare; write "
-                f"terms = ({min(undeclared)!r},) in its class."
+            raise AuthorMistake(
+                f"{self._where}: {type(self).__name__} adds a term of kind {min(undeclared)!r} that it does not declare; "
+                f"write terms = ({min(undeclared)!r},) in its class."
             )
         seed, begun = self._stage_seed, perf_counter()
 
@@ -248,6 +249,27 @@ class Strategy(BaseTemplate):
 
     # --- learning a task ---
 
+    @property
+    def _where(self) -> str:
+        return plugins.line_of(type(self), type(self).__name__)
+
+    def _kept(self, returned: Any) -> Kept:
+        """What `learn` returned. Raises AuthorMistake where it is neither encoded tensors by name nor a Kept."""
+        kept = returned if isinstance(returned, Kept) else Kept(returned)
+        parts = [kept.own, *kept.shared.values()] if isinstance(kept.shared, Mapping) else [None]
+        for tensors in parts:
+            wrong: Any = tensors
+            if isinstance(tensors, Mapping):
+                wrong = next((x for x in tensors.values() if not isinstance(x, Encoded)), None)
+                if wrong is None:
+                    continue
+            inside = "under a name " if isinstance(tensors, Mapping) else ""
+            raise AuthorMistake(
+                f"{self._where}: {type(self).__name__} returns {inside}a {type(wrong).__name__}; return "
+                "{parameter: encoded tensor}, as cl_graft.skillpack.codecs.dense(tensor) makes them, or a Kept of such."
+            )
+        return kept
+
     def _pack(self, task: Task, tensors: Tensors, method: str = "") -> SkillPack:
         in_order = dict(sorted(tensors.items()))  # as a file gives them back: sums go by it
         return SkillPack(
@@ -319,17 +341,16 @@ class Strategy(BaseTemplate):
         context = self.context(task)
         begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
         torch.manual_seed(self.seed + len(self.packs))
-        kept = self.learn(task, context, **self.options)
-        kept = kept if isinstance(kept, Kept) else Kept(kept)
+        kept = self._kept(self.learn(task, context, **self.options))
         self.restore_base()
         if self.budgeted:
             context.require_fit(kept.own)
         self.packs.append(self._pack(task, kept.own))
         for name, tensors in kept.shared.items():
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == ROUTER:
-                raise CLGraftError(
-                    f"{type(self).__name__} calls a shared artefact {name!r}; name it in small letters, digits, - and "
-                    f"_, and not {ROUTER!r}, which is the harness's."
+                raise AuthorMistake(
+                    f"{self._where}: {type(self).__name__} calls a shared artefact {name!r}; name it in small letters, "
+                    f"digits, - and _, and not {ROUTER!r}, which is the harness's."
                 )
             self.shared[name] = self._pack(task, tensors)
         if self.budgeted:
