@@ -1,4 +1,4 @@
-"""LoRA on every linear layer, by PEFT, under four conventions of continual learning (Hu et al. 2021, arXiv 2106.09685)."""
+"""LoRA on every linear layer, by PEFT, under four conventions (Hu et al. 2021, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from cl_graft.ranges import Count, Positive, Rest
 from cl_graft.skillpack.codecs import Encoded, low_rank
 from cl_graft.strategy import Strategy
 from cl_graft.strategy.context import Context
@@ -34,10 +35,10 @@ class lora(Strategy):
         context: Context,
         *,
         convention: str = "trained_on",
-        rank: int | None = None,
-        alpha_over_rank: float = 2.0,
-        dropout: float = 0.0,
-        learning_rate_scale: float = 3.0,
+        rank: Count | None = None,
+        alpha_over_rank: Positive = 2.0,
+        dropout: Rest = 0.0,
+        learning_rate_scale: Positive = 3.0,
     ) -> dict[str, Encoded]:
         shares = len(self.scenario.tasks) if convention == "merged" else 1
         rank = rank or largest_rank(self.model, context.cost_of, context.budget, shares)
