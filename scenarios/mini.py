@@ -21,6 +21,8 @@ TASKS: dict[str, tuple[Callable[[Random], toy_language.Item], str, float]] = {
     "cipher": (toy_language.cipher, "exact", 2.0),
 }
 
+VALIDATION = 64  # examples of each task beside its training set
+
 
 def mini(
     *,
@@ -49,13 +51,17 @@ def mini(
         test = examples(source, f"test/{name}", test_size)
         seen = {e.prompt for e in test}
         train = examples(source, f"train/{seed}/{name}", train_size, seen)
+        seen |= {e.prompt for e in train}
+        validation = examples(source, f"validation/{seed}/{name}", VALIDATION, seen)
         recipe = Training(
             steps=max(1, round(share * steps)),
             batch=batch,
             learning_rate=learning_rate,
             preference=preference if dpo else None,
         )
-        return Task(name, train, test, score, max_new_tokens=32, training=recipe)
+        return Task(
+            name, train, test, score, max_new_tokens=32, training=recipe, validation=validation
+        )
 
     general = examples(toy_language.general, "test/general", test_size)
     return Scenario(
@@ -71,9 +77,9 @@ def examples(
     size: int,
     excluded: Container[str] = frozenset(),
 ) -> tuple[Example, ...]:
-    """Items of the source whose prompts are not excluded; the training set never holds a test prompt.
+    """Items of the source whose prompts are not excluded; no set holds a prompt of another.
 
-    Raises DataError for a size below 1, and where a large test set leaves too little of a small source.
+    Raises DataError for a size below 1, and where large sets leave too little of a small source.
     """
     if size < 1:
         raise DataError(
@@ -89,5 +95,5 @@ def examples(
         if len(items) == size:
             return tuple(items)
     raise DataError(
-        f"the test set leaves too few prompts for {seed!r} of mini; lower mini.test_size."
+        f"the sets before it leave too few prompts for {seed!r} of mini; lower mini.test_size or mini.train_size."
     )
