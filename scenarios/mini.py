@@ -22,6 +22,8 @@ TASKS: dict[str, tuple[Callable[[Random], toy_language.Item], str, float]] = {
     "cipher": (toy_language.cipher, "exact", 2.0),
 }
 
+VALIDATION = 64  # examples of each task beside its training set
+
 
 def mini(
     *,
@@ -50,13 +52,17 @@ def mini(
         test = examples(source, f"test/{name}", test_size)
         seen = {e.prompt for e in test}
         train = examples(source, f"train/{seed}/{name}", train_size, seen)
+        seen |= {e.prompt for e in train}
+        validation = examples(source, f"validation/{seed}/{name}", VALIDATION, seen)
         recipe = Training(
             steps=round(share * steps),
             batch=batch,
             learning_rate=learning_rate,
             preference=preference if dpo else None,
         )
-        return Task(name, train, test, score, max_new_tokens=32, training=recipe)
+        return Task(
+            name, train, test, score, max_new_tokens=32, training=recipe, validation=validation
+        )
 
     general = examples(toy_language.general, "test/general", test_size)
     return Scenario(
@@ -72,9 +78,9 @@ def examples(
     size: int,
     excluded: Container[str] = frozenset(),
 ) -> tuple[Example, ...]:
-    """Items of the source whose prompts are not excluded; the training set never holds a test prompt.
+    """Items of the source whose prompts are not excluded; no set holds a prompt of another.
 
-    Raises DataError where a large test set leaves too little of a small source.
+    Raises DataError where large sets leave too little of a small source.
     """
     rng, items = Random(seed), []
     for _ in range(100 * size + 1000):
@@ -86,5 +92,5 @@ def examples(
         if len(items) == size:
             return tuple(items)
     raise DataError(
-        f"the test set leaves too few prompts for {seed!r} of mini; lower mini.test_size."
+        f"the sets before it leave too few prompts for {seed!r} of mini; lower mini.test_size or mini.train_size."
     )
