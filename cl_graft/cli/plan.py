@@ -29,9 +29,11 @@ def plan(
     """What a sweep is going to do: stages, memory, time, disk, and what is cached; nothing is started."""
     cells = cells_of(sweep_from(file, given))
 
+    from cl_graft.experiment.prepare import try_methods
     from cl_graft.planning.plan import plan as make
     from cl_graft.planning.tables import summary, table
 
+    try_methods(cells)
     made = make(cells, probe, peak, utilisation, gpu)
     if json_:
         typer.echo(json.dumps(made.json(), indent=1, default=str))

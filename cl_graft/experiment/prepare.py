@@ -15,6 +15,7 @@ from cl_graft.evaluation.scorers import require_consents, resolved
 from cl_graft.experiment import early
 from cl_graft.store.digests import digest
 from cl_graft.store.mirror import mirror_of
+from cl_graft.store.record import CellFolder
 from cl_graft.task import Scenario
 
 if TYPE_CHECKING:
@@ -69,13 +70,13 @@ def check_methods(cells: Sequence[RunConfig]) -> None:
 
 
 def try_methods(cells: Sequence[RunConfig]) -> None:
-    """Let each method that is a file of the user's learn two toy tasks, each once with the same options.
+    """Let each method that is a file of the user's learn two toy tasks, once with each choice of options.
 
-    Raises CLGraftError with file and line for what its author has to mend.
+    Cells that have begun are passed over. Raises CLGraftError with file and line for what its author has to mend.
     """
     tried = set()
     for config in cells:
-        if config.strategy.endswith(".py"):
+        if config.strategy.endswith(".py") and not CellFolder(config.out / config.cell).begun:
             strategy_class, options = _strategy(config)
             told = digest(config.strategy, repr(sorted(options.items())))
             if told not in tried:
@@ -109,7 +110,9 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
 
         term.check(strategy_class.terms, config.launch, f"the strategy {strategy_name!r}")
     given = config.options.get(strategy_name, {})
-    return strategy_class, plugins.check_options("strategy", strategy_name, strategy_class, given)
+    options = plugins.check_options("strategy", strategy_name, strategy_class, given)
+    strategy_class.keeps_by(options)  # refuses a convention that there is none of
+    return strategy_class, options
 
 
 def scenario_of(config: RunConfig) -> Scenario:
@@ -188,7 +191,10 @@ def router_of(config: RunConfig) -> Router | None:
 
 
 def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
-    """The scenario with the training data of some tasks taken from folders that `transfer build` made."""
+    """The scenario with the training data of some tasks taken from folders that `transfer build` made.
+
+    Their validation stays the scenario's, and what the folders hold on its prompts is left out.
+    """
     from cl_graft.transfer.read import read_examples, read_pairs
 
     for name in folders:
@@ -199,6 +205,7 @@ def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
         if task.name in folders:
             folder = folders[task.name]
             task = replace(task, train=read_examples(folder), pairs=read_pairs(folder))
+            task = task.with_validation()
             if task.training.preference and not task.pairs:
                 raise CLGraftError(
                     f"{folder} holds no preference pairs for task {task.name!r}; build it with a wider reward gap, "

@@ -63,7 +63,7 @@ def reach(name: str) -> None:
             f"{lacks}, and HF_HUB_OFFLINE forbids asking the hub; give a folder, or unset it."
         )
     try:
-        HfApi().model_info(name, timeout=10)
+        HfApi().auth_check(name)
     except errors.GatedRepoError as error:
         raise CLGraftError(
             f"model {name!r} is gated; ask for access on its page, then log in by `hf auth login`."
@@ -81,6 +81,27 @@ def reach(name: str) -> None:
             f"{lacks}, and the hub cannot be asked ({type(error).__name__}: {told}); give a folder, or try again "
             "with a network."
         ) from error
+
+
+def without_weights(name: str, data_dir: Path | None = None) -> PreTrainedModel | None:
+    """The model with its parameters on the meta device; None for one of the hub whose configuration is not here yet.
+
+    Nothing is trained or fetched. Raises as `check`, and CLGraftError for a configuration that is none.
+    """
+    from transformers import AutoConfig
+
+    from cl_graft.models.meta_model import meta_model
+
+    check(name)
+    if name in embedded.SPECS:
+        return embedded.without_weights(name, data_dir)
+    if Path(name).is_dir():
+        return meta_model(name).model
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+    except Exception:  # of many kinds; `load` says what is wrong once it has asked the hub
+        return None
+    return meta_model(config).model
 
 
 def attention() -> str:

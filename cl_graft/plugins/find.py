@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
 from cl_graft.plugins.authors import line_of, reason, require_call
 from cl_graft.store import source_files
 
@@ -108,7 +108,7 @@ KINDS = {
         "baselines",
         "cl_graft.baselines",
         _is_strategy,
-        {"graftllm": "cl_graft.strategy.graftllm"},
+        {name: f"cl_graft.strategy.{name}" for name in ("graftllm", "graftllm_adaptive")},
     ),
     "scorer": Kind("cl_graft/evaluation/scorers", "cl_graft.scorers", _is_scorer, host="scenario"),
     "router": Kind("cl_graft/routing", "cl_graft.routers", _is_router),
@@ -284,6 +284,8 @@ def within(kind: str, name: str, host: str) -> str:
     defined = getattr(module, name, None)
     try:
         known.check(defined, name, module.__file__)
+    except AuthorMistake:
+        raise
     except CLGraftError:
         return name
     return f"{host}:{name}" if defined.__module__ == module.__name__ else name

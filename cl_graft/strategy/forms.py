@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from cl_graft import plugins
+from cl_graft.errors import AuthorMistake
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.composed import Deltas, compose
@@ -21,14 +23,17 @@ Statistic = Callable[..., Any]
 
 
 def compressor(
-    keeps: Keeps = "per_task", budgeted: bool = True
+    keeps: Keeps | Mapping[str, Keeps] = "per_task", budgeted: bool = True
 ) -> Callable[[Compress], type[Strategy]]:
     """Short form: `f(delta, context, *, options) -> encoded tensors` becomes a strategy of that name.
 
-    delta: parameter name -> float32 tensor, tuned minus where training started.
+    delta: parameter name -> float32 tensor, tuned minus where training started. keeps: as of Strategy; of a method
+    with several forms {value of its option `convention`: how that one keeps}.
     """
 
     def make(function: Compress) -> type[Strategy]:
+        plugins.require_call(function, "delta, context")
+
         def learn(self: Strategy, task: Task, context: Context, **options: Any):
             return function(context.delta(self.teach(self.model, task)), context, **options)
 
@@ -50,6 +55,8 @@ def merger(
     """
 
     def make(function: Merge) -> type[Strategy]:
+        plugins.require_call(function, "deltas" if statistic is None else "deltas, statistics")
+
         def learn(self: Strategy, task: Task, context: Context, **options: Any):
             return context.dense(context.delta(self.teach(self.model, task)))
 
@@ -63,7 +70,15 @@ def merger(
 
         def merged(name: str, *packs: SkillPack, **told: Any) -> Tensor:
             more = [told.pop("statistics")] if statistic is not None else []
-            return function([pack.delta(name) for pack in packs], *more, **told)
+            deltas = [pack.delta(name) for pack in packs]
+            made = function(deltas, *more, **told)
+            if not isinstance(made, Tensor) or made.shape != deltas[0].shape:
+                shape = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
+                raise AuthorMistake(
+                    f"{plugins.line_of(function, function.__name__)}: {function.__name__} makes {shape} of deltas "
+                    f"{list(deltas[0].shape)}; return one tensor of their shape."
+                )
+            return made
 
         merged.__module__, merged.__qualname__ = function.__module__, function.__qualname__
         return _strategy(function, learn, compose=compose_all, keeps="merged", budgeted=False)
