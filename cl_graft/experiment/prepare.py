@@ -44,7 +44,7 @@ def check(cells: Iterable[RunConfig]) -> None:
 
 
 def check_data(cells: Sequence[RunConfig]) -> None:
-    """The part of `check` that needs no library of models: plain values and names, scenarios, consents, launches.
+    """Check what of `check` needs no library of models: plain values and names, scenarios, consents, launches.
 
     A scenario that cells share is made once.
     """
@@ -61,7 +61,7 @@ def check_data(cells: Sequence[RunConfig]) -> None:
 
 
 def check_methods(cells: Sequence[RunConfig]) -> None:
-    """The rest of `check`: mirrors, and strategies with their options."""
+    """Check what is left of `check`: mirrors, and strategies with their options."""
     for config in cells:
         if mirror := mirror_of(config):
             mirror.check()

@@ -63,8 +63,10 @@ def line_with(file: Path, word: str) -> str:
 
 def require_call(plugin: Any, arguments: str) -> None:
     """Raises AuthorMistake where a function cannot be called with so many positional arguments, by these names."""
+    signature = inspect.signature(plugin)
+    options = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     try:
-        inspect.signature(plugin).bind(*arguments.split(", "))
+        signature.bind(*arguments.split(", "), **dict.fromkeys(options))
     except TypeError as error:
         name = getattr(plugin, "__name__", "it")
         raise AuthorMistake(

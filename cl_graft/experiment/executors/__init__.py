@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class CellProgress(Protocol):
-    """Told what is being done in a cell, the fraction of the cell that is done, and where in `what` it is."""
+    """Takes what is being done in a cell, the fraction of the cell that is done, and where in `what` it is."""
 
     def __call__(self, what: str, done: float, at: str = "") -> None: ...
 
 
 class Report(Protocol):
-    """The same of one of several cells."""
+    """Takes the same of one of several cells."""
 
     def __call__(self, cell: str, what: str, done: float, at: str = "") -> None: ...
 
