@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,6 +29,13 @@ class lora(Strategy):
         "merged": "latest",
     }
 
+    def check(self, context: Context, **options: Any) -> None:
+        self._rank(context, options["convention"], options["rank"])
+
+    def _rank(self, context: Context, convention: str, rank: int | None) -> int:
+        shares = len(self.scenario.tasks) if convention == "merged" else 1
+        return largest_rank(self.model, context.cost_of, context.budget, shares, rank, "lora.rank")
+
     def learn(
         self,
         task: Task,
@@ -40,8 +47,7 @@ class lora(Strategy):
         dropout: Rest = 0.0,
         learning_rate_scale: Positive = 3.0,
     ) -> dict[str, Encoded]:
-        shares = len(self.scenario.tasks) if convention == "merged" else 1
-        rank = rank or largest_rank(self.model, context.cost_of, context.budget, shares)
+        rank = self._rank(context, convention, rank)
         continued = self.packs[-1] if convention == "trained_on" and self.packs else None
         if continued:  # the adapter itself holds what was learned: its base is the base
             self.restore_base()

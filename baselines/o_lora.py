@@ -9,6 +9,8 @@ here a step is the same however it is cut.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from cl_graft.ranges import Count, NotNegative, Positive, Rest
@@ -28,6 +30,14 @@ class o_lora(Strategy):
     keeps = "sum"
     terms = ("penalty",)
 
+    def check(self, context: Context, **options: Any) -> None:
+        self._rank(context, options["rank"])
+
+    def _rank(self, context: Context, rank: int | None) -> int:
+        return largest_rank(
+            self.model, context.cost_of, context.budget, given=rank, name="o_lora.rank"
+        )
+
     def learn(
         self,
         task: Task,
@@ -40,7 +50,7 @@ class o_lora(Strategy):
         dropout: Rest = 0.1,
         learning_rate_scale: Positive = 3.0,
     ) -> dict[str, Encoded]:
-        rank = rank or largest_rank(self.model, context.cost_of, context.budget)
+        rank = self._rank(context, rank)
         old = downs(self.model, self.packs)
         weights = {"lambda_1": lambda_1, "lambda_2": lambda_2}
         with Adapter(self.model, rank, alpha_over_rank, dropout) as adapter:

@@ -116,6 +116,7 @@ def _compute(
     roles(model)  # refuses, before anything is computed, a model whose modules cannot be told apart
     set_seed(config.seed)
     strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer, patient)
+    strategy.require_possible()
     scenario, budget = strategy.scenario, strategy.budget
     about: dict[str, Any] = {
         "config": config.experiment(),

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Pairs = Iterator[list[tuple[str, str]]]  # batches of (prompt, completion)
-NewModel = Callable[[ModelRecipe, int], "PreTrainedModel"]  # of a recipe and a size of the vocabulary
+NewModel = Callable[
+    [ModelRecipe, int], "PreTrainedModel"
+]  # of a recipe and a size of the vocabulary
 
 
 SPECS = {

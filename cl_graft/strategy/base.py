@@ -37,6 +37,7 @@ from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
 from cl_graft.routing.base import Router
 from cl_graft.skillpack.codecs.exact import exact, original
+from cl_graft.skillpack.codecs.sparse import sparse
 from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
@@ -136,6 +137,27 @@ class Strategy(BaseTemplate):
     @cached_property
     def _own_folder(self) -> TemporaryDirectory[str]:
         return TemporaryDirectory(prefix="cl-graft-", ignore_cleanup_errors=True)
+
+    def check(self, context: Context, **options: Any) -> None:
+        """Refuse options that the model or the budget cannot hold; asked before anything is computed.
+
+        context: of a task, with a model of which shapes alone are known: parameters may be on the meta device.
+        Raises CLGraftError or OverBudget with the nearest value that is possible.
+        """
+
+    def require_possible(self) -> None:
+        """Refuse what no task could be kept under. Raises CLGraftError or OverBudget."""
+        longest = max(self.scenario.tasks, key=lambda task: len(task.name))  # its header is, too
+        context = self.context(longest)
+        if self.budgeted:
+            name, smallest = min(self.base.items(), key=lambda item: item[1].numel())
+            first = torch.arange(smallest.numel()).view(smallest.shape) == 0
+            if context.cost({name: sparse(first.float(), first)}) > self.budget.bytes:
+                raise OverBudget(
+                    f"the budget {self.budget.text} ({self.budget.bytes} bytes) does not hold one weight and a pack's "
+                    "header; raise it."
+                )
+        self.check(context, **self.options)
 
     @abstractmethod
     def learn(self, task: Task, context: Context, **options: Any) -> Tensors | Kept:

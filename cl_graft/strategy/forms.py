@@ -18,22 +18,30 @@ from cl_graft.task import Task
 Compress = Callable[..., dict[str, Encoded]]
 Merge = Callable[..., Tensor]
 Statistic = Callable[..., Any]
+Check = Callable[..., Any]
 
 
 def compressor(
-    keeps: Keeps | Mapping[str, Keeps] = "per_task", budgeted: bool = True
+    keeps: Keeps | Mapping[str, Keeps] = "per_task",
+    budgeted: bool = True,
+    check: Check | None = None,
 ) -> Callable[[Compress], type[Strategy]]:
     """Short form: `f(delta, context, *, options) -> encoded tensors` becomes a strategy of that name.
 
     delta: parameter name -> float32 tensor, tuned minus where training started. keeps: as of Strategy; of a method
-    with several forms {value of its option `convention`: how that one keeps}.
+    with several forms {value of its option `convention`: how that one keeps}. check: `g(context, *, options)` refuses
+    options that the model's shapes or the budget do not allow, as of Strategy; it names those that it looks at.
     """
 
     def make(function: Compress) -> type[Strategy]:
         def learn(self: Strategy, task: Task, context: Context, **options: Any):
             return function(context.delta(self.teach(self.model, task)), context, **options)
 
-        return _strategy(function, learn, keeps=keeps, budgeted=budgeted)
+        def possible(self: Strategy, context: Context, **options: Any) -> None:
+            if check is not None:
+                check(context, **_wanted(check, options))
+
+        return _strategy(function, learn, keeps=keeps, budgeted=budgeted, check=possible)
 
     return make
 
@@ -76,10 +84,16 @@ def _statistic(strategy: Strategy, statistic: Statistic, pack: SkillPack) -> Any
     """The number of a pack's delta, computed once."""
     known = strategy.__dict__.setdefault("statistics", {})
     if pack.digest not in known:
-        wanted = inspect.signature(statistic).parameters
-        told = {name: value for name, value in strategy.options.items() if name in wanted}
-        known[pack.digest] = statistic(Deltas(pack), **told)
+        known[pack.digest] = statistic(Deltas(pack), **_wanted(statistic, strategy.options))
     return known[pack.digest]
+
+
+def _wanted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that a function takes: all of them where it has `**options`."""
+    wanted = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values()):
+        return dict(options)
+    return {name: value for name, value in options.items() if name in wanted}
 
 
 def _strategy(function: Callable[..., Any], learn: Any, **members: Any) -> type[Strategy]:

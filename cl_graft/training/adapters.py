@@ -80,11 +80,17 @@ def adapted_layers(model: Any) -> dict[str, Any]:
 
 
 def largest_rank(
-    model: Any, cost_of: Callable[[Mapping[str, Spec]], int], budget: Budget, shares: int = 1
+    model: Any,
+    cost_of: Callable[[Mapping[str, Spec]], int],
+    budget: Budget,
+    shares: int = 1,
+    given: int | None = None,
+    name: str = "rank",
 ) -> int:
-    """The largest rank of which `shares` adapters in bf16 fit the budget as one pack. Raises OverBudget below 1.
+    """The largest rank of which `shares` adapters in bf16 fit the budget as one pack, or the one given if it does.
 
-    cost_of: bytes of tensors with these specs, as `Context.cost_of`.
+    cost_of: bytes of tensors with these specs, as `Context.cost_of`. name: of the option that gives it. Raises
+    OverBudget, and CLGraftError for a rank above what the matrices have.
     """
     shapes = {f"{n}.weight": _shape(m) for n, m in targets(model).items()}
 
@@ -93,7 +99,7 @@ def largest_rank(
         return cost_of(specs)
 
     most = min(min(shape) for shape in shapes.values())
-    return largest_within(budget, cost, most, "LoRA of rank 1 on all linear layers")
+    return largest_within(budget, cost, most, "LoRA of rank 1 on all linear layers", given, name)
 
 
 def _shape(module: Any) -> tuple[int, int]:
