@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.codecs.exact import exact, original
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.composed import Deltas, compose
 from cl_graft.strategy.base import Keeps, Strategy
+from cl_graft.strategy.choose import validation_loss
 from cl_graft.strategy.context import Context
+from cl_graft.strategy.kept import Kept
 from cl_graft.task import Task
 
 Compress = Callable[..., dict[str, Encoded]]
 Merge = Callable[..., Tensor]
 Statistic = Callable[..., Any]
 Check = Callable[..., Any]
+CHOSEN = "chosen"  # the shared artefact of options that validation chose
 
 
 def compressor(
@@ -47,28 +53,54 @@ def compressor(
 
 
 def merger(
-    function: Merge | None = None, *, statistic: Statistic | None = None
+    function: Merge | None = None,
+    *,
+    statistic: Statistic | None = None,
+    grid: Mapping[str, Sequence[float]] | None = None,
 ) -> type[Strategy] | Callable[[Merge], type[Strategy]]:
     """Short form: `f(deltas, *, options) -> delta` becomes a strategy that merges all tasks seen into one.
 
     deltas: a parameter's delta of every task, float32 tensors of one shape; what is returned is the merged one. Only
-    one parameter's are in memory at a time. statistic: `g(delta, *, options)` of a task's whole delta, {parameter
-    name: tensor} decoded as it is read, returns a plain number (a threshold over all parameters); f is then given the
-    tasks' numbers second, `f(deltas, statistics, *, options)`. What is kept is each task's delta in bf16, since
-    merging anew needs them all.
+    one parameter's are in memory at a time; one task alone is itself, and f is not asked. statistic: `g(delta, *,
+    options)` of a task's whole delta, {parameter name: tensor} decoded as it is read, returns a plain number (a
+    threshold over all parameters); f is then given the tasks' numbers second, `f(deltas, statistics, *, options)`.
+    grid: {option: its values}; where the option is None, the value is taken under which the tasks seen lose least on
+    their validation, the mean over tasks (choose.py), and kept as the shared artefact `chosen`. What is kept is each
+    task's delta in bf16, since merging anew needs them all.
     """
 
     def make(function: Merge) -> type[Strategy]:
         def learn(self: Strategy, task: Task, context: Context, **options: Any):
-            return context.dense(context.delta(self.teach(self.model, task)))
+            own = context.dense(context.delta(self.teach(self.model, task)))
+            free = {n: values for n, values in (grid or {}).items() if options[n] is None}
+            if not free or not self.packs:
+                return own
+            self.restore_base()
+            packs = [*self.packs, self._pack(task, own)]
+            tasks = self.scenario.tasks[: len(packs)]
+            tried = [dict(zip(free, v, strict=True)) for v in itertools.product(*free.values())]
+
+            def lost(values: dict[str, float]) -> float:
+                merged = made(self, packs, {**options, **values})
+                return sum(validation_loss(self, merged, seen) for seen in tasks)
+
+            best = min(tried, key=lost)
+            self.grafted.unload()
+            told = {n: exact(torch.tensor(v, dtype=torch.float64)) for n, v in best.items()}
+            return Kept(own, {CHOSEN: told})
+
+        def made(self: Strategy, packs: Sequence[SkillPack], options: Mapping[str, Any]):
+            told = dict(options)
+            if statistic is not None:
+                told["statistics"] = [_statistic(self, statistic, pack) for pack in packs]
+            return [compose(merged, packs, packs[0].shapes, **told)]
 
         def compose_all(self: Strategy, task: int | None) -> Sequence[SkillPack]:
-            if not self.packs:
-                return []
-            told = dict(self.options)
-            if statistic is not None:
-                told["statistics"] = [_statistic(self, statistic, pack) for pack in self.packs]
-            return [compose(merged, self.packs, self.packs[0].shapes, **told)]
+            if len(self.packs) < 2:
+                return self.packs
+            kept = self.shared.get(CHOSEN)
+            chosen = {n: original(e).item() for n, e in kept.tensors.items()} if kept else {}
+            return made(self, self.packs, {**self.options, **chosen})
 
         def merged(name: str, *packs: SkillPack, **told: Any) -> Tensor:
             more = [told.pop("statistics")] if statistic is not None else []
