@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from cl_graft.models.roles import ROLES, Role
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.composed import Deltas, compose
@@ -15,24 +16,31 @@ from cl_graft.strategy.base import Keeps, Strategy
 from cl_graft.strategy.context import Context
 from cl_graft.task import Task
 
+Convention = Mapping[str, Keeps]
 Compress = Callable[..., dict[str, Encoded]]
 Merge = Callable[..., Tensor]
 Statistic = Callable[..., Any]
 
 
 def compressor(
-    keeps: Keeps = "per_task", budgeted: bool = True
+    keeps: Keeps | Convention = "per_task",
+    budgeted: bool = True,
+    touches: Collection[Role] = ROLES,
 ) -> Callable[[Compress], type[Strategy]]:
     """Short form: `f(delta, context, *, options) -> encoded tensors` becomes a strategy of that name.
 
-    delta: parameter name -> float32 tensor, tuned minus where training started.
+    delta: parameter name -> float32 tensor, tuned minus where training started, of what the method touches. keeps: as
+    of a Strategy, or {value of the option `convention`: what it keeps}. touches: as of a Strategy.
     """
+    kept: Any = keeps
+    if not isinstance(keeps, str):
+        kept = property(lambda self: keeps[self.options["convention"]])
 
     def make(function: Compress) -> type[Strategy]:
         def learn(self: Strategy, task: Task, context: Context, **options: Any):
             return function(context.delta(self.teach(self.model, task)), context, **options)
 
-        return _strategy(function, learn, keeps=keeps, budgeted=budgeted)
+        return _strategy(function, learn, keeps=kept, budgeted=budgeted, touches=touches)
 
     return make
 
