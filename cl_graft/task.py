@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from cl_graft.errors import CLGraftError
+from cl_graft.ranges import Count, NotNegative, Positive, Share, require_fields
 
 SHARE, LEAST, MOST = 20, 4, 64  # of validation: one prompt in 20, from 4 to 64 prompts
 
@@ -49,15 +52,18 @@ class Preference:
     beta, length_normalised: the loss (Rafailov et al. 2023; length normalisation as in TRL's `sigmoid_norm`).
     """
 
-    prompts: int = 192
-    samples: int = 8
-    temperature: float = 1.0
-    steps: int = 60
-    batch: int = 16
-    learning_rate: float = 1e-4
-    beta: float = 0.1
+    prompts: Count = 192
+    samples: Annotated[int, Field(ge=2)] = 8
+    temperature: Positive = 1.0
+    steps: Count = 60
+    batch: Count = 16
+    learning_rate: Positive = 1e-4
+    beta: Positive = 0.1
     length_normalised: bool = False
-    epochs: float | None = None
+    epochs: Positive | None = None
+
+    def __post_init__(self) -> None:
+        require_fields(self, "preference")
 
 
 @dataclass(frozen=True)
@@ -68,14 +74,17 @@ class Training:
     `steps`.
     """
 
-    steps: int = 250
-    batch: int = 32
-    learning_rate: float = 1e-3
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    max_length: int = 512
+    steps: Count = 250
+    batch: Count = 32
+    learning_rate: Positive = 1e-3
+    warmup: Share = 0.1
+    weight_decay: NotNegative = 0.0
+    max_length: Count = 512
     preference: Preference | None = None
-    epochs: float | None = None
+    epochs: Positive | None = None
+
+    def __post_init__(self) -> None:
+        require_fields(self, "training")
 
 
 @dataclass(frozen=True)
@@ -115,12 +124,13 @@ class Task:
     test: Sequence[Example]
     score: str | Scoring
     also: tuple[str | Scoring, ...] = ()
-    max_new_tokens: int = 48
+    max_new_tokens: Count = 48
     training: Training = field(default_factory=Training)
     pairs: Sequence[Pair] = ()
     validation: Sequence[Example] = ()
 
     def __post_init__(self) -> None:
+        require_fields(self, f"task {self.name!r}: task")
         named = set(self.suites)
         if "" in named and len(named) > 1:
             raise CLGraftError(

@@ -12,6 +12,7 @@ from random import Random
 from cl_graft.data import DataError
 from cl_graft.errors import UnknownName
 from cl_graft.models import toy_language
+from cl_graft.ranges import Count, Positive
 from cl_graft.task import Example, Preference, Scenario, Task, Training
 
 # Source, scorer, and the share of `steps` that the task takes.
@@ -28,14 +29,14 @@ def mini(
     *,
     seed: int,
     data_dir=None,
-    train_size: int = 4000,
-    test_size: int = 200,
-    steps: int = 240,
-    batch: int = 16,
-    learning_rate: float = 2e-3,
+    train_size: Count = 4000,
+    test_size: Count = 200,
+    steps: Count = 240,
+    batch: Count = 16,
+    learning_rate: Positive = 2e-3,
     dpo: bool = False,
-    dpo_learning_rate: float = 1e-4,
-    dpo_beta: float = 0.1,
+    dpo_learning_rate: Positive = 1e-4,
+    dpo_beta: Positive = 0.1,
     dpo_length_normalised: bool = False,
     tasks: str = "math,code,cipher",
 ) -> Scenario:
@@ -54,7 +55,7 @@ def mini(
         seen |= {e.prompt for e in train}
         validation = examples(source, f"validation/{seed}/{name}", VALIDATION, seen)
         recipe = Training(
-            steps=max(1, round(share * steps)),
+            steps=round(share * steps),
             batch=batch,
             learning_rate=learning_rate,
             preference=preference if dpo else None,
@@ -79,12 +80,8 @@ def examples(
 ) -> tuple[Example, ...]:
     """Items of the source whose prompts are not excluded; no set holds a prompt of another.
 
-    Raises DataError for a size below 1, and where large sets leave too little of a small source.
+    Raises DataError where large sets leave too little of a small source.
     """
-    if size < 1:
-        raise DataError(
-            f"{seed!r} of mini would be empty; ask for a size of at least 1, not {size}."
-        )
     rng, items = Random(seed), []
     for _ in range(100 * size + 1000):
         item = source(rng)

@@ -83,7 +83,9 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
 
         term.check(strategy_class.terms, config.launch, f"the strategy {strategy_name!r}")
     given = config.options.get(strategy_name, {})
-    return strategy_class, plugins.check_options("strategy", strategy_name, strategy_class, given)
+    options = plugins.check_options("strategy", strategy_name, strategy_class, given)
+    strategy_class.keeps_by(options)  # refuses a convention that there is none of
+    return strategy_class, options
 
 
 def scenario_of(config: RunConfig) -> Scenario:

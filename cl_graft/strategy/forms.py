@@ -16,31 +16,28 @@ from cl_graft.strategy.base import Keeps, Strategy
 from cl_graft.strategy.context import Context
 from cl_graft.task import Task
 
-Convention = Mapping[str, Keeps]
 Compress = Callable[..., dict[str, Encoded]]
 Merge = Callable[..., Tensor]
 Statistic = Callable[..., Any]
 
 
 def compressor(
-    keeps: Keeps | Convention = "per_task",
+    keeps: Keeps | Mapping[str, Keeps] = "per_task",
     budgeted: bool = True,
     touches: Collection[Role] = ROLES,
 ) -> Callable[[Compress], type[Strategy]]:
     """Short form: `f(delta, context, *, options) -> encoded tensors` becomes a strategy of that name.
 
-    delta: parameter name -> float32 tensor, tuned minus where training started, of what the method touches. keeps: as
-    of a Strategy, or {value of the option `convention`: what it keeps}. touches: as of a Strategy.
+    delta: parameter name -> float32 tensor, tuned minus where training started, of all that the method touches. keeps:
+    as of Strategy; of a method with several forms {value of its option `convention`: how that one keeps}. touches: as
+    of Strategy.
     """
-    kept: Any = keeps
-    if not isinstance(keeps, str):
-        kept = property(lambda self: keeps[self.options["convention"]])
 
     def make(function: Compress) -> type[Strategy]:
         def learn(self: Strategy, task: Task, context: Context, **options: Any):
             return function(context.delta(self.teach(self.model, task)), context, **options)
 
-        return _strategy(function, learn, keeps=kept, budgeted=budgeted, touches=touches)
+        return _strategy(function, learn, keeps=keeps, budgeted=budgeted, touches=touches)
 
     return make
 
