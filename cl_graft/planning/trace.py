@@ -72,8 +72,9 @@ def trace(
 
     gradients: `new` where there are none before, so that they count as they arise; `kept` where they are there
     from an earlier micro-batch and are added to; `freed` where each is taken away as soon as it is whole, as
-    ZeRO does. lora: a PEFT configuration. frozen: parameters that are not trained. dtype: of the parameters. autocast: whether bfloat16 is computed in,
-    from parameters of another dtype. triton: whether TRL's head works in place, as its kernels on a GPU do.
+    ZeRO does. lora: a PEFT configuration. frozen: parameters that are not trained. dtype: of the parameters.
+    autocast: whether bfloat16 is computed in, from parameters of another dtype. triton: whether TRL's head works in
+    place, as its kernels on a GPU do.
     """
     with torch.device("meta"):
         model = _model(config, kind, lora, dtype, checkpointing)

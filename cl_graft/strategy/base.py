@@ -62,9 +62,9 @@ class Strategy(BaseTemplate):
     A method says what it keeps in `learn`; its options are the keyword-only arguments of that function.
     terms: kinds of terms that it adds to training, so that a launch which cannot carry them is refused before anything
     starts. touches: roles of the parameters that it may change; the others are frozen while it tunes, whatever trains
-    it, and it may keep nothing of them. budgeted: False for references that are allowed any size. stages, outcomes: where what was trained and
-    measured is kept; without them, as long as the strategy lives. router: infers the task of a prompt, which is else
-    given.
+    it, and it may keep nothing of them. budgeted: False for references that are allowed any size. stages, outcomes:
+    where what was trained and measured is kept; without them, as long as the strategy lives. router: infers the task of
+    a prompt, which is else given.
     """
 
     PLUGIN_CLASS = SupervisedPlugin

@@ -68,7 +68,8 @@ class Context:
     """The task just learned, and the model that learned it.
 
     model: holds the tuned weights. start: parameter name -> weights that training started from, in the
-    model's dtype. frozen: parameters that the strategy does not touch. budget: storage allowed for this task. progress: called with the fraction done.
+    model's dtype. frozen: parameters that the strategy does not touch. budget: storage allowed for this task.
+    progress: called with the fraction done.
     """
 
     model: PreTrainedModel
