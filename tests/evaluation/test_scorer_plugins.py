@@ -127,6 +127,7 @@ def test_base_and_private_files_are_none() -> None:
         "math",
         "neg_bits_per_byte",
         "number",
+        "number_lm_eval",
         "tests",
     ]
     with pytest.raises(UnknownName):
@@ -255,7 +256,7 @@ MINE = '''"""Half right."""
 from cl_graft.evaluation.scorers import scorer
 
 
-@scorer(identity={"judge": 1})
+@scorer(identity={"judge": 1}, convention="a half, here {half}")
 def mine(example, answer, *, half: float = 0.5):
     """half: the score."""
     return half
@@ -273,6 +274,7 @@ def test_by_path(mine: Path) -> None:
     assert plugins.about("scorer", str(mine)) == "Half right."
     assert described(Scoring(str(mine))) == {
         "scorer": "mine",
+        "convention": "a half, here 0.5",
         "options": {"half": 0.5},
         "identity": {"judge": 1},
         "sources": plugins.sources_of(mine),

@@ -70,7 +70,8 @@ class Scorer:
     the model as it likes, and no answer is generated for it. A score is a number or a Scored.
     consent: it runs code that a model wrote, so the user has to allow it. reads: the fields of an example that it
     cannot do without. flaw: why an example cannot be scored, in a few words, or "". sampled: the scorer that judges
-    an answer in words in its place. identity: plain data besides its files on which its scores depend.
+    an answer in words in its place. identity: plain data besides its files on which its scores depend. convention:
+    what figures by it are to be compared with, in a few words; `{option}` in it stands for an option's value.
     """
 
     function: Callable[..., Any]
@@ -81,6 +82,7 @@ class Scorer:
     flaw: Callable[[Example], str] = lambda example: ""
     sampled: str | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
+    convention: str = ""
 
     def __post_init__(self) -> None:
         for name in ("__name__", "__doc__", "__module__"):
@@ -158,6 +160,7 @@ def described(scoring: Scoring) -> dict[str, Any]:
     scorer, options = _found(scoring)
     return {
         "scorer": scorer.name,
+        "convention": scorer.convention.format_map(options),
         "options": options,
         "identity": dict(scorer.identity),
         "sources": plugins.sources("scorer", scoring.name),
