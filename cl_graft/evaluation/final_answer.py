@@ -6,7 +6,7 @@ import re
 
 # A line by which a base model that never stops begins the next problem, and the tokens by which one ends a turn.
 _NEXT = re.compile(
-    r"^[#>*_\s]{0,6}(?:(?:next |new )?(?:question|problem|exercise)(?: \d+)?|q|human|user|### instruction)[*_]*:",
+    r"^[#>*_\s]{0,6}(?:(?:next |new )?(?:question|problem|exercise)|q|human|user|### instruction)[*_]*:",
     re.IGNORECASE | re.MULTILINE,
 )
 _END = re.compile(r"<\|(?:im_end|endoftext|end|eot_id|end_of_text)\|>|</s>|<end_of_turn>")
