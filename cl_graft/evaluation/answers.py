@@ -28,9 +28,7 @@ def equivalent(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     asked = [_to_parse(reference, answer) for reference, answer in pairs]
     questions = [question for one in asked if not isinstance(one, bool) for question in one]
     verdicts = iter(_parsed_alike(questions))
-    return [
-        one if isinstance(one, bool) else any([next(verdicts) for _ in one]) for one in asked
-    ]
+    return [one if isinstance(one, bool) else any([next(verdicts) for _ in one]) for one in asked]
 
 
 def _to_parse(reference: str, answer: str) -> bool | list[tuple[str, str]]:
@@ -38,14 +36,20 @@ def _to_parse(reference: str, answer: str) -> bool | list[tuple[str, str]]:
     parts = final_part(reference), final_part(answer)
     if None in parts:
         whole = (first_answer(text)[-CHARACTERS:] for text in (reference, answer))
-        texts = [f"${form(p).formula}$" if p is not None else _plain(w) for p, w in zip(parts, whole, strict=True)]
+        texts = [
+            f"${form(p).formula}$" if p is not None else _plain(w)
+            for p, w in zip(parts, whole, strict=True)
+        ]
         return [(texts[0], texts[1])]
     right, given = (form(part or "") for part in parts)
     if (verdict := settled(right, given)) is not None:
         return verdict
     questions = [(f"${right.formula}$", f"${given.formula}$")]
     if right.percent != given.percent:
-        shares = [rf"$\frac{{{f.formula}}}{{100}}$" if f.percent else f"${f.formula}$" for f in (right, given)]
+        shares = [
+            rf"$\frac{{{f.formula}}}{{100}}$" if f.percent else f"${f.formula}$"
+            for f in (right, given)
+        ]
         questions.append((shares[0], shares[1]))
     return questions
 

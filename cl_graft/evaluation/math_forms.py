@@ -48,7 +48,32 @@ _MEASURES = {
     for spelling in spellings.split()
 }
 _MULTIPLES = "hundred|thousand|million|billion|trillion|dozen"
-_FUNCTIONS = "sqrt pi sin cos tan cot sec csc log ln exp arcsin arccos arctan inf infinity infty theta alpha beta and or"
+_FUNCTIONS = set(
+    [
+        "sqrt",
+        "pi",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "ln",
+        "exp",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "inf",
+        "infinity",
+        "infty",
+        "theta",
+        "alpha",
+        "beta",
+        "and",
+        "or",
+    ]
+)
 _SHORT_WORDS = {"odd", "yes", "no", "all", "one", "two", "six", "ten"}
 _BARE = r"(?:(?:square|cubic|sq\.?|cu\.?) )?[A-Za-z]+\.?"
 _UNIT = re.compile(
@@ -81,7 +106,9 @@ def final_part(text: str) -> str | None:
     formulas = re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)", line)
     if len(formulas) == 1:
         return "".join(formulas[0])
-    return re.split(r"\.(?:\s|$)", line.strip().strip("*_"))[0].strip("*_ ") if not formulas else line
+    return (
+        re.split(r"\.(?:\s|$)", line.strip().strip("*_"))[0].strip("*_ ") if not formulas else line
+    )
 
 
 def form(part: str) -> Form:
@@ -120,21 +147,25 @@ def _without_unit(text: str) -> tuple[str, str]:
     known = [_MEASURES[name] for name in re.split(r"[^a-z]+", unit) if name in _MEASURES]
     if re.search(rf"\b(?:{_MULTIPLES}|[ap]\.?m)\b", unit) or not re.search("[a-z]", unit):
         return text, ""
-    if found["bare"] and (not known and (len(unit) < 4 or set(names) & set(_FUNCTIONS.split()))):
+    if found["bare"] and (not known and (len(unit) < 4 or set(names) & _FUNCTIONS)):
         return text, ""
     return found["value"].strip(), " ".join(known)
 
 
 def _is_words(text: str) -> bool:
     """Whether it is read as words: text that is no formula's, a time of day, a number with a base, or capitals."""
-    if re.search(r"\x00[^\x01]*[A-Za-z][^\x01]*\x01", text) or re.search(r"\d\s*[ap]\.?\s?m\b", text, re.I):
+    if re.search(r"\x00[^\x01]*[A-Za-z][^\x01]*\x01", text) or re.search(
+        r"\d\s*[ap]\.?\s?m\b", text, re.I
+    ):
         return True
-    if re.fullmatch(r"-?[0-9A-Fa-f.]+\s*_\s*\{?\s*\w+\s*\}?", text) or re.fullmatch(r"\d+\s*:\s*\d+", text):
+    if re.fullmatch(r"-?[0-9A-Fa-f.]+\s*_\s*\{?\s*\w+\s*\}?", text) or re.fullmatch(
+        r"\d+\s*:\s*\d+", text
+    ):
         return True
     plain = re.sub(r"\\(?:begin|end)\{\w+\*?\}|\\[a-zA-Z]+", " ", text)
     if re.search(r"[A-Z]{2,}", plain) or re.fullmatch(r"\(?[A-Z]\)?", plain.strip()):
         return True
-    bare = set(re.findall(r"[a-z]{4,}", plain.lower())) - set(_FUNCTIONS.split())
+    bare = set(re.findall(r"[a-z]{4,}", plain.lower())) - _FUNCTIONS
     return plain.strip().lower() in _SHORT_WORDS or any(re.search("[aeiou]", word) for word in bare)
 
 
@@ -162,7 +193,9 @@ def settled(reference: Form, given: Form) -> bool | None:
     if reference.unit and given.unit and reference.unit != given.unit:
         return False
     if reference.words or given.words:
-        return (reference.words or _words(reference.formula)) == (given.words or _words(given.formula))
+        return (reference.words or _words(reference.formula)) == (
+            given.words or _words(given.formula)
+        )
     if not reference.formula or not given.formula:
         return False
     if re.sub(r"\s", "", reference.formula) == re.sub(r"\s", "", given.formula):

@@ -10,7 +10,7 @@ from cl_graft.task import Example
 
 @scorer(
     together=True,
-    convention="the last box, else the line after #### or \"answer is\"; equal by math-verify 0.9, words as written",
+    convention='the last box, else the line after #### or "answer is"; equal by math-verify 0.9, words as written',
     identity={"code": code_digest(answers, final_answer, math_forms, _math_child)},
 )
 def math(examples: Sequence[Example], given: Sequence[str]) -> list[bool]:

@@ -115,4 +115,4 @@ def _flaw(example: Example) -> str:
 def number(example: Example, answer: str, *, tolerance: float = 0.0) -> bool:
     """tolerance: the numbers may differ by so much."""
     given, right = final(answer), final(example.completion)
-    return bool(given and right) and given.equals(right, tolerance)
+    return given is not None and right is not None and given.equals(right, tolerance)
