@@ -63,14 +63,16 @@ def _fsdp_whole(folder: Path) -> str | None:
         return None
     return (
         f"{folder} holds a state dict of FSDP; copy pytorch_model_fsdp.bin to a folder NEW as pytorch_model.bin, "
-        f"{FILES}, and convert it: {_saving('AutoModelForCausalLM', 'NEW')}."
+        f"{FILES}, and convert it: AutoModelForCausalLM.from_pretrained(NEW).save_pretrained(CONVERTED)."
     )
 
 
 def _zero(folder: Path) -> str | None:
     if not zero_folder(folder):
         return None
-    return f"{folder} holds the partitioned weights of DeepSpeed; {zero_cure(folder)}, and give NEW."
+    return (
+        f"{folder} holds the partitioned weights of DeepSpeed; {zero_cure(folder)}, and give NEW."
+    )
 
 
 def _adapter(folder: Path) -> str | None:
@@ -108,7 +110,9 @@ def _steps(folder: Path) -> str | None:
     found = [(int(m[1]), p) for p in folder.iterdir() if (m := STEP.fullmatch(p.name))]
     if not found:
         return None
-    return f"{folder} is the folder of a training run; give one of its checkpoints: {max(found)[1]}."
+    return (
+        f"{folder} is the folder of a training run; give one of its checkpoints: {max(found)[1]}."
+    )
 
 
 def _other_library(folder: Path) -> str | None:

@@ -54,7 +54,9 @@ class Weights:
     def note(self) -> str:
         """A sentence about names that were changed, or nothing."""
         kinds = " and ".join(map(repr, self.added))
-        return f"Training has put {kinds} into the names of the tensors: taken out." if kinds else ""
+        return (
+            f"Training has put {kinds} into the names of the tensors: taken out." if kinds else ""
+        )
 
 
 def check_folder(folder: Path) -> None:
