@@ -116,7 +116,7 @@ def _check_one_save(folder: Path, found: list[str]) -> None:
         )
     if "adapter_config.json" in names:
         raise CheckpointError(
-            f"{folder} holds a PEFT adapter beside a model, and transformers then loads the adapter's base instead; "
+            f"{folder} holds a PEFT adapter beside a model, and transformers puts one on the other unasked; "
             "move adapter_config.json and the adapter's weights to a folder of their own."
         )
 

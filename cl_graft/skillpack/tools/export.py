@@ -49,7 +49,8 @@ class Exported(NamedTuple):
 
 
 class _Module(NamedTuple):
-    """A linear layer of the model. transposed: its weight is (in, out), as GPT-2's Conv1D has it. head: the output's."""
+    """A linear layer of the model. transposed: its weight is (in, out), as GPT-2's Conv1D has it. head: it is the
+    model's output head."""
 
     name: str
     tensor: str
@@ -69,7 +70,8 @@ def export_peft(
 
     rank: the most that any module gets; by default what a low-rank codec has, and MOST_RANK for
     other codecs. head: whether an output head that is not tied is in the adapter, which vLLM
-    refuses for many architectures (its `check_unexpected_modules`). Raises WrongBase, ShapeMismatch, NothingToExport, CheckpointError.
+    refuses for many architectures (its `check_unexpected_modules`). Raises WrongBase,
+    ShapeMismatch, NothingToExport, CheckpointError.
     """
     if rank is not None and rank < 1:
         raise NothingToExport(f"an adapter of rank {rank} holds nothing; give a rank of 1 or more.")
