@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from cl_graft.config import RunConfig
+from cl_graft.evaluation.scorers import conventions
 from cl_graft.evaluation.scores import by_metric, cells
 from cl_graft.experiment import identity
 from cl_graft.experiment.executors import CellProgress
@@ -129,6 +130,7 @@ def _compute(
         "reads_data_dir": config.data_dir is not None,
         "base": strategy.grafted.base,
         "data": data_fingerprint(scenario),
+        "conventions": conventions(scenario),
         "tasks": scenario.task_names,
         "budget_bytes": budget.bytes,
         "base_bytes": budget.base_bytes,

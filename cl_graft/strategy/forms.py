@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cl_graft.models.roles import ROLES, Role
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.codecs.exact import exact, original
 from cl_graft.skillpack.format.file import SkillPack
@@ -31,12 +32,14 @@ def compressor(
     keeps: Keeps | Mapping[str, Keeps] = "per_task",
     budgeted: bool = True,
     check: Check | None = None,
+    touches: Collection[Role] = ROLES,
 ) -> Callable[[Compress], type[Strategy]]:
     """Short form: `f(delta, context, *, options) -> encoded tensors` becomes a strategy of that name.
 
-    delta: parameter name -> float32 tensor, tuned minus where training started. keeps: as of Strategy; of a method
-    with several forms {value of its option `convention`: how that one keeps}. check: `g(context, *, options)` refuses
-    options that the model's shapes or the budget do not allow, as of Strategy; it names those that it looks at.
+    delta: parameter name -> float32 tensor, tuned minus where training started, of all that the method touches. keeps:
+    as of Strategy; of a method with several forms {value of its option `convention`: how that one keeps}. check:
+    `g(context, *, options)` refuses options that the model's shapes or the budget do not allow, as of Strategy; it
+    names those that it looks at. touches: as of Strategy.
     """
 
     def make(function: Compress) -> type[Strategy]:
@@ -47,7 +50,9 @@ def compressor(
             if check is not None:
                 check(context, **_wanted(check, options))
 
-        return _strategy(function, learn, keeps=keeps, budgeted=budgeted, check=possible)
+        return _strategy(
+            function, learn, keeps=keeps, budgeted=budgeted, check=possible, touches=touches
+        )
 
     return make
 
