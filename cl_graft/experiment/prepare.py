@@ -166,6 +166,12 @@ def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
         if task.name in folders:
             folder = folders[task.name]
             task = replace(task, train=read_examples(folder), pairs=read_pairs(folder))
+            trained = {row.prompt for row in (*task.train, *task.pairs)}
+            if tested := sum(example.prompt in trained for example in task.test):
+                raise CLGraftError(
+                    f"{folder} trains task {task.name!r} on {tested} of its own test prompts; build it again from "
+                    "prompts without them."
+                )
             if task.training.preference and not task.pairs:
                 raise CLGraftError(
                     f"{folder} holds no preference pairs for task {task.name!r}; build it with a wider reward gap, "

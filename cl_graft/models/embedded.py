@@ -123,15 +123,7 @@ def _train(spec: ModelRecipe, texts: list[str], target: Path) -> None:
     torch.set_num_threads(1)  # the weights must not depend on how many threads there happen to be
     torch.manual_seed(spec.seed)
     try:
-        if spec.family == "gpt2":
-            tokenizer, batches = mini_gpt2.tokenizer(), mini_gpt2.batches(spec.batch, spec.seed)
-        elif texts:
-            tokenizer, batches = (
-                corpus.tokenizer(texts),
-                corpus.batches(texts, spec.batch, spec.seed),
-            )
-        else:
-            tokenizer, batches = toy_tokenizer(), toy_batches(spec)
+        tokenizer, batches = material(spec, texts)
         new = new_llama if spec.family == "llama" else mini_gpt2.new_gpt2
         model = new(spec, len(tokenizer))
         pretrain(model, tokenizer, batches, spec.steps, spec.lr)
@@ -139,6 +131,18 @@ def _train(spec: ModelRecipe, texts: list[str], target: Path) -> None:
         torch.set_num_threads(threads)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def material(spec: ModelRecipe, texts: list[str]) -> tuple[PreTrainedTokenizerBase, Pairs]:
+    """The tokenizer of an embedded model, and the endless batches that it is pre-trained on.
+
+    texts: of the user's data, for a model that is trained on them.
+    """
+    if spec.family == "gpt2":
+        return mini_gpt2.tokenizer(), mini_gpt2.batches(spec.batch, spec.seed)
+    if texts:
+        return corpus.tokenizer(texts), corpus.batches(texts, spec.batch, spec.seed)
+    return toy_tokenizer(), toy_batches(spec)
 
 
 def toy_batches(spec: ModelRecipe) -> Pairs:
