@@ -35,6 +35,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "seed": config.seed,
         "budget": config.budget,
         "budget_bytes": identity["budget_bytes"],
+        "budgeted": identity.get("budgeted", True),
         "tasks": tasks,
         "matrix": matrix,
         "n": table("score", "n"),
@@ -79,7 +80,7 @@ def kept(path: Path) -> dict[str, Any] | None:
         return None
     folder.identity()  # refuses another version's
     result = read_json(path / "result.json")
-    return result if "routing_accuracy" in result else None
+    return result if "budgeted" in result else None
 
 
 def _accuracy(
