@@ -130,6 +130,7 @@ def _compute(
         "data": data_fingerprint(scenario),
         "tasks": scenario.task_names,
         "budget_bytes": budget.bytes,
+        "budgeted": strategy.budgeted,
         "base_bytes": budget.base_bytes,
     }
     folder.begin(json.loads(json.dumps(about)))

@@ -89,7 +89,7 @@ def _outcomes(
 def example_lines(
     results: Mapping[str, Mapping[str, list[Scored]]], taken_for: Mapping[str, list[str | None]]
 ) -> list[dict[str, Any]]:
-    """One line an outcome. taken_for: {task: the task that each example was answered as}, where that makes a difference."""
+    """One line an outcome. taken_for: {task: what each example was answered as}, where that makes a difference."""
     return [
         {"task": task, "metric": metric, "index": i, **asdict(outcome), **taken}
         for task, metrics in results.items()

@@ -15,7 +15,7 @@ from random import Random
 from typing import Literal
 
 Part = Literal["training", "validation", "test"]
-PARTS: tuple[Part, ...] = ("test", "test", "validation", *["training"] * 7)
+PARTS: tuple[Part, ...] = ("test", "test", "validation") + ("training",) * 7
 
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Leo", "Eva", "Max", "Zoe")
 THINGS = ("apples", "books", "coins", "cards", "pens", "eggs", "nuts", "cups")

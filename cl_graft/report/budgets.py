@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cl_graft.report.aggregate import (
+    PARTS,
     PROTOCOLS,
+    WHO,
     Cell,
     Estimate,
+    distinct,
     estimate,
     number,
+    part,
     protocol,
     storage,
     titled,
@@ -43,7 +47,7 @@ class _Line(NamedTuple):
 def groups(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Complete cells of each scenario and model that were run at two budgets or more."""
     grouped: dict[str, list[Cell]] = {}
-    for cell in told_apart(cells):
+    for cell in told_apart(distinct(cells)):
         if cell["complete"]:
             grouped.setdefault(f"{cell['scenario']} · {cell['model']}", []).append(cell)
     return {t: members for t, members in grouped.items() if len({c["budget"] for c in members}) > 1}
@@ -55,18 +59,20 @@ def table(title: str, cells: Sequence[Cell]) -> Table:
     budgets = sorted({c["budget"] for c in cells}, key=lambda b: _size(cells, b))
     rows = []
     for label, members in by_label.items():
-        row = [label, protocol(members[0])]
+        row = [label, protocol(members[0]), "each" if members[0]["budgeted"] else "none"]
         for budget in budgets:
             row += [_show(_op(members, budget)), _show(_kept(cells, members, budget))]
         rows.append(tuple(row))
-    columns = ["Strategy", "Task IDs"]
+    columns = list(WHO)
     for budget in budgets:
         columns += [f"OP at {budget}", f"kept at {budget}"]
     note = (
         "OP: mean final score in per cent. Kept: per cent of the gain of full fine-tuning (individual) over the base "
-        "model, seed by seed. ± is the standard error over seeds. " + PROTOCOLS
+        "model, seed by seed. ± is the standard error over seeds, for these test examples alone. "
+        + PROTOCOLS
     )
-    return Table(f"{title}: by budget", tuple(columns), tuple(rows), note)
+    parts = tuple(part(members[0]) for members in by_label.values())
+    return Table(f"{title}: by budget", tuple(columns), tuple(rows), note, parts=parts)
 
 
 @styled
@@ -119,7 +125,8 @@ def _by_label(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
         label: max((c["metrics"]["op"] or 0.0 for c in members), default=0.0)
         for label, members in by_label.items()
     }
-    return {label: by_label[label] for label in sorted(by_label, key=lambda name: -best[name])}
+    order = sorted(best, key=lambda name: (PARTS.index(part(by_label[name][0])), -best[name]))
+    return {label: by_label[label] for label in order}
 
 
 def _each_budget(members: Sequence[Cell]) -> list[list[Cell]]:

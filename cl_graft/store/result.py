@@ -35,6 +35,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "seed": config.seed,
         "budget": config.budget,
         "budget_bytes": identity["budget_bytes"],
+        "budgeted": identity.get("budgeted", True),
         "tasks": tasks,
         "matrix": matrix,
         "n": table("score", "n"),

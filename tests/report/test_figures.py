@@ -45,6 +45,7 @@ def cell(label: str = "graftllm", matrix: Rows = KEEPS, **changes: Any) -> dict[
         "seed": 0,
         "budget": "10%",
         "budget_bytes": BASE_BYTES // 10,
+        "budgeted": True,
         "tasks": tasks,
         "matrix": matrix,
         "n": None,

@@ -39,6 +39,7 @@ def cell(label: str = "graftllm", matrix: Rows = FORGETS, **changes: Any) -> dic
         "seed": 0,
         "budget": "10%",
         "budget_bytes": 200_000,
+        "budgeted": True,
         "tasks": tasks,
         "matrix": matrix,
         "n": [[None if x is None else 100 for x in row] for row in matrix],

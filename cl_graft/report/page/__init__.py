@@ -15,6 +15,7 @@ from pathlib import Path
 from cl_graft.report import ReportedCell, budgets
 from cl_graft.report.aggregate import groups, slugged
 from cl_graft.report.figures import draw, figures_of
+from cl_graft.report.overview import base_interval, overview
 from cl_graft.report.page import cell, index, sources
 from cl_graft.report.page.work import SMALL, Work
 from cl_graft.report.significance import ranked_lines, reader, table
@@ -35,12 +36,12 @@ def write(reported: Sequence[ReportedCell], folder: Path) -> Path:
         for name in figures_of(cells):
             stem = folder / f"{slug}-{name}"
             making.add(files_of(stem), key, partial(draw, name, cells, stem), 1.0)
-    over = list(slugged(budgets.groups([f.cell for f in reported])))
-    for slug, several in over:
+    several = list(slugged(budgets.groups([f.cell for f in reported])))
+    for slug, cells in several:
         stem = folder / f"{slug}-budgets"
-        key = digest(several, sources.of_figures())
+        key = digest(cells, sources.of_figures())
         files = [*files_of(stem), *(stem.with_name(f"{stem.name}.{kind}") for kind in TEXTS)]
-        making.add(files, key, partial(budgets.write, several, stem), 1.0)
+        making.add(files, key, partial(budgets.write, cells, stem), 1.0)
     pages = {f.path: cell.file(f, folder) for f in reported}
     for slug, those in members.items():
         for f in those:
@@ -49,10 +50,15 @@ def write(reported: Sequence[ReportedCell], folder: Path) -> Path:
     with making:
         examples = reader()
         known = {slug: ranked_lines(those, examples) for slug, those in members.items()}
+        over_all = overview(reported, examples)
+        over_all.write(folder / "overview")
+        bases = {slug: base_interval(those, examples) for slug, those in members.items()}
         for title, (slug, ranked) in zip(titled, known.items(), strict=True):
             table(title, ranked).write(folder / f"{slug}-intervals")
-        shown = [(f"{slug}-budgets", f"{c[0]['scenario']} · {c[0]['model']}") for slug, c in over]
-        text = index.render(members, list(titled), known, shown)
+        shown = [
+            (f"{slug}-budgets", f"{c[0]['scenario']} · {c[0]['model']}") for slug, c in several
+        ]
+        text = index.render(members, list(titled), known, shown, over_all, bases)
     written = write_atomic(folder / "index.html", text.encode())
     making.keep()
     return written
