@@ -12,6 +12,7 @@ from random import Random
 from cl_graft.data import DataError
 from cl_graft.errors import UnknownName
 from cl_graft.models import toy_language
+from cl_graft.ranges import Count, Positive
 from cl_graft.task import Example, Preference, Scenario, Task, Training
 
 # Source, scorer, and the share of `steps` that the task takes.
@@ -21,19 +22,21 @@ TASKS: dict[str, tuple[toy_language.Source, str, float]] = {
     "cipher": (toy_language.cipher, "exact", 2.0),
 }
 
+VALIDATION = 64  # examples of each task beside its training set
+
 
 def mini(
     *,
     seed: int,
     data_dir=None,
-    train_size: int = 4000,
-    test_size: int = 200,
-    steps: int = 240,
-    batch: int = 16,
-    learning_rate: float = 2e-3,
+    train_size: Count = 4000,
+    test_size: Count = 200,
+    steps: Count = 240,
+    batch: Count = 16,
+    learning_rate: Positive = 2e-3,
     dpo: bool = False,
-    dpo_learning_rate: float = 1e-4,
-    dpo_beta: float = 0.1,
+    dpo_learning_rate: Positive = 1e-4,
+    dpo_beta: Positive = 0.1,
     dpo_length_normalised: bool = False,
     tasks: str = "math,code,cipher",
 ) -> Scenario:
@@ -48,13 +51,16 @@ def mini(
         source, score, share = TASKS[name]
         train = training(source, f"train/{seed}/{name}", train_size)
         test = held_out(source, "test", name, test_size)
+        validation = held_out(source, "validation", name, VALIDATION)
         recipe = Training(
-            steps=max(1, round(share * steps)),
+            steps=round(share * steps),
             batch=batch,
             learning_rate=learning_rate,
             preference=preference if dpo else None,
         )
-        return Task(name, train, test, score, max_new_tokens=32, training=recipe)
+        return Task(
+            name, train, test, score, max_new_tokens=32, training=recipe, validation=validation
+        )
 
     general = held_out(toy_language.general, "test", "general", test_size)
     return Scenario(
@@ -65,11 +71,7 @@ def mini(
 
 
 def training(source: toy_language.Source, seed: str, size: int) -> tuple[Example, ...]:
-    """Examples drawn from the training part of the source; a question may come again.
-
-    Raises DataError for a size below 1.
-    """
-    _require_some(seed, size)
+    """Examples drawn from the training part of the source; a question may come again."""
     rng = Random(seed)
     return tuple(example(toy_language.training(source, rng)) for _ in range(size))
 
@@ -79,10 +81,9 @@ def held_out(
 ) -> tuple[Example, ...]:
     """Examples of another part of the source, the same for every seed, no question twice.
 
-    Raises DataError for a size below 1 or above the number of questions that there are.
+    Raises DataError for a size above the number of questions that there are.
     """
     seed = f"{part}/{name}"
-    _require_some(seed, size)
     rng, items = Random(seed), dict[str, Example]()
     for _ in range(200 * size + 2000):
         item = source(rng)
@@ -98,10 +99,3 @@ def held_out(
 def example(item: toy_language.Item) -> Example:
     tests = tuple(f"assert {call} == {expected}" for call, expected in item.tests)
     return Example(toy_language.prompt(item.question), item.answer, tests)
-
-
-def _require_some(what: str, size: int) -> None:
-    if size < 1:
-        raise DataError(
-            f"{what!r} of mini would be empty; ask for a size of at least 1, not {size}."
-        )
