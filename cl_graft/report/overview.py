@@ -21,8 +21,8 @@ BASE = "base model"
 NOTE = (
     "OP in per cent, of complete cells. A scenario that was learned in several orders of its tasks is there once, by "
     f"the mean over them. {OVER_NOTE} The base is one model, so its intervals are over examples. Rank: 1 for the best "
-    "OP, ties share theirs; the mean over the cells (scenario, order, model, budget, seed) that all strategies of a part "
-    f"have, with Student's interval over those, of these test examples. {PROTOCOLS}"
+    "OP, ties share theirs; the mean over the cells (scenario, order, model, budget, seed) that all of a part have, "
+    f"with Student's interval over those, of these test examples. {PROTOCOLS}"
 )
 
 Column = tuple[str, str, str]  # scenario whatever its order of tasks, model, budget
