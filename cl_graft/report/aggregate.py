@@ -388,7 +388,7 @@ def _series(name: str, cells: Sequence[Cell]) -> Line:
 
 
 def _base_error(seeds: Sequence[PerformanceMatrix]) -> FloatArray:
-    """(T,): standard error of the base's mean scores over test examples; seeds that score alike share their examples."""
+    """(T,): standard error over test examples of the base's mean scores; seeds that score alike share theirs."""
     errors = [np.full(len(m.tasks), np.nan) if m.stderr is None else m.stderr[0] for m in seeds]
     alike = np.ptp([m.scores[0] for m in seeds], axis=0) == 0
     return np.where(alike, errors[0], np.sqrt(np.sum(np.square(errors), axis=0)) / len(seeds))

@@ -19,10 +19,10 @@ from cl_graft.store.digests import digest
 
 BASE = "base model"
 NOTE = (
-    "OP in per cent, of complete cells. A scenario that was learned in several orders of its tasks is there once, by the "
-    f"mean over them. {OVER_NOTE} The base is one model, so its intervals are over examples. Rank: 1 for the best OP, "
-    "ties share theirs; the mean over the cells (scenario, order, model, budget, seed) that all strategies of a part "
-    f"have, with Student's interval over those, of these test examples. {PROTOCOLS}"
+    "OP in per cent, of complete cells. A scenario that was learned in several orders of its tasks is there once, by "
+    f"the mean over them. {OVER_NOTE} The base is one model, so its intervals are over examples. Rank: 1 for the best "
+    "OP, ties share theirs; the mean over the cells (scenario, order, model, budget, seed) that all of a part have, "
+    f"with Student's interval over those, of these test examples. {PROTOCOLS}"
 )
 
 Column = tuple[str, str, str]  # scenario whatever its order of tasks, model, budget
@@ -176,7 +176,7 @@ def _is_order(value: Any, tasks: Sequence[str]) -> bool:
 
 
 def _names(cells: Sequence[Cell]) -> dict[Column, str]:
-    """What each column is called, by what tells it from the others; the scenario by its own name, if it has no orders."""
+    """What each column is called, by what tells it from the others; a scenario with its number of orders."""
     columns: dict[Column, list[Cell]] = {}
     for cell in cells:
         columns.setdefault(_column(cell), []).append(cell)

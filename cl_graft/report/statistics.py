@@ -92,7 +92,7 @@ def over_both(seeds: Sequence[Strata], tests: Sequence[Hashable]) -> Interval:
 
 
 def over_one_model(seeds: Sequence[Strata], tests: Sequence[Hashable]) -> Interval:
-    """Score of a model that is the same for all seeds, as the base is: every test set is drawn anew, and nothing else."""
+    """Score of a model that is the same for all seeds, as the base is: test sets are drawn anew, and nothing else."""
     return _joined(_pooled(seeds, tests, dict.fromkeys(tests)), 0.0, EXAMPLES)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import rich.console
     import rich.table
 
 UNMEASURED = "–"
@@ -109,22 +110,30 @@ class Table:
             for kind, text in zip(TEXTS, texts, strict=True)
         ]
 
-    def rich(self) -> rich.table.Table:
-        """The grid for a terminal."""
+    def rich(self) -> rich.console.Group:
+        """The grid for a terminal, a grid for each part."""
+        from rich.console import Group
+
+        sections = self.sections()
+        titles = [
+            "\n".join(filter(None, (self.title, sections[0][0]))),
+            *(p for p, _ in sections[1:]),
+        ]
+        notes = [*[""] * (len(sections) - 1), self.note]
+        grids = zip(titles, sections, notes, strict=True)
+        return Group(*(self._rich(title, rows, note) for title, (_, rows), note in grids))
+
+    def _rich(self, title: str, rows: Sequence[tuple[str, ...]], note: str) -> rich.table.Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        grid = RichTable(title=Text(self.title), caption=Text(self.note) if self.note else None)
+        grid = RichTable(title=Text(title), caption=Text(note) if note else None)
         for i, column in enumerate(self.columns):
             # folded, since names that lost their ends look alike
             side: Any = "right" if i else "left"
             grid.add_column(Text(column), justify=side, overflow="fold")
-        for part, rows in self.sections():
-            if part:
-                grid.add_section()
-                grid.add_row(Text(part, style="bold"))
-            for row in rows:
-                grid.add_row(*map(Text, row))  # Text: brackets in a label are not markup
+        for row in rows:
+            grid.add_row(*map(Text, row))  # Text: brackets in a label are not markup
         return grid
 
 

@@ -98,9 +98,9 @@ def matrices(cells: Sequence[Cell]) -> list[Table]:
         for line in lines_of(members):
             columns, mean, se = ("Experience", *line.tasks), line.mean, line.stderr
             if any(not np.isnan(general(cell)).all() for cell in members):
-                ability = average([general(cell) for cell in line.cells])
-                ability[1][0] = np.nan  # the base is one model for all seeds
-                mean, se = np.column_stack([mean, ability[0]]), np.column_stack([se, ability[1]])
+                ability, spread = average([general(cell) for cell in line.cells])
+                spread[0] = math.nan  # of the base, which is one model
+                mean, se = np.column_stack([mean, ability]), np.column_stack([se, spread])
                 columns += ("General ability",)
             name, note = f"{title}: {line.title}", f"{ERRORS} {_not_measured_again(line)}".strip()
             over = ["examples", *[line.errors] * len(line.tasks)]
@@ -109,7 +109,8 @@ def matrices(cells: Sequence[Cell]) -> list[Table]:
             for metric in sorted({m for c in line.cells for m in c.get("extra_matrices") or {}}):
                 mean, se = average([extra(cell, metric) for cell in line.cells])
                 name = f"{title}: {line.title}, {metric}"
-                over = [line.errors] * len(mean)
+                se[0] = math.nan
+                over = ["", *[line.errors] * len(line.tasks)]
                 made.append(_matrix(name, ("Experience", *line.tasks), mean, se, ".3f", "", over))
     return made
 
