@@ -93,7 +93,7 @@ def kept(path: Path) -> dict[str, Any] | None:
         return None
     folder.identity()  # refuses another version's
     result = read_json(path / "result.json")
-    return result if "general_packs" in result else None
+    return result if {"budgeted", "general_packs"} <= result.keys() else None
 
 
 def _accuracy(

@@ -92,6 +92,7 @@ def test_a_row_of_the_ranking_worked_by_hand() -> None:
         "BWT": "-20.0",  # paired examples: no standard error from one seed
         "FM": "20.0",
         "General Δ": "-3.0",
+        "General of": "one model",
         "±": "examples",
         "Storage %": "9.74",  # 389,600 bytes alive over two tasks of 2,000,000
         "Bytes alive": "389,600",
