@@ -15,8 +15,8 @@ import cl_graft
 from cl_graft import plugins
 from cl_graft.data import DataError, benchmarks
 from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.evaluation.programs import program_of
 from cl_graft.evaluation.sandbox import ConsentNeeded, run_asserts
-from cl_graft.evaluation.scorers.tests import program_of
 from cl_graft.models.chat import render
 from cl_graft.task import Example, Pair, Scenario
 from tests.chat import llama_tokenizer, qwen_tokenizer
@@ -337,7 +337,7 @@ def test_what_a_chat_model_is_asked(hub: Any) -> None:
 
 def test_references_of_both_programming_sets_pass(hub: Any) -> None:
     for example in made().tasks[1].test:
-        program = program_of(example.completion, example.setup)
+        program = program_of(example.completion, example.setup, example.tests)
         assert run_asserts(program, example.tests, example.setup).passed
         assert not run_asserts(program.replace("2 *", "3 *"), example.tests, example.setup).passed
 
@@ -363,7 +363,7 @@ def test_canonical_solutions_of_humaneval_pass(kind: str) -> None:
     for example in Random(0).sample(benchmarks.examples("humaneval", DATA), 40):
         body = example.completion.removeprefix("```python\n").removesuffix("\n```")
         body = body[len(example.setup.lstrip("\n")) :] if kind == "body" else example.completion
-        program = program_of(body, example.setup)
+        program = program_of(body, example.setup, example.tests)
         outcome = run_asserts(program, example.tests, example.setup)
         assert outcome.passed, (example.prompt, outcome)
 
@@ -372,7 +372,7 @@ def test_canonical_solutions_of_humaneval_pass(kind: str) -> None:
 def test_references_of_mbpp_pass() -> None:
     found = [e for e in benchmarks.examples("mbpp", DATA) if "amicable" not in e.prompt]
     for example in Random(0).sample(found, 20):
-        program = program_of(example.completion, example.setup)
+        program = program_of(example.completion, example.setup, example.tests)
         outcome = run_asserts(program, example.tests, example.setup)
         assert outcome.passed, (example.prompt, outcome)
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from cl_graft.routing.base import Router
     from cl_graft.strategy.base import Strategy
 
+UNKNOWN = "0" * 32  # stands for the fingerprint of weights that are not there, and is as long
+
 
 def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]]:
     """Find and check everything a run names, before anything is computed."""
@@ -31,25 +33,52 @@ def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]
 
 
 def check(cells: Iterable[RunConfig]) -> None:
-    """Raise what `prepare` would for any of the cells, and for their models, mirrors and launches.
+    """Raise what `prepare` would for any of the cells, and for their models, mirrors and launches, the cheapest first.
 
-    A scenario that cells share is made once.
+    A scenario that cells share is made once, and so is a model without its weights.
     """
     from cl_graft.models import load
 
-    made = set()
+    cells = list(cells)
     for config in cells:
         _strategy(config)
         load.check(config.model)
         if mirror := mirror_of(config):
             mirror.check()
-        name = config.short(config.scenario)
-        told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
-        chosen = [config.options.get(name), config.scoring]
-        scenario = digest(*map(str, told), chosen, str(config.train_on))
-        if scenario not in made:
-            _launch(config.launch, _scenario(config))
-            made.add(scenario)
+    scenarios: dict[str, Scenario] = {}
+    for config in cells:
+        if (key := _data_of(config)) not in scenarios:
+            scenarios[key] = _scenario(config)
+            _launch(config.launch, scenarios[key])
+    models: dict[Any, PreTrainedModel | None] = {}
+    for config in cells:
+        named = config.model, config.data_dir
+        if named not in models:
+            models[named] = load.without_weights(*named)
+        if (model := models[named]) is not None:
+            _require_possible(config, scenarios[_data_of(config)], model)
+
+
+def _data_of(config: RunConfig) -> str:
+    """Digest of all that makes the cell's scenario what it is."""
+    told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
+    chosen = [config.options.get(config.short(config.scenario)), config.scoring]
+    return digest(*map(str, told), chosen, str(config.train_on))
+
+
+def _require_possible(config: RunConfig, scenario: Scenario, model: PreTrainedModel) -> None:
+    """Raises CLGraftError or OverBudget where the method could not keep a task of such a model."""
+    strategy_class, options = _strategy(config)
+    strategy = strategy_class(
+        model=model,
+        tokenizer=None,
+        scenario=scenario,
+        budget=Budget(config.budget, sum(p.numel() for p in model.parameters())),
+        seed=config.seed,
+        options=options,
+    )
+    strategy.grafted._base = UNKNOWN
+    strategy.require_possible()
 
 
 def _launch(launch: Launch, scenario: Scenario) -> None:

@@ -33,6 +33,7 @@ from cl_graft.report.aggregate import (
     number,
     part,
     protocol,
+    scored_by,
     slugged,
     told_apart,
 )
@@ -69,6 +70,7 @@ def ranking(cells: Sequence[Cell]) -> list[Table]:
             tuple(_ranking_row(line, routed, spec) for line in lines) for spec in (".1f", ".4f")
         )
         note = f"{base_note(members)} {NOTE}".strip() + (ROUTING_NOTE if routed else "")
+        note += scored_by(members)
         tables.append(Table(f"Ranking: {title}", columns, rows, note, exact, _parts(lines)))
     return tables
 
@@ -103,6 +105,7 @@ def matrices(cells: Sequence[Cell]) -> list[Table]:
                 mean, se = np.column_stack([mean, ability]), np.column_stack([se, spread])
                 columns += ("General ability",)
             name, note = f"{title}: {line.title}", f"{ERRORS} {_not_measured_again(line)}".strip()
+            note += scored_by(line.cells)
             over = ["examples", *[line.errors] * len(line.tasks)]
             made.append(_matrix(name, columns, 100.0 * mean, 100.0 * se, ".1f", note, over))
             made += _by_pack(name, line)
@@ -180,7 +183,7 @@ def by_task(cells: Sequence[Cell]) -> list[Table]:
         rows, exact = (
             tuple((*line.who, *_by_task(line, spec)) for line in lines) for spec in (".1f", ".4f")
         )
-        note = f"In per cent, means over seeds. Δ: the end less just learned. {PROTOCOLS}"
+        note = f"In per cent, means over seeds. Δ: the end less just learned. {PROTOCOLS}{scored_by(members)}"
         tables.append(Table(f"By task: {title}", columns, rows, note, exact, _parts(lines)))
     return tables
 

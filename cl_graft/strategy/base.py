@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,8 +35,10 @@ from cl_graft.evaluation.examiner import Answered, Examiner, Group, key
 from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
+from cl_graft.models.roles import ROLES, Role, untouched
 from cl_graft.routing.base import Router
 from cl_graft.skillpack.codecs.exact import exact, original
+from cl_graft.skillpack.codecs.sparse import sparse
 from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
@@ -48,7 +50,7 @@ from cl_graft.task import Pair, Preference, Scenario, Task
 from cl_graft.training.config import Row, StageConfig, jobs
 from cl_graft.training.delta import Delta
 from cl_graft.training.own_loop import watched
-from cl_graft.training.stages import Log, Stages, in_full_precision
+from cl_graft.training.stages import Log, Stages, holding, in_full_precision
 from cl_graft.training.term import Term
 from cl_graft.version import __version__
 
@@ -61,14 +63,16 @@ class Strategy(BaseTemplate):
 
     A method says what it keeps in `learn`; its options are the keyword-only arguments of that function.
     terms: kinds of terms that it adds to training, so that a launch which cannot carry them is refused before anything
-    starts. budgeted: False for references that are allowed any size. stages, outcomes: where what was trained and
-    measured is kept; without them, as long as the strategy lives. router: infers the task of a prompt, which is else
-    given.
+    starts. touches: roles of the parameters that it may change; the others are frozen while it tunes, whatever trains
+    it, and it may keep nothing of them. budgeted: False for references that are allowed any size. stages, outcomes:
+    where what was trained and measured is kept; without them, as long as the strategy lives. router: infers the task of
+    a prompt, which is else given.
     """
 
     PLUGIN_CLASS = SupervisedPlugin
     keeps: Keeps | Mapping[str, Keeps] = "per_task"
     budgeted: ClassVar[bool] = True
+    touches: ClassVar[Collection[Role]] = ROLES
     terms: ClassVar[tuple[Literal["penalty", "project"], ...]] = ()
     function: ClassVar[Callable[..., Any]]  # whose keyword-only arguments are the options
 
@@ -76,6 +80,11 @@ class Strategy(BaseTemplate):
         super().__init_subclass__(**kwargs)
         if "learn" in cls.__dict__ and "function" not in cls.__dict__:
             cls.function = cls.learn
+        if not {*cls.touches} or {*cls.touches} - {*ROLES}:
+            raise CLGraftError(
+                f"{cls.__name__} touches {', '.join(map(str, cls.touches)) or 'nothing'}; name some of the roles "
+                f"{', '.join(ROLES)}."
+            )
 
     @classmethod
     def keeps_by(cls, options: Mapping[str, Any]) -> Keeps:
@@ -138,6 +147,27 @@ class Strategy(BaseTemplate):
     def _own_folder(self) -> TemporaryDirectory[str]:
         return TemporaryDirectory(prefix="cl-graft-", ignore_cleanup_errors=True)
 
+    def check(self, context: Context, **options: Any) -> None:
+        """Refuse options that the model or the budget cannot hold; asked before anything is computed.
+
+        context: of a task, with a model of which shapes alone are known: parameters may be on the meta device.
+        Raises CLGraftError or OverBudget with the nearest value that is possible.
+        """
+
+    def require_possible(self) -> None:
+        """Refuse what no task could be kept under. Raises CLGraftError or OverBudget."""
+        longest = max(self.scenario.tasks, key=lambda task: len(task.name))  # its header is, too
+        context = self.context(longest)
+        if self.budgeted:
+            name, smallest = min(self.base.items(), key=lambda item: item[1].numel())
+            first = torch.arange(smallest.numel()).view(smallest.shape) == 0
+            if context.cost({name: sparse(first.float(), first)}) > self.budget.bytes:
+                raise OverBudget(
+                    f"the budget {self.budget.text} ({self.budget.bytes} bytes) does not hold one weight and a pack's "
+                    "header; raise it."
+                )
+        self.check(context, **self.options)
+
     @abstractmethod
     def learn(self, task: Task, context: Context, **options: Any) -> Tensors | Kept:
         """Train `self.model` on the task and return what to keep, relative to `context.start`."""
@@ -165,7 +195,7 @@ class Strategy(BaseTemplate):
         def progress(done: float) -> None:
             self.progress(f"training {task.name}", done)
 
-        with in_full_precision(model):
+        with in_full_precision(model), holding(model, self.untouched):
             for its_rows, job in jobs(task, seed, partial(self._sampled, model, task)):
                 rows = self.training_rows(its_rows, job)
                 folder, log = self.stages.run(
@@ -212,6 +242,11 @@ class Strategy(BaseTemplate):
             return ""
         file = Path(inspect.getfile(kind))
         return digest(plugins.sources_of(file), kind.__qualname__, self.options)
+
+    @cached_property
+    def untouched(self) -> frozenset[str]:
+        """Names of the parameters that the method declares not to touch."""
+        return untouched(self.model, self.touches) if {*self.touches} < {*ROLES} else frozenset()
 
     @property
     def _stage_seed(self) -> int:
@@ -293,6 +328,7 @@ class Strategy(BaseTemplate):
             budget=replace(self.budget, less=self._spoken_for()),
             seed=self.seed,
             header=self._pack(task, {}),
+            frozen=self.untouched,
             progress=lambda done: self.progress(f"compressing {task.name}", done),
         )
 
@@ -341,13 +377,18 @@ class Strategy(BaseTemplate):
         torch.manual_seed(self.seed + len(self.packs))
         with watched() as steps:
             kept = self.learn(task, context, **self.options)
-        if (
-            not self._training_wall
-        ):  # no stage: up to its last step, the method trained in a loop of its own
+        # no stage: up to its last step, the method trained in a loop of its own
+        if not self._training_wall:
             self._training_wall = (steps.last or perf_counter()) - begun
             self.log.add(Log(seconds=self._training_wall, spent=self._training_wall))
         kept = kept if isinstance(kept, Kept) else Kept(kept)
         self.restore_base()
+        if strange := kept.own.keys() & self.untouched:
+            name = min(strange)
+            raise CLGraftError(
+                f"{type(self).__name__} keeps a delta of {name}, whose role ({context.roles[name]}) it declares not to "
+                f"touch; leave it out, or name the role in touches."
+            )
         if self.budgeted:
             context.require_fit(kept.own)
         self.packs.append(self._pack(task, kept.own))

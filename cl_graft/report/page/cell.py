@@ -12,7 +12,15 @@ from typing import Any
 from markupsafe import Markup
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import ALIKE, Cell, ability, alive, packs, protocol
+from cl_graft.report.aggregate import (
+    ALIKE,
+    Cell,
+    ability,
+    alive,
+    packs,
+    protocol,
+    scored_by,
+)
 from cl_graft.report.examples import OUTCOMES, RIGHT, Answer, ExampleRow, breakdown
 from cl_graft.report.page.template import render
 from cl_graft.report.provenance import commands
@@ -48,6 +56,7 @@ def write(reported: ReportedCell, path: Path, group: str) -> None:
         ability=ability(cell),
         by_pack=_by_pack(cell, experiences),
         protocol=protocol(cell),
+        scored=scored_by([cell]),
         bytes=_bytes(cell),
         accuracy=[(n, x) for n, x in accuracy if x is not None],
         confusion=next(iter(confusions(routed([cell]))), None),

@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import ABILITIES, ERRORS, KINDS, PROTOCOLS, base_note
+from cl_graft.report.aggregate import (
+    ABILITIES,
+    ERRORS,
+    KINDS,
+    PROTOCOLS,
+    base_note,
+    scored_by,
+)
 from cl_graft.report.figures import figures_of
 from cl_graft.report.page import rows
 from cl_graft.report.page.template import render as fill
@@ -102,6 +109,7 @@ def _group(
     first = cells[0]
     return {
         "slug": slug,
+        "scored": scored_by(cells),
         "title": title,
         "first": first,
         "tasks": first["tasks"],
