@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cl_graft.report.significance import Reader
 
 MANY = 100  # cells, whose report is made by several processes
 
@@ -35,8 +38,11 @@ def gather(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return [reported.cell for reported in find(folders)]
 
 
-def write(reported: Sequence[ReportedCell], target: Path) -> Path:
-    """Tables, provenance, figures and pages; returns the page to open. Raises OSError where the disk refuses."""
+def write(reported: Sequence[ReportedCell], target: Path, tested: Reader | None = None) -> Path:
+    """Tables, provenance, figures and pages; returns the page to open. Raises OSError where the disk refuses.
+
+    tested: a `significance.reader` that may have read their test examples already.
+    """
     from cl_graft.report.page import work
     from cl_graft.report.page import write as write_page
     from cl_graft.report.provenance import write_provenance
@@ -47,4 +53,4 @@ def write(reported: Sequence[ReportedCell], target: Path) -> Path:
     cells = [f.cell for f in reported]
     write_tables(cells, target)
     write_provenance(cells, target)
-    return write_page(reported, target)
+    return write_page(reported, target, tested)

@@ -128,7 +128,7 @@ def _scores(pairs: Pairs) -> Table:
     for (title, *_), members in groups.items():
         whole = [(x, y) for x, y in members if x.cell["complete"] and y.cell["complete"]]
         if not whole:
-            rows.append(_Row(title, "OP", *[UNMEASURED] * 2, "", UNMEASURED, "0", UNMEASURED))
+            rows.append(_Row(title, "OP", UNMEASURED, UNMEASURED, "", UNMEASURED, "0", UNMEASURED))
             untold.append(f"{title} (not complete in both)")
             continue
         a, b = (_side([pair[k] for pair in whole], tested) for k in (0, 1))
@@ -225,7 +225,7 @@ def _less(b: Interval | None, a: Interval | None) -> str:
 def _told(measured: Interval | Difference | None, spec: str = ".1f") -> str:
     if measured is None:
         return UNMEASURED
-    return show_interval(*(100 * x for x in (measured.mean, measured.low, measured.high)), spec)
+    return show_interval([100 * x for x in (measured.mean, measured.low, measured.high)], spec)
 
 
 def _title(cell: Cell) -> str:

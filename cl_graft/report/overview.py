@@ -44,7 +44,7 @@ class Standing:
     def row(self, digits: int) -> tuple[str, ...]:
         shown = UNMEASURED
         if self.rank:
-            shown = show_interval(self.rank.mean, self.rank.low, self.rank.high, f".{digits}f")
+            shown = show_interval([self.rank.mean, self.rank.low, self.rank.high], f".{digits}f")
         scores = [_per_cent(score, f".{digits}f") for score in self.scores]
         over = "; ".join(dict.fromkeys(s.over for s in self.scores if s and s.over))
         return (*self.who, shown, str(self.ranked or UNMEASURED), *scores, over)
@@ -163,10 +163,9 @@ def _column(cell: Cell) -> Column:
 
 def _scenario(cell: Cell) -> str:
     """The scenario without the option that says the order of its tasks, but with the tasks."""
-    if "config" not in cell:
-        return str(cell["scenario"])
-    name = cell["config"]["scenario"]
-    options = cell["config"]["options"].get(RunConfig.short(name), {})
+    config = cell.get("config", {})
+    name = config.get("scenario", cell["scenario"])
+    options = config.get("options", {}).get(RunConfig.short(name), {})
     rest = {k: v for k, v in options.items() if not _is_order(v, cell["tasks"])}
     return digest(name, rest, sorted(cell["tasks"]))
 
@@ -194,4 +193,4 @@ def _names(cells: Sequence[Cell]) -> dict[Column, str]:
 def _per_cent(score: Interval | None, spec: str) -> str:
     if score is None:
         return UNMEASURED
-    return show_interval(*(100 * x for x in (score.mean, score.low, score.high)), spec)
+    return show_interval([100 * x for x in (score.mean, score.low, score.high)], spec)

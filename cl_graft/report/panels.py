@@ -58,7 +58,8 @@ def side_by_side(
     mesh = _panels(ax, panels, names, rows, columns, grid)
     bar = figure.colorbar(mesh, ax=ax, aspect=15 * down, pad=0.02, label=scale)
     bar.outline.set_visible(False)
-    bar.solids.set_rasterized(False)  # a dark page recolours it
+    solids: Any = bar.solids
+    solids.set_rasterized(False)  # a dark page recolours it
     figure.suptitle(wrap(title, int(14 * size[0])))
     figure.supxlabel(textwrap.fill(note, int(18 * size[0])), fontsize=7, color=GREY)
     return figure

@@ -158,7 +158,8 @@ def dark_shades() -> dict[str, str]:
 
     white, black = (ink.lower() for ink in INK)
     found = {white: black, black: white}
-    for colour in shades().colors:
+    for light in range(SHADES):
+        colour = shades()(light)
         hue = colorsys.rgb_to_hls(*colour[:3])[0]
         wanted, low, high = 1.05 * 0.05 / (luminance(colour) + 0.05) - 0.05, 0.0, 1.0
         for _ in range(30):

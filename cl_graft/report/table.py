@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import rich.console
-    import rich.table
 
 UNMEASURED = "–"
 TEXTS = ("md", "csv", "tex")  # what a table is written as
@@ -123,7 +122,7 @@ class Table:
         grids = zip(titles, sections, notes, strict=True)
         return Group(*(self._rich(title, rows, note) for title, (_, rows), note in grids))
 
-    def _rich(self, title: str, rows: Sequence[tuple[str, ...]], note: str) -> rich.table.Table:
+    def _rich(self, title: str, rows: Sequence[tuple[str, ...]], note: str) -> Any:
         from rich.table import Table as RichTable
         from rich.text import Text
 
@@ -145,10 +144,10 @@ def show(value: float, spec: str, se: float = math.nan) -> str:
     return text if math.isnan(se) else f"{text} ± {format(se, spec.lstrip('+'))}"
 
 
-def show_interval(mean: float, low: float, high: float, spec: str) -> str:
-    """A mean with the ends of its interval, where those are known."""
-    told = show(mean, spec)
-    return told if math.isnan(low) else f"{told} [{show(low, spec)}, {show(high, spec)}]"
+def show_interval(ends: Sequence[float], spec: str) -> str:
+    """Of mean, low and high: the mean, with the ends of its interval where those are known."""
+    mean, low, high = (show(x, spec) for x in ends)
+    return mean if low == UNMEASURED else f"{mean} [{low}, {high}]"
 
 
 def write_atomic(path: Path, data: bytes) -> Path:

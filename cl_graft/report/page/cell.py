@@ -33,11 +33,6 @@ MOST = 400  # examples of a task that a page shows
 LONGEST = 4000  # characters of a text that a page shows
 
 
-def file(reported: ReportedCell, folder: Path) -> Path:
-    """The path of a cell's page."""
-    return folder / "cells" / f"{reported.path.name}.html"
-
-
 def write(reported: ReportedCell, path: Path, group: str) -> None:
     """Make the page at `path`. group: the section of the index that the cell is in."""
     cell = reported.cell

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from cl_graft.report import ReportedCell
 from cl_graft.report.aggregate import (
@@ -45,17 +47,19 @@ def render(
     budgets: Sequence[tuple[str, str]],
     overview: Table,
     bases: Mapping[str, Interval | None],
+    pages: Mapping[Path, str],
 ) -> str:
     """The page. titles: of the groups. budgets: slug and title of each figure over budgets. bases: by slug, the base
-    model's mean score."""
+    model's mean score. pages: of the cells, by their folders."""
+    links = {path: quote(page) for path, page in pages.items()}
     reported = [f for those in members.values() for f in those]
     return fill(
         "index.html",
         groups=[
-            _group(slug, title, known[slug], those, bases[slug])
+            _group(slug, title, known[slug], those, bases[slug], links)
             for (slug, those), title in zip(members.items(), titles, strict=True)
         ],
-        cells=rows.by_part(map(rows.cell, reported)),
+        cells=rows.by_part(rows.cell(f, links[f.path]) for f in reported),
         counts={
             "cells": len(reported),
             "incomplete": sum(not f.cell["complete"] for f in reported),
@@ -96,10 +100,11 @@ def _group(
     ranked: Sequence[RankedLine],
     members: Sequence[ReportedCell],
     base: Interval | None,
+    pages: Mapping[Path, str],
 ) -> dict[str, Any]:
     """base: the mean score of the base model."""
     cells = [f.cell for f in members]
-    links = {id(f.cell): rows.link(f) for f in members}
+    links = {id(f.cell): pages[f.path] for f in members}
     lines = [s.line for s in ranked]
     looks = looks_of(lines)
     colours = {

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from cl_graft.report import ReportedCell
 from cl_graft.report.aggregate import PARTS, Line, held, number, part, protocol
-from cl_graft.report.page.cell import file
 from cl_graft.report.significance import RankedLine, probability
 from cl_graft.report.statistics import Difference, Interval
 from cl_graft.report.table import UNMEASURED, show
@@ -28,11 +25,6 @@ class Datum:
     value: float | None = None
     small: str = ""
     tint: float = 0.0
-
-
-def link(reported: ReportedCell) -> str:
-    """The address of a cell's page, from the index."""
-    return quote(file(reported, Path()).as_posix())
 
 
 def ranking(ranked: Sequence[RankedLine]) -> list[dict[str, Any]]:
@@ -111,12 +103,12 @@ def _who(line: Line) -> dict[str, Any]:
     return who | {"complete": line.complete, "part": line.part}
 
 
-def cell(reported: ReportedCell) -> dict[str, Any]:
-    """The row of a cell in the list of all."""
+def cell(reported: ReportedCell, page: str) -> dict[str, Any]:
+    """The row of a cell in the list of all. page: the address of its own."""
     told = reported.cell
     done = experiences_done(told)
     return {
-        "page": link(reported),
+        "page": page,
         "cell": told,
         "protocol": protocol(told),
         "budget": held(told),
