@@ -50,7 +50,7 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (float32 on the CPU, bfloat16 on a GPU) and tokenizer with a padding token.
 
-    Raises as `locate` and `load_tokenizer` do, and CLGraftError for weights that cannot be loaded.
+    Raises as `locate` and `load_tokenizer` do, and CLGraftError for weights that cannot be loaded or are not finite.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -69,7 +69,18 @@ def load(
         )
     except Exception as error:  # torn weights, no network, ...: each library has errors of its own
         raise _unloadable(f"model {name!r}", error) from error
-    return model.to("cuda" if on_gpu else "cpu"), tokenizer
+    model = model.to("cuda" if on_gpu else "cpu")
+    _require_finite(name, model)
+    return model, tokenizer
+
+
+def _require_finite(name: str, model: PreTrainedModel) -> None:
+    lost = [n for n, p in model.named_parameters() if not p.isfinite().all()]
+    if lost:
+        raise CLGraftError(
+            f"model {name!r} holds NaN or Inf in {lost[0]}, one of {len(lost)} such weights; download or save it "
+            "again, or choose another model."
+        )
 
 
 def load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:

@@ -17,9 +17,10 @@ from cl_graft.store.digests import digest
 from cl_graft.task import Pair, Preference, Task
 from cl_graft.training import checkpoint
 from cl_graft.training.config import Row, StageConfig, accumulation, dpo_job, sft_job
-from cl_graft.training.fit import encoded, fit, lengths, tokens_of_a_step
+from cl_graft.training.fit import fit
 from cl_graft.training.stages import MARKER, Log, stage_key
 from cl_graft.training.term import Term
+from cl_graft.training.tokens import lengths, tokens, tokens_of_a_step
 from cl_graft.training.zero import BUCKET
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class DryRun:
         state: str,
         terms: Sequence[Term] = (),
     ) -> None:
-        counts = lengths(encoded(self.strategy.tokenizer, rows, job))
+        counts = lengths(tokens(self.strategy.tokenizer, rows, job))
         needs = self._needs(job, max(counts), lora)
         vocabulary = self.strategy.model.get_input_embeddings().weight.shape[0]
         held = of_terms(terms, needs, trained, vocabulary)

@@ -28,12 +28,13 @@ import torch
 
 from cl_graft import plugins
 from cl_graft.budget import Budget
-from cl_graft.errors import CLGraftError, OverBudget
+from cl_graft.errors import CLGraftError, Diverged, OverBudget
 from cl_graft.evaluation.examiner import Answered, Examiner, Group, key
 from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
 from cl_graft.routing.base import Router
+from cl_graft.skillpack.codecs.encoded import finite
 from cl_graft.skillpack.codecs.exact import exact, original
 from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.format.file import SkillPack
@@ -146,9 +147,13 @@ class Strategy(BaseTemplate):
         with in_full_precision(model):
             for its_rows, job in jobs(task, seed, partial(self._sampled, model, task)):
                 rows = self.training_rows(its_rows, job)
-                folder, log = self.stages.run(
-                    model, self.tokenizer, rows, job, progress, terms, self.origin
-                )
+                try:
+                    folder, log = self.stages.run(
+                        model, self.tokenizer, rows, job, progress, terms, self.origin
+                    )
+                except Diverged as error:
+                    where = f"{job.kind.upper()} of task {task.name!r}"
+                    raise Diverged(f"{where}: {error}") from error
                 self.log.add(log)
         self._training_wall += perf_counter() - begun
         torch.manual_seed(seed)  # whether training was recalled must not matter from here
@@ -317,8 +322,7 @@ class Strategy(BaseTemplate):
         context = self.context(task)
         begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
         torch.manual_seed(self.seed + len(self.packs))
-        kept = self.learn(task, context, **self.options)
-        kept = kept if isinstance(kept, Kept) else Kept(kept)
+        kept = self._learned(task, context)
         self.restore_base()
         if self.budgeted:
             context.require_fit(kept.own)
@@ -336,6 +340,28 @@ class Strategy(BaseTemplate):
         self._seconds["train"] += self.log.seconds - trained
         self._seconds["compress"] += perf_counter() - begun - self._training_wall
         self.clock.train_iterations += task.training.steps
+
+    def _learned(self, task: Task, context: Context) -> Kept:
+        """What `learn` keeps, all of it finite. Raises Diverged: a loop of its own is watched by nobody else."""
+        lost = f"{type(self).__name__} diverged in task {task.name!r}"
+        try:
+            kept = self.learn(task, context, **self.options)
+        except (ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:
+            for name, parameter in self.model.named_parameters():
+                if not torch.isfinite(parameter).all():
+                    raise Diverged(
+                        f"{lost}: its training left NaN or Inf in {name}; lower the learning rate."
+                    ) from error
+            raise
+        kept = kept if isinstance(kept, Kept) else Kept(kept)
+        for tensors in (kept.own, *kept.shared.values()):
+            for name, encoded in tensors.items():
+                if not finite(encoded):
+                    raise Diverged(
+                        f"{lost}: what it keeps of {name} holds NaN or Inf; mend its `learn`, or lower the learning "
+                        "rate."
+                    )
+        return kept
 
     def _eval_exp(self, **kwargs: Any) -> None:
         number = self.experience.current_experience
