@@ -34,14 +34,13 @@ from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
 from cl_graft.routing.base import Router
-from cl_graft.skillpack.codecs.encoded import finite
 from cl_graft.skillpack.codecs.exact import exact, original
 from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.digests import digest
 from cl_graft.strategy.context import Context, cost_of
-from cl_graft.strategy.kept import Kept, Tensors
+from cl_graft.strategy.kept import Kept, Tensors, finite_only
 from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin, check_plugins, drawn
 from cl_graft.task import Pair, Preference, Scenario, Task
 from cl_graft.training.config import Row, StageConfig, jobs
@@ -108,6 +107,9 @@ class Strategy(BaseTemplate):
         self.progress: Callable[[str, float], None] = lambda what, done: None
         self._seconds: dict[str, float] = {"train": 0.0, "compress": 0.0}
         self.log = Log()
+        self.notes: list[
+            str
+        ] = []  # what was left out of training, a sentence each, without its full stop
         self.sampling = 0.0  # seconds of sampling preference pairs
         self.results: dict[str, dict[str, list[Scored]]] = {}
         self.clock = Clock()
@@ -162,11 +164,14 @@ class Strategy(BaseTemplate):
     def _sampled(self, model: Any, task: Task, half: Preference) -> Sequence[Pair]:
         """The model's own preference pairs for the task."""
         begun = perf_counter()
-        pairs = self.stages.pairs(
+        sampled = self.stages.pairs(
             model, self.tokenizer, task, half, self._stage_seed, self.allow_code
         )
         self.sampling += perf_counter() - begun
-        return pairs
+        if note := sampled.note(task):
+            self.notes.append(note)
+            self.progress(note, 0.0)
+        return sampled.pairs
 
     def training_rows(self, rows: Sequence[Row], job: StageConfig) -> Sequence[Row]:
         """The rows that a stage trains on, given those of its task; a method may put others among them.
@@ -322,7 +327,8 @@ class Strategy(BaseTemplate):
         context = self.context(task)
         begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
         torch.manual_seed(self.seed + len(self.packs))
-        kept = self._learned(task, context)
+        whose = f"{type(self).__name__} in task {task.name!r}"
+        kept = finite_only(lambda: self.learn(task, context, **self.options), self.model, whose)
         self.restore_base()
         if self.budgeted:
             context.require_fit(kept.own)
@@ -340,28 +346,6 @@ class Strategy(BaseTemplate):
         self._seconds["train"] += self.log.seconds - trained
         self._seconds["compress"] += perf_counter() - begun - self._training_wall
         self.clock.train_iterations += task.training.steps
-
-    def _learned(self, task: Task, context: Context) -> Kept:
-        """What `learn` keeps, all of it finite. Raises Diverged: a loop of its own is watched by nobody else."""
-        lost = f"{type(self).__name__} diverged in task {task.name!r}"
-        try:
-            kept = self.learn(task, context, **self.options)
-        except (ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:
-            for name, parameter in self.model.named_parameters():
-                if not torch.isfinite(parameter).all():
-                    raise Diverged(
-                        f"{lost}: its training left NaN or Inf in {name}; lower the learning rate."
-                    ) from error
-            raise
-        kept = kept if isinstance(kept, Kept) else Kept(kept)
-        for tensors in (kept.own, *kept.shared.values()):
-            for name, encoded in tensors.items():
-                if not finite(encoded):
-                    raise Diverged(
-                        f"{lost}: what it keeps of {name} holds NaN or Inf; mend its `learn`, or lower the learning "
-                        "rate."
-                    )
-        return kept
 
     def _eval_exp(self, **kwargs: Any) -> None:
         number = self.experience.current_experience

@@ -59,17 +59,15 @@ def fit(
     rows: texts, or a data set on disk of the tokens that training/tokens.py makes of them. What TRL changes of the
     model besides its weights is put back. Raises Diverged where loss or gradients are no finite numbers.
     """
-    from datasets import Dataset
     from transformers import PrinterCallback
 
-    given: Any = rows if isinstance(rows, Dataset) else tokens(tokenizer, rows, config)
     with quiet(), as_it_was(model):
         arguments = _arguments(config, launch, work, deepspeed)
-        trainer = _trainer(model, tokenizer, given, config, arguments, terms)
+        trainer, counts = _trainer(model, tokenizer, rows, config, arguments, terms)
         main = trainer.accelerator.is_main_process
         last = _last_checkpoint(work, main)
         step = int(last.name.rsplit("-", 1)[1]) if last else 0
-        count = tokens_of_a_step(lengths(given), len(given), config)
+        count = tokens_of_a_step(counts, len(rows), config)
         report = _report(work, trainer, step, count, progress)
         if main:
             write_json(work / TOKENS, config.steps * count)
@@ -83,14 +81,17 @@ def fit(
 def _trainer(
     model: Any,
     tokenizer: Any,
-    examples: Sequence[Tokens] | Any,
+    rows: Sequence[Row] | Any,
     config: StageConfig,
     given: dict,
-    terms: Sequence[Term],
-) -> Any:
-    """TRL's trainer on these examples, a list or a data set of them."""
+    terms: Sequence[Term] = (),
+) -> tuple[Any, list[int]]:
+    """TRL's trainer, and the lengths of the texts that it trains on, in tokens."""
+    from datasets import Dataset
+
+    examples = rows if isinstance(rows, Dataset) else tokens(tokenizer, rows, config)
     make = _dpo if config.kind == "dpo" else _sft
-    return make(model, tokenizer, examples, config, given, terms)
+    return make(model, tokenizer, examples, config, given, terms), lengths(examples)
 
 
 def _sft(
@@ -283,11 +284,14 @@ def quiet() -> Iterator[None]:
     hf.set_verbosity_error()
     hf.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
+    tqdm = os.environ.get("TQDM_DISABLE", "")
+    os.environ["TQDM_DISABLE"] = "1"  # TRL's bar of reference log-probabilities
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
+            os.environ["TQDM_DISABLE"] = tqdm
             hf.set_verbosity(level)
             if bars:
                 hf.enable_progress_bar()

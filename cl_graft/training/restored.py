@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-import torch
 from torch import nn
 
 OWN = (
@@ -28,7 +27,11 @@ def as_it_was(model: Any) -> Iterator[None]:
     """Put back configs, modes, hooks, attributes and buffers of all modules, and adapters, but not parameters."""
     adapters = set(getattr(model, "peft_config", ()))
     modules = [(module, _attributes(module)) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, None if x is None else x.clone())
+        for module, _ in modules
+        for name, x in module._buffers.items()
+    ]
     configs = [(config, _values(config)) for config in _configs(model)]
     try:
         yield
@@ -37,9 +40,9 @@ def as_it_was(model: Any) -> Iterator[None]:
             model.delete_adapter(name)
         for module, attributes in modules:
             _restore(module, attributes)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        for module, name, value in buffers:
+            now = module._buffers.get(name)
+            module._buffers[name] = value if now is None or value is None else value.to(now.device)
         for config, values in configs:
             vars(config).clear()
             vars(config).update(values)

@@ -28,6 +28,7 @@ from cl_graft.config import Launch
 from cl_graft.errors import Diverged
 from cl_graft.evaluation import generate
 from cl_graft.evaluation.scorers import base, described
+from cl_graft.models import pairs as own_pairs
 from cl_graft.models import text
 from cl_graft.skillpack.folders.checkpoint import CheckpointError, new_folder
 from cl_graft.skillpack.format.file import fingerprint
@@ -192,16 +193,17 @@ class Stages:
         half: Preference,
         seed: int,
         allow_code: bool,
-    ) -> list[Pair]:
+    ) -> preferences.Sampled:
         """The model's own preference pairs for the task, sampled now or recalled."""
         start = fingerprint(model.named_parameters())
         file = self.pairs_file(start, tokenizer, task, half, seed)
         with locked(file, self.patient):
             self._fetch(file)
             if (known := read_lines(file)) is not None:
-                return [Pair(**line) for line in known[1]]
-            made = preferences.preference_pairs(model, tokenizer, task, half, seed, allow_code)
-            write_lines(file, {}, map(asdict, made))
+                pairs = [Pair(**line) for line in known[1]]
+                return preferences.Sampled(pairs, known[0]["cut_off"])
+            made = preferences.sampled(model, tokenizer, task, half, seed, allow_code)
+            write_lines(file, {"cut_off": made.cut_off}, map(asdict, made.pairs))
             if self.mirror:
                 self.mirror.push(file, self._name(file))
             return made
@@ -226,8 +228,9 @@ class Stages:
     ) -> Path:
         """The file of the pairs that a model of this fingerprint samples."""
         scored = described(task.scorings[0])
-        asked = [asdict(half), scored, task.max_new_tokens, [asdict(e) for e in task.train]]
-        code = code_digest(preferences, generate, base)
+        lengths = [task.max_new_tokens, task.training.max_length]
+        asked = [asdict(half), scored, lengths, [asdict(e) for e in task.train]]
+        code = code_digest(preferences, generate, base, own_pairs, text)
         key = digest(start, vocabulary(tokenizer), asked, seed, place(), code, versions())
         return self.folder / "pairs" / f"{key}.jsonl"
 

@@ -114,7 +114,7 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
             super().__init__(**given)
             self.data_collator = _Numbered(self.data_collator)
             self.terms = Terms(terms, self.args.device)
-            self.loss = 0.0  # of the step under way; a tensor on the device
+            self.loss: Tensor | float = 0.0  # of the step under way
 
         def _get_train_sampler(self, *_: Any) -> list[int]:
             return indices

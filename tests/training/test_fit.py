@@ -14,7 +14,7 @@ from cl_graft.store.files import read_jsonl
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training.config import dpo_job, order, sft_job
 from cl_graft.training.fit import LOG, fit
-from cl_graft.training.preferences import preference_pairs
+from cl_graft.training.preferences import sampled
 
 EXAMPLES = [Example(f"Q: Copy ab{c}.\nA: ", f"ab{c}") for c in "cdefghij"]
 
@@ -127,9 +127,9 @@ def test_preference_pairs_are_a_right_answer_against_a_wrong_one(nano, tiny_scen
     model, tokenizer = nano
     task = tiny_scenario.tasks[0]
     train(nano, *sft(task.train, Training(steps=80, batch=16, learning_rate=5e-3)))
-    pairs = preference_pairs(
+    pairs = sampled(
         model, tokenizer, task, Preference(prompts=24, samples=8, temperature=1.3), 0, False
-    )
+    ).pairs
     assert pairs
     by_prompt = {e.prompt: e for e in task.train}
     for pair in pairs:
