@@ -50,6 +50,8 @@ def test_the_step_and_the_rate_are_named_and_no_stage_is_left(nano, tmp_path, ki
 def test_weights_that_only_the_last_step_loses_are_seen(nano, tmp_path):
     """Its loss and gradients are finite; what it leads to overflows float32."""
     model, tokenizer = nano
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 10.0
     recipe = Training(steps=1, batch=4, learning_rate=3e37, warmup=0.0, weight_decay=11.3)
     job = sft_job(replace(TASK, training=recipe), 0)
     said = one_sentence(lambda: Stages(tmp_path).run(model, tokenizer, *job), Diverged)
