@@ -100,6 +100,11 @@ class Context:
         """Bytes of tensors with these specs, {name: (codec, shape, meta)}, without any data."""
         return cost_of(self.header, specs, self.budget)
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{parameter name: shape}; known before there are any weights."""
+        return {name: tuple(weight.shape) for name, weight in self.start.items()}
+
     def require_fit(self, tensors: Mapping[str, Encoded]) -> None:
         """Raises OverBudget if the tensors cost more than the budget."""
         cost = self.cost(tensors)
