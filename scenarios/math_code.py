@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cl_graft.data import hub, sample
+from cl_graft.data import columns, hub, sample
 from cl_graft.data.benchmarks import examples, reasoning
 from cl_graft.errors import UnknownName
 from cl_graft.ranges import Count
@@ -152,14 +152,6 @@ def self_oss(row: hub.HubRow) -> Example:
     return Example(row["instruction"].strip(), row["response"].strip())
 
 
-def local_sft(row: hub.HubRow) -> Example:
-    return Example(row["prompt"], row["completion"])
-
-
-def local_dpo(row: hub.HubRow) -> Pair:
-    return Pair(row["prompt"], row["chosen"], row["rejected"])
-
-
 SFT = {
     "fusechat": Source("FuseAI/FuseChat-3.0-SFT-Data", fusechat_sft, ("dataset", "conversations")),
     "openmathinstruct-2": Source(
@@ -183,8 +175,8 @@ DPO = {
     ),
 }
 LOCAL = {
-    "sft": Source("", local_sft, ("prompt", "completion")),
-    "dpo": Source("", local_dpo, ("prompt", "chosen", "rejected")),
+    "sft": Source("", columns.example, ("completion",)),
+    "dpo": Source("", columns.pair, ("chosen", "rejected")),
 }
 # What FuseChat-3.0's column `dataset` says of rows for a task, without regard to case and punctuation.
 KINDS = {"math": ("openmathinstruct2",), "code": ("leetcode", "selfossinstructsc2")}

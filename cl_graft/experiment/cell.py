@@ -165,6 +165,9 @@ def _experiences(
 ) -> None:
     """begun: when the cell was, by `perf_counter`; what it took to load counts with the first experience."""
     done = restore(folder, strategy)
+    for note in strategy.notes:
+        progress(note, 0.0)
+    told = len(strategy.notes) if done else 0  # those of the start are in the first record
     for record in done:
         tracker.experience(record)
     tasks = strategy.scenario.tasks
@@ -182,7 +185,9 @@ def _experiences(
         progress(what, (experience + 0.8) / total)
         scored, lines = _evaluate(strategy, stream)
         about = {"experience": experience, "task": task.name if task else None}
-        record = {**about, **scored, **kept, **costs.record()}
+        left_out = {"notes": strategy.notes[told:]}
+        record = {**about, **scored, **kept, **costs.record(), **left_out}
+        told = len(strategy.notes)
         folder.write_experience(experience, lines, record)
         folder.keep_shared(kept["shared"])
         tracker.experience(record)

@@ -56,6 +56,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "spent": sum(r["spent"] for r in records),
         "tokens": sum(r["tokens"] for r in records),
         "peak_memory_mb": max((r["peak_memory_mb"] for r in records), default=None),
+        "notes": [note for r in records for note in r.get("notes", [])],
         "options": identity["options"],
         "versions": identity["versions"],
         "code": identity.get("code"),
