@@ -24,11 +24,12 @@ class ReportedCell:
 def find(folders: Sequence[Path]) -> list[ReportedCell]:
     """All cells at or below the folders, complete or not, in a stable order, as `aggregate.told_apart`."""
     from cl_graft.report.aggregate import told_apart
+    from cl_graft.report.references import with_references
     from cl_graft.store.record import cells
     from cl_graft.store.result import collect, kept
 
     paths = [path for folder in folders for path in cells(folder)]
-    told = told_apart([kept(path) or collect(path) for path in paths])
+    told = with_references(told_apart([kept(path) or collect(path) for path in paths]))
     return [ReportedCell(path, dict(cell)) for path, cell in zip(paths, told, strict=True)]
 
 

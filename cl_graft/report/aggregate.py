@@ -40,6 +40,13 @@ WHO = ("Strategy", "Task IDs", "Budget")  # the first columns of a table whose r
 UNTOLD, TOLD, UNKNOWN = "Not told the task at test", "Told the task at test", "Not tested yet"
 FREE = ", without a budget"
 PARTS = [told + size for told in (UNTOLD, TOLD, UNKNOWN) for size in ("", FREE)]  # in their order
+PACKS, ROUTER, ALIKE = "each pack, mean", "router's choice", "one model"  # of `ability`
+ABILITIES = (
+    "General Δ: change of general ability from the base to the end, of what General of says: one model, where all "
+    "prompts are answered alike; what the router chose for each prompt; or, of a method that is told the task, which a "
+    "general prompt does not have, the mean over its packs, each on alone (one by one beside the matrices)."
+)
+SHORT = 8  # digits of a fingerprint that tell one base from another
 KINDS = ("train", "compress", "evaluate", "harness")  # what a cell's seconds went into
 
 
@@ -82,8 +89,23 @@ class Line:
         return mean, se
 
     def drift(self) -> Estimate:
-        """Change of general ability from the base model to the end."""
+        """Change of general ability from the base model to the end, of what `ability` says."""
         return self.over_seeds(lambda cell: general(cell)[-1] - general(cell)[0])
+
+    @property
+    def ability(self) -> str:
+        """What `ability` says of its cells."""
+        return ability(self.cells[0])
+
+    def by_pack(self) -> list[tuple[str, Estimate]]:
+        """General ability at the end with each task's pack on, alone; nothing where one model answers."""
+        ends = [[number(x) for x in (c.get("general_packs") or [[]])[-1]] for c in self.cells]
+        if not all(ends) or np.isnan(ends).all():
+            return []
+        return [
+            (task, estimate(list(of)))
+            for task, of in zip(self.tasks, zip(*ends, strict=True), strict=True)
+        ]
 
     @property
     def protocol(self) -> str:
@@ -177,6 +199,18 @@ def _experiment(cell: Cell) -> str:
     return digest({k: v for k, v in cell.get("config", {}).items() if k not in routed})
 
 
+def scored_by(cells: Sequence[Cell]) -> str:
+    """A sentence on which scorer each figure is by, and its convention; cells of earlier versions did not keep it."""
+    told: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        for task, scorers in (cell.get("conventions") or {}).items():
+            for scorer in scorers.items():
+                tasks = told.setdefault(scorer, [])
+                tasks += [] if task in tasks else [task]
+    parts = (f"{', '.join(tasks)} by {name} ({how})" for (name, how), tasks in told.items())
+    return f" Scored: {'; '.join(parts)}." if told else ""
+
+
 def titled(name: str, cell: Cell) -> str:
     """A line's name where nothing else tells that its method is told the task; a label says what was inferred."""
     return f"{name}, told the task" if protocol(cell) == GIVEN else name
@@ -185,9 +219,18 @@ def titled(name: str, cell: Cell) -> str:
 def told_apart(cells: Sequence[Cell]) -> list[Cell]:
     """The cells; those of plugins whose names are alike are copies with as much of the path as tells which is which.
 
-    `a/mine.py` and `b/mine.py`, both called mine, become a/mine and b/mine.
+    `a/mine.py` and `b/mine.py`, both called mine, become a/mine and b/mine. Models of one name that are different
+    weights have the fingerprint of these behind it.
     """
-    apart = list(cells)
+    weights: dict[str, set[str]] = {}
+    for cell in cells:
+        weights.setdefault(cell["model"], set()).add(cell.get("base", ""))
+    apart = [
+        {**c, "model": f"{c['model']} ({c.get('base', '')[:SHORT]})"}
+        if len(weights[c["model"]]) > 1
+        else c
+        for c in cells
+    ]
     for kind, shown in (("scenario", "scenario"), ("strategy", "label")):
         names = {c["config"][kind] for c in cells if "config" in c}
         called: dict[str, set[str]] = {}
@@ -273,6 +316,28 @@ def extra(cell: Cell, metric: str) -> FloatArray:
 def packs(cell: Cell) -> list[float]:
     """Bytes of the pack that each task stored."""
     return [number(size) for size in cell.get("pack_bytes") or []]
+
+
+def ability(cell: Cell) -> str:
+    """What a cell's general ability after its first task is of: PACKS, ROUTER or ALIKE; or that it is unmeasured."""
+    if len(cell.get("general") or []) < 2 or None in cell["general"]:
+        return UNMEASURED
+    own = any(score is not None for row in cell.get("general_packs") or [] for score in row)
+    if not own:
+        return ALIKE
+    return PACKS if cell["config"].get("task_ids", GIVEN) == GIVEN else ROUTER
+
+
+def base_note(cells: Sequence[Cell]) -> str:
+    """Which weights the base of a group is, and whether others go by its name in this report."""
+    weights = cells[0].get("base", "")
+    named = cells[0].get("config", {}).get("model", cells[0]["model"])
+    if cells[0]["model"] == named:
+        return f"Base: weights {weights[:SHORT]}." if weights else ""
+    return (
+        f"Base: weights {weights[:SHORT]}. Other weights are called {named}, too, in this report, as where it was made "
+        "on another processor; their cells stand apart and are never averaged with these."
+    )
 
 
 def alive(cell: Cell) -> list[float]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from cl_graft.matrix import METRICS, FloatArray
 from cl_graft.report.aggregate import (
+    ABILITIES,
     ERRORS,
     KINDS,
     PARTS,
@@ -22,6 +23,7 @@ from cl_graft.report.aggregate import (
     Cell,
     Line,
     average,
+    base_note,
     distinct,
     extra,
     general,
@@ -31,6 +33,7 @@ from cl_graft.report.aggregate import (
     number,
     part,
     protocol,
+    scored_by,
     slugged,
     told_apart,
 )
@@ -47,7 +50,7 @@ COST_NOTE = (
 )
 NOTE = (
     f"Scores, OP, BWT, FM and the change of general ability in per cent. {ERRORS} {BYTES_NOTE} Storage: bytes alive "
-    f"over the tasks learned, in per cent of the base model in bf16. {PROTOCOLS}"
+    f"over the tasks learned, in per cent of the base model in bf16. {ABILITIES} {PROTOCOLS}"
 )
 ROUTING_NOTE = (
     " Routing: per cent of the test examples of all tasks that were taken for the task they are of."
@@ -60,13 +63,14 @@ def ranking(cells: Sequence[Cell]) -> list[Table]:
     for title, members in groups(cells).items():
         lines = sorted(lines_of(members), key=_place)
         routed = any(map(inferred, members))
-        columns = (*WHO, *lines[0].tasks, "OP", "BWT", "FM", "General Δ")
+        columns = (*WHO, *lines[0].tasks, "OP", "BWT", "FM", "General Δ", "General of")
         columns += ("Routing",) if routed else ()
         columns += ("±", "Storage %", "Bytes alive", "Largest pack", "Train s", "Seeds")
         rows, exact = (
             tuple(_ranking_row(line, routed, spec) for line in lines) for spec in (".1f", ".4f")
         )
-        note = NOTE + (ROUTING_NOTE if routed else "")
+        note = f"{base_note(members)} {NOTE}".strip() + (ROUTING_NOTE if routed else "")
+        note += scored_by(members)
         tables.append(Table(f"Ranking: {title}", columns, rows, note, exact, _parts(lines)))
     return tables
 
@@ -87,8 +91,9 @@ def _parts(lines: Sequence[Line]) -> tuple[str, ...]:
 def matrices(cells: Sequence[Cell]) -> list[Table]:
     """The forgetting matrix of each label of each group: a row per experience, a column per task.
 
-    General ability, where any cell of the group has it, is the last column. The other metrics that
-    a cell recorded follow in tables of their own, in their own unit, with the error over seeds.
+    General ability, where any cell of the group has it, is the last column, and where packs answer by themselves, a
+    table of its own has it for each at the end. The other metrics that a cell recorded follow in tables of their own,
+    in their own unit, with the error over seeds.
     """
     made = []
     for title, members in groups(cells).items():
@@ -100,8 +105,10 @@ def matrices(cells: Sequence[Cell]) -> list[Table]:
                 mean, se = np.column_stack([mean, ability]), np.column_stack([se, spread])
                 columns += ("General ability",)
             name, note = f"{title}: {line.title}", f"{ERRORS} {_not_measured_again(line)}".strip()
+            note += scored_by(line.cells)
             over = ["examples", *[line.errors] * len(line.tasks)]
             made.append(_matrix(name, columns, 100.0 * mean, 100.0 * se, ".1f", note, over))
+            made += _by_pack(name, line)
             for metric in sorted({m for c in line.cells for m in c.get("extra_matrices") or {}}):
                 mean, se = average([extra(cell, metric) for cell in line.cells])
                 name = f"{title}: {line.title}, {metric}"
@@ -109,6 +116,27 @@ def matrices(cells: Sequence[Cell]) -> list[Table]:
                 over = ["", *[line.errors] * len(line.tasks)]
                 made.append(_matrix(name, ("Experience", *line.tasks), mean, se, ".3f", "", over))
     return made
+
+
+def _by_pack(name: str, line: Line) -> list[Table]:
+    """General ability at the end with each pack of the line on, or none, and the difference to none."""
+    found = line.by_pack()
+    if not found:
+        return []
+    base = general(line.cells[0])[0]
+    rows, exact = (
+        (
+            ("none (base)", show(100.0 * base, spec), UNMEASURED),
+            *(
+                (task, _share(mean, se, spec), show(100.0 * (mean - base), f"+{spec}"))
+                for task, (mean, se) in found
+            ),
+        )
+        for spec in (".1f", ".4f")
+    )
+    note = "In per cent, at the end, with the pack on alone. ±: one standard error over seeds."
+    columns = ("Pack", "General ability", "General Δ")
+    return [Table(f"{name}, general ability by pack", columns, rows, note, exact)]
 
 
 def metrics(cells: Sequence[Cell]) -> list[Table]:
@@ -126,6 +154,8 @@ def metrics(cells: Sequence[Cell]) -> list[Table]:
         )
         lower = ", ".join(m.name for m in shown if m.better == "lower")
         note = f"In per cent; docs/reports.md has the formulas. Lower is better of {lower}. {ERRORS} {PROTOCOLS}"
+        if of := {c["intransigence_of"] for c in members if "intransigence_of" in c}:
+            note += f" Intransigence: against {' and '.join(sorted(of))} of the same seed."
         columns = (*WHO, *(m.name for m in shown), "±")
         tables.append(Table(f"Metrics: {title}", columns, rows, note, exact, _parts(lines)))
     return tables
@@ -153,7 +183,7 @@ def by_task(cells: Sequence[Cell]) -> list[Table]:
         rows, exact = (
             tuple((*line.who, *_by_task(line, spec)) for line in lines) for spec in (".1f", ".4f")
         )
-        note = f"In per cent, means over seeds. Δ: the end less just learned. {PROTOCOLS}"
+        note = f"In per cent, means over seeds. Δ: the end less just learned. {PROTOCOLS}{scored_by(members)}"
         tables.append(Table(f"By task: {title}", columns, rows, note, exact, _parts(lines)))
     return tables
 
@@ -235,12 +265,13 @@ def _ranking_row(line: Line, routed: bool, spec: str) -> tuple[str, ...]:
     scores = list(zip(line.mean[-1], line.stderr[-1], [spec] * len(line.tasks), strict=True))
     for key, how in (("op", spec), ("bwt", f"+{spec}"), ("fm", spec)):
         scores.append((*line.metric(key), how))
-    scores.append((*line.drift(), f"+{spec}"))
+    shown = [_share(mean, se, how) for mean, se, how in scores]
+    shown += [_share(*line.drift(), f"+{spec}"), line.ability]
     if routed:
-        scores.append((*line.routing()[-1], spec))
+        shown.append(_share(*line.routing()[-1], spec))
     return (
         *line.who,
-        *(_share(mean, se, how) for mean, se, how in scores),
+        *shown,
         line.errors,
         show(line.storage(), ".2f"),
         *(show(x, ",.0f") for x in line.kept_bytes()),

@@ -79,6 +79,17 @@ def rows_of(table: Table) -> dict[str, dict[str, str]]:
 # --- ranking ----------------------------------------------------------------------------------
 
 
+def test_tables_say_by_which_scorer_and_convention_each_figure_is() -> None:
+    told = {"math": {"number": "the last number"}, "code": {"tests": "pass@1"}}
+    older, one, other = cell(), cell(conventions=told), cell("lora", conventions=told)
+    said = "Scored: math by number (the last number); code by tests (pass@1)."
+    for made in (ranking, matrices):
+        (table, *_) = made([one, other])
+        assert said in table.note
+        (table, *_) = made([older])
+        assert "Scored" not in table.note
+
+
 def test_a_row_of_the_ranking_worked_by_hand() -> None:
     (table,) = ranking([cell()])
     assert table.title == "Ranking: math-code · mini · budget 10%"
@@ -92,6 +103,7 @@ def test_a_row_of_the_ranking_worked_by_hand() -> None:
         "BWT": "-20.0",  # paired examples: no standard error from one seed
         "FM": "20.0",
         "General Δ": "-3.0",
+        "General of": "one model",
         "±": "examples",
         "Storage %": "9.74",  # 389,600 bytes alive over two tasks of 2,000,000
         "Bytes alive": "389,600",

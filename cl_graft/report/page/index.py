@@ -10,7 +10,14 @@ from typing import Any
 from urllib.parse import quote
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import ERRORS, KINDS, PROTOCOLS
+from cl_graft.report.aggregate import (
+    ABILITIES,
+    ERRORS,
+    KINDS,
+    PROTOCOLS,
+    base_note,
+    scored_by,
+)
 from cl_graft.report.figures import figures_of
 from cl_graft.report.page import rows
 from cl_graft.report.page.template import render as fill
@@ -70,6 +77,7 @@ def render(
         errors=ERRORS,
         protocols=PROTOCOLS,
         bytes=BYTES_NOTE,
+        abilities=ABILITIES,
         routing=ACCURACY_NOTE,
     )
 
@@ -106,6 +114,7 @@ def _group(
     first = cells[0]
     return {
         "slug": slug,
+        "scored": scored_by(cells),
         "title": title,
         "first": first,
         "tasks": first["tasks"],
@@ -114,6 +123,7 @@ def _group(
         "strategies": len({c["label"] for c in cells}),
         "best": _leaders(ranked),
         "base": base,
+        "base_note": base_note(cells),
         "colours": colours,
         "rows": rows.by_part(rows.ranking(ranked)),
         "wide": len(first["tasks"]) <= MANY,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cl_graft.report import ReportedCell
@@ -46,7 +46,7 @@ def ranking(ranked: Sequence[RankedLine]) -> list[dict[str, Any]]:
                 "tasks": [_per_cent(mean, stderr) for mean, stderr in ends],
                 "bwt": _per_cent(*line.metric("bwt"), spec="+.1f"),
                 "fm": _per_cent(*line.metric("fm")),
-                "general": _per_cent(*line.drift(), spec="+.1f"),
+                "general": _general(line),
                 "routing": _per_cent(*line.routing()[-1]),
                 "storage": _number(line.storage(), ".2f"),
                 "bytes": list(map(_number, line.kept_bytes())),
@@ -63,6 +63,12 @@ def by_part(made: Iterable[dict[str, Any]]) -> list[tuple[str, list[dict[str, An
         parts.setdefault(row["part"], []).append(row)
     several = len(parts) > 1
     return [(name if several else "", parts[name]) for name in PARTS if name in parts]
+
+
+def _general(line: Line) -> Datum:
+    """The change of general ability, and in small print what of."""
+    change = _per_cent(*line.drift(), spec="+.1f")
+    return replace(change, small=" ".join(filter(None, (change.small, line.ability))))
 
 
 def by_task(ranked: RankedLine) -> dict[str, Any]:
