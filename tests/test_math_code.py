@@ -15,8 +15,8 @@ import cl_graft
 from cl_graft import plugins
 from cl_graft.data import DataError, benchmarks, columns
 from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.evaluation.programs import program_of
 from cl_graft.evaluation.sandbox import ConsentNeeded, run_asserts
-from cl_graft.evaluation.scorers.tests import program_of
 from cl_graft.models.chat import render
 from cl_graft.task import Example, Pair, Scenario
 from tests.chat import llama_tokenizer, qwen_tokenizer
@@ -201,7 +201,8 @@ def test_as_many_rows_as_fusechat_took_from_a_source(hub: Any, monkeypatch: Any)
     }
     many = [{**ROWS["greengerong/leetcode"][0], "content": f"problem {i}"} for i in range(2000)]
     monkeypatch.setitem(ROWS, "greengerong/leetcode", many)
-    assert len(made(code_sft="leetcode").tasks[1].train) == 1877
+    code = made(code_sft="leetcode").tasks[1]
+    assert (len(code.train), len(code.validation)) == (1877 - 64, 64)
     few = [made(code_sft="leetcode", train_size=5, seed=seed).tasks[1].train for seed in (0, 0, 1)]
     assert len(few[0]) == 5 and few[0] == few[1] != few[2]
 
@@ -389,7 +390,7 @@ def test_what_a_chat_model_is_asked(hub: Any) -> None:
 
 def test_references_of_both_programming_sets_pass(hub: Any) -> None:
     for example in made().tasks[1].test:
-        program = program_of(example.completion, example.setup)
+        program = program_of(example.completion, example.setup, example.tests)
         assert run_asserts(program, example.tests, example.setup).passed
         assert not run_asserts(program.replace("2 *", "3 *"), example.tests, example.setup).passed
 
@@ -415,7 +416,7 @@ def test_canonical_solutions_of_humaneval_pass(kind: str) -> None:
     for example in Random(0).sample(benchmarks.examples("humaneval", DATA), 40):
         body = example.completion.removeprefix("```python\n").removesuffix("\n```")
         body = body[len(example.setup.lstrip("\n")) :] if kind == "body" else example.completion
-        program = program_of(body, example.setup)
+        program = program_of(body, example.setup, example.tests)
         outcome = run_asserts(program, example.tests, example.setup)
         assert outcome.passed, (example.prompt, outcome)
 
@@ -424,7 +425,7 @@ def test_canonical_solutions_of_humaneval_pass(kind: str) -> None:
 def test_references_of_mbpp_pass() -> None:
     found = [e for e in benchmarks.examples("mbpp", DATA) if "amicable" not in e.prompt]
     for example in Random(0).sample(found, 20):
-        program = program_of(example.completion, example.setup)
+        program = program_of(example.completion, example.setup, example.tests)
         outcome = run_asserts(program, example.tests, example.setup)
         assert outcome.passed, (example.prompt, outcome)
 

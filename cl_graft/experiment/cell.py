@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from cl_graft.config import RunConfig
+from cl_graft.evaluation.scorers import conventions
 from cl_graft.evaluation.scores import by_metric, cells
 from cl_graft.experiment import identity
 from cl_graft.experiment.executors import CellProgress
@@ -116,6 +117,7 @@ def _compute(
     roles(model)  # refuses, before anything is computed, a model whose modules cannot be told apart
     set_seed(config.seed)
     strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer, patient)
+    strategy.require_possible()
     scenario, budget = strategy.scenario, strategy.budget
     about: dict[str, Any] = {
         "config": config.experiment(),
@@ -128,6 +130,7 @@ def _compute(
         "reads_data_dir": config.data_dir is not None,
         "base": strategy.grafted.base,
         "data": data_fingerprint(scenario),
+        "conventions": conventions(scenario),
         "tasks": scenario.task_names,
         "budget_bytes": budget.bytes,
         "base_bytes": budget.base_bytes,

@@ -133,6 +133,18 @@ def groups(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     }
 
 
+def scored_by(cells: Sequence[Cell]) -> str:
+    """A sentence on which scorer each figure is by, and its convention; cells of earlier versions did not keep it."""
+    told: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        for task, scorers in (cell.get("conventions") or {}).items():
+            for scorer in scorers.items():
+                tasks = told.setdefault(scorer, [])
+                tasks += [] if task in tasks else [task]
+    parts = (f"{', '.join(tasks)} by {name} ({how})" for (name, how), tasks in told.items())
+    return f" Scored: {'; '.join(parts)}." if told else ""
+
+
 def titled(name: str, cell: Cell) -> str:
     """A line's name where nothing else tells that its method is told the task; a label says what was inferred."""
     return f"{name}, told the task" if protocol(cell) == GIVEN else name

@@ -25,6 +25,7 @@ from cl_graft.report.aggregate import (
     lines_of,
     number,
     protocol,
+    scored_by,
     slugged,
     told_apart,
 )
@@ -64,7 +65,7 @@ def ranking(cells: Sequence[Cell]) -> list[Table]:
         rows, exact = (
             tuple(_ranking_row(line, routed, spec) for line in lines) for spec in (".1f", ".4f")
         )
-        note = NOTE + (ROUTING_NOTE if routed else "")
+        note = NOTE + (ROUTING_NOTE if routed else "") + scored_by(members)
         tables.append(Table(f"Ranking: {title}", columns, rows, note, exact))
     return tables
 
@@ -83,7 +84,7 @@ def matrices(cells: Sequence[Cell]) -> list[Table]:
                 ability = average([general(cell) for cell in line.cells])
                 mean, se = np.column_stack([mean, ability[0]]), np.column_stack([se, ability[1]])
                 columns += ("General ability",)
-            name, note = f"{title}: {line.title}", _not_measured_again(line)
+            name, note = f"{title}: {line.title}", _not_measured_again(line) + scored_by(line.cells)
             made.append(_matrix(name, columns, 100.0 * mean, 100.0 * se, ".1f", note))
             for metric in sorted({m for c in line.cells for m in c.get("extra_matrices") or {}}):
                 mean, se = average([extra(cell, metric) for cell in line.cells])
@@ -137,7 +138,7 @@ def by_task(cells: Sequence[Cell]) -> list[Table]:
             tuple((line.name, line.protocol, *_by_task(line, spec)) for line in lines)
             for spec in (".1f", ".4f")
         )
-        note = f"In per cent, means over seeds. Δ: the end less just learned. {PROTOCOLS}"
+        note = f"In per cent, means over seeds. Δ: the end less just learned. {PROTOCOLS}{scored_by(members)}"
         tables.append(Table(f"By task: {title}", columns, rows, note, exact))
     return tables
 

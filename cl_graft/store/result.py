@@ -63,6 +63,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "reads_data_dir": identity["reads_data_dir"],
         "config": identity["config"],
         "data": identity["data"],
+        "conventions": identity.get("conventions", {}),
         "complete": len(records) == rows,
     }
 

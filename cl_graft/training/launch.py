@@ -82,6 +82,7 @@ def launched(
         "config": asdict(config),
         "launch": launch.model_dump(mode="json"),
         "out": str(out.absolute()),
+        "frozen": checkpoint.frozen(model),
         "threads": torch.get_num_threads(),
         "token": token,
         "silence": SILENCE,

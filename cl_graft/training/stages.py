@@ -14,7 +14,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -121,7 +121,8 @@ class Stages:
         """
         term.check({t.kind for t in terms}, self.launch, ", ".join(t.name for t in terms))
         start = fingerprint(model.named_parameters())
-        key = stage_key(start, tokenizer, rows, job, terms, origin)
+        kept = checkpoint.frozen(model)
+        key = stage_key(start, tokenizer, rows, job, terms, origin, kept)
         target, begun = self.folder / "stages" / key, perf_counter()
         with _refusals(target), locked(target, self.patient):
             waited = perf_counter() - begun
@@ -146,7 +147,7 @@ class Stages:
                     _require_finite(model, job)
                     if not self.launch.processes:
                         checkpoint.save(model, tokenizer, building)
-                    about = {"terms": [t.about for t in terms], "origin": origin}
+                    about = {"terms": [t.about for t in terms], "origin": origin, "frozen": kept}
                     self._mark(building, work, model, len(rows), job, about)
                 _discard(work)
                 if self.mirror:
@@ -280,16 +281,18 @@ def stage_key(
     job: StageConfig,
     terms: Sequence[Term] = (),
     origin: str = "",
+    frozen: Sequence[str] = (),
 ) -> str:
     """Digest of start weights, vocabulary, rows, recipe with its seed, kind of device, code and library versions.
 
-    And of the terms, in their order, and of the origin, where there are any.
+    And of the terms, in their order, of the origin, and of the parameters that are frozen, where there are any.
 
     How many processes share the work is no part of it: the batch is the same, and so, but for the order of sums,
     is the result.
     """
     parts = (start, vocabulary(tokenizer), list(rows), asdict(job), place())
     added = [{"terms": [t.digest for t in terms], "origin": origin}] if terms or origin else []
+    added += [{"frozen": [*frozen]}] if frozen else []
     return digest(*parts, *added, training_code(), versions())
 
 
@@ -317,6 +320,20 @@ def _refusals(path: Path) -> Iterator[None]:
     else:
         return
     raise refused(path, reason)
+
+
+@contextmanager
+def holding(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Parameters of these names are frozen meanwhile; those of a model that PEFT wraps have others, and are already."""
+    named = model.named_parameters()
+    held = [p for name, p in named if name in names and p.requires_grad]
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -335,7 +335,12 @@ def test_a_damaged_folder_is_refused_in_one_sentence(copy: Path, damage: str) ->
     else:
         (copy / "config.json").write_text("{")
     message = one_sentence(lambda: load(str(copy)))
-    assert f"model {str(copy)!r} cannot be loaded" in message and "hub id" in message
+    told = {
+        "torn weights": [str(copy / "model.safetensors"), "bytes and not", "fetch it again"],
+        "no weights": [str(copy), "no model.safetensors", "Hugging Face model"],
+    }
+    cannot = [f"model {str(copy)!r} cannot be loaded", "hub id"]
+    assert all(word in message for word in told.get(damage, cannot))
 
 
 def test_a_tokenizer_without_a_padding_token_pads_with_the_end(copy: Path) -> None:
@@ -356,6 +361,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     config = {"model_type": "own", "auto_map": classes}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
     (tmp_path / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Config: pass\n")
     assert "cannot be loaded" in one_sentence(lambda: load(str(tmp_path)))
     assert not marker.exists()

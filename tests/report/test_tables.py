@@ -78,6 +78,17 @@ def rows_of(table: Table) -> dict[str, dict[str, str]]:
 # --- ranking ----------------------------------------------------------------------------------
 
 
+def test_tables_say_by_which_scorer_and_convention_each_figure_is() -> None:
+    told = {"math": {"number": "the last number"}, "code": {"tests": "pass@1"}}
+    older, one, other = cell(), cell(conventions=told), cell("lora", conventions=told)
+    said = "Scored: math by number (the last number); code by tests (pass@1)."
+    for made in (ranking, matrices):
+        (table, *_) = made([one, other])
+        assert said in table.note
+        (table, *_) = made([older])
+        assert "Scored" not in table.note
+
+
 def test_a_row_of_the_ranking_worked_by_hand() -> None:
     (table,) = ranking([cell()])
     assert table.title == "Ranking: math-code · mini · budget 10%"

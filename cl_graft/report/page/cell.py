@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import Cell, alive, packs, protocol
+from cl_graft.report.aggregate import Cell, alive, packs, protocol, scored_by
 from cl_graft.report.examples import OUTCOMES, RIGHT, Answer, ExampleRow, breakdown
 from cl_graft.report.page.template import render
 from cl_graft.report.provenance import commands
@@ -46,6 +46,7 @@ def write(reported: ReportedCell, path: Path, group: str) -> None:
         matrix=list(zip(["base", *experiences], cell["matrix"], cell["stderr"], strict=True)),
         general=[*cell["general"], *[None] * (len(experiences) + 1 - len(cell["general"]))],
         protocol=protocol(cell),
+        scored=scored_by([cell]),
         bytes=_bytes(cell),
         accuracy=[(n, x) for n, x in accuracy if x is not None],
         confusion=next(iter(confusions(routed([cell]))), None),

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import KINDS, PROTOCOLS
+from cl_graft.report.aggregate import KINDS, PROTOCOLS, scored_by
 from cl_graft.report.figures import figures_of
 from cl_graft.report.page import rows
 from cl_graft.report.page.template import render as fill
@@ -80,6 +80,7 @@ def _group(
     base = [x for c in cells for x in c["matrix"][0] if x is not None]
     return {
         "slug": slug,
+        "scored": scored_by(cells),
         "title": title,
         "first": first,
         "tasks": first["tasks"],
