@@ -9,6 +9,7 @@ from typing import NamedTuple
 from cl_graft.evaluation import final_answer
 from cl_graft.evaluation.final_answer import first_answer, last_box, marked
 from cl_graft.evaluation.scorers.base import scorer
+from cl_graft.ranges import NotNegative
 from cl_graft.store.digests import code_digest
 from cl_graft.task import Example
 
@@ -115,7 +116,7 @@ def _flaw(example: Example) -> str:
     convention="the number after the first ####, else in the last box, else the last number",
     identity={"code": code_digest(final_answer)},
 )
-def number(example: Example, answer: str, *, tolerance: float = 0.0) -> bool:
+def number(example: Example, answer: str, *, tolerance: NotNegative = 0.0) -> bool:
     """tolerance: the numbers may differ by so much."""
     given, right = final(answer), final(example.completion)
     return given is not None and right is not None and given.equals(right, tolerance)
