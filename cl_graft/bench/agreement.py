@@ -58,7 +58,7 @@ def bench_agreement(
     ]
     references = [box for row in rows if (box := last_box(row["solution"])) is not None]
     rng = Random(0)
-    spelled = [pair for box in references if (pair := _spelled(box, rng))]
+    spelled = [made for box in references if (made := _spelled(box, rng))]
     wrong = [pair for box in references if (pair := _wrong(box))]
     questions = {
         "by hand, right": [(r, a) for r, a, right in by_hand if right == "1"],
