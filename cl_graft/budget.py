@@ -62,14 +62,35 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def largest_within(budget: Budget, cost: Callable[[int], int], high: int, one: str) -> int:
+def largest_within(
+    budget: Budget,
+    cost: Callable[[int], int],
+    high: int,
+    one: str,
+    given: int | None = None,
+    name: str = "the count",
+) -> int:
     """The largest count in [1, high] whose `cost`, in bytes, the budget allows; cost never falls as counts rise.
 
-    one: what the smallest count is of what, for the sentence. Raises OverBudget where even that costs too much.
+    one: what the smallest count is of what, for the sentence. given: the count that the user's option `name` asks for,
+    which is the answer if it is possible. Raises OverBudget where the smallest, or the one given, costs too much, and
+    CLGraftError for a given one above `high`.
     """
+    if given is not None and given <= high and cost(given) <= budget.bytes:
+        return given
     count = largest(lambda count: cost(count) <= budget.bytes, 1, high)
     if count < 1:
         raise OverBudget(
             f"the budget {budget.text} ({budget.bytes} bytes) does not hold {one}; raise it."
         )
-    return count
+    if given is None:
+        return count
+    if given > high:
+        raise CLGraftError(
+            f"{name}={given} is more than the {high} that there are; the largest that also fits the budget "
+            f"{budget.text} is {count}."
+        )
+    raise OverBudget(
+        f"{name}={given} takes {cost(given)} bytes and the budget {budget.text} allows {budget.bytes}; the largest "
+        f"that fits is {count}."
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cl_graft.data import DataError, labels, records, sample
 from cl_graft.errors import UnknownName
+from cl_graft.ranges import Count, Positive
 from cl_graft.task import Example, Scenario, Task, Training
 
 FOLDERS = {
@@ -29,12 +30,12 @@ def text_classification(
     seed: int,
     data_dir: Path | None = None,
     tasks: str = "agnews,amazon,sst2,dbpedia,mnli",
-    train_size: int = 2000,
-    test_size: int = 250,
-    steps: int = 150,
-    batch: int = 16,
-    learning_rate: float = 3e-3,
-    max_length: int = 96,
+    train_size: Count = 2000,
+    test_size: Count = 250,
+    steps: Count = 150,
+    batch: Count = 16,
+    learning_rate: Positive = 3e-3,
+    max_length: Count = 96,
 ) -> Scenario:
     """Options: tasks and their order, sizes of the sets, the SFT recipe (its defaults suit the embedded `text-llama`).
     A text is cut after 320 characters.
@@ -66,7 +67,8 @@ def text_classification(
 
 
 def read(data_dir: Path | None, name: str, options: tuple[str, ...]) -> list[Example]:
-    examples = []
+    """Its examples, a text once: the first of those that are alike once they are cut."""
+    examples: dict[str, Example] = {}
     for number, row in enumerate(records(data_dir, name, {"sentence": str, "label": str}), 1):
         if row["label"] == NO_CONSENSUS:
             continue
@@ -75,7 +77,8 @@ def read(data_dir: Path | None, name: str, options: tuple[str, ...]) -> list[Exa
                 f"{data_dir}/{name}, record {number} has label {row['label']!r}, which labels.json does not list."
             )
         text = " ".join(row["sentence"].split())[:CHARACTERS]
-        examples.append(
-            Example(f"{text}\nLabel:", f" {row['label']}", choices=tuple(f" {o}" for o in options))
+        example = Example(
+            f"{text}\nLabel:", f" {row['label']}", choices=tuple(f" {o}" for o in options)
         )
-    return examples
+        examples.setdefault(example.prompt, example)
+    return list(examples.values())

@@ -58,7 +58,7 @@ TESTED: dict[str, str] = {
     "cl_graft/evaluation/sandbox.py: if you accept that, pass --allow-code-execution or set {}=1.": "test_cli_sweep.py::test_validate_finds_what_would_stop_a_sweep",
     "cl_graft/experiment/cache.py: give a results folder, or the one that --cache named.": "test_cures.py::test_the_folder_that_out_named",
     "cl_graft/experiment/outcomes.py: delete that experience's folder and the later ones to compute them anew.": "test_resume.py::test_what_is_to_be_deleted_is_computed_anew",
-    "cl_graft/models/chat.py: set add_bos_token and add_eos_token to false in its tokenizer_config.json, and post_processor to null in its tokenizer.json.": "test_cures.py::test_tokens_that_a_template_does_not_begin_with",
+    "cl_graft/models/chat.py: set add_bos_token and add_eos_token in its tokenizer_config.json to false.": "models/test_chat.py::test_the_cure_of_that_leads_to_the_templates_own_ids",
     "cl_graft/models/embedded.py: free space there or set CL_GRAFT_CACHE to another folder.": "test_cures.py::test_another_folder_for_embedded_models",
     "cl_graft/models/load.py: set eos_token in its tokenizer_config.json.": "test_cures.py::test_an_end_token_in_tokenizer_config",
     "cl_graft/models/weights.py: call the PEFT model's merge_and_unload() and save what it returns.": "skillpack/test_foreign.py::test_an_adapter_that_was_saved_with_its_model",

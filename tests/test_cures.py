@@ -18,7 +18,6 @@ from cl_graft.data import hub
 from cl_graft.data.readers import records
 from cl_graft.errors import CLGraftError
 from cl_graft.experiment.cache import entries
-from cl_graft.models.chat import render
 from cl_graft.models.load import load, locate
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.folders.apply import apply_pack
@@ -32,7 +31,6 @@ from cl_graft.training.launch import slots
 from cl_graft.training.term import Term
 from cl_graft.training.term import check as check_terms
 from tests import cures
-from tests.chat import CHATML, llama_tokenizer
 from tests.command import Call, assert_refused
 from tests.model_folders import llama, pack_of, rewrite, saved, tensors, tuned
 from tests.refusals import one_sentence
@@ -304,30 +302,6 @@ def test_another_folder_for_embedded_models(
     refused(lambda: locate("nano-llama"), "set CL_GRAFT_CACHE to another folder")
     monkeypatch.setenv("CL_GRAFT_CACHE", str(tmp_path / "other"))
     assert Path(locate("nano-llama")).is_dir()
-
-
-def test_tokens_that_a_template_does_not_begin_with(tmp_path: Path) -> None:
-    """Of a tokenizer like Llama 3's, transformers 5.23 reads add_bos_token and goes by tokenizer.json all the same."""
-    from transformers import AutoTokenizer
-
-    llama_tokenizer(CHATML).save_pretrained(tmp_path)
-    refused(
-        lambda: render(AutoTokenizer.from_pretrained(tmp_path), "Hi"),
-        "set add_bos_token and add_eos_token to false",
-        "and post_processor to null in its tokenizer.json",
-    )
-    changes = {
-        "tokenizer_config.json": {"add_bos_token": False, "add_eos_token": False},
-        "tokenizer.json": {"post_processor": None},
-    }
-    for name, change in changes.items():
-        found = json.loads((tmp_path / name).read_text())
-        (tmp_path / name).write_text(json.dumps(found | change))
-    made = AutoTokenizer.from_pretrained(tmp_path)
-    whole = made.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
-    )
-    assert render(made, "Hi") == whole
 
 
 def test_weights_in_a_dtype_that_is_read(tmp_path: Path) -> None:

@@ -36,8 +36,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     if tokenizer(bare)["input_ids"] != tokenizer(whole, add_special_tokens=False)["input_ids"]:
         raise NoChatTemplate(
             f"the tokenizer of {owner} adds tokens to a text that its chat template does not begin with; set "
-            "add_bos_token and add_eos_token to false in its tokenizer_config.json, and post_processor to null in its "
-            "tokenizer.json."
+            "add_bos_token and add_eos_token in its tokenizer_config.json to false."
         )
     return bare
 
@@ -67,6 +66,7 @@ def rendered(scenario: Scenario, tokenizer: PreTrainedTokenizerBase) -> Scenario
             train=[with_prompt(e) for e in task.train],
             test=[with_prompt(e) for e in task.test],
             pairs=[with_prompt(p) for p in task.pairs],
+            validation=[with_prompt(e) for e in task.validation],
         )
 
     general = of(scenario.general) if scenario.general else None

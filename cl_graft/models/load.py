@@ -36,6 +36,27 @@ def check(name: str) -> None:
         raise UnknownName("model", name, [*embedded.SPECS, "a model folder", "owner/model"])
 
 
+def without_weights(name: str, data_dir: Path | None = None) -> PreTrainedModel | None:
+    """The model with its parameters on the meta device; None for one of the hub whose configuration is not here yet.
+
+    Nothing is trained or fetched. Raises as `check`, and CLGraftError for a configuration that is none.
+    """
+    from transformers import AutoConfig
+
+    from cl_graft.models.meta_model import meta_model
+
+    check(name)
+    if name in embedded.SPECS:
+        return embedded.without_weights(name, data_dir)
+    if Path(name).is_dir():
+        return meta_model(name).model
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+    except Exception:  # of many kinds; `load` says what is wrong once it has asked the hub
+        return None
+    return meta_model(config).model
+
+
 def attention() -> str:
     """The fastest attention that this machine has: flash attention where its kernels are installed, else SDPA."""
     import torch
@@ -87,9 +108,15 @@ def load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
     Raises CLGraftError where it cannot be loaded or has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        if tokenizer.is_fast and tokenizer("")["input_ids"]:
+            # transformers (5.23) passes over the settings where there is a tokenizer.json
+            told = get_tokenizer_config(place)
+            if told.get("add_bos_token") is False and not told.get("add_eos_token"):
+                tokenizer.add_bos_token = False
     except Exception as error:
         raise _unloadable(f"the tokenizer of model {name!r}", error) from error
     if tokenizer.eos_token_id is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse, weight_bits
 from cl_graft.skillpack.compress.calibrate import Moments, moments
 from cl_graft.skillpack.compress.text import padded
 from cl_graft.skillpack.format.file import SkillPack, packed_size
-from cl_graft.task import Task
+from cl_graft.task import Example, Task
 from cl_graft.training.delta import Delta
 from cl_graft.training.fit import Progress
 
@@ -42,12 +42,34 @@ def cost_of(pack: SkillPack, specs: Mapping[str, Spec], budget: Budget) -> int:
     )
 
 
+def validation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, size: int
+) -> list[dict[str, Tensor]]:
+    """A task's validation in batches, as `Context.validation` says; for methods that look at all tasks seen."""
+    rows = task.validation or task.train
+    chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [batch_of(model, tokenizer, task, chunk) for chunk in chunks]
+
+
+def batch_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels (int64, examples x length), on the model's device."""
+    texts = [encode(tokenizer, e.prompt, e.completion, task.training.max_length) for e in examples]
+    batch = padded([(h + t, len(h)) for h, t in texts], tokenizer.pad_token_id)
+    return {key: value.to(model.device) for key, value in batch.items()}
+
+
 @dataclass
 class Context:
     """The task just learned, and the model that learned it.
 
     model: holds the tuned weights. start: parameter name -> weights that training started from, in the
-    model's dtype. budget: storage allowed for this task. progress: called with the fraction done.
+    model's dtype. frozen: parameters that the strategy does not touch. budget: storage allowed for this task.
+    progress: called with the fraction done.
     """
 
     model: PreTrainedModel
@@ -57,6 +79,7 @@ class Context:
     budget: Budget
     seed: int
     header: SkillPack  # the pack to be, without tensors: what its header costs
+    frozen: Collection[str] = ()
     progress: Progress = field(default=lambda done: None)
 
     @cached_property
@@ -65,8 +88,9 @@ class Context:
         return roles(self.model)
 
     def delta(self, stage: Path) -> Delta:
-        """Tuned minus start, read tensor by tensor from the folder of a finished stage."""
-        return Delta(stage, self.start, self.model.device)
+        """Tuned minus start of all that is touched, read tensor by tensor from the folder of a finished stage."""
+        start = {name: x for name, x in self.start.items() if name not in self.frozen}
+        return Delta(stage, start, self.model.device)
 
     def cost(self, tensors: Mapping[str, Encoded]) -> int:
         """Bytes these encoded tensors take by the budget's convention (see Budget)."""
@@ -75,6 +99,11 @@ class Context:
     def cost_of(self, specs: Mapping[str, Spec]) -> int:
         """Bytes of tensors with these specs, {name: (codec, shape, meta)}, without any data."""
         return cost_of(self.header, specs, self.budget)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{parameter name: shape}; known before there are any weights."""
+        return {name: tuple(weight.shape) for name, weight in self.start.items()}
 
     def require_fit(self, tensors: Mapping[str, Encoded]) -> None:
         """Raises OverBudget if the tensors cost more than the budget."""
@@ -127,12 +156,14 @@ class Context:
         rng, rows = Random(f"{self.seed}/{seed}"), list(self.task.train)
         while True:
             picked = [rows[rng.randrange(len(rows))] for _ in range(size)]
-            encoded = [
-                encode(self.tokenizer, e.prompt, e.completion, self.task.training.max_length)
-                for e in picked
-            ]
-            batch = padded([(h + t, len(h)) for h, t in encoded], self.tokenizer.pad_token_id)
-            yield {key: value.to(self.model.device) for key, value in batch.items()}
+            yield batch_of(self.model, self.tokenizer, self.task, picked)
+
+    def validation(self, size: int) -> list[dict[str, Tensor]]:
+        """The task's validation examples in batches of `size`, each once, as `batches` gives them.
+
+        A task of fewer than 20 training prompts has none (Task.with_validation); then they are its training examples.
+        """
+        return validation(self.model, self.tokenizer, self.task, size)
 
     def moments(self, batches: int = 8, size: int = 32, gradients: bool = True) -> Moments:
         """Second moments of the layers' inputs and output gradients on the task's training text."""
