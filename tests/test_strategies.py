@@ -129,13 +129,13 @@ def test_a_forget_free_strategy_answers_old_tasks_with_the_very_same_pack(name, 
 
 
 def test_sequential_answers_with_the_newest_weights_and_sum_with_all_packs(played):
-    sequential, grafting = played("sequential").strategy, played("model_grafting").strategy
+    sequential, tailor = played("sequential").strategy, played("model_tailor").strategy
     assert sequential.compose(0) == sequential.compose(1) == [sequential.packs[1]]
-    assert grafting.compose(0) == grafting.packs
+    assert tailor.compose(0) == tailor.packs
 
 
 def test_a_tasks_weights_are_base_plus_exactly_the_active_deltas(played):
-    strategy = played("model_grafting").strategy
+    strategy = played("model_tailor").strategy
     expected = {n: w.clone() for n, w in strategy.base.items()}
     for name in expected:
         for pack in strategy.packs:
@@ -198,19 +198,19 @@ def test_ties_keeps_the_elected_sign_and_the_mean_of_those_that_agree():
     threshold = sys.modules[ties.__module__].threshold
     least = [threshold({"w": x}, density=0.75) for x in deltas]
     assert least == [2.0, 1.0]
-    assert torch.allclose(ties(deltas, least), torch.tensor([2.0, 5.0, 0.0, 3.0]))
+    assert torch.allclose(ties(deltas, least, scale=1.0), torch.tensor([2.0, 5.0, 0.0, 3.0]))
 
 
 def test_ties_in_parts_is_ties_of_the_whole_bit_for_bit(monkeypatch):
     ties = plugins.load("strategy", "ties").function
     seed = torch.Generator().manual_seed(0)
     deltas = [torch.randn(37, 53, generator=seed) for _ in range(5)]
-    whole = ties(deltas, [0.4] * 5)
+    whole = ties(deltas, [0.4] * 5, scale=1.0)
     trimmed = torch.stack([torch.where(x.abs() >= 0.4, x, 0.0) for x in deltas])
     agrees = (trimmed * trimmed.sum(0).sign()) > 0
     assert torch.equal(whole, (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1))
     monkeypatch.setattr(sys.modules[ties.__module__], "PART", 128)
-    assert torch.equal(ties(deltas, [0.4] * 5), whole)
+    assert torch.equal(ties(deltas, [0.4] * 5, scale=1.0), whole)
 
 
 @pytest.mark.parametrize("density", [1e-6, 0.2, 0.5, 1.0])

@@ -37,5 +37,7 @@ def run(given: RunFields) -> None:
         where = f"; where is in {kept}" if kept.is_file() else ""
         raise CLGraftError(f"{config.label} failed ({reason(error)}){where}.") from error
     print_tables([*matrices([result]), *ranking([result])])
+    for note in result.get("notes", []):
+        typer.echo(f"{note}.")
     typer.echo(f"results: {config.out / config.cell}")
     typer.echo(f"figures: cl-graft report {config.out}")

@@ -52,7 +52,7 @@ def sweep(
     waiting = [c for c in cells if finished(c) is None]
     if not waiting:
         return []
-    check_data(waiting)
+    check_data(waiting)  # without waiting for the libraries that the rest needs
     apart(partial(_prepared, waiting), report)
     failures = [] if retry_failed else [f for c in waiting if (f := _failed_before(c))]
     given_up = {f.cell for f in failures}
@@ -99,12 +99,12 @@ def _settled(config: RunConfig, outcome: Outcome) -> Failure | None:
 
 
 def _prepared(cells: Sequence[RunConfig], report: Report) -> None:
-    """Check every strategy and its options, and train every embedded model."""
+    """Check every name and option, and train every embedded model."""
     from cl_graft.experiment.cell import preparing
-    from cl_graft.experiment.prepare import check_methods
+    from cl_graft.experiment.prepare import check
     from cl_graft.models import load
 
-    check_methods(cells)
+    check(cells)
     for model, data_dir in sorted({(c.model, c.data_dir) for c in cells}, key=str):
         report("models", f"preparing {model}", 0.0)
         load.locate(model, data_dir, preparing(model, seldom(partial(report, "models"))))

@@ -6,7 +6,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cl_graft.report.significance import Reader
 
 MANY = 100  # cells, whose report is made by several processes
 
@@ -27,6 +30,7 @@ def find(
     left_out: told, in one line, of each cell whose files cannot be read. Raises RecordError where there is no other.
     """
     from cl_graft.report.aggregate import told_apart
+    from cl_graft.report.references import with_references
     from cl_graft.store.files import RecordError
     from cl_graft.store.record import cells
     from cl_graft.store.result import collect, kept
@@ -42,7 +46,7 @@ def find(
         raise failed[0]
     for unread in failed:
         left_out(f"left out: {unread}")
-    told = told_apart(list(read.values()))
+    told = with_references(told_apart(list(read.values())))
     return [ReportedCell(path, dict(cell)) for path, cell in zip(read, told, strict=True)]
 
 
@@ -53,8 +57,11 @@ def gather(
     return [reported.cell for reported in find(folders, left_out)]
 
 
-def write(reported: Sequence[ReportedCell], target: Path) -> Path:
-    """Tables, provenance, figures and pages; returns the page to open. Raises OSError where the disk refuses."""
+def write(reported: Sequence[ReportedCell], target: Path, tested: Reader | None = None) -> Path:
+    """Tables, provenance, figures and pages; returns the page to open. Raises OSError where the disk refuses.
+
+    tested: a `significance.reader` that may have read their test examples already.
+    """
     from cl_graft.report.page import work
     from cl_graft.report.page import write as write_page
     from cl_graft.report.provenance import write_provenance
@@ -65,4 +72,4 @@ def write(reported: Sequence[ReportedCell], target: Path) -> Path:
     cells = [f.cell for f in reported]
     write_tables(cells, target)
     write_provenance(cells, target)
-    return write_page(reported, target)
+    return write_page(reported, target, tested)
