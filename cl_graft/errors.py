@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class CLGraftError(Exception):
@@ -40,3 +41,29 @@ class AuthorMistake(CLGraftError):
 
 class OverBudget(CLGraftError):
     """A method's artefact does not fit the storage declared for a task."""
+
+
+# what torchvision says where its operators were compiled for another torch, as PyPI's is beside a torch without CUDA
+MISMATCH = ("torchvision::", "torchvision.extension", "torchvision/")
+TORCHVISION = (
+    "install the torchvision that was built for this torch, from the index that torch came from, or, on Python 3.11 "
+    "without CUDA, `pip install --no-deps torchvision==0.16.2`"
+)
+
+
+class TorchvisionMismatch(CLGraftError, ImportError):
+    """Avalanche imports torchvision, and the one that is installed was built for another torch."""
+
+
+@contextmanager
+def matched_torchvision() -> Iterator[None]:
+    """What a torchvision of another torch breaks while something is imported is a sentence with the cure."""
+    try:
+        yield
+    except (ImportError, RuntimeError, OSError) as error:
+        if not any(mark in str(error) for mark in MISMATCH):
+            raise
+        said = str(error).strip().split("\n", 1)[0].rstrip(".")
+        raise TorchvisionMismatch(
+            f"torchvision, which Avalanche imports, does not fit the torch that is installed ({said}); {TORCHVISION}."
+        ) from error

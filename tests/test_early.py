@@ -16,6 +16,7 @@ import pytest
 from cl_graft import plugins
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.models import load
+from cl_graft.tracking.wandb import require_login
 from tests.command import Call, assert_refused
 from tests.refusals import one_sentence
 
@@ -128,6 +129,27 @@ def test_options_are_read_from_the_source_as_the_plug_in_declares_them() -> None
                             outcomes.append(str(error))
                     assert outcomes[0] == outcomes[1]
     assert {"lora", "magnitude", "mini", "graftllm", "ridge"} <= {*told}
+
+
+@pytest.mark.parametrize("how", ["a key", "a netrc", "a netrc of a server of one's own"])
+def test_who_is_logged_in_may_be_online(
+    how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password 0")
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert "run `wandb login`" in one_sentence(lambda: require_login("online"))
+    if how == "a key":
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    else:
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if "own" in how:
+        monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+        assert "run `wandb login`" in one_sentence(lambda: require_login("online"))
+        (tmp_path / "netrc").write_text("machine wandb.example.org login user password 0")
+    require_login("online")
+    require_login("offline")
 
 
 # --- names -------------------------------------------------------------------------------------

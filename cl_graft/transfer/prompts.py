@@ -156,7 +156,7 @@ def _rows(where: str) -> list[PlacedFields]:
         return _file(path)
     if where.count("/") == 1 and not where.startswith((".", "/")):
         return _hub(where)
-    raise UnknownName("prompts", where, _scenarios(), "a .jsonl file or a data set's hub id")
+    raise UnknownName("prompts", where, _scenarios(), "a .jsonl file or a hub id")
 
 
 def _scenarios() -> list[str]:

@@ -120,6 +120,9 @@ def test_a_torn_state_is_no_end_of_status(out: Path, result: Path, call: Call) -
         (result.parent / "state.json").write_text(text)
         told = call("status", out)
         assert told.code == 0 and "1 unreadable" in told.out
+        assert not text or "delete the file, and run the same command again." in told.out
+    (result.parent / "state.json").unlink()
+    assert CellFolder(result.parent).state()["state"] == "done"
 
 
 def test_answers_that_are_torn_are_not_shown_and_nothing_else_is_lost(
