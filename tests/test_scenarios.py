@@ -140,7 +140,7 @@ def test_tasks_can_be_chosen_and_ordered() -> None:
 
 @pytest.mark.parametrize("sizes", [{"test_size": 0}, {"train_size": 0}, {"train_size": -1}])
 def test_empty_sets_are_refused(sizes: dict[str, int]) -> None:
-    with pytest.raises(DataError, match="at least 1"):
+    with pytest.raises(CLGraftError, match=r"mini\.\w+_size=.* is not 1 or more; the nearest is 1"):
         made("mini", **sizes)
 
 
