@@ -12,6 +12,7 @@ from cl_graft.budget import Budget
 from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.evaluation.scorers import require_consents, resolved
+from cl_graft.experiment.texts import check_texts
 from cl_graft.store.digests import digest
 from cl_graft.store.mirror import mirror_of
 from cl_graft.task import Scenario
@@ -133,7 +134,9 @@ def scenario_of(config: RunConfig) -> Scenario:
         if owner not in used:
             known = [name, config.short(config.strategy), *sorted(used)]
             raise UnknownName("scenario, strategy or scorer of this cell", owner, known)
-    return _trained_on(scenario, config.train_on)
+    scenario = _trained_on(scenario, config.train_on)
+    check_texts(scenario)
+    return scenario
 
 
 def _scenario(config: RunConfig) -> Scenario:
@@ -155,17 +158,20 @@ def strategy_of(
     """The strategy of a cell that was prepared, on its model; its scenario's prompts are rendered.
 
     patient: wait for a stage that another cell trains; else Busy is raised.
-    Raises NoChatTemplate where the scenario is for chat and the tokenizer is not.
+    Raises NoChatTemplate where the scenario is for chat and the tokenizer is not, CLGraftError for preference pairs
+    that are all alike to the model.
     """
     from cl_graft.evaluation.outcomes import Outcomes
     from cl_graft.models.chat import rendered
+    from cl_graft.models.pairs import without_equal_pairs
     from cl_graft.training.stages import Stages
 
     mirror = mirror_of(config)
-    return strategy_class(
+    scenario, told = without_equal_pairs(rendered(scenario, tokenizer), tokenizer)
+    strategy = strategy_class(
         model=model,
         tokenizer=tokenizer,
-        scenario=rendered(scenario, tokenizer),
+        scenario=scenario,
         budget=Budget(config.budget, sum(p.numel() for p in model.parameters())),
         seed=config.seed,
         options=options,
@@ -174,6 +180,8 @@ def strategy_of(
         outcomes=Outcomes(config.store, config.cell, mirror),
         router=router_of(config),
     )
+    strategy.notes += told
+    return strategy
 
 
 def router_of(config: RunConfig) -> Router | None:
@@ -200,6 +208,12 @@ def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
         if task.name in folders:
             folder = folders[task.name]
             task = replace(task, train=read_examples(folder), pairs=read_pairs(folder))
+            trained = {e.prompt for e in task.train} | {pair.prompt for pair in task.pairs}
+            if tested := sum(example.prompt in trained for example in task.test):
+                raise CLGraftError(
+                    f"{folder} trains task {task.name!r} on {tested} of its own test prompts; build it again from "
+                    "prompts without them."
+                )
             task = task.with_validation()
             if task.training.preference and not task.pairs:
                 raise CLGraftError(
@@ -215,6 +229,6 @@ def _require_strategy(loaded: Any, name: str) -> None:
 
     if not (isinstance(loaded, type) and issubclass(loaded, Strategy)):
         raise CLGraftError(
-            f"{name} is not a strategy; decorate its function with @compressor or @merger, "
+            f"{name} is not a strategy; decorate its function with @compressor() or @merger, "
             "or make it a subclass of cl_graft.Strategy."
         )

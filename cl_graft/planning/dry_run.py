@@ -17,9 +17,11 @@ from cl_graft.store.digests import digest
 from cl_graft.task import Pair, Preference, Task
 from cl_graft.training import checkpoint
 from cl_graft.training.config import Row, StageConfig, accumulation, dpo_job, sft_job
-from cl_graft.training.fit import encoded, fit, lengths, tokens_of_a_step
+from cl_graft.training.fit import fit
+from cl_graft.training.preferences import Sampled
 from cl_graft.training.stages import MARKER, Log, stage_key
 from cl_graft.training.term import Term
+from cl_graft.training.tokens import lengths, tokens, tokens_of_a_step
 from cl_graft.training.zero import BUCKET
 
 if TYPE_CHECKING:
@@ -142,18 +144,18 @@ class DryRun:
 
     def pairs(
         self, model: Any, tokenizer: Any, task: Task, half: Preference, seed: int, allow: bool
-    ) -> list[Pair]:
+    ) -> Sampled:
         """The pairs that were sampled before, or as many as can be, each with the longest answers there may be."""
         if self.exact:
             start = fingerprint(model.named_parameters())
             if self.stages.pairs_file(start, tokenizer, task, half, seed).is_file():
                 known = self.stages.pairs(model, tokenizer, task, half, seed, allow)
-                if not known:  # so SFT was the last stage
+                if not known.pairs:  # so SFT was the last stage
                     raise _Enough
                 return known
         chosen = list(task.train)[: half.prompts]
         self.exact = False
-        return [Pair(e.prompt, e.completion, e.completion) for e in chosen]
+        return Sampled([Pair(e.prompt, e.completion, e.completion) for e in chosen], 0)
 
     def _by_recipe(self, task: Task) -> None:
         self.exact = False
@@ -161,7 +163,7 @@ class DryRun:
         rows, job = sft_job(task, seed)
         self._enter(f"{self.chain} > sft", rows, job, "to run")
         if half:
-            pairs = task.pairs or self.pairs(None, None, task, half, seed, False)
+            pairs = task.pairs or self.pairs(None, None, task, half, seed, False).pairs
             rows, job = dpo_job(task, pairs, seed)
             self.start = f"after sft of {task.name}"
             self._enter(f"{self.chain} > dpo", rows, job, "to run")
@@ -175,7 +177,7 @@ class DryRun:
         terms: Sequence[Term] = (),
     ) -> None:
         lora, trained, frozen = self.trained
-        counts = lengths(encoded(self.strategy.tokenizer, rows, job))
+        counts = lengths(tokens(self.strategy.tokenizer, rows, job))
         needs = replace(self._needs(job, max(counts), lora), frozen=tuple(frozen))
         vocabulary = self.strategy.model.get_input_embeddings().weight.shape[0]
         held = of_terms(terms, needs, trained, vocabulary)

@@ -30,7 +30,7 @@ import torch
 
 from cl_graft import plugins
 from cl_graft.budget import Budget
-from cl_graft.errors import CLGraftError, OverBudget, UnknownName
+from cl_graft.errors import CLGraftError, Diverged, OverBudget, UnknownName
 from cl_graft.evaluation.examiner import Answered, Examiner, Group, key
 from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
@@ -44,11 +44,12 @@ from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.digests import digest
 from cl_graft.strategy.context import Context, cost_of
-from cl_graft.strategy.kept import Kept, Tensors
+from cl_graft.strategy.kept import Kept, Tensors, finite_only
 from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin, check_plugins, drawn
 from cl_graft.task import Pair, Preference, Scenario, Task
 from cl_graft.training.config import Row, StageConfig, jobs
 from cl_graft.training.delta import Delta
+from cl_graft.training.own_loop import watched
 from cl_graft.training.stages import Log, Stages, holding, in_full_precision
 from cl_graft.training.term import Term
 from cl_graft.version import __version__
@@ -137,6 +138,9 @@ class Strategy(BaseTemplate):
         self.progress: Callable[[str, float], None] = lambda what, done: None
         self._seconds: dict[str, float] = {"train": 0.0, "compress": 0.0}
         self.log = Log()
+        self.notes: list[
+            str
+        ] = []  # what was left out of training, a sentence each, without its full stop
         self.sampling = 0.0  # seconds of sampling preference pairs
         self.results: dict[str, dict[str, list[Scored]]] = {}
         self.clock = Clock()
@@ -197,9 +201,13 @@ class Strategy(BaseTemplate):
         with in_full_precision(model), holding(model, self.untouched):
             for its_rows, job in jobs(task, seed, partial(self._sampled, model, task)):
                 rows = self.training_rows(its_rows, job)
-                folder, log = self.stages.run(
-                    model, self.tokenizer, rows, job, progress, terms, self.origin
-                )
+                try:
+                    folder, log = self.stages.run(
+                        model, self.tokenizer, rows, job, progress, terms, self.origin
+                    )
+                except Diverged as error:
+                    where = f"{job.kind.upper()} of task {task.name!r}"
+                    raise Diverged(f"{where}: {error}") from error
                 self.log.add(log)
         self._training_wall += perf_counter() - begun
         torch.manual_seed(seed)  # whether training was recalled must not matter from here
@@ -208,11 +216,14 @@ class Strategy(BaseTemplate):
     def _sampled(self, model: Any, task: Task, half: Preference) -> Sequence[Pair]:
         """The model's own preference pairs for the task."""
         begun = perf_counter()
-        pairs = self.stages.pairs(
+        sampled = self.stages.pairs(
             model, self.tokenizer, task, half, self._stage_seed, self.allow_code
         )
         self.sampling += perf_counter() - begun
-        return pairs
+        if note := sampled.note(task):
+            self.notes.append(note)
+            self.progress(note, 0.0)
+        return sampled.pairs
 
     def training_rows(self, rows: Sequence[Row], job: StageConfig) -> Sequence[Row]:
         """The rows that a stage trains on, given those of its task; a method may put others among them.
@@ -374,8 +385,13 @@ class Strategy(BaseTemplate):
         context = self.context(task)
         begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
         torch.manual_seed(self.seed + len(self.packs))
-        kept = self.learn(task, context, **self.options)
-        kept = kept if isinstance(kept, Kept) else Kept(kept)
+        whose = f"{type(self).__name__} in task {task.name!r}"
+        with watched() as steps:
+            kept = finite_only(lambda: self.learn(task, context, **self.options), self.model, whose)
+        # no stage: up to its last step, the method trained in a loop of its own
+        if not self._training_wall:
+            self._training_wall = (steps.last or perf_counter()) - begun
+            self.log.add(Log(seconds=self._training_wall, spent=self._training_wall))
         self.restore_base()
         if strange := kept.own.keys() & self.untouched:
             name = min(strange)
@@ -422,7 +438,11 @@ class Strategy(BaseTemplate):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of training (also where it was recalled), compressing and evaluating so far."""
+        """Seconds of training (also where it was recalled), compressing and evaluating so far.
+
+        Of a `learn` that runs no stage all is training up to the last step of an optimizer, or, where none of torch's
+        steps, all of it.
+        """
         return self._seconds | {"evaluate": self.examiner.seconds}
 
     @property

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_graft.config import Launch
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, Diverged
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.store.files import read_json, write_text
 from cl_graft.training import checkpoint, fit, launch, term
@@ -34,6 +34,8 @@ def main(work: Path) -> None:
         reason = (
             str(error) if isinstance(error, CLGraftError) else f"{type(error).__name__}: {error}"
         )
+        if isinstance(error, Diverged):
+            write_text(work / launch.DIVERGED, reason)
         rank = os.environ.get("RANK", "0")
         write_text(work / f"{launch.FAILED}{rank}", f"{reason}\n\n{traceback.format_exc()}")
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,23 +17,28 @@ import pytest
 import torch
 
 from cl_graft.config import Launch
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, Diverged
 from cl_graft.models.load import load
 from cl_graft.store.files import read_jsonl
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training import launch as launching
+from cl_graft.training.checkpoint import freeze
 from cl_graft.training.config import accumulation, dpo_job, sft_job
 from cl_graft.training.fit import LOG
 from cl_graft.training.launch import StageFailed, command, slots, surroundings
 from cl_graft.training.stages import Stages
 from cl_graft.training.zero import zero_json
+from tests.refusals import one_sentence
 
 EXAMPLES = [Example(f"Q: Copy ab{c}.\nA: ", f"ab{c}") for c in "cdefghij"]
 PAIRS = [Pair(e.prompt, e.completion, "zz") for e in EXAMPLES]
+PAIRS[0] = Pair("a long line. " * 8 + PAIRS[0].prompt, "abc", "zzz")  # alone longer than max_length
 RECIPE = Training(steps=8, batch=4, learning_rate=1e-3)
 SFT = sft_job(Task("t", EXAMPLES, (), "exact", training=RECIPE), 0)
 HALF = Preference(steps=8, batch=4, learning_rate=1e-3)
-DPO = dpo_job(Task("t", (), (), "exact", training=replace(RECIPE, preference=HALF)), PAIRS, 0)
+DPO = dpo_job(
+    Task("t", (), (), "exact", training=replace(RECIPE, max_length=64, preference=HALF)), PAIRS, 0
+)
 
 # Float32 sums in another order: a few units of the last place of weights of size 0.1, after eight steps.
 TOLERANCE = 1e-6
@@ -91,13 +97,26 @@ class TestTwoProcesses:
     pytestmark = jobs
 
     @pytest.mark.parametrize(
-        ("job", "zero"), [(SFT, 3), (DPO, 2), (DPO, 3)], ids=["sft-3", "dpo-2", "dpo-3"]
+        ("job", "zero", "held"),
+        [(SFT, 3, ["model.embed_tokens.weight"]), (DPO, 2, ["lm_head.weight"]), (DPO, 3, [])],
+        ids=["sft-3-frozen", "dpo-2-frozen", "dpo-3"],
     )
-    def test_train_what_one_trains(self, tmp_path, job, zero):
-        """ZeRO-2 and ZeRO-3, gathered, saved and read back, against the stage in this process; SFT under ZeRO-2 below."""
-        alone = trained(tmp_path / "one", job, Launch())
-        together = trained(tmp_path / "two", job, Launch(processes=2, zero=zero, micro_batch=1))
+    def test_train_what_one_trains(self, tmp_path, job, zero, held):
+        """ZeRO-2 and ZeRO-3, gathered, saved and read back, against the stage in this process; SFT under ZeRO-2 below.
+
+        held: parameters that are frozen; they stay bit for bit.
+        """
+
+        def holding(model):
+            freeze(model, held)
+            return model
+
+        alone = trained(tmp_path / "one", job, Launch(), holding)
+        how = Launch(processes=2, zero=zero, micro_batch=1)
+        together = trained(tmp_path / "two", job, how, holding)
         assert_same(together, alone)
+        start = dict(load("nano-llama")[0].named_parameters())
+        assert [n for n, x in together[0].items() if x.equal(start[n])] == held
         assert_read_back(tmp_path / "two", together)
 
     def test_train_an_adapter_with_offload(self, tmp_path):
@@ -165,6 +184,14 @@ class TestTwoProcesses:
             harness.kill()
         _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive
+
+    def test_say_where_training_diverged(self, tmp_path):
+        """As one process does; nothing is left that would be gone on from."""
+        rows, config = SFT
+        job = rows, replace(config, learning_rate=1e5)
+        said = one_sentence(lambda: trained(tmp_path, job, Launch(processes=2, zero=2)), Diverged)
+        assert re.search(r"diverged in step \d of 8 .* at a learning rate of 100000", said)
+        assert {p.suffix for p in (tmp_path / "stages").iterdir()} <= {".lock", ".used"}
 
     def test_say_why_they_failed(self, tmp_path, monkeypatch):
         """An error in the job is told in the words of the process that met it."""
