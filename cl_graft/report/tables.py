@@ -76,7 +76,7 @@ def ranking(cells: Sequence[Cell]) -> list[Table]:
 
 
 def _place(line: Line) -> tuple[int, bool, float]:
-    """By part, then whole before incomplete, then by OP."""
+    """Where a line stands: by part, then whole before incomplete, then by OP."""
     return PARTS.index(line.part), not line.complete, _or_last(-line.metric("op")[0])
 
 
@@ -134,7 +134,10 @@ def _by_pack(name: str, line: Line) -> list[Table]:
         )
         for spec in (".1f", ".4f")
     )
-    note = "In per cent, at the end, with the pack on alone. ±: one standard error over seeds."
+    note = (
+        "In per cent, at the end, with the pack on alone. ±: one standard error over seeds, for these test examples "
+        "alone."
+    )
     columns = ("Pack", "General ability", "General Δ")
     return [Table(f"{name}, general ability by pack", columns, rows, note, exact)]
 
