@@ -17,26 +17,19 @@ from cl_graft.report.aggregate import (
     ABILITIES,
     ERRORS,
     KINDS,
-    PARTS,
-    PROTOCOLS,
-    WHO,
-    Cell,
     Line,
     average,
     base_note,
-    distinct,
     extra,
     general,
     groups,
-    held,
     lines_of,
     number,
-    part,
-    protocol,
     scored_by,
     slugged,
     told_apart,
 )
+from cl_graft.report.protocols import PARTS, PROTOCOLS, WHO, Cell, distinct, held, part, protocol
 from cl_graft.report.routing import accuracy, confusion_csv, confusion_tables, inferred
 from cl_graft.report.table import UNMEASURED, Table, show, write_atomic
 

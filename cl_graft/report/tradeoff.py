@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cl_graft.report.aggregate import GIVEN, Cell, Line, lines_of
+from cl_graft.report.aggregate import Line, lines_of
+from cl_graft.report.protocols import GIVEN, Cell
 from cl_graft.report.style import GREY, alike, looks_of, roomy, styled, title_of, wrap
 
 ALIVE = "bytes alive after the last task / tasks, % of the base model's bytes"

@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import FREE, TOLD, UNTOLD, distinct, groups
+from cl_graft.report.aggregate import groups
 from cl_graft.report.page import index
+from cl_graft.report.protocols import FREE, TOLD, UNTOLD, distinct
 from cl_graft.report.significance import RankedLine, ranked_lines
 from cl_graft.report.significance import table as intervals
 from cl_graft.report.statistics import Strata

@@ -16,8 +16,9 @@ from matplotlib.patches import Rectangle
 from cl_graft.bench.report import make
 from cl_graft.config import RunConfig
 from cl_graft.report import budgets, find, page
-from cl_graft.report.aggregate import ReportError, lines_of, protocol
+from cl_graft.report.aggregate import ReportError, lines_of
 from cl_graft.report.figures import curves, draw, figures_of, routing
+from cl_graft.report.protocols import protocol
 from cl_graft.report.routing import accuracy, confusion_csv, confusion_tables, confusions, routed
 from cl_graft.report.significance import ranked_lines, reader, table
 from cl_graft.report.tables import (
