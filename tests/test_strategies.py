@@ -129,13 +129,13 @@ def test_a_forget_free_strategy_answers_old_tasks_with_the_very_same_pack(name, 
 
 
 def test_sequential_answers_with_the_newest_weights_and_sum_with_all_packs(played):
-    sequential, grafting = played("sequential").strategy, played("model_grafting").strategy
+    sequential, tailor = played("sequential").strategy, played("model_tailor").strategy
     assert sequential.compose(0) == sequential.compose(1) == [sequential.packs[1]]
-    assert grafting.compose(0) == grafting.packs
+    assert tailor.compose(0) == tailor.packs
 
 
 def test_a_tasks_weights_are_base_plus_exactly_the_active_deltas(played):
-    strategy = played("model_grafting").strategy
+    strategy = played("model_tailor").strategy
     expected = {n: w.clone() for n, w in strategy.base.items()}
     for name in expected:
         for pack in strategy.packs:

@@ -188,7 +188,10 @@ def scored_by(cells: Sequence[Cell]) -> str:
             for scorer in scorers.items():
                 tasks = told.setdefault(scorer, [])
                 tasks += [] if task in tasks else [task]
-    parts = (f"{', '.join(tasks)} by {name} ({how})" for (name, how), tasks in told.items())
+    parts = (
+        f"{', '.join(tasks)} by {name}" + f" ({how})" * bool(how)
+        for (name, how), tasks in told.items()
+    )
     return f" Scored: {'; '.join(parts)}." if told else ""
 
 

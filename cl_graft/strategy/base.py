@@ -387,9 +387,7 @@ class Strategy(BaseTemplate):
         torch.manual_seed(self.seed + len(self.packs))
         whose = f"{type(self).__name__} in task {task.name!r}"
         with watched() as steps:
-            kept = finite_only(
-                lambda: self.learn(task, context, **self.options), self.model, whose
-            )
+            kept = finite_only(lambda: self.learn(task, context, **self.options), self.model, whose)
         # no stage: up to its last step, the method trained in a loop of its own
         if not self._training_wall:
             self._training_wall = (steps.last or perf_counter()) - begun
