@@ -44,7 +44,7 @@ from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.digests import digest
 from cl_graft.strategy.context import Context, cost_of
-from cl_graft.strategy.kept import Kept, Tensors, finite_only
+from cl_graft.strategy.kept import Kept, Tensors, finite_only, watched
 from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin, check_plugins, drawn
 from cl_graft.task import Pair, Preference, Scenario, Task
 from cl_graft.training.config import Row, StageConfig, jobs
@@ -385,7 +385,9 @@ class Strategy(BaseTemplate):
         begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
         torch.manual_seed(self.seed + len(self.packs))
         whose = f"{type(self).__name__} in task {task.name!r}"
-        kept = finite_only(lambda: self.learn(task, context, **self.options), self.model, whose)
+        with watched(self.model, whose):
+            learned = self.learn(task, context, **self.options)
+        kept = finite_only(learned, whose)
         self.restore_base()
         if strange := kept.own.keys() & self.untouched:
             name = min(strange)
