@@ -5,13 +5,14 @@ OUT ?= results/demo
 SEEDS ?= 0
 WORKERS ?= 0
 
-STRATEGIES = sequential,lora,model_grafting,model_tailor,graftllm,individual
+STRATEGIES = sequential,lora,model_grafting,model_tailor,svd_quant,graftllm,graftllm_adaptive,individual
 
 .PHONY: demo test test-fast check docs env
 
 # The strategies on the embedded scenario. The model writes programs there, and they are run in the sandbox.
 demo: env
 	$(BIN)/cl-graft sweep --scenarios mini --strategies $(STRATEGIES) --seeds $(SEEDS) \
+	  --set 'lora.convention=["trained_on","each"]' \
 	  --workers $(WORKERS) --out $(OUT) --allow-code-execution
 
 test: env check

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_graft.ranges import Count
 from cl_graft.strategy import Context, Kept, Strategy
 from cl_graft.strategy.kept import Tensors
 from cl_graft.strategy.memory import MEMORY, Memory, some, tokens
@@ -31,7 +32,7 @@ class agem(Strategy):
     terms = ("project",)
     budgeted = False
 
-    def learn(self, task: Task, context: Context, *, size: int = 500, batch: int = 32) -> Kept:
+    def learn(self, task: Task, context: Context, *, size: Count = 500, batch: Count = 32) -> Kept:
         """size: examples of the memory, as of `replay`. batch: drawn from it anew for each step; the paper's code
         takes 128 to 1,280 images for batches of 10, texts of hundreds of tokens are more than that."""
         kept, terms = self.shared.get(MEMORY), []

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cl_graft.ranges import Count, NotNegative
 from cl_graft.skillpack.codecs.exact import exact, original, unknown
 from cl_graft.strategy import Context, Kept, Strategy
 from cl_graft.strategy.fisher import fisher
@@ -35,10 +36,10 @@ class ewc(Strategy):
         task: Task,
         context: Context,
         *,
-        weight: float = 1e4,
-        samples: int = 100,
+        weight: NotNegative = 1e4,
+        samples: Count = 100,
         variant: Literal["online", "separate"] = "online",
-        gamma: float = 1.0,
+        gamma: NotNegative = 1.0,
     ) -> Kept:
         """weight, samples: EasyCL's, which leaves the half out and squares gradients of whole batches.
 

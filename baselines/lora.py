@@ -1,31 +1,33 @@
-"""LoRA on every linear layer, by PEFT, under the three conventions of continual learning (Hu et al. 2022)."""
+"""LoRA on every linear layer, by PEFT, under four conventions (Hu et al. 2021, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
-from cl_graft.errors import UnknownName
+from cl_graft.ranges import Count, Positive, Rest
 from cl_graft.skillpack.codecs import Encoded, low_rank
 from cl_graft.strategy import Strategy
 from cl_graft.strategy.context import Context
 from cl_graft.task import Task
 from cl_graft.training.adapters import Adapter, faster, largest_rank
 
-CONVENTIONS = {"trained_on": "latest", "summed": "sum", "merged": "latest"}
-
 
 class lora(Strategy):
     """convention: `trained_on` trains one adapter on from task to task (SeqLoRA); `summed` freezes the old
     adapters and adds a new one, kept as a pack of its own (IncLoRA); `merged` folds each adapter into the
-    weights and stores the running sum as one pack.
+    weights and stores the running sum as one pack; `each` trains an adapter per task from the base, and the task's
+    own answers: it is told the task, or infers it.
     rank: None takes the largest that the budget holds (for `merged`, an equal share for every task).
     """
 
-    @property
-    def keeps(self):
-        if self.options["convention"] not in CONVENTIONS:
-            raise UnknownName("LoRA convention", self.options["convention"], CONVENTIONS)
-        return CONVENTIONS[self.options["convention"]]
+    keeps: ClassVar = {
+        "each": "per_task",
+        "trained_on": "latest",
+        "summed": "sum",
+        "merged": "latest",
+    }
 
     def learn(
         self,
@@ -33,10 +35,10 @@ class lora(Strategy):
         context: Context,
         *,
         convention: str = "trained_on",
-        rank: int | None = None,
-        alpha_over_rank: float = 2.0,
-        dropout: float = 0.0,
-        learning_rate_scale: float = 3.0,
+        rank: Count | None = None,
+        alpha_over_rank: Positive = 2.0,
+        dropout: Rest = 0.0,
+        learning_rate_scale: Positive = 3.0,
     ) -> dict[str, Encoded]:
         shares = len(self.scenario.tasks) if convention == "merged" else 1
         rank = rank or largest_rank(self.model, context.cost_of, context.budget, shares)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_graft.errors import CLGraftError
+from cl_graft.ranges import Positive, Rest
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.strategy import Context, Strategy
 from cl_graft.task import Task
@@ -28,15 +28,10 @@ class lwf(Strategy):
     budgeted = False
 
     def learn(
-        self, task: Task, context: Context, *, alpha: float = 0.5, temperature: float = 2.0
+        self, task: Task, context: Context, *, alpha: Rest = 0.5, temperature: Positive = 2.0
     ) -> dict[str, Encoded]:
         """alpha: the loss is that of (1 - alpha) CE + alpha KL, divided by 1 - alpha; .5 (EasyCL's) is the paper's
         lambda_o = 1. temperature: the paper's and EasyCL's."""
-        if not (0 <= alpha < 1 and temperature > 0):
-            raise CLGraftError(
-                f"lwf.alpha={alpha} and lwf.temperature={temperature} make no loss; give an alpha from 0 to below 1 "
-                "and a temperature above 0."
-            )
         terms = []
         if self.packs:
             old = {name: p.detach().clone() for name, p in self.model.named_parameters()}

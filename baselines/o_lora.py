@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from cl_graft.ranges import Count, NotNegative, Positive, Rest
 from cl_graft.skillpack.codecs import Encoded, low_rank
 from cl_graft.strategy import Strategy
 from cl_graft.strategy.context import Context
@@ -32,12 +33,12 @@ class o_lora(Strategy):
         task: Task,
         context: Context,
         *,
-        lambda_1: float = 0.5,
-        lambda_2: float = 0.0,
-        rank: int | None = None,
-        alpha_over_rank: float = 4.0,
-        dropout: float = 0.1,
-        learning_rate_scale: float = 3.0,
+        lambda_1: NotNegative = 0.5,
+        lambda_2: NotNegative = 0.0,
+        rank: Count | None = None,
+        alpha_over_rank: Positive = 4.0,
+        dropout: Rest = 0.1,
+        learning_rate_scale: Positive = 3.0,
     ) -> dict[str, Encoded]:
         rank = rank or largest_rank(self.model, context.cost_of, context.budget)
         old = downs(self.model, self.packs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cl_graft.errors import CLGraftError
+from cl_graft.ranges import Count, Rest
 from cl_graft.strategy import Context, Kept, Strategy
 from cl_graft.strategy.kept import Tensors
 from cl_graft.strategy.memory import MEMORY, Memory
@@ -24,15 +24,13 @@ class replay(Strategy):
     keeps = "latest"
     budgeted = False
 
-    def learn(self, task: Task, context: Context, *, size: int = 500, share: float = 0.3) -> Kept:
+    def learn(self, task: Task, context: Context, *, size: Count = 500, share: Rest = 0.3) -> Kept:
         """size: rows of each reservoir; 500 is the middle one of Mammoth's 200, 500 and 5120.
 
         share: of a stage's rows that are old, to the nearest row, once there are any; a memory with fewer is gone
         through more than once. EasyCL's replay_ratio .3 is a part of each old task's data instead, and TRACE's 10 %
         is, too: both grow with the number of tasks, a share does not.
         """
-        if not 0 <= share < 1:
-            raise CLGraftError(f"replay.share={share} is no share; give one from 0 to below 1.")
         kept = self.shared.get(MEMORY)
         self.memory, self.share = Memory(size, self.seed, kept and kept.tensors), share
         tuned = context.dense(self.fine_tune(task, context))

@@ -3,13 +3,14 @@
 from math import prod
 
 from cl_graft.budget import largest_within
+from cl_graft.ranges import Count
 from cl_graft.skillpack.codecs import dense, dense_spec, low_rank, low_rank_spec
 from cl_graft.skillpack.compress.factorise import spectrum
 from cl_graft.strategy import compressor
 
 
 @compressor(keeps="per_task")
-def svd(delta, context, *, rank: int | None = None):
+def svd(delta, context, *, rank: Count | None = None):
     """rank: one for all matrices, embeddings and head included, as the storage in the paper's figures has it; a
     matrix whose factors would be no smaller than itself is kept whole, as vectors are. None takes the largest that
     the budget holds.

@@ -1,13 +1,23 @@
 """SVD of every matrix of the delta, its factors quantised ("SVD+quant" in figures 7 and 8 of arXiv 2505.18502)."""
 
+from typing import Literal
+
 from cl_graft.budget import largest_within
+from cl_graft.ranges import Count
 from cl_graft.skillpack.codecs import dense, dense_spec
 from cl_graft.skillpack.compress.factorise import Factored, encode, spec_of, spectrum
 from cl_graft.strategy import compressor
 
 
 @compressor(keeps="per_task")
-def svd_quant(delta, context, *, rank: int | None = None, bits: int = 4, group_size: int = 128):
+def svd_quant(
+    delta,
+    context,
+    *,
+    rank: Count | None = None,
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4,
+    group_size: Count = 128,
+):
     """rank: one for all matrices, embeddings and head included; None takes the largest that the budget holds.
     bits: of every factor, all ranks alike; no data are looked at (right factors are rounded to the nearest, left
     ones by GPTQ under what became of the right ones). Vectors are kept in 16 bit.

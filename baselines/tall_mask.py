@@ -8,6 +8,7 @@ What answers is made of the two shared artefacts alone: `vector`, bf16, and `mas
 
 from __future__ import annotations
 
+from cl_graft.ranges import NotNegative
 from cl_graft.skillpack.codecs import decode, dense, mask
 from cl_graft.skillpack.live.composed import compose
 from cl_graft.strategy import Kept, Strategy
@@ -21,7 +22,7 @@ class tall_mask(Strategy):
     keeps = "per_task"
     budgeted = False
 
-    def learn(self, task: Task, context: Context, *, mask_lambda: float = 0.4) -> Kept:
+    def learn(self, task: Task, context: Context, *, mask_lambda: NotNegative = 0.4) -> Kept:
         own = context.dense(self.fine_tune(task, context))
         deltas = {pack.task: pack.tensors for pack in self.packs} | {task.name: own}
         vector, masks = {}, {}

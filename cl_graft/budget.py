@@ -62,14 +62,30 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def largest_within(budget: Budget, cost: Callable[[int], int], high: int, one: str) -> int:
+def largest_within(
+    budget: Budget, cost: Callable[[int], int], high: int, one: str, given: int | None = None
+) -> int:
     """The largest count in [1, high] whose `cost`, in bytes, the budget allows; cost never falls as counts rise.
 
-    one: what the smallest count is of what, for the sentence. Raises OverBudget where even that costs too much.
+    one: what the smallest count is of what, for the sentence. given: a count that the user asks for, which is the
+    answer if it is possible. Raises OverBudget where even the smallest, or the one given, costs too much, and
+    CLGraftError for a given one above `high`.
     """
+    if given is not None and given <= high and cost(given) <= budget.bytes:
+        return given
     count = largest(lambda count: cost(count) <= budget.bytes, 1, high)
     if count < 1:
         raise OverBudget(
             f"the budget {budget.text} ({budget.bytes} bytes) does not hold {one}; raise it."
+        )
+    if given is not None and given > high:
+        raise CLGraftError(
+            f"{given} is more than there are: {one} can become {high} at most, and the budget {budget.text} holds "
+            f"{count}; give {count} or less."
+        )
+    if given is not None:
+        raise OverBudget(
+            f"{given} needs {cost(given)} bytes where {one} is asked for so often, and the budget {budget.text} allows "
+            f"{budget.bytes}; the largest that fits is {count}."
         )
     return count

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from cl_graft.errors import CLGraftError
+from cl_graft.ranges import Count, NotNegative, Positive, Share, require_fields
+
+SHARE, LEAST, MOST = 20, 4, 64  # of validation: one prompt in 20, from 4 to 64 prompts
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,18 @@ class Preference:
     beta, length_normalised: the loss (Rafailov et al. 2023; length normalisation as in TRL's `sigmoid_norm`).
     """
 
-    prompts: int = 192
-    samples: int = 8
-    temperature: float = 1.0
-    steps: int = 60
-    batch: int = 16
-    learning_rate: float = 1e-4
-    beta: float = 0.1
+    prompts: Count = 192
+    samples: Annotated[int, Field(ge=2)] = 8
+    temperature: Positive = 1.0
+    steps: Count = 60
+    batch: Count = 16
+    learning_rate: Positive = 1e-4
+    beta: Positive = 0.1
     length_normalised: bool = False
-    epochs: float | None = None
+    epochs: Positive | None = None
+
+    def __post_init__(self) -> None:
+        require_fields(self, "preference")
 
 
 @dataclass(frozen=True)
@@ -65,14 +74,17 @@ class Training:
     `steps`.
     """
 
-    steps: int = 250
-    batch: int = 32
-    learning_rate: float = 1e-3
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    max_length: int = 512
+    steps: Count = 250
+    batch: Count = 32
+    learning_rate: Positive = 1e-3
+    warmup: Share = 0.1
+    weight_decay: NotNegative = 0.0
+    max_length: Count = 512
     preference: Preference | None = None
-    epochs: float | None = None
+    epochs: Positive | None = None
+
+    def __post_init__(self) -> None:
+        require_fields(self, "training")
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,7 @@ class Task:
 
     score: the primary scorer, by name or as a Scoring; `also`: further ones, each with a matrix of its own.
     pairs: preference data made beforehand; without any, a recipe with a preference half samples from the model.
+    validation: what methods choose their factors on, never trained on; `with_validation` says what there is without.
     """
 
     name: str
@@ -111,11 +124,13 @@ class Task:
     test: Sequence[Example]
     score: str | Scoring
     also: tuple[str | Scoring, ...] = ()
-    max_new_tokens: int = 48
+    max_new_tokens: Count = 48
     training: Training = field(default_factory=Training)
     pairs: Sequence[Pair] = ()
+    validation: Sequence[Example] = ()
 
     def __post_init__(self) -> None:
+        require_fields(self, f"task {self.name!r}: task")
         named = set(self.suites)
         if "" in named and len(named) > 1:
             raise CLGraftError(
@@ -144,10 +159,38 @@ class Task:
         """The suite of every test example."""
         return tuple(example.suite for example in self.test)
 
+    def with_validation(self) -> Task:
+        """The task with validation examples whose prompts it does not train on, in `train` or `pairs`.
+
+        Where it has none of its own, one in 20 different prompts of its training set, at least 4 and at most 64, are
+        drawn by the task's name, the same for every seed and strategy, and all rows with them set aside; of fewer than
+        20 prompts none are. Raises CLGraftError where its own validation leaves nothing to train on.
+        """
+        held = self.validation or self._drawn()
+        prompts = {example.prompt for example in held}
+        train = [example for example in self.train if example.prompt not in prompts]
+        if self.train and not train:
+            raise CLGraftError(
+                f"every training prompt of task {self.name!r} is one of its validation; give it others."
+            )
+        if len(train) == len(self.train) and not prompts & {pair.prompt for pair in self.pairs}:
+            return self if held is self.validation else replace(self, validation=held)
+        pairs = tuple(pair for pair in self.pairs if pair.prompt not in prompts)
+        return replace(self, train=tuple(train), pairs=pairs, validation=held)
+
+    def _drawn(self) -> tuple[Example, ...]:
+        """The training examples of the prompts that are set aside."""
+        prompts = list(dict.fromkeys(example.prompt for example in self.train))
+        if len(prompts) < SHARE:
+            return ()
+        count = min(max(len(prompts) // SHARE, LEAST), MOST)
+        held = set(Random(f"validation/{self.name}").sample(prompts, count))
+        return tuple(example for example in self.train if example.prompt in held)
+
 
 @dataclass(frozen=True)
 class Scenario:
-    """Tasks in the order they are learned, and what is only ever measured.
+    """Tasks in the order they are learned, each with validation (Task.with_validation), and what is only measured.
 
     chat: prompts are a user's turn and are put into the chat template of the model's tokenizer.
     """
@@ -163,6 +206,7 @@ class Scenario:
             raise CLGraftError(
                 f"scenario {self.name!r} needs at least one task and different names, not {names}."
             )
+        object.__setattr__(self, "tasks", tuple(task.with_validation() for task in self.tasks))
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from cl_graft.data import hub, sample
 from cl_graft.data.benchmarks import examples, reasoning
 from cl_graft.errors import UnknownName
+from cl_graft.ranges import Count
 from cl_graft.task import Example, Pair, Preference, Scenario, Task, Training
 
 
@@ -50,9 +51,9 @@ def math_code(
     math_dpo: str = "fusechat",
     code_sft: str = "fusechat",
     code_dpo: str = "fusechat",
-    train_size: int | None = None,
-    test_size: int | None = None,
-    max_new_tokens: int = 1024,
+    train_size: Count | None = None,
+    test_size: Count | None = None,
+    max_new_tokens: Count = 1024,
 ) -> Scenario:
     """recipe: llama-3.1-8b, qwen2.5-7b, gemma-2-9b or llama-3.2. The data of a task: `fusechat`; for SFT also
     `openmathinstruct-2`, `leetcode`, `self-oss-instruct-sc2`, joined by `+`; for DPO also `none`; or a folder made by

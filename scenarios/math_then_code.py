@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cl_graft.data import records, sample
 from cl_graft.errors import UnknownName
+from cl_graft.ranges import Count, Positive
 from cl_graft.task import Example, Preference, Scenario, Task, Training
 
 
@@ -19,12 +20,12 @@ def math_then_code(
     seed: int,
     data_dir: Path | None = None,
     math: str = "mawps",
-    train_size: int = 4000,
-    test_size: int = 150,
-    steps: int = 200,
-    batch: int = 16,
-    learning_rate: float = 3e-3,
-    max_length: int = 256,
+    train_size: Count = 4000,
+    test_size: Count = 150,
+    steps: Count = 200,
+    batch: Count = 16,
+    learning_rate: Positive = 3e-3,
+    max_length: Count = 256,
     dpo: bool = False,
 ) -> Scenario:
     """math: `mawps`, `gsm8k` or `mawps+gsm8k`, one task each, before `mbpp`. `dpo`: SFT, then DPO.

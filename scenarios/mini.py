@@ -12,6 +12,7 @@ from random import Random
 from cl_graft.data import DataError
 from cl_graft.errors import UnknownName
 from cl_graft.models import toy_language
+from cl_graft.ranges import Count, Positive
 from cl_graft.task import Example, Preference, Scenario, Task, Training
 
 # Source, scorer, and the share of `steps` that the task takes.
@@ -21,19 +22,21 @@ TASKS: dict[str, tuple[Callable[[Random], toy_language.Item], str, float]] = {
     "cipher": (toy_language.cipher, "exact", 2.0),
 }
 
+VALIDATION = 64  # examples of each task beside its training set
+
 
 def mini(
     *,
     seed: int,
     data_dir=None,
-    train_size: int = 4000,
-    test_size: int = 200,
-    steps: int = 240,
-    batch: int = 16,
-    learning_rate: float = 2e-3,
+    train_size: Count = 4000,
+    test_size: Count = 200,
+    steps: Count = 240,
+    batch: Count = 16,
+    learning_rate: Positive = 2e-3,
     dpo: bool = False,
-    dpo_learning_rate: float = 1e-4,
-    dpo_beta: float = 0.1,
+    dpo_learning_rate: Positive = 1e-4,
+    dpo_beta: Positive = 0.1,
     dpo_length_normalised: bool = False,
     tasks: str = "math,code,cipher",
 ) -> Scenario:
@@ -49,13 +52,17 @@ def mini(
         test = examples(source, f"test/{name}", test_size)
         seen = {e.prompt for e in test}
         train = examples(source, f"train/{seed}/{name}", train_size, seen)
+        seen |= {e.prompt for e in train}
+        validation = examples(source, f"validation/{seed}/{name}", VALIDATION, seen)
         recipe = Training(
-            steps=max(1, round(share * steps)),
+            steps=round(share * steps),
             batch=batch,
             learning_rate=learning_rate,
             preference=preference if dpo else None,
         )
-        return Task(name, train, test, score, max_new_tokens=32, training=recipe)
+        return Task(
+            name, train, test, score, max_new_tokens=32, training=recipe, validation=validation
+        )
 
     general = examples(toy_language.general, "test/general", test_size)
     return Scenario(
@@ -71,14 +78,10 @@ def examples(
     size: int,
     excluded: Container[str] = frozenset(),
 ) -> tuple[Example, ...]:
-    """Items of the source whose prompts are not excluded; the training set never holds a test prompt.
+    """Items of the source whose prompts are not excluded; no set holds a prompt of another.
 
-    Raises DataError for a size below 1, and where a large test set leaves too little of a small source.
+    Raises DataError where large sets leave too little of a small source.
     """
-    if size < 1:
-        raise DataError(
-            f"{seed!r} of mini would be empty; ask for a size of at least 1, not {size}."
-        )
     rng, items = Random(seed), []
     for _ in range(100 * size + 1000):
         item = source(rng)
@@ -89,5 +92,5 @@ def examples(
         if len(items) == size:
             return tuple(items)
     raise DataError(
-        f"the test set leaves too few prompts for {seed!r} of mini; lower mini.test_size."
+        f"the sets before it leave too few prompts for {seed!r} of mini; lower mini.test_size or mini.train_size."
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cl_graft.data import DataError, labels, records, sample
 from cl_graft.errors import UnknownName
+from cl_graft.ranges import Count, Positive
 from cl_graft.task import Example, Scenario, Task, Training
 
 FOLDERS = {
@@ -29,12 +30,12 @@ def text_classification(
     seed: int,
     data_dir: Path | None = None,
     tasks: str = "agnews,amazon,sst2,dbpedia,mnli",
-    train_size: int = 2000,
-    test_size: int = 250,
-    steps: int = 150,
-    batch: int = 16,
-    learning_rate: float = 3e-3,
-    max_length: int = 96,
+    train_size: Count = 2000,
+    test_size: Count = 250,
+    steps: Count = 150,
+    batch: Count = 16,
+    learning_rate: Positive = 3e-3,
+    max_length: Count = 96,
 ) -> Scenario:
     """Options: tasks and their order, sizes of the sets, the SFT recipe (its defaults suit the embedded `text-llama`).
     A text is cut after 320 characters.

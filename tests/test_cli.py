@@ -105,7 +105,7 @@ def test_list_shows_every_name_its_origin_and_a_line_on_it(call: Call) -> None:
     for kind, names in {
         "scenarios": {n: f"scenarios/{n}.py" for n in plugins.names("scenario")},
         "strategies": {n: f"baselines/{n}.py" for n in plugins.names("strategy")}
-        | {"graftllm": "cl_graft/strategy/graftllm.py"},
+        | {name: f"cl_graft/strategy/{name}.py" for name in ("graftllm", "graftllm_adaptive")},
         "models": dict.fromkeys(SPECS, "embedded"),
     }.items():
         done = call("list", kind)
@@ -139,7 +139,8 @@ def test_list_of_budgets_shows_such_as_are_read(call: Call) -> None:
 def test_list_verbose_shows_options_as_they_are_set(call: Call) -> None:
     done = call("list", "strategies", "--verbose")
     assert '--set lora.convention="trained_on"' in done.out
-    assert '--set graftllm.policy="graftllm-adaptive"' in done.out
+    assert "--set graftllm.activation_aware=false" in done.out
+    assert "--set graftllm_adaptive.activation_aware=true" in done.out
 
 
 # --- a run -------------------------------------------------------------------------------------

@@ -200,7 +200,8 @@ def test_as_many_rows_as_fusechat_took_from_a_source(hub: Any, monkeypatch: Any)
     }
     many = [{**ROWS["greengerong/leetcode"][0], "content": f"problem {i}"} for i in range(2000)]
     monkeypatch.setitem(ROWS, "greengerong/leetcode", many)
-    assert len(made(code_sft="leetcode").tasks[1].train) == 1877
+    code = made(code_sft="leetcode").tasks[1]
+    assert (len(code.train), len(code.validation)) == (1877 - 64, 64)
     few = [made(code_sft="leetcode", train_size=5, seed=seed).tasks[1].train for seed in (0, 0, 1)]
     assert len(few[0]) == 5 and few[0] == few[1] != few[2]
 

@@ -6,14 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import Field
 
 from cl_graft import plugins
 from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.ranges import Count, Positive, Rest, Share
 from cl_graft.strategy import Strategy, compressor, merger
 from cl_graft.task import Scenario
 from tests.refusals import one_sentence
@@ -64,7 +66,8 @@ def test_every_scenario_loads_by_its_name(name: str) -> None:
 
 
 def test_the_names_are_those_of_the_files() -> None:
-    strategies = {p.stem for p in (ROOT / "baselines").glob("*.py")} | {"graftllm"}
+    strategies = {p.stem for p in (ROOT / "baselines").glob("*.py")}
+    strategies |= {"graftllm", "graftllm_adaptive"}
     scenarios = {p.stem for p in (ROOT / "scenarios").glob("*.py")}
     assert set(plugins.names("strategy")) == strategies
     assert set(plugins.names("scenario")) == scenarios
@@ -322,7 +325,6 @@ def test_chosen_options_replace_defaults(chosen: dict[str, Any]) -> None:
         ("rank", 2.5, "int | None"),
         ("exact", 1, "bool"),
         ("exact", "yes", "bool"),
-        ("mode", "medium", "Literal['fast', 'slow']"),
         ("bare", "x", "int"),
         ("bare", True, "int"),
         ("anything", object(), "Any"),
@@ -332,6 +334,67 @@ def test_a_value_of_the_wrong_type_is_refused(option: str, value: Any, wanted: s
     with pytest.raises(CLGraftError) as refused:
         plugins.check_options("strategy", "example", example, {option: value})
     assert f"example.{option}={value!r} should be {wanted}, as its default" in str(refused.value)
+
+
+def test_a_choice_that_there_is_none_of_is_answered_with_those_there_are() -> None:
+    with pytest.raises(
+        UnknownName, match=r"no value of example\.mode named 'medium'; known: fast, slow"
+    ):
+        plugins.check_options("strategy", "example", example, {"mode": "medium"})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("count", 0, "ranged.count=0 is not 1 or more; the nearest is 1."),
+        ("share", 1.5, "ranged.share=1.5 is not a number from 0, up to 1; the nearest is 1."),
+        ("share", -1, "ranged.share=-1 is not a number from 0, up to 1; the nearest is 0."),
+        (
+            "dropout",
+            1.0,
+            "ranged.dropout=1.0 is not a number from 0, below 1; give one such as 0.1.",
+        ),
+        ("rate", 0, "ranged.rate=0 is not a number above 0; give one."),
+        ("bits", 7, "ranged.bits=7 is none of 2, 4, 8; the nearest is 8."),
+        ("high", 9, "ranged.high=9 is not a number up to 8; the nearest is 8."),
+    ],
+)
+def test_a_number_outside_of_its_range_is_refused_with_the_nearest(option, value, sentence) -> None:
+    @compressor()
+    def ranged(
+        delta,
+        context,
+        *,
+        count: Count | None = None,
+        share: Share = 0.5,
+        dropout: Rest = 0.1,
+        rate: Positive | None = None,
+        bits: Literal[2, 4, 8] = 4,
+        high: Annotated[int, Field(le=8)] = 8,
+    ):
+        return {}
+
+    with pytest.raises(CLGraftError) as refused:
+        plugins.check_options("strategy", "ranged", ranged, {option: value})
+    assert str(refused.value) == sentence
+
+
+UNBOUNDED: set[str] = set()  # numbers that may be anything
+
+
+@pytest.mark.parametrize("kind", plugins.KINDS)
+def test_every_number_that_our_plug_ins_take_has_a_range(kind: str) -> None:
+    """So that none is found wrong only after training."""
+    for name in plugins.names(kind):
+        plugin = plugins.load(kind, name)
+        function = getattr(plugin, "function", plugin)
+        made = function.__init__ if isinstance(function, type) else function
+        hints = get_type_hints(made, include_extras=True)
+        for option, default in plugins.options(plugin).items():
+            parts = {hints.get(option, type(default)), *get_args(hints.get(option))}
+            told = f"{name}.{option}" in UNBOUNDED
+            ranged = any("Annotated" in str(part) for part in parts)
+            assert told or ranged or not parts & {int, float}, f"{name}.{option}"
 
 
 def test_an_unknown_option_is_answered_with_the_nearest() -> None:

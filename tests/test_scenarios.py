@@ -51,7 +51,8 @@ def test_mini_has_three_tasks_and_a_general_set_that_is_never_trained() -> None:
     assert scenario.general is not None
     assert not scenario.general.train and len(scenario.general.test) == 60
     for task in scenario.tasks:
-        assert (len(task.train), len(task.test)) == (400, 60)
+        assert (len(task.train), len(task.validation), len(task.test)) == (400, 64, 60)
+        assert not prompts(task.validation) & prompts([*task.train, *task.test])
         assert set(task.metrics) <= set(plugins.names("scorer"))
         assert not prompts(scenario.general.test) & prompts(task.train)
 
@@ -178,7 +179,9 @@ def real_classification() -> dict[str, Task]:
 
 @real
 def test_math_then_code_holds_the_published_splits() -> None:
-    sizes = {name: (len(t.train), len(t.test)) for name, t in real_math().items()}
+    sizes = {
+        name: (len(t.train) + len(t.validation), len(t.test)) for name, t in real_math().items()
+    }
     assert sizes == {"mawps": (1578, 400), "gsm8k": (7473, 1319), "mbpp": (374, 500)}
     assert [t.score for t in real_math().values()] == ["number", "number", "tests"]
     assert all(t.also == ("neg_bits_per_byte",) for t in real_math().values())
@@ -186,7 +189,10 @@ def test_math_then_code_holds_the_published_splits() -> None:
 
 @real
 def test_text_classification_holds_its_five_tasks() -> None:
-    sizes = {name: (len(t.train), len(t.test)) for name, t in real_classification().items()}
+    sizes = {
+        name: (len(t.train) + len(t.validation), len(t.test))
+        for name, t in real_classification().items()
+    }
     assert sizes == {
         "agnews": (4000, 7600),
         "amazon": (5000, 7600),
@@ -213,7 +219,8 @@ def test_real_samples_depend_on_the_seed_for_training_only() -> None:
     )
     assert one == again
     for a, b in zip(one.tasks, two.tasks, strict=True):
-        assert a.test == b.test and a.train != b.train and len(a.train) == 50
+        assert a.test == b.test and a.train != b.train
+        assert len(a.train) + len(a.validation) == 50
 
 
 @real

@@ -32,8 +32,8 @@ def create(
     tuned: Annotated[Path, typer.Option(help="Hugging Face folder of the tuned model.")],
     out: Annotated[Path, typer.Option(help="SkillPack file to write.")],
     method: Annotated[
-        str, typer.Option(help="graftllm-adaptive, or graftllm: the paper's fixed split.")
-    ] = "graftllm-adaptive",
+        str, typer.Option(help="graftllm_adaptive, or graftllm: the paper's policy.")
+    ] = "graftllm_adaptive",
     budget: Annotated[str, typer.Option(help="Share of the base in bf16, or bytes: 5%, 800MB.")] = (
         "5%"
     ),

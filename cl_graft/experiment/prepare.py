@@ -83,7 +83,9 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
 
         term.check(strategy_class.terms, config.launch, f"the strategy {strategy_name!r}")
     given = config.options.get(strategy_name, {})
-    return strategy_class, plugins.check_options("strategy", strategy_name, strategy_class, given)
+    options = plugins.check_options("strategy", strategy_name, strategy_class, given)
+    strategy_class.keeps_by(options)  # refuses a convention that there is none of
+    return strategy_class, options
 
 
 def scenario_of(config: RunConfig) -> Scenario:
@@ -155,7 +157,10 @@ def router_of(config: RunConfig) -> Router | None:
 
 
 def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
-    """The scenario with the training data of some tasks taken from folders that `transfer build` made."""
+    """The scenario with the training data of some tasks taken from folders that `transfer build` made.
+
+    Their validation stays the scenario's, and what the folders hold on its prompts is left out.
+    """
     from cl_graft.transfer.read import read_examples, read_pairs
 
     for name in folders:
@@ -166,6 +171,7 @@ def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
         if task.name in folders:
             folder = folders[task.name]
             task = replace(task, train=read_examples(folder), pairs=read_pairs(folder))
+            task = task.with_validation()
             if task.training.preference and not task.pairs:
                 raise CLGraftError(
                     f"{folder} holds no preference pairs for task {task.name!r}; build it with a wider reward gap, "

@@ -66,6 +66,7 @@ def rendered(scenario: Scenario, tokenizer: PreTrainedTokenizerBase) -> Scenario
             train=[with_prompt(e) for e in task.train],
             test=[with_prompt(e) for e in task.test],
             pairs=[with_prompt(p) for p in task.pairs],
+            validation=[with_prompt(e) for e in task.validation],
         )
 
     general = of(scenario.general) if scenario.general else None

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Pairs = Iterator[list[tuple[str, str]]]  # batches of (prompt, completion)
+NewModel = Callable[[ModelRecipe, int], "PreTrainedModel"]  # of a recipe and a size of the vocabulary
 
 
 SPECS = {
@@ -116,6 +117,24 @@ def obtain(name: str, data_dir: Path | None = None) -> Path:
     return target
 
 
+def without_weights(name: str, data_dir: Path | None = None) -> PreTrainedModel:
+    """The model as `obtain` makes it, its parameters on the meta device: nothing is trained. Raises as `obtain`."""
+    from cl_graft.models.meta_model import meta_parameters
+
+    spec = SPECS[name]
+    texts = corpus.texts(data_dir) if spec.corpus == "data" else []
+    tokenizer, new = _kind(spec, texts)
+    with meta_parameters():
+        return new(spec, len(tokenizer))
+
+
+def _kind(spec: ModelRecipe, texts: list[str]) -> tuple[PreTrainedTokenizerBase, NewModel]:
+    """Its tokenizer, and what makes it with random weights."""
+    if spec.family == "gpt2":
+        return mini_gpt2.tokenizer(), mini_gpt2.new_gpt2
+    return corpus.tokenizer(texts) if texts else toy_tokenizer(), new_llama
+
+
 def _train(spec: ModelRecipe, texts: list[str], target: Path) -> None:
     import torch
 
@@ -123,16 +142,13 @@ def _train(spec: ModelRecipe, texts: list[str], target: Path) -> None:
     torch.set_num_threads(1)  # the weights must not depend on how many threads there happen to be
     torch.manual_seed(spec.seed)
     try:
+        tokenizer, new = _kind(spec, texts)
         if spec.family == "gpt2":
-            tokenizer, batches = mini_gpt2.tokenizer(), mini_gpt2.batches(spec.batch, spec.seed)
+            batches = mini_gpt2.batches(spec.batch, spec.seed)
         elif texts:
-            tokenizer, batches = (
-                corpus.tokenizer(texts),
-                corpus.batches(texts, spec.batch, spec.seed),
-            )
+            batches = corpus.batches(texts, spec.batch, spec.seed)
         else:
-            tokenizer, batches = toy_tokenizer(), toy_batches(spec)
-        new = new_llama if spec.family == "llama" else mini_gpt2.new_gpt2
+            batches = toy_batches(spec)
         model = new(spec, len(tokenizer))
         pretrain(model, tokenizer, batches, spec.steps, spec.lr)
     finally:

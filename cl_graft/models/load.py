@@ -35,6 +35,27 @@ def check(name: str) -> None:
         raise UnknownName("model", name, [*embedded.SPECS, "a model folder", "owner/model"])
 
 
+def without_weights(name: str, data_dir: Path | None = None) -> PreTrainedModel | None:
+    """The model with its parameters on the meta device; None for one of the hub whose configuration is not here yet.
+
+    Nothing is trained or fetched. Raises as `check`, and CLGraftError for a configuration that is none.
+    """
+    from transformers import AutoConfig
+
+    from cl_graft.models.meta_model import meta_model
+
+    check(name)
+    if name in embedded.SPECS:
+        return embedded.without_weights(name, data_dir)
+    if Path(name).is_dir():
+        return meta_model(name).model
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+    except Exception:  # of many kinds; `load` says what is wrong once it has asked the hub
+        return None
+    return meta_model(config).model
+
+
 def attention() -> str:
     """The fastest attention that this machine has: flash attention where its kernels are installed, else SDPA."""
     import torch

@@ -103,7 +103,7 @@ KINDS = {
         "baselines",
         "cl_graft.baselines",
         _is_strategy,
-        {"graftllm": "cl_graft.strategy.graftllm"},
+        {name: f"cl_graft.strategy.{name}" for name in ("graftllm", "graftllm_adaptive")},
     ),
     "scorer": Kind("cl_graft/evaluation/scorers", "cl_graft.scorers", _is_scorer, host="scenario"),
     "router": Kind("cl_graft/routing", "cl_graft.routers", _is_router),

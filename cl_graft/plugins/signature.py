@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.plugins.find import load, names
+from cl_graft.ranges import fits, require
 
 
 def options(plugin: Callable[..., Any]) -> dict[str, Any]:
@@ -37,18 +37,14 @@ def options(plugin: Callable[..., Any]) -> dict[str, Any]:
 def check_options(kind: str, name: str, plugin: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """`chosen` over the defaults.
 
-    Raises UnknownName for an option the plugin does not have, CLGraftError for a value of another type than
-    the signature says.
+    Raises UnknownName for an option the plugin does not have, and as `ranges.require` for a value of another type or
+    range than the signature says.
     """
     known, types = options(plugin), _types(plugin)
     for option, value in chosen.items():
         if option not in known:
             raise UnknownName(f"option of {kind} {name}", option, known)
-        if not _fits(value, types[option]):
-            wanted = inspect.formatannotation(types[option])
-            raise CLGraftError(
-                f"{name}.{option}={value!r} should be {wanted}, as its default {known[option]!r} is."
-            )
+        require(f"{name}.{option}", value, types[option], known[option])
     return {**known, **chosen}
 
 
@@ -66,10 +62,10 @@ def choices(kind: str, name: str, chosen: Mapping[str, Any]) -> list[dict[str, A
     for option in chosen:
         if option not in known:
             raise UnknownName(f"option of {kind} {Path(name).stem}", option, known)
-        if chosen[option] == [] and not _fits([], known[option]):
+        if chosen[option] == [] and not fits([], known[option]):
             raise CLGraftError(f"{name}.{option}=[] is a grid of no value; give some.")
     each = [
-        value if isinstance(value, list) and not _fits(value, known[option]) else [value]
+        value if isinstance(value, list) and not fits(value, known[option]) else [value]
         for option, value in chosen.items()
     ]
     combinations = [dict(zip(chosen, values, strict=True)) for values in itertools.product(*each)]
@@ -81,7 +77,9 @@ def choices(kind: str, name: str, chosen: Mapping[str, Any]) -> list[dict[str, A
 def _types(plugin: Any) -> dict[str, Any]:
     """Option -> its annotation, or else the type of a default that is a bool, number or text, or else Any."""
     try:
-        hints = typing.get_type_hints(getattr(plugin, "function", plugin))
+        function = getattr(plugin, "function", plugin)
+        made = function.__init__ if inspect.isclass(function) else function
+        hints = typing.get_type_hints(made, include_extras=True)
     except Exception:  # annotations that only a type checker can read
         hints = {}
     plain = (bool, int, float, str)
@@ -89,19 +87,6 @@ def _types(plugin: Any) -> dict[str, Any]:
         option: hints.get(option, type(default) if isinstance(default, plain) else Any)
         for option, default in options(plugin).items()
     }
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a JSON value is of the type: 8 is a float, but 8.0 no int, True no number, NaN nothing."""
-    from pydantic import PydanticUserError, TypeAdapter, ValidationError
-
-    try:
-        TypeAdapter(wanted).validate_json(json.dumps(value, allow_nan=False), strict=True)
-    except PydanticUserError:  # a type that only the plugin understands
-        return True
-    except (ValidationError, TypeError, ValueError):
-        return False
-    return True
 
 
 def parse_set(text: str) -> tuple[str, str, Any]:

@@ -32,7 +32,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h")
 KNOWN = (
     *("graftllm", "lora", "model_grafting", "model_tailor", "magnitude", "task_arithmetic"),
     *("sequential", "joint", "individual", "ties", "replay", "ewc", "olora", "dare", "svd"),
-    *("lwf", "agem"),
+    *("lwf", "agem", "graftllm_adaptive"),
 )
 LINES = ("-", "--", "-.")
 FILLS = ("full", "none", "left", "top", "right", "bottom")

@@ -6,13 +6,14 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
+from cl_graft.ranges import Count
 from cl_graft.routing.base import Router, State
 
 
 class centroids(Router):
     """The task whose centroid has the largest cosine with the prompt's features."""
 
-    def __init__(self, *, per_task: int = 8):
+    def __init__(self, *, per_task: Count = 8):
         """per_task: centroids of a task; fewer where it has fewer prompts."""
         self.per_task = per_task
 

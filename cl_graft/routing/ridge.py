@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cl_graft.ranges import Positive
 from cl_graft.routing.base import Router, State
 
 
 class ridge(Router):
     """Least squares on one-hot tasks, each task of equal weight; a constant is among the features."""
 
-    def __init__(self, *, regularisation: float = 1e-3):
+    def __init__(self, *, regularisation: Positive = 1e-3):
         """regularisation: added to the diagonal of X^T X, as a share of its mean."""
         self.regularisation = regularisation
 

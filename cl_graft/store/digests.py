@@ -72,8 +72,9 @@ def data_fingerprint(scenario: Scenario) -> str:
             about.append([dict(scoring.options) for scoring in task.scorings])
         digest.update(json.dumps(about).encode())
         items: list[Example | Pair] = [*task.train, *task.test, *task.pairs]
-        for item in items:
+        for item in (*items, *task.validation):
             digest.update(json.dumps(asdict(item)).encode())
+        digest.update(json.dumps([len(task.train), len(task.validation)]).encode())
 
     for task in scenario.tasks + ((scenario.general,) if scenario.general else ()):
         add(task)

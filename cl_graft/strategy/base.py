@@ -8,6 +8,8 @@ task is composed of them (`compose`); `keeps` says how, and also where the next 
 - `latest`: tuned from the model so far; the newest pack, a delta to the base, has replaced the others.
 - `merged`: every task is tuned from the base; one delta merged from all packs so far answers for all.
 
+Where a method has several forms, `keeps` is {value of its option `convention`: one of these}.
+
 The base model is never changed: training works on its weights and they are put back bit for bit.
 """
 
@@ -28,7 +30,7 @@ import torch
 
 from cl_graft import plugins
 from cl_graft.budget import Budget
-from cl_graft.errors import CLGraftError, OverBudget
+from cl_graft.errors import CLGraftError, OverBudget, UnknownName
 from cl_graft.evaluation.examiner import Answered, Examiner, Group, key
 from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
@@ -64,7 +66,7 @@ class Strategy(BaseTemplate):
     """
 
     PLUGIN_CLASS = SupervisedPlugin
-    keeps: ClassVar[Keeps] = "per_task"
+    keeps: Keeps | Mapping[str, Keeps] = "per_task"
     budgeted: ClassVar[bool] = True
     terms: ClassVar[tuple[Literal["penalty", "project"], ...]] = ()
     function: ClassVar[Callable[..., Any]]  # whose keyword-only arguments are the options
@@ -73,6 +75,24 @@ class Strategy(BaseTemplate):
         super().__init_subclass__(**kwargs)
         if "learn" in cls.__dict__ and "function" not in cls.__dict__:
             cls.function = cls.learn
+
+    @classmethod
+    def keeps_by(cls, options: Mapping[str, Any]) -> Keeps:
+        """How packs are kept under these options; `per_task` is the form that is told the task, or infers it.
+
+        options: all of them, with their defaults. Raises UnknownName for a convention that the method does not have.
+        """
+        if isinstance(cls.keeps, str):
+            return cls.keeps
+        if "convention" not in options:
+            raise CLGraftError(
+                f"{cls.__name__} keeps by convention and has none; give it an option `convention`, such as "
+                f"{min(cls.keeps)!r}."
+            )
+        convention = options["convention"]
+        if convention not in cls.keeps:
+            raise UnknownName(f"convention of {cls.__name__}", str(convention), cls.keeps)
+        return cls.keeps[convention]
 
     def __init__(
         self,
@@ -90,6 +110,7 @@ class Strategy(BaseTemplate):
         router: Router | None = None,
     ):
         check_plugins(plugins)
+        self.keeps = self.keeps_by(options)
         super().__init__(model=model, device=model.device, plugins=list(plugins))
         self.tokenizer, self.scenario, self.budget = tokenizer, scenario, budget
         self.seed, self.options, self.allow_code = seed, dict(options), allow_code

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse, weight_bits
 from cl_graft.skillpack.compress.calibrate import Moments, moments
 from cl_graft.skillpack.compress.text import padded
 from cl_graft.skillpack.format.file import SkillPack, packed_size
-from cl_graft.task import Task
+from cl_graft.task import Example, Task
 from cl_graft.training.delta import Delta
 from cl_graft.training.fit import Progress
 
@@ -40,6 +40,27 @@ def cost_of(pack: SkillPack, specs: Mapping[str, Spec], budget: Budget) -> int:
         base=pack.base,
         versions=pack.versions,
     )
+
+
+def validation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, size: int
+) -> list[dict[str, Tensor]]:
+    """A task's validation in batches, as `Context.validation` says; for methods that look at all tasks seen."""
+    rows = task.validation or task.train
+    chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [batch_of(model, tokenizer, task, chunk) for chunk in chunks]
+
+
+def batch_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels (int64, examples x length), on the model's device."""
+    texts = [encode(tokenizer, e.prompt, e.completion, task.training.max_length) for e in examples]
+    batch = padded([(h + t, len(h)) for h, t in texts], tokenizer.pad_token_id)
+    return {key: value.to(model.device) for key, value in batch.items()}
 
 
 @dataclass
@@ -127,12 +148,14 @@ class Context:
         rng, rows = Random(f"{self.seed}/{seed}"), list(self.task.train)
         while True:
             picked = [rows[rng.randrange(len(rows))] for _ in range(size)]
-            encoded = [
-                encode(self.tokenizer, e.prompt, e.completion, self.task.training.max_length)
-                for e in picked
-            ]
-            batch = padded([(h + t, len(h)) for h, t in encoded], self.tokenizer.pad_token_id)
-            yield {key: value.to(self.model.device) for key, value in batch.items()}
+            yield batch_of(self.model, self.tokenizer, self.task, picked)
+
+    def validation(self, size: int) -> list[dict[str, Tensor]]:
+        """The task's validation examples in batches of `size`, each once, as `batches` gives them.
+
+        A task of fewer than 20 training prompts has none (Task.with_validation); then they are its training examples.
+        """
+        return validation(self.model, self.tokenizer, self.task, size)
 
     def moments(self, batches: int = 8, size: int = 32, gradients: bool = True) -> Moments:
         """Second moments of the layers' inputs and output gradients on the task's training text."""

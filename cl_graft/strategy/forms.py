@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,11 +21,12 @@ Statistic = Callable[..., Any]
 
 
 def compressor(
-    keeps: Keeps = "per_task", budgeted: bool = True
+    keeps: Keeps | Mapping[str, Keeps] = "per_task", budgeted: bool = True
 ) -> Callable[[Compress], type[Strategy]]:
     """Short form: `f(delta, context, *, options) -> encoded tensors` becomes a strategy of that name.
 
-    delta: parameter name -> float32 tensor, tuned minus where training started.
+    delta: parameter name -> float32 tensor, tuned minus where training started. keeps: as of Strategy; of a method
+    with several forms {value of its option `convention`: how that one keeps}.
     """
 
     def make(function: Compress) -> type[Strategy]:

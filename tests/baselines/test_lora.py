@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cl_graft import plugins
-from cl_graft.errors import UnknownName
+from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.strategy import compressor
 from cl_graft.stream import benchmark
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -58,6 +59,45 @@ def test_trained_on_replaces_summed_appends_and_merged_accumulates(build, tiny_s
         assert torch.allclose(three.packs[1].decode()[name], summed, atol=1e-5), name
 
 
+def test_each_is_one_adapter_a_task_from_the_base(build, tiny_scenario):
+    """The second task's adapter is that of a run which learns this task alone, and the first still answers."""
+    strategy = learn(build("lora", convention="each", rank=2), tiny_scenario)
+    first, second = strategy.packs
+    assert strategy.keeps == "per_task" and strategy.compose(None) == []
+    assert (strategy.compose(0), strategy.compose(1)) == ([first], [second])
+    alone = build("lora", convention="each", rank=2, scenario=tiny_scenario)
+    alone.packs = [second]  # whatever it is, it is not trained on
+    alone.train(benchmark(tiny_scenario).train_stream[1], eval_streams=[])
+    assert alone.packs[1].digest == second.digest
+
+
+def test_who_is_told_the_task_follows_from_the_strategy_and_its_options():
+    lora = plugins.load("strategy", "lora")
+    told = {name: lora.keeps_by({"convention": name}) for name in lora.keeps}
+    assert told == {"each": "per_task", "trained_on": "latest", "summed": "sum", "merged": "latest"}
+    assert plugins.load("strategy", "sequential").keeps_by({}) == "latest"
+
+
+def test_a_short_form_has_forms_by_its_option_convention():
+    @compressor(keeps={"each": "per_task", "summed": "sum"})
+    def both(delta, context, *, convention: str = "each"):
+        return context.dense(delta)
+
+    @compressor(keeps={"each": "per_task"})
+    def silent(delta, context):
+        return context.dense(delta)
+
+    assert both.keeps_by({"convention": "summed"}) == "sum"
+    with pytest.raises(
+        UnknownName, match="no convention of both named 'sumed'; did you mean summed"
+    ):
+        both.keeps_by({"convention": "sumed"})
+    with pytest.raises(
+        CLGraftError, match="silent keeps by convention and has none; give it an option"
+    ):
+        silent.keeps_by({})
+
+
 def test_trained_on_starts_from_the_adapter_it_had(build, tiny_scenario):
     """With no learning at all the second pack decodes to the first."""
     strategy = build("lora", rank=2, learning_rate_scale=1e-12, scenario=tiny_scenario)
@@ -93,9 +133,9 @@ def test_without_a_rank_the_largest_that_fits_is_taken(build, tiny_scenario):
         learn(bigger, tiny_scenario, 1)
 
 
-def test_an_unknown_convention_is_answered_with_the_nearest(build, tiny_scenario):
+def test_an_unknown_convention_is_answered_with_the_nearest(build):
     with pytest.raises(UnknownName, match="did you mean trained_on"):
-        learn(build("lora", convention="trained-on"), tiny_scenario, 1)
+        build("lora", convention="trained-on")
 
 
 def test_embeddings_and_head_have_no_adapter(build, tiny_scenario):

@@ -123,5 +123,8 @@ def test_replay_is_another_model_than_sequential_and_shares_no_stage(build, tiny
 
 
 def test_a_share_that_is_none_is_refused(build, tiny_scenario):
-    with pytest.raises(CLGraftError, match=r"replay\.share=1.0 is no share"):
+    with pytest.raises(
+        CLGraftError,
+        match=r"replay\.share=1.0 is not a number from 0, below 1; give one such as 0.3",
+    ):
         learn(build("replay", share=1.0), tiny_scenario, 1)

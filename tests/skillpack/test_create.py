@@ -96,7 +96,7 @@ def test_any_architecture_is_packed_applied_and_taken_off(kind: str, tmp_path: P
     assert not list(tmp_path.glob("*.work"))
 
 
-@pytest.mark.parametrize("method", ["graftllm-adaptive", "graftllm"])
+@pytest.mark.parametrize("method", ["graftllm_adaptive", "graftllm"])
 def test_the_pack_goes_onto_the_live_base_as_onto_the_folder(method: str, tmp_path: Path) -> None:
     base, after, out = folders(tmp_path)
     create(base, after, out, budget="25%", method=method, calibration=Calibration([BATCH]))

@@ -96,7 +96,7 @@ def test_the_estimate_of_a_sparse_tensor_is_close(share):
 def test_options_come_from_a_file(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps({"rank": 4, "damping": 0.05}))
     (tmp_path / "p.toml").write_text("alpha = 0.02\n[split]\n8 = 0.5\n2 = 0.5\n")
-    assert read_policy("graftllm-adaptive", tmp_path / "p.json") == Adaptive(rank=4, damping=0.05)
+    assert read_policy("graftllm_adaptive", tmp_path / "p.json") == Adaptive(rank=4, damping=0.05)
     found = read_policy("graftllm", tmp_path / "p.toml")
     assert (found.alpha, dict(found.split)) == (0.02, {8: 0.5, 2: 0.5})
     assert read_policy("graftllm") == Paper()
@@ -123,11 +123,11 @@ def test_a_misspelt_option_or_method_is_answered_with_the_nearest(tmp_path):
     (tmp_path / "p.json").write_text('{"rnak": 4}')
     with pytest.raises(UnknownName, match="did you mean rank"):
         read_policy("graftllm", tmp_path / "p.json")
-    with pytest.raises(UnknownName, match="graftllm-adaptive"):
+    with pytest.raises(UnknownName, match="graftllm_adaptive"):
         read_policy("graftllm-adaptiv")
     (tmp_path / "p.json").write_text('{"rank": "four"}')
     with pytest.raises(BadPolicy, match="wrong type"):
         read_policy("graftllm", tmp_path / "p.json")
     with pytest.raises(BadPolicy, match="cannot be read"):
         read_policy("graftllm", tmp_path / "none.json")
-    assert set(METHODS) == {"graftllm", "graftllm-adaptive"}
+    assert set(METHODS) == {"graftllm", "graftllm_adaptive"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from cl_graft.evaluation.scorers.base import scorer
+from cl_graft.ranges import NotNegative
 from cl_graft.task import Example
 
 # 1,234.5 and .5; a minus right after a digit or a bracket is an operator, a comma elsewhere ends the number
@@ -27,7 +28,7 @@ def _flaw(example: Example) -> str:
 
 
 @scorer(flaw=_flaw)
-def number(example: Example, answer: str, *, tolerance: float = 0.0) -> bool:
+def number(example: Example, answer: str, *, tolerance: NotNegative = 0.0) -> bool:
     """tolerance: the numbers may differ by so much."""
     given, right = final_number(answer), final_number(example.completion)
     if given is None or right is None:

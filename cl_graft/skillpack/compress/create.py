@@ -67,7 +67,7 @@ def create(
     out: Path,
     *,
     budget: str = "5%",
-    method: str = "graftllm-adaptive",
+    method: str = "graftllm_adaptive",
     policy: Policy | None = None,
     calibration: Calibration | None = None,
     task: str = "delta",

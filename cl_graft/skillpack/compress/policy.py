@@ -184,7 +184,7 @@ def _require(right: bool, name: str, value: object, wanted: str) -> None:
         raise BadPolicy(f"{name} is {value!r}; give {wanted}.")
 
 
-METHODS: dict[str, type[Policy]] = {"graftllm-adaptive": Adaptive, "graftllm": Paper}
+METHODS: dict[str, type[Policy]] = {"graftllm_adaptive": Adaptive, "graftllm": Paper}
 
 
 def finer(counts: Counts) -> Counts:
