@@ -151,8 +151,8 @@ class Hosts:
             _ip("netns", "add", self._space("switch"))
             _ip("-n", self._space("switch"), "link", "add", "bridge", "type", "bridge")
             _ip("-n", self._space("switch"), "link", "set", "bridge", "up")
-            for number, name in enumerate(self.names):
-                self.hosts.append(self._boot(name, f"{NETWORK}.{number + 1}"))
+            for name in self.names:
+                self.boot(name)
             return self
         except BaseException:
             self._take_down()
@@ -166,6 +166,15 @@ class Hosts:
     def __getitem__(self, name: str) -> Host:
         return next(host for host in self.hosts if host.name == name)
 
+    def boot(self, name: str) -> Host:
+        """Switch on a host, one that was switched off or that was not there."""
+        if name in {host.name for host in self.hosts}:
+            _ip("-n", self._space("switch"), "link", "delete", f"to-{name}")
+            _ip("netns", "delete", self._space(name))
+        self.hosts = [host for host in self.hosts if host.name != name]
+        self.hosts.append(self._boot(name, f"{NETWORK}.{NAMES.index(name) + 1}"))
+        return self.hosts[-1]
+
     def _space(self, name: str) -> str:
         return f"{self.prefix}-{name}"
 
@@ -175,7 +184,7 @@ class Hosts:
         for name in ("key", "host_key"):
             made = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
             subprocess.run(made, check=True)
-        lines = [f"{NETWORK}.{i + 1} {name}\n" for i, name in enumerate(self.names)]
+        lines = [f"{NETWORK}.{i + 1} {name}\n" for i, name in enumerate(NAMES)]
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
         (folder / "ssh_config").write_text(SSH_CONFIG.format(folder=folder))
         (folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=folder))
@@ -210,7 +219,7 @@ class Hosts:
         for child in self._children:
             child.kill()
             child.wait()
-        for name in (*self.names, "switch"):
+        for name in (*NAMES, "switch"):
             subprocess.run(["ip", "netns", "delete", self._space(name)], capture_output=True, check=False)
 
 
