@@ -1,17 +1,17 @@
-"""LoRA on every linear layer, by PEFT, under four conventions (Hu et al. 2021, arXiv 2106.09685)."""
+"""LoRA on every matrix of the layers, by PEFT, under four conventions (Hu et al. 2021, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from cl_graft.ranges import Count, Positive, Rest
-from cl_graft.skillpack.codecs import Encoded, low_rank
+from cl_graft.skillpack.codecs import Encoded
 from cl_graft.strategy import Strategy
 from cl_graft.strategy.context import Context
 from cl_graft.task import Task
-from cl_graft.training.adapters import Adapter, faster, largest_rank
+from cl_graft.training.adapters import Adapter, encoded, faster, largest_rank, require_dropout
 
 
 class lora(Strategy):
@@ -29,6 +29,14 @@ class lora(Strategy):
         "merged": "latest",
     }
 
+    def check(self, context: Context, **options: Any) -> None:
+        require_dropout(self.model, options["dropout"], "lora.dropout")
+        self._rank(context, options["convention"], options["rank"])
+
+    def _rank(self, context: Context, convention: str, rank: int | None) -> int:
+        shares = len(self.scenario.tasks) if convention == "merged" else 1
+        return largest_rank(self.model, context.cost_of, context.budget, shares, rank, "lora.rank")
+
     def learn(
         self,
         task: Task,
@@ -40,8 +48,7 @@ class lora(Strategy):
         dropout: Rest = 0.0,
         learning_rate_scale: Positive = 3.0,
     ) -> dict[str, Encoded]:
-        shares = len(self.scenario.tasks) if convention == "merged" else 1
-        rank = rank or largest_rank(self.model, context.cost_of, context.budget, shares)
+        rank = self._rank(context, convention, rank)
         continued = self.packs[-1] if convention == "trained_on" and self.packs else None
         if continued:  # the adapter itself holds what was learned: its base is the base
             self.restore_base()
@@ -53,9 +60,9 @@ class lora(Strategy):
         if convention == "merged" and self.packs:
             earlier = self.packs[-1].tensors
             factors = {n: _joined(earlier[n], left, right) for n, (left, right) in factors.items()}
-        return {name: low_rank(left, right) for name, (left, right) in factors.items()}
+        return {name: encoded(pair) for name, pair in factors.items()}
 
 
 def _joined(earlier: Encoded, left: torch.Tensor, right: torch.Tensor) -> tuple:
     old_left, old_right = earlier.parts["left"].float(), earlier.parts["right"].float()
-    return torch.cat([old_left, left], 1), torch.cat([old_right, right], 0)
+    return torch.cat([old_left, left], -1), torch.cat([old_right, right], -2)

@@ -7,6 +7,8 @@ in the entries still kept, by the optimal brain surgeon. Everything that is not 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -16,18 +18,21 @@ from cl_graft.skillpack.compress.calibrate import linear_layers, stored_transpos
 from cl_graft.strategy import compressor
 
 
-@compressor(keeps="sum")
+@compressor(keeps={"each": "per_task", "summed": "sum"}, touches=("attention", "mlp", "other"))
 def model_tailor(
     delta,
     context,
     *,
+    convention: Literal["each", "summed"] = "summed",
     density: float = 0.1,
     damping: float = 0.01,
     block: int = 128,
     calibration_batches: int = 8,
     released_sign: bool = False,
 ):
-    """density: share of entries kept (the paper's top 10 %), or fewer where the budget holds fewer.
+    """convention: `summed` tunes every task from the model so far, and all patches together are one model; `each` tunes
+    it from the base, and a task's own patch answers for it, as in the released script, which knows one task.
+    density: share of entries kept (the paper's top 10 %), or fewer where the budget holds fewer.
     released_sign: add the correction as the released code does, where OBS subtracts it (SparseGPT; measured to
     double the output error).
     """

@@ -9,20 +9,24 @@ from cl_graft.skillpack.compress.factorise import spectrum
 from cl_graft.strategy import compressor
 
 
-@compressor(keeps="per_task")
+def largest(context, *, rank: int | None) -> int:
+    """The rank asked for if it is possible, or the largest that the budget holds."""
+
+    def cost(rank: int) -> int:
+        return context.cost_of({name: _spec(shape, rank) for name, shape in context.shapes.items()})
+
+    most = max(min(shape) for shape in context.shapes.values() if len(shape) == 2)
+    return largest_within(context.budget, cost, most, "rank 1 of every matrix", rank, "svd.rank")
+
+
+@compressor(keeps="per_task", check=largest)
 def svd(delta, context, *, rank: Count | None = None):
     """rank: one for all matrices, embeddings and head included, as the storage in the paper's figures has it; a
     matrix whose factors would be no smaller than itself is kept whole, as vectors are. None takes the largest that
     the budget holds.
     """
-
-    def cost(rank: int) -> int:
-        specs = {name: _spec(tuple(x.shape), rank) for name, x in delta.items()}
-        return context.cost_of(specs)
-
-    most = max(max(x.shape) for x in delta.values())
-    rank = rank or largest_within(context.budget, cost, most, "rank 1 of every matrix")
-    return {name: _encoded(x, rank) for name, x in delta.items()}
+    chosen = largest(context, rank=rank)
+    return {name: _encoded(x, chosen) for name, x in delta.items()}
 
 
 def _is_smaller(shape, rank):

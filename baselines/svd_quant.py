@@ -9,7 +9,24 @@ from cl_graft.skillpack.compress.factorise import Factored, encode, spec_of, spe
 from cl_graft.strategy import compressor
 
 
-@compressor(keeps="per_task")
+def largest(context, *, rank: int | None, bits: int, group_size: int) -> int:
+    """The rank asked for if it is possible, or the largest that the budget holds."""
+
+    def spec(shape: tuple[int, ...], rank: int):
+        if len(shape) == 2:
+            return spec_of({bits: min(rank, *shape)}, shape, group_size)
+        return dense_spec(shape)
+
+    def cost(rank: int) -> int:
+        return context.cost_of({name: spec(shape, rank) for name, shape in context.shapes.items()})
+
+    most = max(min(shape) for shape in context.shapes.values() if len(shape) == 2)
+    return largest_within(
+        context.budget, cost, most, "rank 1 of every matrix", rank, "svd_quant.rank"
+    )
+
+
+@compressor(keeps="per_task", check=largest)
 def svd_quant(
     delta,
     context,
@@ -22,22 +39,12 @@ def svd_quant(
     bits: of every factor, all ranks alike; no data are looked at (right factors are rounded to the nearest, left
     ones by GPTQ under what became of the right ones). Vectors are kept in 16 bit.
     """
+    chosen = largest(context, rank=rank, bits=bits, group_size=group_size)
 
-    def spec(shape: tuple[int, ...], rank: int):
-        if len(shape) == 2:
-            return spec_of({bits: min(rank, *shape)}, shape, group_size)
-        return dense_spec(shape)
-
-    def cost(rank: int) -> int:
-        specs = {name: spec(tuple(x.shape), rank) for name, x in delta.items()}
-        return context.cost_of(specs)
-
-    def encoded(x, rank: int):
+    def encoded(x):
         if x.ndim != 2:
             return dense(x)
-        matrix = Factored(x, spectrum(x, None), {bits: min(rank, *x.shape)})
+        matrix = Factored(x, spectrum(x, None), {bits: min(chosen, *x.shape)})
         return encode([matrix], None, group_size=group_size, aware=False, refit=False)[0]
 
-    most = max(min(x.shape) for x in delta.values() if x.ndim == 2)
-    rank = rank or largest_within(context.budget, cost, most, "rank 1 of every matrix")
-    return {name: encoded(x, rank) for name, x in delta.items() if x.ndim != 2 or x.any()}
+    return {name: encoded(x) for name, x in delta.items() if x.ndim != 2 or x.any()}

@@ -2,11 +2,15 @@
 
 import torch
 
+from cl_graft.ranges import Part, Positive
 from cl_graft.strategy import merger
 
 # Entries at a time, of which several copies are held. A power of two: torch sums the last few columns of a tensor in
 # another order than the rest, and those are then the same however many parts there are.
 PART = 1 << 20
+
+
+GRID = tuple(round(0.8 + 0.1 * n, 1) for n in range(18))
 
 
 def threshold(delta, *, density):
@@ -37,9 +41,14 @@ def _of_rank(counts, rank):
     return len(counts) - 1 - place, rank - (int(above[place - 1]) if place else 0)
 
 
-@merger(statistic=threshold)
-def ties(deltas, thresholds, *, density: float = 0.2, scale: float = 1.0):
-    """density: share of each task's entries kept by magnitude, over all tensors. scale: factor on the result."""
+@merger(statistic=threshold, grid={"scale": GRID})
+def ties(deltas, thresholds, *, density: Part = 0.2, scale: Positive | None = None):
+    """density: share of each task's entries kept by magnitude, over all tensors; the paper's 20 %.
+
+    scale: factor on the result; None chooses it among 0.8, 0.9, ..., 2.5 by the loss on the validation data of all
+    tasks seen, anew after each task; the paper's recipe without validation data is 1. One task alone is itself, neither
+    trimmed nor scaled: there is nothing to merge, and the paper speaks of two tasks and more.
+    """
     merged = torch.empty_like(deltas[0])
     for to, *parts in zip(*(x.view(-1).split(PART) for x in (merged, *deltas)), strict=True):
         pairs = zip(parts, thresholds, strict=True)

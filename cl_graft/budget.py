@@ -63,12 +63,17 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def largest_within(
-    budget: Budget, cost: Callable[[int], int], high: int, one: str, given: int | None = None
+    budget: Budget,
+    cost: Callable[[int], int],
+    high: int,
+    one: str,
+    given: int | None = None,
+    name: str = "the count",
 ) -> int:
     """The largest count in [1, high] whose `cost`, in bytes, the budget allows; cost never falls as counts rise.
 
-    one: what the smallest count is of what, for the sentence. given: a count that the user asks for, which is the
-    answer if it is possible. Raises OverBudget where even the smallest, or the one given, costs too much, and
+    one: what the smallest count is of what, for the sentence. given: the count that the user's option `name` asks for,
+    which is the answer if it is possible. Raises OverBudget where the smallest, or the one given, costs too much, and
     CLGraftError for a given one above `high`.
     """
     if given is not None and given <= high and cost(given) <= budget.bytes:
@@ -78,14 +83,14 @@ def largest_within(
         raise OverBudget(
             f"the budget {budget.text} ({budget.bytes} bytes) does not hold {one}; raise it."
         )
-    if given is not None and given > high:
+    if given is None:
+        return count
+    if given > high:
         raise CLGraftError(
-            f"{given} is more than there are: {one} can become {high} at most, and the budget {budget.text} holds "
-            f"{count}; give {count} or less."
+            f"{name}={given} is more than the {high} that there are; the largest that also fits the budget "
+            f"{budget.text} is {count}."
         )
-    if given is not None:
-        raise OverBudget(
-            f"{given} needs {cost(given)} bytes where {one} is asked for so often, and the budget {budget.text} allows "
-            f"{budget.bytes}; the largest that fits is {count}."
-        )
-    return count
+    raise OverBudget(
+        f"{name}={given} takes {cost(given)} bytes and the budget {budget.text} allows {budget.bytes}; the largest "
+        f"that fits is {count}."
+    )

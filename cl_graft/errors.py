@@ -21,6 +21,10 @@ class UnknownName(CLGraftError):
         self.kind, self.name, self.known = kind, name, known
 
 
+class Diverged(CLGraftError):
+    """Training came to numbers that are none. Nothing of the stage is kept, step checkpoints included."""
+
+
 class Refused(CLGraftError):
     """A disk or a network did not take or give a file. The cell is as it was, and the same command continues it."""
 

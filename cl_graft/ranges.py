@@ -63,8 +63,9 @@ def require(what: str, value: Any, wanted: Any, default: Any) -> None:
 
 def require_fields(record: Any, name: str) -> None:
     """Do the same for each field of a data class whose annotation gives a range. name: what the record is called."""
-    for field, wanted in _ranged(type(record)).items():
-        require(f"{name}.{field}", getattr(record, field), wanted, getattr(type(record), field))
+    kind: Any = type(record)
+    for field, wanted in _ranged(kind).items():
+        require(f"{name}.{field}", getattr(record, field), wanted, getattr(kind, field))
 
 
 @cache

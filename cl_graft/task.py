@@ -91,6 +91,8 @@ class Training:
 class Scoring:
     """A scorer with options: by name, by path, or `HOST:NAME` for one that a scenario's file defines.
 
+    A scorer that comes in several conventions is called `NAME:CONVENTION`, as `number:lm-eval` is.
+
     label: what tables and records call it; its name with the options that were given, if not said otherwise.
     """
 
@@ -100,7 +102,8 @@ class Scoring:
 
     def __post_init__(self) -> None:
         if not self.label:
-            inner = self.name.rpartition(":")[2]
+            host, _, inner = self.name.rpartition(":")
+            inner = inner if host.endswith(".py") else self.name
             short = Path(inner).stem if inner.endswith(".py") else inner
             told = ", ".join(f"{k}={v}" for k, v in sorted(self.options.items()))
             object.__setattr__(self, "label", f"{short}({told})" if told else short)

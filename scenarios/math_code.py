@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cl_graft.data import hub, sample
+from cl_graft.data import columns, hub, sample
 from cl_graft.data.benchmarks import examples, reasoning
 from cl_graft.errors import UnknownName
 from cl_graft.ranges import Count
@@ -68,9 +68,13 @@ def math_code(
         for suite in suites:
             problems = examples(suite, data_dir)
             test += problems if test_size is None else sample(problems, test_size, f"test/{suite}")
-        seen = {example.prompt for example in test}
-        train = [e for e in gather(SFT, "sft", name, sft, train_size, seed) if e.prompt not in seen]
-        pairs = [] if dpo == "none" else gather(DPO, "dpo", name, dpo, train_size, seed)
+        asked = {question(example.prompt) for example in test}
+
+        def unasked(rows: list[Any]) -> list[Any]:
+            return [row for row in rows if question(row.prompt) not in asked]
+
+        train = unasked(gather(SFT, "sft", name, sft, train_size, seed))
+        pairs = [] if dpo == "none" else unasked(gather(DPO, "dpo", name, dpo, train_size, seed))
         return Task(
             name,
             train,
@@ -148,14 +152,6 @@ def self_oss(row: hub.HubRow) -> Example:
     return Example(row["instruction"].strip(), row["response"].strip())
 
 
-def local_sft(row: hub.HubRow) -> Example:
-    return Example(row["prompt"], row["completion"])
-
-
-def local_dpo(row: hub.HubRow) -> Pair:
-    return Pair(row["prompt"], row["chosen"], row["rejected"])
-
-
 SFT = {
     "fusechat": Source("FuseAI/FuseChat-3.0-SFT-Data", fusechat_sft, ("dataset", "conversations")),
     "openmathinstruct-2": Source(
@@ -179,8 +175,8 @@ DPO = {
     ),
 }
 LOCAL = {
-    "sft": Source("", local_sft, ("prompt", "completion")),
-    "dpo": Source("", local_dpo, ("prompt", "chosen", "rejected")),
+    "sft": Source("", columns.example, ("completion",)),
+    "dpo": Source("", columns.pair, ("chosen", "rejected")),
 }
 # What FuseChat-3.0's column `dataset` says of rows for a task, without regard to case and punctuation.
 KINDS = {"math": ("openmathinstruct2",), "code": ("leetcode", "selfossinstructsc2")}
@@ -210,6 +206,11 @@ def gather(
             seed=f"{config}/{seed}/{task}/{name}",
         )
     return rows if size is None else sample(rows, size, f"{config}/{seed}/{task}")
+
+
+def question(prompt: str) -> str:
+    """What a prompt asks, without how it is put: with the request to reason or not, it is the same problem."""
+    return plain(prompt).removesuffix(plain(reasoning("")))
 
 
 def plain(text: str) -> str:

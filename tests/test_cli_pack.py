@@ -188,6 +188,8 @@ def test_export(pack: Path, base: Path, tmp_path: Path, call: Call) -> None:
     (line,) = (line for line in done.out.splitlines() if NORM in line)
     assert "left out" in line
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
+    done = call(*words, "--out", tmp_path / "vllm", "--to", "vllm")
+    assert f"{tmp_path / 'vllm'}: a LoRA adapter with 14 of 21 tensors." in done.out
     done = call(*words, "--out", tmp_path / "hf", "--to", "hf")
     assert done.code == 0
     assert (tmp_path / "hf" / "model.safetensors").exists()

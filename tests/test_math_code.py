@@ -13,14 +13,15 @@ import pytest
 
 import cl_graft
 from cl_graft import plugins
-from cl_graft.data import DataError, benchmarks
+from cl_graft.data import DataError, benchmarks, columns
 from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.evaluation.programs import program_of
 from cl_graft.evaluation.sandbox import ConsentNeeded, run_asserts
-from cl_graft.evaluation.scorers.tests import program_of
 from cl_graft.models.chat import render
 from cl_graft.task import Example, Pair, Scenario
 from tests.chat import llama_tokenizer, qwen_tokenizer
 from tests.real import DATA, needs_data
+from tests.refusals import one_sentence
 
 MAKE = plugins.load("scenario", "math_code")
 MODULE = sys.modules[MAKE.__module__]
@@ -213,6 +214,26 @@ def test_a_problem_of_the_test_is_not_trained_on(hub: Any, monkeypatch: Any) -> 
     assert example.prompt == benchmarks.reasoning("Half of 4?")
 
 
+def test_a_problem_of_the_test_is_in_no_pair_and_in_no_other_words(
+    hub: Any, monkeypatch: Any
+) -> None:
+    """FuseChat's rows ask without the words that a test prompt ends in."""
+    kept = ROWS["FuseAI/FuseChat-3.0-DPO-Data"][0]
+    pair = {**kept, "prompt": [{"role": "user", "content": "Half of 2?"}]}
+    monkeypatch.setitem(
+        ROWS, "FuseAI/FuseChat-3.0-DPO-Data", [pair, *ROWS["FuseAI/FuseChat-3.0-DPO-Data"]]
+    )
+    sft = ROWS["FuseAI/FuseChat-3.0-SFT-Data"]
+    told = {
+        "dataset": sft[0]["dataset"],
+        "conversations": [{"from": "human", "value": "Half of 2? "}, {"from": "gpt", "value": "1"}],
+    }
+    monkeypatch.setitem(ROWS, "FuseAI/FuseChat-3.0-SFT-Data", [told, *sft])
+    math = made().tasks[0]
+    assert [p.prompt for p in math.pairs] == ["openmathinstruct2?"]
+    assert [e.prompt for e in math.train] == ["openmathinstruct2?"]
+
+
 def test_data_of_another_form_are_refused_in_one_sentence(hub: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(ROWS, "greengerong/leetcode", [{"content": "x", "rust": "y"}])
     with pytest.raises(DataError, match="greengerong/leetcode has no column 'python' but content"):
@@ -290,6 +311,78 @@ def test_local_folders_take_the_hubs_place(local: dict[str, Any]) -> None:
     assert small.tasks[0].suites == ("GSM8K", "MATH")
 
 
+def said(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+ASKED, ANSWER, WRONG = ("user", "1+1?"), ("assistant", "2"), ("assistant", "3")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "1+1?", "completion": "2"},
+        {"prompt": said(ASKED), "completion": said(ANSWER)},
+        {"prompt": "1+1?", "completion": said(ASKED, ANSWER)},
+        {"completion": said(ASKED, ANSWER)},
+        {"prompt": [{"from": "human", "value": "1+1?"}], "completion": "2"},
+    ],
+    ids=["text", "TRL's messages", "prompt twice", "prompt within", "ShareGPT's words"],
+)
+def test_an_example_is_read_from_text_and_from_messages(row: dict[str, Any]) -> None:
+    assert columns.example(row) == Example("1+1?", "2")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "1+1?", "chosen": "2", "rejected": "3"},
+        {"prompt": said(ASKED), "chosen": said(ANSWER), "rejected": said(WRONG)},
+        {"prompt": "1+1?", "chosen": said(ASKED, ANSWER), "rejected": said(ASKED, WRONG)},
+        {"chosen": said(ASKED, ANSWER), "rejected": said(ASKED, WRONG)},
+    ],
+    ids=["text", "TRL's messages", "ultrafeedback_binarized", "TRL's implicit prompt"],
+)
+def test_a_pair_is_read_from_text_and_from_messages(row: dict[str, Any]) -> None:
+    assert columns.pair(row) == Pair("1+1?", "2", "3")
+
+
+MISREAD = [
+    ("sft", {"prompt": "a", "completion": 3}, "has int in column 'completion'; write text"),
+    ("sft", {"prompt": "a", "completion": None}, "has nothing in column 'completion'"),
+    ("sft", {"prompt": "a", "completion": " "}, "has nothing in column 'completion'"),
+    ("sft", {"prompt": None, "completion": "b"}, "has nothing in column 'prompt'"),
+    ("sft", {"prompt": "a", "completion": ["b"]}, "has a list of str in column 'completion'"),
+    ("sft", {"prompt": said(("system", "s"), ASKED), "completion": "b"}, "turns of system, user"),
+    ("sft", {"prompt": "a", "completion": said(ANSWER, ASKED)}, "ends in a turn of 'user'"),
+    ("sft", {"completion": "b"}, "has no column 'prompt'; its columns are completion"),
+    ("dpo", {"prompt": "a", "chosen": said(ASKED, ANSWER), "rejected": "3"}, "'1+1?' in column"),
+    ("dpo", {"prompt": "a", "chosen": "2", "rejected": {"b": 1}}, "has dict in column 'rejected'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "told"), MISREAD)
+def test_what_a_column_should_not_hold_is_named_with_its_row(
+    local: dict[str, Any], kind: str, row: dict[str, Any], told: str
+) -> None:
+    folder = Path(local[f"math_{kind}"])
+    with (folder / f"{kind}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    message = one_sentence(lambda: made(**local), DataError, ".")
+    assert f"{kind}.jsonl, line 9 " in message and told in message
+
+
+def test_an_answer_that_is_a_date_stays_text(local: dict[str, Any], tmp_path: Path) -> None:
+    """`datasets` (5.2) reads "2024-01-05" in a JSON file as a datetime, from which no text comes back."""
+    for name, text in (("train.jsonl", "{}\n"), ("data.json", "[{}]")):
+        folder = tmp_path / name
+        folder.mkdir()
+        row = json.dumps({"prompt": "When?", "completion": "2024-01-05"})
+        (folder / name).write_text(text.replace("{}", row))
+        task = made(**{**local, "math_sft": str(folder)}).tasks[0]
+        assert task.train == [Example("When?", "2024-01-05")]
+
+
 # --- the prompts ---
 
 
@@ -317,7 +410,7 @@ def test_what_a_chat_model_is_asked(hub: Any) -> None:
 
 def test_references_of_both_programming_sets_pass(hub: Any) -> None:
     for example in made().tasks[1].test:
-        program = program_of(example.completion, example.setup)
+        program = program_of(example.completion, example.setup, example.tests)
         assert run_asserts(program, example.tests, example.setup).passed
         assert not run_asserts(program.replace("2 *", "3 *"), example.tests, example.setup).passed
 
@@ -343,7 +436,7 @@ def test_canonical_solutions_of_humaneval_pass(kind: str) -> None:
     for example in Random(0).sample(benchmarks.examples("humaneval", DATA), 40):
         body = example.completion.removeprefix("```python\n").removesuffix("\n```")
         body = body[len(example.setup.lstrip("\n")) :] if kind == "body" else example.completion
-        program = program_of(body, example.setup)
+        program = program_of(body, example.setup, example.tests)
         outcome = run_asserts(program, example.tests, example.setup)
         assert outcome.passed, (example.prompt, outcome)
 
@@ -352,7 +445,7 @@ def test_canonical_solutions_of_humaneval_pass(kind: str) -> None:
 def test_references_of_mbpp_pass() -> None:
     found = [e for e in benchmarks.examples("mbpp", DATA) if "amicable" not in e.prompt]
     for example in Random(0).sample(found, 20):
-        program = program_of(example.completion, example.setup)
+        program = program_of(example.completion, example.setup, example.tests)
         outcome = run_asserts(program, example.tests, example.setup)
         assert outcome.passed, (example.prompt, outcome)
 

@@ -95,7 +95,17 @@ def numbers(folder: Path) -> tuple[Any, ...]:
     """All that must not depend on how often a run was stopped."""
     result = json.loads((folder / "result.json").read_text())
     packs = {f.name: SkillPack.load(f).digest for f in sorted((folder / "packs").iterdir())}
-    keys = ("matrix", "n", "stderr", "metrics", "general", "pack_bytes", "tokens", "complete")
+    keys = (
+        "matrix",
+        "n",
+        "stderr",
+        "metrics",
+        "general",
+        "general_packs",
+        "pack_bytes",
+        "tokens",
+        "complete",
+    )
     return packs, {key: result[key] for key in keys}
 
 

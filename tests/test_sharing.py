@@ -50,7 +50,7 @@ def test_the_matrix_is_the_same_whoever_measured_it(tmp_path):
     cell.run(config("individual", tmp_path / "shared"))
     recalled = cell.run(config("graftllm", tmp_path / "shared"))
     alone = cell.run(config("graftllm", tmp_path / "alone"))
-    for part in ("matrix", "n", "stderr", "general", "pack_bytes", "metrics"):
+    for part in ("matrix", "n", "stderr", "general", "general_packs", "pack_bytes", "metrics"):
         assert recalled[part] == alone[part]
     assert alone["identical"] == [[False, False], [False, True], [True, False]]
     assert recalled["identical"][0] == [True, True]

@@ -198,19 +198,19 @@ def test_ties_keeps_the_elected_sign_and_the_mean_of_those_that_agree():
     threshold = sys.modules[ties.__module__].threshold
     least = [threshold({"w": x}, density=0.75) for x in deltas]
     assert least == [2.0, 1.0]
-    assert torch.allclose(ties(deltas, least), torch.tensor([2.0, 5.0, 0.0, 3.0]))
+    assert torch.allclose(ties(deltas, least, scale=1.0), torch.tensor([2.0, 5.0, 0.0, 3.0]))
 
 
 def test_ties_in_parts_is_ties_of_the_whole_bit_for_bit(monkeypatch):
     ties = plugins.load("strategy", "ties").function
     seed = torch.Generator().manual_seed(0)
     deltas = [torch.randn(37, 53, generator=seed) for _ in range(5)]
-    whole = ties(deltas, [0.4] * 5)
+    whole = ties(deltas, [0.4] * 5, scale=1.0)
     trimmed = torch.stack([torch.where(x.abs() >= 0.4, x, 0.0) for x in deltas])
     agrees = (trimmed * trimmed.sum(0).sign()) > 0
     assert torch.equal(whole, (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1))
     monkeypatch.setattr(sys.modules[ties.__module__], "PART", 128)
-    assert torch.equal(ties(deltas, [0.4] * 5), whole)
+    assert torch.equal(ties(deltas, [0.4] * 5, scale=1.0), whole)
 
 
 @pytest.mark.parametrize("density", [1e-6, 0.2, 0.5, 1.0])

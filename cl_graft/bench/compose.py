@@ -23,6 +23,8 @@ from cl_graft.training.stages import Log, Stages
 
 STRATEGIES = ("individual", "ties", "task_arithmetic", "tall_mask", "emr")
 TASKS = 5
+# factors that are else chosen on validation data, which is no question of memory
+FIXED = {"ties": {"scale": 1.0}, "tall_mask": {"mask_lambda": 0.4}}
 SHAPE = {  # 21 of the 30 layers of SmolLM-135M: more than a quarter of the weights are one tied table
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -99,7 +101,7 @@ def _learn(name: str, folder: Path, shape: dict[str, Any]) -> dict[str, Any]:
         scenario=scenario,
         budget=Budget("100%", sum(p.numel() for p in model.parameters())),
         seed=0,
-        options=plugins.check_options("strategy", name, strategy_class, {}),
+        options=plugins.check_options("strategy", name, strategy_class, FIXED.get(name, {})),
         stages=_Drawn(folder),
     )
     for experience in stream.train_stream:

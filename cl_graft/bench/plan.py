@@ -19,7 +19,8 @@ from cl_graft.models.embedded import toy_tokenizer
 from cl_graft.planning.memory import Job, estimate
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training.config import Row, StageConfig, dpo_job, sft_job
-from cl_graft.training.fit import encoded, fit, lengths
+from cl_graft.training.fit import fit
+from cl_graft.training.tokens import lengths, tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -90,7 +91,7 @@ def compare(case: Case) -> dict[str, Any]:
     job = Job(
         case.kind,
         micro_batch=case.batch // case.accumulation,
-        length=max(lengths(encoded(tokenizer, *stage))),
+        length=max(lengths(tokens(tokenizer, *stage))),
         accumulation=case.accumulation,
         lora=_lora() if case.lora else None,
         checkpointing=case.checkpointing,

@@ -11,6 +11,7 @@ import torch
 from cl_graft.evaluation.generate import BATCH, generate
 from cl_graft.models.load import load
 from cl_graft.models.roles import roles
+from cl_graft.models.text import encode_prompts
 from cl_graft.skillpack.codecs import dense, low_rank, sparse_top
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.skillpack.live.attach import Attached
@@ -81,7 +82,8 @@ def _measured(model: Any, tokenizer: Any, prompts: int, tokens: int) -> dict[str
 
 def _by_length(tokenizer: Any, prompts: list[str], first: int) -> list[int]:
     """The prompts' numbers in the order in which `generate` takes them."""
-    order = sorted(range(len(prompts)), key=lambda k: (len(tokenizer(prompts[k])["input_ids"]), k))
+    lengths = [len(ids) for ids in encode_prompts(tokenizer, prompts)]
+    order = sorted(range(len(prompts)), key=lambda k: (lengths[k], k))
     return [first + k for k in order]
 
 

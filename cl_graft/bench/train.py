@@ -202,10 +202,10 @@ def loop(model: Any, tokenizer: Any, rows: list[Row], job: StageConfig, clock: C
     from torch.nn.utils.rnn import pad_sequence
     from transformers import get_cosine_schedule_with_warmup
 
-    pairs = ((row["prompt"], row["completion"]) for row in rows)
+    texts = ((row["prompt"], (row["completion"],)) for row in rows)
     examples = [
         (torch.tensor(head + tail), torch.tensor([-100] * len(head) + tail))
-        for head, tail in encode_all(tokenizer, pairs, job.max_length)
+        for head, (tail,) in encode_all(tokenizer, texts, job.max_length)
     ]
     indices = order(len(rows), job)
     optimizer = torch.optim.AdamW(

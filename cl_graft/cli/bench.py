@@ -137,3 +137,20 @@ def bench_report(
     typer.echo(
         json.dumps(measure(cells, examples, lambda what: typer.echo(what, err=True)), indent=1)
     )
+
+
+@app.command("agreement")
+def bench_agreement(
+    data_dir: DataDir = None,
+    some: Annotated[int, typer.Option(min=1, help="Of MATH's references.")] = 5000,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """The scorer `math` beside math-verify and lm-eval (where installed): on judged pairs and on MATH's references."""
+    measure = _benchmark("agreement")
+    from cl_graft.bench.agreement import table
+
+    figures = measure(data_dir, some, lambda what: typer.echo(what, err=True))
+    if json_:
+        typer.echo(json.dumps(figures, indent=1, ensure_ascii=False))
+    else:
+        print_tables([table(figures)])

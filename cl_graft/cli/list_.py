@@ -94,4 +94,6 @@ def _options(kind: str, name: str) -> None:
     short = plugin.__name__ if name.endswith(".py") else name
     for option, default in plugins.options(plugin).items():
         typer.echo(f"    --set {short}.{option}={json.dumps(default)}")
+    if kind == "strategy":
+        typer.echo(f"    touches: {', '.join(plugin.touches)}")
     typer.echo("    " + " ".join((plugin.__doc__ or "").split()))

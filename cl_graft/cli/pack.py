@@ -59,12 +59,14 @@ def create(
     from cl_graft.skillpack.compress.create import create as create_pack
     from cl_graft.skillpack.compress.policy import read_policy
     from cl_graft.skillpack.compress.text import calibration_batches
+    from cl_graft.skillpack.folders.checkpoint import Checkpoint
     from cl_graft.store.digests import peak_memory_mb
 
     options = read_policy(method, policy)
     if prefix not in ("tuned", "compressed"):
         raise UnknownName("prefix", prefix, ["tuned", "compressed"])
     text = None
+    Checkpoint(base), Checkpoint(tuned)
     if calibration is not None:
         rows = {"samples": samples, "length": length, "batch": batch}
         text = Calibration(calibration_batches(tuned, calibration, **rows), prefix=prefix)  # type: ignore[arg-type]
@@ -179,12 +181,23 @@ def diff(a: Path, b: Path, base: MaybeBase = None, json_: Json = False) -> None:
 
 
 @app.command()
-def apply(base: BaseDir, pack: PackFile, out: OutDir) -> None:
+def apply(
+    base: BaseDir,
+    pack: PackFile,
+    out: OutDir,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder, as of the tuned model, whose tokenizer, chat template, end token and generation settings "
+            "are taken instead of the base's."
+        ),
+    ] = None,
+) -> None:
     """Write base + pack as a Hugging Face folder."""
     from cl_graft.skillpack.folders.apply import apply_pack
 
     loaded, _ = _load(pack, base)
-    for note in apply_pack(base, loaded, out):
+    for note in apply_pack(base, loaded, out, tokenizer=tokenizer):
         typer.echo(note)
     typer.echo(f"{out}: {base} with task {loaded.task!r}.")
 
@@ -211,21 +224,27 @@ def export(
     pack: PackFile,
     base: BaseDir,
     out: OutDir,
-    to: Annotated[str, typer.Option(help="peft (a LoRA adapter) or hf (a whole model).")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="peft (a LoRA adapter), vllm (one without a head, which vLLM refuses for many models) or hf (a whole "
+            "model)."
+        ),
+    ],
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Most ranks of a module; peft only.")
+        int | None, typer.Option(min=1, help="Most ranks of a module; adapters only.")
     ] = None,
 ) -> None:
     """Write a pack in a form that other programs read, and tell what that costs."""
-    if to not in ("peft", "hf"):
-        raise UnknownName("form to export to", to, ["peft", "hf"])
+    if to not in ("peft", "vllm", "hf"):
+        raise UnknownName("form to export to", to, ["peft", "vllm", "hf"])
     if to == "hf":
         if rank is not None:
             raise CLGraftError("--rank is for adapters; leave it out, or export --to peft.")
         return apply(base, pack, out)
     from cl_graft.skillpack.tools.export import export_peft
 
-    rows = export_peft(_load(pack, base)[0], base, out, rank)
+    rows = export_peft(_load(pack, base)[0], base, out, rank, head=to == "peft")
     print_rows([row._asdict() for row in rows])
     kept = sum(row.rank is not None for row in rows)
     typer.echo(f"{out}: a LoRA adapter with {kept} of {len(rows)} tensors.")

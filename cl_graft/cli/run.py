@@ -22,5 +22,7 @@ def run(given: RunFields) -> None:
     with interruptible(), bars() as bar:
         result = run_cell(config, lambda what, done: bar(config.label, what, done))
     print_tables([*matrices([result]), *ranking([result])])
+    for note in result.get("notes", []):
+        typer.echo(f"{note}.")
     typer.echo(f"results: {config.out / config.cell}")
     typer.echo(f"figures: cl-graft report {config.out}")

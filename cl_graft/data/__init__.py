@@ -1,5 +1,5 @@
 """Reading examples: files of a data folder, data sets of the hub or of the same form, benchmarks' test sets."""
 
-from cl_graft.data.readers import DataError, json_lines, labels, records, sample
+from cl_graft.data.readers import DataError, json_entries, labels, records, sample
 
-__all__ = ["DataError", "json_lines", "labels", "records", "sample"]
+__all__ = ["DataError", "json_entries", "labels", "records", "sample"]

@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cl_graft.data.readers import DataError, sample
+from cl_graft.data.columns import Misread
+from cl_graft.data.readers import DataError, json_entries, sample
 
 T = TypeVar("T")
 HubRow = Mapping[str, Any]
+
+JSON = re.compile(r"\.jsonl?(\.gz)?$")
 
 
 def rows(
@@ -53,14 +57,41 @@ def rows(
     chosen = wanted if size is None else sample(wanted, size, seed)
     adapted = []
     for number, row in zip(chosen, table.select(chosen), strict=True):
+        where = table.places[number] if isinstance(table, Lines) else f"row {number} of {place}"
         try:
             adapted.append(adapt(row))
+        except Misread as error:
+            raise DataError(f"{where} {error}") from error
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise DataError(
-                f"row {number} of {place} does not have the form of its data set ({type(error).__name__}: {error}); "
+                f"{where} does not have the form of its data set ({type(error).__name__}: {error}); "
                 "mend it or choose another source."
             ) from error
     return adapted
+
+
+class Lines:
+    """Rows of local JSON files, asked as a table of `datasets` is. places: where each stands, for errors."""
+
+    def __init__(self, files: Sequence[Path]):
+        self.places: list[str] = []
+        self.rows: list[HubRow] = []
+        for file in files:
+            for where, row in json_entries(file):
+                if not isinstance(row, dict):
+                    raise DataError(f"{file}, {where} is no object with columns; mend it.")
+                self.places.append(f"{file}, {where}")
+                self.rows.append(row)
+        self.column_names = list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, column: str) -> list[Any]:
+        return [row.get(column) for row in self.rows]
+
+    def select(self, numbers: Sequence[int]) -> list[HubRow]:
+        return [self.rows[number] for number in numbers]
 
 
 def _load(place: str, config: str | None, split: str) -> Any:
@@ -69,10 +100,18 @@ def _load(place: str, config: str | None, split: str) -> Any:
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        if config is not None and Path(place).is_dir():
-            names = datasets.get_dataset_config_names(place)
-            config = config if config in names else None
+        if Path(place).is_dir():
+            if config is not None:
+                names = datasets.get_dataset_config_names(place)
+                config = config if config in names else None
+            # which files are a split's, `datasets` says; what is in them, we read
+            found = datasets.load_dataset_builder(place, config).config.data_files or {}
+            files = [Path(file) for file in found.get(split, ())]
+            if files and all(JSON.search(file.name) for file in files):
+                return Lines(files)
         return datasets.load_dataset(place, config, split=split)
+    except DataError:
+        raise
     except (
         Exception
     ) as error:  # no network, no such set, gated, torn files: each with errors of its own

@@ -28,8 +28,7 @@ def records(data_dir: Path | None, name: str, fields: Fields) -> list[dict[str, 
     Raises DataError naming the file, the line or the record, and the cure.
     """
     path = _existing(data_dir, name)
-    text = _text(path)
-    entries = _list(path, text) if path.suffix == ".json" else json_lines(path, text)
+    entries = json_entries(path)
     types = fields if isinstance(fields, Mapping) else dict.fromkeys(fields, object)
     for where, record in entries:
         for field, wanted in types.items():
@@ -45,6 +44,26 @@ def records(data_dir: Path | None, name: str, fields: Fields) -> list[dict[str, 
     if not entries:
         raise DataError(f"{path} holds no record; put the data set's file there.")
     return [record for _, record in entries]
+
+
+def json_entries(path: Path) -> list[tuple[str, Any]]:
+    """(where, value) of each record of a .json list, or of JSON lines, either perhaps .gz; where: "line 3", say.
+
+    Every file of JSON that a user gives is read here, and a value is what is written there: `datasets` (5.2) makes
+    a datetime of an answer "2024-01-05". Raises DataError naming the path, the line and the cure.
+    """
+    text = _text(path)
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    return _list(path, text) if kind == ".json" and not _in_lines(text) else json_lines(path, text)
+
+
+def _in_lines(text: str) -> bool:
+    """Whether it is objects, one a line, under whatever name."""
+    first, _, rest = text.strip().partition("\n")
+    try:
+        return bool(rest) and isinstance(json.loads(first), dict)
+    except ValueError:
+        return False
 
 
 def labels(data_dir: Path | None, name: str) -> list[str]:

@@ -27,7 +27,9 @@ def main() -> None:
         reference, answer = json.loads(line)
         try:
             gold, given = (parse(text, parsing_timeout=SECONDS) for text in (reference, answer))
-            same = bool(gold and given) and verify(gold, given, timeout_seconds=SECONDS)
+            same = bool(gold and given) and verify(
+                gold, given, allow_set_relation_comp=True, timeout_seconds=SECONDS
+            )
         except (Exception, MemoryError, RecursionError):
             same = False
         print(json.dumps(bool(same)), flush=True)

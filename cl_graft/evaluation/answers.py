@@ -11,33 +11,61 @@ from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 
 from cl_graft.errors import CLGraftError
+from cl_graft.evaluation.final_answer import first_answer
+from cl_graft.evaluation.math_forms import CHARACTERS, final_part, form, settled
 
-CHARACTERS = 2048  # of an answer's end: where the final answer is
 SECONDS = (
     60.0  # for one pair, start of the process included: far above what math-verify allows itself
 )
 
 
-def final_part(text: str) -> str:
-    """Where the final answer of a text is: what follows the last `####` (GSM8K's mark), or else its end.
-
-    Per-cent signs are taken out, as the MATH benchmark's own comparison does (Hendrycks et al. 2021).
-    """
-    last = text.rsplit("####", 1)[-1] if "####" in text else text
-    return last[-CHARACTERS:].replace("\\%", "").replace("%", "")
-
-
 def equivalent(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """Whether the final answers of each (reference, answer) are equal as numbers, expressions, intervals, sets, ...
 
-    The final answer is the last `\\boxed{...}`, or else the last formula or number. What cannot be read, or takes
-    too long, is not equal to anything.
+    Where the spelling does not tell, math-verify does. What cannot be read, or takes too long, is not equal to
+    anything.
     """
+    asked = [_to_parse(reference, answer) for reference, answer in pairs]
+    questions = [question for one in asked if not isinstance(one, bool) for question in one]
+    verdicts = iter(_parsed_alike(questions))
+    return [one if isinstance(one, bool) else any([next(verdicts) for _ in one]) for one in asked]
+
+
+def _to_parse(reference: str, answer: str) -> bool | list[tuple[str, str]]:
+    """The verdict where spelling gives it, else the formulas of which one pair has to be equal."""
+    parts = final_part(reference), final_part(answer)
+    if None in parts:
+        whole = (first_answer(text)[-CHARACTERS:] for text in (reference, answer))
+        texts = [
+            f"${form(p).formula}$" if p is not None else _plain(w)
+            for p, w in zip(parts, whole, strict=True)
+        ]
+        return [(texts[0], texts[1])]
+    right, given = (form(part or "") for part in parts)
+    if (verdict := settled(right, given)) is not None:
+        return verdict
+    questions = [(f"${right.formula}$", f"${given.formula}$")]
+    if right.percent != given.percent:
+        shares = [
+            rf"$\frac{{{f.formula}}}{{100}}$" if f.percent else f"${f.formula}$"
+            for f in (right, given)
+        ]
+        questions.append((shares[0], shares[1]))
+    return questions
+
+
+def _plain(text: str) -> str:
+    """A text without per-cent signs, as the MATH benchmark's own comparison has it (Hendrycks et al. 2021)."""
+    return text.replace("\\%", "").replace("%", "")
+
+
+def _parsed_alike(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """math-verify's verdicts, in a process that is replaced whenever it had to be killed."""
     verdicts: list[bool] = []
-    while len(verdicts) < len(pairs):  # another process after each one that had to be killed
+    while len(verdicts) < len(pairs):
         with _judge() as judge:
             for reference, answer in pairs[len(verdicts) :]:
-                verdict = _ask(judge, final_part(reference), final_part(answer))
+                verdict = _ask(judge, reference, answer)
                 verdicts.append(bool(verdict))
                 if verdict is None:
                     break

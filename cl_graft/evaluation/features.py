@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cl_graft.evaluation.generate import BATCH
+from cl_graft.models.text import encode_prompts
 from cl_graft.skillpack.compress.text import padded
 
 
@@ -33,7 +34,7 @@ class Features:
     @torch.no_grad()
     def _read(self, prompts: list[str]) -> Tensor:
         self.model.eval()
-        rows = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        rows = encode_prompts(self.tokenizer, prompts)
         # on the right, where causal attention never looks
         batch = padded([(row, len(row)) for row in rows], self.tokenizer.pad_token_id)
         ids, mask = (batch[k].to(self.model.device) for k in ("input_ids", "attention_mask"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cl_graft.models.text import encode
+from cl_graft.models.text import encode, encode_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ def answers(
     whose probabilities make up this share.
     """
     model.eval()
-    encoded = [tokenizer(p)["input_ids"] for p in prompts]
+    encoded = encode_prompts(tokenizer, prompts)
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
     said, ends = [Answer("", 0, False)] * len(prompts), _ends(model, tokenizer)
     if temperature is not None:
@@ -137,7 +137,7 @@ def choice_likelihoods(
     ]
     tails = [tail[: max(1, max_length - 1)] for tail in tails]
     room = max(1, max_length - max(map(len, tails)))
-    heads = [tokenizer(p)["input_ids"][-room:] for p in prompts]
+    heads = [ids[-room:] for ids in encode_prompts(tokenizer, prompts)]
     order = sorted(range(len(heads)), key=lambda i: (len(heads[i]), i))
     result: list[list[float]] = [[] for _ in heads]
     for start in range(0, len(order), BATCH):

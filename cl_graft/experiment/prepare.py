@@ -12,6 +12,7 @@ from cl_graft.budget import Budget
 from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.evaluation.scorers import require_consents, resolved
+from cl_graft.experiment.texts import check_texts
 from cl_graft.store.digests import digest
 from cl_graft.store.mirror import mirror_of
 from cl_graft.task import Scenario
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from cl_graft.routing.base import Router
     from cl_graft.strategy.base import Strategy
 
+UNKNOWN = "0" * 32  # stands for the fingerprint of weights that are not there, and is as long
+
 
 def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]]:
     """Find and check everything a run names, before anything is computed."""
@@ -31,25 +34,52 @@ def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]
 
 
 def check(cells: Iterable[RunConfig]) -> None:
-    """Raise what `prepare` would for any of the cells, and for their models, mirrors and launches.
+    """Raise what `prepare` would for any of the cells, and for their models, mirrors and launches, the cheapest first.
 
-    A scenario that cells share is made once.
+    A scenario that cells share is made once, and so is a model without its weights.
     """
     from cl_graft.models import load
 
-    made = set()
+    cells = list(cells)
     for config in cells:
         _strategy(config)
         load.check(config.model)
         if mirror := mirror_of(config):
             mirror.check()
-        name = config.short(config.scenario)
-        told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
-        chosen = [config.options.get(name), config.scoring]
-        scenario = digest(*map(str, told), chosen, str(config.train_on))
-        if scenario not in made:
-            _launch(config.launch, _scenario(config))
-            made.add(scenario)
+    scenarios: dict[str, Scenario] = {}
+    for config in cells:
+        if (key := _data_of(config)) not in scenarios:
+            scenarios[key] = _scenario(config)
+            _launch(config.launch, scenarios[key])
+    models: dict[Any, PreTrainedModel | None] = {}
+    for config in cells:
+        named = config.model, config.data_dir
+        if named not in models:
+            models[named] = load.without_weights(*named)
+        if (model := models[named]) is not None:
+            _require_possible(config, scenarios[_data_of(config)], model)
+
+
+def _data_of(config: RunConfig) -> str:
+    """Digest of all that makes the cell's scenario what it is."""
+    told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
+    chosen = [config.options.get(config.short(config.scenario)), config.scoring]
+    return digest(*map(str, told), chosen, str(config.train_on))
+
+
+def _require_possible(config: RunConfig, scenario: Scenario, model: PreTrainedModel) -> None:
+    """Raises CLGraftError or OverBudget where the method could not keep a task of such a model."""
+    strategy_class, options = _strategy(config)
+    strategy = strategy_class(
+        model=model,
+        tokenizer=None,
+        scenario=scenario,
+        budget=Budget(config.budget, sum(p.numel() for p in model.parameters())),
+        seed=config.seed,
+        options=options,
+    )
+    strategy.grafted._base = UNKNOWN
+    strategy.require_possible()
 
 
 def _launch(launch: Launch, scenario: Scenario) -> None:
@@ -104,7 +134,9 @@ def scenario_of(config: RunConfig) -> Scenario:
         if owner not in used:
             known = [name, config.short(config.strategy), *sorted(used)]
             raise UnknownName("scenario, strategy or scorer of this cell", owner, known)
-    return _trained_on(scenario, config.train_on)
+    scenario = _trained_on(scenario, config.train_on)
+    check_texts(scenario)
+    return scenario
 
 
 def _scenario(config: RunConfig) -> Scenario:
@@ -126,17 +158,20 @@ def strategy_of(
     """The strategy of a cell that was prepared, on its model; its scenario's prompts are rendered.
 
     patient: wait for a stage that another cell trains; else Busy is raised.
-    Raises NoChatTemplate where the scenario is for chat and the tokenizer is not.
+    Raises NoChatTemplate where the scenario is for chat and the tokenizer is not, CLGraftError for preference pairs
+    that are all alike to the model.
     """
     from cl_graft.evaluation.outcomes import Outcomes
     from cl_graft.models.chat import rendered
+    from cl_graft.models.pairs import without_equal_pairs
     from cl_graft.training.stages import Stages
 
     mirror = mirror_of(config)
-    return strategy_class(
+    scenario, told = without_equal_pairs(rendered(scenario, tokenizer), tokenizer)
+    strategy = strategy_class(
         model=model,
         tokenizer=tokenizer,
-        scenario=rendered(scenario, tokenizer),
+        scenario=scenario,
         budget=Budget(config.budget, sum(p.numel() for p in model.parameters())),
         seed=config.seed,
         options=options,
@@ -145,6 +180,8 @@ def strategy_of(
         outcomes=Outcomes(config.store, config.cell, mirror),
         router=router_of(config),
     )
+    strategy.notes += told
+    return strategy
 
 
 def router_of(config: RunConfig) -> Router | None:
@@ -171,6 +208,12 @@ def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
         if task.name in folders:
             folder = folders[task.name]
             task = replace(task, train=read_examples(folder), pairs=read_pairs(folder))
+            trained = {e.prompt for e in task.train} | {pair.prompt for pair in task.pairs}
+            if tested := sum(example.prompt in trained for example in task.test):
+                raise CLGraftError(
+                    f"{folder} trains task {task.name!r} on {tested} of its own test prompts; build it again from "
+                    "prompts without them."
+                )
             task = task.with_validation()
             if task.training.preference and not task.pairs:
                 raise CLGraftError(

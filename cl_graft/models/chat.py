@@ -36,7 +36,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     if tokenizer(bare)["input_ids"] != tokenizer(whole, add_special_tokens=False)["input_ids"]:
         raise NoChatTemplate(
             f"the tokenizer of {owner} adds tokens to a text that its chat template does not begin with; set "
-            "add_bos_token and add_eos_token in its tokenizer_config.json as the template needs."
+            "add_bos_token and add_eos_token in its tokenizer_config.json to false."
         )
     return bare
 

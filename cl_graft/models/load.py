@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.models import embedded
+from cl_graft.models.weights import CheckpointError, check_folder, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,13 +26,12 @@ def locate(name: str, data_dir: Path | None = None) -> str:
 def check(name: str) -> None:
     """Raises UnknownName for a name that is neither embedded, nor a folder, nor shaped like `owner/model`.
 
-    Raises CLGraftError for a folder that is no model's.
+    Raises CheckpointError for a folder that is no model's, is not whole, or can be read in two ways.
     """
     if name in embedded.SPECS:
         return
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise CLGraftError(f"{name} holds no config.json; give a Hugging Face model folder.")
+        check_folder(Path(name))
     elif name.count("/") != 1 or name.startswith((".", "/")):
         raise UnknownName("model", name, [*embedded.SPECS, "a model folder", "owner/model"])
 
@@ -71,7 +72,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (float32 on the CPU, bfloat16 on a GPU) and tokenizer with a padding token.
 
-    Raises as `locate` and `load_tokenizer` do, and CLGraftError for weights that cannot be loaded.
+    Raises as `locate` and `load_tokenizer` do, and CLGraftError for weights that cannot be loaded, that are not all
+    there or are of another model than the config's, or that are no numbers.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -81,15 +83,22 @@ def load(
     place = locate(name, data_dir)
     tokenizer = load_tokenizer(name, place)
     on_gpu = torch.cuda.is_available()
+    verbosity = logging.get_verbosity()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        logging.set_verbosity_error()  # what it says of weights that are missing is said below, in one sentence
+        model, info = AutoModelForCausalLM.from_pretrained(
             place,
             trust_remote_code=False,
             dtype=torch.bfloat16 if on_gpu else torch.float32,
             attn_implementation=attention(),
+            key_mapping=_renamed(Path(place)),
+            output_loading_info=True,
         )
     except Exception as error:  # torn weights, no network, ...: each library has errors of its own
         raise _unloadable(f"model {name!r}", error) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    _check_loaded(name, model, info)
     return model.to("cuda" if on_gpu else "cpu"), tokenizer
 
 
@@ -99,9 +108,15 @@ def load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
     Raises CLGraftError where it cannot be loaded or has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        if tokenizer.is_fast and tokenizer("")["input_ids"]:
+            # transformers (5.23) passes over the settings where there is a tokenizer.json
+            told = get_tokenizer_config(place)
+            if told.get("add_bos_token") is False and not told.get("add_eos_token"):
+                tokenizer.add_bos_token = False
     except Exception as error:
         raise _unloadable(f"the tokenizer of model {name!r}", error) from error
     if tokenizer.eos_token_id is None:
@@ -112,6 +127,35 @@ def load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def _renamed(folder: Path) -> dict[str, str] | None:
+    """{pattern: replacement} for names that training has changed; None for a hub id, and for pickled weights."""
+    if not any(folder.glob("model*.safetensors")):
+        return None
+    return dict.fromkeys(weights(folder).added.values(), "") or None
+
+
+def _check_loaded(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raise CheckpointError where transformers made weights up, left some of the layers out, or read no numbers."""
+    import torch
+
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"model {name!r} has no weights for {len(missing)} of its parameters ({missing[0]!r}, ...), which would be "
+            "random numbers; give a folder that is whole, with the config.json that belongs to its weights."
+        )
+    known = {re.sub(r"\d+", "#", key) for key in model.state_dict()}
+    if over := [k for k in sorted(info["unexpected_keys"]) if re.sub(r"\d+", "#", k) in known]:
+        raise CheckpointError(
+            f"model {name!r} has weights of more layers than its config.json counts ({over[0]!r}, ...), which would "
+            "be left out; give it the config.json that belongs to its weights."
+        )
+    for key, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise CheckpointError(
+                f"{key!r} of model {name!r} holds NaN or Inf; give a checkpoint from before its training diverged."
+            )
 
 
 def _unloadable(what: str, error: Exception) -> CLGraftError:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cl_graft.errors import CLGraftError
 from cl_graft.models.roles import Role, roles
+from cl_graft.models.weights import weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -254,18 +255,10 @@ def _config(folder: Path) -> PreTrainedConfig:
 
 
 def _shapes_in(folder: Path) -> Shapes:
-    """Names and shapes from the headers of the folder's own weights; none where it has no safetensors."""
-    from safetensors import safe_open
-
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    files = ["model.safetensors"] if single.is_file() else []
-    if not files and index.is_file():
-        files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in files:
-        with safe_open(folder / name, framework="pt") as file:
-            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    return shapes
+    """Names and shapes of the folder's own weights; none where it has no safetensors."""
+    if not any(folder.glob("model*.safetensors")):
+        return {}
+    return {name: found.shape for name, found in weights(folder).stored.items()}
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

@@ -11,7 +11,8 @@ model on the meta device will do.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Role = Literal["embedding", "head", "attention", "mlp", "norm", "other"]
+ROLES: tuple[Role, ...] = get_args(Role)
 ATTENTION = ("attention", "attn")  # what classes say of themselves
 CHANNELS = ("mlp", "moe", "feedforward", "experts")
 
@@ -114,6 +116,15 @@ def tied_head(model: nn.Module) -> dict[str, str]:
             used = next(f"{n}.weight" for n, module in model.named_modules() if module is head)
             return {name: used} if used != name else {}
     return {}
+
+
+def untouched(model: PreTrainedModel, touched: Collection[Role]) -> frozenset[str]:
+    """Names of the parameters whose roles are not among those; a tied embedding is touched only if its head is, too.
+
+    Raises UnclearRoles as `roles`.
+    """
+    tied = tied_head(model) if "head" not in touched else {}
+    return frozenset(n for n, role in roles(model).items() if role not in touched or n in tied)
 
 
 def _is_vector(parameter: nn.Parameter) -> bool:

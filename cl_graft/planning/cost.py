@@ -74,10 +74,11 @@ def step_bytes(
     parameters: int,
     *,
     trained: int | None = None,
+    adapter: bool = False,
     stage: Literal[0, 2, 3] = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> int:
-    """Bytes of a checkpoint to resume from, all processes' files together; with `trained`, of an adapter's training.
+    """Bytes of a checkpoint to resume from, all processes' files together; trained: None where all parameters are.
 
     The Trainer's own: weights (an adapter's alone, if there is one) and AdamW's two moments, 12 N where all is
     trained. DeepSpeed's: the weights as computed with, the master weights and moments (12 for each trained
@@ -85,7 +86,8 @@ def step_bytes(
     """
     learned = parameters if trained is None else trained
     size = 2 if stage and precision == "bf16" else 4
+    written = size * (learned if adapter else parameters)
     if not stage:
-        return size * learned + 8 * learned
+        return written + 8 * learned
     again = size * parameters if stage == 2 else 0
-    return size * learned + 12 * learned + again
+    return written + 12 * learned + again

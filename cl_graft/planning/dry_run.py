@@ -17,9 +17,11 @@ from cl_graft.store.digests import digest
 from cl_graft.task import Pair, Preference, Task
 from cl_graft.training import checkpoint
 from cl_graft.training.config import Row, StageConfig, accumulation, dpo_job, sft_job
-from cl_graft.training.fit import encoded, fit, lengths, tokens_of_a_step
+from cl_graft.training.fit import fit
+from cl_graft.training.preferences import Sampled
 from cl_graft.training.stages import MARKER, Log, stage_key
 from cl_graft.training.term import Term
+from cl_graft.training.tokens import lengths, tokens, tokens_of_a_step
 from cl_graft.training.zero import BUCKET
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ class DryRun:
         self.start, self.task = "base", strategy.scenario.tasks[0]
         self.chain = ""  # the stage that the next one goes on from, if it was planned
         self.found: list[tuple[str, PlannedStage]] = []
-        self.adapter: tuple[Any, int] | None = None
+        self.trained: tuple[Any, int, list[str]] = (None, 0, [])  # of the last stage
         strategy.stages = self  # type: ignore[assignment]
 
     def learn(self, task: Task) -> None:
@@ -117,19 +119,20 @@ class DryRun:
     ) -> tuple[Path, Log]:
         lora = model.peft_config["default"] if checkpoint.is_adapted(model) else None
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.adapter = (lora, trained)
+        frozen = checkpoint.frozen(model)
+        self.trained = (lora, trained, frozen)
         if any(x.is_meta for term in terms for x in term.state.values()):
             self.exact = False
         told = [(t.name, t.kind, dict(t.options)) for t in terms]  # their tensors are not known
-        asked = (list(rows), asdict(job), told, origin)
+        asked = (list(rows), asdict(job), told, origin, frozen)
         key, state = f"{self.chain} > {digest(*asked)}", "to run"
         if self.exact:
             start = fingerprint(model.named_parameters())
-            key = stage_key(start, tokenizer, rows, job, terms, origin)
+            key = stage_key(start, tokenizer, rows, job, terms, origin, frozen)
             folder = self.stages.folder / "stages" / key
             state = "cached" if (folder / MARKER).is_file() else "to run"
         self.chain = key
-        self._enter(key, rows, job, lora, trained, state, terms)
+        self._enter(key, rows, job, state, terms)
         if state == "cached":
             checkpoint.load_into(model, folder)
         else:
@@ -141,50 +144,51 @@ class DryRun:
 
     def pairs(
         self, model: Any, tokenizer: Any, task: Task, half: Preference, seed: int, allow: bool
-    ) -> list[Pair]:
+    ) -> Sampled:
         """The pairs that were sampled before, or as many as can be, each with the longest answers there may be."""
         if self.exact:
             start = fingerprint(model.named_parameters())
             if self.stages.pairs_file(start, tokenizer, task, half, seed).is_file():
                 known = self.stages.pairs(model, tokenizer, task, half, seed, allow)
-                if not known:  # so SFT was the last stage
+                if not known.pairs:  # so SFT was the last stage
                     raise _Enough
                 return known
         chosen = list(task.train)[: half.prompts]
         self.exact = False
-        return [Pair(e.prompt, e.completion, e.completion) for e in chosen]
+        return Sampled([Pair(e.prompt, e.completion, e.completion) for e in chosen], 0)
 
     def _by_recipe(self, task: Task) -> None:
-        lora, trained = self.adapter or (None, 0)
         self.exact = False
         seed, half = self.strategy._stage_seed, task.training.preference
         rows, job = sft_job(task, seed)
-        self._enter(f"{self.chain} > sft", rows, job, lora, trained, "to run")
+        self._enter(f"{self.chain} > sft", rows, job, "to run")
         if half:
-            pairs = task.pairs or self.pairs(None, None, task, half, seed, False)
+            pairs = task.pairs or self.pairs(None, None, task, half, seed, False).pairs
             rows, job = dpo_job(task, pairs, seed)
             self.start = f"after sft of {task.name}"
-            self._enter(f"{self.chain} > dpo", rows, job, lora, trained, "to run")
+            self._enter(f"{self.chain} > dpo", rows, job, "to run")
 
     def _enter(
         self,
         key: str,
         rows: Sequence[Row],
         job: StageConfig,
-        lora: Any,
-        trained: int,
         state: str,
         terms: Sequence[Term] = (),
     ) -> None:
-        counts = lengths(encoded(self.strategy.tokenizer, rows, job))
-        needs = self._needs(job, max(counts), lora)
+        lora, trained, frozen = self.trained
+        counts = lengths(tokens(self.strategy.tokenizer, rows, job))
+        needs = replace(self._needs(job, max(counts), lora), frozen=tuple(frozen))
         vocabulary = self.strategy.model.get_input_embeddings().weight.shape[0]
         held = of_terms(terms, needs, trained, vocabulary)
         named = self.strategy.model.named_parameters()
         everything = sum(p.numel() for n, p in named if ".lora_" not in n)
-        learned = None if lora is None else trained
         resume = cost.step_bytes(
-            everything, trained=learned, stage=needs.stage, precision=needs.precision
+            everything,
+            trained=trained,
+            adapter=lora is not None,
+            stage=needs.stage,
+            precision=needs.precision,
         )
         stage = PlannedStage(
             task=self.task.name,
@@ -199,13 +203,13 @@ class DryRun:
             trained=trained,
             tokens=round(tokens_of_a_step(counts, len(rows), job) * job.steps),
             memory=replace(self._memory(needs), terms=held),
-            disk=cost.stage_bytes(everything if learned is None else learned) + 2 * resume,
+            disk=cost.stage_bytes(everything if lora is None else trained) + 2 * resume,
             state=state,
             seconds=None,
             cells=[],
         )
         if state != "cached":
-            stage.seconds = self.timer(self.strategy, stage, rows, lora, self.config, self.real)
+            stage.seconds = self.timer(self.strategy, stage, rows, needs, self.config, self.real)
         self.found.append((key, stage))
 
     def _needs(self, job: StageConfig, length: int, lora: Any) -> Job:
@@ -246,15 +250,16 @@ class Timer:
         strategy: Strategy,
         stage: PlannedStage,
         rows: Sequence[Row],
-        lora: Any,
+        needs: Job,
         config: RunConfig,
         real: bool,
     ) -> float | None:
         job = stage.config
         if self.probe and real and not config.launch.processes:
-            what = (config.model, config.launch, job.kind, job.batch, stage.task, str(lora))
+            trained = (str(needs.lora), needs.frozen)
+            what = (config.model, config.launch, job.kind, job.batch, stage.task, *trained)
             if what not in self.known:
-                self.known[what] = _probed(strategy, rows, replace(job, steps=3), lora, config)
+                self.known[what] = _probed(strategy, rows, replace(job, steps=3), needs, config)
             return self.known[what] * job.steps
         if self.peak is None:
             return None
@@ -273,15 +278,16 @@ class Timer:
 
 
 def _probed(
-    strategy: Strategy, rows: Sequence[Row], job: StageConfig, lora: Any, config: RunConfig
+    strategy: Strategy, rows: Sequence[Row], job: StageConfig, needs: Job, config: RunConfig
 ) -> float:
     from cl_graft.models.load import load
 
     model, tokenizer = load(config.model, config.data_dir)
-    if lora is not None:
+    checkpoint.freeze(model, needs.frozen)
+    if needs.lora is not None:
         from peft import get_peft_model
 
-        model = get_peft_model(model, lora)  # type: ignore[assignment]
+        model = get_peft_model(model, needs.lora)  # type: ignore[assignment]
     some = list(rows)[: max(3 * job.batch, 1)]
     with TemporaryDirectory() as work:
         return cost.probe(

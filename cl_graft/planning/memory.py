@@ -27,7 +27,7 @@ class Job:
     """A stage, as far as its memory goes.
 
     micro_batch: examples (pairs in DPO) of one forward pass on one device. length: tokens of its longest row.
-    accumulation: micro-batches of one optimizer step. lora: a PEFT configuration; None trains everything.
+    accumulation: micro-batches of one optimizer step. lora: a PEFT configuration; None trains everything but `frozen`.
     precision: `fp32`; or `bf16` computed from fp32 master weights, by autocast or, with ZeRO, from bf16 copies.
     stage: ZeRO's, 0 for none (PyTorch's own data parallelism where there are several processes).
     offload: the optimizer's states, the fp32 master weights and their gradients are in the host's memory.
@@ -41,6 +41,7 @@ class Job:
     length: int
     accumulation: int = 1
     lora: Any = None
+    frozen: tuple[str, ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: bool = False
     stage: Literal[0, 2, 3] = 0
@@ -118,6 +119,7 @@ def estimate(model: str | Path | PreTrainedConfig, job: Job) -> Memory:
         job.length,
         gradients=gradients,
         lora=job.lora,
+        frozen=job.frozen,
         dtype=torch.bfloat16 if halves and job.stage else torch.float32,
         autocast=halves and not job.stage,
         checkpointing=job.checkpointing,

@@ -17,7 +17,7 @@ import torch
 
 from cl_graft.config import RunConfig
 from cl_graft.experiment import cell
-from cl_graft.experiment.prepare import prepare, strategy_of
+from cl_graft.experiment.prepare import UNKNOWN, prepare, strategy_of
 from cl_graft.models.load import load, load_tokenizer, locate
 from cl_graft.planning import cost
 from cl_graft.planning.dry_run import DryRun, PlannedStage, Timer
@@ -99,7 +99,8 @@ def _of_cell(
     model, tokenizer, exact = _model(config)
     strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer)
     if not exact:
-        strategy.grafted._base = "planned"  # a fingerprint needs the weights
+        strategy.grafted._base = UNKNOWN
+    strategy.require_possible()
     done = cell.finished(config) is not None
     left = [] if done else _not_learned(config, scenario.task_names)
     recorder = DryRun(config, strategy, exact, memories, timer, gpu)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cl_graft.training.checkpoint import freeze
 from cl_graft.training.loss import FEW, plain
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def trace(
     *,
     gradients: Literal["new", "kept", "freed"] = "new",
     lora: Any = None,
+    frozen: Iterable[str] = (),
     dtype: torch.dtype = torch.float32,
     autocast: bool = False,
     checkpointing: bool = False,
@@ -70,11 +72,13 @@ def trace(
 
     gradients: `new` where there are none before, so that they count as they arise; `kept` where they are there
     from an earlier micro-batch and are added to; `freed` where each is taken away as soon as it is whole, as
-    ZeRO does. lora: a PEFT configuration. dtype: of the parameters. autocast: whether bfloat16 is computed in,
-    from parameters of another dtype. triton: whether TRL's head works in place, as its kernels on a GPU do.
+    ZeRO does. lora: a PEFT configuration. frozen: parameters that are not trained. dtype: of the parameters.
+    autocast: whether bfloat16 is computed in, from parameters of another dtype. triton: whether TRL's head works in
+    place, as its kernels on a GPU do.
     """
     with torch.device("meta"):
         model = _model(config, kind, lora, dtype, checkpointing)
+        freeze(model, frozen)
     with FakeTensorMode(), _in_place(triton):
         _give_memory(model)
         shapes = tuple(Shape(p.numel(), p.requires_grad) for p in model.parameters())

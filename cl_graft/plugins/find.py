@@ -195,6 +195,12 @@ class _Place:
         return self.prefix + file.name
 
 
+def _variant(kind: str, name: str) -> str:
+    """The plug-in of ours that `NAME:VARIANT` is: `number:lm-eval` is `number_lm_eval`; other names are as they are."""
+    joined = name.replace(":", "_").replace("-", "_")
+    return joined if ":" in name and KINDS[kind].file(joined) else name
+
+
 def _user(path: Path, name: str) -> _Place:
     if path.resolve().is_relative_to(PACKAGE):
         return _Place(path.resolve(), name)
@@ -203,7 +209,7 @@ def _user(path: Path, name: str) -> _Place:
 
 def _place(kind: str, name: str) -> _Place:
     """Raises UnknownName, or CLGraftError for a file that is not there."""
-    known = KINDS[kind]
+    known, name = KINDS[kind], _variant(kind, name)
     if known.host and ":" in name:
         return _place(known.host, name.rpartition(":")[0])
     if name.endswith(".py"):
@@ -241,7 +247,7 @@ def load(kind: str, name: str) -> Any:
     A file that was changed since it was loaded is loaded anew. Raises UnknownName with the nearest names, or
     CLGraftError where a file does not hold a plug-in.
     """
-    known = KINDS[kind]
+    known, name = KINDS[kind], _variant(kind, name)
     if known.host and ":" in name:
         host, _, name = name.rpartition(":")
         return _object(_module(known.host, host), kind, name)

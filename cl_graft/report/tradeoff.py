@@ -7,8 +7,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cl_graft.report.aggregate import Cell, lines_of
-from cl_graft.report.style import GREY, looks_of, styled, title_of, wrap
+from cl_graft.report.style import GREY, alike, looks_of, roomy, styled, title_of, wrap
 
 ALIVE = "bytes alive after the last task / tasks, % of the base model's bytes"
 
@@ -62,14 +64,26 @@ def _against_bytes(cells: Sequence[Cell], metric: str, name: str, better: int) -
         above: Any = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "bottom"}
         ax.text(budget, 1.01, f"budget {first['budget']}", color=GREY, **above)
     log_ticks(ax)
+    roomy(ax)
     ax.grid()
     ax.set_xlabel(ALIVE)
     ax.set_ylabel(name)
     figure.suptitle(wrap(title, 98))
-    if hidden:
-        text = textwrap.fill(f"Not shown: {', '.join(hidden)}.", 120)
-        figure.supxlabel(text, fontsize=7, color=GREY)
+    notes = [near(ax, [(s.title, placed[s.name]) for s in shown])]
+    notes += [f"Not shown: {', '.join(hidden)}."] if hidden else []
+    if text := " ".join(filter(None, notes)):
+        figure.supxlabel(textwrap.fill(text, 120), fontsize=7, color=GREY)
     return figure
+
+
+def near(ax: Axes, points: Sequence[tuple[str, tuple[float, float]]]) -> str:
+    """Which points lie so near on the axes that one hides another, as a sentence."""
+
+    def same(a: tuple[float, float], b: tuple[float, float]) -> bool:
+        places = (ax.transScale + ax.transLimits).transform([a, b])
+        return bool(np.abs(places[0] - places[1]).max() < 0.01)
+
+    return alike(points, same)
 
 
 def pareto(points: Sequence[tuple[float, float]], better: int = 1) -> list[tuple[float, float]]:

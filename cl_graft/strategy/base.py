@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,24 +30,27 @@ import torch
 
 from cl_graft import plugins
 from cl_graft.budget import Budget
-from cl_graft.errors import CLGraftError, OverBudget, UnknownName
+from cl_graft.errors import CLGraftError, Diverged, OverBudget, UnknownName
 from cl_graft.evaluation.examiner import Answered, Examiner, Group, key
 from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
+from cl_graft.models.roles import ROLES, Role, untouched
 from cl_graft.routing.base import Router
 from cl_graft.skillpack.codecs.exact import exact, original
+from cl_graft.skillpack.codecs.sparse import sparse
 from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.digests import digest
 from cl_graft.strategy.context import Context, cost_of
-from cl_graft.strategy.kept import Kept, Tensors
+from cl_graft.strategy.kept import Kept, Tensors, finite_only
 from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin, check_plugins, drawn
 from cl_graft.task import Pair, Preference, Scenario, Task
 from cl_graft.training.config import Row, StageConfig, jobs
 from cl_graft.training.delta import Delta
-from cl_graft.training.stages import Log, Stages, in_full_precision
+from cl_graft.training.own_loop import watched
+from cl_graft.training.stages import Log, Stages, holding, in_full_precision
 from cl_graft.training.term import Term
 from cl_graft.version import __version__
 
@@ -60,14 +63,16 @@ class Strategy(BaseTemplate):
 
     A method says what it keeps in `learn`; its options are the keyword-only arguments of that function.
     terms: kinds of terms that it adds to training, so that a launch which cannot carry them is refused before anything
-    starts. budgeted: False for references that are allowed any size. stages, outcomes: where what was trained and
-    measured is kept; without them, as long as the strategy lives. router: infers the task of a prompt, which is else
-    given.
+    starts. touches: roles of the parameters that it may change; the others are frozen while it tunes, whatever trains
+    it, and it may keep nothing of them. budgeted: False for references that are allowed any size. stages, outcomes:
+    where what was trained and measured is kept; without them, as long as the strategy lives. router: infers the task of
+    a prompt, which is else given.
     """
 
     PLUGIN_CLASS = SupervisedPlugin
     keeps: Keeps | Mapping[str, Keeps] = "per_task"
     budgeted: ClassVar[bool] = True
+    touches: ClassVar[Collection[Role]] = ROLES
     terms: ClassVar[tuple[Literal["penalty", "project"], ...]] = ()
     function: ClassVar[Callable[..., Any]]  # whose keyword-only arguments are the options
 
@@ -75,6 +80,11 @@ class Strategy(BaseTemplate):
         super().__init_subclass__(**kwargs)
         if "learn" in cls.__dict__ and "function" not in cls.__dict__:
             cls.function = cls.learn
+        if not {*cls.touches} or {*cls.touches} - {*ROLES}:
+            raise CLGraftError(
+                f"{cls.__name__} touches {', '.join(map(str, cls.touches)) or 'nothing'}; name some of the roles "
+                f"{', '.join(ROLES)}."
+            )
 
     @classmethod
     def keeps_by(cls, options: Mapping[str, Any]) -> Keeps:
@@ -128,6 +138,9 @@ class Strategy(BaseTemplate):
         self.progress: Callable[[str, float], None] = lambda what, done: None
         self._seconds: dict[str, float] = {"train": 0.0, "compress": 0.0}
         self.log = Log()
+        self.notes: list[
+            str
+        ] = []  # what was left out of training, a sentence each, without its full stop
         self.sampling = 0.0  # seconds of sampling preference pairs
         self.results: dict[str, dict[str, list[Scored]]] = {}
         self.clock = Clock()
@@ -136,6 +149,27 @@ class Strategy(BaseTemplate):
     @cached_property
     def _own_folder(self) -> TemporaryDirectory[str]:
         return TemporaryDirectory(prefix="cl-graft-", ignore_cleanup_errors=True)
+
+    def check(self, context: Context, **options: Any) -> None:
+        """Refuse options that the model or the budget cannot hold; asked before anything is computed.
+
+        context: of a task, with a model of which shapes alone are known: parameters may be on the meta device.
+        Raises CLGraftError or OverBudget with the nearest value that is possible.
+        """
+
+    def require_possible(self) -> None:
+        """Refuse what no task could be kept under. Raises CLGraftError or OverBudget."""
+        longest = max(self.scenario.tasks, key=lambda task: len(task.name))  # its header is, too
+        context = self.context(longest)
+        if self.budgeted:
+            name, smallest = min(self.base.items(), key=lambda item: item[1].numel())
+            first = torch.arange(smallest.numel()).view(smallest.shape) == 0
+            if context.cost({name: sparse(first.float(), first)}) > self.budget.bytes:
+                raise OverBudget(
+                    f"the budget {self.budget.text} ({self.budget.bytes} bytes) does not hold one weight and a pack's "
+                    "header; raise it."
+                )
+        self.check(context, **self.options)
 
     @abstractmethod
     def learn(self, task: Task, context: Context, **options: Any) -> Tensors | Kept:
@@ -164,12 +198,16 @@ class Strategy(BaseTemplate):
         def progress(done: float) -> None:
             self.progress(f"training {task.name}", done)
 
-        with in_full_precision(model):
+        with in_full_precision(model), holding(model, self.untouched):
             for its_rows, job in jobs(task, seed, partial(self._sampled, model, task)):
                 rows = self.training_rows(its_rows, job)
-                folder, log = self.stages.run(
-                    model, self.tokenizer, rows, job, progress, terms, self.origin
-                )
+                try:
+                    folder, log = self.stages.run(
+                        model, self.tokenizer, rows, job, progress, terms, self.origin
+                    )
+                except Diverged as error:
+                    where = f"{job.kind.upper()} of task {task.name!r}"
+                    raise Diverged(f"{where}: {error}") from error
                 self.log.add(log)
         self._training_wall += perf_counter() - begun
         torch.manual_seed(seed)  # whether training was recalled must not matter from here
@@ -178,11 +216,14 @@ class Strategy(BaseTemplate):
     def _sampled(self, model: Any, task: Task, half: Preference) -> Sequence[Pair]:
         """The model's own preference pairs for the task."""
         begun = perf_counter()
-        pairs = self.stages.pairs(
+        sampled = self.stages.pairs(
             model, self.tokenizer, task, half, self._stage_seed, self.allow_code
         )
         self.sampling += perf_counter() - begun
-        return pairs
+        if note := sampled.note(task):
+            self.notes.append(note)
+            self.progress(note, 0.0)
+        return sampled.pairs
 
     def training_rows(self, rows: Sequence[Row], job: StageConfig) -> Sequence[Row]:
         """The rows that a stage trains on, given those of its task; a method may put others among them.
@@ -211,6 +252,11 @@ class Strategy(BaseTemplate):
             return ""
         file = Path(inspect.getfile(kind))
         return digest(plugins.sources_of(file), kind.__qualname__, self.options)
+
+    @cached_property
+    def untouched(self) -> frozenset[str]:
+        """Names of the parameters that the method declares not to touch."""
+        return untouched(self.model, self.touches) if {*self.touches} < {*ROLES} else frozenset()
 
     @property
     def _stage_seed(self) -> int:
@@ -292,6 +338,7 @@ class Strategy(BaseTemplate):
             budget=replace(self.budget, less=self._spoken_for()),
             seed=self.seed,
             header=self._pack(task, {}),
+            frozen=self.untouched,
             progress=lambda done: self.progress(f"compressing {task.name}", done),
         )
 
@@ -338,9 +385,22 @@ class Strategy(BaseTemplate):
         context = self.context(task)
         begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
         torch.manual_seed(self.seed + len(self.packs))
-        kept = self.learn(task, context, **self.options)
-        kept = kept if isinstance(kept, Kept) else Kept(kept)
+        whose = f"{type(self).__name__} in task {task.name!r}"
+        with watched() as steps:
+            kept = finite_only(
+                lambda: self.learn(task, context, **self.options), self.model, whose
+            )
+        # no stage: up to its last step, the method trained in a loop of its own
+        if not self._training_wall:
+            self._training_wall = (steps.last or perf_counter()) - begun
+            self.log.add(Log(seconds=self._training_wall, spent=self._training_wall))
         self.restore_base()
+        if strange := kept.own.keys() & self.untouched:
+            name = min(strange)
+            raise CLGraftError(
+                f"{type(self).__name__} keeps a delta of {name}, whose role ({context.roles[name]}) it declares not to "
+                f"touch; leave it out, or name the role in touches."
+            )
         if self.budgeted:
             context.require_fit(kept.own)
         self.packs.append(self._pack(task, kept.own))
@@ -380,7 +440,11 @@ class Strategy(BaseTemplate):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of training (also where it was recalled), compressing and evaluating so far."""
+        """Seconds of training (also where it was recalled), compressing and evaluating so far.
+
+        Of a `learn` that runs no stage all is training up to the last step of an optimizer, or, where none of torch's
+        steps, all of it.
+        """
         return self._seconds | {"evaluate": self.examiner.seconds}
 
     @property

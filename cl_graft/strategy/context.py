@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +68,8 @@ class Context:
     """The task just learned, and the model that learned it.
 
     model: holds the tuned weights. start: parameter name -> weights that training started from, in the
-    model's dtype. budget: storage allowed for this task. progress: called with the fraction done.
+    model's dtype. frozen: parameters that the strategy does not touch. budget: storage allowed for this task.
+    progress: called with the fraction done.
     """
 
     model: PreTrainedModel
@@ -78,6 +79,7 @@ class Context:
     budget: Budget
     seed: int
     header: SkillPack  # the pack to be, without tensors: what its header costs
+    frozen: Collection[str] = ()
     progress: Progress = field(default=lambda done: None)
 
     @cached_property
@@ -86,8 +88,9 @@ class Context:
         return roles(self.model)
 
     def delta(self, stage: Path) -> Delta:
-        """Tuned minus start, read tensor by tensor from the folder of a finished stage."""
-        return Delta(stage, self.start, self.model.device)
+        """Tuned minus start of all that is touched, read tensor by tensor from the folder of a finished stage."""
+        start = {name: x for name, x in self.start.items() if name not in self.frozen}
+        return Delta(stage, start, self.model.device)
 
     def cost(self, tensors: Mapping[str, Encoded]) -> int:
         """Bytes these encoded tensors take by the budget's convention (see Budget)."""
@@ -96,6 +99,11 @@ class Context:
     def cost_of(self, specs: Mapping[str, Spec]) -> int:
         """Bytes of tensors with these specs, {name: (codec, shape, meta)}, without any data."""
         return cost_of(self.header, specs, self.budget)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{parameter name: shape}; known before there are any weights."""
+        return {name: tuple(weight.shape) for name, weight in self.start.items()}
 
     def require_fit(self, tensors: Mapping[str, Encoded]) -> None:
         """Raises OverBudget if the tensors cost more than the budget."""

@@ -3,64 +3,109 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from cl_graft.models.roles import ROLES, Role
 from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.codecs.exact import exact, original
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.composed import Deltas, compose
 from cl_graft.strategy.base import Keeps, Strategy
+from cl_graft.strategy.choose import validation_loss
 from cl_graft.strategy.context import Context
+from cl_graft.strategy.kept import Kept
 from cl_graft.task import Task
 
 Compress = Callable[..., dict[str, Encoded]]
 Merge = Callable[..., Tensor]
 Statistic = Callable[..., Any]
+Check = Callable[..., Any]
+CHOSEN = "chosen"  # the shared artefact of options that validation chose
 
 
 def compressor(
-    keeps: Keeps | Mapping[str, Keeps] = "per_task", budgeted: bool = True
+    keeps: Keeps | Mapping[str, Keeps] = "per_task",
+    budgeted: bool = True,
+    check: Check | None = None,
+    touches: Collection[Role] = ROLES,
 ) -> Callable[[Compress], type[Strategy]]:
     """Short form: `f(delta, context, *, options) -> encoded tensors` becomes a strategy of that name.
 
-    delta: parameter name -> float32 tensor, tuned minus where training started. keeps: as of Strategy; of a method
-    with several forms {value of its option `convention`: how that one keeps}.
+    delta: parameter name -> float32 tensor, tuned minus where training started, of all that the method touches. keeps:
+    as of Strategy; of a method with several forms {value of its option `convention`: how that one keeps}. check:
+    `g(context, *, options)` refuses options that the model's shapes or the budget do not allow, as of Strategy; it
+    names those that it looks at. touches: as of Strategy.
     """
 
     def make(function: Compress) -> type[Strategy]:
         def learn(self: Strategy, task: Task, context: Context, **options: Any):
             return function(context.delta(self.teach(self.model, task)), context, **options)
 
-        return _strategy(function, learn, keeps=keeps, budgeted=budgeted)
+        def possible(self: Strategy, context: Context, **options: Any) -> None:
+            if check is not None:
+                check(context, **_wanted(check, options))
+
+        return _strategy(
+            function, learn, keeps=keeps, budgeted=budgeted, check=possible, touches=touches
+        )
 
     return make
 
 
 def merger(
-    function: Merge | None = None, *, statistic: Statistic | None = None
+    function: Merge | None = None,
+    *,
+    statistic: Statistic | None = None,
+    grid: Mapping[str, Sequence[float]] | None = None,
 ) -> type[Strategy] | Callable[[Merge], type[Strategy]]:
     """Short form: `f(deltas, *, options) -> delta` becomes a strategy that merges all tasks seen into one.
 
     deltas: a parameter's delta of every task, float32 tensors of one shape; what is returned is the merged one. Only
-    one parameter's are in memory at a time. statistic: `g(delta, *, options)` of a task's whole delta, {parameter
-    name: tensor} decoded as it is read, returns a plain number (a threshold over all parameters); f is then given the
-    tasks' numbers second, `f(deltas, statistics, *, options)`. What is kept is each task's delta in bf16, since
-    merging anew needs them all.
+    one parameter's are in memory at a time; one task alone is itself, and f is not asked. statistic: `g(delta, *,
+    options)` of a task's whole delta, {parameter name: tensor} decoded as it is read, returns a plain number (a
+    threshold over all parameters); f is then given the tasks' numbers second, `f(deltas, statistics, *, options)`.
+    grid: {option: its values}; where the option is None, the value is taken under which the tasks seen lose least on
+    their validation, the mean over tasks (choose.py), and kept as the shared artefact `chosen`. What is kept is each
+    task's delta in bf16, since merging anew needs them all.
     """
 
     def make(function: Merge) -> type[Strategy]:
         def learn(self: Strategy, task: Task, context: Context, **options: Any):
-            return context.dense(context.delta(self.teach(self.model, task)))
+            own = context.dense(context.delta(self.teach(self.model, task)))
+            free = {n: values for n, values in (grid or {}).items() if options[n] is None}
+            if not free or not self.packs:
+                return own
+            self.restore_base()
+            packs = [*self.packs, self._pack(task, own)]
+            tasks = self.scenario.tasks[: len(packs)]
+            tried = [dict(zip(free, v, strict=True)) for v in itertools.product(*free.values())]
+
+            def lost(values: dict[str, float]) -> float:
+                merged = made(self, packs, {**options, **values})
+                return sum(validation_loss(self, merged, seen) for seen in tasks)
+
+            best = min(tried, key=lost)
+            self.grafted.unload()
+            told = {n: exact(torch.tensor(v, dtype=torch.float64)) for n, v in best.items()}
+            return Kept(own, {CHOSEN: told})
+
+        def made(self: Strategy, packs: Sequence[SkillPack], options: Mapping[str, Any]):
+            told = dict(options)
+            if statistic is not None:
+                told["statistics"] = [_statistic(self, statistic, pack) for pack in packs]
+            return [compose(merged, packs, packs[0].shapes, **told)]
 
         def compose_all(self: Strategy, task: int | None) -> Sequence[SkillPack]:
-            if not self.packs:
-                return []
-            told = dict(self.options)
-            if statistic is not None:
-                told["statistics"] = [_statistic(self, statistic, pack) for pack in self.packs]
-            return [compose(merged, self.packs, self.packs[0].shapes, **told)]
+            if len(self.packs) < 2:
+                return self.packs
+            kept = self.shared.get(CHOSEN)
+            chosen = {n: original(e).item() for n, e in kept.tensors.items()} if kept else {}
+            return made(self, self.packs, {**self.options, **chosen})
 
         def merged(name: str, *packs: SkillPack, **told: Any) -> Tensor:
             more = [told.pop("statistics")] if statistic is not None else []
@@ -76,10 +121,16 @@ def _statistic(strategy: Strategy, statistic: Statistic, pack: SkillPack) -> Any
     """The number of a pack's delta, computed once."""
     known = strategy.__dict__.setdefault("statistics", {})
     if pack.digest not in known:
-        wanted = inspect.signature(statistic).parameters
-        told = {name: value for name, value in strategy.options.items() if name in wanted}
-        known[pack.digest] = statistic(Deltas(pack), **told)
+        known[pack.digest] = statistic(Deltas(pack), **_wanted(statistic, strategy.options))
     return known[pack.digest]
+
+
+def _wanted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that a function takes: all of them where it has `**options`."""
+    wanted = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values()):
+        return dict(options)
+    return {name: value for name, value in options.items() if name in wanted}
 
 
 def _strategy(function: Callable[..., Any], learn: Any, **members: Any) -> type[Strategy]:

@@ -10,22 +10,84 @@ that is active. `graftllm_adaptive` is our own policy on the same engine (skillp
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from cl_graft.budget import largest
+from cl_graft.errors import OverBudget
 from cl_graft.models.roles import tied_head
 from cl_graft.ranges import Count, NotNegative, Part, Share
-from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.codecs import Encoded, Spec, dense_spec
 from cl_graft.skillpack.compress.calibrate import stored_transposed
-from cl_graft.skillpack.compress.compress import ByteLimit, Piece, compress, fetch
-from cl_graft.skillpack.compress.policy import Paper, Policy
+from cl_graft.skillpack.compress.compress import ByteLimit, Piece, compress, fetch, fitting
+from cl_graft.skillpack.compress.policy import BINS, Paper, Policy, Profile
 from cl_graft.skillpack.compress.work_store import Item
 from cl_graft.strategy.context import Context
 from cl_graft.strategy.forms import compressor
 
 
-@compressor(keeps="per_task")
+def possible(context: Context, policy: Policy) -> None:
+    """Refuse a policy of which what it must keep, whatever a task teaches, is over the budget. Raises OverBudget."""
+    if holds(context, policy):
+        return
+    # the nearest value, in parts of what the option counts in
+    for name, parts in (("rank", 1), ("alpha", 1000)):
+        most = int((getattr(policy, name) or 0) * parts)
+        tried = partial(_tried, context, policy, name, parts)
+        if (nearest := largest(tried, 1, most)) > 0:
+            raise OverBudget(
+                f"{context.header.method}.{name}={getattr(policy, name)} takes more than the budget "
+                f"{context.budget.text} allows ({context.budget.bytes} bytes); the largest that fits is "
+                f"{nearest / parts:g}."
+            )
+    raise OverBudget(
+        f"the budget {context.budget.text} ({context.budget.bytes} bytes) holds not even what the policy must keep; "
+        "raise it, or lower the policy's alpha and rank."
+    )
+
+
+def _tried(context: Context, policy: Policy, name: str, parts: int, count: int) -> bool:
+    value: Any = count if parts == 1 else count / parts
+    return holds(context, replace(policy, **{name: value}))
+
+
+def holds(context: Context, policy: Policy) -> bool:
+    """Whether the budget holds what the policy keeps of a delta that is worth nothing."""
+    fixed: dict[str, Spec] = {}
+    profiles: dict[str, Profile] = {}
+    for piece in pieces(context.model, {}, context.roles):
+        if piece.kind == "vector":
+            fixed[piece.name] = dense_spec(piece.shape)
+            continue
+        size = BINS if piece.kind == "table" else min(piece.shape)
+        profiles[piece.name] = Profile(piece.kind, piece.role, piece.shape, torch.zeros(size))
+    try:
+        fitting(policy, profiles, fixed, limit_of(context))
+    except OverBudget:
+        return False
+    return True
+
+
+def limit_of(context: Context) -> ByteLimit:
+    """The context's budget, as the engine takes it."""
+    return ByteLimit(context.cost_of, context.budget.bytes, context.budget.text)
+
+
+def policy_of(kind: type[Policy], options: Mapping[str, Any]) -> Policy:
+    """The policy with those of the options that are its own."""
+    return kind(**{k: v for k, v in options.items() if k in kind.__dataclass_fields__})
+
+
+def check(context: Context, **options: Any) -> None:
+    """Refuse what the paper's policy cannot do."""
+    possible(context, policy_of(Paper, options))
+
+
+@compressor(keeps="per_task", check=check)
 def graftllm(
     delta: Mapping[str, Tensor],
     context: Context,
@@ -44,8 +106,7 @@ def graftllm(
     keep. rank: most ranks of an attention matrix. The paper gives none of the three: where they are None one scale for
     all is lowered until the pack fits. activation_aware, refit: parts of the adaptive policy, to see what each adds.
     """
-    options = {k: v for k, v in locals().items() if k in Paper.__dataclass_fields__}
-    return packed(delta, context, Paper(**options), calibration_batches)
+    return packed(delta, context, policy_of(Paper, locals()), calibration_batches)
 
 
 def packed(
@@ -57,7 +118,7 @@ def packed(
         pieces(context.model, delta, context.roles),
         context.moments(batches),
         policy,
-        ByteLimit(context.cost_of, context.budget.bytes, context.budget.text),
+        limit_of(context),
         store,
         device=context.model.device,
         progress=lambda what, done: context.progress(done),

@@ -9,6 +9,7 @@ quantisation made of the right ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -17,10 +18,15 @@ from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.compress.policy import Adaptive
 from cl_graft.strategy.context import Context
 from cl_graft.strategy.forms import compressor
-from cl_graft.strategy.graftllm import packed
+from cl_graft.strategy.graftllm import packed, policy_of, possible
 
 
-@compressor(keeps="per_task")
+def check(context: Context, **options: Any) -> None:
+    """Refuse what the adaptive policy cannot do."""
+    possible(context, policy_of(Adaptive, options))
+
+
+@compressor(keeps="per_task", check=check)
 def graftllm_adaptive(
     delta: Mapping[str, Tensor],
     context: Context,
@@ -38,5 +44,4 @@ def graftllm_adaptive(
     """alpha, beta, rank: limits as of `graftllm`; None lets the price decide. activation_aware: directions of D L with
     H = L L^T instead of the plain SVD of D. refit: least-squares refit of the left factors.
     """
-    options = {k: v for k, v in locals().items() if k in Adaptive.__dataclass_fields__}
-    return packed(delta, context, Adaptive(**options), calibration_batches)
+    return packed(delta, context, policy_of(Adaptive, locals()), calibration_batches)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+from torch import nn
+
+from cl_graft.errors import Diverged
 from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.codecs.encoded import finite
 
 Tensors = Mapping[str, Encoded]
 
@@ -21,3 +26,28 @@ class Kept:
 
     own: Tensors
     shared: Mapping[str, Tensors] = field(default_factory=dict)
+
+
+def finite_only(learn: Callable[[], Tensors | Kept], model: nn.Module, whose: str) -> Kept:
+    """What is learned, all of it finite numbers. whose: the method and the task, for the error.
+
+    Raises Diverged, also where a codec or a decomposition of a method fails at weights of the model that are none: a
+    training loop of the method's own is watched by nobody else.
+    """
+    try:
+        kept = learn()
+    except (ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise Diverged(
+                    f"{whose} diverged: its training left NaN or Inf in {name}; lower the learning rate."
+                ) from error
+        raise
+    kept = kept if isinstance(kept, Kept) else Kept(kept)
+    for tensors in (kept.own, *kept.shared.values()):
+        for name, encoded in tensors.items():
+            if not finite(encoded):
+                raise Diverged(
+                    f"{whose} keeps NaN or Inf in {name}; mend its `learn`, or lower the learning rate."
+                )
+    return kept

@@ -1,4 +1,4 @@
-"""LoRA adapters by PEFT on every linear layer but the head: the largest that fits, and their factors in and out."""
+"""LoRA adapters by PEFT on every matrix of the layers: linear layers, stacked experts and routers, not the head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from cl_graft.budget import Budget, largest_within
-from cl_graft.skillpack.codecs import Encoded, Spec, low_rank_spec
+from cl_graft.errors import CLGraftError
+from cl_graft.models.roles import roles
+from cl_graft.skillpack.codecs import (
+    Encoded,
+    Spec,
+    low_rank,
+    low_rank_spec,
+    low_rank_stack,
+    low_rank_stack_spec,
+)
 from cl_graft.skillpack.compress.calibrate import linear_layers, stored_transposed
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.task import Task
@@ -22,18 +31,21 @@ class Adapter:
     """A new adapter on a model; the model is plain again, and as it was, at the end of the `with`.
 
     model: PEFT's wrapping of it, whose adapter alone is trained: B starts at zero, so nothing is changed yet.
-    rank, dropout: of LoRA; alpha_over_rank: the factor on B A (Hu et al. 2021, arXiv 2106.09685).
+    rank, dropout: of LoRA; alpha_over_rank: the factor on B A (Hu et al. 2021, arXiv 2106.09685). Every expert of a
+    stack has an adapter of this rank of its own, and so have routers. Raises as `require_dropout`.
     """
 
     def __init__(self, model: Any, rank: int, alpha_over_rank: float, dropout: float):
         from peft import LoraConfig, get_peft_model
 
-        self.scale, self.transposed = alpha_over_rank, stored_transposed(model)
+        require_dropout(model, dropout)
+        self.scale, self.transposed = alpha_over_rank, _transposed(model)
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha_over_rank * rank,  # type: ignore[arg-type]
             lora_dropout=dropout,
             target_modules=sorted(targets(model)),
+            target_parameters=sorted(mixtures(model)) or None,
             task_type="CAUSAL_LM",
         )
         self.model: Any = get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -48,9 +60,8 @@ class Adapter:
         """{parameter: (left, right)}, float32: its delta, laid out as it is, is left @ right; B has the scale."""
         pairs = {}
         for name, module in adapted_layers(self.model).items():
-            up = self.scale * module.lora_B["default"].weight.detach().float()
-            down = module.lora_A["default"].weight.detach().float()
-            pairs[name] = (down.T, up.T) if name in self.transposed else (up, down)
+            up, low = self.scale * _up(module).detach().float(), down(module).detach().float()
+            pairs[name] = (low.mT, up.mT) if name in self.transposed else (up, low)
         return pairs
 
     @torch.no_grad()
@@ -58,9 +69,9 @@ class Adapter:
         """Start from these factors, as `factors` gave them, of the same rank."""
         for name, module in adapted_layers(self.model).items():
             left, right = tensors[name].parts["left"].float(), tensors[name].parts["right"].float()
-            up, down = (right.T, left.T) if name in self.transposed else (left, right)
-            module.lora_B["default"].weight.copy_(up / self.scale)
-            module.lora_A["default"].weight.copy_(down)
+            up, low = (right.mT, left.mT) if name in self.transposed else (left, right)
+            _up(module).copy_(up / self.scale)
+            down(module).copy_(low)
 
 
 def targets(model: Any) -> dict[str, nn.Module]:
@@ -69,49 +80,118 @@ def targets(model: Any) -> dict[str, nn.Module]:
     return {n: m for n, m in linear_layers(model).items() if m is not head}
 
 
-def adapted_layers(model: Any) -> dict[str, Any]:
-    """{parameter name in the plain model: PEFT's layer, with lora_A and lora_B} of a model with an adapter."""
-    prefix = "base_model.model."
+def mixtures(model: Any) -> dict[str, Tensor]:
+    """{name: parameter} of the stacked experts (experts, rows, cols) and the routers (experts, in) of a mixture.
+
+    Under transformers 5 they are parameters of modules of their own and no linear layers.
+    """
+    linear = {f"{name}.weight" for name in linear_layers(model)}
+    role = roles(model)
     return {
-        f"{name[len(prefix) :]}.weight": module
-        for name, module in model.named_modules()
-        if hasattr(module, "lora_A") and "default" in module.lora_A
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1
+        and role[name] == "mlp"
+        and name not in linear
+        and not name.endswith("bias")
     }
 
 
-def largest_rank(
-    model: Any, cost_of: Callable[[Mapping[str, Spec]], int], budget: Budget, shares: int = 1
-) -> int:
-    """The largest rank of which `shares` adapters in bf16 fit the budget as one pack. Raises OverBudget below 1.
+def require_dropout(model: Any, dropout: float, name: str = "dropout") -> None:
+    """Raises CLGraftError for dropout on a mixture of experts: PEFT has none for parameters that are no layers."""
+    if dropout and mixtures(model):
+        raise CLGraftError(
+            f"{name}={dropout:g} cannot be had on {type(model).__name__}, whose experts are stacked: PEFT drops "
+            f"nothing from them; give {name}=0."
+        )
 
-    cost_of: bytes of tensors with these specs, as `Context.cost_of`.
+
+def adapted_layers(model: Any) -> dict[str, Any]:
+    """{parameter name in the plain model: PEFT's layer, with lora_A and lora_B} of a model with an adapter."""
+    found, prefix = {}, "base_model.model."
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            # of two parameters of one module the wrapper of the first is the base layer of the second's
+            path = name[len(prefix) :].removesuffix(".base_layer")
+            found[f"{path}.{getattr(module, 'parameter_name', 'weight')}"] = module
+    return found
+
+
+def down(module: Any) -> Tensor:
+    """A of one of PEFT's layers: (rank, in), or (experts, rank, in); a view, so it can be written to."""
+    weight = module.lora_A["default"].weight
+    experts = getattr(module, "num_experts", 1)
+    return weight if experts == 1 else weight.view(experts, -1, weight.shape[-1])
+
+
+def _up(module: Any) -> Tensor:
+    """B of one of PEFT's layers: (out, rank), or (experts, out, rank); a view, so it can be written to."""
+    weight = module.lora_B["default"].weight
+    experts = getattr(module, "num_experts", 1)
+    return weight if experts == 1 else weight.view(len(weight), -1, experts).permute(2, 0, 1)
+
+
+def _transposed(model: Any) -> set[str]:
+    """Parameter names of matrices, and of stacks of such, stored (in, out)."""
+    stacked = {
+        n for n, p in mixtures(model).items() if p.ndim == 3 and _owner(model, n).is_transposed
+    }
+    return stored_transposed(model) | stacked
+
+
+def _owner(model: Any, parameter: str) -> Any:
+    return model.get_submodule(parameter.rpartition(".")[0])
+
+
+def encoded(pair: Pair) -> Encoded:
+    """Factors, as `Adapter.factors` gives them, in bf16."""
+    return (low_rank if pair[0].ndim == 2 else low_rank_stack)(*pair)
+
+
+def spec(shape: tuple[int, ...], rank: int) -> Spec:
+    """What `encoded` says of a parameter's factors of this rank, before there are any."""
+    return (low_rank_spec if len(shape) == 2 else low_rank_stack_spec)(shape, rank)
+
+
+def largest_rank(
+    model: Any,
+    cost_of: Callable[[Mapping[str, Spec]], int],
+    budget: Budget,
+    shares: int = 1,
+    given: int | None = None,
+    name: str = "rank",
+) -> int:
+    """The largest rank of which `shares` adapters in bf16 fit the budget as one pack, or the one given if it does.
+
+    cost_of: bytes of tensors with these specs, as `Context.cost_of`. name: of the option that gives it. Raises
+    OverBudget, and CLGraftError for a rank above what the matrices have.
     """
-    shapes = {f"{n}.weight": _shape(m) for n, m in targets(model).items()}
+    layers: dict[str, Any] = {f"{n}.weight": m.weight for n, m in targets(model).items()}
+    shapes = {name: tuple(p.shape) for name, p in (layers | mixtures(model)).items()}
 
     def cost(rank: int) -> int:
-        specs = {name: low_rank_spec(shape, rank * shares) for name, shape in shapes.items()}
-        return cost_of(specs)
+        return cost_of({name: spec(shape, rank * shares) for name, shape in shapes.items()})
 
-    most = min(min(shape) for shape in shapes.values())
-    return largest_within(budget, cost, most, "LoRA of rank 1 on all linear layers")
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    return tuple(module.weight.shape)
+    # a router has a row an expert, and may have more ranks than these
+    most = min(
+        min(shape[-2:]) for name, shape in shapes.items() if name in layers or len(shape) == 3
+    )
+    return largest_within(budget, cost, most, "LoRA of rank 1 on all matrices", given, name)
 
 
 def downs(model: Any, packs: Sequence[SkillPack]) -> dict[str, Tensor]:
-    """{parameter: the A of all these adapters, one below the other, float32 (sum of ranks, in)}.
+    """{parameter: the A of all these adapters, one below the other, float32 (sum of ranks, in)}; of a stack of experts
+    (experts, sum of ranks, in).
 
-    model: the plain one. packs: what `factors` gave, stored as `low_rank`.
+    model: the plain one. packs: what `factors` gave, as `encoded`.
     """
-    transposed = stored_transposed(model)
+    transposed = _transposed(model)
     stacked: dict[str, list[Tensor]] = {}
     for pack in packs:
-        for name, encoded in pack.tensors.items():
-            left, right = encoded.parts["left"].float(), encoded.parts["right"].float()
-            stacked.setdefault(name, []).append(left.T if name in transposed else right)
-    return {name: torch.cat(parts) for name, parts in stacked.items()}
+        for name, kept in pack.tensors.items():
+            left, right = kept.parts["left"].float(), kept.parts["right"].float()
+            stacked.setdefault(name, []).append(left.mT if name in transposed else right)
+    return {name: torch.cat(parts, -2) for name, parts in stacked.items()}
 
 
 def faster(task: Task, scale: float) -> Task:

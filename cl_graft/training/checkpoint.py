@@ -7,7 +7,7 @@ weight is not rounded away; transformers loads such a folder like any other.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,22 +26,39 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
+def frozen(model: nn.Module) -> list[str]:
+    """The parameters that a stage on the model leaves as they are, sorted; none where it trains an adapter alone."""
+    if is_adapted(model):
+        return []
+    return sorted(name for name, p in model.named_parameters() if not p.requires_grad)
+
+
+def freeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Leave these parameters out of training."""
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+
+
 def save(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     whole: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter,
     writes: bool = True,
+    start: Checkpoint | None = None,
 ) -> None:
     """Write what the stage trained: all parameters, or the adapter alone where the model is wrapped by PEFT.
 
     whole: gathers a parameter whose parts lie with several processes, all of which call this; one of them `writes`.
+    start: where frozen parameters are read from, which a job in bfloat16 holds rounded.
     """
     named = dict(model.named_parameters())
     if is_adapted(model):
         return _save_adapter(model, folder, whole, writes)
 
     def fetch(name: str) -> Tensor:
+        if start and not named[name].requires_grad:
+            return start.read(name).float()
         return whole(named[name]).detach().to("cpu", torch.float32)
 
     if not writes:

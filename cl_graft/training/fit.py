@@ -9,12 +9,11 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_graft.config import Launch
-from cl_graft.models.text import encode_all
 from cl_graft.store.digests import peak_memory_mb
 from cl_graft.store.files import flush, read_jsonl, write_json, write_text
 from cl_graft.training.config import (
@@ -25,15 +24,16 @@ from cl_graft.training.config import (
     order,
     save_steps,
 )
+from cl_graft.training.restored import as_it_was
 from cl_graft.training.term import Term
-from cl_graft.training.trainer import ROWS, sft_class, trainer_class
+from cl_graft.training.tokens import Tokens, lengths, tokens, tokens_of_a_step
+from cl_graft.training.trainer import dpo_class, sft_class
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[float], None]  # fraction of the job done
-Text = tuple[list[int], list[int]]  # token ids of a prompt and of an answer to it
 
 LOG = "log.jsonl"
 TOKENS = "tokens.json"  # how many the job trains on, which only who encodes the rows has counted
@@ -56,19 +56,21 @@ def fit(
     `work`/log.jsonl has a line for every twentieth of the job: loss terms, learning rate, gradient norm, tokens a
     second, peak memory; `work`/tokens.json is the tokens of the whole job. The loss is taken over answers only.
     `deepspeed`: its JSON, in a job of several processes. `terms`: what a method adds; the loss in the log is with them.
+    rows: texts, or a data set on disk of the tokens that training/tokens.py makes of them. What TRL changes of the
+    model besides its weights is put back. Raises Diverged where loss or gradients are no finite numbers.
     """
     from transformers import PrinterCallback
 
-    with quiet():
+    with quiet(), as_it_was(model):
         arguments = _arguments(config, launch, work, deepspeed)
         trainer, counts = _trainer(model, tokenizer, rows, config, arguments, terms)
         main = trainer.accelerator.is_main_process
         last = _last_checkpoint(work, main)
         step = int(last.name.rsplit("-", 1)[1]) if last else 0
-        tokens = tokens_of_a_step(counts, len(rows), config)
-        report = _report(work, trainer, step, tokens, progress)
+        count = tokens_of_a_step(counts, len(rows), config)
+        report = _report(work, trainer, step, count, progress)
         if main:
-            write_json(work / TOKENS, config.steps * tokens)
+            write_json(work / TOKENS, config.steps * count)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(report)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -79,40 +81,23 @@ def fit(
 def _trainer(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Row],
+    rows: Sequence[Row] | Any,
     config: StageConfig,
     given: dict,
-    terms: Sequence[Term],
+    terms: Sequence[Term] = (),
 ) -> tuple[Any, list[int]]:
     """TRL's trainer, and the lengths of the texts that it trains on, in tokens."""
-    texts = encoded(tokenizer, rows, config)
-    if config.kind == "dpo":
-        return _dpo(model, tokenizer, rows, config, given, terms), lengths(texts)
-    kept = list(texts)
-    return _sft(model, tokenizer, kept, config, given, terms), lengths(kept)
+    from datasets import Dataset
 
-
-def encoded(tokenizer: Any, rows: Iterable[Row], config: StageConfig) -> Iterator[Text]:
-    """The texts of the rows as the stage makes them: one of a row, or one for each answer of a pair."""
-    answers = ("completion",) if config.kind == "sft" else ("chosen", "rejected")
-    pairs = ((row["prompt"], row[answer]) for row in rows for answer in answers)
-    return encode_all(tokenizer, pairs, config.max_length)
-
-
-def lengths(texts: Iterable[Text]) -> list[int]:
-    """Tokens of each text, its prompt included."""
-    return [len(head) + len(tail) for head, tail in texts]
-
-
-def tokens_of_a_step(lengths: Sequence[int], rows: int, config: StageConfig) -> float:
-    """Tokens of one step on average, where so many rows have texts of these lengths."""
-    return sum(lengths) / rows * config.batch
+    examples = rows if isinstance(rows, Dataset) else tokens(tokenizer, rows, config)
+    make = _dpo if config.kind == "dpo" else _sft
+    return make(model, tokenizer, examples, config, given, terms), lengths(examples)
 
 
 def _sft(
     model: Any,
     tokenizer: Any,
-    texts: list[Text],
+    given_examples: Sequence[Tokens],
     config: StageConfig,
     given: dict,
     terms: Sequence[Term],
@@ -120,14 +105,7 @@ def _sft(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    examples = [
-        {
-            "input_ids": head + tail,
-            "labels": [-100] * len(head) + tail,
-            ROWS: row,
-        }
-        for row, (head, tail) in enumerate(texts)
-    ]
+    examples = list(given_examples)
     return sft_class(SFTTrainer, order(len(examples), config), terms, examples)(
         model=model,
         processing_class=tokenizer,
@@ -156,7 +134,7 @@ def flattens(model: Any) -> bool:
 def _dpo(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Row],
+    examples: Any,
     config: StageConfig,
     given: dict,
     terms: Sequence[Term],
@@ -165,26 +143,22 @@ def _dpo(
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    return trainer_class(DPOTrainer, order(len(rows), config), terms)(
+    # one on disk is given on as it is: the reference's log-probabilities are shared through a file beside it
+    pairs = examples if isinstance(examples, Dataset) else Dataset.from_list(examples)
+    return dpo_class(DPOTrainer, order(len(pairs), config), terms)(
         model=model,
         processing_class=tokenizer,
-        # one on disk is given on as it is: the reference's log-probabilities are shared through a file beside it
-        train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(numbered(rows)),
+        train_dataset=pairs,
         args=_one_device(
             DPOConfig(
                 **given,
                 beta=config.beta,
                 loss_type="sigmoid_norm" if config.length_normalised else "sigmoid",
-                max_length=config.max_length,
+                max_length=None,  # rows are cut already
                 precompute_ref_log_probs=True,
             )
         ),
     )
-
-
-def numbered(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows, each with its number, by which a term knows it in a batch."""
-    return [{**row, ROWS: number} for number, row in enumerate(rows)]
 
 
 def _one_device(arguments: Any) -> Any:
@@ -220,6 +194,7 @@ def _arguments(
         "save_strategy": "steps",
         "save_steps": save_steps(config, launch),
         "logging_steps": logging_steps(config),
+        "logging_nan_inf_filter": False,  # which logs other losses in the place of NaN; ours stops there
         "disable_tqdm": True,
         "deepspeed": deepspeed,
         "remove_unused_columns": False,  # our batches hold what is used
@@ -309,11 +284,14 @@ def quiet() -> Iterator[None]:
     hf.set_verbosity_error()
     hf.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
+    tqdm = os.environ.get("TQDM_DISABLE", "")
+    os.environ["TQDM_DISABLE"] = "1"  # TRL's bar of reference log-probabilities
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
+            os.environ["TQDM_DISABLE"] = tqdm
             hf.set_verbosity(level)
             if bars:
                 hf.enable_progress_bar()

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cl_graft.config import Launch
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, Diverged
+from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.store.files import read_json, write_text
 from cl_graft.training import checkpoint, fit, launch, term
 from cl_graft.training.config import StageConfig
@@ -37,6 +38,8 @@ def main(work: Path) -> None:
         reason = (
             str(error) if isinstance(error, CLGraftError) else f"{type(error).__name__}: {error}"
         )
+        if isinstance(error, Diverged):
+            write_text(work / launch.DIVERGED, reason)
         rank = os.environ.get("RANK", "0")
         write_text(work / f"{launch.FAILED}{rank}", f"{reason}\n\n{traceback.format_exc()}")
         raise
@@ -60,13 +63,13 @@ def _run(work: Path, given: dict[str, Any]) -> None:
     partitions = HfDeepSpeedConfig(settings)  # while it lives, models are loaded in parts (ZeRO-3)
     model, tokenizer = checkpoint.load_start(work / "start", torch.float32)
     del partitions
+    checkpoint.freeze(model, given["frozen"])
     rows = load_from_disk(str(work / "rows"))
     terms = term.load(work / "terms")
     trainer = fit.fit(model, tokenizer, rows, config, how, work, settings, terms=terms)
     inner = trainer.accelerator.unwrap_model(trainer.model)
-    checkpoint.save(
-        inner, tokenizer, Path(given["out"]), whole, trainer.accelerator.is_main_process
-    )
+    main, start = trainer.accelerator.is_main_process, Checkpoint(work / "start")
+    checkpoint.save(inner, tokenizer, Path(given["out"]), whole, main, start)
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
         write_text(work / launch.DONE, "")

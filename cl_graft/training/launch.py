@@ -22,19 +22,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cl_graft.config import Launch
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, Diverged
 from cl_graft.models.embedded import cache_root
 from cl_graft.processes import signal_name
 from cl_graft.store.files import RecordError, read_jsonl, write_json
 from cl_graft.store.locks import locked
 from cl_graft.training import checkpoint
 from cl_graft.training.config import Row, StageConfig, accumulation
-from cl_graft.training.fit import LOG, Progress, numbered, quiet
+from cl_graft.training.fit import LOG, Progress, quiet
 from cl_graft.training.term import Term, save
+from cl_graft.training.tokens import tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+DIVERGED = "diverged"  # says why there is nothing to go on from
 FAILED = "failed-"  # with the rank of the process that says why
 DONE = "done"  # the last that a job writes: DeepSpeed's launcher may end well though a process was killed
 ALIVE = "alive"  # renewed while whoever started the job waits for it
@@ -62,25 +64,28 @@ def launched(
     """Run the stage as a job and wait for it; the checkpoint is in `out`, step checkpoints and logs in `work`.
 
     The model's weights stay where they are, but off the accelerator meanwhile. Several nodes must see `work` and
-    `out` under the same path. Raises StageFailed, in one sentence, if any process fails.
+    `out` under the same path. Raises StageFailed, in one sentence, if any process fails, or
+    Diverged.
     """
     from datasets import Dataset
 
     check(launch)
     accumulation(config.batch, launch)
-    for left in (*work.glob(f"{FAILED}*"), *work.glob(f"{HEARD}*"), work / DONE):
+    ends = work / DIVERGED, work / DONE
+    for left in (*work.glob(f"{FAILED}*"), *work.glob(f"{HEARD}*"), *ends):
         left.unlink(missing_ok=True)
     token, environment = secrets.token_hex(8), surroundings()
     (work / ALIVE).write_text(token)
     checkpoint.save_start(model, tokenizer, work / "start")
     with quiet():
-        Dataset.from_list(numbered(rows)).save_to_disk(str(work / "rows"))
+        Dataset.from_list(tokens(tokenizer, rows, config)).save_to_disk(str(work / "rows"))
     shutil.rmtree(work / "terms", ignore_errors=True)
     save(terms, work / "terms")
     job = {
         "config": asdict(config),
         "launch": launch.model_dump(mode="json"),
         "out": str(out.absolute()),
+        "frozen": checkpoint.frozen(model),
         "threads": torch.get_num_threads(),
         "token": token,
         "silence": SILENCE,
@@ -241,6 +246,8 @@ def _wait(
                 progress([*read_jsonl(work / LOG)][-1]["step"] / steps)
     finally:
         _end(job)
+    if (work / DIVERGED).exists():
+        raise Diverged((work / DIVERGED).read_text())
     if job.returncode or not (work / DONE).exists():
         raise StageFailed(
             f"the training job failed ({lost or _reason(work, job.returncode)}); what the processes said is in "

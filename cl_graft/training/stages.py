@@ -14,7 +14,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,8 +25,10 @@ import torch
 from torch import nn
 
 from cl_graft.config import Launch
+from cl_graft.errors import Diverged
 from cl_graft.evaluation import generate
 from cl_graft.evaluation.scorers import base, described
+from cl_graft.models import pairs as own_pairs
 from cl_graft.models import text
 from cl_graft.skillpack.folders.checkpoint import CheckpointError, new_folder
 from cl_graft.skillpack.format.file import fingerprint
@@ -53,6 +55,7 @@ from cl_graft.training import (
     loss,
     preferences,
     term,
+    tokens,
     trainer,
 )
 from cl_graft.training.config import Row, StageConfig
@@ -113,11 +116,13 @@ class Stages:
 
         terms: what a method adds to the loss or the gradients. origin: the identity of a method that trains in a way
         of its own beside; stages with another are not shared. The log is the one of the run that did the work, so
-        that costs are those of training, shared or not. Raises CLGraftError for terms that the launch cannot carry.
+        that costs are those of training, shared or not. Raises CLGraftError for terms that the launch cannot carry,
+        Diverged for training whose loss, gradients or weights are no finite numbers: no stage is left then.
         """
         term.check({t.kind for t in terms}, self.launch, ", ".join(t.name for t in terms))
         start = fingerprint(model.named_parameters())
-        key = stage_key(start, tokenizer, rows, job, terms, origin)
+        kept = checkpoint.frozen(model)
+        key = stage_key(start, tokenizer, rows, job, terms, origin, kept)
         target, begun = self.folder / "stages" / key, perf_counter()
         with _refusals(target), locked(target, self.patient):
             waited = perf_counter() - begun
@@ -128,7 +133,7 @@ class Stages:
                 shutil.rmtree(target, ignore_errors=True)
                 work.mkdir(parents=True, exist_ok=True)
                 begun = perf_counter()
-                with new_folder(target) as building:
+                with _none_diverged(work), new_folder(target) as building:
                     if self.launch.processes:
                         given = (model, tokenizer, rows, job, self.launch, work, building)
                         launch.launched(*given, progress, terms)
@@ -139,9 +144,10 @@ class Stages:
                     spent = perf_counter() - begun
                     if self.launch.processes:
                         checkpoint.load_into(model, building)
-                    else:
+                    _require_finite(model, job)
+                    if not self.launch.processes:
                         checkpoint.save(model, tokenizer, building)
-                    about = {"terms": [t.about for t in terms], "origin": origin}
+                    about = {"terms": [t.about for t in terms], "origin": origin, "frozen": kept}
                     self._mark(building, work, model, len(rows), job, about)
                 _discard(work)
                 if self.mirror:
@@ -188,16 +194,17 @@ class Stages:
         half: Preference,
         seed: int,
         allow_code: bool,
-    ) -> list[Pair]:
+    ) -> preferences.Sampled:
         """The model's own preference pairs for the task, sampled now or recalled."""
         start = fingerprint(model.named_parameters())
         file = self.pairs_file(start, tokenizer, task, half, seed)
         with locked(file, self.patient):
             self._fetch(file)
             if (known := read_lines(file)) is not None:
-                return [Pair(**line) for line in known[1]]
-            made = preferences.preference_pairs(model, tokenizer, task, half, seed, allow_code)
-            write_lines(file, {}, map(asdict, made))
+                pairs = [Pair(**line) for line in known[1]]
+                return preferences.Sampled(pairs, known[0]["cut_off"])
+            made = preferences.sampled(model, tokenizer, task, half, seed, allow_code)
+            write_lines(file, {"cut_off": made.cut_off}, map(asdict, made.pairs))
             if self.mirror:
                 self.mirror.push(file, self._name(file))
             return made
@@ -222,10 +229,31 @@ class Stages:
     ) -> Path:
         """The file of the pairs that a model of this fingerprint samples."""
         scored = described(task.scorings[0])
-        asked = [asdict(half), scored, task.max_new_tokens, [asdict(e) for e in task.train]]
-        code = code_digest(preferences, generate, base)
+        lengths = [task.max_new_tokens, task.training.max_length]
+        asked = [asdict(half), scored, lengths, [asdict(e) for e in task.train]]
+        code = code_digest(preferences, generate, base, own_pairs, text)
         key = digest(start, vocabulary(tokenizer), asked, seed, place(), code, versions())
         return self.folder / "pairs" / f"{key}.jsonl"
+
+
+@contextmanager
+def _none_diverged(work: Path) -> Iterator[None]:
+    """Training that diverged leaves no step checkpoint: what goes on from one would diverge again."""
+    try:
+        yield
+    except Diverged:
+        _discard(work)
+        raise
+
+
+def _require_finite(model: nn.Module, job: StageConfig) -> None:
+    """Raises Diverged for weights that the last step made: the loss has not seen them."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise Diverged(
+                f"it diverged in step {job.steps} of {job.steps} ({name} holds NaN or Inf) at a learning rate of "
+                f"{job.learning_rate:g}, so the stage is not kept; lower the learning rate."
+            )
 
 
 def _discard(work: Path) -> None:
@@ -253,22 +281,24 @@ def stage_key(
     job: StageConfig,
     terms: Sequence[Term] = (),
     origin: str = "",
+    frozen: Sequence[str] = (),
 ) -> str:
     """Digest of start weights, vocabulary, rows, recipe with its seed, kind of device, code and library versions.
 
-    And of the terms, in their order, and of the origin, where there are any.
+    And of the terms, in their order, of the origin, and of the parameters that are frozen, where there are any.
 
     How many processes share the work is no part of it: the batch is the same, and so, but for the order of sums,
     is the result.
     """
     parts = (start, vocabulary(tokenizer), list(rows), asdict(job), place())
     added = [{"terms": [t.digest for t in terms], "origin": origin}] if terms or origin else []
+    added += [{"frozen": [*frozen]}] if frozen else []
     return digest(*parts, *added, training_code(), versions())
 
 
 def training_code() -> str:
     """Digest of the code that a stage's outcome depends on."""
-    return code_digest(fit, trainer, loss, term, config, adapters, text)
+    return code_digest(fit, trainer, loss, term, tokens, config, adapters, text)
 
 
 @contextmanager
@@ -290,6 +320,20 @@ def _refusals(path: Path) -> Iterator[None]:
     else:
         return
     raise refused(path, reason)
+
+
+@contextmanager
+def holding(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Parameters of these names are frozen meanwhile; those of a model that PEFT wraps have others, and are already."""
+    named = model.named_parameters()
+    held = [p for name, p in named if name in names and p.requires_grad]
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -9,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, Diverged
 from cl_graft.training.loss import FEW, fused, plain, unfused
 from cl_graft.training.term import Term
-
-ROWS = "rows"  # the column that says which row of the stage an example is
+from cl_graft.training.tokens import ROWS
 
 
 class Terms:
@@ -31,7 +31,7 @@ class Terms:
     def penalty(self, model: Any, batch: Mapping[str, Any], output: Any, step: int) -> Tensor:
         """The sum of all penalties of a micro-batch; a value without a gradient pulls at nothing and is only logged.
 
-        Raises CLGraftError for one that is no finite number.
+        Raises Diverged for one that is no finite number.
         """
         values: dict[str, Tensor] = {}
         for term, state in self.penalties:
@@ -42,7 +42,7 @@ class Terms:
                         f"two terms are called {name!r}; name one of them otherwise."
                     )
                 if not torch.isfinite(value):
-                    raise CLGraftError(
+                    raise Diverged(
                         f"the term {name} is {value.item()} in step {step + 1}, so the stage is not kept; "
                         "lower its weight or the learning rate, or mend it."
                     )
@@ -52,7 +52,7 @@ class Terms:
         return torch.stack([value.float() * value.requires_grad for value in values.values()]).sum()
 
     def project(self, model: Any, gradients: dict[str, Tensor], step: int) -> None:
-        """Let each projection change the gradients. Raises CLGraftError if they are not finite then."""
+        """Let each projection change the gradients. Raises Diverged if they are not finite then."""
         given = dict(gradients)
         for term, state in self.projections:
             term.function(model, gradients, state, step, **term.options)
@@ -63,7 +63,7 @@ class Terms:
                         "write into the one that is there, as by copy_."
                     )
                 if not torch.isfinite(gradient).all():
-                    raise CLGraftError(
+                    raise Diverged(
                         f"the gradient of {name} is not finite after the term {term.name} in step {step + 1}, "
                         "so the stage is not kept; mend the term or lower the learning rate."
                     )
@@ -114,6 +114,7 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
             super().__init__(**given)
             self.data_collator = _Numbered(self.data_collator)
             self.terms = Terms(terms, self.args.device)
+            self.loss: Tensor | float = 0.0  # of the step under way
 
         def _get_train_sampler(self, *_: Any) -> list[int]:
             return indices
@@ -137,6 +138,7 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
                 batch["tokens"] = self.tokens
                 given = (self.accelerator.unwrap_model(model), batch, Output(logits))
                 loss = loss + self.terms.penalty(*given, self.state.global_step) / steps
+            self.loss = self.loss + loss.detach()
             return loss
 
         def _loss(self, model: Any, inputs: Any, items: Any) -> tuple[Tensor, Tensor | None]:
@@ -169,6 +171,19 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
                 self._project()
             return super()._clip_grad_norm(model)
 
+        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+            """Called once a step, when loss and gradients are whole. DeepSpeed says -1 of a norm that is none."""
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+            loss, self.loss = float(self.loss), 0.0
+            if not (math.isfinite(loss) and 0 <= float(norm) < math.inf):
+                gradients = "not finite" if float(norm) < 0 else f"{float(norm):g}"
+                raise Diverged(
+                    f"it diverged in step {self.state.global_step + 1} of {self.args.max_steps} (loss {loss:g}, "
+                    f"gradient norm {gradients}) at a learning rate of {self.args.learning_rate:g}, so the stage is "
+                    "not kept; lower the learning rate."
+                )
+            return norm
+
         def _project(self) -> None:
             inner = self.accelerator.unwrap_model(self.model)
             with _gradients(inner, self.is_deepspeed_enabled) as gradients:
@@ -183,6 +198,20 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
             super().log(logs | means, start_time)
 
     return Trainer
+
+
+def dpo_class(base: type, indices: list[int], terms: Sequence[Term]) -> type:
+    """TRL's DPO trainer on pairs that are tokens already.
+
+    Its own preparation (1.16) makes tokens of prompt and answer together, other than those a prompt has alone where
+    it ends in a space, and drops a pair in silence whose prompt fills `max_length`.
+    """
+
+    class Paired(trainer_class(base, indices, terms)):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    return Paired
 
 
 def sft_class(base: type, indices: list[int], terms: Sequence[Term], examples: list[dict]) -> type:

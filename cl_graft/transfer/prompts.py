@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_graft import plugins
-from cl_graft.data.readers import DataError, json_lines
+from cl_graft.data.readers import DataError, json_entries
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.evaluation.scorers import Scorer, judge_of, resolved
 from cl_graft.task import Example, Scenario, Scoring, Task
@@ -169,6 +169,8 @@ def _file(path: Path) -> list[PlacedFields]:
         raise DataError(f"there is no file {path}; give the file that holds the prompts.")
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} is of no known kind; give one of {', '.join(SUFFIXES)}.")
+    if path.suffix in (".jsonl", ".json"):
+        return [(f"{path}, {where}", row) for where, row in json_entries(path)]
     try:
         if path.suffix == ".parquet":
             from pyarrow import parquet
@@ -176,14 +178,10 @@ def _file(path: Path) -> list[PlacedFields]:
             rows = parquet.read_table(path).to_pylist()
             return [(f"{path}, row {i}", row) for i, row in enumerate(rows, 1)]
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".csv":
-            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            return [(f"{path}, line {reader.line_num}", row) for row in reader]
-        if path.suffix == ".json":
-            return [(f"{path}, record {i}", row) for i, row in enumerate(json.loads(text), 1)]
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        return [(f"{path}, line {reader.line_num}", row) for row in reader]
     except Exception as error:  # each reader has errors of its own
         raise DataError(f"{path} cannot be read ({error}); mend or replace the file.") from error
-    return [(f"{path}, {where}", row) for where, row in json_lines(path, text)]
 
 
 def _hub(name: str) -> list[PlacedFields]:

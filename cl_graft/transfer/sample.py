@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_graft.evaluation.generate import BATCH, Answer, answers
 from cl_graft.models.load import load, locate
+from cl_graft.models.text import encode_prompts
 from cl_graft.transfer.config import BuildConfig
 from cl_graft.transfer.sources import SourceError, worded
 
@@ -103,7 +104,7 @@ def vllm_request(
     Ids, so that both engines read the same tokens; a seed of its own for every prompt, so that no answer
     depends on what else is in the batch; and top-k off, whatever the model's generation_config.json says.
     """
-    inputs = [{"prompt_token_ids": list(tokenizer(text)["input_ids"])} for text in texts]
+    inputs = [{"prompt_token_ids": list(ids)} for ids in encode_prompts(tokenizer, texts)]
     common = {
         "n": config.samples,
         "temperature": config.temperature,

@@ -16,6 +16,13 @@ from cl_graft.task import Example, Task
 from tests.live import Live
 
 SHAPE, PARAMETERS, TASKS = (64, 48), 40, 5
+# factors that need no validation
+FIXED: dict[str, dict[str, float]] = {
+    "tall_mask": {"mask_lambda": 0.4},
+    "ties": {"scale": 1.0},
+    "task_arithmetic": {"scale": 0.4},
+    "emr": {},
+}
 
 
 def drawn(task: int) -> SkillPack:
@@ -36,7 +43,7 @@ def learned(build):
     """A strategy of four packs that learns a fifth: it, and the most that it held of each of the two halves."""
 
     def make(name: str) -> tuple[Any, int]:
-        strategy = build(name)
+        strategy = build(name, **FIXED[name])
         strategy.packs = [drawn(task) for task in range(TASKS - 1)]
         strategy.fine_tune = lambda task, context: Deltas(drawn(TASKS))
         rows = (Example("1+1=", "2"),)
@@ -50,7 +57,7 @@ def learned(build):
     return make
 
 
-@pytest.mark.parametrize(("name", "tensors"), [("tall_mask", 4), ("emr", 5)])
+@pytest.mark.parametrize(("name", "tensors"), [("tall_mask", 5), ("emr", 5)])
 def test_a_vector_and_its_masks_are_made_and_put_together_parameter_by_parameter(
     name, tensors, learned
 ):
@@ -65,7 +72,7 @@ def test_a_vector_and_its_masks_are_made_and_put_together_parameter_by_parameter
 
 @pytest.mark.parametrize("name", ["ties", "task_arithmetic"])
 def test_a_merged_delta_takes_its_parameters_deltas_and_a_few_more(name, build, monkeypatch):
-    strategy = build(name)
+    strategy = build(name, **FIXED[name])
     strategy.packs = [drawn(task) for task in range(TASKS)]
     monkeypatch.setattr(sys.modules[type(strategy).__module__], "PART", 100, raising=False)
     with Live(SHAPE[0] * SHAPE[1]) as live:

@@ -19,7 +19,7 @@ MASKS = [[1, 1, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0]]
 
 @pytest.fixture
 def learned(build):
-    return learn(build, "tall_mask", DELTAS)
+    return learn(build, "tall_mask", DELTAS, mask_lambda=0.4)
 
 
 def masks_of(strategy):
@@ -36,7 +36,10 @@ def test_vector_and_masks_are_as_worked_out_by_hand(learned):
 
 def test_a_new_task_changes_the_masks_of_the_old_ones(build):
     """Of the first two alone: t is 4.5 4 0 0, and 0.4 |t - D| 0.2 0.8 0.4 0, then 1.6 0.8 0.4 0."""
-    assert masks_of(learn(build, "tall_mask", DELTAS[:2])) == [[1, 1, 1, 0], [0, 1, 1, 0]]
+    assert masks_of(learn(build, "tall_mask", DELTAS[:2], mask_lambda=0.4)) == [
+        [1, 1, 1, 0],
+        [0, 1, 1, 0],
+    ]
 
 
 def test_lambda_is_an_option_and_a_larger_one_gives_a_task_less(build):

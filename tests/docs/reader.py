@@ -23,6 +23,7 @@ DTYPES = {
 ORDER = list(DTYPES)
 MOST = 1 << 48
 ANY_SHAPE = ("dense", "exact", "mask", "sparse", "sign_scale")  # the others store matrices
+STACKS = ("low_rank_stack",)  # of matrices
 Array = np.ndarray
 
 
@@ -122,22 +123,24 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
         "exact": {"dtype"},
         "sparse": {"dtype", "kept"} | ({"gap"} & set(meta)),
         "low_rank": {"dtype", "rank"},
+        "low_rank_stack": {"dtype", "rank"},
         "quantized": {"bits", "group_size"},
         "quantized_low_rank": {"groups"},
         "sign_scale": set(),
         "mask": set(),
     }
     must(codec in wanted and set(meta) == wanted[codec], "codec or meta")
-    must(len(shape) == 2 or codec in ANY_SHAPE, "no matrix")
+    must(len(shape) == (3 if codec in STACKS else 2) or codec in ANY_SHAPE, "no matrix")
     if codec in ("dense", "exact"):
         return {"values": (dtype, shape)}
     if codec == "sparse":
         width, count = meta.get("gap", [1, numel])
         index = stream_bytes(whole(count, 0, numel), whole(width, 1, 48))
         return {"values": (dtype, [whole(meta["kept"], 0, numel)]), "index": ("U8", [index])}
-    if codec == "low_rank":
+    if codec in ("low_rank", "low_rank_stack"):
+        *stack, rows, cols = shape
         rank = whole(meta["rank"])
-        return {"left": (dtype, [shape[0], rank]), "right": (dtype, [rank, shape[1]])}
+        return {"left": (dtype, [*stack, rows, rank]), "right": (dtype, [*stack, rank, cols])}
     if codec == "mask":
         return {"bits": ("U8", [stream_bytes(numel, 1)])}
     if codec == "sign_scale":
@@ -177,7 +180,7 @@ def decode(codec: str, shape: list[int], meta: dict[str, Any], parts: dict[str, 
         flat = np.zeros(numel, np.float32)
         flat[places] = parts["values"]
         return flat.reshape(shape)
-    if codec == "low_rank":
+    if codec in ("low_rank", "low_rank_stack"):
         return product(parts["left"], parts["right"], shape)
     if codec == "mask":
         return unpack(parts["bits"], numel, 1).astype("<f4").reshape(shape)

@@ -20,6 +20,7 @@ from cl_graft.evaluation.sandbox import CONSENT_VARIABLE, ConsentNeeded, Outcome
 from cl_graft.evaluation.scorers import (
     Examinee,
     Scored,
+    conventions,
     described,
     judge_of,
     resolved,
@@ -127,6 +128,7 @@ def test_base_and_private_files_are_none() -> None:
         "math",
         "neg_bits_per_byte",
         "number",
+        "number_lm_eval",
         "tests",
     ]
     with pytest.raises(UnknownName):
@@ -178,6 +180,53 @@ def test_options_are_part_of_the_data_s_fingerprint() -> None:
     made, used = resolved(stream("number"), "mini", {"number": {"tolerance": 1}})
     assert data_fingerprint(made) == data_fingerprint(stream(named))
     assert (made.tasks[0].metrics, used) == (("number",), {"number"})
+
+
+# --- what cannot be scored ---
+
+
+@pytest.mark.parametrize(
+    ("completion", "flaw"),
+    [
+        ("no idea", "no number in its completion 'no idea'"),
+        ("3 or 4", "several numbers (3, 4) at the end of its completion '3 or 4', not one"),
+        ("#### 3, 5", "several numbers (3, 5)"),
+        ("it is 12:30", "several numbers (12, 30)"),
+        (r"so \boxed{x}", "no number"),
+    ],
+)
+def test_a_reference_that_is_not_one_number_is_refused_when_it_is_loaded(
+    completion: str, flaw: str
+) -> None:
+    examples = [Example("a", "6+12=18"), Example("b", completion)]
+    made = Scenario("s", (Task("t", [], examples, "exact", also=("number",)),))
+    message = one_sentence(lambda: resolved(made, "mini", {}))
+    assert message.startswith("test example 1 (from 0) of task 't' cannot be scored by 'number'")
+    assert flaw in message
+
+
+@pytest.mark.parametrize(
+    "completion",
+    ["7", "-3/4", "50%", "6+12=18", "#### 1,200", "2 and 3 are 5.\n#### 5", r"\boxed{1\frac12}"],
+)
+def test_one_number_is_a_reference_in_any_spelling(completion: str) -> None:
+    assert plugins.load("scorer", "number").flaw(Example("a", completion)) == ""
+
+
+# --- conventions ---
+
+
+def test_every_scorer_of_ours_says_what_its_figures_are_to_be_compared_with() -> None:
+    for name in plugins.names("scorer"):
+        assert described(Scoring(name))["convention"], name
+    tasks = (Task("t", [], [], "number", also=("number:lm-eval",)), Task("u", [], [], "exact"))
+    assert conventions(Scenario("s", tasks)) == {
+        "t": {
+            "number": "the number after the first ####, else in the last box, else the last number",
+            "number:lm-eval": "lm-eval 0.4.13, gsm8k strict-match",
+        },
+        "u": {"exact": "the whole text, capital and small letters told apart"},
+    }
 
 
 # --- consent ---
@@ -255,7 +304,7 @@ MINE = '''"""Half right."""
 from cl_graft.evaluation.scorers import scorer
 
 
-@scorer(identity={"judge": 1})
+@scorer(identity={"judge": 1}, convention="a half, here {half}")
 def mine(example, answer, *, half: float = 0.5):
     """half: the score."""
     return half
@@ -273,6 +322,7 @@ def test_by_path(mine: Path) -> None:
     assert plugins.about("scorer", str(mine)) == "Half right."
     assert described(Scoring(str(mine))) == {
         "scorer": "mine",
+        "convention": "a half, here 0.5",
         "options": {"half": 0.5},
         "identity": {"judge": 1},
         "sources": plugins.sources_of(mine),
@@ -378,6 +428,12 @@ def test_a_scenario_with_a_scorer_of_its_own_is_run(own: Path, call: Call) -> No
     assert call(*RUN, "--set", "length.per=50").code == 0
     results = [json.loads(f.read_text()) for f in Path("out").glob("*/result.json")]
     one, two = sorted(results, key=lambda result: len(result["label"]))
+    assert one["conventions"] == {
+        "one": {
+            "length": "",
+            "number(tolerance=1000.0)": "the number after the first ####, else in the last box, else the last number",
+        }
+    }
     assert (one["label"], two["label"]) == ("sequential", "sequential(scoring.length.per=50)")
     assert one["extra_matrices"].keys() == {"number(tolerance=1000.0)"}
     for row, twice in zip(one["matrix"], two["matrix"], strict=True):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from cl_graft import plugins
 from cl_graft.errors import UnknownName
+from cl_graft.evaluation.programs import program_of
 from cl_graft.evaluation.sandbox import CONSENT_VARIABLE, ConsentNeeded
 from cl_graft.evaluation.scorers import Examinee, score
 from cl_graft.evaluation.scorers.exact import exact
 from cl_graft.evaluation.scorers.number import final_number, number
-from cl_graft.evaluation.scorers.tests import program_of
 from cl_graft.task import Example
 
 # --- the final number ---
@@ -53,7 +53,39 @@ from cl_graft.task import Example
         ("x1-2", 2),
         ("(1+2)-3", 3),
         ("50%", 50),
-        ("1/2", 2),
+        ("1/2", 0.5),
+        ("3/4 of it", 0.75),
+        (r"$\frac{3}{4}$", 0.75),
+        (r"-\dfrac34", -0.75),
+        ("1 1/2 hours", 1.5),
+        (r"$2\frac12$", 2.5),
+        ("in 2010 3/2", 1.5),
+        ("1/0", None),
+        ("12/25/2020", 2020),
+        ("1.5e5", 150000),
+        (r"$1.5 \times 10^{5}$", 150000),
+        ("2 × 10^-3", 0.002),
+        ("10^5", 100000),
+        ("1e999", None),
+        ("-$50", -50),
+        ("at -$1,200.50.", -1200.5),
+        ("$200-$50", 50),
+        ("\u22123 degrees", -3),
+        ("$1{,}200$", 1200),
+        (r"$12\,500$", 12500),
+        ("- 3 apples", 3),
+        (r"it is \boxed{8}, for 3 + 5 is 8 and 5 is 5", 8),
+        ("#### Step 1: Count 3\n3 + 5 = 8", 8),
+        ("#### 1. Boxes\n3\n#### 2. Sum\n3 + 5 = 8", 8),
+        ("#### 18\n\nA farm has 5 hens.\n#### 7", 18),
+        ("#### 18\n\nQuestion: 5 + 2?\nAnswer: 7", 18),
+        ("so 18.\n\nQ: What is 5 + 2?\nA: 7", 18),
+        ("Question: what is 6 + 12?\nAnswer: 18", 18),
+        ("so 18.<|im_end|>\n7", 18),
+        ("<think>maybe 7</think> 18", 18),
+        ("maybe 7</think> 18", 18),
+        ("18 <think>or 7, no", 18),
+        ("<think>18", None),
         ("007", 7),
         ("3+4=7. #### 7", 7),
         ("#### 7", 7),
@@ -63,8 +95,8 @@ from cl_graft.task import Example
         ("#### $18 of the 20", 18),
         ("9 then #### 3 and then 8", 3),
         ("#### 1 no: #### 2", 2),
-        ("7 ####", None),
-        ("7 #### unknown", None),
+        ("7 ####", 7),
+        ("7 #### unknown", 7),
         ("7 ###", 7),
         ("3+4=7.\n#### 7\n", 7),
     ],
@@ -130,7 +162,7 @@ BODY = "def f(x):\n    return x"
         (f"Here it is:\n```python\n{BODY}\n```\nIt returns x.", BODY + "\n"),
         (f"```python\n{BODY}\n```\nor\n```python\nother\n```", BODY + "\n"),
         (f"Cut off:\n```python\n{BODY}", BODY),
-        ("```python\n```", ""),
+        ("```python\n```", "```python\n```"),
         ("x = '```'", "x = '```'"),
     ],
 )
@@ -279,5 +311,5 @@ def test_what_needs_an_answer_is_declared() -> None:
     """Where no scorer needs one, none is generated: the model may be as slow as it likes."""
     needs = {name: plugins.load("scorer", name).needs for name in plugins.names("scorer")}
     of_answers = {name for name, needed in needs.items() if needed == "answers"}
-    assert of_answers == {"number", "math", "exact", "tests"}
+    assert of_answers == {"number", "number_lm_eval", "math", "exact", "tests"}
     assert needs.keys() - of_answers == {"choice", "neg_bits_per_byte"}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from cl_graft.models.chat import NoChatTemplate, render, rendered
+from cl_graft.models.load import load_tokenizer
 from cl_graft.task import Example, Pair, Scenario, Task
 from tests.chat import CHATML, llama_tokenizer, qwen_tokenizer
 
@@ -61,6 +65,17 @@ def test_a_template_without_the_token_that_the_tokenizer_adds_is_refused() -> No
     """It would be there in `tokenizer(...)`, where the model expects none."""
     with pytest.raises(NoChatTemplate, match="adds tokens"):
         render(llama_tokenizer(CHATML), "Hi")
+
+
+def test_the_cure_of_that_leads_to_the_templates_own_ids(tmp_path: Path) -> None:
+    """transformers (5.23) by itself drops the two settings where there is a tokenizer.json."""
+    llama_tokenizer(CHATML).save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    off = {"add_bos_token": False, "add_eos_token": False}
+    config.write_text(json.dumps(json.loads(config.read_text()) | off))
+    tokenizer = load_tokenizer("m", str(tmp_path))
+    text = render(tokenizer, "Hi")
+    assert tokenizer(text)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_every_prompt_of_a_scenario_is_rendered_and_nothing_else() -> None:

@@ -111,11 +111,6 @@ def test_integers_do_not_count_in_the_fingerprint(tmp_path: Path) -> None:
     assert Checkpoint(one).fingerprint() == Checkpoint(other).fingerprint()
 
 
-def test_one_file_counts_before_an_index_as_for_transformers(sharded: Path) -> None:
-    save_file({"w": MANY["w"]}, sharded / WEIGHTS)
-    assert list(Checkpoint(sharded).tensors) == ["w"]
-
-
 READER = """
 import sys, torch
 from cl_graft.skillpack.folders.checkpoint import Checkpoint, write_checkpoint
@@ -201,7 +196,7 @@ def test_two_shards_with_one_name(sharded: Path) -> None:
     first, second = sorted(sharded.glob("*.safetensors"))[:2]
     tensors = load_file(first)
     save_file(tensors | load_file(second), second)
-    assert_refused(sharded, first.name, second.name, "both")
+    assert_refused(sharded, first.name, second.name, "which the index assigns to")
 
 
 def test_an_index_does_not_lead_out_of_the_folder(sharded: Path) -> None:
@@ -319,6 +314,7 @@ def test_a_file_of_mixed_dtypes_is_one_that_safetensors_reads(tmp_path: Path) ->
 
 def test_other_files_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "source", {"w": MANY["w"]})
+    found = Checkpoint(source)
     kept = ["tokenizer.json", "tokenizer.model", "generation_config.json", "chat_template.jinja"]
     weights = ["pytorch_model.bin", "optimizer.pt", "old.safetensors", "flax_model.msgpack", INDEX]
     for name in [*kept, *weights, ".hidden"]:
@@ -327,7 +323,6 @@ def test_other_files_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     (source / "additional_chat_templates" / "tool.jinja").write_text("tool")
     (source / "original").mkdir()
     (source / "original" / "notes.txt").write_text("old")
-    found = Checkpoint(source)
     write_checkpoint(tmp_path / "out", specs_of(found), found.read, found)
     written = {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*.*")}
     assert written == {*kept, WEIGHTS, "config.json", "additional_chat_templates/tool.jinja"}

@@ -194,6 +194,19 @@ def test_what_does_not_fit_says_why(base: Path, tmp_path: Path) -> None:
     assert [row.name for row in rows] == list(tensors)
 
 
+def test_a_head_is_told_or_left_out(base: Path, tmp_path: Path) -> None:
+    """vLLM refuses `lm_head` in an adapter for many models (vllm-project/vllm#9280); PEFT takes it."""
+    pack = pack_for(base, mixed())
+    (row,) = (r for r in export_peft(pack, base, tmp_path / "peft") if r.name == HEAD)
+    assert row.rank and "--to vllm leaves it out" in row.note
+    (row,) = (r for r in export_peft(pack, base, tmp_path / "vllm", head=False) if r.name == HEAD)
+    assert row.rank is None and row.note.startswith("left out: vLLM")
+    for form in ("peft", "vllm"):
+        config = json.loads((tmp_path / form / "adapter_config.json").read_text())
+        assert ("lm_head" in config["target_modules"]) == (form == "peft")
+        with_adapter(base, tmp_path / form)
+
+
 def test_a_tied_head_stays_with_its_embedding(tmp_path: Path) -> None:
     base = tmp_path / "base"
     llama(tied=True).save_pretrained(base)

@@ -57,7 +57,8 @@ def test_a_step_checkpoint_is_weights_and_optimizer():
     assert cost.step_bytes(100, stage=2) == 2000  # 4 + 4 + 12
     assert cost.step_bytes(100, stage=3) == 1600  # 4 + 12
     assert cost.step_bytes(100, stage=3, precision="bf16") == 1400  # 2 + 12
-    assert cost.step_bytes(100, trained=10) == 120
+    assert cost.step_bytes(100, trained=10, adapter=True) == 120
+    assert cost.step_bytes(100, trained=10) == 480  # all weights, the moments of ten
 
 
 def test_a_step_checkpoint_is_as_large_as_said(tmp_path, nano):

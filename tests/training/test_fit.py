@@ -12,9 +12,10 @@ from cl_graft.errors import CLGraftError
 from cl_graft.models.text import encode
 from cl_graft.store.files import read_jsonl
 from cl_graft.task import Example, Pair, Preference, Task, Training
+from cl_graft.training import preferences
 from cl_graft.training.config import dpo_job, order, sft_job
 from cl_graft.training.fit import LOG, fit
-from cl_graft.training.preferences import preference_pairs
+from cl_graft.training.preferences import sampled
 
 EXAMPLES = [Example(f"Q: Copy ab{c}.\nA: ", f"ab{c}") for c in "cdefghij"]
 
@@ -127,14 +128,35 @@ def test_preference_pairs_are_a_right_answer_against_a_wrong_one(nano, tiny_scen
     model, tokenizer = nano
     task = tiny_scenario.tasks[0]
     train(nano, *sft(task.train, Training(steps=80, batch=16, learning_rate=5e-3)))
-    pairs = preference_pairs(
+    pairs = sampled(
         model, tokenizer, task, Preference(prompts=24, samples=8, temperature=1.3), 0, False
-    )
+    ).pairs
     assert pairs
     by_prompt = {e.prompt: e for e in task.train}
     for pair in pairs:
         assert number.function(by_prompt[pair.prompt], pair.chosen)
         assert not number.function(by_prompt[pair.prompt], pair.rejected)
+
+
+def test_an_answer_that_was_cut_is_in_no_preference_pair(nano, tiny_scenario, monkeypatch):
+    """Training would put an end after it where there was none; of the others the best and the worst make the pair."""
+    from cl_graft.evaluation.generate import Answer
+
+    task = replace(tiny_scenario.tasks[0], train=[Example("1+1", "2"), Example("1+2", "3")])
+    said = [Answer("2", 1, False), Answer("7", 1, True), Answer("2 is it: 2", 3, True)]
+    said += [Answer("3", 1, True), Answer("9", 1, False), Answer("", 0, True)]
+    by_prompt = {"1+1": said[:3], "1+2": said[3:]}
+    monkeypatch.setattr(
+        preferences,
+        "answers",
+        lambda model, tokenizer, prompts, *_: [x for p in prompts[::3] for x in by_prompt[p]],
+    )
+    half = Preference(prompts=2, samples=3)
+    found = preferences.sampled(*nano, task, half, 0, False)
+    assert found.pairs == [Pair("1+1", "2 is it: 2", "7")]
+    assert found.cut_off == 2 and "2 sampled answers were cut at max_new_tokens=" in found.note(
+        task
+    )
 
 
 def test_a_long_example_loses_the_start_of_its_prompt_and_keeps_its_answer(nano):

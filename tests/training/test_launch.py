@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from cl_graft.config import Launch
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, Diverged
 from cl_graft.models.load import load
 from cl_graft.store.files import read_jsonl
 from cl_graft.task import Example, Pair, Preference, Task, Training
@@ -26,13 +27,17 @@ from cl_graft.training.fit import LOG
 from cl_graft.training.launch import StageFailed, command, slots, surroundings
 from cl_graft.training.stages import Stages
 from cl_graft.training.zero import zero_json
+from tests.refusals import one_sentence
 
 EXAMPLES = [Example(f"Q: Copy ab{c}.\nA: ", f"ab{c}") for c in "cdefghij"]
 PAIRS = [Pair(e.prompt, e.completion, "zz") for e in EXAMPLES]
+PAIRS[0] = Pair("a long line. " * 8 + PAIRS[0].prompt, "abc", "zzz")  # alone longer than max_length
 RECIPE = Training(steps=8, batch=4, learning_rate=1e-3)
 SFT = sft_job(Task("t", EXAMPLES, (), "exact", training=RECIPE), 0)
 HALF = Preference(steps=8, batch=4, learning_rate=1e-3)
-DPO = dpo_job(Task("t", (), (), "exact", training=replace(RECIPE, preference=HALF)), PAIRS, 0)
+DPO = dpo_job(
+    Task("t", (), (), "exact", training=replace(RECIPE, max_length=64, preference=HALF)), PAIRS, 0
+)
 
 # Float32 sums in another order: a few units of the last place of weights of size 0.1, after eight steps.
 TOLERANCE = 1e-6
@@ -165,6 +170,14 @@ class TestTwoProcesses:
             harness.kill()
         _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive
+
+    def test_say_where_training_diverged(self, tmp_path):
+        """As one process does; nothing is left that would be gone on from."""
+        rows, config = SFT
+        job = rows, replace(config, learning_rate=1e5)
+        said = one_sentence(lambda: trained(tmp_path, job, Launch(processes=2, zero=2)), Diverged)
+        assert re.search(r"diverged in step \d of 8 .* at a learning rate of 100000", said)
+        assert {p.suffix for p in (tmp_path / "stages").iterdir()} <= {".lock", ".used"}
 
     def test_say_why_they_failed(self, tmp_path, monkeypatch):
         """An error in the job is told in the words of the process that met it."""

@@ -15,7 +15,7 @@ from cl_graft.planning.memory import Job, estimate
 from cl_graft.planning.trace import Meter, trace
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training.config import dpo_job, sft_job
-from cl_graft.training.fit import encoded, lengths
+from cl_graft.training.tokens import lengths, tokens
 
 SMALL = LlamaConfig(
     vocab_size=64,
@@ -168,7 +168,7 @@ def test_a_row_is_as_long_as_the_stage_makes_it():
     short = replace(task, training=Training(max_length=6))
 
     def longest(job):
-        return max(lengths(encoded(tokenizer, *job)))
+        return max(lengths(tokens(tokenizer, *job)))
 
     assert longest(sft_job(task, 0)) == 1 + 1 + 6 + 1  # start and end, too
     assert longest(sft_job(short, 0)) == 6

@@ -70,7 +70,8 @@ class Scorer:
     the model as it likes, and no answer is generated for it. A score is a number or a Scored.
     consent: it runs code that a model wrote, so the user has to allow it. reads: the fields of an example that it
     cannot do without. flaw: why an example cannot be scored, in a few words, or "". sampled: the scorer that judges
-    an answer in words in its place. identity: plain data besides its files on which its scores depend.
+    an answer in words in its place. identity: plain data besides its files on which its scores depend. convention:
+    what figures by it are to be compared with, in a few words; `{option}` in it stands for an option's value.
     """
 
     function: Callable[..., Any]
@@ -81,6 +82,7 @@ class Scorer:
     flaw: Callable[[Example], str] = lambda example: ""
     sampled: str | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
+    convention: str = ""
 
     def __post_init__(self) -> None:
         for name in ("__name__", "__doc__", "__module__"):
@@ -153,11 +155,20 @@ def score(
     }
 
 
+def conventions(scenario: Scenario) -> dict[str, dict[str, str]]:
+    """{task: {label: what figures by the scorer are to be compared with}}, a task's primary scorer first."""
+    tasks = scenario.tasks + ((scenario.general,) if scenario.general else ())
+    return {
+        task.name: {s.label: described(s)["convention"] for s in task.scorings} for task in tasks
+    }
+
+
 def described(scoring: Scoring) -> dict[str, Any]:
     """All that scores depend on besides examples and model, as plain data: options, declared identity, source files."""
     scorer, options = _found(scoring)
     return {
         "scorer": scorer.name,
+        "convention": scorer.convention.format_map(options),
         "options": options,
         "identity": dict(scorer.identity),
         "sources": plugins.sources("scorer", scoring.name),
@@ -171,7 +182,7 @@ def resolved(
 
     host: the scenario's name or path; a scorer that its file defines comes before all others of that name, and paths
     are also looked up from its folder. options: {scorer: {option: value}}, over those that the scenario sets.
-    Raises UnknownName or CLGraftError.
+    Raises UnknownName, or CLGraftError, also for a test example that one of its task's scorers cannot score.
     """
     used: set[str] = set()
 
@@ -185,11 +196,23 @@ def resolved(
 
     def scored(task: Task) -> Task:
         first, *further = map(checked, task.scorings)
-        return replace(task, score=first, also=tuple(further))
+        made = replace(task, score=first, also=tuple(further))
+        _refuse_flawed(made)
+        return made
 
     general = scenario.general and scored(scenario.general)
     tasks = tuple(map(scored, scenario.tasks))
     return replace(scenario, tasks=tasks, general=general), used
+
+
+def _refuse_flawed(task: Task) -> None:
+    for scorer, _ in map(_found, task.scorings):
+        for row, example in enumerate(task.test):
+            if flaw := scorer.flaw(example):
+                raise CLGraftError(
+                    f"test example {row} (from 0) of task {task.name!r} cannot be scored by {scorer.name!r}: it has "
+                    f"{flaw}; mend or leave out that row, or choose another scorer."
+                )
 
 
 def require_consents(allowed: bool, tasks: Iterable[Task]) -> None:

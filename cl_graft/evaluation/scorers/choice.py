@@ -6,7 +6,12 @@ from cl_graft.evaluation.scorers.base import Examinee, Scored, scorer
 from cl_graft.task import Example
 
 
-@scorer(needs="likelihoods", reads=("choices", "completion"), sampled="exact")
+@scorer(
+    needs="likelihoods",
+    reads=("choices", "completion"),
+    sampled="exact",
+    convention="the likeliest choice by summed log-likelihood, end-of-sequence included",
+)
 def choice(examinee: Examinee, examples: Sequence[Example]) -> list[Scored]:
     """Each prompt is read once, whatever the number of its choices."""
     scored: dict[int, Scored] = {}

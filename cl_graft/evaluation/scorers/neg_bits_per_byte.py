@@ -8,7 +8,9 @@ from cl_graft.models.text import encode
 from cl_graft.task import Example
 
 
-@scorer(needs="likelihoods")
+@scorer(
+    needs="likelihoods", convention="bits per UTF-8 byte of the reference, end-of-sequence included"
+)
 def neg_bits_per_byte(examinee: Examinee, examples: Sequence[Example]) -> list[float]:
     """Minus bits per UTF-8 byte of each reference answer; one longer than `max_length` counts as far as it is read."""
     values = examinee.likelihoods([(e.prompt, e.completion) for e in examples])

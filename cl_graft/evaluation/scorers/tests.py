@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 
-from cl_graft.evaluation import _child, sandbox
+from cl_graft.evaluation import _child, final_answer, programs, sandbox
+from cl_graft.evaluation.programs import program_of
 from cl_graft.evaluation.sandbox import Outcome, run_asserts, run_many
 from cl_graft.evaluation.scorers.base import Scored, scorer
 from cl_graft.store.digests import code_digest
@@ -15,17 +15,6 @@ from cl_graft.task import Example
 Job = tuple[str, tuple[str, ...], str]  # program, tests, setup
 
 _verdicts: dict[Job, Outcome] = {}  # the same program with the same tests is run once a process
-
-
-def program_of(answer: str, setup: str = "") -> str:
-    """The program in an answer: its first fenced block, closed or cut off, if it has one, else all of it.
-
-    One that begins indented is the body of the function that `setup` ends with, and goes on from there.
-    """
-    fenced = re.search(r"```\w*[ \t]*\r?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
-    program = fenced[1] if fenced else answer
-    first = next((line for line in program.split("\n") if line.strip()), "")
-    return setup + program if first[:1].isspace() else program
 
 
 def _programs_at_a_time() -> int:
@@ -55,12 +44,13 @@ def _judge(jobs: Sequence[Job]) -> dict[Job, Outcome]:
     together=True,
     consent=True,
     reads=("tests",),
-    identity={"code": code_digest(sandbox, _child)},
+    convention="pass@1 of one answer: all its Python blocks, or the text cut at the benchmark's stop strings",
+    identity={"code": code_digest(sandbox, _child, programs, final_answer)},
 )
 def tests(examples: Sequence[Example], answers: Sequence[str]) -> list[Scored]:
     """Programs run a few at a time, and each is judged from outside."""
     jobs = [
-        (program_of(a, e.setup), tuple(e.tests), e.setup)
+        (program_of(a, e.setup, e.tests), tuple(e.tests), e.setup)
         for e, a in zip(examples, answers, strict=True)
     ]
     outcomes = _judge(jobs)

@@ -56,4 +56,4 @@ def of_cell(reported: ReportedCell, group: str) -> str:
     files.append(prompts.file(path.parent, cell.get("data", "")))
     told = [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
     # names, for those of plugins hang on what else is reported
-    return digests.digest(told, group, cell["label"], cell["scenario"], of_pages())
+    return digests.digest(told, group, cell["label"], cell["scenario"], cell["model"], of_pages())

@@ -45,6 +45,7 @@ from cl_graft.skillpack.codecs.encoded import (
 from cl_graft.skillpack.codecs.errors import SkillPackError, UnknownCodec
 from cl_graft.skillpack.codecs.exact import exact, exact_spec, original
 from cl_graft.skillpack.codecs.low_rank import low_rank, low_rank_spec
+from cl_graft.skillpack.codecs.low_rank_stack import low_rank_stack, low_rank_stack_spec
 from cl_graft.skillpack.codecs.mask import mask
 from cl_graft.skillpack.codecs.quantized import quantized
 from cl_graft.skillpack.codecs.quantized_low_rank import (
@@ -85,6 +86,8 @@ __all__ = [
     "least_bits",
     "low_rank",
     "low_rank_spec",
+    "low_rank_stack",
+    "low_rank_stack_spec",
     "mask",
     "original",
     "part_bytes",

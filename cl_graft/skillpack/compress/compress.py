@@ -101,7 +101,7 @@ def compress(
     tables = _tables(work, profiles, fixed, limit)
     matrices = {name: p for name, p in profiles.items() if p.kind == "matrix"}
     specs = fixed | tables
-    specs |= _matrices(work, _fitting(policy, matrices, specs, limit))
+    specs |= _matrices(work, fitting(policy, matrices, specs, limit))
     return {piece.name: specs[piece.name] for piece in work.pieces if piece.name in specs}
 
 
@@ -230,7 +230,7 @@ def _groups(work: _Work) -> list[list[Piece]]:
     return list(groups.values())
 
 
-def _fitting(
+def fitting(
     policy: Policy, profiles: Mapping[str, Profile], fixed: Mapping[str, Spec], limit: ByteLimit
 ) -> Plan:
     """The largest plan that, with what is fixed, fits the limit; a table's bytes are estimated."""
@@ -289,7 +289,7 @@ def _tables(
     """Embeddings, heads and the like, at the price that all tensors share."""
     allowed = limit.bytes
     while True:
-        plan = _fitting(work.policy, profiles, fixed, replace(limit, bytes=allowed))
+        plan = fitting(work.policy, profiles, fixed, replace(limit, bytes=allowed))
         specs = {
             piece.name: _kept(work, piece, partial(_pruned, piece, plan, work.moments))
             for piece in work.pieces

@@ -31,8 +31,9 @@ from cl_graft.skillpack.compress.compress import ByteLimit, PackProgress, Piece,
 from cl_graft.skillpack.compress.policy import METHODS, Policy
 from cl_graft.skillpack.compress.stream import stream_moments
 from cl_graft.skillpack.compress.work_store import Folder, Item
+from cl_graft.skillpack.folders.besides import joined, not_in_weights
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
-from cl_graft.skillpack.folders.pair import Pairing, add_rows, pair
+from cl_graft.skillpack.folders.pair import PairError, Pairing, add_rows, pair
 from cl_graft.skillpack.format.write import packed_size, write_pack
 from cl_graft.version import __version__
 
@@ -88,8 +89,20 @@ def create(
         progress("comparing the checkpoints", 0.0)
         pairing, meta = pair(before, after), meta_model(tuned)
         fingerprint = before.fingerprint()
+    if not pairing.changes:
+        raise PairError(
+            f"no tensor of {tuned} differs from {base}, so a pack would be empty; give the folder of the tuned model."
+        )
+    besides = not_in_weights(base, tuned)
     notes = list(pairing.notes)
+    if besides:
+        what = joined([name + more for name, more in besides.items()])
+        notes.append(
+            f"The tuned model has its own {what}: not in the pack, but taken over by "
+            f"`cl-graft pack apply --tokenizer {tuned}`."
+        )
     options = {"budget": budget, "calibrated": calibration is not None, **_plain(policy)}
+    options |= {"not_in_pack": list(besides)} if besides else {}
     fields: dict[str, Any] = {
         "task": task,
         "method": method,

@@ -115,12 +115,9 @@ def _whole(
     model = (
         type(meta.model)
         .from_pretrained(
-            checkpoint.folder if weights is None else None,
+            None,
             config=deepcopy(meta.model.config),
-            state_dict=None
-            if weights is None
-            else {key: weights(key) for key in checkpoint.tensors},
-            use_safetensors=True,
+            state_dict={key: (weights or checkpoint.read)(key) for key in checkpoint.tensors},
             dtype=_dtype(device),
         )
         .to(device)

@@ -2,7 +2,6 @@
 
 Tensors are read from their byte range in the file rather than mapped: pages of a mapped file count
 as memory of the process until the system takes them back, and a shard may be larger than memory.
-Format: https://github.com/huggingface/safetensors (8 bytes of length, JSON header, payload).
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.errors import UnknownName
+from cl_graft.models.weights import INDEX, WEIGHTS, CheckpointError, Stored, read_json, weights
 from cl_graft.skillpack.codecs.encoded import raw
+from cl_graft.skillpack.folders.besides import TOKENIZER_FILES
 from cl_graft.skillpack.format.fingerprint import fingerprint
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_HEADER = 100_000_000  # bytes, the limit of safetensors
 MAX_SHARD_BYTES = 5_000_000_000
 DTYPES = {
     "F64": torch.float64,
@@ -52,10 +51,6 @@ Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 Fetch = Callable[[str], Tensor]
 
 
-class CheckpointError(CLGraftError):
-    """A checkpoint folder that cannot be read or written."""
-
-
 class Info(NamedTuple):
     """Where a tensor is: its bytes begin at `start` of `file` and are in row-major order."""
 
@@ -72,19 +67,21 @@ class Info(NamedTuple):
 class Checkpoint:
     """A folder with `model.safetensors`, or with its index and shards; nothing is kept in memory.
 
-    tensors: {name: Info} in the order of the files, from their headers alone. Where a folder holds
-    both one file and an index, the file counts, as it does for transformers. Raises CheckpointError
-    for a folder that is not whole.
+    tensors: {name: Info} in the order of the files, from their headers alone, by the model's own
+    names: what training put before them is left off. notes: sentences about that. Raises
+    CheckpointError for a folder that is not whole, or that holds two saves.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
-        self.tensors = _tensors(self.folder)
+        found = weights(self.folder)
+        self.tensors = {name: _info(name, stored) for name, stored in found.stored.items()}
+        self.notes = [f"{self.folder}: {found.note}"] if found.note else []
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
-        config = _json(self.folder / "config.json")
+        config = read_json(self.folder / "config.json")
         if not isinstance(config, dict):
             raise CheckpointError(
                 f"{self.folder / 'config.json'} is not a model's; fetch it again."
@@ -131,89 +128,11 @@ class Checkpoint:
 # reading
 
 
-def _tensors(folder: Path) -> dict[str, Info]:
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}; give that of a Hugging Face model.")
-    if (folder / WEIGHTS).is_file():
-        return _header(folder / WEIGHTS)
-    if not (folder / INDEX).is_file():
-        raise CheckpointError(_no_weights(folder))
-    index = _json(folder / INDEX)
-    where = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(where, dict) or not all(_is_name(file) for file in where.values()):
-        raise CheckpointError(f"{folder / INDEX} maps no tensors to files; fetch it again.")
-    tensors: dict[str, Info] = {}
-    for file in sorted(set(where.values())):
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder} lacks {file}, which its index names; fetch it.")
-        infos = _header(folder / file)
-        for name in infos.keys() & tensors.keys():
-            both = f"both {tensors[name].file.name} and {file} of {folder} hold {name!r}"
-            raise CheckpointError(f"{both}; keep the shards of one save only.")
-        tensors |= infos
-    for name, file in where.items():
-        if name not in tensors or tensors[name].file.name != file:
-            raise CheckpointError(f"{folder / file} lacks {name!r}, which the index says it holds.")
-    return tensors
-
-
-def _is_name(file: object) -> bool:
-    """Whether it is a file of the folder itself; an index must not lead out of it."""
-    return isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file
-
-
-def _no_weights(folder: Path) -> str:
-    files = sorted(file.name for file in folder.iterdir())
-    if "adapter_model.safetensors" in files:
-        return f"{folder} holds a PEFT adapter and no model; merge it into its base and save that."
-    pickled = [name for name in files if name.endswith(PICKLED) and "model" in name]
-    if pickled:
-        how = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW)"
-        return f"{folder} holds pickled weights ({pickled[0]}), which are not read; convert: {how}."
-    return f"{folder} holds no {WEIGHTS}; give the folder of a Hugging Face model."
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} holds no {path.name}; fetch it.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is no JSON; fetch it again.") from None
-
-
-def _header(path: Path) -> dict[str, Info]:
-    """{name: Info} of one safetensors file, in the order of the bytes, which have no gaps."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > MAX_HEADER:
-            raise CheckpointError(f"{path} is no safetensors file; fetch it again.")
-        text = file.read(length)
-    if len(text) < length:
-        raise CheckpointError(f"{path} is cut short within its header; fetch it again.")
-    try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        rows = [(*e["data_offsets"], tuple(e["shape"]), e["dtype"], n) for n, e in entries.items()]
-        rows.sort()
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise CheckpointError(f"the header of {path} is damaged; fetch the file again.") from None
-    tensors, end = {}, 0
-    for first, last, shape, dtype, name in rows:
-        if dtype not in DTYPES:
-            what = f"{path} stores {name!r} as {dtype!r}, which is not read"
-            raise CheckpointError(f"{what}; save the model in bfloat16 or float32.")
-        tensors[name] = Info(shape, DTYPES[dtype], path, 8 + length + first)
-        if first != end or last - first != tensors[name].nbytes or min(shape, default=0) < 0:
-            raise CheckpointError(f"the header of {path} is damaged at {name!r}; fetch it again.")
-        end = last
-    if size != 8 + length + end:
-        wanted = 8 + length + end
-        raise CheckpointError(f"{path} has {size} bytes and not {wanted}; fetch it again.")
-    return tensors
+def _info(name: str, found: Stored) -> Info:
+    if found.dtype not in DTYPES:
+        what = f"{found.file} stores {name!r} as {found.dtype!r}, which is not read"
+        raise CheckpointError(f"{what}; save the model in bfloat16 or float32.")
+    return Info(found.shape, DTYPES[found.dtype], found.file, found.start)
 
 
 # writing
@@ -226,17 +145,21 @@ def write_checkpoint(
     like: Checkpoint,
     *,
     config: dict[str, Any] | None = None,
+    tokenizer: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model folder that transformers loads, asking `fetch` for one tensor after another.
 
     specs: {name: (dtype, shape)} in order; a shard takes as many as fit into `max_shard_bytes`, and
     at least one. like: its tokenizer and other files are copied, weights never. config: in place of
-    like's config.json. The folder appears whole or not at all. Raises CheckpointError where there
+    like's config.json. tokenizer: a folder whose tokenizer's files, and what decides about generation, take the
+    place of like's. The folder appears whole or not at all. Raises CheckpointError where there
     is one with files in it already, where the system refuses it, or for a tensor unlike its spec.
     """
     with new_folder(Path(folder)) as building:
         _copy_other_files(like.folder, building)
+        if tokenizer is not None:
+            _take_tokenizer(tokenizer, building)
         if config is not None:
             (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         write_weights(building, specs, fetch, max_shard_bytes)
@@ -335,3 +258,13 @@ def _copy_other_files(source: Path, target: Path) -> None:
         if not file.name.endswith(OTHER_WEIGHTS) and not file.name.startswith("."):
             (target / inside).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target / inside)
+
+
+def _take_tokenizer(source: Path, target: Path) -> None:
+    for pattern in TOKENIZER_FILES:
+        for file in target.glob(pattern):
+            file.unlink()
+        for file in source.glob(pattern):
+            inside = target / file.relative_to(source)
+            inside.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, inside)

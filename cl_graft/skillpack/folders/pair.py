@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.models.meta_model import meta_model
+from cl_graft.skillpack.folders.besides import computing, told_changes
 from cl_graft.skillpack.folders.checkpoint import Checkpoint, Info
 from cl_graft.skillpack.format.errors import NonFinite
 
@@ -27,11 +29,6 @@ BUFFER = re.compile(
     r"|masked_bias|causal_mask|attention_mask|alibi)$"
 )
 MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # GPT-2's and GPT-NeoX's, where 4-dimensional
-NO_EFFECT = {  # keys of config.json that change nothing about what the weights compute
-    *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
-    *("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "unsloth_version"),
-    *("vocab_size", "tie_word_embeddings"),  # follow from the tensors
-}
 
 
 class PairError(CLGraftError):
@@ -169,25 +166,31 @@ def _same_model(base: Checkpoint, tuned: Checkpoint) -> list[str]:
                 f"{base.folder} is {_plain(ours)} and {tuned.folder} is {_plain(theirs)}; "
                 "a pack needs a base and a model tuned from it."
             )
-    notes = [f"config.json: {line}; the base's stays." for line in _config_changes(base, tuned)]
+    _check_computing(base, tuned)
+    notes = [*base.notes, *tuned.notes, *told_changes(base.config, tuned.config)]
     kinds = (_kinds(base), _kinds(tuned))
     if kinds[0] != kinds[1]:
         notes.append(f"The base is in {kinds[0]}, the tuned in {kinds[1]}; both are widened first.")
     return notes
 
 
-def _config_changes(base: Checkpoint, tuned: Checkpoint) -> list[str]:
-    ours, theirs = base.config, tuned.config
-    both = sorted((ours.keys() & theirs.keys()) - NO_EFFECT)
-    changes = [
-        f"{key} is {ours[key]} in the base, {theirs[key]} in the tuned"
-        for key in both
-        if ours[key] != theirs[key]
-    ]
-    for side, keys in (("base", ours.keys() - theirs), ("tuned", theirs.keys() - ours)):
-        if alone := sorted(keys - NO_EFFECT):
-            changes.append(f"only the {side} has {', '.join(alone)}")
-    return changes
+def _check_computing(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Raise PairError where the tuned model's weights are put to another use than the base's."""
+    differing = computing(base.config, tuned.config)
+    if not differing:
+        return
+    key, (ours, theirs) = next(iter(differing.items()))
+    more = f" (and {', '.join([*differing][1:])} differ, too)" if len(differing) > 1 else ""
+    values = f"{key} is {ours} in {base.folder} and {theirs} in {tuned.folder}{more}"
+    if base.tensors.keys() == tuned.tensors.keys():
+        raise PairError(
+            f"{values}, and a pack holds weights alone; write the tuned model's value into the config.json of a copy "
+            "of the base, and make and apply the pack on that."
+        )
+    raise PairError(
+        f"{values}, and a pack adds to the weights that the base has; make it on the model that training began from, "
+        "with the parts that were added to it."
+    )
 
 
 def _kinds(side: Checkpoint) -> str:
@@ -231,13 +234,24 @@ def _check_complete(base: Checkpoint, tuned: Checkpoint, heads: _Heads) -> None:
     missing = [name for name in base.tensors if name not in known]
     lost = [name for name in missing if not _buffer(name, base.tensors[name])]
     if lost and not base.tensors.keys() & tuned.tensors.keys():
+        cure = "rename its tensors as the base's"
+        if all(_loads(side) for side in (base, tuned)):
+            cure = "load both with transformers and save them again"
         raise PairError(
             f"{tuned.folder} names no tensor as {base.folder} does ({next(iter(tuned.tensors))!r}, "
-            f"{lost[0]!r}); load both with transformers and save them again."
+            f"{lost[0]!r}); {cure}."
         )
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise PairError(f"{tuned.folder} lacks {lost[0]!r}{more} of the base; complete it.")
+
+
+def _loads(side: Checkpoint) -> bool:
+    """Whether transformers finds every weight of its model, so that none would be made up."""
+    try:
+        return meta_model(side.folder).plain
+    except CLGraftError:
+        return False
 
 
 def _buffers(base: Checkpoint, tuned: Checkpoint, buffers: set[str]) -> list[str]:

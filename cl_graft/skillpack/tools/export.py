@@ -49,12 +49,14 @@ class Exported(NamedTuple):
 
 
 class _Module(NamedTuple):
-    """A linear layer of the model. transposed: its weight is (in, out), as GPT-2's Conv1D has it."""
+    """A linear layer of the model. transposed: its weight is (in, out), as GPT-2's Conv1D has it. head: it is the
+    model's output head."""
 
     name: str
     tensor: str
     rank: int
     transposed: bool
+    head: bool
 
 
 def export_peft(
@@ -62,17 +64,20 @@ def export_peft(
     base_dir: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     rank: int | None = None,
+    head: bool = True,
 ) -> list[Exported]:
     """Write `adapter_config.json` and `adapter_model.safetensors`, in float32; a row per tensor.
 
     rank: the most that any module gets; by default what a low-rank codec has, and MOST_RANK for
-    other codecs. Raises WrongBase, ShapeMismatch, NothingToExport, CheckpointError.
+    other codecs. head: whether an output head that is not tied is in the adapter, which vLLM
+    refuses for many architectures (its `check_unexpected_modules`). Raises WrongBase,
+    ShapeMismatch, NothingToExport, CheckpointError.
     """
     if rank is not None and rank < 1:
         raise NothingToExport(f"an adapter of rank {rank} holds nothing; give a rank of 1 or more.")
     base = Checkpoint(base_dir)
     check_base(base, pack)
-    modules, left_out = _sort(pack, meta_model(base.folder), rank)
+    modules, left_out = _sort(pack, meta_model(base.folder), rank, head)
     if not modules:
         raise NothingToExport(
             f"the pack of task {pack.task!r} changes no linear layer that an adapter could hold; "
@@ -90,7 +95,7 @@ def export_peft(
 
 
 def _sort(
-    pack: SkillPack, meta: MetaModel, most: int | None
+    pack: SkillPack, meta: MetaModel, most: int | None, head: bool
 ) -> tuple[list[_Module], dict[str, Exported]]:
     parameters = dict(meta.model.named_parameters(remove_duplicate=False))
     uses = Counter(id(parameter) for parameter in parameters.values())
@@ -102,6 +107,9 @@ def _sort(
         why = _why_not(name, encoded, pack, owner, parameter)
         if not why and uses[id(parameter)] > 1:
             why = "left out: tied to another tensor"
+        is_head = meta.role_of(name) == "head"
+        if not why and is_head and not head:
+            why = "left out: vLLM refuses a head in an adapter for many models"
         if why:
             left_out[name] = Exported(name, encoded.codec, None, None, why)
             continue
@@ -109,7 +117,7 @@ def _sort(
         rank = min(encoded.shape) if own is None else own
         limit = most if most is not None else MOST_RANK if own is None else rank
         path, transposed = inner.removesuffix(".weight"), meta.is_transposed(name)
-        modules.append(_Module(path, name, max(1, min(rank, limit)), transposed))
+        modules.append(_Module(path, name, max(1, min(rank, limit)), transposed, is_head))
     return modules, left_out
 
 
@@ -195,9 +203,14 @@ def _factorised(pack: SkillPack, module: _Module) -> tuple[Factors, Exported]:
     left, right = _padded(*pair, module.rank)
     norm = float(delta.norm())
     error = float((delta - left @ right).norm()) / norm if norm else None
-    over = module.rank > MOST_RANK
-    note = f"rank over {MOST_RANK}: refused by serving engines; give --rank" if over else ""
-    return (left, right), Exported(module.tensor, encoded.codec, module.rank, error, note)
+    notes = []
+    if module.rank > MOST_RANK:
+        notes.append(f"rank over {MOST_RANK}: refused by serving engines; give --rank")
+    if module.head:
+        notes.append("a head: vLLM refuses it for many models; --to vllm leaves it out")
+    return (left, right), Exported(
+        module.tensor, encoded.codec, module.rank, error, ", ".join(notes)
+    )
 
 
 def best_factors(delta: Tensor, rank: int) -> Factors:
