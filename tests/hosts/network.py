@@ -96,7 +96,9 @@ class Host:
         spaces = ["--net", "--mount", "--uts", "--pid", f"--wdns={self.folder}"]
         return ["nsenter", f"--target={self.first}", *spaces, *map(str, words)]
 
-    def run(self, *words: object, timeout: float = 300, **options: object) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *words: object, timeout: float = 300, **options: object
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command on the host and wait for it; the text of stdout and stderr together is in `stdout`."""
         return subprocess.run(
             self.command(*words),
@@ -111,7 +113,11 @@ class Host:
         """Start a command on the host, whose output goes to the file `out`."""
         with out.open("wb") as file:
             return subprocess.Popen(
-                self.command(*words), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, **options  # type: ignore[call-overload]
+                self.command(*words),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                **options,  # type: ignore[call-overload]
             )
 
     def processes(self, words: str) -> list[psutil.Process]:
@@ -159,7 +165,10 @@ class Hosts:
             raise
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._take_down()
 
@@ -220,7 +229,9 @@ class Hosts:
             child.kill()
             child.wait()
         for name in (*NAMES, "switch"):
-            subprocess.run(["ip", "netns", "delete", self._space(name)], capture_output=True, check=False)
+            subprocess.run(
+                ["ip", "netns", "delete", self._space(name)], capture_output=True, check=False
+            )
 
 
 def _ip(*words: str) -> None:

@@ -50,8 +50,7 @@ def environment(shared: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
         "RAY_memory_monitor_refresh_ms": "0",
-        "RAY_health_check_period_ms": "1000",
-        "RAY_health_check_timeout_ms": "3000",
+        "RAY_health_check_period_ms": "2000",
         "RAY_health_check_failure_threshold": "3",
     }
 
@@ -66,7 +65,9 @@ def join(host: Host, head: bool = False) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def write_sweep(folder: Path, name: str, strategy: str, options: dict[str, Any], **more: Any) -> Path:
+def write_sweep(
+    folder: Path, name: str, strategy: str, options: dict[str, Any], **more: Any
+) -> Path:
     small = {"tasks": "math", "train_size": 16, "test_size": 4, "steps": 4, "batch": 4}
     asked = {
         "scenarios": {"mini": small},
@@ -109,7 +110,9 @@ def test_a_host_is_lost_and_another_comes_in_the_middle_of_a_sweep(tmp_path: Pat
     ray = {"address": "10.99.7.1:6379", "cpus": 1}
     asked = {"seeds": [0, 1], "executor": "ray", "ray": ray, "workers": 2}
     strategy = str(tmp_path / "noted.py")
-    file = write_sweep(tmp_path, "many.yaml", strategy, options, out=str(tmp_path / "many"), **asked)
+    file = write_sweep(
+        tmp_path, "many.yaml", strategy, options, out=str(tmp_path / "many"), **asked
+    )
     with Hosts(tmp_path) as hosts:
         join(hosts["alpha"], head=True)
         join(hosts["beta"])
@@ -120,9 +123,38 @@ def test_a_host_is_lost_and_another_comes_in_the_middle_of_a_sweep(tmp_path: Pat
         join(hosts.boot("gamma"))
         assert job.wait(400) == 0, file.with_suffix(".log").read_text()
         assert (notes / "gamma").exists()
-        alone = write_sweep(tmp_path, "one.yaml", strategy, options, seeds=[0, 1], out=str(tmp_path / "one"), workers=1)
+        alone = write_sweep(
+            tmp_path,
+            "one.yaml",
+            strategy,
+            options,
+            seeds=[0, 1],
+            out=str(tmp_path / "one"),
+            workers=1,
+        )
         assert sweep(hosts["gamma"], alone).wait(300) == 0, alone.with_suffix(".log").read_text()
     assert matrices(tmp_path / "many") == matrices(tmp_path / "one")
+
+
+def test_who_lacks_the_token_of_the_head_is_told(tmp_path: Path) -> None:
+    ray = {"address": "10.99.7.1:6379"}
+    file = write_sweep(
+        tmp_path, "token.yaml", "individual", {}, executor="ray", ray=ray, out=str(tmp_path / "out")
+    )
+    with Hosts(tmp_path, count=1) as hosts:
+        join(hosts["alpha"], head=True)
+        other = environment(tmp_path) | {
+            "RAY_AUTH_TOKEN": TOKEN[::-1],
+            "RAY_gcs_rpc_server_connect_timeout_s": "1",
+        }
+        done = hosts["alpha"].run(sys.executable, "-m", "cl_graft", "sweep", file, env=other)
+    assert done.returncode == 1
+    assert (
+        done.stdout.rstrip()
+        .split("\n")[-1]
+        .startswith("error: the Ray cluster at 10.99.7.1:6379 does not take")
+    )
+    assert "RAY_AUTH_TOKEN" in done.stdout and "Traceback" not in done.stdout
 
 
 def test_hosts_that_share_no_folder_meet_at_the_mirror(tmp_path: Path) -> None:
@@ -137,8 +169,18 @@ def test_hosts_that_share_no_folder_meet_at_the_mirror(tmp_path: Path) -> None:
         join(hosts["beta"])
         assert sweep(hosts["alpha"], file).wait(400) == 0, file.with_suffix(".log").read_text()
         hosts["alpha"].run("cp", "-r", own / "out", tmp_path / "fetched")
-        theirs = hosts["beta"].run("find", own, "-name", "pack*", "-o", "-name", "result.json").stdout
+        theirs = (
+            hosts["beta"].run("find", own, "-name", "pack*", "-o", "-name", "result.json").stdout
+        )
         assert theirs.strip(), "beta computed, too"
-        alone = write_sweep(tmp_path, "alone.yaml", "individual", {}, seeds=[0, 1, 2], out=str(tmp_path / "one"), workers=1)
+        alone = write_sweep(
+            tmp_path,
+            "alone.yaml",
+            "individual",
+            {},
+            seeds=[0, 1, 2],
+            out=str(tmp_path / "one"),
+            workers=1,
+        )
         assert sweep(hosts["beta"], alone).wait(300) == 0, alone.with_suffix(".log").read_text()
     assert matrices(tmp_path / "fetched") == matrices(tmp_path / "one")

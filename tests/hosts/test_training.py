@@ -52,7 +52,9 @@ def assert_trained(folder: Path, steps: int, alone: Path) -> None:
 @pytest.mark.parametrize("zero", [2, 3])
 def test_two_hosts_train_what_one_process_trains(hosts: Hosts, zero: int, tmp_path: Path) -> None:
     name, folder = f"zero{zero}", hosts.shared / f"zero{zero}"
-    assert stage(hosts["alpha"], name, zero, 8).wait(300) == 0, (folder.with_suffix(".out")).read_text()
+    assert stage(hosts["alpha"], name, zero, 8).wait(300) == 0, (
+        folder.with_suffix(".out")
+    ).read_text()
     assert_trained(folder, 8, tmp_path)
     (log,) = folder.glob("stages/*/log.jsonl")
     assert log.read_text().count("\n") >= 8
