@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from cl_graft.matrix import METRICS
 from cl_graft.report import ReportedCell, find
-from cl_graft.report.aggregate import (
-    KINDS,
-    Cell,
-    alive,
-    extra,
-    general,
-    number,
-    packs,
-    protocol,
-    storage,
-)
+from cl_graft.report.aggregate import KINDS, alive, extra, general, number, packs, storage
+from cl_graft.report.protocols import Cell, protocol
 
 if TYPE_CHECKING:
     import pandas as pd
