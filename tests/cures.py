@@ -77,7 +77,6 @@ TESTED: dict[str, str] = {
     "cl_graft/skillpack/live/attachment_points.py: pass an `example`: the keyword arguments of one forward of several samples.": "skillpack/test_attach.py::test_a_model_that_needs_another_call_is_given_an_example",
     "cl_graft/skillpack/live/grafted.py: apply it to a folder with `cl-graft pack apply`.": "test_cures.py::test_a_pack_of_more_rows_than_a_live_model_has",
     "cl_graft/skillpack/tools/export.py: export it to a folder (--to hf).": "test_cures.py::test_what_no_adapter_holds_goes_to_a_folder",
-    "cl_graft/plugins/authors.py: give it the arguments {}, and every other a default, after a `*`.": "test_authors.py::test_what_may_be_the_toys_fault_is_no_mistake",
     "cl_graft/store/record.py: delete its cell's folder to compute it anew.": "test_resume.py::test_what_is_to_be_deleted_is_computed_anew",
     "cl_graft/store/record.py: delete the file, and run the same command again.": "report/test_corrupt.py::test_a_torn_state_is_no_end_of_status",
     "cl_graft/tracking/wandb.py: run `wandb login`, or leave out --wandb online.": "test_early.py::test_who_is_logged_in_may_be_online",
@@ -118,8 +117,6 @@ TESTED: dict[str, str] = {
 }
 # {cure: why no test here runs it}
 OPEN: dict[str, str] = {
-    "cl_graft/models/load.py: ask for access on its page, then log in by `hf auth login`.": "needs an account of the hub, and its owner's consent.",
-    "cl_graft/models/load.py: check the spelling, or log in by `hf auth login` where it is private.": "needs an account of the hub; a right name is what every other run has.",
     "cl_graft/cli/bench.py: run the same command in a checkout of the source, after `pip install --editable .` there.": "installs a package; the tests of `bench` run in such a checkout.",
     "cl_graft/evaluation/answers.py: install it with `pip install math-verify`.": "installs a package; where it is installed, tests/evaluation/test_answers.py uses it.",
     "cl_graft/experiment/executors/ray.py: `pip install cl-graft[ray]`.": "installs a package; where it is installed, tests/executors/test_ray.py uses it.",
