@@ -69,9 +69,13 @@ def math_code(
         for suite in suites:
             problems = examples(suite, data_dir)
             test += problems if test_size is None else sample(problems, test_size, f"test/{suite}")
-        seen = {example.prompt for example in test}
-        train = [e for e in gather(SFT, "sft", name, sft, train_size, seed) if e.prompt not in seen]
-        pairs = [] if dpo == "none" else gather(DPO, "dpo", name, dpo, train_size, seed)
+        asked = {question(example.prompt) for example in test}
+
+        def unasked(rows: list[Any]) -> list[Any]:
+            return [row for row in rows if question(row.prompt) not in asked]
+
+        train = unasked(gather(SFT, "sft", name, sft, train_size, seed))
+        pairs = [] if dpo == "none" else unasked(gather(DPO, "dpo", name, dpo, train_size, seed))
         return Task(
             name,
             train,
@@ -203,6 +207,11 @@ def gather(
             seed=f"{config}/{seed}/{task}/{name}",
         )
     return rows if size is None else sample(rows, size, f"{config}/{seed}/{task}")
+
+
+def question(prompt: str) -> str:
+    """What a prompt asks, without how it is put: with the request to reason or not, it is the same problem."""
+    return plain(prompt).removesuffix(plain(reasoning("")))
 
 
 def plain(text: str) -> str:

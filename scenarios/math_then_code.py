@@ -12,7 +12,13 @@ from pathlib import Path
 from cl_graft.data import records, sample
 from cl_graft.errors import UnknownName
 from cl_graft.ranges import Count, Positive
-from cl_graft.task import Example, Preference, Scenario, Task, Training
+from cl_graft.task import Example, Preference, Scenario, Scoring, Task, Training
+
+# How GSM8K's published figures are scored, beside our own rule.
+PUBLISHED = (
+    Scoring("number:lm-eval", {"filter": "strict-match"}, "number:lm-eval strict-match"),
+    Scoring("number:lm-eval", {"filter": "flexible-extract"}, "number:lm-eval flexible-extract"),
+)
 
 
 def math_then_code(
@@ -50,7 +56,7 @@ def math_then_code(
                 sample(train, train_size, f"train/{seed}/{name}"),
                 sample(test, test_size, f"test/{name}"),
                 score="tests" if name == "mbpp" else "number",
-                also=("neg_bits_per_byte",),
+                also=("neg_bits_per_byte", *(PUBLISHED if name == "gsm8k" else ())),
                 max_new_tokens=160 if name == "mbpp" else 96,
                 training=training,
             )

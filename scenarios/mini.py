@@ -1,12 +1,12 @@
 """Math, then code, then a cipher, made here: word problems, Python functions with hidden tests, letter shifts.
 
 Everything is procedural, so the scenario runs on any machine with no download. It is meant for the
-embedded model `mini-llama`, whose tokenizer knows its words.
+embedded model `mini-llama`, whose tokenizer knows its words. The test sets are the same for every seed, hold each
+question once, and ask what is in no training set and in no embedded model's pre-training (`toy_language.part`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
 from random import Random
 
 from cl_graft.data import DataError
@@ -16,7 +16,7 @@ from cl_graft.ranges import Count, Positive
 from cl_graft.task import Example, Preference, Scenario, Task, Training
 
 # Source, scorer, and the share of `steps` that the task takes.
-TASKS: dict[str, tuple[Callable[[Random], toy_language.Item], str, float]] = {
+TASKS: dict[str, tuple[toy_language.Source, str, float]] = {
     "math": (toy_language.math, "number", 2.0),
     "code": (toy_language.code, "tests", 1.0),
     "cipher": (toy_language.cipher, "exact", 2.0),
@@ -49,11 +49,9 @@ def mini(
         if name not in TASKS:
             raise UnknownName("task of mini", name, TASKS)
         source, score, share = TASKS[name]
-        test = examples(source, f"test/{name}", test_size)
-        seen = {e.prompt for e in test}
-        train = examples(source, f"train/{seed}/{name}", train_size, seen)
-        seen |= {e.prompt for e in train}
-        validation = examples(source, f"validation/{seed}/{name}", VALIDATION, seen)
+        train = training(source, f"train/{seed}/{name}", train_size)
+        test = held_out(source, "test", name, test_size)
+        validation = held_out(source, "validation", name, VALIDATION)
         recipe = Training(
             steps=round(share * steps),
             batch=batch,
@@ -64,7 +62,7 @@ def mini(
             name, train, test, score, max_new_tokens=32, training=recipe, validation=validation
         )
 
-    general = examples(toy_language.general, "test/general", test_size)
+    general = held_out(toy_language.general, "test", "general", test_size)
     return Scenario(
         "mini",
         tuple(task(name) for name in tasks.split(",")),
@@ -72,25 +70,32 @@ def mini(
     )
 
 
-def examples(
-    source: Callable[[Random], toy_language.Item],
-    seed: str,
-    size: int,
-    excluded: Container[str] = frozenset(),
-) -> tuple[Example, ...]:
-    """Items of the source whose prompts are not excluded; no set holds a prompt of another.
+def training(source: toy_language.Source, seed: str, size: int) -> tuple[Example, ...]:
+    """Examples drawn from the training part of the source; a question may come again."""
+    rng = Random(seed)
+    return tuple(example(toy_language.training(source, rng)) for _ in range(size))
 
-    Raises DataError where large sets leave too little of a small source.
+
+def held_out(
+    source: toy_language.Source, part: toy_language.Part, name: str, size: int
+) -> tuple[Example, ...]:
+    """Examples of another part of the source, the same for every seed, no question twice.
+
+    Raises DataError for a size above the number of questions that there are.
     """
-    rng, items = Random(seed), []
-    for _ in range(100 * size + 1000):
+    seed = f"{part}/{name}"
+    rng, items = Random(seed), dict[str, Example]()
+    for _ in range(200 * size + 2000):
         item = source(rng)
-        prompt = toy_language.prompt(item.question)
-        if prompt not in excluded:
-            tests = tuple(f"assert {call} == {expected}" for call, expected in item.tests)
-            items.append(Example(prompt, item.answer, tests))
+        if toy_language.part(item.question) == part:
+            items.setdefault(item.question, example(item))
         if len(items) == size:
-            return tuple(items)
+            return tuple(items.values())
     raise DataError(
-        f"the sets before it leave too few prompts for {seed!r} of mini; lower mini.test_size or mini.train_size."
+        f"{seed!r} of mini has {len(items)} different questions, not {size}; lower mini.{part}_size."
     )
+
+
+def example(item: toy_language.Item) -> Example:
+    tests = tuple(f"assert {call} == {expected}" for call, expected in item.tests)
+    return Example(toy_language.prompt(item.question), item.answer, tests)

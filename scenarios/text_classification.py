@@ -67,7 +67,8 @@ def text_classification(
 
 
 def read(data_dir: Path | None, name: str, options: tuple[str, ...]) -> list[Example]:
-    examples = []
+    """The examples of a file, a text once: the first of those that are alike once they are cut."""
+    examples: dict[str, Example] = {}
     for number, row in enumerate(records(data_dir, name, {"sentence": str, "label": str}), 1):
         if row["label"] == NO_CONSENSUS:
             continue
@@ -76,7 +77,8 @@ def read(data_dir: Path | None, name: str, options: tuple[str, ...]) -> list[Exa
                 f"{data_dir}/{name}, record {number} has label {row['label']!r}, which labels.json does not list."
             )
         text = " ".join(row["sentence"].split())[:CHARACTERS]
-        examples.append(
-            Example(f"{text}\nLabel:", f" {row['label']}", choices=tuple(f" {o}" for o in options))
+        example = Example(
+            f"{text}\nLabel:", f" {row['label']}", choices=tuple(f" {o}" for o in options)
         )
-    return examples
+        examples.setdefault(example.prompt, example)
+    return list(examples.values())

@@ -326,6 +326,7 @@ RESULT = [
     "metrics",
     "extra_matrices",
     "general",
+    "general_packs",
     "pack_bytes",
     "budget_bytes",
     "base_bytes",

@@ -253,6 +253,7 @@ KEYS = {
         "versions",
         "machine",
         "reads_data_dir",
+        "conventions",
         "identical",
         "spent",
         "data",
@@ -282,7 +283,8 @@ def test_report_writes_tables_and_figures(finished: Finished, call: Call, tmp_pa
     assert all(f.read_bytes().startswith(b"\x89PNG") for n, f in written.items() if n[-3:] == "png")
     (ranking,) = (f for n, f in written.items() if n.endswith("ranking.csv"))
     assert ranking.read_text().splitlines()[1].startswith("graftllm,")
-    assert "--strategies graftllm" in written["provenance.md"].read_text()
+    told = written["provenance.md"].read_text()
+    assert "--strategies graftllm" in told and "math by number (the number after" in told
 
 
 @pytest.mark.slow
@@ -444,6 +446,8 @@ def test_a_report_that_cannot_be_written(finished: Finished, call: Call, tmp_pat
     assert done.err.startswith(f"error: {tmp_path / 'taken'} cannot be written")
     assert done.err.count("\n") == 1
     assert (tmp_path / "taken").read_text() == "mine"
+    shutil.copytree(finished.out, tmp_path / "elsewhere")
+    assert call("report", str(tmp_path / "elsewhere")).code == 0
 
 
 def test_sigterm_is_answered_like_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,6 +214,26 @@ def test_a_problem_of_the_test_is_not_trained_on(hub: Any, monkeypatch: Any) -> 
     assert example.prompt == benchmarks.reasoning("Half of 4?")
 
 
+def test_a_problem_of_the_test_is_in_no_pair_and_in_no_other_words(
+    hub: Any, monkeypatch: Any
+) -> None:
+    """FuseChat's rows ask without the words that a test prompt ends in."""
+    kept = ROWS["FuseAI/FuseChat-3.0-DPO-Data"][0]
+    pair = {**kept, "prompt": [{"role": "user", "content": "Half of 2?"}]}
+    monkeypatch.setitem(
+        ROWS, "FuseAI/FuseChat-3.0-DPO-Data", [pair, *ROWS["FuseAI/FuseChat-3.0-DPO-Data"]]
+    )
+    sft = ROWS["FuseAI/FuseChat-3.0-SFT-Data"]
+    told = {
+        "dataset": sft[0]["dataset"],
+        "conversations": [{"from": "human", "value": "Half of 2? "}, {"from": "gpt", "value": "1"}],
+    }
+    monkeypatch.setitem(ROWS, "FuseAI/FuseChat-3.0-SFT-Data", [told, *sft])
+    math = made().tasks[0]
+    assert [p.prompt for p in math.pairs] == ["openmathinstruct2?"]
+    assert [e.prompt for e in math.train] == ["openmathinstruct2?"]
+
+
 def test_data_of_another_form_are_refused_in_one_sentence(hub: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(ROWS, "greengerong/leetcode", [{"content": "x", "rust": "y"}])
     with pytest.raises(DataError, match="greengerong/leetcode has no column 'python' but content"):

@@ -69,9 +69,29 @@ def test_seeds_share_the_test_sets_but_not_the_training_sets() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_no_test_prompt_is_trained_on(seed: int) -> None:
-    for task in made("mini", seed=seed).tasks:
-        assert not prompts(task.train) & prompts(task.test), task.name
+def test_no_test_prompt_is_trained_on_or_asked_twice(seed: int) -> None:
+    """At the sizes of the published tables and at twice their test sets; `general` is trained on by nobody."""
+    scenario = made("mini", seed=seed, test_size=400)
+    assert scenario.general is not None
+    trained = set[str]().union(*(prompts(task.train) for task in scenario.tasks))
+    for task in (*scenario.tasks, scenario.general):
+        assert len(prompts(task.test)) == len(task.test) == 400, task.name
+        assert not prompts(task.test) & trained, task.name
+        assert len(prompts(task.validation)) == len(task.validation)
+        assert not prompts(task.validation) & (trained | prompts(task.test)), task.name
+
+
+@pytest.mark.parametrize("source", [toy_language.math, toy_language.code, toy_language.general])
+def test_every_kind_of_question_is_in_every_part(source: toy_language.Source) -> None:
+    """A kind that is tested can be learned: its other questions are in the training part."""
+    rng, parts = Random(0), dict[str, set[str]]()
+    for _ in range(4000):
+        question = source(rng).question
+        names = "|".join((*toy_language.NAMES, *toy_language.THINGS))
+        kind = re.sub(rf"\d+|\b(?:{names})\b| [a-z]{{2,4}}\.", "#", question)
+        parts.setdefault(toy_language.part(question), set()).add(kind)
+    assert parts["training"] == parts["validation"] == parts["test"]
+    assert len(parts["test"]) in (5, 6, 8)
 
 
 def test_a_larger_test_set_extends_the_smaller() -> None:
@@ -140,22 +160,22 @@ def test_tasks_can_be_chosen_and_ordered() -> None:
 
 @pytest.mark.parametrize("sizes", [{"test_size": 0}, {"train_size": 0}, {"train_size": -1}])
 def test_empty_sets_are_refused(sizes: dict[str, int]) -> None:
-    with pytest.raises(DataError, match="at least 1"):
+    with pytest.raises(CLGraftError, match="is not 1 or more"):
         made("mini", **sizes)
 
 
-def test_a_test_set_that_leaves_nothing_to_train_on_is_refused() -> None:
-    """A source may have few different prompts; drawing must not go on for ever."""
-    examples = sys.modules[plugins.load("scenario", "mini").__module__].examples
+def test_a_source_with_too_few_questions_for_a_test_set_is_refused() -> None:
+    """A source may have few different questions; drawing must not go on for ever."""
+    held_out = sys.modules[plugins.load("scenario", "mini").__module__].held_out
 
     def narrow(rng: Random) -> toy_language.Item:
         return toy_language.Item(f"Copy {rng.randrange(10)}.", "")
 
-    test = examples(narrow, "test/narrow", 9)
-    train = examples(narrow, "train/narrow", 50, prompts(test))
-    assert len(train) == 50 and not prompts(train) & prompts(test)
-    with pytest.raises(DataError, match="lower mini.test_size"):
-        examples(narrow, "train/narrow", 50, prompts(examples(narrow, "test/narrow", 200)))
+    there = [i for i in range(10) if toy_language.part(f"Copy {i}.") == "test"]
+    assert 0 < len(there) < 10
+    assert len(held_out(narrow, "test", "narrow", len(there))) == len(there)
+    with pytest.raises(DataError, match=rf"has {len(there)} different .* lower mini.test_size"):
+        held_out(narrow, "test", "narrow", len(there) + 1)
 
 
 # --- real data ---
@@ -198,7 +218,7 @@ def test_text_classification_holds_its_five_tasks() -> None:
         "amazon": (5000, 7600),
         "sst2": (2000, 872),
         "dbpedia": (5000, 2600),
-        "mnli": (3000, 7600 - 131),
+        "mnli": (3000, 7600 - 131 - 118),
     }
     for task in real_classification().values():
         assert len({e.choices for e in task.test}) == 1

@@ -41,7 +41,8 @@ def test_a_further_delta_method_trains_nothing_and_measures_only_its_own_packs(t
     stages, evaluations = made(tmp_path, "stages"), made(tmp_path, "evaluations")
     result = cell.run(config("magnitude", tmp_path))
     assert made(tmp_path, "stages") == stages and len(stages) == 2
-    assert len(made(tmp_path, "evaluations") - evaluations) == 2, "its pack of each task"
+    new = made(tmp_path, "evaluations") - evaluations
+    assert len(new) == 4, "its pack of each task, on that task and on general ability"
     assert result["identical"] == [[True, True], [False, True], [True, False]]
 
 
@@ -50,7 +51,7 @@ def test_the_matrix_is_the_same_whoever_measured_it(tmp_path):
     cell.run(config("individual", tmp_path / "shared"))
     recalled = cell.run(config("graftllm", tmp_path / "shared"))
     alone = cell.run(config("graftllm", tmp_path / "alone"))
-    for part in ("matrix", "n", "stderr", "general", "pack_bytes", "metrics"):
+    for part in ("matrix", "n", "stderr", "general", "general_packs", "pack_bytes", "metrics"):
         assert recalled[part] == alone[part]
     assert alone["identical"] == [[False, False], [False, True], [True, False]]
     assert recalled["identical"][0] == [True, True]

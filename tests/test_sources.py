@@ -348,6 +348,6 @@ def test_a_result_is_shown_where_its_data_and_model_are_not(
 def test_results_of_an_earlier_version_are_refused(cell: Path, call: Call) -> None:
     about = json.loads((cell / "cell.json").read_text())
     (cell / "cell.json").write_text(json.dumps(about | {"format": 2}))
-    assert_refused(call(*COMMAND), "results format 2", "this version knows 3", "--out")
+    assert_refused(call(*COMMAND), "results format 2", "this version knows 4", "--out")
     with pytest.raises(RecordError, match="format 2"):
         finished(config())

@@ -138,7 +138,17 @@ def _runs(process: psutil.Process) -> bool:
 
 def numbers(out: Path) -> dict[str, Any]:
     """Of every cell: all that must not depend on how it was run."""
-    keys = ("matrix", "n", "stderr", "metrics", "general", "pack_bytes", "tokens", "complete")
+    keys = (
+        "matrix",
+        "n",
+        "stderr",
+        "metrics",
+        "general",
+        "general_packs",
+        "pack_bytes",
+        "tokens",
+        "complete",
+    )
     found = {}
     for file in out.glob("*/result.json"):
         result = json.loads(file.read_text())

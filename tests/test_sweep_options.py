@@ -257,7 +257,8 @@ def test_a_finished_sweep_whose_report_lacks_a_cell_is_reported(
     assert attempt(config, lambda *_: None, True) == Outcome("done")
     again = call(*words(made), "--seeds", "0,1")
     assert "finished already" not in again.out
-    assert (made.out / "report" / "cells" / f"{config.cell}.html").is_file()
+    pages = {page.name for page in (made.out / "report" / "cells").iterdir()}
+    assert pages == {f"{config.label}_seed{seed}.html" for seed in (0, 1)}  # and not the one before
 
 
 @pytest.mark.parametrize(

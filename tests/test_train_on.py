@@ -102,3 +102,14 @@ def test_what_cannot_be_trained_on_is_refused_before_anything_starts(tmp_path):
     (good / folder.SFT).write_text("{}")
     with pytest.raises(CLGraftError, match="not as the build left it"):
         prepare(config(tmp_path, {"math": good}))
+
+
+def test_a_folder_that_holds_test_prompts_is_refused(tmp_path):
+    """Made from a file of prompts, it may hold anything; pairs count, too."""
+    asked = prepare(config(tmp_path, {}))[0].tasks[0].test[:2]
+    rows = [{"prompt": e.prompt, "completion": "#### 1"} for e in asked]
+    with pytest.raises(CLGraftError, match="trains task 'math' on 2 of its own test prompts"):
+        prepare(config(tmp_path, {"math": built(tmp_path / "sft", sft=[*SFT, *rows])}))
+    pair = {"prompt": asked[0].prompt, "chosen": "#### 1", "rejected": "#### 0"}
+    with pytest.raises(CLGraftError, match="on 1 of its own test prompts; build it again"):
+        prepare(config(tmp_path, {"math": built(tmp_path / "dpo", dpo=[*DPO, pair])}, dpo=True))

@@ -26,6 +26,7 @@ OWN = {
     "lora": "inferred",
     "individual": "given",
 }  # with a pack a task; others have one for all
+FREE = ("sequential", "individual", "joint")  # of any size
 ROUTER_BYTES = 5_000
 
 
@@ -90,6 +91,7 @@ def make(out: Path, cells: int, examples: int, strategies: int = 25, scenarios: 
                     "data": data,
                     "tasks": list(TASKS),
                     "budget_bytes": BASE_BYTES // 10,
+                    "budgeted": name not in FREE,
                     "base_bytes": BASE_BYTES,
                 }
                 folder = CellFolder(out / f"{scenario.name}__{name}__mini-llama__10pct__seed{seed}")
@@ -141,9 +143,9 @@ def _cell(
             "experience": experience,
             "task": TASKS[experience - 1] if experience else None,
             "scores": by_metric(outcomes, scenario.tasks),
-            "general": None,
+            "general": {},
             "active": {},
-            "general_active": [],
+            "general_active": {},
             "identical": [],
             "pack": "0" * 32 if experience else None,
             "pack_bytes": pack,

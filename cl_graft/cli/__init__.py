@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -74,10 +75,20 @@ def _app() -> None:
     """Continual learning of language models: run strategies on task streams, measure forgetting."""
 
 
+def _quiet() -> None:
+    """Keep what libraries warn each other of out of the terminal; `python -W default` and their own settings show it.
+
+    What a user can act on is said in a sentence of ours.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # read when it is imported
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+
+
 def main() -> None:
     """Entry point: errors meant for the user are one sentence on stderr and exit code 1."""
-    # Of torchvision, which wants an image library that nothing here uses.
-    warnings.filterwarnings("ignore", message="Failed to load image Python extension")
+    _quiet()
     try:
         app()
     except CLGraftError as error:

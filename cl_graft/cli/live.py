@@ -112,6 +112,8 @@ class Board:
         from rich.text import Text
 
         grid = Table.grid(padding=(0, 2))
+        for _ in range(4):
+            grid.add_column(overflow="fold")  # names that lost their ends look alike
         for name, what in self.what.items():
             if what and what not in ("done", "failed") and not what.startswith("waiting"):
                 label = f"{self.configs[name].label}, seed {self.configs[name].seed}"
@@ -137,7 +139,8 @@ class Board:
             tasks = list(dict.fromkeys(t for rows in labels.values() for _, r in rows for t in r))
             table = Table(title=Text(" · ".join(group)), title_justify="left", box=None)
             for column in ("score so far, %", *tasks, "learned"):
-                table.add_column(Text(column), justify="left" if column[:5] == "score" else "right")
+                side: Any = "left" if column[:5] == "score" else "right"
+                table.add_column(Text(column), justify=side, overflow="fold")
             for label, rows in list(labels.items())[:room]:
                 means = [_mean([r[t] for _, r in rows if t in r]) for t in tasks]
                 learned = f"{_mean([k for k, _ in rows])} of {len(tasks)}"

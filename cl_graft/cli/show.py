@@ -14,14 +14,18 @@ from cl_graft.errors import CLGraftError
 def report(folders: list[Path], target: Path) -> None:
     from cl_graft.cli.progress import interruptible
     from cl_graft.report import find, write
+    from cl_graft.report.overview import overview
+    from cl_graft.report.significance import reader
     from cl_graft.report.tables import matrices, ranking
 
     try:
         with interruptible():
             known = find(folders)
             cells = [f.cell for f in known]
-            print_tables([*matrices(cells), *ranking(cells)])
-            index = write(known, target)
+            tested, rankings = reader(), ranking(cells)
+            several = [overview(known, tested)] if len(rankings) > 1 else []
+            print_tables([*matrices(cells), *several, *rankings])
+            index = write(known, target, tested)
     except OSError as error:
         raise CLGraftError(
             f"{target} cannot be written ({error.strerror or error}); free space or copy the results elsewhere."

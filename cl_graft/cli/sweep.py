@@ -97,7 +97,7 @@ def _reported(cells: list[RunConfig], folder: Path) -> bool:
         results = [(c.out / c.cell / "result.json").stat().st_mtime_ns for c in cells]
     except (RecordError, OSError):
         return False
-    return max(results) <= then and all(f"cells/{c.cell}.html" in made for c in cells)
+    return max(results) <= then and all(f"cell {c.cell}" in made for c in cells)
 
 
 def validate(

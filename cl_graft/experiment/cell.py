@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cl_graft.config import RunConfig
 from cl_graft.evaluation.scorers import conventions
 from cl_graft.evaluation.scores import by_metric, cells
-from cl_graft.experiment import identity
+from cl_graft.experiment import general, identity
 from cl_graft.experiment.executors import CellProgress
 from cl_graft.experiment.outcomes import example_lines, restore
 from cl_graft.experiment.prepare import prepare, strategy_of
@@ -133,6 +133,7 @@ def _compute(
         "conventions": conventions(scenario),
         "tasks": scenario.task_names,
         "budget_bytes": budget.bytes,
+        "budgeted": strategy.budgeted,
         "base_bytes": budget.base_bytes,
     }
     folder.begin(json.loads(json.dumps(about)))
@@ -182,12 +183,12 @@ def _experiences(
             kept = _kept(folder, strategy, experience, before)
         what = f"evaluating after {task.name}" if task else "evaluating the base model"
         progress(what, (experience + 0.8) / total)
-        scored, outcomes = _evaluate(strategy, stream)
+        scored, lines = _evaluate(strategy, stream)
         about = {"experience": experience, "task": task.name if task else None}
         left_out = {"notes": strategy.notes[told:]}
         record = {**about, **scored, **kept, **costs.record(), **left_out}
         told = len(strategy.notes)
-        folder.write_experience(experience, example_lines(outcomes, strategy), record)
+        folder.write_experience(experience, lines, record)
         folder.keep_shared(kept["shared"])
         tracker.experience(record)
         if strategy.stages.mirror:
@@ -226,27 +227,29 @@ def _saved(pack: SkillPack, path: Path) -> int:
         raise refused(path, str(error.__cause__.strerror)) from error
 
 
-def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """An experience's scores with the packs that they were made by, and every outcome: {task: {metric: outcomes}}."""
+def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """An experience's scores with the packs that they were made by, and a line of every outcome."""
     scenario, known = strategy.scenario, set(strategy.examiner.measured)
     strategy.eval(stream.test_stream)
-    outcomes, general, by = dict(strategy.results), None, []
+    taken = {name: strategy.answered[name].names for name in strategy.results}
+    outcomes, ability = dict(strategy.results), general.measure(strategy)
+    abilities: dict[str, Any] = {}
     if scenario.general:
-        measured = strategy.measure(scenario.general, None)
-        general = cells(measured, scenario.general.suites)
-        outcomes[f"general:{scenario.general.name}"] = measured
-        by = list(strategy.answered[scenario.general.name].key)
+        for who, found in ability.items():
+            name = general.line(scenario.general, who)
+            outcomes[name], taken[name] = found.outcomes, found.taken_for
+            abilities[who] = cells(found.outcomes, scenario.general.suites)
     known |= strategy.examiner.recalled
     active = {task.name: list(strategy.answered[task.name].key) for task in scenario.tasks}
     scored = {
         "scores": by_metric(strategy.results, scenario.tasks),
-        "general": general,
+        "general": abilities,
         "active": active,
-        "general_active": by,
+        "general_active": {who: found.active for who, found in ability.items()},
         "identical": [name for name, packs in active.items() if (name, *packs) in known],
         "routing": {name: answered.counts for name, answered in strategy.answered.items()},
     }
-    return scored, outcomes
+    return scored, example_lines(outcomes, taken)
 
 
 class _Costs:

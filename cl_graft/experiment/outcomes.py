@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cl_graft.evaluation.scores import by_metric, cells
+from cl_graft.experiment import general
 from cl_graft.store.files import RecordError, read_jsonl
 from cl_graft.store.record import CellFolder
 from cl_graft.task import Scenario
@@ -36,9 +37,7 @@ def restore(folder: CellFolder, strategy: Strategy) -> list[dict[str, Any]]:
         measured = strategy.examiner.measured
         for name, packs in record["active"].items():
             measured[(name, *packs)] = outcomes[name]
-        if scenario.general and record["general"]:
-            key = (scenario.general.name, *record["general_active"])
-            measured[key] = outcomes[f"general:{scenario.general.name}"]
+        measured |= general.remembered(scenario.general, record, outcomes)
     if records:
         _restore_shared(folder, strategy, records[-1]["shared"])
     return records
@@ -71,12 +70,12 @@ def _outcomes(
         scored = Scored(line["score"], line["answer"], line["note"])
         outcomes.setdefault(line["task"], {}).setdefault(line["metric"], []).append(scored)
     of_tasks = {t: metrics for t, metrics in outcomes.items() if not t.startswith("general:")}
-    general = [metrics for t, metrics in outcomes.items() if t.startswith("general:")]
+    abilities: dict[str, Any] = {}
     try:
-        scored_again: Any = (
-            by_metric(of_tasks, scenario.tasks),
-            cells(general[0], scenario.general.suites) if scenario.general and general else None,
-        )
+        if task := scenario.general:
+            for who in record["general"]:
+                abilities[who] = cells(outcomes[general.line(task, who)], task.suites)
+        scored_again: Any = by_metric(of_tasks, scenario.tasks), abilities
     except (ValueError, KeyError):  # lines are missing, doubled, or of another task
         scored_again = None
     if scored_again != (record["scores"], record["general"]):
@@ -88,19 +87,18 @@ def _outcomes(
 
 
 def example_lines(
-    results: dict[str, dict[str, list[Scored]]], strategy: Strategy
+    results: Mapping[str, Mapping[str, list[Scored]]], taken_for: Mapping[str, list[str | None]]
 ) -> list[dict[str, Any]]:
-    """One line an outcome. taken_for: the task that the example was answered as, where that makes a difference."""
+    """One line an outcome. taken_for: {task: what each example was answered as}, where that makes a difference."""
     return [
         {"task": task, "metric": metric, "index": i, **asdict(outcome), **taken}
         for task, metrics in results.items()
         for metric, outcomes in metrics.items()
         for i, (outcome, taken) in enumerate(
-            zip(outcomes, _taken(strategy, task, len(outcomes)), strict=True)
+            zip(outcomes, _taken(taken_for[task], len(outcomes)), strict=True)
         )
     ]
 
 
-def _taken(strategy: Strategy, task: str, count: int) -> list[dict[str, Any]]:
-    names = strategy.answered[task.removeprefix("general:")].names
+def _taken(names: list[str | None], count: int) -> list[dict[str, Any]]:
     return [{"taken_for": name} for name in names] if names else [{}] * count

@@ -208,6 +208,12 @@ def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
         if task.name in folders:
             folder = folders[task.name]
             task = replace(task, train=read_examples(folder), pairs=read_pairs(folder))
+            trained = {e.prompt for e in task.train} | {pair.prompt for pair in task.pairs}
+            if tested := sum(example.prompt in trained for example in task.test):
+                raise CLGraftError(
+                    f"{folder} trains task {task.name!r} on {tested} of its own test prompts; build it again from "
+                    "prompts without them."
+                )
             task = task.with_validation()
             if task.training.preference and not task.pairs:
                 raise CLGraftError(
@@ -223,6 +229,6 @@ def _require_strategy(loaded: Any, name: str) -> None:
 
     if not (isinstance(loaded, type) and issubclass(loaded, Strategy)):
         raise CLGraftError(
-            f"{name} is not a strategy; decorate its function with @compressor or @merger, "
+            f"{name} is not a strategy; decorate its function with @compressor() or @merger, "
             "or make it a subclass of cl_graft.Strategy."
         )

@@ -131,7 +131,7 @@ def without_weights(name: str, data_dir: Path | None = None) -> PreTrainedModel:
 
 
 def _kind(spec: ModelRecipe, texts: list[str]) -> tuple[PreTrainedTokenizerBase, NewModel]:
-    """Its tokenizer, and what makes it with random weights."""
+    """The tokenizer of an embedded model, and what makes it with random weights."""
     if spec.family == "gpt2":
         return mini_gpt2.tokenizer(), mini_gpt2.new_gpt2
     return corpus.tokenizer(texts) if texts else toy_tokenizer(), new_llama
@@ -145,18 +145,23 @@ def _train(spec: ModelRecipe, texts: list[str], target: Path) -> None:
     torch.manual_seed(spec.seed)
     try:
         tokenizer, new = _kind(spec, texts)
-        if spec.family == "gpt2":
-            batches = mini_gpt2.batches(spec.batch, spec.seed)
-        elif texts:
-            batches = corpus.batches(texts, spec.batch, spec.seed)
-        else:
-            batches = toy_batches(spec)
+        batches = batches_of(spec, texts)
         model = new(spec, len(tokenizer))
         pretrain(model, tokenizer, batches, spec.steps, spec.lr)
     finally:
         torch.set_num_threads(threads)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def batches_of(spec: ModelRecipe, texts: list[str]) -> Pairs:
+    """The endless batches that an embedded model is pre-trained on.
+
+    texts: of the user's data, for a model that is trained on them.
+    """
+    if spec.family == "gpt2":
+        return mini_gpt2.batches(spec.batch, spec.seed)
+    return corpus.batches(texts, spec.batch, spec.seed) if texts else toy_batches(spec)
 
 
 def toy_batches(spec: ModelRecipe) -> Pairs:

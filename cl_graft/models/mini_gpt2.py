@@ -30,7 +30,7 @@ def batches(size: int, seed: int) -> Iterator[list[tuple[str, str]]]:
     rng = Random(seed)
     sources = [source for source, share in MIXTURE for _ in range(share)]
     while True:
-        items = [sources[i * len(sources) // size](rng) for i in range(size)]
+        items = [toy_language.training(sources[i * len(sources) // size], rng) for i in range(size)]
         yield [(toy_language.prompt(item.question), item.answer) for item in items]
 
 

@@ -1,14 +1,21 @@
 """The embedded world: a small procedural language of questions and answers.
 
-The `mini` scenario draws its tasks from here and the embedded model its pre-training text, so both
-exist on any machine with no download. Every generator maps a `random.Random` to one item.
+The `mini` scenario draws its tasks from here and the embedded models their pre-training text, so both
+exist on any machine with no download. Every generator maps a `random.Random` to one item. A question belongs to one
+part of the world, `part`: what is tested is asked nowhere else, whoever draws it, in whatever order and number.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import Literal
+
+Part = Literal["training", "validation", "test"]
+PARTS: tuple[Part, ...] = ("test", "test", "validation") + ("training",) * 7
 
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Leo", "Eva", "Max", "Zoe")
 THINGS = ("apples", "books", "coins", "cards", "pens", "eggs", "nuts", "cups")
@@ -67,7 +74,7 @@ def code(rng: Random) -> Item:
                 lambda x: k if x > j else x,
             ),
             (f"gives the bigger of x and {k}", f"max(x,{k})", lambda x: max(x, k)),
-            (f"tells whether x is a multiple of {j}", f"x%{j}==0", lambda x: x % j == 0),
+            (f"tells whether x is a multiple of {k}", f"x%{k}==0", lambda x: x % k == 0),
         )
     )
     inputs = sorted({0, 1, j, j + 1, k, rng.randint(21, 99), -rng.randint(1, 20)})
@@ -101,10 +108,26 @@ def general(rng: Random) -> Item:
     )
 
 
+Source = Callable[[Random], Item]
+
+
+def part(question: str) -> Part:
+    """The part of the world that a question is of, by its digest: a fifth is for tests, a tenth for validation."""
+    digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
+    return PARTS[int.from_bytes(digest) % len(PARTS)]
+
+
+def training(source: Source, rng: Random) -> Item:
+    """The source's next item whose question is neither for tests nor for validation."""
+    while part((item := source(rng)).question) != "training":
+        pass
+    return item
+
+
 def pretraining(rng: Random) -> Item:
-    """The mixture the embedded model is pre-trained on: mostly general, a little of each task."""
+    """The mixture the embedded model is pre-trained on: mostly general, a little of each task, nothing tested."""
     (source,) = rng.choices((general, math, code, cipher), weights=(62, 28, 4, 6))
-    return source(rng)
+    return training(source, rng)
 
 
 def prompt(question: str) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cl_graft.report.significance import Reader
 
 MANY = 100  # cells, whose report is made by several processes
 
@@ -21,11 +24,12 @@ class ReportedCell:
 def find(folders: Sequence[Path]) -> list[ReportedCell]:
     """All cells at or below the folders, complete or not, in a stable order, as `aggregate.told_apart`."""
     from cl_graft.report.aggregate import told_apart
+    from cl_graft.report.references import with_references
     from cl_graft.store.record import cells
     from cl_graft.store.result import collect, kept
 
     paths = [path for folder in folders for path in cells(folder)]
-    told = told_apart([kept(path) or collect(path) for path in paths])
+    told = with_references(told_apart([kept(path) or collect(path) for path in paths]))
     return [ReportedCell(path, dict(cell)) for path, cell in zip(paths, told, strict=True)]
 
 
@@ -34,8 +38,11 @@ def gather(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return [reported.cell for reported in find(folders)]
 
 
-def write(reported: Sequence[ReportedCell], target: Path) -> Path:
-    """Tables, provenance, figures and pages; returns the page to open. Raises OSError where the disk refuses."""
+def write(reported: Sequence[ReportedCell], target: Path, tested: Reader | None = None) -> Path:
+    """Tables, provenance, figures and pages; returns the page to open. Raises OSError where the disk refuses.
+
+    tested: a `significance.reader` that may have read their test examples already.
+    """
     from cl_graft.report.page import work
     from cl_graft.report.page import write as write_page
     from cl_graft.report.provenance import write_provenance
@@ -46,4 +53,4 @@ def write(reported: Sequence[ReportedCell], target: Path) -> Path:
     cells = [f.cell for f in reported]
     write_tables(cells, target)
     write_provenance(cells, target)
-    return write_page(reported, target)
+    return write_page(reported, target, tested)

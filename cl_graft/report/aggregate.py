@@ -2,7 +2,9 @@
 
 A cell is the object that `cl-graft report DIR --json` prints. Cells of one scenario, model and budget form a group;
 within it, the complete cells of a label are averaged over seeds, and an incomplete cell stands alone under a name that
-says so. Scores are shares of 1. A mean over seeds of which one is unmeasured is unmeasured.
+says so. Methods that are told the task of a test prompt and methods that are not stand in parts of their own, and in
+each of them those that may keep what they like. Scores are shares of 1. A mean over seeds of which one is unmeasured is
+unmeasured.
 """
 
 from __future__ import annotations
@@ -19,16 +21,30 @@ import numpy as np
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
 from cl_graft.matrix import FloatArray, PerformanceMatrix, mean_stderr
+from cl_graft.report.protocols import (
+    GIVEN,
+    PARTS,
+    Cell,
+    distinct,
+    held,
+    part,
+    protocol,
+    titled,
+)
 from cl_graft.report.table import UNMEASURED
 
-Cell = Mapping[str, Any]
 Estimate = tuple[float, float]  # a mean and its standard error; either may be NaN
-GIVEN, NOT_NEEDED = "given", "not needed"  # of `protocol`
-PROTOCOLS = (
-    "Task IDs: given where the method is told, at test, which task a prompt is of; inferred where a router tells it "
-    "from the prompt; not needed where all prompts are answered alike. Being told is the easier problem: compare like "
-    "with like."
+ERRORS = (
+    "±: one standard error over what its column says: over seeds, for these test examples alone; or over the test "
+    "examples of one model."
 )
+PACKS, ROUTER, ALIKE = "each pack, mean", "router's choice", "one model"  # of `ability`
+ABILITIES = (
+    "General Δ: change of general ability from the base to the end, of what General of says: one model, where all "
+    "prompts are answered alike; what the router chose for each prompt; or, of a method that is told the task, which a "
+    "general prompt does not have, the mean over its packs, each on alone (one by one beside the matrices)."
+)
+SHORT = 8  # digits of a fingerprint that tell one base from another
 KINDS = ("train", "compress", "evaluate", "harness")  # what a cell's seconds went into
 
 
@@ -41,7 +57,8 @@ class Line:
     """One line of a report: a label's complete cells over seeds, or one incomplete cell.
 
     mean, stderr: float64 (T+1, T), scores as shares of 1; row 0 is the base model. stderr is over
-    seeds where there are several, else the cell's own, over test examples.
+    seeds where there are several, else the cell's own, over test examples; that of the base, which is
+    one model for all seeds, is always over test examples.
     """
 
     name: str
@@ -70,13 +87,43 @@ class Line:
         return mean, se
 
     def drift(self) -> Estimate:
-        """Change of general ability from the base model to the end."""
+        """Change of general ability from the base model to the end, of what `ability` says."""
         return self.over_seeds(lambda cell: general(cell)[-1] - general(cell)[0])
+
+    @property
+    def ability(self) -> str:
+        """What `ability` says of its cells."""
+        return ability(self.cells[0])
+
+    def by_pack(self) -> list[tuple[str, Estimate]]:
+        """General ability at the end with each task's pack on, alone; nothing where one model answers."""
+        ends = [[number(x) for x in (c.get("general_packs") or [[]])[-1]] for c in self.cells]
+        if not all(ends) or np.isnan(ends).all():
+            return []
+        return [
+            (task, estimate(list(of)))
+            for task, of in zip(self.tasks, zip(*ends, strict=True), strict=True)
+        ]
 
     @property
     def protocol(self) -> str:
         """What `protocol` says of its cells."""
         return protocol(self.cells[0])
+
+    @property
+    def part(self) -> str:
+        """The part of a table that it stands in, as `part`."""
+        return part(self.cells[0])
+
+    @property
+    def who(self) -> tuple[str, str, str]:
+        """What WHO asks: its name, its protocol, and the budget that it holds."""
+        return self.name, self.protocol, held(self.cells[0])
+
+    @property
+    def errors(self) -> str:
+        """What the standard errors of its scores are over."""
+        return "seeds" if len(self.cells) > 1 else "examples"
 
     @property
     def title(self) -> str:
@@ -123,7 +170,7 @@ def groups(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     One scenario learned in two orders is two groups, whose titles then name the order.
     """
     grouped: dict[tuple[str, tuple[str, ...]], list[Cell]] = {}
-    for cell in told_apart(cells):
+    for cell in told_apart(distinct(cells)):
         title = f"{cell['scenario']} · {cell['model']} · budget {cell['budget']}"
         grouped.setdefault((title, tuple(cell["tasks"])), []).append(cell)
     titles = [title for title, _ in grouped]
@@ -141,21 +188,28 @@ def scored_by(cells: Sequence[Cell]) -> str:
             for scorer in scorers.items():
                 tasks = told.setdefault(scorer, [])
                 tasks += [] if task in tasks else [task]
-    parts = (f"{', '.join(tasks)} by {name} ({how})" for (name, how), tasks in told.items())
+    parts = (
+        f"{', '.join(tasks)} by {name}" + f" ({how})" * bool(how)
+        for (name, how), tasks in told.items()
+    )
     return f" Scored: {'; '.join(parts)}." if told else ""
-
-
-def titled(name: str, cell: Cell) -> str:
-    """A line's name where nothing else tells that its method is told the task; a label says what was inferred."""
-    return f"{name}, told the task" if protocol(cell) == GIVEN else name
 
 
 def told_apart(cells: Sequence[Cell]) -> list[Cell]:
     """The cells; those of plugins whose names are alike are copies with as much of the path as tells which is which.
 
-    `a/mine.py` and `b/mine.py`, both called mine, become a/mine and b/mine.
+    `a/mine.py` and `b/mine.py`, both called mine, become a/mine and b/mine. Models of one name that are different
+    weights have the fingerprint of these behind it.
     """
-    apart = list(cells)
+    weights: dict[str, set[str]] = {}
+    for cell in cells:
+        weights.setdefault(cell["model"], set()).add(cell.get("base", ""))
+    apart = [
+        {**c, "model": f"{c['model']} ({c.get('base', '')[:SHORT]})"}
+        if len(weights[c["model"]]) > 1
+        else c
+        for c in cells
+    ]
     for kind, shown in (("scenario", "scenario"), ("strategy", "label")):
         names = {c["config"][kind] for c in cells if "config" in c}
         called: dict[str, set[str]] = {}
@@ -182,7 +236,7 @@ def _tails(names: set[str]) -> dict[str, str]:
 
 
 def lines_of(cells: Sequence[Cell]) -> list[Line]:
-    """The cells of one group as lines, in order of first appearance, the incomplete ones last.
+    """The cells of one group as lines, by part; in each in order of first appearance, the incomplete ones last.
 
     Raises ReportError unless the cells are of one group, each seed of a label once.
     """
@@ -210,7 +264,8 @@ def lines_of(cells: Sequence[Cell]) -> list[Line]:
             complete.setdefault(label, []).append(cell)
         else:
             incomplete[name] = [cell]
-    return [_series(name, members) for name, members in (complete | incomplete).items()]
+    lines = [_series(name, members) for name, members in (complete | incomplete).items()]
+    return sorted(lines, key=lambda line: PARTS.index(line.part))
 
 
 def slugged(grouped: Mapping[str, list[Cell]]) -> Iterator[tuple[str, list[Cell]]]:
@@ -242,6 +297,28 @@ def packs(cell: Cell) -> list[float]:
     return [number(size) for size in cell.get("pack_bytes") or []]
 
 
+def ability(cell: Cell) -> str:
+    """What a cell's general ability after its first task is of: PACKS, ROUTER or ALIKE; or that it is unmeasured."""
+    if len(cell.get("general") or []) < 2 or None in cell["general"]:
+        return UNMEASURED
+    own = any(score is not None for row in cell.get("general_packs") or [] for score in row)
+    if not own:
+        return ALIKE
+    return PACKS if cell["config"].get("task_ids", GIVEN) == GIVEN else ROUTER
+
+
+def base_note(cells: Sequence[Cell]) -> str:
+    """Which weights the base of a group is, and whether others go by its name in this report."""
+    weights = cells[0].get("base", "")
+    named = cells[0].get("config", {}).get("model", cells[0]["model"])
+    if cells[0]["model"] == named:
+        return f"Base: weights {weights[:SHORT]}." if weights else ""
+    return (
+        f"Base: weights {weights[:SHORT]}. Other weights are called {named}, too, in this report, as where it was made "
+        "on another processor; their cells stand apart and are never averaged with these."
+    )
+
+
 def alive(cell: Cell) -> list[float]:
     """Bytes that are kept after each task: the packs that are still needed, and what the tasks share."""
     return [number(size) for size in cell.get("alive_bytes") or []]
@@ -251,21 +328,6 @@ def storage(cell: Cell) -> float:
     """Bytes alive after the last task, for each task learned, in per cent of the base model's bytes in bf16."""
     kept = alive(cell)
     return 100.0 * kept[-1] / (len(kept) * cell["base_bytes"]) if kept else math.nan
-
-
-def protocol(cell: Cell) -> str:
-    """Whether the method is told the task of a test prompt: given, inferred (by which router), or not needed.
-
-    Not needed where all tasks are answered alike; unmeasured where nothing has been answered yet.
-    """
-    told = cell.get("routing") or []
-    if not any(counts for row in told for counts in row.values()):
-        return NOT_NEEDED if told else UNMEASURED
-    config = cell["config"]
-    if config.get("task_ids", GIVEN) == GIVEN:
-        return GIVEN
-    router = config.get("router", RunConfig.model_fields["router"].default)
-    return f"inferred ({RunConfig.short(router)})"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -286,7 +348,15 @@ def _series(name: str, cells: Sequence[Cell]) -> Line:
     mean, stderr = average([m.scores for m in read])
     if len(read) == 1 and read[0].stderr is not None:
         stderr = read[0].stderr
+    stderr = np.vstack([_base_error(read), stderr[1:]])
     return Line(name, first["strategy"], first["complete"], tasks, tuple(cells), mean, stderr)
+
+
+def _base_error(seeds: Sequence[PerformanceMatrix]) -> FloatArray:
+    """(T,): standard error over test examples of the base's mean scores; seeds that score alike share theirs."""
+    errors = [np.full(len(m.tasks), np.nan) if m.stderr is None else m.stderr[0] for m in seeds]
+    alike = np.ptp([m.scores[0] for m in seeds], axis=0) == 0
+    return np.where(alike, errors[0], np.sqrt(np.sum(np.square(errors), axis=0)) / len(seeds))
 
 
 def average(grids: Sequence[FloatArray]) -> tuple[FloatArray, FloatArray]:

@@ -7,26 +7,18 @@ model and full fine-tuning as the two levels between which all of them lie.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cl_graft.report.aggregate import (
-    PROTOCOLS,
-    Cell,
-    Estimate,
-    estimate,
-    number,
-    protocol,
-    storage,
-    titled,
-    told_apart,
-)
-from cl_graft.report.style import looks_of, save, styled, wrap
+from cl_graft.report.aggregate import Estimate, estimate, number, storage, told_apart
+from cl_graft.report.protocols import PARTS, PROTOCOLS, WHO, Cell, distinct, part, protocol, titled
+from cl_graft.report.style import GREY, looks_of, roomy, save, styled, wrap
 from cl_graft.report.table import Table, show
-from cl_graft.report.tradeoff import ALIVE, log_ticks
+from cl_graft.report.tradeoff import ALIVE, log_ticks, near
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +35,7 @@ class _Line(NamedTuple):
 def groups(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Complete cells of each scenario and model that were run at two budgets or more."""
     grouped: dict[str, list[Cell]] = {}
-    for cell in told_apart(cells):
+    for cell in told_apart(distinct(cells)):
         if cell["complete"]:
             grouped.setdefault(f"{cell['scenario']} · {cell['model']}", []).append(cell)
     return {t: members for t, members in grouped.items() if len({c["budget"] for c in members}) > 1}
@@ -55,18 +47,20 @@ def table(title: str, cells: Sequence[Cell]) -> Table:
     budgets = sorted({c["budget"] for c in cells}, key=lambda b: _size(cells, b))
     rows = []
     for label, members in by_label.items():
-        row = [label, protocol(members[0])]
+        row = [label, protocol(members[0]), "each" if members[0]["budgeted"] else "none"]
         for budget in budgets:
             row += [_show(_op(members, budget)), _show(_kept(cells, members, budget))]
         rows.append(tuple(row))
-    columns = ["Strategy", "Task IDs"]
+    columns = list(WHO)
     for budget in budgets:
         columns += [f"OP at {budget}", f"kept at {budget}"]
     note = (
         "OP: mean final score in per cent. Kept: per cent of the gain of full fine-tuning (individual) over the base "
-        "model, seed by seed. ± is the standard error over seeds. " + PROTOCOLS
+        "model, seed by seed. ± is the standard error over seeds, for these test examples alone. "
+        + PROTOCOLS
     )
-    return Table(f"{title}: by budget", tuple(columns), tuple(rows), note)
+    parts = tuple(part(members[0]) for members in by_label.values())
+    return Table(f"{title}: by budget", tuple(columns), tuple(rows), note, parts=parts)
 
 
 @styled
@@ -83,23 +77,29 @@ def figure(title: str, cells: Sequence[Cell]) -> Figure:
     drawn = Figure(figsize=(7.0, max(3.4, 1.2 + 0.3 * len(lines))), layout="constrained")
     ax = drawn.subplots()
     ax.set_xscale("log")
+    drawn_at: list[tuple[str, tuple[float, float]]] = []
     for line, members in lines.items():
         points = sorted((_share(chosen), *_score(chosen)) for chosen in _each_budget(members))
         points = [p for p in points if p[0] > 0 and not math.isnan(p[1])]
         if not points:
             continue
         x, y, e = zip(*points, strict=True)
+        named = titled(line.name, members[0])
+        drawn_at += [(f"{named} at {share:.3g} %", (share, op)) for share, op, _ in points]
         error = None if any(map(math.isnan, e)) else list(e)
         look: Any = {"markersize": 5, "linewidth": 1.2, "capsize": 2, **looks[line.name]}
-        ax.errorbar(x, y, error, label=wrap(titled(line.name, members[0]), 34), **look)
+        ax.errorbar(x, y, error, label=wrap(named, 34), **look)
     for name, value in (("full fine-tuning", _op_of_full(cells)), ("base model", _base(cells))):
         if not math.isnan(value):
             dashes = "--" if name == "base model" else "-"
             ax.axhline(value, color="#9A9A9A", linewidth=1, linestyle=dashes, label=name, zorder=1)
     log_ticks(ax)
+    roomy(ax)
     ax.grid()
     ax.set_xlabel(ALIVE)
     ax.set_ylabel("overall performance (OP), %")
+    if hidden := near(ax, drawn_at):
+        drawn.supxlabel(textwrap.fill(hidden, 120), fontsize=7, color=GREY)
     drawn.suptitle(wrap(title, 98))
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), labelspacing=0.7)
     return drawn
@@ -119,7 +119,8 @@ def _by_label(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
         label: max((c["metrics"]["op"] or 0.0 for c in members), default=0.0)
         for label, members in by_label.items()
     }
-    return {label: by_label[label] for label in sorted(by_label, key=lambda name: -best[name])}
+    order = sorted(best, key=lambda name: (PARTS.index(part(by_label[name][0])), -best[name]))
+    return {label: by_label[label] for label in order}
 
 
 def _each_budget(members: Sequence[Cell]) -> list[list[Cell]]:

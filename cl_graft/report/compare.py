@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cl_graft.report import ReportedCell, find
-from cl_graft.report.aggregate import Cell, lines_of, protocol
+from cl_graft.report.aggregate import lines_of
+from cl_graft.report.protocols import GIVEN, Cell, protocol
 from cl_graft.report.significance import (
+    OVER_NOTE,
     Reader,
     Sample,
     difference,
@@ -18,21 +21,23 @@ from cl_graft.report.significance import (
     probability,
     reader,
 )
-from cl_graft.report.statistics import Difference, Interval
-from cl_graft.report.table import UNMEASURED, Table, show
+from cl_graft.report.statistics import Difference, Interval, holm
+from cl_graft.report.table import UNMEASURED, Table, show, show_interval
 
 ABOUT = (
     *("config", "options", "versions", "code", "machine", "data", "tasks"),
     *("budget_bytes", "base", "base_bytes"),  # base: fingerprint of its weights
 )
 NAMES = ("scenario", "label", "model", "budget", "seed")
+ACROSS = "one is told the task at test and the other is not"
 NOTE = (
-    "In per cent, means over the seeds that both completed, with 95 % intervals: Student's t over seeds; of one seed "
-    "over its test examples, which BWT and FM have not. B - A of OP and of each task at the end with the interval and "
-    "two-sided p of a paired hierarchical bootstrap (seeds, then test examples) over the seeds that both tested on the "
-    "same examples; a p of one seed says nothing of others. Each p is of its row alone: among many rows one below 0.05 "
-    "is to be expected. BWT, FM and Routing (test examples taken for the task they are of, where both inferred it) are "
-    "not tested. Bytes alive: all that is kept after the last task, in bytes."
+    "In per cent, means over the seeds that both completed. "
+    + OVER_NOTE
+    + " B - A of OP and of each task at the end with "
+    "the interval and two-sided p of a paired hierarchical bootstrap (seeds, then test examples) over the seeds that "
+    "both tested on the same examples; a p of one seed says nothing of others. p after Holm among all rows of the "
+    "table; the intervals are each of its row alone. BWT, FM and Routing (test examples taken for the task they are "
+    "of, where both inferred it) are not tested. Bytes alive: all that is kept after the last task, in bytes."
 )
 
 
@@ -120,24 +125,52 @@ def _scores(pairs: Pairs) -> Table:
     for one, other in pairs:
         key = (_title(one.cell), *one.cell["tasks"], "", *other.cell["tasks"])
         groups.setdefault(key, []).append((one, other))
-    tested, rows, untold = reader(), [], []
+    tested, rows, untold = reader(), list[_Row](), []
     for (title, *_), members in groups.items():
         whole = [(x, y) for x, y in members if x.cell["complete"] and y.cell["complete"]]
         if not whole:
-            rows.append((title, "OP", *[UNMEASURED] * 4, "0"))
+            rows.append(_Row(title, "OP", UNMEASURED, UNMEASURED, "", UNMEASURED, "0", UNMEASURED))
             untold.append(f"{title} (not complete in both)")
             continue
         a, b = (_side([pair[k] for pair in whole], tested) for k in (0, 1))
+        across = len({protocol(f.cell) == GIVEN for pair in whole for f in pair}) > 1
         for name in (name for name in a if name in b):
             (x, ours), (y, theirs) = a[name], b[name]
-            paired = difference(theirs, ours)
+            paired = None if across else difference(theirs, ours)
             if name == "OP" and (paired is None or paired.seeds < len(whole)):
-                untold.append(f"{title} ({_why_not(ours, theirs)})")
-            less = _tested(paired, x, y) if ours else (_less(y, x), "")
-            rows.append((title, name, _told(x), _told(y), *less, _seeds(paired, whole)))
-        rows.append((title, "Bytes alive", *_bytes(whole), "", str(len(whole))))
+                untold.append(f"{title} ({ACROSS if across else _why_not(ours, theirs)})")
+            less = _less(y, x) if paired is None else _told(paired, "+.1f")
+            row = _Row(
+                title, name, _told(x), _told(y), x.over if x else "", less, _seeds(paired, whole)
+            )
+            untested, p = UNMEASURED if ours else "", paired.p if paired else math.nan
+            rows.append(replace(row, untested=untested, p=p))
+        a_bytes, b_bytes, less = _bytes(whole)
+        rows.append(_Row(title, "Bytes alive", a_bytes, b_bytes, "", less, str(len(whole))))
     note = f"{NOTE} Not paired: {'; '.join(untold)}." if untold else NOTE
-    return Table("Scores", ("Cell", "Score", "A", "B", "B - A", "p", "Seeds"), tuple(rows), note)
+    columns = ("Cell", "Score", "A", "B", "Interval over", "B - A", "p (Holm)", "Seeds")
+    adjusted = holm([row.p for row in rows])
+    shown = tuple(row.shown(p) for row, p in zip(rows, adjusted, strict=True))
+    return Table("Scores", columns, shown, note)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the scores. p: before it is corrected, NaN for none, in whose place `untested` stands."""
+
+    title: str
+    name: str
+    a: str
+    b: str
+    over: str
+    less: str
+    seeds: str
+    untested: str = ""
+    p: float = math.nan
+
+    def shown(self, p: float) -> tuple[str, ...]:
+        told = self.untested if math.isnan(p) else probability(p)
+        return self.title, self.name, self.a, self.b, self.over, self.less, told, self.seeds
 
 
 def _side(
@@ -179,12 +212,6 @@ def _why_not(one: Sample, other: Sample) -> str:
     return "its test examples differ"
 
 
-def _tested(paired: Difference | None, a: Interval | None, b: Interval | None) -> tuple[str, str]:
-    if paired is None:
-        return _less(b, a), UNMEASURED
-    return _told(paired, "+.1f"), probability(paired.p)
-
-
 def _seeds(paired: Difference | None, whole: Pairs) -> str:
     """The number of seeds that were paired, and of how many if not of all."""
     if paired is None or paired.seeds == len(whole):
@@ -199,8 +226,7 @@ def _less(b: Interval | None, a: Interval | None) -> str:
 def _told(measured: Interval | Difference | None, spec: str = ".1f") -> str:
     if measured is None:
         return UNMEASURED
-    mean, low, high = (show(100 * x, spec) for x in (measured.mean, measured.low, measured.high))
-    return mean if math.isnan(measured.low) else f"{mean} [{low}, {high}]"
+    return show_interval([100 * x for x in (measured.mean, measured.low, measured.high)], spec)
 
 
 def _title(cell: Cell) -> str:

@@ -77,16 +77,16 @@ def breakdown(
     return by_task
 
 
-def final(
-    path: Path, cell: Mapping[str, Any], asked: Mapping[str, Sequence[Asked]]
+def outcomes(
+    path: Path, cell: Mapping[str, Any], asked: Mapping[str, Sequence[Asked]], row: int
 ) -> dict[str, Strata]:
-    """{task: its scores at the end of a complete cell}, the weights of a task's suites summing to 1.
+    """{task: its scores in a row of the cell's matrix}, the weights of a task's suites summing to 1.
 
     Empty where they do not come to the scores that the cell recorded: the suites of a task are told by `asked` alone.
     """
     tasks, by_task = list(cell["tasks"]), dict[str, Strata]()
-    answers = _answers(path, len(tasks), tasks)
-    for task, recorded in zip(tasks, cell["matrix"][-1], strict=True):
+    answers = _answers(path, row, tasks)
+    for task, recorded in zip(tasks, cell["matrix"][row], strict=True):
         scores = np.array([a.score for a in answers.get(task, ())])
         suites = [a.suite for a in asked.get(task, ())] or [""] * len(scores)
         if not len(scores) or len(suites) != len(scores):

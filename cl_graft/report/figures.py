@@ -8,28 +8,25 @@ Matplotlib is imported only when something is drawn, and pyplot's global state i
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cl_graft.report.aggregate import (
-    KINDS,
-    Cell,
-    Line,
-    ReportError,
-    lines_of,
-    number,
-)
+from cl_graft.report.aggregate import KINDS, Line, ReportError, lines_of, number
 from cl_graft.report.panels import Panel, side_by_side
+from cl_graft.report.protocols import Cell
 from cl_graft.report.routing import confusions, inferred, routed
 from cl_graft.report.style import (
     GREY,
     Draw,
+    alike,
     looks_of,
+    roomy,
     save,
-    short,
+    shortened,
     slant,
     styled,
     title_of,
@@ -55,7 +52,7 @@ def heatmaps(cells: Sequence[Cell]) -> Figure:
     tasks = lines[0].tasks
     learned = frozenset((j + 1, j) for j in range(len(tasks)))
     panels = [Panel(line.title, 100.0 * line.mean, learned) for line in lines]
-    experiences = ["base", *(f"after {task}" for task in map(short, tasks))]
+    experiences = ["base", *(f"after {task}" for task in shortened(tasks))]
     note = "Frame: just learned. Hatched: not measured. Mean over seeds."
     return side_by_side(panels, experiences, tasks, title, "score, %", note)
 
@@ -75,7 +72,7 @@ def routing(cells: Sequence[Cell]) -> Figure:
     drawn = confusions(lines)
     right = frozenset((j, j) for j in range(len(lines[0].tasks)))
     panels = [Panel(one.name, 100.0 * one.shares, right) for one in drawn]
-    rows, columns = list(map(short, drawn[0].of)), drawn[0].taken_for
+    rows, columns = shortened(drawn[0].of), drawn[0].taken_for
     note = "Rows: the task of a prompt. Columns: what it was taken for at the end. Frame: right. All seeds together."
     return side_by_side(panels, rows, columns, title, "test prompts, %", note)
 
@@ -85,7 +82,8 @@ def curves(cells: Sequence[Cell]) -> Figure:
     """The score of each task along the stream: a panel per task, a line per label.
 
     A band reaches one standard error to either side; the dotted vertical marks the experience that
-    learns the panel's task. Lines are set a little apart in x, or equal ones would hide each other.
+    learns the panel's task. Lines are set a little apart in x, or equal ones would hide each other; those that are
+    equal throughout are named.
     """
     from matplotlib.figure import Figure
 
@@ -100,24 +98,28 @@ def curves(cells: Sequence[Cell]) -> Figure:
     rows = math.ceil(sum(1 + name.count("\n") for name in names.values()) / columns)
     figure = Figure(figsize=(width, 2.1 * down + 0.9 + 0.17 * rows), layout="constrained")
     axes = list(figure.subplots(down, across, sharey=True, squeeze=False).flat)
-    apart = min(0.05, 0.24 / len(lines))
-    for j, (ax, task) in enumerate(zip(axes, tasks, strict=False)):
+    apart, titles = min(0.05, 0.24 / len(lines)), shortened(tasks, 34)
+    for j, (ax, title_of_task) in enumerate(zip(axes, titles, strict=False)):
         for k, line in enumerate(lines):
             shift = apart * (k - (len(lines) - 1) / 2)
             _curve(ax, line, j, shift, looks[line.name] | {"label": names[line.name]})
         ax.axvline(j + 1, color=GREY, linestyle=":", linewidth=1.0, zorder=1)
         ax.grid(axis="y")
-        ax.set_title(short(task, 34))
-        ax.set_xticks(range(len(tasks) + 1), ["base", *map(short, tasks)], **slant(tasks))
+        ax.set_title(title_of_task)
+        ax.set_xticks(range(len(tasks) + 1), ["base", *shortened(tasks)], **slant(tasks))
         ax.tick_params(labelbottom=j + across >= len(tasks))
         if j % across == 0:
             ax.set_ylabel("score, %")
     for ax in axes[len(tasks) :]:
         ax.remove()
     figure.suptitle(wrap(title, int(14 * width)))
-    note = (
-        "Score after each experience. Dotted: the experience that learns the task. Band: ± 1 s.e."
+    roomy(axes[0])
+    over = "seeds, of these test examples" if any(len(s.cells) > 1 for s in lines) else "examples"
+    note = f"Score after each experience. Dotted: the experience that learns the task. Band: ± 1 s.e. over {over}."
+    same = alike(
+        [(s.title, s.mean) for s in lines], lambda a, b: np.array_equal(a, b, equal_nan=True)
     )
+    note = textwrap.fill(f"{note} {same}", int(20 * width))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=note)
     return figure
@@ -148,6 +150,8 @@ def costs(cells: Sequence[Cell]) -> Figure:
         ax.grid(axis="x")
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
+        if not ax.dataLim.width:  # nothing was spent, or nothing is known of it
+            ax.set_xlim(0, 1)
     memory.locator_params(axis="x", nbins=3)
     figure.suptitle(wrap(title, 98))
     figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS))

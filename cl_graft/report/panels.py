@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cl_graft.matrix import FloatArray
-from cl_graft.report.style import FRAME, GREY, ink_on, short, slant, wrap
+from cl_graft.report.style import FRAME, GREY, ink_on, shades, shortened, slant, wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,6 +58,8 @@ def side_by_side(
     mesh = _panels(ax, panels, names, rows, columns, grid)
     bar = figure.colorbar(mesh, ax=ax, aspect=15 * down, pad=0.02, label=scale)
     bar.outline.set_visible(False)
+    solids: Any = bar.solids
+    solids.set_rasterized(False)  # a dark page recolours it
     figure.suptitle(wrap(title, int(14 * size[0])))
     figure.supxlabel(textwrap.fill(note, int(18 * size[0])), fontsize=7, color=GREY)
     return figure
@@ -101,10 +103,8 @@ def _panels(
     grid: _Grid,
 ) -> QuadMesh:
     """Every panel, under its name."""
-    from matplotlib import colormaps
-
     xs, ys = grid.edges()
-    colours, values = colormaps["Blues"], np.full((len(ys) - 1, len(xs) - 1), np.nan)
+    colours, values = shades(), np.full((len(ys) - 1, len(xs) - 1), np.nan)
     for k, (panel, name) in enumerate(zip(panels, names, strict=True)):
         x, y = grid.place(k)
         values[grid.slices(k)] = panel.values
@@ -118,7 +118,7 @@ def _panels(
     ax.tick_params(length=0)
     firsts = range(min(grid.across, len(panels)))
     middles = [grid.place(k)[0] + j + 0.5 for k in firsts for j in range(grid.columns)]
-    ax.set_xticks(middles, [short(c) for c in columns] * len(firsts), **slant(columns))
+    ax.set_xticks(middles, shortened(columns) * len(firsts), **slant(columns))
     tops = [grid.place(k)[1] for k in range(0, len(panels), grid.across)]
     ax.set_yticks([y + i + 0.5 for y in tops for i in range(grid.rows)], [*rows] * grid.down)
     return mesh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import yaml
 
 from cl_graft.config import Axes, RunConfig, Settings, several
-from cl_graft.report.aggregate import KINDS, Cell, groups, scored_by
+from cl_graft.report.aggregate import KINDS, groups, scored_by
+from cl_graft.report.protocols import Cell
 from cl_graft.store.files import write_text
 
 
@@ -23,6 +25,18 @@ def write_provenance(cells: Sequence[Cell], folder: Path) -> Path:
         values = {tuple(sorted(c[key].items())) for c in cells}
         for entries in sorted(values, key=str):
             lines += [*(f"- {name}: {value}" for name, value in entries), ""]
+    bases = Counter((c["config"]["model"], c["base"]) for c in cells)
+    lines += [
+        "## Base",
+        "",
+        "The fingerprint of the weights; an embedded model's differ by processor.",
+        "",
+    ]
+    lines += [
+        f"- {model}: {base} ({count} cell{'s' * (count > 1)})"
+        for (model, base), count in sorted(bases.items())
+    ]
+    lines.append("")
     scored = {title: scored_by(members).strip() for title, members in groups(cells).items()}
     lines += (
         ["## Scorers", "", *(f"- {t}: {s}" for t, s in scored.items() if s), ""]

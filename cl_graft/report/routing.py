@@ -10,13 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cl_graft.matrix import FloatArray
-from cl_graft.report.aggregate import Cell, Line, groups, lines_of
+from cl_graft.report.aggregate import Line, groups, lines_of
+from cl_graft.report.protocols import WHO, Cell
 from cl_graft.report.table import UNMEASURED, Table, show
 
 BASE, GENERAL = "base model", "general"  # names of a column and a row
 ACCURACY_NOTE = (
     "Per cent of the test examples of the tasks seen so far that were taken for the task they are of, the mean over "
-    "seeds. Prompts of general ability have no right answer and do not count. ± is the standard error over seeds."
+    "seeds. Prompts of general ability have no right answer and do not count. ± is the standard error over seeds, for "
+    "these test examples alone."
 )
 CONFUSION_NOTE = (
     "A row for the task that prompts are of, a column for what they were taken for after the last task learned: test "
@@ -81,12 +83,12 @@ def accuracy(cells: Sequence[Cell]) -> list[Table]:
     tables = []
     for title, members in groups(cells).items():
         if lines := routed(members):
-            columns = ("Strategy", "Task IDs", *(f"after {task}" for task in lines[0].tasks))
+            columns = (*WHO, *(f"after {task}" for task in lines[0].tasks))
             rows, exact = (
-                tuple((line.name, line.protocol, *told(line, spec)) for line in lines)
-                for spec in (".1f", ".4f")
+                tuple((*line.who, *told(line, spec)) for line in lines) for spec in (".1f", ".4f")
             )
-            tables.append(Table(f"Routing: {title}", columns, rows, ACCURACY_NOTE, exact))
+            parts = tuple(line.part for line in lines)
+            tables.append(Table(f"Routing: {title}", columns, rows, ACCURACY_NOTE, exact, parts))
     return tables
 
 

@@ -7,7 +7,7 @@ examples, an array a task or suite with its weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,13 +21,20 @@ DRAWS = 10_000  # of which a tail is taken
 MANY = 64  # more different outcomes than these are drawn one by one
 
 
+BOTH, SEEDS, EXAMPLES = "seeds, examples", "seeds alone", "examples"
+
+
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval, whose ends are NaN where nothing tells them."""
+    """A mean with its 95 % interval, whose ends are NaN where nothing tells them.
+
+    over: what is drawn anew in it, BOTH, SEEDS (the test examples are taken as they are) or EXAMPLES (of one model).
+    """
 
     mean: float
     low: float
     high: float
+    over: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,33 +52,54 @@ class Difference:
 def over_seeds(values: Sequence[float]) -> Interval:
     """Mean and Student's t interval of two values or more, one a seed: m ± t s / sqrt(n) with n - 1 degrees of freedom.
 
-    Student, The probable error of a mean, Biometrika 1908.
+    Student, The probable error of a mean, Biometrika 1908. Of these test examples alone: seeds that share them are
+    wrong about them together, which their spread does not show.
     """
-    x = np.asarray(values, dtype=np.float64)
-    half = _t(x.size - 1) * float(x.std(ddof=1)) / math.sqrt(x.size)
-    return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
+    half, mean = _seeds_part(values), float(np.mean(values))
+    return Interval(mean, mean - half, mean + half, SEEDS)
 
 
 def over_examples(strata: Strata) -> Interval:
-    """Score of one seed with limits over its examples.
+    """Score of one model with limits over its examples, as `over_both` has them."""
+    return _joined(strata, 0.0, EXAMPLES)
 
-    Limits of a stratum are Wilson's where every outcome is 0 or 1 (Probable inference, Journal of the American
-    Statistical Association 1927), since a bootstrap of examples that are all right knows no doubt; else those of a
-    percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). Their distances
-    from the strata's means are put together as independent errors are (Zou and Donner, Construction of confidence
-    limits about effect measures, Statistics in Medicine 2008).
+
+def over_both(seeds: Sequence[Strata], tests: Sequence[Hashable]) -> Interval:
+    """Score with its interval over seeds and test examples, both drawn anew.
+
+    seeds: the scores of each seed. tests: of each seed, what names its test set; examples of a set that several seeds
+    share are drawn once for all of them, by the means of their scores, while the spread of seeds with sets of their
+    own has the noise of examples in it already. Seeds that happen to be alike are no proof: no interval is narrower
+    than that over the examples.
+
+    The seeds' part is Student's, as `over_seeds`. Limits of a stratum's mean are Wilson's (Probable inference, Journal
+    of the American Statistical Association 1927) where scores are within 0 and 1, for as many outcomes of 0 and 1 as
+    would vary as the scores do (the effective sample size of Korn and Graubard, Survey Methodology 1998): a bootstrap
+    of examples that are all right knows no doubt. For other scores they are those of a percentile bootstrap (Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). All distances from the means are put together as
+    independent errors are (Zou and Donner, Construction of confidence limits about effect measures, Statistics in
+    Medicine 2008).
     """
-    mean, rng = _mean(strata), np.random.default_rng(0)
-    limits = [(weight, float(x.mean()), *_limits(x, rng)) for weight, x in strata]
-    below = math.hypot(*(weight * (m - low) for weight, m, low, _ in limits))
-    above = math.hypot(*(weight * (high - m) for weight, m, _, high in limits))
-    return Interval(mean, mean - below, mean + above)
+    if len(seeds) == 1:
+        return over_examples(seeds[0])
+    shared = [test for test in dict.fromkeys(tests) if list(tests).count(test) > 1]
+    half = _seeds_part([_mean(strata) for strata in seeds])
+    found = _joined(_pooled(seeds, tests, shared), half, BOTH)
+    least, mean = over_one_model(seeds, tests), float(np.mean([_mean(x) for x in seeds]))
+    below = max(found.mean - found.low, least.mean - least.low)
+    above = max(found.high - found.mean, least.high - least.mean)
+    return Interval(mean, mean - below, mean + above, BOTH)
+
+
+def over_one_model(seeds: Sequence[Strata], tests: Sequence[Hashable]) -> Interval:
+    """Score of a model that is the same for all seeds, as the base is: test sets are drawn anew, and nothing else."""
+    return _joined(_pooled(seeds, tests, dict.fromkeys(tests)), 0.0, EXAMPLES)
 
 
 def over_normal(mean: float, stderr: float) -> Interval:
-    """The normal interval of a mean of which only the standard error is known."""
+    """The normal interval of one model's mean, of which only the standard error over its examples is known."""
     half = _z() * stderr
-    return Interval(mean, mean - half, mean + half)
+    return Interval(mean, mean - half, mean + half, "" if math.isnan(stderr) else EXAMPLES)
 
 
 def paired(seeds: Sequence[Strata], tests: Sequence[Hashable] = ()) -> Difference:
@@ -153,6 +181,34 @@ def _noise(seeds: Sequence[Strata], tests: Sequence[Hashable]) -> FloatArray:
     return noise
 
 
+def _seeds_part(values: Sequence[float]) -> float:
+    """Half the width of Student's interval."""
+    x = np.asarray(values, dtype=np.float64)
+    return _t(x.size - 1) * float(x.std(ddof=1)) / math.sqrt(x.size)
+
+
+def _pooled(
+    seeds: Sequence[Strata], tests: Sequence[Hashable], chosen: Iterable[Hashable]
+) -> list[tuple[float, FloatArray]]:
+    """Strata of the chosen test sets, each with the mean scores of the seeds that share it and with their weight."""
+    parts = []
+    for test in chosen:
+        those = [strata for strata, name in zip(seeds, tests, strict=True) if name == test]
+        for same in zip(*those, strict=True):
+            weight = same[0][0] * len(those) / len(seeds)
+            parts.append((weight, np.mean([x for _, x in same], axis=0)))
+    return parts
+
+
+def _joined(strata: Strata, half: float, over: str) -> Interval:
+    """The mean of strata with the distances of their limits and `half` put together."""
+    mean, rng = _mean(strata), np.random.default_rng(0)
+    limits = [(weight, float(x.mean()), *_limits(x, rng)) for weight, x in strata]
+    below = math.hypot(half, *(weight * (m - low) for weight, m, low, _ in limits))
+    above = math.hypot(half, *(weight * (high - m) for weight, m, _, high in limits))
+    return Interval(mean, mean - below, mean + above, over)
+
+
 def _redrawn(x: FloatArray, rng: np.random.Generator) -> FloatArray:
     """(N,) -> (DRAWS,): means of N values drawn with replacement, less the mean of all of them.
 
@@ -172,9 +228,10 @@ def _redrawn(x: FloatArray, rng: np.random.Generator) -> FloatArray:
 
 def _limits(x: FloatArray, rng: np.random.Generator) -> tuple[float, float]:
     """Both limits of a stratum's mean."""
-    if not np.isin(x, (0.0, 1.0)).all():
+    if x.min() < 0 or x.max() > 1:
         return _percentiles(x.mean() + _redrawn(x, rng))
-    n, p, z = x.size, float(x.mean()), _z()
+    p, z, spread = float(x.mean()), _z(), float(x.var())
+    n = x.size * p * (1 - p) / spread if spread > 1e-12 else x.size
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     ends = [(middle + way * half) / (1 + z * z / n) for way in (-1, 1)]
     return min(ends[0], p), max(ends[1], p)  # at 0 and 1 they differ from p in the last digit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import functools
 import hashlib
 import io
@@ -9,15 +10,19 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
-from cl_graft.report.aggregate import Cell, groups
+from cl_graft.report.aggregate import groups
+from cl_graft.report.protocols import Cell
 from cl_graft.report.table import write_atomic
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
+T = TypeVar("T")
 Draw = Callable[[Sequence[Cell]], "Figure"]
 
 # First Okabe and Ito's colours, which readers with any common colour blindness tell apart (a brown
@@ -39,6 +44,7 @@ FILLS = ("full", "none", "left", "top", "right", "bottom")
 FRAME, GREY = "#D55E00", "#444444"
 # The numbers on a heatmap are all but black or white, so that DARK does not recolour them with the rest.
 INK = ("#FEFEFE", "#010101")
+SHADES = 101  # of a heatmap, one a per cent
 # What takes the place of a light figure's colours on a dark page: paper, ink, lines, and the darkest of PALETTE.
 DARK = {
     "#ffffff": "#161a20",
@@ -122,11 +128,57 @@ def png(figure: Figure) -> bytes:
 
 
 def darkened(svg: str) -> str:
-    """An SVG of matplotlib's in the colours of DARK. What names no colour is black, text above all."""
-    recoloured = re.sub(r"#[0-9a-fA-F]{6}", lambda c: DARK.get(c[0].lower(), c[0]), svg)
+    """An SVG of matplotlib's in the colours of DARK, its heatmaps in those of `dark_shades`.
+
+    What names no colour is black, text above all.
+    """
+    colours = DARK | dark_shades()
+    recoloured = re.sub(r"#[0-9a-fA-F]{6}", lambda c: colours.get(c[0].lower(), c[0]), svg)
     return recoloured.replace(
         '<style type="text/css">', f'<style type="text/css">svg{{fill:{DARK["#000000"]}}}', 1
     )
+
+
+def shades() -> ListedColormap:
+    """The colours of a heatmap from 0 to 100 %, on a light page the darker the more."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    blues = colormaps["Blues"]
+    return ListedColormap([blues(k / (SHADES - 1)) for k in range(SHADES)])
+
+
+@functools.cache
+def dark_shades() -> dict[str, str]:
+    """{colour of `shades`: what takes its place on a dark page}, and the two of INK in each other's place.
+
+    On a dark page it is the lighter the more, so that zeros are not what is seen first. What is as far from black as
+    the light colour is from white keeps its number as well readable: (L' + 0.05) = 1.05 * 0.05 / (L + 0.05).
+    """
+    from matplotlib.colors import to_hex
+
+    white, black = (ink.lower() for ink in INK)
+    found = {white: black, black: white}
+    for light in range(SHADES):
+        colour = shades()(light)
+        hue = colorsys.rgb_to_hls(*colour[:3])[0]
+        wanted, low, high = 1.05 * 0.05 / (luminance(colour) + 0.05) - 0.05, 0.0, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            darker = luminance(colorsys.hls_to_rgb(hue, middle, 0.55)) < wanted
+            low, high = (middle, high) if darker else (low, middle)
+        found[to_hex(colour)] = to_hex(colorsys.hls_to_rgb(hue, low, 0.55))
+    return found
+
+
+def roomy(ax: Axes, least: float = 5.0) -> None:
+    """Make an axis of per cents span so many points at least: data that are all alike have no scale of their own."""
+    low, high = ax.get_ylim()
+    if high - low < least:
+        bottom = (low + high - least) / 2
+        if low > -0.1 * least:  # nothing is below zero
+            bottom = max(bottom, -0.05 * least)
+        ax.set_ylim(bottom, bottom + least)
 
 
 class Line(Protocol):
@@ -172,13 +224,30 @@ def _place(strategy: str) -> int:
 
 def ink_on(rgba: Sequence[float]) -> str:
     """All but black or white, whichever has more contrast on the colour (WCAG 2.1 relative luminance)."""
+    own = luminance(rgba) + 0.05
+    return INK[0] if 1.05 / own > own / 0.05 else INK[1]
+
+
+def luminance(rgba: Sequence[float]) -> float:
+    """Relative luminance of a colour (WCAG 2.1)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgba[:3]]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return INK[0] if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else INK[1]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def title_of(cells: Sequence[Cell]) -> str:
     return next(iter(groups(cells)))
+
+
+def alike(things: Sequence[tuple[str, T]], same: Callable[[T, T], bool]) -> str:
+    """A sentence that names what is drawn in one place, so that one hides another; empty where nothing is."""
+    groups: list[list[tuple[str, T]]] = []
+    for name, thing in things:
+        near = next((g for g in groups if same(g[0][1], thing)), None)
+        groups += [[(name, thing)]] if near is None else []
+        if near is not None:
+            near.append((name, thing))
+    told = [", ".join(name for name, _ in group) for group in groups if len(group) > 1]
+    return f"In one place: {'; '.join(told)}." if told else ""
 
 
 def wrap(name: str, most: int) -> str:
@@ -186,9 +255,10 @@ def wrap(name: str, most: int) -> str:
     return name if len(name) <= most else textwrap.fill(re.sub(r"(?<=\S)\(", " (", name), most)
 
 
-def short(name: str, most: int = 14) -> str:
-    """A long name loses its middle: both ends tell tasks apart."""
-    return name if len(name) <= most else f"{name[: most - 6]}…{name[-5:]}"
+def shortened(names: Sequence[str], most: int = 14) -> list[str]:
+    """The names without their middles where they are long; whole where they would look alike so."""
+    short = [n if len(n) <= most else f"{n[: most - 6]}…{n[-5:]}" for n in names]
+    return [n if short.count(s) > 1 else s for n, s in zip(names, short, strict=True)]
 
 
 def slant(tasks: Sequence[str]) -> dict[str, Any]:

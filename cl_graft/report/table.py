@@ -7,12 +7,13 @@ import io
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import rich.table
+    import rich.console
 
 UNMEASURED = "–"
 TEXTS = ("md", "csv", "tex")  # what a table is written as
@@ -21,34 +22,52 @@ PAGE = 80  # characters that a line of LaTeX's text holds, about
 
 @dataclass(frozen=True)
 class Table:
-    """A titled grid of strings; every row has one string per column. exact: the rows for a program, if they differ."""
+    """A titled grid of strings; every row has one string per column.
+
+    exact: the rows for a program, if they differ. parts: of each row, the part of the table that it stands in, under
+    whose name its rows are together; what a program reads has a column for it anyway.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     exact: tuple[tuple[str, ...], ...] = ()
+    parts: tuple[str, ...] = ()
+
+    def sections(self) -> list[tuple[str, list[tuple[str, ...]]]]:
+        """The rows of each part under its name, which is empty where the table has one part alone."""
+        if len(set(self.parts)) < 2:
+            return [("", list(self.rows))]
+        together: dict[str, list[tuple[str, ...]]] = {}
+        for part, row in zip(self.parts, self.rows, strict=True):
+            together.setdefault(part, []).append(row)
+        return list(together.items())
 
     def markdown(self) -> str:
-        """A heading, a pipe table with its numbers to the right, and the note."""
+        """A heading, a pipe table with its numbers to the right and a row with the name of each part, and the note."""
         rule = "|:--" + "|--:" * (len(self.columns) - 1) + "|"
-        head, *body = (
-            "| " + " | ".join(map(_cell, row)) + " |" for row in (self.columns, *self.rows)
-        )
+        grid = [self.columns]
+        for part, rows in self.sections():
+            grid += [(f"**{part}**", *[""] * (len(self.columns) - 1))] if part else []
+            grid += rows
+        head, *body = ("| " + " | ".join(map(_cell, row)) + " |" for row in grid)
         return "\n".join([f"### {self.title}", "", head, rule, *body, "", self.note]).rstrip()
 
     def csv(self) -> str:
-        """The grid for a program: "mean ± s.e." becomes two columns, a number has no thousands
-        separator, and an unmeasured value is empty."""
+        """The grid for a program: "mean ± s.e." becomes two columns and "mean [low, high]" three, a number has no
+        thousands separator, and an unmeasured value is empty."""
         rows = self.exact or self.rows
-        split = [any(" ± " in row[i] for row in rows) for i in range(len(self.columns))]
+        ends = [_ends([row[i] for row in rows]) for i in range(len(self.columns))]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        for i, row in enumerate((self.columns, *rows)):
+        head = zip(self.columns, ends, strict=True)
+        writer.writerow([name + end for name, those in head for end in ("", *those)])
+        for row in rows:
             fields: list[str] = []
-            for cell, two in zip(row, split, strict=True):
-                mean, _, se = cell.partition(" ± ")
-                fields += [_machine(mean), se or ("" if i else f"{cell} s.e.")][: 1 + two]
+            for cell, those in zip(row, ends, strict=True):
+                parts = [cell] if not those else [p for p in re.split(r" ± | \[|, |\]", cell) if p]
+                fields += [*map(_machine, parts), *[""] * (1 + len(those) - len(parts))]
             writer.writerow(fields)
         return text.getvalue()
 
@@ -59,7 +78,11 @@ class Table:
         """
         grid = (self.columns, *self.rows)
         wide = sum(max(map(len, column)) + 3 for column in zip(*grid, strict=True)) > PAGE
-        head, *body = (" & ".join(map(_tex, row)) + r" \\" for row in (self.columns, *self.rows))
+        head, body = self._tex_row(self.columns), list[str]()
+        for part, rows in self.sections():
+            span = rf"\multicolumn{{{len(self.columns)}}}{{l}}{{\emph{{{_tex(part)}}}}} \\"
+            body += [*([r"\midrule"] if body else []), *([span] if part else [])]
+            body += map(self._tex_row, rows)
         lines = [
             "% needs \\usepackage{booktabs,graphicx}",
             r"\begin{table}",
@@ -74,6 +97,10 @@ class Table:
         ]
         return "\n".join(lines) + "\n"
 
+    @staticmethod
+    def _tex_row(row: tuple[str, ...]) -> str:
+        return " & ".join(map(_tex, row)) + r" \\"
+
     def write(self, stem: Path) -> list[Path]:
         """STEM.md, STEM.csv and STEM.tex, each whole or not at all."""
         texts = (self.markdown() + "\n", self.csv(), self.latex())
@@ -82,17 +109,29 @@ class Table:
             for kind, text in zip(TEXTS, texts, strict=True)
         ]
 
-    def rich(self) -> rich.table.Table:
-        """The grid for a terminal."""
+    def rich(self) -> rich.console.Group:
+        """The grid for a terminal, a grid for each part."""
+        from rich.console import Group
+
+        sections = self.sections()
+        titles = [
+            "\n".join(filter(None, (self.title, sections[0][0]))),
+            *(p for p, _ in sections[1:]),
+        ]
+        notes = [*[""] * (len(sections) - 1), self.note]
+        grids = zip(titles, sections, notes, strict=True)
+        return Group(*(self._rich(title, rows, note) for title, (_, rows), note in grids))
+
+    def _rich(self, title: str, rows: Sequence[tuple[str, ...]], note: str) -> Any:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        grid = RichTable(title=Text(self.title), caption=Text(self.note) if self.note else None)
+        grid = RichTable(title=Text(title), caption=Text(note) if note else None)
         for i, column in enumerate(self.columns):
             # folded, since names that lost their ends look alike
             side: Any = "right" if i else "left"
             grid.add_column(Text(column), justify=side, overflow="fold")
-        for row in self.rows:
+        for row in rows:
             grid.add_row(*map(Text, row))  # Text: brackets in a label are not markup
         return grid
 
@@ -103,6 +142,12 @@ def show(value: float, spec: str, se: float = math.nan) -> str:
     text, zero = format(value, spec), format(0.0, spec)
     text = zero if text == format(-0.0, spec) else text  # -0.04 is 0.0, not -0.0
     return text if math.isnan(se) else f"{text} ± {format(se, spec.lstrip('+'))}"
+
+
+def show_interval(ends: Sequence[float], spec: str) -> str:
+    """Write a mean with the ends of its interval, where those are known. ends: mean, low and high."""
+    mean, low, high = (show(x, spec) for x in ends)
+    return mean if low == UNMEASURED else f"{mean} [{low}, {high}]"
 
 
 def write_atomic(path: Path, data: bytes) -> Path:
@@ -144,6 +189,15 @@ def _tex(text: str) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", r"\|").replace("\n", " ")
+
+
+def _ends(cells: Sequence[str]) -> tuple[str, ...]:
+    """What the further columns of a column's errors or intervals are called."""
+    if any(" ± " in cell for cell in cells):
+        return (" s.e.",)
+    number = r"[-+]?[\d.]+"
+    interval = re.compile(rf"{number} \[{number}, {number}\]")
+    return (" low", " high") if any(map(interval.fullmatch, cells)) else ()
 
 
 def _machine(text: str) -> str:

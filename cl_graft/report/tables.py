@@ -14,21 +14,22 @@ import numpy as np
 
 from cl_graft.matrix import METRICS, FloatArray
 from cl_graft.report.aggregate import (
+    ABILITIES,
+    ERRORS,
     KINDS,
-    PROTOCOLS,
-    Cell,
     Line,
     average,
+    base_note,
     extra,
     general,
     groups,
     lines_of,
     number,
-    protocol,
     scored_by,
     slugged,
     told_apart,
 )
+from cl_graft.report.protocols import PARTS, PROTOCOLS, WHO, Cell, distinct, held, part, protocol
 from cl_graft.report.routing import accuracy, confusion_csv, confusion_tables, inferred
 from cl_graft.report.table import UNMEASURED, Table, show, write_atomic
 
@@ -41,9 +42,8 @@ COST_NOTE = (
     "training, generating nor compressing. Peak memory is that of the process. " + BYTES_NOTE
 )
 NOTE = (
-    "Scores, OP, BWT, FM and the change of general ability in per cent; ± is the standard error "
-    f"over seeds, or over test examples where there is one seed. {BYTES_NOTE} Storage: bytes alive over the tasks "
-    f"learned, in per cent of the base model in bf16. {PROTOCOLS}"
+    f"Scores, OP, BWT, FM and the change of general ability in per cent. {ERRORS} {BYTES_NOTE} Storage: bytes alive "
+    f"over the tasks learned, in per cent of the base model in bf16. {ABILITIES} {PROTOCOLS}"
 )
 ROUTING_NOTE = (
     " Routing: per cent of the test examples of all tasks that were taken for the task they are of."
@@ -51,46 +51,88 @@ ROUTING_NOTE = (
 
 
 def ranking(cells: Sequence[Cell]) -> list[Table]:
-    """A table for each group: a row for each label, the best OP first, incomplete cells last."""
+    """A table for each group: a row for each label, in each part the best OP first, incomplete cells last."""
     tables = []
     for title, members in groups(cells).items():
-        lines = sorted(
-            lines_of(members), key=lambda s: np.nan_to_num(-s.metric("op")[0], nan=math.inf)
-        )
-        lines.sort(key=lambda s: not s.complete)
+        lines = sorted(lines_of(members), key=_place)
         routed = any(map(inferred, members))
-        columns = ("Strategy", "Task IDs", *lines[0].tasks, "OP", "BWT", "FM", "General Δ")
+        columns = (*WHO, *lines[0].tasks, "OP", "BWT", "FM", "General Δ", "General of")
         columns += ("Routing",) if routed else ()
-        columns += ("Storage %", "Bytes alive", "Largest pack", "Train s", "Seeds")
+        columns += ("±", "Storage %", "Bytes alive", "Largest pack", "Train s", "Seeds")
         rows, exact = (
             tuple(_ranking_row(line, routed, spec) for line in lines) for spec in (".1f", ".4f")
         )
-        note = NOTE + (ROUTING_NOTE if routed else "") + scored_by(members)
-        tables.append(Table(f"Ranking: {title}", columns, rows, note, exact))
+        note = f"{base_note(members)} {NOTE}".strip() + (ROUTING_NOTE if routed else "")
+        note += scored_by(members)
+        tables.append(Table(f"Ranking: {title}", columns, rows, note, exact, _parts(lines)))
     return tables
+
+
+def _place(line: Line) -> tuple[int, bool, float]:
+    """Where a line stands: by part, then whole before incomplete, then by OP."""
+    return PARTS.index(line.part), not line.complete, _or_last(-line.metric("op")[0])
+
+
+def _or_last(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _parts(lines: Sequence[Line]) -> tuple[str, ...]:
+    return tuple(line.part for line in lines)
 
 
 def matrices(cells: Sequence[Cell]) -> list[Table]:
     """The forgetting matrix of each label of each group: a row per experience, a column per task.
 
-    General ability, where any cell of the group has it, is the last column. The other metrics that
-    a cell recorded follow in tables of their own, in their own unit, with the error over seeds.
+    General ability, where any cell of the group has it, is the last column, and where packs answer by themselves, a
+    table of its own has it for each at the end. The other metrics that a cell recorded follow in tables of their own,
+    in their own unit, with the error over seeds.
     """
     made = []
     for title, members in groups(cells).items():
         for line in lines_of(members):
             columns, mean, se = ("Experience", *line.tasks), line.mean, line.stderr
             if any(not np.isnan(general(cell)).all() for cell in members):
-                ability = average([general(cell) for cell in line.cells])
-                mean, se = np.column_stack([mean, ability[0]]), np.column_stack([se, ability[1]])
+                ability, spread = average([general(cell) for cell in line.cells])
+                spread[0] = math.nan  # of the base, which is one model
+                mean, se = np.column_stack([mean, ability]), np.column_stack([se, spread])
                 columns += ("General ability",)
-            name, note = f"{title}: {line.title}", _not_measured_again(line) + scored_by(line.cells)
-            made.append(_matrix(name, columns, 100.0 * mean, 100.0 * se, ".1f", note))
+            name, note = f"{title}: {line.title}", f"{ERRORS} {_not_measured_again(line)}".strip()
+            note += scored_by(line.cells)
+            over = ["examples", *[line.errors] * len(line.tasks)]
+            made.append(_matrix(name, columns, 100.0 * mean, 100.0 * se, ".1f", note, over))
+            made += _by_pack(name, line)
             for metric in sorted({m for c in line.cells for m in c.get("extra_matrices") or {}}):
                 mean, se = average([extra(cell, metric) for cell in line.cells])
                 name = f"{title}: {line.title}, {metric}"
-                made.append(_matrix(name, ("Experience", *line.tasks), mean, se, ".3f"))
+                se[0] = math.nan
+                over = ["", *[line.errors] * len(line.tasks)]
+                made.append(_matrix(name, ("Experience", *line.tasks), mean, se, ".3f", "", over))
     return made
+
+
+def _by_pack(name: str, line: Line) -> list[Table]:
+    """General ability at the end with each pack of the line on, or none, and the difference to none."""
+    found = line.by_pack()
+    if not found:
+        return []
+    base = general(line.cells[0])[0]
+    rows, exact = (
+        (
+            ("none (base)", show(100.0 * base, spec), UNMEASURED),
+            *(
+                (task, _share(mean, se, spec), show(100.0 * (mean - base), f"+{spec}"))
+                for task, (mean, se) in found
+            ),
+        )
+        for spec in (".1f", ".4f")
+    )
+    note = (
+        "In per cent, at the end, with the pack on alone. ±: one standard error over seeds, for these test examples "
+        "alone."
+    )
+    columns = ("Pack", "General ability", "General Δ")
+    return [Table(f"{name}, general ability by pack", columns, rows, note, exact)]
 
 
 def metrics(cells: Sequence[Cell]) -> list[Table]:
@@ -98,17 +140,20 @@ def metrics(cells: Sequence[Cell]) -> list[Table]:
     tables = []
     for title, members in groups(cells).items():
         shown = [m for m in METRICS.values() if any(m.name in c["metrics"] for c in members)]
+        lines = lines_of(members)
         rows, exact = (
             tuple(
-                (line.name, line.protocol, *(_share(*line.metric(m.name), spec) for m in shown))
-                for line in lines_of(members)
+                (*line.who, *(_share(*line.metric(m.name), spec) for m in shown), line.errors)
+                for line in lines
             )
             for spec in (".1f", ".4f")
         )
         lower = ", ".join(m.name for m in shown if m.better == "lower")
-        note = f"In per cent; docs/reports.md has the formulas. Lower is better of {lower}. {PROTOCOLS}"
-        columns = ("Strategy", "Task IDs", *(m.name for m in shown))
-        tables.append(Table(f"Metrics: {title}", columns, rows, note, exact))
+        note = f"In per cent; docs/reports.md has the formulas. Lower is better of {lower}. {ERRORS} {PROTOCOLS}"
+        if of := {c["intransigence_of"] for c in members if "intransigence_of" in c}:
+            note += f" Intransigence: against {' and '.join(sorted(of))} of the same seed."
+        columns = (*WHO, *(m.name for m in shown), "±")
+        tables.append(Table(f"Metrics: {title}", columns, rows, note, exact, _parts(lines)))
     return tables
 
 
@@ -116,10 +161,11 @@ def costs(cells: Sequence[Cell]) -> list[Table]:
     """What the cells of each group took: seconds by what they went into, tokens and memory, means over seeds."""
     tables = []
     for title, members in groups(cells).items():
-        rows = tuple(_cost_row(line) for line in lines_of(members))
-        columns = ("Strategy", "Task IDs", *(f"{kind.capitalize()} s" for kind in KINDS))
+        lines = lines_of(members)
+        rows = tuple(map(_cost_row, lines))
+        columns = (*WHO, *(f"{kind.capitalize()} s" for kind in KINDS))
         columns += ("Total s", "Tokens", "Peak MiB", "Bytes alive", "Largest pack")
-        tables.append(Table(f"Costs: {title}", columns, rows, COST_NOTE))
+        tables.append(Table(f"Costs: {title}", columns, rows, COST_NOTE, parts=_parts(lines)))
     return tables
 
 
@@ -129,27 +175,22 @@ def by_task(cells: Sequence[Cell]) -> list[Table]:
     for title, members in groups(cells).items():
         lines = lines_of(members)
         parts = ("base", "learned", "end", "Δ")
-        columns = (
-            "Strategy",
-            "Task IDs",
-            *(f"{task} {part}" for task in lines[0].tasks for part in parts),
-        )
+        columns = (*WHO, *(f"{task} {part}" for task in lines[0].tasks for part in parts))
         rows, exact = (
-            tuple((line.name, line.protocol, *_by_task(line, spec)) for line in lines)
-            for spec in (".1f", ".4f")
+            tuple((*line.who, *_by_task(line, spec)) for line in lines) for spec in (".1f", ".4f")
         )
         note = f"In per cent, means over seeds. Δ: the end less just learned. {PROTOCOLS}{scored_by(members)}"
-        tables.append(Table(f"By task: {title}", columns, rows, note, exact))
+        tables.append(Table(f"By task: {title}", columns, rows, note, exact, _parts(lines)))
     return tables
 
 
-def overview(cells: Sequence[Cell]) -> Table:
+def all_cells(cells: Sequence[Cell]) -> Table:
     """A row for each cell: what it is, its scores in per cent, how far it is and what it took."""
-    columns = ("Strategy", "Task IDs", "Scenario", "Model", "Budget", "Seed", "OP", "BWT")
-    rows, exact = (
-        tuple(_overview_row(cell, spec) for cell in told_apart(cells)) for spec in (".1f", ".4f")
-    )
-    return Table("Cells", (*columns, "Experiences", "Of", "Seconds"), rows, PROTOCOLS, exact)
+    columns = (*WHO, "Scenario", "Model", "Seed", "OP", "BWT", "Experiences", "Of", "Seconds")
+    shown = told_apart(distinct(cells))
+    shown.sort(key=lambda cell: PARTS.index(part(cell)))
+    rows, exact = (tuple(_cell_row(cell, spec) for cell in shown) for spec in (".1f", ".4f"))
+    return Table("Cells", columns, rows, PROTOCOLS, exact, tuple(map(part, shown)))
 
 
 def experiences_done(cell: Cell) -> int:
@@ -185,7 +226,7 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
             **_routing(members),
         }.items():
             written.append(write_atomic(Path(folder) / f"{slug}-{name}", text.encode()))
-    return written + (overview(cells).write(Path(folder) / "cells-table") if cells else [])
+    return written + (all_cells(cells).write(Path(folder) / "cells-table") if cells else [])
 
 
 def _routing(cells: Sequence[Cell]) -> dict[str, str]:
@@ -210,8 +251,7 @@ def _share(mean: float, se: float, spec: str) -> str:
 def _cost_row(line: Line) -> tuple[str, ...]:
     seconds, rest = line.costs()
     return (
-        line.name,
-        line.protocol,
+        *line.who,
         *(show(x, ",.1f") for x in seconds),
         *(show(x, ",.0f") for x in [*rest, *line.kept_bytes()]),
     )
@@ -221,13 +261,14 @@ def _ranking_row(line: Line, routed: bool, spec: str) -> tuple[str, ...]:
     scores = list(zip(line.mean[-1], line.stderr[-1], [spec] * len(line.tasks), strict=True))
     for key, how in (("op", spec), ("bwt", f"+{spec}"), ("fm", spec)):
         scores.append((*line.metric(key), how))
-    scores.append((*line.drift(), f"+{spec}"))
+    shown = [_share(mean, se, how) for mean, se, how in scores]
+    shown += [_share(*line.drift(), f"+{spec}"), line.ability]
     if routed:
-        scores.append((*line.routing()[-1], spec))
+        shown.append(_share(*line.routing()[-1], spec))
     return (
-        line.name,
-        line.protocol,
-        *(_share(mean, se, how) for mean, se, how in scores),
+        *line.who,
+        *shown,
+        line.errors,
         show(line.storage(), ".2f"),
         *(show(x, ",.0f") for x in line.kept_bytes()),
         show(line.seconds()[0], ",.1f"),
@@ -243,12 +284,13 @@ def _by_task(line: Line, spec: str) -> list[str]:
     ]
 
 
-def _overview_row(cell: Cell, spec: str) -> tuple[str, ...]:
+def _cell_row(cell: Cell, spec: str) -> tuple[str, ...]:
     scores = [100.0 * number(cell["metrics"].get(key)) for key in ("op", "bwt")]
     return (
         cell["label"],
         protocol(cell),
-        *(str(cell[key]) for key in ("scenario", "model", "budget", "seed")),
+        held(cell),
+        *(str(cell[key]) for key in ("scenario", "model", "seed")),
         show(scores[0], spec),
         show(scores[1], f"+{spec}"),
         str(experiences_done(cell)),
@@ -263,16 +305,22 @@ def _matrix(
     mean: FloatArray,
     se: FloatArray,
     spec: str,
-    note: str = "",
+    note: str,
+    over: Sequence[str],
 ) -> Table:
+    """over: what the standard errors of each row are over, which the last column says."""
     rows, exact = (
         tuple(
-            (experience, *(show(x, digits, e) for x, e in zip(mean[i], se[i], strict=True)))
+            (
+                experience,
+                *(show(x, digits, e) for x, e in zip(mean[i], se[i], strict=True)),
+                over[i],
+            )
             for i, experience in enumerate(_experiences(columns[1 : len(mean)]))
         )
         for digits in (spec, ".4f")
     )
-    return Table(title, columns, rows, note, exact)
+    return Table(title, (*columns, "±"), rows, note, exact)
 
 
 def _experiences(tasks: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from cl_graft.store.files import LEFT, DiskRefused, RecordError, read_json, write_json, write_text
 from cl_graft.store.locks import Busy, file_lock, held
 
-FORMAT = 3
+FORMAT = 4
 CHECKED = ("config", "options", "sources", "inputs", "base", "data")  # of an identity
 State = Literal["waiting", "running", "done", "failed"]
 PATIENCE = (

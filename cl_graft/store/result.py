@@ -35,6 +35,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "seed": config.seed,
         "budget": config.budget,
         "budget_bytes": identity["budget_bytes"],
+        "budgeted": identity.get("budgeted", True),
         "tasks": tasks,
         "matrix": matrix,
         "n": table("score", "n"),
@@ -43,7 +44,8 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         + [[False] * len(tasks)] * (rows - len(records)),
         "metrics": {k: None if v != v else v for k, v in metrics.items()},
         "extra_matrices": {m: table(m, "value") for m in further},
-        "general": [r["general"]["score"]["value"] if r["general"] else None for r in records],
+        "general": [ability(r["general"], "score") for r in records],
+        "general_packs": [[_value(r["general"], t) for t in tasks] for r in records],
         "pack_bytes": [r["pack_bytes"] for r in records if r["pack_bytes"] is not None],
         "shared_bytes": {name: kept["bytes"] for name, kept in last.get("shared", {}).items()},
         "alive_bytes": [r["alive_bytes"] for r in records if r["task"]],
@@ -68,6 +70,18 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
     }
 
 
+def ability(general: Mapping[str, Mapping[str, Any]], metric: str) -> float | None:
+    """General ability after an experience: of what answers a prompt of no task, or else the mean over the packs, each
+    on alone; None where it was not measured. general: {what answers: {metric: cell}}."""
+    whose = [general[""]] if "" in general else list(general.values())
+    return sum(cells[metric]["value"] for cells in whose) / len(whose) if whose else None
+
+
+def _value(general: Mapping[str, Mapping[str, Any]], task: str) -> float | None:
+    """General ability with the task's pack on."""
+    return general[task]["score"]["value"] if task in general else None
+
+
 def collect(path: Path) -> dict[str, Any]:
     """The result of the cell in `path`, complete or not."""
     folder = CellFolder(path)
@@ -81,7 +95,7 @@ def kept(path: Path) -> dict[str, Any] | None:
         return None
     folder.identity()  # refuses another version's
     result = read_json(path / "result.json")
-    return result if "routing_accuracy" in result else None
+    return result if {"budgeted", "general_packs"} <= result.keys() else None
 
 
 def _accuracy(

@@ -49,6 +49,7 @@ from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin, check_plugins
 from cl_graft.task import Pair, Preference, Scenario, Task
 from cl_graft.training.config import Row, StageConfig, jobs
 from cl_graft.training.delta import Delta
+from cl_graft.training.own_loop import counted
 from cl_graft.training.stages import Log, Stages, holding, in_full_precision
 from cl_graft.training.term import Term
 from cl_graft.version import __version__
@@ -385,8 +386,12 @@ class Strategy(BaseTemplate):
         begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
         torch.manual_seed(self.seed + len(self.packs))
         whose = f"{type(self).__name__} in task {task.name!r}"
-        with watched(self.model, whose):
+        with counted() as steps, watched(self.model, whose):
             learned = self.learn(task, context, **self.options)
+        # no stage: up to its last step, the method trained in a loop of its own
+        if not self._training_wall:
+            self._training_wall = (steps.last or perf_counter()) - begun
+            self.log.add(Log(seconds=self._training_wall, spent=self._training_wall))
         kept = finite_only(learned, whose)
         self.restore_base()
         if strange := kept.own.keys() & self.untouched:
@@ -434,7 +439,11 @@ class Strategy(BaseTemplate):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of training (also where it was recalled), compressing and evaluating so far."""
+        """Seconds of training (also where it was recalled), compressing and evaluating so far.
+
+        Of a `learn` that runs no stage all is training up to the last step of an optimizer, or, where none of torch's
+        steps, all of it.
+        """
         return self._seconds | {"evaluate": self.examiner.seconds}
 
     @property

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cl_graft.config import RunConfig
+from cl_graft.store.result import ability
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,9 +90,12 @@ def of_experience(record: dict[str, Any]) -> dict[str, float]:
         for metric, row in record["scores"].items()
         for task, cell in row.items()
     }
-    values |= {
-        f"general/{metric}": cell["value"] for metric, cell in (record["general"] or {}).items()
-    }
+    general = record["general"]
+    for who, cells in general.items():
+        told = {f"general/{metric}": cell["value"] for metric, cell in cells.items()}
+        values |= {f"{key}/{who}": value for key, value in told.items()} if who else told
+    for metric in next(iter(general.values()), {}):
+        values[f"general/{metric}"] = ability(general, metric)
     values |= {f"seconds/{kind}": value for kind, value in record["seconds"].items()}
     values |= {key: record[key] for key in ("tokens", "peak_memory_mb", "pack_bytes")}
     return {key: value for key, value in values.items() if value is not None}

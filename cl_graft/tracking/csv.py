@@ -34,7 +34,11 @@ class Csv:
             for metric, row in record["scores"].items()
             for task, cell in row.items()
         ]
-        rows += [("general", metric, cell) for metric, cell in (record["general"] or {}).items()]
+        rows += [
+            (f"general with {who}" if who else "general", metric, cell)
+            for who, cells in record["general"].items()
+            for metric, cell in cells.items()
+        ]
         self.scores += [
             {"experience": experience, "task": t, "metric": m, **cell} for t, m, cell in rows
         ]

@@ -99,6 +99,8 @@ def every_codec() -> dict[str, Encoded]:
     found["dense scalar"] = codecs.dense(torch.tensor(0.5))
     found["dense empty"] = codecs.dense(torch.zeros(0, 3))
     found["low_rank none"] = codecs.low_rank(torch.zeros(4, 0), torch.zeros(0, 3))
+    found["low_rank_stack"] = codecs.low_rank_stack(normal((3, 5, 2), 9), normal((3, 2, 4), 10))
+    found["low_rank_stack none"] = codecs.low_rank_stack(torch.zeros(2, 4, 0), torch.zeros(2, 0, 3))
     found["sparse gaps"] = codecs.sparse_top(normal((300, 41), 5), 60)
     found["sparse wide gaps"] = codecs.sparse_top(normal((1 << 20,), 5), 3)
     found["sparse none"] = codecs.sparse_top(normal((6, 6), 6), 0)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,11 +19,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cl_graft import plugins
 from cl_graft.data import DataError
 from cl_graft.errors import UnknownName
 from cl_graft.evaluation.generate import log_likelihoods
 from cl_graft.models import corpus, embedded, toy_language
 from cl_graft.models.load import load, locate
+from tests.real import DATA, needs_data
 from tests.refusals import one_sentence
 
 NAME = "nano-llama"
@@ -198,6 +201,32 @@ def test_it_has_learned_something(made: Path, cache: Path) -> None:
     assert after > 0.8 * before
 
 
+# --- what it was pre-trained on ---
+
+
+def pretraining_prompts(name: str) -> set[str]:
+    """Every prompt of the model's pre-training, from the very batches that it is trained on."""
+    spec = embedded.SPECS[name]
+    batches = islice(embedded.batches_of(spec, []), spec.steps)
+    return {prompt for batch in batches for prompt, _ in batch}
+
+
+@pytest.mark.parametrize("name", [n for n, s in embedded.SPECS.items() if s.corpus == "world"])
+def test_no_embedded_model_has_seen_a_test_prompt(name: str) -> None:
+    """Neither at the sizes of the published tables nor in larger test sets, nor what validation draws."""
+    seen = pretraining_prompts(name)
+    assert len(seen) > 1000
+    scenario = plugins.load("scenario", "mini")(seed=0, test_size=500, train_size=1)
+    for task in (*scenario.tasks, scenario.general):
+        held = {example.prompt for example in (*task.test, *task.validation)}
+        assert len(held) == 500 + 64 * bool(task.validation) and not seen & held, task.name
+    rng = Random(7)
+    for source in WORLD:
+        for question in {source(rng).question for _ in range(3000)}:
+            if toy_language.part(question) != "training":
+                assert toy_language.prompt(question) not in seen
+
+
 # --- its tokenizer ---
 
 
@@ -271,6 +300,31 @@ def test_the_corpus_holds_training_text_and_neither_tests_nor_labels(data_dir: P
     assert max(map(len, texts)) == corpus.CHARACTERS
     everything = "".join(texts)
     assert "test" not in everything and "LABEL" not in everything and "\r" not in everything
+
+
+def test_the_corpus_leaves_out_what_a_test_asks_too(data_dir: Path) -> None:
+    """Whatever its blanks and capitals; MBPP's file holds training and test programs."""
+    before = corpus.texts(data_dir)
+    program, sentence = before[1], before[3]
+    rows = [json.loads(line) for line in (data_dir / "mbpp/mbpp.jsonl").read_text().split("\n")]
+    rows.append({"text": " T601 ", "code": "another", "task_id": 11})
+    (data_dir / "mbpp/mbpp.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (data_dir / "mawps").mkdir()
+    (data_dir / "mawps/test.jsonl").write_text(json.dumps({"input": f"{sentence.upper()} "}))
+    assert program == "# t601\nc601" and before.count(sentence) == len(corpus.SENTENCES)
+    assert corpus.texts(data_dir) == [t for t in before if t not in (program, sentence)]
+
+
+@needs_data("mbpp", "gsm8k", "mawps", "cl_benchmark")
+def test_no_real_test_question_is_in_the_corpus() -> None:
+    """Not one of the questions that scenarios on real files ask by default is part of any text."""
+    everything = "\n".join(" ".join(text.split()).lower() for text in corpus.texts(DATA))
+    for name, options in (("math_then_code", {"math": "mawps+gsm8k"}), ("text_classification", {})):
+        for task in plugins.load("scenario", name)(seed=0, data_dir=DATA, **options).tasks:
+            for example in task.test:
+                first = example.prompt.split("\n")[0]
+                question = first.removeprefix("Question: ").removeprefix("# ")
+                assert corpus.plain(question) not in everything, (task.name, question)
 
 
 def test_text_llama_is_made_from_the_data_folder(

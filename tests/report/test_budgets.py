@@ -43,6 +43,7 @@ def test_kept_is_the_share_of_the_gain_of_the_same_seeds_full_fine_tuning():
     assert made.columns == (
         "Strategy",
         "Task IDs",
+        "Budget",
         "OP at 5%",
         "kept at 5%",
         "OP at 10%",
@@ -52,13 +53,14 @@ def test_kept_is_the_share_of_the_gain_of_the_same_seeds_full_fine_tuning():
     assert full == (
         "individual",
         "not needed",
+        "each",
         "85.0 ± 5.0",
         "100.0 ± 0.0",
         "85.0 ± 5.0",
         "100.0 ± 0.0",
     )
-    assert lora[:4] == ("lora", "not needed", "52.5 ± 2.5", "50.0 ± 0.0")
-    assert lora[5] == "72.5 ± 2.5"  # .45 / .6 and .49 / .7
+    assert lora[:5] == ("lora", "not needed", "each", "52.5 ± 2.5", "50.0 ± 0.0")
+    assert lora[6] == "72.5 ± 2.5"  # .45 / .6 and .49 / .7
 
 
 def test_one_budget_and_unfinished_cells_make_no_group():
@@ -70,7 +72,15 @@ def test_what_was_not_measured_leaves_a_gap():
     gap = at("ewc", "5%", 0, 0.5)
     gap["metrics"]["op"] = None
     ((title, members),) = budgets.groups([*CELLS, gap]).items()
-    assert budgets.table(title, members).rows[-1] == ("ewc", "not needed", "–", "–", "–", "–")
+    assert budgets.table(title, members).rows[-1] == (
+        "ewc",
+        "not needed",
+        "each",
+        "–",
+        "–",
+        "–",
+        "–",
+    )
     assert "ewc" not in legend(budgets.figure(title, members))
 
 

@@ -26,8 +26,8 @@ def test_a_run_and_itself_differ_in_nothing(tmp_path: Path) -> None:
     assert len(rows) == 4
     for row in rows:
         assert row[2] == row[3]
-        assert row[4:] == ("+0.0 [+0.0, +0.0]", "1.000", "2")
-    assert all(row[5] == "1.000" for row in scores.rows if row[1] in ("math", "code", "cipher"))
+        assert row[4:] == ("seeds, examples", "+0.0 [+0.0, +0.0]", "1.000", "2")
+    assert all(row[6] == "1.000" for row in scores.rows if row[1] in ("math", "code", "cipher"))
 
 
 def one_cell(out: Path, right: int, examples: int = 20, **result: Any) -> None:
@@ -51,22 +51,26 @@ def test_the_difference_is_b_less_a(tmp_path: Path) -> None:
     one_cell(tmp_path / "b", 15)
     _, scores = compare(tmp_path / "a", tmp_path / "b")
     rows = {row[1]: row[2:] for row in scores.rows}
-    a, b, less, p, seeds = rows["OP"]
+    a, b, over, less, p, seeds = rows["OP"]
+    assert over == "examples"
     assert a.startswith("25.0 [1") and b.startswith("75.0 [6")  # with Wilson's limits
     assert less.startswith("+50.0 [+3") and (p, seeds) == ("< 0.001", "1")
     assert set(rows) == {"OP", "BWT", "FM", "math", "code", "cipher", "Bytes alive"}
     assert rows["Bytes alive"] == (
         "120,000",
         "120,000",
+        "",
         "+0",
         "",
         "1",
     )  # three packs of 2 % of 2 MB
-    a, b, less, p, _ = rows["code"]  # a third of the examples: wider
+    a, b, _, less, p, _ = rows["code"]  # a third of the examples: wider
     assert a.startswith("25.0 [1") and b.startswith("75.0 [5")
     assert less.startswith("+50.0 [+30.0, +70.0]")
-    assert p == "0.002"  # no less than that of a sign test of ten
-    assert rows["BWT"][3:] == rows["FM"][3:] == ("", "1")
+    assert (
+        p == "0.006"
+    )  # three times that of a sign test of ten, for the three tasks that are alike
+    assert rows["BWT"][4:] == rows["FM"][4:] == ("", "1")
 
 
 def inferred(out: Path, right: int, alive: int) -> None:
@@ -84,11 +88,16 @@ def test_routing_and_bytes_are_compared_where_both_have_them(tmp_path: Path) -> 
     one_cell(tmp_path / "given", 5)
     about, scores = compare(tmp_path / "a", tmp_path / "b")
     rows = {row[1]: row[2:] for row in scores.rows}
-    assert rows["Routing"] == ("60.0", "80.0", "+20.0", "", "1")
-    assert rows["Bytes alive"] == ("100,000", "103,500", "+3,500", "", "1")
+    assert rows["Routing"] == ("60.0", "80.0", "", "+20.0", "", "1")
+    assert rows["Bytes alive"] == ("100,000", "103,500", "", "+3,500", "", "1")
     assert about.rows == ()
     about, scores = compare(tmp_path / "given", tmp_path / "b")
     assert "Routing" not in {row[1] for row in scores.rows}
+    assert {row[6] for row in scores.rows} == {
+        "–",
+        "",
+    }  # the easier problem is tested against no other
+    assert "one is told the task at test and the other is not" in scores.note
     assert ("task IDs at test", "given", "inferred (ridge)", "1") in about.rows
 
 
@@ -100,7 +109,7 @@ def test_runs_that_differ_in_training_alone_are_paired(tmp_path: Path) -> None:
     kept.rename(kept.with_name(f"{'e' * 32}.jsonl"))
     about, scores = compare(tmp_path / "a", tmp_path / "b")
     assert [row[0] for row in about.rows] == ["data"]
-    assert scores.rows[0][4].startswith("+50.0 [")
+    assert scores.rows[0][5].startswith("+50.0 [")
 
 
 def test_a_task_with_other_test_examples_is_not_paired_though_the_others_are(
@@ -114,7 +123,7 @@ def test_a_task_with_other_test_examples_is_not_paired_though_the_others_are(
         if line["task"] == "math":
             line["prompt"] += "?"
     kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = {row[1]: row[4:] for row in compare(tmp_path / "a", tmp_path / "b")[-1].rows}
+    rows = {row[1]: row[5:] for row in compare(tmp_path / "a", tmp_path / "b")[-1].rows}
     assert rows["OP"] == rows["math"] == ("+50.0", "–", "1")
     assert rows["code"][0].startswith("+50.0 [+30.0, +70.0]")
 
@@ -125,7 +134,7 @@ def test_why_nothing_was_paired_is_told(tmp_path: Path) -> None:
     (kept,) = (tmp_path / "b" / "data").glob("*.jsonl")
     kept.write_text(kept.read_text().replace("Anna", "Berta"))
     scores = compare(tmp_path / "a", tmp_path / "b")[-1]
-    assert scores.rows[0][4:] == ("+50.0", "–", "1")
+    assert scores.rows[0][5:] == ("+50.0", "–", "1")
     assert scores.note.endswith("(its test examples differ).")
     for file in tmp_path.glob("b/*/experiences/03/examples.jsonl"):
         file.unlink()
@@ -202,7 +211,7 @@ def test_two_real_runs_of_two_strategies(tmp_path: Path, call: Call) -> None:
     assert done.code == 0
     assert "config.strategy" in done.out and "lora" in done.out
     assert call("report", str(tmp_path / "results")).code == 0
-    page = (tmp_path / "results" / "report" / "cells" / f"{a.name}.html").read_text()
+    page = (tmp_path / "results" / "report" / "cells" / "sequential.html").read_text()
     from markupsafe import escape
 
     asked = [line["prompt"] for line in lines if line["task"] == "math"]

@@ -22,7 +22,16 @@ from cl_graft.matrix import PerformanceMatrix
 from cl_graft.report import budgets
 from cl_graft.report.aggregate import ReportError
 from cl_graft.report.figures import FIGURES, costs, curves, draw, heatmaps
-from cl_graft.report.style import DARK, KNOWN, PALETTE, darkened
+from cl_graft.report.style import (
+    DARK,
+    KNOWN,
+    PALETTE,
+    dark_shades,
+    darkened,
+    ink_on,
+    shades,
+    shortened,
+)
 from cl_graft.report.tradeoff import bytes_vs_forgetting, bytes_vs_score, pareto
 
 Rows = list[list[float | None]]
@@ -45,6 +54,7 @@ def cell(label: str = "graftllm", matrix: Rows = KEEPS, **changes: Any) -> dict[
         "seed": 0,
         "budget": "10%",
         "budget_bytes": BASE_BYTES // 10,
+        "budgeted": True,
         "tasks": tasks,
         "matrix": matrix,
         "n": None,
@@ -369,12 +379,69 @@ def test_on_a_dark_page_ink_is_light_and_numbers_keep_their_contrast() -> None:
     )
     dark = darkened(svg)
     assert f"svg{{fill:{DARK['#000000']}}}" in dark
-    assert f'"{DARK["#ffffff"]}"' in dark and '"#010101"' in dark
+    assert f'"{DARK["#ffffff"]}"' in dark and '"#fefefe"' in dark
     assert luminance(DARK["#000000"]) > 0.7 > 0.02 > luminance(DARK["#ffffff"])
     for light, colour in DARK.items():
         if light in map(str.lower, PALETTE):
             paper = luminance(DARK["#ffffff"]) + 0.05
             assert (luminance(colour) + 0.05) / paper >= 3, light  # WCAG 2.1 on graphics
+
+
+def test_on_a_dark_page_the_least_is_the_darkest_and_every_number_can_be_read() -> None:
+    """The colours of 0 to 100 % get lighter; each has black or white on it, as on a light page the other way round."""
+    replaced = dark_shades()
+    lights = [to_hex(colour) for colour in shades().colors]
+    scale = [luminance(replaced[light]) for light in lights]
+    assert len(scale) == 101 and scale == sorted(scale)
+    assert scale[0] < luminance(DARK["#ffffff"])  # zero is no brighter than the page
+    for light, own in zip(lights, scale, strict=True):
+        ink = luminance(replaced[ink_on(to_rgb(light)).lower()])
+        least, most = sorted((own, ink))
+        assert (most + 0.05) / (least + 0.05) >= 4.4, light
+
+
+# --- numbers that are alike -------------------------------------------------------------------
+
+NOTHING: Rows = [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("draw", [curves, bytes_vs_score, bytes_vs_forgetting])
+def test_an_axis_of_zeros_spans_some_points(draw: Any) -> None:
+    """Matplotlib's own is 0.1 % high, on which noise would be a mountain."""
+    zeros = cell(matrix=NOTHING, stderr=None)
+    low, high = panels(draw([zeros]))[0].get_ylim()
+    assert high - low >= 5 and -1 < low < 0
+    few = cell(matrix=[[0.9, 0.901]] * 3, stderr=None)
+    low, high = panels(curves([few]))[0].get_ylim()
+    assert low < 90 < high and high - low == pytest.approx(5)
+
+
+def test_costs_of_nothing_have_an_axis() -> None:
+    time, memory = panels(costs([cell(seconds={}, peak_memory_mb=None)]))
+    assert time.get_xlim() == memory.get_xlim() == (0, 1)
+
+
+@pytest.mark.parametrize("draw", [bytes_vs_score, bytes_vs_forgetting])
+def test_points_that_hide_each_other_are_named(draw: Any) -> None:
+    cells = [cell("lora"), cell("svd"), cell("ties", FORGETS, pack=3.0)]
+    told = " ".join(t.get_text().replace("\n", " ") for t in shown_text(draw(cells)))
+    assert "In one place: lora, svd." in told
+    assert "In one place" not in " ".join(t.get_text() for t in shown_text(draw(cells[1:])))
+
+
+def test_curves_that_are_equal_throughout_are_named() -> None:
+    def title(cells: list[dict[str, Any]]) -> str:
+        return curves(cells).legends[0].get_title().get_text().replace("\n", " ")
+
+    assert title([cell("lora"), cell("svd"), cell("ties", FORGETS)]).endswith(
+        "In one place: lora, svd."
+    )
+    assert "In one place" not in title([cell("lora"), cell("ties", FORGETS)])
+
+
+def test_task_names_that_would_look_alike_stay_whole() -> None:
+    long = ["sentiment_books_reviews", "sentiment_music_reviews", "commonsense_reasoning", "code"]
+    assert shortened(long) == [*long[:2], "commonse…oning", "code"]
 
 
 # --- layout -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 
 from cl_graft.bench.report import make
 from cl_graft.report import ReportedCell, find, page
-from cl_graft.report.examples import Answer, ExampleRow, breakdown, final
+from cl_graft.report.examples import Answer, ExampleRow, breakdown, outcomes
 from cl_graft.report.page import template
 from cl_graft.report.provenance import write_provenance
 from cl_graft.report.significance import reader
@@ -68,7 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def page_of(folder: Path, strategy: str) -> str:
     """The page of this strategy's cell in the second scenario, in which no cell is odd."""
-    (file,) = (folder / "cells").glob(f"synthetic-1__{strategy}__*.html")
+    (file,) = (folder / "cells").glob(f"synthetic-1_{strategy}*.html")
     return file.read_text()
 
 
@@ -127,9 +127,10 @@ def test_what_has_not_changed_is_not_written_again(made: Path) -> None:
     (cell / "result.json").write_text(json.dumps(result))
     report(made.parent)
     changed = {p for p in kept if p.stat().st_mtime_ns != before[p]}
-    assert {p.name for p in changed if p.suffix == ".html"} == {f"{cell.name}.html"}
+    changed_page = f"synthetic-1_{cell.name.split('__')[1]}.html"
+    assert [p.name for p in changed if p.suffix == ".html"] == [changed_page]
     assert all("synthetic-1" in p.name for p in changed)
-    assert "12.3" in (made / "cells" / f"{cell.name}.html").read_text()
+    assert "12.3" in (made / "cells" / changed_page).read_text()
 
 
 def test_what_is_missing_is_made_again_and_prompts_that_change_are_shown(tmp_path: Path) -> None:
@@ -230,7 +231,9 @@ def test_a_cells_page_tells_shared_bytes_by_name(made: Path) -> None:
 
 def test_the_page_says_of_every_row_whether_the_task_was_told(made: Path) -> None:
     text = (made / "index.html").read_text()
-    rows = [row for row in rows_of(text[text.index('data-kind="ranking"') :]) if len(row) > 1]
+    table = text[text.index('data-kind="ranking"') :]
+    bodies = table[: table.index("</table>")].split("<tbody>")[1:]
+    rows = [row for body in bodies for row in rows_of(f"<tbody>{body}") if len(row) > 1]
     told = {row[0].split()[0]: row[1] for row in rows}
     assert told["graftllm"] == "given" and told["lora(task_ids=inferred)"] == "inferred (ridge)"
     assert told["sequential"] == "not needed"
@@ -303,9 +306,9 @@ def test_an_example_is_followed_from_before_to_the_end(tmp_path: Path) -> None:
 def test_scores_that_the_examples_do_not_come_to_are_not_compared(tmp_path: Path) -> None:
     make(tmp_path, cells=1, examples=4, strategies=1, scenarios=1)
     (found,) = find([tmp_path])
-    assert list(final(found.path, found.cell, {})) == found.cell["tasks"]
+    assert list(outcomes(found.path, found.cell, {}, 3)) == found.cell["tasks"]
     found.cell["matrix"][-1][0] += 0.1
-    assert final(found.path, found.cell, {}) == {}
+    assert outcomes(found.path, found.cell, {}, 3) == {}
 
 
 def test_templates_escape_and_miss_nothing() -> None:
@@ -346,11 +349,14 @@ class Shown:
         self.page.goto(file.as_uri())
         self.page.wait_for_load_state("load")
 
-    def column(self, table: str, index: int) -> list[str]:
-        return self.page.eval_on_selector_all(
-            f"{table} tbody tr",
-            f"rows => rows.map(r => r.cells[{index}].dataset.v ?? r.cells[{index}].innerText)",
+    def column(self, table: str, index: int) -> list[list[str]]:
+        """Of each part of a table, what a column sorts by."""
+        shown = f"r => r.cells[{index}].dataset.v ?? r.cells[{index}].innerText"
+        rows = "[...body.querySelectorAll('tr:not(.part)')]"
+        found: list[list[str]] = self.page.eval_on_selector_all(
+            f"{table} tbody", f"bodies => bodies.map(body => {rows}.map({shown}))"
         )
+        return found
 
     def close(self) -> None:
         self.page.context.close()
@@ -385,16 +391,18 @@ def test_a_click_on_a_header_sorts_and_another_turns_it_round(made: Path, browse
     shown = Shown(browser, made / "index.html")
     table = "#synthetic-1-mini-llama-budget-10pct table[data-kind=ranking]"
     head = f"{table} thead th:nth-child(%d) button"
-    before = shown.column(table, 2)
-    assert before == sorted(before, key=float, reverse=True), "the best come first"
-    shown.page.click(head % 3)
-    assert shown.column(table, 2) == before
-    shown.page.click(head % 3)
-    assert shown.column(table, 2) == before[::-1]
-    assert shown.page.get_attribute(f"{table} thead th:nth-child(3)", "aria-sort") == "ascending"
+    before = shown.column(table, 3)
+    assert len(before) == 4, "told or not, with a budget or without"
+    for part in before:
+        assert part == sorted(part, key=float, reverse=True), "the best come first"
+    shown.page.click(head % 4)
+    assert shown.column(table, 3) == before
+    shown.page.click(head % 4)
+    assert shown.column(table, 3) == [part[::-1] for part in before]
+    assert shown.page.get_attribute(f"{table} thead th:nth-child(4)", "aria-sort") == "ascending"
     shown.page.click(head % 1)
-    names = shown.column(table, 0)
-    assert names == sorted(names)
+    for names in shown.column(table, 0):
+        assert names == sorted(names)
     shown.close()
 
 
@@ -402,16 +410,17 @@ def test_what_is_unmeasured_stays_last(made: Path, browser: Any) -> None:
     shown = Shown(browser, made / "index.html")
     table = "#synthetic-0-mini-llama-budget-10pct table[data-kind=ranking]"
     for _ in range(2):
-        shown.page.click(f"{table} thead th:nth-child(3) button")
-        values = shown.column(table, 2)
-        assert values[-1] == "" and "" not in values[:-1]
+        shown.page.click(f"{table} thead th:nth-child(4) button")
+        parts = shown.column(table, 3)
+        assert any("" in values for values in parts)
+        assert all("" not in values[: len(values) - values.count("")] for values in parts)
     shown.close()
 
 
 def test_cells_are_filtered_and_lead_to_their_pages_and_back(made: Path, browser: Any) -> None:
     shown = Shown(browser, made / "index.html")
     shown.page.fill("input[data-filter]", "lora synthetic-1")
-    visible = "#all-cells tbody tr:not([hidden])"
+    visible = "#all-cells tbody tr:not([hidden], .part)"
     names = shown.page.eval_on_selector_all(visible, "rows => rows.map(r => r.innerText)")
     assert names and all("lora" in name and "synthetic-1" in name for name in names)
     shown.page.click(f"{visible} a >> nth=0")

@@ -16,16 +16,17 @@ from matplotlib.patches import Rectangle
 from cl_graft.bench.report import make
 from cl_graft.config import RunConfig
 from cl_graft.report import budgets, find, page
-from cl_graft.report.aggregate import ReportError, lines_of, protocol
+from cl_graft.report.aggregate import ReportError, lines_of
 from cl_graft.report.figures import curves, draw, figures_of, routing
+from cl_graft.report.protocols import protocol
 from cl_graft.report.routing import accuracy, confusion_csv, confusion_tables, confusions, routed
 from cl_graft.report.significance import ranked_lines, reader, table
 from cl_graft.report.tables import (
+    all_cells,
     by_task,
     costs,
     matrices,
     metrics,
-    overview,
     ranking,
     write_tables,
 )
@@ -109,17 +110,17 @@ def test_nothing_is_inferred_where_the_task_is_given_or_not_needed(tmp_path: Pat
     assert protocol(collect(path)) == "not needed"
 
 
-def test_a_result_that_says_nothing_of_routing_is_made_again_from_the_records(
+def test_a_result_that_says_nothing_of_budgets_is_made_again_from_the_records(
     tmp_path: Path, call: Call
 ) -> None:
     path = only(tmp_path / "a", "lora")
     whole = json.loads((path / "result.json").read_text())
-    del (left := dict(whole))["routing_accuracy"]
+    del (left := dict(whole))["budgeted"]
     (path / "result.json").write_text(json.dumps(left))
     assert kept(path) is None
     done = call("report", str(tmp_path / "a"), "--json")
     (printed,) = json.loads(f"[{done.out}]") if done.out.startswith("{") else json.loads(done.out)
-    assert printed["routing_accuracy"] == whole["routing_accuracy"]
+    assert printed["budgeted"] and printed["routing_accuracy"] == whole["routing_accuracy"]
     assert printed["routing_accuracy"][0] is None and len(printed["routing_accuracy"]) == 4
 
 
@@ -148,7 +149,7 @@ def test_every_table_with_scores_says_which_protocol_a_row_is_of() -> None:
     }
     small = [c | {"budget": "5%", "budget_bytes": 100_000} for c in cells]
     ((title, members),) = budgets.groups([*cells, *small]).items()
-    made = [*ranking(cells), *metrics(cells), *by_task(cells), overview(cells)]
+    made = [*ranking(cells), *metrics(cells), *by_task(cells), all_cells(cells)]
     made.append(budgets.table(title, members))
     for one in made:
         assert {n: row["Task IDs"] for n, row in rows_of(one).items()} == expected, one.title
@@ -156,8 +157,8 @@ def test_every_table_with_scores_says_which_protocol_a_row_is_of() -> None:
     assert {n: row["Task IDs"] for n, row in rows_of(costs(cells)[0]).items()} == expected
     titles = [grid.title for grid in matrices(cells)]
     assert titles[0].endswith(": sequential")
-    assert titles[1].endswith(": graftllm, told the task")
-    assert titles[2].endswith(": graftllm(task_ids=inferred)")
+    assert titles[2].endswith(": graftllm, told the task")
+    assert titles[1].endswith(": graftllm(task_ids=inferred)")
     legend = [t.get_text() for t in curves(cells).legends[0].get_texts()]
     assert "graftllm, told the task" in legend and "sequential" in legend
 
@@ -217,9 +218,9 @@ def test_routing_is_a_column_of_the_ranking_where_any_cell_has_it() -> None:
 
 def test_accuracy_by_experience() -> None:
     (made,) = accuracy([told(), inferred(), inferred(seed=1, routing_accuracy=[None, 0.7, 0.75])])
-    assert made.columns == ("Strategy", "Task IDs", "after math", "after code")
+    assert made.columns == ("Strategy", "Task IDs", "Budget", "after math", "after code")
     assert made.rows == (
-        ("graftllm(task_ids=inferred)", "inferred (ridge)", "80.0 ± 10.0", "75.0 ± 0.0"),
+        ("graftllm(task_ids=inferred)", "inferred (ridge)", "10%", "80.0 ± 10.0", "75.0 ± 0.0"),
     )
     assert accuracy([told(), cell("sequential")]) == []
 
@@ -328,14 +329,13 @@ def test_a_method_that_is_told_and_one_that_infers_share_no_file(tmp_path: Path)
     """One strategy by both protocols, in folders as runs name them: two lines, two pages."""
     path = only(tmp_path / "a", "lora")
     (path / "result.json").unlink()
-    names = set()
     for field in ({}, {"task_ids": "inferred"}):
         config = RunConfig(scenario="synthetic-0", strategy="lora", **field)
-        names.add(config.cell)
         shutil.copytree(path, tmp_path / "both" / config.cell)
         about = json.loads((path / "cell.json").read_text()) | {"config": config.experiment()}
         (tmp_path / "both" / config.cell / "cell.json").write_text(json.dumps(about))
     found = find([tmp_path / "both"])
     assert sorted(f.cell["label"] for f in found) == ["lora", "lora(task_ids=inferred)"]
     page.write(found, tmp_path / "report")
-    assert {p.stem for p in (tmp_path / "report" / "cells").iterdir()} == names
+    pages = {p.stem for p in (tmp_path / "report" / "cells").iterdir()}
+    assert pages == {"lora", "lora-task-ids-inferred"}

@@ -78,7 +78,7 @@ def test_one_seed_has_limits_over_its_examples_and_never_a_star():
     assert known["a"].op.low == pytest.approx(N / (N + 1.96**2), abs=1e-3)  # Wilson, all right
     assert known["b"].behind.p < 0.001
     assert not known["b"].significant
-    assert table("", list(known.values())).rows[1][9] == ""
+    assert table("", list(known.values())).rows[1][11] == ""
 
 
 def test_without_examples_the_interval_is_the_normal_and_nothing_is_compared():
@@ -94,7 +94,7 @@ def test_incomplete_cells_come_last_and_are_compared_to_nothing():
     assert [s.line.name for s in known] == ["a", "b", "a (incomplete: seed 0, 0 of 1 tasks)"]
     assert known[1].behind is None  # no seed in common
     assert (known[2].op, known[2].behind) == (None, None)
-    assert [row[2] for row in table("", known).rows] == ["75.0", "25.0", "–"]
+    assert [row[3] for row in table("", known).rows] == ["75.0", "25.0", "–"]
 
 
 def test_a_group_without_a_complete_cell_has_lines_and_no_best():
@@ -163,7 +163,7 @@ def test_p_is_corrected_within_the_group():
 def test_far_behind_by_several_seeds_is_marked():
     known = ranked(a=dict.fromkeys(range(3), 38), b=dict.fromkeys(range(3), 6))
     assert known["b"].significant
-    assert table("", list(known.values())).rows[1][9] == "*"
+    assert table("", list(known.values())).rows[1][11] == "*"
 
 
 def test_who_is_better_where_both_were_paired_is_not_behind():
@@ -187,7 +187,7 @@ def test_who_is_better_where_both_were_paired_is_not_behind():
 def test_the_csv_has_p_as_a_number_and_scores_in_full():
     known = ranked(a=dict.fromkeys(range(5), 38), b=dict.fromkeys(range(5), 7))
     made = table("mini", list(known.values()))
-    assert made.rows[1][8] == "< 0.001"
+    assert made.rows[1][10] == "< 0.001"
     a, b = csv.DictReader(io.StringIO(made.csv()))
     assert (a["p (Holm)"], a["Δ"]) == ("", "")
     assert 0 < float(b["p (Holm)"]) < 0.001

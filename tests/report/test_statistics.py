@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_graft.report.statistics import holm, over_examples, over_normal, over_seeds, paired
+from cl_graft.report.statistics import (
+    holm,
+    over_both,
+    over_examples,
+    over_normal,
+    over_one_model,
+    over_seeds,
+    paired,
+)
 
 
 def strata(*values: float) -> list[tuple[float, np.ndarray]]:
@@ -210,3 +218,70 @@ def test_holm_rejects_what_its_steps_reject(ps):
             break
         rejected.add(i)
     assert {i for i, p in enumerate(holm(ps)) if p <= alpha} == rejected
+
+
+# --- how often an interval holds the truth ----------------------------------------------------
+
+
+def outcomes(rng: np.random.Generator, seeds: int, of_seeds: float, shared: bool) -> np.ndarray:
+    """(seeds, 200) of 0 and 1: examples differ in how hard they are, seeds in how good they are, the rest is noise."""
+    hard = rng.normal(0, 1, (1 if shared else seeds, 200))
+    skill = rng.normal(0, of_seeds, (seeds, 1))
+    return (0.3 + hard + skill + rng.normal(0, 0.5, (seeds, 200)) > 0).astype(float)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one test set", "own test sets"])
+@pytest.mark.parametrize("of_seeds", [0.05, 0.5], ids=["alike", "far apart"])
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_an_interval_over_seeds_and_examples_holds_the_truth(
+    seeds: int, of_seeds: float, shared: bool
+) -> None:
+    """The truth is the mean over all seeds and all examples there could be: a probit of a normal.
+
+    95 times in 100; more where the parts that are put together are estimated from few seeds.
+    """
+    from scipy.special import ndtr
+
+    rng, tries = np.random.default_rng(seeds), 400
+    truth = ndtr(0.3 / math.sqrt(1 + 0.5**2 + of_seeds**2))
+    tests = ["one"] * seeds if shared else list(range(seeds))
+    held = {"both": 0, "seeds": 0}
+    for _ in range(tries):
+        scores = outcomes(rng, seeds, of_seeds, shared)
+        both = over_both([[(1.0, x)] for x in scores], tests)
+        alone = over_seeds(scores.mean(axis=1))
+        held["both"] += both.low <= truth <= both.high
+        held["seeds"] += alone.low <= truth <= alone.high
+    assert 0.93 <= held["both"] / tries <= 0.995
+    if shared and of_seeds < 0.1:  # what the spread of the seeds alone would have said was 95 %
+        assert held["seeds"] / tries < {3: 0.9, 5: 0.8, 10: 0.65}[seeds]
+
+
+def test_seeds_that_happen_to_be_alike_are_no_proof() -> None:
+    """Two seeds with 10 of 20 right: Student's interval is a point; no interval is narrower than that of 40 examples."""
+    half = strata(*[0, 1] * 10)
+    assert over_seeds([0.5, 0.5]).low == 0.5
+    one, apart = over_both([half, half], ["one", "one"]), over_both([half, half], ["a", "b"])
+    wilson = 0.5 - over_examples(half).low
+    assert 0.5 - one.low == pytest.approx(wilson)
+    assert 0.5 - apart.low == pytest.approx(wilson / math.sqrt(2))
+    assert (one.over, over_examples(half).over, over_seeds([0.5, 0.5]).over) == (
+        "seeds, examples",
+        "examples",
+        "seeds alone",
+    )
+
+
+def test_the_base_is_one_model_and_its_interval_over_examples_alone() -> None:
+    """The same answers by every seed are one test; on other examples they are another."""
+    half = strata(*[0, 1] * 10)
+    wilson = 0.5 - over_examples(half).low
+    assert 0.5 - over_one_model([half] * 3, ["one"] * 3).low == pytest.approx(wilson)
+    assert 0.5 - over_one_model([half] * 4, list("abcd")).low == pytest.approx(wilson / 2)
+
+
+def test_shares_vary_less_than_outcomes_of_0_and_1() -> None:
+    """Half the distance from the mean is a quarter of the variance: Wilson's limits for four times as many examples."""
+    shares, outcomes = strata(*[0.25, 0.75] * 10), strata(*[0, 1] * 40)
+    found, same = over_examples(shares), over_examples(outcomes)
+    assert (found.low, found.high) == pytest.approx((same.low, same.high))

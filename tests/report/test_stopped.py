@@ -86,7 +86,7 @@ def test_a_report_that_is_older_than_a_result_is_made_again(tmp_path: Path) -> N
     cells = [RunConfig(**found.cell["config"]) for found in find([tmp_path])]
     cells = [c.model_copy(update={"out": tmp_path}) for c in cells]
     write(find([tmp_path]), tmp_path / "report")
-    named = {f"cells/{c.cell}.html" for c in cells}
+    named = {f"cell {c.cell}" for c in cells}
     made = json.loads((tmp_path / "report" / "made.json").read_text())
     assert named <= made.keys() and _reported(cells, tmp_path / "report")
     later = (tmp_path / "report" / "made.json").stat().st_mtime + 1

@@ -39,6 +39,7 @@ def cell(label: str = "graftllm", matrix: Rows = FORGETS, **changes: Any) -> dic
         "seed": 0,
         "budget": "10%",
         "budget_bytes": 200_000,
+        "budgeted": True,
         "tasks": tasks,
         "matrix": matrix,
         "n": [[None if x is None else 100 for x in row] for row in matrix],
@@ -95,12 +96,15 @@ def test_a_row_of_the_ranking_worked_by_hand() -> None:
     assert rows_of(table)["graftllm"] == {
         "Strategy": "graftllm",
         "Task IDs": "not needed",
+        "Budget": "10%",
         "math": "60.0 ± 1.0",
         "code": "70.0 ± 1.0",
         "OP": "65.0 ± 0.7",  # sqrt(.01^2 + .01^2) / 2
         "BWT": "-20.0",  # paired examples: no standard error from one seed
         "FM": "20.0",
         "General Δ": "-3.0",
+        "General of": "one model",
+        "±": "examples",
         "Storage %": "9.74",  # 389,600 bytes alive over two tasks of 2,000,000
         "Bytes alive": "389,600",
         "Largest pack": "199,600",
@@ -281,29 +285,42 @@ def test_a_forgetting_matrix_has_a_row_per_stage() -> None:
     half = [[None if x is None else x / 2 for x in row] for row in FORGETS]
     (table,) = matrices([cell(seed=0, general=None), cell(matrix=half, seed=1, general=None)])
     assert table.title == "math-code · mini · budget 10%: graftllm"
-    assert table.columns == ("Experience", "math", "code")
+    assert table.columns == ("Experience", "math", "code", "±")
     assert table.rows == (
-        ("base", "15.0 ± 5.0", "22.5 ± 7.5"),
-        ("after math", "60.0 ± 20.0", "22.5 ± 7.5"),
-        ("after code", "45.0 ± 15.0", "52.5 ± 17.5"),
+        ("base", "15.0 ± 0.7", "22.5 ± 0.7", "examples"),
+        ("after math", "60.0 ± 20.0", "22.5 ± 7.5", "seeds"),
+        ("after code", "45.0 ± 15.0", "52.5 ± 17.5", "seeds"),
     )
+
+
+def test_the_base_is_one_model_whose_error_is_over_test_examples() -> None:
+    """Seeds on the same examples have its error once; on examples of their own, that of the mean of independent ones."""
+    wrong_once: Rows = [[0.2, 0.4], *FORGETS[1:]]
+    same, apart = (
+        matrices([cell(seed=0), cell(seed=1)]),
+        matrices([cell(), cell("lora"), cell("lora", wrong_once, seed=1)]),
+    )
+    assert same[0].rows[0][:3] == ("base", "20.0 ± 1.0", "30.0 ± 1.0")
+    assert apart[1].rows[0][:3] == ("base", "20.0 ± 1.0", "35.0 ± 0.7")
 
 
 def test_general_ability_is_the_last_column_of_every_matrix_of_its_group() -> None:
     with_it, without = matrices([cell(), cell("lora", general=[None, None, None])])
-    assert with_it.columns == without.columns == ("Experience", "math", "code", "General ability")
-    assert [row[-1] for row in with_it.rows] == ["50.0", "48.0", "47.0"]
-    assert [row[-1] for row in without.rows] == ["–", "–", "–"]
+    assert (
+        with_it.columns == without.columns == ("Experience", "math", "code", "General ability", "±")
+    )
+    assert [row[-2] for row in with_it.rows] == ["50.0", "48.0", "47.0"]
+    assert [row[-2] for row in without.rows] == ["–", "–", "–"]
     (alone,) = matrices([cell("lora", general=[None, None, None])])
-    assert alone.columns == ("Experience", "math", "code")
+    assert alone.columns == ("Experience", "math", "code", "±")
 
 
 def test_the_matrix_of_an_incomplete_cell_stands_alone() -> None:
     whole, part = matrices([half_done(seed=1), cell(seed=0)])
     assert whole.title.endswith(": graftllm")
     assert part.title.endswith(": graftllm (incomplete: seed 1, 1 of 2 tasks)")
-    assert part.rows[1] == ("after math", "90.0 ± 1.0", "90.0 ± 1.0", "40.0")
-    assert part.rows[2] == ("after code", "–", "–", "–")
+    assert part.rows[1] == ("after math", "90.0 ± 1.0", "90.0 ± 1.0", "40.0", "examples")
+    assert part.rows[2][:-1] == ("after code", "–", "–", "–")
 
 
 def test_other_metrics_follow_in_their_own_unit() -> None:
@@ -312,9 +329,9 @@ def test_other_metrics_follow_in_their_own_unit() -> None:
     assert main.title.endswith(": graftllm")
     assert extra.title.endswith(": graftllm, answer_length")
     assert extra.rows == (
-        ("base", "10.000", "12.000"),
-        ("after math", "31.500", "12.000"),
-        ("after code", "30.000", "–"),
+        ("base", "10.000", "12.000", ""),
+        ("after math", "31.500", "12.000", "examples"),
+        ("after code", "30.000", "–", "examples"),
     )
 
 
@@ -403,9 +420,15 @@ def test_every_metric_is_shown_with_the_error_over_seeds() -> None:
     better: Rows = [[0.2, 0.3], [0.8, 0.3], [0.7, 0.7]]
     (table,) = metrics([cell(), cell(matrix=better, seed=1), half_done(seed=3)])
     first, incomplete = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
-    assert list(first)[2:] == [name for name, m in METRICS.items() if not m.joint]
+    assert list(first)[3:-1] == [name for name, m in METRICS.items() if not m.joint]
     assert (first["op"], first["bwt"], first["fm"]) == ("67.5 ± 2.5", "-15.0 ± 5.0", "15.0 ± 5.0")
-    assert set(incomplete.values()) == {incomplete["Strategy"], "not needed", "–"}
+    assert set(incomplete.values()) == {
+        incomplete["Strategy"],
+        "not needed",
+        "10%",
+        "–",
+        "examples",
+    }
     assert "Lower is better of fm, avalanche_forgetting" in table.note
 
 
@@ -484,4 +507,4 @@ def test_a_matrix_says_which_scores_were_measured_by_another_row_or_cell() -> No
     two = cell(seed=1, identical=[[True, True], [False, False], [True, False]])
     (table,) = (t for t in matrices([one, two]))
     assert table.note.endswith("of weights: base (math, code); after code (math).")
-    assert matrices([cell()])[0].note == ""
+    assert "Measured once" not in matrices([cell()])[0].note

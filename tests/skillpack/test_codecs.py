@@ -41,6 +41,7 @@ def test_sizes_by_hand() -> None:
         codecs.sparse(x, mask): 2 * 64 + 56,
         codecs.sparse(x, ~x.bool()): 2 * 6400 + 800,
         codecs.low_rank(x[:, :3], x[:3]): 2 * 3 * 164,
+        codecs.low_rank_stack(x[:, :2].expand(5, -1, -1), x[:2].expand(5, -1, -1)): 2 * 2 * 5 * 164,
         codecs.quantized(q): 1 + 2438 + 200,
         codecs.quantized_low_rank([pair], (100, 64)): 1 + 51 + 1 + 33 + 2 * (4 + 2),
         codecs.sign_scale(x): 804,
@@ -219,6 +220,7 @@ def one_of_each() -> dict[str, Encoded]:
         "dense": codecs.dense(x),
         "sparse": codecs.sparse_top(x, 3),
         "low_rank": codecs.low_rank(x[:, :2], x[:2]),
+        "low_rank_stack": codecs.low_rank_stack(normal((6, 3, 2), 1), normal((6, 2, 7), 2)),
         "quantized": codecs.quantized(grid(6, 7, 3, 4, 0)),
         "quantized_low_rank": codecs.quantized_low_rank(
             [(grid(1, 6, 3, 4, 0), grid(1, 7, 3, 4, 1))], (6, 7)
@@ -293,6 +295,7 @@ STORED: dict[
     "dense": (16 * 42, 16 * 42),
     "sparse": (16 * 3, 16 * 3 + math.log2(math.comb(42, 3))),
     "low_rank": (16 * 2 * (6 + 7), 16 * 2 * (6 + 7)),
+    "low_rank_stack": (16 * 2 * 6 * (3 + 7), 16 * 2 * 6 * (3 + 7)),
     "quantized": (3 * 42, 3 * (42 + 12) + 16 * 12),
     "quantized_low_rank": (3 * (6 + 7), 3 * (6 + 7 + 4) + 16 * 4),
     "sign_scale": (42, 42),
@@ -388,3 +391,18 @@ def test_only_what_was_kept_exactly_has_an_original() -> None:
     encoded = codecs.exact(torch.ones(2))
     with pytest.raises(ValueError, match="needs the parts"):
         codecs.original(dataclasses.replace(encoded, shape=(3,)))
+
+
+def test_a_stack_is_a_product_for_each_of_its_matrices() -> None:
+    left, right = normal((3, 5, 2), 0).bfloat16().float(), normal((3, 2, 4), 1).bfloat16().float()
+    stack = codecs.low_rank_stack(left, right)
+    for i, one in enumerate(codecs.decode(stack)):
+        assert torch.equal(one, codecs.decode(codecs.low_rank(left[i], right[i])))
+    picked = torch.tensor([2, 0])
+    assert torch.equal(codecs.rows(stack, picked), codecs.decode(stack)[picked])
+    assert not codecs.is_factored(stack) and codecs.rank_of(stack) is None
+    for wrong in (right[:2], right.mT, right[0]):
+        with pytest.raises(ValueError, match="have no product"):
+            codecs.low_rank_stack(left, wrong)
+    with pytest.raises(ValueError, match="is not that of a stack of matrices"):
+        codecs.layout("low_rank_stack", (5, 4), {"dtype": "BF16", "rank": 2})

@@ -102,6 +102,7 @@ PARTS = {
     "dense": ("values",),
     "sparse": ("values", "index"),
     "low_rank": ("left", "right"),
+    "low_rank_stack": ("left", "right"),
     "quantized": ("codes", "scales"),
     "quantized_low_rank": ("codes", "scales"),
     "sign_scale": ("signs", "scale"),

@@ -266,6 +266,7 @@ def strange_spec(shape: list[int], rng: random.Random) -> list[Any]:
         "exact": {"dtype": rng.choice([*codecs.STORABLE, "I8"])},
         "sparse": {"dtype": "BF16", "kept": rng.choice(COUNTS)},
         "low_rank": {"dtype": "F16", "rank": rng.choice(COUNTS)},
+        "low_rank_stack": {"dtype": "F16", "rank": rng.choice(COUNTS)},
         "quantized": {"bits": rng.choice([2, 3, 4, 8]), "group_size": rng.choice(COUNTS) or 1},
         "quantized_low_rank": {"groups": [group] * rng.choice([0, 1, 3, 64, 65])},
         "sign_scale": {},

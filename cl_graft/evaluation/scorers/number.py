@@ -84,8 +84,11 @@ def _stated(text: str) -> list[Number]:
 
 
 def final(text: str) -> Number | None:
-    """The final number of the first answer in a text; None without one."""
-    found = _stated(first_answer(text))
+    """The final number of the first answer in a text; None without one, and where a mark is cut off before it."""
+    text = first_answer(text).rstrip()
+    if text.endswith("####") and marked(text) is None:
+        return None
+    found = _stated(text)
     return found[-1] if found else None
 
 

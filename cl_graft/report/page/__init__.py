@@ -15,16 +15,20 @@ from pathlib import Path
 from cl_graft.report import ReportedCell, budgets
 from cl_graft.report.aggregate import groups, slugged
 from cl_graft.report.figures import draw, figures_of
-from cl_graft.report.page import cell, index, sources
+from cl_graft.report.overview import base_interval, overview
+from cl_graft.report.page import cell, index, names, sources
 from cl_graft.report.page.work import SMALL, Work
-from cl_graft.report.significance import ranked_lines, reader, table
+from cl_graft.report.significance import Reader, ranked_lines, reader, table
 from cl_graft.report.style import files_of
 from cl_graft.report.table import TEXTS, write_atomic
 from cl_graft.store.digests import digest
 
 
-def write(reported: Sequence[ReportedCell], folder: Path) -> Path:
-    """Everything above for these cells, and the figures; returns the index. Raises OSError where the disk refuses."""
+def write(reported: Sequence[ReportedCell], folder: Path, tested: Reader | None = None) -> Path:
+    """Everything above for these cells, and the figures; returns the index. Raises OSError where the disk refuses.
+
+    tested: a `reader` that may have read their test examples already.
+    """
     placed = {id(f.cell): f for f in reported}
     titled = groups([f.cell for f in reported])
     members = {slug: [placed[id(c)] for c in those] for slug, those in slugged(titled)}
@@ -35,24 +39,35 @@ def write(reported: Sequence[ReportedCell], folder: Path) -> Path:
         for name in figures_of(cells):
             stem = folder / f"{slug}-{name}"
             making.add(files_of(stem), key, partial(draw, name, cells, stem), 1.0)
-    over = list(slugged(budgets.groups([f.cell for f in reported])))
-    for slug, several in over:
+    several = list(slugged(budgets.groups([f.cell for f in reported])))
+    for slug, over in several:
         stem = folder / f"{slug}-budgets"
-        key = digest(several, sources.of_figures())
+        key = digest(over, sources.of_figures())
         files = [*files_of(stem), *(stem.with_name(f"{stem.name}.{kind}") for kind in TEXTS)]
-        making.add(files, key, partial(budgets.write, several, stem), 1.0)
-    pages = {f.path: cell.file(f, folder) for f in reported}
+        making.add(files, key, partial(budgets.write, over, stem), 1.0)
+    pages = names.pages([f for those in members.values() for f in those])
     for slug, those in members.items():
         for f in those:
-            page = partial(cell.write, f, pages[f.path], slug)
-            making.add([pages[f.path]], sources.of_cell(f, slug), page, SMALL)
+            file = folder / pages[f.path]
+            making.add([file], sources.of_cell(f, slug), partial(cell.write, f, file, slug), SMALL)
+    making.made |= {f"cell {f.path.name}": pages.get(f.path, "") for f in reported}
     with making:
-        examples = reader()
+        examples = tested or reader()
         known = {slug: ranked_lines(those, examples) for slug, those in members.items()}
+        over_all = overview(reported, examples)
+        over_all.write(folder / "overview")
+        bases = {slug: base_interval(those, examples) for slug, those in members.items()}
         for title, (slug, ranked) in zip(titled, known.items(), strict=True):
             table(title, ranked).write(folder / f"{slug}-intervals")
-        shown = [(f"{slug}-budgets", f"{c[0]['scenario']} · {c[0]['model']}") for slug, c in over]
-        text = index.render(members, list(titled), known, shown)
+        shown = [
+            (f"{slug}-budgets", f"{c[0]['scenario']} · {c[0]['model']}") for slug, c in several
+        ]
+        text = index.render(members, list(titled), known, shown, over_all, bases, pages)
     written = write_atomic(folder / "index.html", text.encode())
     making.keep()
+    for left in making.before.keys() - making.made.keys():
+        if left.startswith(
+            "cells/"
+        ):  # pages that are called otherwise now, or are of cells that are gone
+            (folder / left).unlink(missing_ok=True)
     return written

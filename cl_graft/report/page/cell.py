@@ -12,22 +12,18 @@ from typing import Any
 from markupsafe import Markup
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import Cell, alive, packs, protocol, scored_by
+from cl_graft.report.aggregate import ALIKE, ability, alive, packs, scored_by
 from cl_graft.report.examples import OUTCOMES, RIGHT, Answer, ExampleRow, breakdown
 from cl_graft.report.page.template import render
+from cl_graft.report.protocols import Cell, protocol
 from cl_graft.report.provenance import commands
 from cl_graft.report.routing import ACCURACY_NOTE, CONFUSION_NOTE, confusions, routed
-from cl_graft.report.table import write_atomic
+from cl_graft.report.table import UNMEASURED, write_atomic
 from cl_graft.store import prompts
 from cl_graft.store.prompts import Asked
 
 MOST = 400  # examples of a task that a page shows
 LONGEST = 4000  # characters of a text that a page shows
-
-
-def file(reported: ReportedCell, folder: Path) -> Path:
-    """The path of a cell's page."""
-    return folder / "cells" / f"{reported.path.name}.html"
 
 
 def write(reported: ReportedCell, path: Path, group: str) -> None:
@@ -45,6 +41,8 @@ def write(reported: ReportedCell, path: Path, group: str) -> None:
         group=group,
         matrix=list(zip(["base", *experiences], cell["matrix"], cell["stderr"], strict=True)),
         general=[*cell["general"], *[None] * (len(experiences) + 1 - len(cell["general"]))],
+        ability=ability(cell),
+        by_pack=_by_pack(cell, experiences),
         protocol=protocol(cell),
         scored=scored_by([cell]),
         bytes=_bytes(cell),
@@ -65,6 +63,13 @@ def write(reported: ReportedCell, path: Path, group: str) -> None:
         options=json.dumps(cell["options"], indent=1, ensure_ascii=False),
     )
     write_atomic(path, page.encode("utf-8", "replace"))
+
+
+def _by_pack(cell: Cell, experiences: list[str]) -> list[tuple[str, list[float | None]]]:
+    """General ability with each pack on, after each experience; nothing where packs do not answer by themselves."""
+    if ability(cell) in (ALIKE, UNMEASURED):
+        return []
+    return list(zip(experiences, cell["general_packs"][1:], strict=False))
 
 
 def _bytes(cell: Cell) -> dict[str, float | None]:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import KINDS, PROTOCOLS, scored_by
+from cl_graft.report.aggregate import ABILITIES, ERRORS, KINDS, base_note, scored_by
 from cl_graft.report.figures import figures_of
 from cl_graft.report.page import rows
 from cl_graft.report.page.template import render as fill
+from cl_graft.report.protocols import PROTOCOLS
 from cl_graft.report.provenance import commands
 from cl_graft.report.routing import ACCURACY_NOTE, confusion_tables, inferred
 from cl_graft.report.significance import NOTE, RankedLine
+from cl_graft.report.statistics import Interval
 from cl_graft.report.style import DARK, looks_of
+from cl_graft.report.table import Table
 from cl_graft.report.tables import BYTES_NOTE, matrices, metrics
 
 CAPTIONS = {
@@ -35,16 +39,21 @@ def render(
     titles: Sequence[str],
     known: Mapping[str, Sequence[RankedLine]],
     budgets: Sequence[tuple[str, str]],
+    overview: Table,
+    bases: Mapping[str, Interval | None],
+    pages: Mapping[Path, str],
 ) -> str:
-    """The page. titles: of the groups. budgets: slug and title of each figure over budgets."""
+    """The page. titles: of the groups. budgets: slug and title of each figure over budgets. bases: by slug, the base
+    model's mean score. pages: of the cells, by their folders."""
+    links = {path: quote(page) for path, page in pages.items()}
     reported = [f for those in members.values() for f in those]
     return fill(
         "index.html",
         groups=[
-            _group(slug, title, known[slug], those)
+            _group(slug, title, known[slug], those, bases[slug], links)
             for (slug, those), title in zip(members.items(), titles, strict=True)
         ],
-        cells=[rows.cell(f) for f in reported],
+        cells=rows.by_part(rows.cell(f, links[f.path]) for f in reported),
         counts={
             "cells": len(reported),
             "incomplete": sum(not f.cell["complete"] for f in reported),
@@ -54,30 +63,49 @@ def render(
             "seeds": len({f.cell["seed"] for f in reported}),
         },
         budgets=budgets,
+        overview=overview,
         versions=_distinct(reported, "versions"),
         machines=_distinct(reported, "machine"),
         captions=CAPTIONS,
         note=NOTE,
+        errors=ERRORS,
         protocols=PROTOCOLS,
         bytes=BYTES_NOTE,
+        abilities=ABILITIES,
         routing=ACCURACY_NOTE,
     )
 
 
+def _leaders(ranked: Sequence[RankedLine]) -> list[dict[str, Any]]:
+    """The best of each part, all of those that share the place, with the interval of the first."""
+    leaders: dict[str, list[RankedLine]] = {}
+    for s in ranked:
+        if s.best:
+            leaders.setdefault(s.line.part, []).append(s)
+    return [
+        {"part": part, "names": ", ".join(s.line.name for s in those), "op": those[0].op}
+        for part, those in leaders.items()
+    ]
+
+
 def _group(
-    slug: str, title: str, ranked: Sequence[RankedLine], members: Sequence[ReportedCell]
+    slug: str,
+    title: str,
+    ranked: Sequence[RankedLine],
+    members: Sequence[ReportedCell],
+    base: Interval | None,
+    pages: Mapping[Path, str],
 ) -> dict[str, Any]:
+    """base: the mean score of the base model."""
     cells = [f.cell for f in members]
-    links = {id(f.cell): rows.link(f) for f in members}
+    links = {id(f.cell): pages[f.path] for f in members}
     lines = [s.line for s in ranked]
     looks = looks_of(lines)
     colours = {
         name: (look["color"], DARK.get(look["color"].lower(), look["color"]))
         for name, look in looks.items()
     }
-    best = ranked[0] if ranked and ranked[0].op else None
     first = cells[0]
-    base = [x for c in cells for x in c["matrix"][0] if x is not None]
     return {
         "slug": slug,
         "scored": scored_by(cells),
@@ -87,14 +115,15 @@ def _group(
         "seeds": len({c["seed"] for c in cells}),
         "cells": len(cells),
         "strategies": len({c["label"] for c in cells}),
-        "best": best,
-        "base": math.fsum(base) / len(base) if base else math.nan,
+        "best": _leaders(ranked),
+        "base": base,
+        "base_note": base_note(cells),
         "colours": colours,
-        "rows": rows.ranking(ranked),
+        "rows": rows.by_part(rows.ranking(ranked)),
         "wide": len(first["tasks"]) <= MANY,
-        "breakdown": [rows.by_task(s) for s in ranked],
-        "costs": [rows.costs(s) for s in ranked],
-        "routed": [rows.routing(s) for s in ranked if any(map(inferred, s.line.cells))],
+        "breakdown": rows.by_part(map(rows.by_task, ranked)),
+        "costs": rows.by_part(map(rows.costs, ranked)),
+        "routed": rows.by_part(rows.routing(s) for s in ranked if any(map(inferred, s.line.cells))),
         "numbers": [*metrics(cells), *matrices(cells), *confusion_tables(cells)],
         "pages": {s.line.name: [(c["seed"], links[id(c)]) for c in s.line.cells] for s in ranked},
         "figures": [(name, f"{slug}-{name}") for name in figures_of(cells)],

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import quote
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import number, protocol
-from cl_graft.report.page.cell import file
+from cl_graft.report.aggregate import Line, number
+from cl_graft.report.protocols import PARTS, held, part, protocol
 from cl_graft.report.significance import RankedLine, probability
 from cl_graft.report.statistics import Difference, Interval
 from cl_graft.report.table import UNMEASURED, show
@@ -30,32 +28,26 @@ class Datum:
     tint: float = 0.0
 
 
-def link(reported: ReportedCell) -> str:
-    """The address of a cell's page, from the index."""
-    return quote(file(reported, Path()).as_posix())
-
-
 def ranking(ranked: Sequence[RankedLine]) -> list[dict[str, Any]]:
-    """A row for each line of a group, the best first."""
-    plots = _plots([s.op for s in ranked])
+    """A row for each line of a group, part by part, the best of each first."""
     rows = []
-    for rank, (s, plot) in enumerate(zip(ranked, plots, strict=True)):
+    for s, plot in zip(ranked, _plots(ranked), strict=True):
         line, op, behind = s.line, s.op, s.behind
         ends = zip(line.mean[-1], line.stderr[-1], strict=True)
         rows.append(
-            {
-                "name": line.name,
-                "protocol": line.protocol,
-                "complete": line.complete,
+            _who(line)
+            | {
                 "plot": plot,
-                "mark": "best" if op and not rank else "behind" if s.significant else "",
+                "mark": "best" if s.best else "behind" if s.significant else "",
+                "over": op.over if op else "",
+                "errors": line.errors,
                 "op": _interval(op),
                 "behind": _interval(behind, "+.1f"),
                 "p": _p(s),
                 "tasks": [_per_cent(mean, stderr) for mean, stderr in ends],
                 "bwt": _per_cent(*line.metric("bwt"), spec="+.1f"),
                 "fm": _per_cent(*line.metric("fm")),
-                "general": _per_cent(*line.drift(), spec="+.1f"),
+                "general": _general(line),
                 "routing": _per_cent(*line.routing()[-1]),
                 "storage": _number(line.storage(), ".2f"),
                 "bytes": list(map(_number, line.kept_bytes())),
@@ -63,6 +55,21 @@ def ranking(ranked: Sequence[RankedLine]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def by_part(made: Iterable[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The rows of each part of a table, under its name where there are several."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in made:
+        parts.setdefault(row["part"], []).append(row)
+    several = len(parts) > 1
+    return [(name if several else "", parts[name]) for name in PARTS if name in parts]
+
+
+def _general(line: Line) -> Datum:
+    """The change of general ability, and in small print what of."""
+    change = _per_cent(*line.drift(), spec="+.1f")
+    return replace(change, small=" ".join(filter(None, (change.small, line.ability))))
 
 
 def by_task(ranked: RankedLine) -> dict[str, Any]:
@@ -89,17 +96,24 @@ def routing(ranked: RankedLine) -> dict[str, Any]:
 
 def _named(ranked: RankedLine, parts: list[Any]) -> dict[str, Any]:
     line = ranked.line
-    return {"name": line.name, "protocol": line.protocol, "complete": line.complete, "parts": parts}
+    return _who(line) | {"parts": parts}
 
 
-def cell(reported: ReportedCell) -> dict[str, Any]:
-    """The row of a cell in the list of all."""
+def _who(line: Line) -> dict[str, Any]:
+    who = dict(zip(("name", "protocol", "budget"), line.who, strict=True))
+    return who | {"complete": line.complete, "part": line.part}
+
+
+def cell(reported: ReportedCell, page: str) -> dict[str, Any]:
+    """The row of a cell in the list of all. page: the address of its own."""
     told = reported.cell
     done = experiences_done(told)
     return {
-        "page": link(reported),
+        "page": page,
         "cell": told,
         "protocol": protocol(told),
+        "budget": held(told),
+        "part": part(told),
         "op": _per_cent(number(told["metrics"].get("op"))),
         "bwt": _per_cent(number(told["metrics"].get("bwt")), spec="+.1f"),
         "experiences": Datum(f"{done} of {len(told['matrix'])}", done),
@@ -107,20 +121,26 @@ def cell(reported: ReportedCell) -> dict[str, Any]:
     }
 
 
-def _plots(intervals: Sequence[Interval | None]) -> list[list[float]]:
-    """Where each interval begins, its mean, its end, and the first's mean, in pixels of one scale; none for None.
+def _plots(ranked: Sequence[RankedLine]) -> list[list[float]]:
+    """Where each interval begins, its mean, its end, and the mean of its part's first, in pixels of one scale; none
+    where there is no interval.
 
     Nothing is drawn beyond scores of 0 and 1: the t interval of two seeds would leave the others no room.
     """
-    clipped = [[min(max(x, 0.0), 1.0) for x in _ends(i)] if i else [] for i in intervals]
+    clipped = [[min(max(x, 0.0), 1.0) for x in _ends(s.op)] if s.op else [] for s in ranked]
     ends = [x for those in clipped for x in those]
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
-    best = clipped[0][1:2] if clipped else []
+    first: dict[str, list[float]] = {}
+    for s, those in zip(ranked, clipped, strict=True):
+        first.setdefault(s.line.part, those[1:2])
 
     def place(x: float) -> float:
         return round(5 + (WIDTH - 10) * (x - low) / ((high - low) or 1.0), 1)
 
-    return [[place(x) for x in those + best] if those else [] for those in clipped]
+    return [
+        [place(x) for x in those + first[s.line.part]] if those else []
+        for s, those in zip(ranked, clipped, strict=True)
+    ]
 
 
 def _ends(interval: Interval) -> list[float]:

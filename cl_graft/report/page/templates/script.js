@@ -10,7 +10,7 @@ const value = (row, i) => {
 const order = (a, b) => (typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "number" ? -1 : 1);
 for (const button of document.querySelectorAll("table.sort thead th button")) {
   button.addEventListener("click", () => {
-    const head = button.closest("th"), table = head.closest("table"), body = table.tBodies[0];
+    const head = button.closest("th"), table = head.closest("table");
     const column = head.cellIndex;
     const first = head.classList.contains("l") || head.classList.contains("name") ? "ascending" : "descending";
     const other = first === "ascending" ? "descending" : "ascending";
@@ -18,16 +18,20 @@ for (const button of document.querySelectorAll("table.sort thead th button")) {
     for (const th of table.querySelectorAll("thead th")) th.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", way);
     const sign = way === "ascending" ? 1 : -1;
-    const rows = [...body.rows].map((row, k) => [value(row, column), k, row]);
-    rows.sort(([a, i], [b, j]) => {
-      if (a === null || b === null) return (a === null) - (b === null) || i - j;
-      return sign * order(a, b) || i - j;
-    });
-    body.append(...rows.map(([, , row]) => row));
+    for (const body of table.tBodies) {  // a part of the table each: rows stay in theirs
+      const own = [...body.rows].filter((row) => !row.classList.contains("part"));
+      const rows = own.map((row, k) => [value(row, column), k, row]);
+      rows.sort(([a, i], [b, j]) => {
+        if (a === null || b === null) return (a === null) - (b === null) || i - j;
+        return sign * order(a, b) || i - j;
+      });
+      body.append(...rows.map(([, , row]) => row));
+    }
   });
 }
 for (const field of document.querySelectorAll("input[data-filter]")) {
-  const rows = [...document.getElementById(field.dataset.filter).tBodies[0].rows];
+  const all = [...document.getElementById(field.dataset.filter).tBodies].flatMap((body) => [...body.rows]);
+  const rows = all.filter((row) => !row.classList.contains("part"));
   field.addEventListener("input", () => {
     const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
     for (const row of rows) {
