@@ -40,7 +40,9 @@ DIVERGED = "diverged"  # says why there is nothing to go on from
 FAILED = "failed-"  # with the rank of the process that says why
 DONE = "done"  # the last that a job writes: DeepSpeed's launcher may end well though a process was killed
 ALIVE = "alive"  # renewed while whoever started the job waits for it
-HEARD = "heard-"  # with the rank of a process on one of several nodes, which renews it while it lives
+HEARD = (
+    "heard-"  # with the rank of a process on one of several nodes, which renews it while it lives
+)
 SILENCE = 120.0  # seconds without that, after which the processes of other nodes end, or the job counts as lost
 HANDED_ON = ("TORCH_EXTENSIONS_DIR", "TOKENIZERS_PARALLELISM")
 GRACE = 15.0  # seconds that processes have to end by themselves
