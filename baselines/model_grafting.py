@@ -31,46 +31,51 @@ def model_grafting(
     context: Context,
     *,
     convention: Literal["each", "summed"] = "each",
-    epochs: Count = 32,
-    batches: Count = 2,
+    epochs: Count = 36,
+    batches: Count = 8,
     batch_size: Count = 32,
     rate: Positive | None = None,
 ) -> dict[str, Encoded]:
     """convention: `each` grafts every task on the base, and its own graft answers for it, as in the paper; `summed`
     tunes each from the model so far, and all grafts together are one model.
     epochs: steps of the mask, each on so many batches of training rows. rate: of a step; None tries 1e6 to 1e10 for an
-    eighth of the epochs, the two with the least loss on the task's validation for a quarter, and goes on with one.
+    eighth of the epochs, the two with the least loss on the task's validation for a quarter, both with a quarter of the
+    batches, and takes the better one.
     The mask with the least validation loss is kept, the starting one included, of as many entries as the budget holds.
     """
-    graft = Graft(context, dict(delta.items()), batches, batch_size)
+    graft = Graft(context, dict(delta.items()), batch_size)
+    few = max(1, batches // 4)
     rates, tried, done = [rate] if rate else list(RATES), max(1, epochs // 8), 0
     total = epochs + (0 if rate else 9 * tried)
     while len(rates) > 1:
         losses = {}
         for each in rates:
-            losses[each] = graft.optimised(each, tried)[0]
+            losses[each] = graft.optimised(each, tried, few)[0]
             done += tried
             context.progress(done / total)
         rates, tried = sorted(rates, key=losses.__getitem__)[: len(rates) // 2], 2 * tried
-    _, scores = graft.optimised(rates[0], epochs)
+    _, scores = graft.optimised(rates[0], epochs, batches)
     return context.keep(graft.delta, context.masks(scores, at_most=graft.count))
 
 
 class Graft:
     """Masks over a task's delta, and what the model loses under them.
 
-    delta: parameter name -> float32 tensor. batches, size: of the training rows that a step looks at.
+    delta: parameter name -> float32 tensor. size: of its batches.
     """
 
-    def __init__(self, context: Context, delta: Tensors, batches: int, size: int):
-        self.context, self.delta, self.batches, self.size = context, delta, batches, size
+    def __init__(self, context: Context, delta: Tensors, size: int):
+        self.context, self.delta, self.size = context, delta, size
         self.validation = context.validation(size)
         self.parameters = dict(context.model.named_parameters())
         self.start = context.masks({n: d.abs() for n, d in delta.items()})
         self.count = sum(int(mask.sum()) for mask in self.start.values())
 
-    def optimised(self, rate: float, epochs: int) -> tuple[float, Tensors]:
-        """The least validation loss, of the starting mask or an epoch's, and that mask as scores of the entries."""
+    def optimised(self, rate: float, epochs: int, batches: int) -> tuple[float, Tensors]:
+        """The least validation loss, of the starting mask or an epoch's, and that mask as scores of the entries.
+
+        batches: of training rows, that the step of an epoch looks at.
+        """
         generator = torch.Generator().manual_seed(self.context.seed)
         logits = {
             n: (torch.rand(d.shape, generator=generator) - BIAS).to(d.device)
@@ -79,15 +84,19 @@ class Graft:
         training = self.context.batches(self.size, seed=3)
         best, scores = self.loss(self.start), self._scores(logits)
         for _ in range(epochs):
-            gates = {n: x.sigmoid() for n, x in logits.items()}
-            gradient = self._gradient(gates, list(islice(training, self.batches)))
-            for n, gate in gates.items():
-                sign = torch.where(self.start[n], -1.0, 1.0)
-                logits[n] -= rate * gradient[n] * self.delta[n] * sign * gate * (1 - gate)
+            self.step(logits, rate, list(islice(training, batches)))
             now = self._scores(logits)
             if (loss := self.loss(self.top(now))) < best:
                 best, scores = loss, now
         return best, scores
+
+    def step(self, logits: Tensors, rate: float, batches: Sequence[Tensors]) -> None:
+        """Move S, in place, against the mean gradient of the loss at start + g * delta."""
+        gates = {n: x.sigmoid() for n, x in logits.items()}
+        gradient = self._gradient(gates, batches)
+        for n, gate in gates.items():
+            sign = torch.where(self.start[n], -1.0, 1.0)
+            logits[n] -= rate * gradient[n] * self.delta[n] * sign * gate * (1 - gate)
 
     @torch.no_grad()
     def loss(self, mask: Tensors) -> float:
@@ -111,7 +120,7 @@ class Graft:
         return {n: torch.where(self.start[n], -x, x) for n, x in logits.items()}
 
     def _gradient(self, gates: Tensors, batches: Sequence[Tensors]) -> Tensors:
-        """Mean gradient of the loss with respect to the weights, at start + g * delta."""
+        """Mean gradient of the loss with respect to the weights."""
         self._set({n: torch.where(self.start[n], 1 - gate, gate) for n, gate in gates.items()})
         self.context.model.zero_grad(set_to_none=True)
         for batch in batches:

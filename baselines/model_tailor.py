@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cl_graft.budget import largest_within
+from cl_graft.ranges import Count, Part, Positive
 from cl_graft.skillpack.codecs import sparse
 from cl_graft.skillpack.compress.calibrate import linear_layers, stored_transposed
 from cl_graft.strategy import compressor
@@ -24,10 +25,10 @@ def model_tailor(
     context,
     *,
     convention: Literal["each", "summed"] = "summed",
-    density: float = 0.1,
-    damping: float = 0.01,
-    block: int = 128,
-    calibration_batches: int = 8,
+    density: Part = 0.1,
+    damping: Positive = 0.01,
+    block: Count = 128,
+    calibration_batches: Count = 8,
     released_sign: bool = False,
 ):
     """convention: `summed` tunes every task from the model so far, and all patches together are one model; `each` tunes

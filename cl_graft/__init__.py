@@ -8,20 +8,24 @@ from cl_graft.version import __version__
 
 if TYPE_CHECKING:
     from cl_graft.errors import CLGraftError
+    from cl_graft.experiment.call import sweep
     from cl_graft.experiment.cell import run
     from cl_graft.matrix import PerformanceMatrix
+    from cl_graft.report.frame import results
     from cl_graft.skillpack.format.file import SkillPack, SkillPackError
     from cl_graft.strategy import Strategy, compressor, merger
 
 _WHERE = {
     "CLGraftError": "errors",
     "PerformanceMatrix": "matrix",
+    "results": "report.frame",
     "run": "experiment.cell",
     "SkillPack": "skillpack.format.file",
     "SkillPackError": "skillpack.format.file",
     "Strategy": "strategy",
     "compressor": "strategy",
     "merger": "strategy",
+    "sweep": "experiment.call",
 }
 __all__ = [
     "CLGraftError",
@@ -32,7 +36,9 @@ __all__ = [
     "__version__",
     "compressor",
     "merger",
+    "results",
     "run",
+    "sweep",
 ]
 
 

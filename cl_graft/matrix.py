@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, TypeVar
 
 import numpy as np
@@ -208,6 +209,39 @@ class PerformanceMatrix:
             for name, metric in METRICS.items()
             if given or not metric.joint
         }
+
+    # --- showing ----------------------------------------------------------------------------
+
+    def _repr_html_(self) -> str:
+        """A table for a notebook: a row an experience, per cent on one scale of blue, what was just learned framed."""
+        head = "".join(f"<th>{escape(task)}</th>" for task in self.tasks)
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{escape(name)}</th>"
+            + "".join(self._datum(i, j) for j in range(len(self.tasks)))
+            + "</tr>"
+            for i, name in enumerate(["base", *(f"after {task}" for task in self.tasks)])
+        )
+        found = {
+            name.upper(): value
+            for name in ("op", "bwt", "fm")
+            if (value := getattr(self, name)()) == value
+        }
+        note = ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items())
+        return (
+            f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody>"
+            f"<caption style='caption-side:bottom;text-align:left'>Per cent. {note}</caption></table>"
+        )
+
+    def _datum(self, i: int, j: int) -> str:
+        """A cell of the table; its blue is see-through, so that it suits a dark notebook, too."""
+        score = self.scores[i, j]
+        if math.isnan(score):
+            return "<td style='text-align:right'>–</td>"
+        shade = f"background:rgba(0,114,178,{0.6 * min(max(score, 0.0), 1.0):.2f})"
+        frame = ";outline:2px solid #D55E00;outline-offset:-2px" if i == j + 1 else ""
+        known = self.stderr is not None and not math.isnan(self.stderr[i, j])
+        error = f" <small>± {100 * self.stderr[i, j]:.1f}</small>" if known else ""  # type: ignore[index]
+        return f"<td style='text-align:right;{shade}{frame}'>{100 * score:.1f}{error}</td>"
 
     # --- storage ----------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -34,7 +35,27 @@ def forked_from(preload: str) -> Any:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back until the end. Processes started meanwhile never hear it: it is this one that stops them."""
+    """Hold Ctrl-C back until the end. Processes started meanwhile never hear it: it is this one that stops them.
+
+    Nor do they run the user's script again, as Python would have them do: it may begin with what started them.
+    """
+    with _script_left_out():
+        yield from _held()
+
+
+@contextmanager
+def _script_left_out() -> Iterator[None]:
+    main = sys.modules["__main__"]
+    before = {name: main.__dict__.get(name, ...) for name in ("__file__", "__spec__")}
+    main.__dict__.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__dict__.update({name: value for name, value in before.items() if value is not ...})
+
+
+def _held() -> Iterator[None]:
     resource_tracker.ensure_running()  # which lets interrupts through again when it begins
     heard: list[int] = []
     before = None

@@ -446,6 +446,8 @@ def test_a_report_that_cannot_be_written(finished: Finished, call: Call, tmp_pat
     assert done.err.startswith(f"error: {tmp_path / 'taken'} cannot be written")
     assert done.err.count("\n") == 1
     assert (tmp_path / "taken").read_text() == "mine"
+    shutil.copytree(finished.out, tmp_path / "elsewhere")
+    assert call("report", str(tmp_path / "elsewhere")).code == 0
 
 
 def test_sigterm_is_answered_like_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:

@@ -384,6 +384,41 @@ def test_two_processes_at_once(halfway: RunConfig, graftllm: Path) -> None:
     assert numbers(cell(halfway)) == numbers(graftllm)
 
 
+@pytest.mark.parametrize("damage", ["pack", "outcomes", "lines", "experience", "cell"])
+def test_what_is_to_be_deleted_is_computed_anew(
+    damage: str, halfway: RunConfig, graftllm: Path
+) -> None:
+    """The folder that the sentence names, and nothing else; the numbers are those of a run that nothing befell."""
+    place = cell(halfway)
+    experience = place / "experiences" / "01"
+    if damage == "pack":
+        file = place / "packs" / "01-math.safetensors"
+        pack = SkillPack.load(file)
+        SkillPack({}, pack.task, pack.method, pack.options, pack.base).save(file)
+    elif damage in ("outcomes", "lines"):
+        file = experience / "examples.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[:1] if damage == "outcomes" else ["{\n", *lines]))
+    else:
+        name = "cell.json" if damage == "cell" else "experience.json"
+        file = (place if damage == "cell" else experience) / name
+        file.write_text(file.read_text()[:-3])
+    whole = damage in ("lines", "experience", "cell")
+    refused(
+        halfway,
+        RecordError,
+        "delete its cell's folder"
+        if whole
+        else "delete that experience's folder and the later ones",
+    )
+    if whole:
+        shutil.rmtree(place)
+    for later in sorted(place.glob("experiences/*"))[1:]:
+        shutil.rmtree(later)
+    run(halfway)
+    assert numbers(place) == numbers(graftllm)
+
+
 # --- a disk that refuses -----------------------------------------------------------------------
 
 

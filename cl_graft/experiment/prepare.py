@@ -229,6 +229,6 @@ def _require_strategy(loaded: Any, name: str) -> None:
 
     if not (isinstance(loaded, type) and issubclass(loaded, Strategy)):
         raise CLGraftError(
-            f"{name} is not a strategy; decorate its function with @compressor or @merger, "
+            f"{name} is not a strategy; decorate its function with @compressor() or @merger, "
             "or make it a subclass of cl_graft.Strategy."
         )

@@ -15,6 +15,7 @@ def check_texts(scenario: Scenario) -> None:
     whose preference pairs all have the same answers."""
     for task in (*scenario.tasks, *([scenario.general] if scenario.general else [])):
         _all(task, "training example", task.train, Example)
+        _all(task, "validation example", task.validation, Example)
         _all(task, "test example", task.test, Example)
         _all(task, "preference pair", task.pairs, Pair)
         if task.pairs and all(pair.chosen == pair.rejected for pair in task.pairs):

@@ -39,7 +39,7 @@ def _is_scenario(loaded: Any, name: str, where: str | None) -> None:
 def _is_strategy(loaded: Any, name: str, where: str | None) -> None:
     if not inspect.isclass(loaded) or inspect.isabstract(loaded):
         raise CLGraftError(
-            f"{where}: {name!r} is no strategy; make it one by @compressor or @merger, or as a subclass "
+            f"{where}: {name!r} is no strategy; make it one by @compressor() or @merger, or as a subclass "
             "of Strategy with a `learn`."
         )
 

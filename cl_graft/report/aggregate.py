@@ -21,25 +21,23 @@ import numpy as np
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
 from cl_graft.matrix import FloatArray, PerformanceMatrix, mean_stderr
-from cl_graft.report.table import UNMEASURED
-from cl_graft.store.digests import digest
-
-Cell = Mapping[str, Any]
-Estimate = tuple[float, float]  # a mean and its standard error; either may be NaN
-GIVEN, NOT_NEEDED = "given", "not needed"  # of `protocol`
-PROTOCOLS = (
-    "Task IDs: given where the method is told, at test, which task a prompt is of; inferred where a router tells it "
-    "from the prompt; not needed where all prompts are answered alike. Being told is the easier problem: compare like "
-    "with like. Budget: none where the method may keep what it likes, as references do."
+from cl_graft.report.protocols import (
+    GIVEN,
+    PARTS,
+    Cell,
+    distinct,
+    held,
+    part,
+    protocol,
+    titled,
 )
+from cl_graft.report.table import UNMEASURED
+
+Estimate = tuple[float, float]  # a mean and its standard error; either may be NaN
 ERRORS = (
     "±: one standard error over what its column says: over seeds, for these test examples alone; or over the test "
     "examples of one model."
 )
-WHO = ("Strategy", "Task IDs", "Budget")  # the first columns of a table whose rows are lines
-UNTOLD, TOLD, UNKNOWN = "Not told the task at test", "Told the task at test", "Not tested yet"
-FREE = ", without a budget"
-PARTS = [told + size for told in (UNTOLD, TOLD, UNKNOWN) for size in ("", FREE)]  # in their order
 PACKS, ROUTER, ALIKE = "each pack, mean", "router's choice", "one model"  # of `ability`
 ABILITIES = (
     "General Δ: change of general ability from the base to the end, of what General of says: one model, where all "
@@ -182,23 +180,6 @@ def groups(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     }
 
 
-def distinct(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells without those that are another one again: a method that answers all prompts alike has nothing to infer,
-    and so its cell with a router is its cell without."""
-    whole = {_experiment(cell) for cell in cells if not _nothing_to_infer(cell)}
-    return [c for c in cells if not (_nothing_to_infer(c) and _experiment(c) in whole)]
-
-
-def _nothing_to_infer(cell: Cell) -> bool:
-    return protocol(cell) == NOT_NEEDED and cell.get("config", {}).get("task_ids", GIVEN) != GIVEN
-
-
-def _experiment(cell: Cell) -> str:
-    """The cell's config but for routing, as text."""
-    routed = ("task_ids", "router", "router_options")
-    return digest({k: v for k, v in cell.get("config", {}).items() if k not in routed})
-
-
 def scored_by(cells: Sequence[Cell]) -> str:
     """A sentence on which scorer each figure is by, and its convention; cells of earlier versions did not keep it."""
     told: dict[tuple[str, str], list[str]] = {}
@@ -212,11 +193,6 @@ def scored_by(cells: Sequence[Cell]) -> str:
         for (name, how), tasks in told.items()
     )
     return f" Scored: {'; '.join(parts)}." if told else ""
-
-
-def titled(name: str, cell: Cell) -> str:
-    """A line's name where nothing else tells that its method is told the task; a label says what was inferred."""
-    return f"{name}, told the task" if protocol(cell) == GIVEN else name
 
 
 def told_apart(cells: Sequence[Cell]) -> list[Cell]:
@@ -352,32 +328,6 @@ def storage(cell: Cell) -> float:
     """Bytes alive after the last task, for each task learned, in per cent of the base model's bytes in bf16."""
     kept = alive(cell)
     return 100.0 * kept[-1] / (len(kept) * cell["base_bytes"]) if kept else math.nan
-
-
-def protocol(cell: Cell) -> str:
-    """Whether the method is told the task of a test prompt: given, inferred (by which router), or not needed.
-
-    Not needed where all tasks are answered alike; unmeasured where nothing has been answered yet.
-    """
-    told = cell.get("routing") or []
-    if not any(counts for row in told for counts in row.values()):
-        return NOT_NEEDED if told else UNMEASURED
-    config = cell["config"]
-    if config.get("task_ids", GIVEN) == GIVEN:
-        return GIVEN
-    router = config.get("router", RunConfig.model_fields["router"].default)
-    return f"inferred ({RunConfig.short(router)})"
-
-
-def part(cell: Cell) -> str:
-    """One of PARTS: by whether the method is told the task of a test prompt, and whether it holds the budget."""
-    told = {GIVEN: TOLD, UNMEASURED: UNKNOWN}.get(protocol(cell), UNTOLD)
-    return told + ("" if cell["budgeted"] else FREE)
-
-
-def held(cell: Cell) -> str:
-    """The budget that a cell holds, or none."""
-    return cell["budget"] if cell["budgeted"] else "none"
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -14,21 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cl_graft.report.aggregate import (
-    PARTS,
-    PROTOCOLS,
-    WHO,
-    Cell,
-    Estimate,
-    distinct,
-    estimate,
-    number,
-    part,
-    protocol,
-    storage,
-    titled,
-    told_apart,
-)
+from cl_graft.report.aggregate import Estimate, estimate, number, storage, told_apart
+from cl_graft.report.protocols import PARTS, PROTOCOLS, WHO, Cell, distinct, part, protocol, titled
 from cl_graft.report.style import GREY, looks_of, roomy, save, styled, wrap
 from cl_graft.report.table import Table, show
 from cl_graft.report.tradeoff import ALIVE, log_ticks, near

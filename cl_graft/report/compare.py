@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cl_graft.report import ReportedCell, find
-from cl_graft.report.aggregate import GIVEN, Cell, lines_of, protocol
+from cl_graft.report.aggregate import lines_of
+from cl_graft.report.protocols import GIVEN, Cell, protocol
 from cl_graft.report.significance import (
     OVER_NOTE,
     Reader,

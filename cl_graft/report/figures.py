@@ -15,15 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cl_graft.report.aggregate import (
-    KINDS,
-    Cell,
-    Line,
-    ReportError,
-    lines_of,
-    number,
-)
+from cl_graft.report.aggregate import KINDS, Line, ReportError, lines_of, number
 from cl_graft.report.panels import Panel, side_by_side
+from cl_graft.report.protocols import Cell
 from cl_graft.report.routing import confusions, inferred, routed
 from cl_graft.report.style import (
     GREY,

@@ -11,7 +11,7 @@ import numpy as np
 
 from cl_graft.config import RunConfig
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import PARTS, PROTOCOLS, WHO, Cell, distinct, part, protocol
+from cl_graft.report.protocols import PARTS, PROTOCOLS, WHO, Cell, distinct, part, protocol
 from cl_graft.report.significance import OVER_NOTE, Reader, Sample, Tested, interval
 from cl_graft.report.statistics import Interval, over_one_model, over_seeds
 from cl_graft.report.table import UNMEASURED, Table, show_interval

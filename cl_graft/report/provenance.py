@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from cl_graft.config import Axes, RunConfig, Settings, several
-from cl_graft.report.aggregate import KINDS, Cell, groups, scored_by
+from cl_graft.report.aggregate import KINDS, groups, scored_by
+from cl_graft.report.protocols import Cell
 from cl_graft.store.files import write_text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cl_graft.matrix import PerformanceMatrix
-from cl_graft.report.aggregate import Cell
+from cl_graft.report.protocols import Cell
 
 REFERENCES = ("joint", "individual")  # the first of them that is there
 

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cl_graft.matrix import FloatArray
-from cl_graft.report.aggregate import WHO, Cell, Line, groups, lines_of
+from cl_graft.report.aggregate import Line, groups, lines_of
+from cl_graft.report.protocols import WHO, Cell
 from cl_graft.report.table import UNMEASURED, Table, show
 
 BASE, GENERAL = "base model", "general"  # names of a column and a row

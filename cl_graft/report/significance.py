@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import FREE, PARTS, PROTOCOLS, WHO, Estimate, Line, lines_of
+from cl_graft.report.aggregate import Estimate, Line, lines_of
 from cl_graft.report.examples import outcomes
+from cl_graft.report.protocols import FREE, PARTS, PROTOCOLS, WHO
 from cl_graft.report.statistics import (
     Difference,
     Interval,

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
-from cl_graft.report.aggregate import Cell, groups
+from cl_graft.report.aggregate import groups
+from cl_graft.report.protocols import Cell
 from cl_graft.report.table import write_atomic
 
 if TYPE_CHECKING:

@@ -145,7 +145,7 @@ def show(value: float, spec: str, se: float = math.nan) -> str:
 
 
 def show_interval(ends: Sequence[float], spec: str) -> str:
-    """Of mean, low and high: the mean, with the ends of its interval where those are known."""
+    """Write a mean with the ends of its interval, where those are known. ends: mean, low and high."""
     mean, low, high = (show(x, spec) for x in ends)
     return mean if low == UNMEASURED else f"{mean} [{low}, {high}]"
 

@@ -17,26 +17,19 @@ from cl_graft.report.aggregate import (
     ABILITIES,
     ERRORS,
     KINDS,
-    PARTS,
-    PROTOCOLS,
-    WHO,
-    Cell,
     Line,
     average,
     base_note,
-    distinct,
     extra,
     general,
     groups,
-    held,
     lines_of,
     number,
-    part,
-    protocol,
     scored_by,
     slugged,
     told_apart,
 )
+from cl_graft.report.protocols import PARTS, PROTOCOLS, WHO, Cell, distinct, held, part, protocol
 from cl_graft.report.routing import accuracy, confusion_csv, confusion_tables, inferred
 from cl_graft.report.table import UNMEASURED, Table, show, write_atomic
 
@@ -76,7 +69,7 @@ def ranking(cells: Sequence[Cell]) -> list[Table]:
 
 
 def _place(line: Line) -> tuple[int, bool, float]:
-    """By part, then whole before incomplete, then by OP."""
+    """Where a line stands: by part, then whole before incomplete, then by OP."""
     return PARTS.index(line.part), not line.complete, _or_last(-line.metric("op")[0])
 
 
@@ -134,7 +127,10 @@ def _by_pack(name: str, line: Line) -> list[Table]:
         )
         for spec in (".1f", ".4f")
     )
-    note = "In per cent, at the end, with the pack on alone. ±: one standard error over seeds."
+    note = (
+        "In per cent, at the end, with the pack on alone. ±: one standard error over seeds, for these test examples "
+        "alone."
+    )
     columns = ("Pack", "General ability", "General Δ")
     return [Table(f"{name}, general ability by pack", columns, rows, note, exact)]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cl_graft.report.aggregate import Cell, lines_of
+from cl_graft.report.aggregate import Line, lines_of
+from cl_graft.report.protocols import GIVEN, Cell
 from cl_graft.report.style import GREY, alike, looks_of, roomy, styled, title_of, wrap
 
 ALIVE = "bytes alive after the last task / tasks, % of the base model's bytes"
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 def bytes_vs_score(cells: Sequence[Cell]) -> Figure:
     """OP against the bytes alive, a task, in per cent of the base model's bytes, on a log axis.
 
-    Whiskers are one standard error of OP. The stairs are the Pareto front, the dashed vertical the
-    budget. A label that is incomplete or has no pack cannot have a place and is named below.
+    Whiskers are one standard error of OP. The stairs are the Pareto front, one of those that are told the task and one
+    of the others; the dashed vertical is the budget. A label that is incomplete or has no pack cannot have a place and
+    is named below.
     """
     return _against_bytes(cells, "op", "overall performance (OP), %", better=1)
 
@@ -51,13 +53,11 @@ def _against_bytes(cells: Sequence[Cell], metric: str, name: str, better: int) -
         style = looks[line.name] | {"linestyle": "none", "markersize": 6.5, "elinewidth": 1}
         label, bar = wrap(line.title, 34), None if math.isnan(se) else se
         ax.errorbar(x, y, yerr=bar, label=label, capsize=2, zorder=3, **style)
-    if front := pareto([placed[s.name] for s in shown], better):
-        widest = max(placed[s.name][0] for s in shown)
-        xs, ys = zip(*front, (widest, front[-1][1]), strict=True)
-        ax.step(xs, ys, where="post", color="#BBBBBB", label="Pareto front", zorder=2)
+    fronts = _fronts(ax, shown, placed, better)
+    if fronts:
         handles, labels = ax.get_legend_handles_labels()  # lines come before points with whiskers
         place: Any = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "labelspacing": 0.7}
-        ax.legend(handles[1:] + handles[:1], labels[1:] + labels[:1], **place)
+        ax.legend(handles[fronts:] + handles[:fronts], labels[fronts:] + labels[:fronts], **place)
     if first.get("budget_bytes"):
         budget = 100.0 * first["budget_bytes"] / first["base_bytes"]
         ax.axvline(budget, color=GREY, linestyle="--", linewidth=1.0, zorder=1)
@@ -74,6 +74,23 @@ def _against_bytes(cells: Sequence[Cell], metric: str, name: str, better: int) -
     if text := " ".join(filter(None, notes)):
         figure.supxlabel(textwrap.fill(text, 120), fontsize=7, color=GREY)
     return figure
+
+
+def _fronts(
+    ax: Axes, shown: Sequence[Line], placed: Mapping[str, tuple[float, float]], better: int
+) -> int:
+    """Draw the Pareto front of who is told the task and of who is not; returns how many there are."""
+    by_protocol: dict[bool, list[tuple[float, float]]] = {}
+    for line in shown:
+        by_protocol.setdefault(line.protocol == GIVEN, []).append(placed[line.name])
+    for told, points in sorted(by_protocol.items()):
+        front = pareto(points, better)
+        xs, ys = zip(*front, (max(x for x, _ in points), front[-1][1]), strict=True)
+        name = f"Pareto front, {'told' if told else 'not told'} the task"
+        name = name if len(by_protocol) > 1 else "Pareto front"
+        dash = "--" if told and len(by_protocol) > 1 else "-"
+        ax.step(xs, ys, where="post", color="#BBBBBB", linestyle=dash, label=name, zorder=2)
+    return len(by_protocol)
 
 
 def near(ax: Axes, points: Sequence[tuple[str, tuple[float, float]]]) -> str:

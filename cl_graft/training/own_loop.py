@@ -1,4 +1,4 @@
-"""When a training loop that is a method's own came to its end: stages keep their seconds themselves."""
+"""The end of a training loop that is a method's own: stages keep their seconds themselves."""
 
 from __future__ import annotations
 

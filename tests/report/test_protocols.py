@@ -12,13 +12,16 @@ import pytest
 from rich.console import Console
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import FREE, TOLD, UNTOLD, distinct, groups
+from cl_graft.report.aggregate import groups
 from cl_graft.report.page import index
+from cl_graft.report.protocols import FREE, TOLD, UNTOLD, distinct
 from cl_graft.report.significance import RankedLine, ranked_lines
 from cl_graft.report.significance import table as intervals
 from cl_graft.report.statistics import Strata
 from cl_graft.report.table import Table
 from cl_graft.report.tables import all_cells, by_task, costs, metrics, ranking
+from cl_graft.report.tradeoff import bytes_vs_score
+from tests.report.test_figures import panels
 from tests.report.test_routing import inferred, told
 from tests.report.test_tables import cell, rows_of
 
@@ -136,6 +139,16 @@ def test_a_method_that_answers_all_prompts_alike_is_there_once_whatever_the_rout
     (members,) = groups([plain, twin]).values()
     assert members == [plain]
     assert [row[0] for row in all_cells([twin, plain]).rows] == ["lora"]
+
+
+def test_each_protocol_has_a_front_of_its_own() -> None:
+    """What is told the task at the same bytes takes nothing from the front of those that are not."""
+    (ax,) = panels(bytes_vs_score(MIXED))
+    fronts = {x.get_label(): x.get_ydata() for x in ax.lines if "front" in str(x.get_label())}
+    assert {name: max(ys) for name, ys in fronts.items()} == {
+        "Pareto front, not told the task": pytest.approx(70),
+        "Pareto front, told the task": pytest.approx(90),
+    }
 
 
 def test_an_interval_is_three_columns_for_a_program() -> None:

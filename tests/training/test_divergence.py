@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cl_graft.errors import CLGraftError, Diverged
-from cl_graft.models.load import load
+from cl_graft.errors import Diverged
 from cl_graft.strategy.base import Strategy
 from cl_graft.stream import benchmark
 from cl_graft.task import Example, Pair, Preference, Task, Training
@@ -93,13 +92,3 @@ def test_a_loop_of_a_methods_own_is_watched_too(nano, tiny_scenario, how, told):
     first = benchmark(tiny_scenario).train_stream[0]
     said = one_sentence(lambda: strategy.train(first, eval_streams=[]), Diverged)
     assert said.startswith("Loop in task 'math' ") and told in said
-
-
-def test_a_base_of_nan_is_refused_by_name(nano, tmp_path):
-    model, tokenizer = nano
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    told = f"model '{tmp_path}' holds NaN or Inf in model.layers.0.mlp.up_proj.weight"
-    assert one_sentence(lambda: load(str(tmp_path)), CLGraftError).startswith(told)

@@ -22,6 +22,7 @@ from cl_graft.models.load import load
 from cl_graft.store.files import read_jsonl
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training import launch as launching
+from cl_graft.training.checkpoint import freeze
 from cl_graft.training.config import accumulation, dpo_job, sft_job
 from cl_graft.training.fit import LOG
 from cl_graft.training.launch import StageFailed, command, slots, surroundings
@@ -96,13 +97,26 @@ class TestTwoProcesses:
     pytestmark = jobs
 
     @pytest.mark.parametrize(
-        ("job", "zero"), [(SFT, 3), (DPO, 2), (DPO, 3)], ids=["sft-3", "dpo-2", "dpo-3"]
+        ("job", "zero", "held"),
+        [(SFT, 3, ["model.embed_tokens.weight"]), (DPO, 2, ["lm_head.weight"]), (DPO, 3, [])],
+        ids=["sft-3-frozen", "dpo-2-frozen", "dpo-3"],
     )
-    def test_train_what_one_trains(self, tmp_path, job, zero):
-        """ZeRO-2 and ZeRO-3, gathered, saved and read back, against the stage in this process; SFT under ZeRO-2 below."""
-        alone = trained(tmp_path / "one", job, Launch())
-        together = trained(tmp_path / "two", job, Launch(processes=2, zero=zero, micro_batch=1))
+    def test_train_what_one_trains(self, tmp_path, job, zero, held):
+        """ZeRO-2 and ZeRO-3, gathered, saved and read back, against the stage in this process; SFT under ZeRO-2 below.
+
+        held: parameters that are frozen; they stay bit for bit.
+        """
+
+        def holding(model):
+            freeze(model, held)
+            return model
+
+        alone = trained(tmp_path / "one", job, Launch(), holding)
+        how = Launch(processes=2, zero=zero, micro_batch=1)
+        together = trained(tmp_path / "two", job, how, holding)
         assert_same(together, alone)
+        start = dict(load("nano-llama")[0].named_parameters())
+        assert [n for n, x in together[0].items() if x.equal(start[n])] == held
         assert_read_back(tmp_path / "two", together)
 
     def test_train_an_adapter_with_offload(self, tmp_path):

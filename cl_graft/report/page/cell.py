@@ -12,17 +12,10 @@ from typing import Any
 from markupsafe import Markup
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import (
-    ALIKE,
-    Cell,
-    ability,
-    alive,
-    packs,
-    protocol,
-    scored_by,
-)
+from cl_graft.report.aggregate import ALIKE, ability, alive, packs, scored_by
 from cl_graft.report.examples import OUTCOMES, RIGHT, Answer, ExampleRow, breakdown
 from cl_graft.report.page.template import render
+from cl_graft.report.protocols import Cell, protocol
 from cl_graft.report.provenance import commands
 from cl_graft.report.routing import ACCURACY_NOTE, CONFUSION_NOTE, confusions, routed
 from cl_graft.report.table import UNMEASURED, write_atomic

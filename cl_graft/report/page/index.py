@@ -10,17 +10,11 @@ from typing import Any
 from urllib.parse import quote
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import (
-    ABILITIES,
-    ERRORS,
-    KINDS,
-    PROTOCOLS,
-    base_note,
-    scored_by,
-)
+from cl_graft.report.aggregate import ABILITIES, ERRORS, KINDS, base_note, scored_by
 from cl_graft.report.figures import figures_of
 from cl_graft.report.page import rows
 from cl_graft.report.page.template import render as fill
+from cl_graft.report.protocols import PROTOCOLS
 from cl_graft.report.provenance import commands
 from cl_graft.report.routing import ACCURACY_NOTE, confusion_tables, inferred
 from cl_graft.report.significance import NOTE, RankedLine

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import Cell
+from cl_graft.report.protocols import Cell
 
 LONGEST = 150  # characters of a file's name, of which a disk holds some more
 

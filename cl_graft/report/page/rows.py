@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cl_graft.report import ReportedCell
-from cl_graft.report.aggregate import PARTS, Line, held, number, part, protocol
+from cl_graft.report.aggregate import Line, number
+from cl_graft.report.protocols import PARTS, held, part, protocol
 from cl_graft.report.significance import RankedLine, probability
 from cl_graft.report.statistics import Difference, Interval
 from cl_graft.report.table import UNMEASURED, show

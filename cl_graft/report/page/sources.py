@@ -13,6 +13,7 @@ from cl_graft.report import (
     examples,
     figures,
     panels,
+    protocols,
     provenance,
     routing,
     style,
@@ -27,7 +28,18 @@ from cl_graft.store import digests, prompts
 @cache
 def of_figures() -> str:
     """The code that draws figures, and the version of the library that it draws with."""
-    drawn = (budgets, figures, aggregate, panels, routing, style, table, tables, tradeoff)
+    drawn = (
+        budgets,
+        figures,
+        aggregate,
+        protocols,
+        panels,
+        routing,
+        style,
+        table,
+        tables,
+        tradeoff,
+    )
     code = digests.code_digest(*drawn)
     return digests.digest(code, metadata.version("matplotlib"))
 
@@ -38,7 +50,19 @@ def of_pages() -> str:
     from cl_graft.report.page import cell, template
 
     hashed = hashlib.blake2b(digest_size=16)
-    code = (examples, provenance, aggregate, routing, table, tables, units, cell, template, prompts)
+    code = (
+        examples,
+        provenance,
+        aggregate,
+        protocols,
+        routing,
+        table,
+        tables,
+        units,
+        cell,
+        template,
+        prompts,
+    )
     hashed.update(digests.code_digest(*code).encode())
     for file in sorted(resources.files(__package__).joinpath("templates").iterdir(), key=str):
         hashed.update(file.read_bytes())

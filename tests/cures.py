@@ -1,0 +1,125 @@
+"""Cures that errors print and a user can run: a command, an option, or a change of a file; and the test that runs each.
+
+`found` reads them off the code; `tests/test_cures.py` holds TESTED and OPEN against it, so that a new cure needs a test.
+Cures in prose may stand here, too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# a command or a line of Python, an option, a variable, a change of a file
+RUNS = re.compile(
+    r"`(?:cl-graft|pip|ray|python|accelerate|- ?)|--[a-z]|from_pretrained|CL_GRAFT"
+    r"|\b(?:delete|move|rename|copy|save|install|set(?! up)|launch with)\b"
+)
+
+
+def found() -> set[str]:
+    """`file: cure` of every `raise` whose message ends in such a cure; {} stands for what is filled in."""
+    return {message for message in messages() if RUNS.search(message.partition(": ")[2])}
+
+
+def messages() -> Iterator[str]:
+    """`file: the last part of the message` of every error that is raised with one."""
+    for folder in ("cl_graft", "scenarios", "baselines"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                    said = " ".join(map(_text, node.exc.args))
+                    yield f"{path.relative_to(ROOT)}: {said.rpartition('; ')[2]}"
+
+
+def _text(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return _text(node.left) + _text(node.right)
+    return "{}"
+
+
+# {cure: the test that runs it, below tests/}
+TESTED: dict[str, str] = {
+    "cl_graft/data/readers.py: put the data set's file there.": "test_cures.py::test_a_data_set_in_its_folder",
+    "cl_graft/store/record.py: choose another --out, or delete the folder to compute it anew.": "test_cures.py::test_another_out_or_a_deleted_folder",
+    "cl_graft/cli/pack.py: leave it out, or export --to peft.": "test_cures.py::test_a_rank_is_for_adapters",
+    "cl_graft/cli/run.py: `cl-graft sweep` runs several.": "test_cli_sweep.py::test_a_sweep_from_its_file_with_options_over_it",
+    "cl_graft/cli/show.py: free space or copy the results elsewhere.": "test_cli.py::test_a_report_that_cannot_be_written",
+    "cl_graft/cli/sweep.py: --out names no folder that a sweep was begun in.": "test_sweep_options.py::test_resume_takes_the_sweep_from_the_folder_of_its_results",
+    "cl_graft/cli/sweep.py: give --out alone, or leave out --resume.": "test_sweep_options.py::test_resume_takes_the_sweep_from_the_folder_of_its_results",
+    "cl_graft/data/hub.py: give the data set's hub id or a folder that `datasets` reads, and log in where it asks for that.": "test_cures.py::test_a_folder_that_datasets_reads",
+    "cl_graft/data/readers.py: give the folder that holds it with --data-dir.": "test_cures.py::test_a_data_set_in_its_folder",
+    "cl_graft/data/readers.py: give the folder that holds {} with --data-dir.": "test_cures.py::test_a_data_set_in_its_folder",
+    "cl_graft/evaluation/sandbox.py: if you accept that, pass --allow-code-execution or set {}=1.": "test_cli_sweep.py::test_validate_finds_what_would_stop_a_sweep",
+    "cl_graft/experiment/cache.py: give a results folder, or the one that --cache named.": "test_cures.py::test_the_folder_that_out_named",
+    "cl_graft/experiment/outcomes.py: delete that experience's folder and the later ones to compute them anew.": "test_resume.py::test_what_is_to_be_deleted_is_computed_anew",
+    "cl_graft/models/chat.py: set add_bos_token and add_eos_token in its tokenizer_config.json to false.": "models/test_chat.py::test_the_cure_of_that_leads_to_the_templates_own_ids",
+    "cl_graft/models/embedded.py: free space there or set CL_GRAFT_CACHE to another folder.": "test_cures.py::test_another_folder_for_embedded_models",
+    "cl_graft/models/load.py: set eos_token in its tokenizer_config.json.": "test_cures.py::test_an_end_token_in_tokenizer_config",
+    "cl_graft/models/weights.py: call the PEFT model's merge_and_unload() and save what it returns.": "skillpack/test_foreign.py::test_an_adapter_that_was_saved_with_its_model",
+    "cl_graft/models/weights.py: move adapter_config.json and the adapter's weights to a folder of their own.": "skillpack/test_foreign.py::test_an_adapter_beside_a_model",
+    "cl_graft/models/weights.py: move {} out of the folder, or what belongs to the other save.": "models/test_weights.py::test_a_file_beside_the_index_of_another_save",
+    "cl_graft/models/weights.py: save again under stage3_gather_16bit_weights_on_model_save, or {}, and give NEW.": "skillpack/test_foreign.py::test_deepspeed",
+    "cl_graft/models/weights.py: save the file again without it.": "models/test_weights.py::test_a_tensor_that_the_index_does_not_assign_there",
+    "cl_graft/models/weights.py: save the model itself instead of what it is wrapped in.": "models/test_weights.py::test_one_tensor_under_two_names",
+    "cl_graft/models/weights.py: save {} again without it.": "models/test_weights.py::test_a_tensor_that_the_index_does_not_assign_there",
+    "cl_graft/plugins/find.py: make it a subclass of cl_graft.routing.base.Router with `update` and `scores`.": "test_cures.py::test_a_router_by_its_base",
+    "cl_graft/plugins/find.py: make it one by @compressor() or @merger, or as a subclass of Strategy with a `learn`.": "test_cures.py::test_a_strategy_by_its_decorator",
+    "cl_graft/plugins/signature.py: --set {} should read name.option=value, such as lora.rank=8.": "test_cures.py::test_set_as_it_should_read",
+    "cl_graft/skillpack/folders/checkpoint.py: save the model in bfloat16 or float32.": "test_cures.py::test_weights_in_a_dtype_that_is_read",
+    "cl_graft/skillpack/folders/pair.py: write the tuned model's value into the config.json of a copy of the base, and make and apply the pack on that.": "skillpack/test_besides.py::test_another_use_of_the_same_weights",
+    "cl_graft/skillpack/live/attachment_points.py: pass an `example`: the keyword arguments of one forward of several samples.": "skillpack/test_attach.py::test_a_model_that_needs_another_call_is_given_an_example",
+    "cl_graft/skillpack/live/grafted.py: apply it to a folder with `cl-graft pack apply`.": "test_cures.py::test_a_pack_of_more_rows_than_a_live_model_has",
+    "cl_graft/skillpack/tools/export.py: export it to a folder (--to hf).": "test_cures.py::test_what_no_adapter_holds_goes_to_a_folder",
+    "cl_graft/store/files.py: delete its cell's folder to compute it anew.": "test_resume.py::test_what_is_to_be_deleted_is_computed_anew",
+    "cl_graft/store/record.py: choose another --out or delete the folder.": "test_cures.py::test_another_out_or_a_deleted_folder",
+    "cl_graft/store/record.py: choose another --out, or the version that wrote it.": "test_cures.py::test_results_of_another_format",
+    "cl_graft/store/record.py: choose another --out.": "test_cures.py::test_a_place_where_nothing_can_be_made",
+    "cl_graft/store/record.py: give the folder that --out named.": "test_cures.py::test_the_folder_that_out_named",
+    "cl_graft/store/record.py: run `cl-graft run` with --out {} first.": "test_cures.py::test_the_folder_that_out_named",
+    "cl_graft/store/record.py: wait for it or choose another --out.": "test_cures.py::test_a_cell_that_another_process_computes",
+    "cl_graft/strategy/base.py: raise --budget or keep less.": "test_cures.py::test_a_larger_budget",
+    "cl_graft/strategy/context.py: raise --budget or the method's compression.": "test_cures.py::test_a_larger_budget",
+    "cl_graft/sweep_config.py: `cl-graft init` writes a file to begin with.": "test_cures.py::test_the_file_that_init_writes",
+    "cl_graft/sweep_config.py: give some, as `cl-graft list {}` shows.": "test_cures.py::test_names_that_list_shows",
+    "cl_graft/sweep_config.py: write `- lora: {rank: 8}`.": "test_cures.py::test_a_name_with_its_options",
+    "cl_graft/sweep_config.py: write `- {}: {rank: 8}`.": "test_cures.py::test_a_name_with_its_options",
+    "cl_graft/task.py: rename the suite.": "test_cures.py::test_a_suite_of_another_name",
+    "cl_graft/training/launch.py: write a host and its devices as `host slots=8`.": "test_cures.py::test_a_host_and_its_devices",
+    "cl_graft/training/term.py: launch with offload=false.": "test_cures.py::test_terms_under_another_stage_of_zero",
+    "cl_graft/training/term.py: launch with zero=2.": "test_cures.py::test_terms_under_another_stage_of_zero",
+    "cl_graft/training/term.py: move it there, so that a stage of several processes can find it by name.": "test_cures.py::test_a_term_at_the_top_level",
+    "cl_graft/transfer/build.py: delete it to do its part of the build anew.": "transfer/test_cures.py::test_answers_that_cannot_be_continued",
+    "cl_graft/transfer/config.py: bounds on it (--min-gap, --max-gap) need a --reward-model.": "transfer/test_cures.py::test_options",
+    "cl_graft/transfer/config.py: give --samples 1 or a higher temperature.": "transfer/test_cures.py::test_options",
+    "cl_graft/transfer/config.py: give a --min-gap below --max-gap.": "transfer/test_cures.py::test_options",
+    "cl_graft/transfer/folder.py: build the data again into another --out.": "transfer/test_cures.py::test_what_is_read_back",
+    "cl_graft/transfer/folder.py: choose an empty folder as --out.": "transfer/test_cures.py::test_another_folder_or_none",
+    "cl_graft/transfer/folder.py: choose another --out or delete the folder.": "transfer/test_cures.py::test_another_folder_or_none",
+    "cl_graft/transfer/folder.py: choose another --out, or delete the folder.": "transfer/test_cures.py::test_another_folder_or_none",
+    "cl_graft/transfer/folder.py: make it, or finish it, with `cl-graft transfer build --out {}`.": "transfer/test_cures.py::test_what_is_read_back",
+    "cl_graft/transfer/lines.py: delete it to do its part of the build anew.": "transfer/test_cures.py::test_answers_that_cannot_be_continued",
+    "cl_graft/transfer/prompts.py: fill it, remove the row, or give a --reward-model for such rows.": "transfer/test_cures.py::test_a_row_that_the_rule_cannot_judge",
+    "cl_graft/transfer/prompts.py: give --task (SCENARIO/TASK, or a scorer of answers: {}) or a --reward-model.": "transfer/test_cures.py::test_options",
+    "cl_graft/transfer/prompts.py: give a --task that judges answers, or a --reward-model alone.": "transfer/test_cures.py::test_options",
+    "cl_graft/transfer/sample.py: run `pip install cl-graft[vllm]` on a machine with a GPU, or use --backend hf.": "transfer/test_cures.py::test_a_source_by_another_backend",
+    "cl_graft/transfer/sources.py: leave out --chat, or give a source that was trained to chat.": "transfer/test_cures.py::test_options",
+    "cl_graft/transfer/sources.py: shorten the prompt or lower --max-new-tokens.": "transfer/test_cures.py::test_options",
+}
+# {cure: why no test here runs it}
+OPEN: dict[str, str] = {
+    "cl_graft/cli/bench.py: run the same command in a checkout of the source, after `pip install --editable .` there.": "installs a package; the tests of `bench` run in such a checkout.",
+    "cl_graft/evaluation/answers.py: install it with `pip install math-verify`.": "installs a package; where it is installed, tests/evaluation/test_answers.py uses it.",
+    "cl_graft/experiment/executors/ray.py: `pip install cl-graft[ray]`.": "installs a package; where it is installed, tests/executors/test_ray.py uses it.",
+    "cl_graft/experiment/executors/ray.py: start one with `ray start --head`.": "starts a cluster that outlives its command; tests/executors/test_ray.py starts its own.",
+    "cl_graft/plugins/find.py: install its package as files.": "installs a package; tests/test_sources.py reads such as are installed as files.",
+    "cl_graft/training/launch.py: install a C++ compiler and ninja.": "installs system packages; where they are, tests/training/test_launch.py compiles with them.",
+    "cl_graft/training/launch.py: install it with `pip install cl-graft[deepspeed]`.": "installs a package; where it is installed, tests/training/test_launch.py uses it.",
+    "cl_graft/training/trainer.py: rename its file.": "is told after a step of training; the terms of tests/training/test_terms.py have other names.",
+}
