@@ -21,7 +21,7 @@ class Steps:
 
 
 @contextmanager
-def watched() -> Iterator[Steps]:
+def counted() -> Iterator[Steps]:
     """Watch every optimizer of the process as long as the context lasts."""
     steps = Steps()
     handle = register_optimizer_step_post_hook(steps.note)
