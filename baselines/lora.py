@@ -22,6 +22,7 @@ class lora(Strategy):
     rank: None takes the largest that the budget holds (for `merged`, an equal share for every task).
     """
 
+    touches = ("attention", "mlp", "other")
     keeps: ClassVar = {
         "each": "per_task",
         "trained_on": "latest",

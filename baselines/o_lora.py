@@ -37,6 +37,7 @@ class o_lora(Strategy):
     """
 
     keeps = "sum"
+    touches = ("attention", "mlp", "other")
     terms = ("penalty",)
 
     def check(self, context: Context, **options: Any) -> None:

@@ -67,7 +67,7 @@ def text_classification(
 
 
 def read(data_dir: Path | None, name: str, options: tuple[str, ...]) -> list[Example]:
-    """Its examples, a text once: the first of those that are alike once they are cut."""
+    """The examples of a file, a text once: the first of those that are alike once they are cut."""
     examples: dict[str, Example] = {}
     for number, row in enumerate(records(data_dir, name, {"sentence": str, "label": str}), 1):
         if row["label"] == NO_CONSENSUS:

@@ -1,6 +1,7 @@
 """Cures that errors print and a user can run: a command, an option, or a change of a file; and the test that runs each.
 
 `found` reads them off the code; `tests/test_cures.py` holds TESTED and OPEN against it, so that a new cure needs a test.
+Cures in prose may stand here, too.
 """
 
 from __future__ import annotations
@@ -13,24 +14,24 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # a command or a line of Python, an option, a variable, a change of a file
 RUNS = re.compile(
-    r"`|--[a-z]|cl-graft |pip install|from_pretrained|CL_GRAFT"
+    r"`(?:cl-graft|pip|ray|python|accelerate|- ?)|--[a-z]|from_pretrained|CL_GRAFT"
     r"|\b(?:delete|move|rename|copy|save|install|set(?! up)|launch with)\b"
 )
 
 
 def found() -> set[str]:
     """`file: cure` of every `raise` whose message ends in such a cure; {} stands for what is filled in."""
-    return {f"{file}: {cure}" for file, cure in messages() if RUNS.search(cure)}
+    return {message for message in messages() if RUNS.search(message.partition(": ")[2])}
 
 
-def messages() -> Iterator[tuple[str, str]]:
-    """File, and the last part of the message, of every error that is raised with one."""
+def messages() -> Iterator[str]:
+    """`file: the last part of the message` of every error that is raised with one."""
     for folder in ("cl_graft", "scenarios", "baselines"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                     said = " ".join(map(_text, node.exc.args))
-                    yield str(path.relative_to(ROOT)), said.rpartition("; ")[2]
+                    yield f"{path.relative_to(ROOT)}: {said.rpartition('; ')[2]}"
 
 
 def _text(node: ast.expr) -> str:

@@ -41,7 +41,8 @@ def test_a_further_delta_method_trains_nothing_and_measures_only_its_own_packs(t
     stages, evaluations = made(tmp_path, "stages"), made(tmp_path, "evaluations")
     result = cell.run(config("magnitude", tmp_path))
     assert made(tmp_path, "stages") == stages and len(stages) == 2
-    assert len(made(tmp_path, "evaluations") - evaluations) == 2, "its pack of each task"
+    new = made(tmp_path, "evaluations") - evaluations
+    assert len(new) == 4, "its pack of each task, on that task and on general ability"
     assert result["identical"] == [[True, True], [False, True], [True, False]]
 
 

@@ -11,10 +11,12 @@ import torch
 
 from cl_graft import plugins
 from cl_graft.errors import OverBudget
+from cl_graft.models.roles import roles
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.stream import benchmark
 
 EVERY = plugins.names("strategy")
+QUICK = {"model_grafting": {"epochs": 2, "batches": 2, "rate": 1e8}}
 
 
 def play(strategy, scenario, after=lambda: None):
@@ -62,7 +64,7 @@ def played(plays, build, tiny_scenario):
 
     def by(name):
         if name not in plays:
-            strategy = build(name)
+            strategy = build(name, **QUICK.get(name, {}))
             base, structure = fingerprint(strategy.model.named_parameters()), str(strategy.model)
             shared: list[dict] = []
             rows = play(strategy, tiny_scenario, lambda: shared.append(dict(strategy.shared)))
@@ -92,6 +94,15 @@ def test_every_strategy_leaves_the_base_bit_for_bit_and_keeps_its_budget(
     assert any(delta.abs().max() > 0 for delta in strategy.packs[0].decode().values())
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_strategy_keeps_something_of_every_role_that_it_trains(name, played):
+    """What is always thrown away is not declared, and so frozen."""
+    strategy = played(name).strategy
+    found = roles(strategy.model)
+    kept = {found[n] for pack in strategy.packs for n in pack.tensors}
+    assert kept == {*found.values()} & {*strategy.touches}
+
+
 def losses(strategy):
     """Every value of the log but those of the clock and the machine, to the last digit."""
     clocks = ("seconds", "tokens_per_second", "peak_memory_mb")
@@ -108,7 +119,7 @@ def test_a_strategy_given_its_packs_back_goes_on_as_if_never_stopped(
         pack.save(tmp_path / "pack.safetensors")
         return SkillPack.load(tmp_path / "pack.safetensors")
 
-    resumed = build(name)
+    resumed = build(name, **QUICK.get(name, {}))
     resumed.packs = [through_a_file(whole.packs[0])]
     resumed.shared = {n: through_a_file(p) for n, p in played(name).shared[0].items()}
     stream = benchmark(tiny_scenario)

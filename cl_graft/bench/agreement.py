@@ -26,7 +26,7 @@ Grader = Callable[[Sequence[Pair]], list[bool]]
 
 # Spellings that leave an answer what it is, each with the pattern that it needs.
 SPELLINGS: dict[str, Callable[[str], str]] = {
-    "blanks": lambda s: re.sub(r"(?<=[\d}])([-+=,])(?=[\d\\x(])(?!,\\!)", r" \1 ", s),
+    "blanks": lambda s: re.sub(r"(?<=[\d}])(?!,\\!|,\d{3})([-+=,])(?=[\d\\x(])", r" \1 ", s),
     "dfrac": lambda s: s.replace("\\frac", "\\dfrac"),
     "a/b": lambda s: re.sub(r"^(-?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", s),
     "thousands": lambda s: re.sub(r"^(-?\d{1,3})(\d{3})$", r"\1,\2", s),
@@ -35,7 +35,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
     ".0": lambda s: re.sub(r"^-?\d+$", r"\g<0>.0", s),
     "unit": lambda s: re.sub(r"^\d+$", r"\g<0>\\text{ units}", s),
     "no unit": lambda s: re.sub(
-        r"\s*\\(?:text|mbox)\s*\{[ a-z.]*\}(?:\^\d)?$|\^\\circ$|\\%$", "", s
+        r"\s*\\(?:text|mbox)\s*\{ *(?![ap]\.m)[a-z][ a-z.]*\}(?:\^\d)?$|\^\\circ$|\\%$", "", s
     ),
     "no text": lambda s: re.sub(r"^\\text\{([A-Za-z()]+)\}$", r"\1", s),
     "bmatrix": lambda s: s.replace("{pmatrix}", "{bmatrix}"),

@@ -36,7 +36,7 @@ def rows(
     name. keep: which rows, by their first column. Raises DataError in one sentence: no such data, a column is
     missing, no row is kept, or a row is not what `adapt` needs.
     """
-    table = _load(place, config, split)
+    table = read(place, config, split)
     if missing := [column for column in columns if column not in table.column_names]:
         raise DataError(
             f"{place} has no column {missing[0]!r} but {', '.join(table.column_names)}; the scenario needs "
@@ -94,7 +94,8 @@ class Lines:
         return [self.rows[number] for number in numbers]
 
 
-def _load(place: str, config: str | None, split: str) -> Any:
+def read(place: str, config: str | None, split: str) -> Any:
+    """The split as a table of `datasets`, or as Lines where it is a folder of JSON files. Raises DataError."""
     import datasets
 
     bars = datasets.utils.logging.is_progress_bar_enabled()

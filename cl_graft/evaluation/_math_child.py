@@ -35,7 +35,7 @@ def main() -> None:
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             gold, given = (parse(text, parsing_timeout=None) for text in (reference, answer))
             same = bool(gold and given) and verify(
-                gold, given, allow_set_relation_comp=True, timeout_seconds=None
+                gold, given, float_rounding=12, allow_set_relation_comp=True, timeout_seconds=None
             )
         except (Exception, MemoryError, RecursionError, TooLong):
             same = False

@@ -78,7 +78,7 @@ _SHORT_WORDS = {"odd", "yes", "no", "all", "one", "two", "six", "ten"}
 _BARE = r"(?:(?:square|cubic|sq\.?|cu\.?) )?[A-Za-z]+\.?"
 _UNIT = re.compile(
     rf"^(?P<value>.*(?:[\d)}}\]]|\\[a-z]+))\s*(?:\x00(?P<wrapped>[^\x00]*)\x01|(?<=\d)\s+(?P<bare>{_BARE}))"
-    r"(?:\^\{?[23]\}?)?\.?$",
+    r"(?:\^\{?(?P<power>\d)\}?)?\.?$",
     re.DOTALL,
 )
 
@@ -124,6 +124,7 @@ def form(part: str) -> Form:
     text = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{", text)
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}", text)
+    text = re.sub(r"\\frac\s*(\\pi|\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", text)
     percent = bool(re.search(r"\\?%\s*\.?$", text))
     text = re.sub(r"\\?%", "", text)
@@ -149,7 +150,9 @@ def _without_unit(text: str) -> tuple[str, str]:
         return text, ""
     if found["bare"] and (not known and (len(unit) < 4 or set(names) & _FUNCTIONS)):
         return text, ""
-    return found["value"].strip(), " ".join(known)
+    square = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
+    power = found["power"] or next((square[name] for name in names if name in square), "")
+    return found["value"].strip(), " ".join(known) + f"^{power}" * bool(power)
 
 
 def _is_words(text: str) -> bool:
@@ -190,7 +193,8 @@ def _formula(text: str) -> str:
 
 def settled(reference: Form, given: Form) -> bool | None:
     """Whether two forms are the same where spelling tells; None where it takes a parser of formulas."""
-    if reference.unit and given.unit and reference.unit != given.unit:
+    measures = zip(reference.unit.split("^"), given.unit.split("^"), strict=False)
+    if any(right and mine and right != mine for right, mine in measures):
         return False
     if reference.words or given.words:
         return (reference.words or _words(reference.formula)) == (

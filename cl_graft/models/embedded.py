@@ -131,7 +131,7 @@ def without_weights(name: str, data_dir: Path | None = None) -> PreTrainedModel:
 
 
 def _kind(spec: ModelRecipe, texts: list[str]) -> tuple[PreTrainedTokenizerBase, NewModel]:
-    """Its tokenizer, and what makes it with random weights."""
+    """The tokenizer of an embedded model, and what makes it with random weights."""
     if spec.family == "gpt2":
         return mini_gpt2.tokenizer(), mini_gpt2.new_gpt2
     return corpus.tokenizer(texts) if texts else toy_tokenizer(), new_llama

@@ -44,12 +44,12 @@ from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.digests import digest
 from cl_graft.strategy.context import Context, cost_of
-from cl_graft.strategy.kept import Kept, Tensors, finite_only
+from cl_graft.strategy.kept import Kept, Tensors, finite_only, watched
 from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin, check_plugins, drawn
 from cl_graft.task import Pair, Preference, Scenario, Task
 from cl_graft.training.config import Row, StageConfig, jobs
 from cl_graft.training.delta import Delta
-from cl_graft.training.own_loop import watched
+from cl_graft.training.own_loop import counted
 from cl_graft.training.stages import Log, Stages, holding, in_full_precision
 from cl_graft.training.term import Term
 from cl_graft.version import __version__
@@ -386,12 +386,13 @@ class Strategy(BaseTemplate):
         begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
         torch.manual_seed(self.seed + len(self.packs))
         whose = f"{type(self).__name__} in task {task.name!r}"
-        with watched() as steps:
-            kept = finite_only(lambda: self.learn(task, context, **self.options), self.model, whose)
+        with counted() as steps, watched(self.model, whose):
+            learned = self.learn(task, context, **self.options)
         # no stage: up to its last step, the method trained in a loop of its own
         if not self._training_wall:
             self._training_wall = (steps.last or perf_counter()) - begun
             self.log.add(Log(seconds=self._training_wall, spent=self._training_wall))
+        kept = finite_only(learned, whose)
         self.restore_base()
         if strange := kept.own.keys() & self.untouched:
             name = min(strange)

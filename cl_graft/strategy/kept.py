@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -28,22 +29,31 @@ class Kept:
     shared: Mapping[str, Tensors] = field(default_factory=dict)
 
 
-def finite_only(learn: Callable[[], Tensors | Kept], model: nn.Module, whose: str) -> Kept:
-    """What is learned, all of it finite numbers. whose: the method and the task, for the error.
+@contextmanager
+def watched(model: nn.Module, whose: str) -> Iterator[None]:
+    """Raise Diverged where a codec or a decomposition of a method fails because the model's weights are no numbers.
 
-    Raises Diverged, also where a codec or a decomposition of a method fails at weights of the model that are none: a
-    training loop of the method's own is watched by nobody else.
+    A training loop of the method's own is watched by nobody else. whose: the method and the task, for the error.
     """
     try:
-        kept = learn()
+        yield
     except (ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise Diverged(
                     f"{whose} diverged: its training left NaN or Inf in {name}; lower the learning rate."
                 ) from error
+        if isinstance(error, torch.linalg.LinAlgError):
+            reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+            raise Diverged(
+                f"{whose} cannot decompose what training changed ({reason}); lower the learning rate."
+            ) from error
         raise
-    kept = kept if isinstance(kept, Kept) else Kept(kept)
+
+
+def finite_only(learned: Tensors | Kept, whose: str) -> Kept:
+    """What was learned, all of it finite numbers. Raises Diverged."""
+    kept = learned if isinstance(learned, Kept) else Kept(learned)
     for tensors in (kept.own, *kept.shared.values()):
         for name, encoded in tensors.items():
             if not finite(encoded):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
 import sys
 import threading
 import time
@@ -27,7 +29,9 @@ def main(work: Path) -> None:
     else:  # on other nodes nobody holds the other end of standard input
         words = (work / launch.ALIVE, given["token"], given["silence"])
         watch = threading.Thread(target=_end_in_silence, args=words, daemon=True)
+        threading.Thread(target=_be_heard, args=(work, given["silence"]), daemon=True).start()
     watch.start()
+    os.environ.update(given["environment"])
     try:
         _run(work, given)
     except BaseException as error:
@@ -77,6 +81,15 @@ def _end_with_the_launcher() -> None:
     while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
         pass
     os._exit(1)
+
+
+def _be_heard(work: Path, silence: float) -> None:
+    """Tell whoever started the job that this process lives: a node that is lost says nothing, and its peers wait."""
+    file = work / f"{launch.HEARD}{os.environ.get('RANK', '0')}"
+    for count in itertools.count():
+        with suppress(OSError):
+            file.write_text(f"{socket.gethostname()} {count}")
+        time.sleep(min(5.0, silence / 4))
 
 
 def _end_in_silence(file: Path, token: str, silence: float) -> None:

@@ -40,7 +40,9 @@ DIVERGED = "diverged"  # says why there is nothing to go on from
 FAILED = "failed-"  # with the rank of the process that says why
 DONE = "done"  # the last that a job writes: DeepSpeed's launcher may end well though a process was killed
 ALIVE = "alive"  # renewed while whoever started the job waits for it
-SILENCE = 120.0  # seconds without that, after which the processes of other nodes end
+HEARD = "heard-"  # with the rank of a process on one of several nodes, which renews it while it lives
+SILENCE = 120.0  # seconds without that, after which the processes of other nodes end, or the job counts as lost
+HANDED_ON = ("TORCH_EXTENSIONS_DIR", "TOKENIZERS_PARALLELISM")
 GRACE = 15.0  # seconds that processes have to end by themselves
 
 
@@ -69,9 +71,10 @@ def launched(
 
     check(launch)
     accumulation(config.batch, launch)
-    for left in (*work.glob(f"{FAILED}*"), work / DIVERGED, work / DONE):
+    ends = work / DIVERGED, work / DONE
+    for left in (*work.glob(f"{FAILED}*"), *work.glob(f"{HEARD}*"), *ends):
         left.unlink(missing_ok=True)
-    token = secrets.token_hex(8)
+    token, environment = secrets.token_hex(8), surroundings()
     (work / ALIVE).write_text(token)
     checkpoint.save_start(model, tokenizer, work / "start")
     with quiet():
@@ -86,14 +89,15 @@ def launched(
         "threads": torch.get_num_threads(),
         "token": token,
         "silence": SILENCE,
+        # DeepSpeed's launcher hands few variables on to other nodes, and none of these
+        "environment": {name: environment[name] for name in HANDED_ON},
     }
     write_json(work / "job.json", job)
-    environment = surroundings()
     build_extensions(environment)
     device = next(model.parameters()).device
     model.to("cpu")
     try:
-        _wait(work, command(launch, work), environment, token, config.steps, progress)
+        _wait(work, launch, environment, token, config.steps, progress)
     finally:
         model.to(device)
 
@@ -188,12 +192,41 @@ def build_extensions(env: dict[str, str]) -> None:
         built.touch()
 
 
+class Ear:
+    """What is heard of the processes on several nodes: each renews the text of a file that all nodes see."""
+
+    def __init__(self, work: Path, processes: int):
+        self.files = {rank: work / f"{HEARD}{rank}" for rank in range(processes)}
+        self.said: dict[int, str] = {}
+        self.when: dict[int, float] = {}
+
+    def silent(self) -> str:
+        """Which process has not been heard of for so long that its node must be lost, or nothing.
+
+        The clock of those that never spoke begins with the first that did.
+        """
+        now = time.monotonic()
+        for rank, file in self.files.items():
+            with suppress(OSError):
+                text = file.read_text()
+                if text and text != self.said.get(rank):
+                    self.said[rank], self.when[rank] = text, now
+        if not self.when:
+            return ""
+        for rank in self.files:
+            if now - self.when.setdefault(rank, now) > SILENCE:
+                where = f" on {self.said[rank].split()[0]}" if rank in self.said else ""
+                return f"process {rank}{where} has not been heard of for {SILENCE:g} seconds"
+        return ""
+
+
 def _wait(
-    work: Path, command: list[str], env: dict[str, str], token: str, steps: int, progress: Progress
+    work: Path, launch: Launch, env: dict[str, str], token: str, steps: int, progress: Progress
 ) -> None:
+    ear, lost = Ear(work, launch.processes if launch.hostfile else 0), ""
     with open(work / "job.out", "wb") as out:
         job = subprocess.Popen(
-            command,
+            command(launch, work),
             stdin=subprocess.PIPE,  # whose end tells the processes that this one is gone
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -207,6 +240,8 @@ def _wait(
             time.sleep(0.2)
             if count % 25 == 0:
                 (work / ALIVE).write_text(f"{token} {count}")
+                if lost := ear.silent():
+                    break
             with suppress(RecordError, IndexError):
                 progress([*read_jsonl(work / LOG)][-1]["step"] / steps)
     finally:
@@ -215,7 +250,7 @@ def _wait(
         raise Diverged((work / DIVERGED).read_text())
     if job.returncode or not (work / DONE).exists():
         raise StageFailed(
-            f"the training job failed ({_reason(work, job.returncode)}); what the processes said is in "
+            f"the training job failed ({lost or _reason(work, job.returncode)}); what the processes said is in "
             f"{work / 'job.out'}, and the same command goes on from the last checkpoint."
         )
 

@@ -1,4 +1,4 @@
-"""When a training loop that is a method's own came to its end: stages keep their seconds themselves."""
+"""The end of a training loop that is a method's own: stages keep their seconds themselves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Steps:
 
 
 @contextmanager
-def watched() -> Iterator[Steps]:
+def counted() -> Iterator[Steps]:
     """Watch every optimizer of the process as long as the context lasts."""
     steps = Steps()
     handle = register_optimizer_step_post_hook(steps.note)

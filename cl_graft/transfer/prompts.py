@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_graft import plugins
+from cl_graft.data import hub
 from cl_graft.data.readers import DataError, json_entries
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.evaluation.scorers import Scorer, judge_of, resolved
@@ -154,6 +155,11 @@ def _rows(where: str) -> list[PlacedFields]:
     path = Path(where)
     if path.suffix in SUFFIXES or path.is_file():
         return _file(path)
+    if path.is_dir():
+        table = hub.read(where, None, "train")
+        if isinstance(table, hub.Lines):
+            return list(zip(table.places, map(dict, table.rows), strict=True))
+        return [(f"{where}, row {i}", row) for i, row in enumerate(table, 1)]
     if where.count("/") == 1 and not where.startswith((".", "/")):
         return _hub(where)
     raise UnknownName("prompts", where, [*_scenarios(), "a .jsonl file", "owner/dataset"])

@@ -15,7 +15,7 @@ from cl_graft.models.load import check, load
 from cl_graft.models.weights import INDEX, WEIGHTS
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from tests.command import Call
-from tests.model_folders import grafts_to, llama, rewrite, saved, tensors, tuned
+from tests.model_folders import grafts_to, llama, pack_of, rewrite, saved, tensors, tuned
 from tests.refusals import one_sentence
 
 MODEL = tuned(llama())
@@ -103,6 +103,46 @@ def test_weights_that_no_reader_takes_are_no_second_save(single: Path) -> None:
     (single / "optimizer.pt").write_bytes(b"0")
     assert Checkpoint(single).tensors.keys() == WANTED.keys()
     check(str(single))
+
+
+def test_every_command_that_reads_a_model_says_so(
+    base: Path, sharded: Path, call: Call, tmp_path: Path
+) -> None:
+    """Before anything is computed, in the same sentence."""
+    shutil.copy(base / WEIGHTS, sharded)
+    said = told(sharded, "two saves")
+    (tmp_path / "sweep.yaml").write_text(
+        f"scenarios: mini\nstrategies: lora\nmodels: {sharded}\nallow_code_execution: true\n"
+    )
+    pack = tmp_path / "pack.safetensors"
+    pack_of(base, saved(MODEL, tmp_path / "good"), pack)
+    cell = [
+        "--scenario",
+        "mini",
+        "--strategy",
+        "lora",
+        "--model",
+        sharded,
+        "--allow-code-execution",
+    ]
+    build = ["--prompts", tmp_path / "p.jsonl", "--task", "exact", "--out", tmp_path / "data"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    on, out = ["--base", sharded, "--pack", pack], ["--out", tmp_path / "out"]
+    for words in (
+        ["run", *cell, "--wandb", "off", *out],
+        ["plan", tmp_path / "sweep.yaml"],
+        ["validate", tmp_path / "sweep.yaml"],
+        ["transfer", "build", "--source", sharded, *build],
+        ["pack", "create", "--base", sharded, "--tuned", base, *out],
+        ["pack", "apply", *on, *out],
+        ["pack", "remove", "--grafted", sharded, "--pack", pack, "--base", base],
+        ["pack", "export", *on, *out, "--to", "peft"],
+        ["pack", "inspect", pack, "--base", base, "--tuned", sharded],
+        ["pack", "verify", pack, "--base", sharded],
+        ["pack", "verify", pack, "--model", sharded],
+    ):
+        assert call(*words).reason == f"error: {said}", words
+    assert not (tmp_path / "out").exists()
 
 
 # --- an index and its shards -------------------------------------------------------------------

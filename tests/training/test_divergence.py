@@ -73,13 +73,20 @@ class Loop(Strategy):
             for parameter in self.model.parameters():
                 parameter.data.fill_(float("nan"))
             return context.dense({n: p.detach() for n, p in self.model.named_parameters()})
+        if how == "decomposition":
+            torch.linalg.eigh(torch.full((8, 8), float("nan")))
         kept = context.dense({n: 0 * p.detach() for n, p in self.model.named_parameters()})
         next(iter(kept.values())).parts["values"][:] = float("inf")
         return kept
 
 
 @pytest.mark.parametrize(
-    ("how", "told"), [("weights", "left NaN or Inf in"), ("kept", "keeps NaN or Inf in")]
+    ("how", "told"),
+    [
+        ("weights", "left NaN or Inf in"),
+        ("kept", "keeps NaN or Inf in"),
+        ("decomposition", "cannot decompose what training changed"),
+    ],
 )
 def test_a_loop_of_a_methods_own_is_watched_too(nano, tiny_scenario, how, told):
     from cl_graft.budget import Budget

@@ -43,6 +43,13 @@ def test_three_kinds_of_file_hold_the_same(tmp_path: Path, write: Write) -> None
         assert (found.rule, found.max_new_tokens, found.chat) == (Scoring("number"), 512, False)
 
 
+def test_a_folder_of_json_lines_is_read_as_it_is_written(tmp_path: Path) -> None:
+    """`datasets` (5.2) would make a datetime of the answer."""
+    row = {"prompt": "When?", "completion": "2024-01-05"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    assert read(tmp_path, task="exact").examples == (Example("When?", "2024-01-05"),)
+
+
 def test_tests_and_setup(tmp_path: Path, write: Write) -> None:
     row = {"prompt": "p", "tests": TESTS, "setup": "import math"}
     assert read(write([row]), task="tests").examples == (

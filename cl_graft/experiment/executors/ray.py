@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ from cl_graft.store.digests import forget_peak_memory
 
 if TYPE_CHECKING:
     from cl_graft.sweep_config import Ray, Sweep
+
+LOST = Outcome("lost", "its node was lost.")
 
 
 def executor(asked: Sweep, cells: Sequence[RunConfig]) -> Executor:
@@ -45,7 +47,7 @@ def run_cells(
     task = ray.remote(**wants, max_retries=0)(_work)  # the queue tries again, and knows how often
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     events: Any = Events(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    left, running = Queue(cells), dict[Any, RunConfig]()
+    left, running, places = Queue(cells), dict[Any, RunConfig](), dict[str, str]()
     try:
         while True:
             slots = workers or max(1, _room(ray, asks))  # without a node Ray waits for one
@@ -58,15 +60,23 @@ def run_cells(
                 return
             ray.wait(list(running), timeout=0.5)
             if count := events.qsize():  # asking an empty one costs an exception from afar
-                for event in events.get_nowait_batch(count):
+                for place, *event in events.get_nowait_batch(count):
+                    places[event[0]] = place
                     report(*event)
-            for reference in ray.wait(list(running), num_returns=len(running), timeout=0)[0]:
+            ended = {*ray.wait(list(running), num_returns=len(running), timeout=0)[0]}
+            for reference in ended | _lost(ray, running, places):
                 config = running.pop(reference)
-                outcome = _outcome(ray, reference)
+                places.pop(config.cell, None)
+                outcome = _outcome(ray, reference) if reference in ended else LOST
                 if final := left.after(config, outcome):
                     yield config, final
                 else:
                     report(config.cell, WAITS[outcome.state], 0.0)
+    except ray.exceptions.RayError as error:
+        raise CLGraftError(
+            f"the Ray cluster was lost ({_told(error)}); what is finished is kept, and the same command goes on where "
+            "a cluster is up."
+        ) from error
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
@@ -85,12 +95,19 @@ def _connected(asks: Ray, workers: int) -> Any:
             here = {"address": "local", "num_cpus": math.ceil(workers * asks.cpus) or None}
         try:
             _reach(address)  # Ray itself would try for minutes
+        except OSError as error:
+            raise CLGraftError(
+                f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`."
+            ) from error
+        try:
             ray.init(
                 **here, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
             )
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise CLGraftError(
-                f"no Ray cluster answers at {address or 'this machine'} ({error}); start one with `ray start --head`."
+                f"the Ray cluster at {address or 'this machine'} does not take this process ({_told(error)}); run the "
+                "same versions of Ray and Python as its head and, where that asks for a token, set RAY_AUTH_MODE=token "
+                "and RAY_AUTH_TOKEN to what `ray get-auth-token` prints there."
             ) from error
     if not _room(ray, asks):
         has = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU", "memory")}
@@ -122,8 +139,26 @@ def _outcome(ray: Any, reference: Any) -> Outcome:
     try:
         return Outcome(*ray.get(reference))
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
-        return Outcome("lost", f"its node or process was lost ({type(error).__name__}: {reason}).")
+        return Outcome("lost", f"its node or process was lost ({_told(error)}).")
+
+
+def _told(error: Exception) -> str:
+    """An error of Ray's in a few words: what follows its first line is for Ray's developers."""
+    reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+    return f"{type(error).__name__}: {reason}"
+
+
+def _lost(ray: Any, running: Mapping[Any, RunConfig], places: Mapping[str, str]) -> set[Any]:
+    """Cells at nodes that the cluster takes for dead.
+
+    Of a host whose power went Ray (2.60) knows within a minute, but it waits for the answers of its tasks for several
+    more.
+    """
+    dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+    found = {r for r, config in running.items() if places.get(config.cell) in dead}
+    for reference in found:
+        ray.cancel(reference, force=True)
+    return found
 
 
 def _work(work: Work, config: str, patient: bool, events: Any, folder: str) -> tuple[Any, ...]:
@@ -133,13 +168,16 @@ def _work(work: Work, config: str, patient: bool, events: Any, folder: str) -> t
     """
     if os.path.isdir(folder):
         os.chdir(folder)
-    made = RunConfig.model_validate_json(config)
+    import ray
+
+    made, place = RunConfig.model_validate_json(config), ray.get_runtime_context().get_node_id()
     forget_peak_memory()  # Ray gives one process to several cells
     os.environ["OMP_NUM_THREADS"] = str(made.threads)
 
     def report(what: str, done: float) -> None:
         # not waited for, and so no failure of the cell where nobody listens any more
-        events.actor.put_nowait.remote((made.cell, what, done))
+        events.actor.put_nowait.remote((place, made.cell, what, done))
 
+    report("beginning", 0.0)
     outcome = work(made, seldom(report, 1.0), patient)
     return outcome.state, outcome.reason, outcome.trace
