@@ -28,7 +28,7 @@ from cl_graft.processes import signal_name
 from cl_graft.store.files import RecordError, read_jsonl, write_json
 from cl_graft.store.locks import locked
 from cl_graft.training import checkpoint
-from cl_graft.training.config import Row, StageConfig, accumulation
+from cl_graft.training.config import Row, StageConfig, accumulation, at_step
 from cl_graft.training.fit import LOG, Progress, quiet
 from cl_graft.training.term import Term, save
 from cl_graft.training.tokens import tokens
@@ -245,7 +245,8 @@ def _wait(
                 if lost := ear.silent():
                     break
             with suppress(RecordError, IndexError):
-                progress([*read_jsonl(work / LOG)][-1]["step"] / steps)
+                last = [*read_jsonl(work / LOG)][-1]
+                progress(last["step"] / steps, at_step(last["step"], steps, last["loss"]))
     finally:
         _end(job)
     if (work / DIVERGED).exists():
