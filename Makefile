@@ -1,5 +1,5 @@
 PYTHON ?= python3
-VENV ?= $(or $(VIRTUAL_ENV),.venv)
+VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= results/demo
 SEEDS ?= 0
@@ -38,7 +38,7 @@ $(VENV)/.complete: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 else
-# An environment that is there already, as `make env VENV=$$CONDA_PREFIX`: its torch and torchvision stay as they are.
+# An environment that is there already, as `make env VENV=$$VIRTUAL_ENV`: its torch and torchvision stay as they are.
 $(VENV)/.complete: pyproject.toml
 	mkdir -p build
 	$(BIN)/python -m pip list --format=freeze --disable-pip-version-check | grep -iE '^torch(vision)?==' > build/kept.txt || true

@@ -46,6 +46,8 @@ def _text(node: ast.expr) -> str:
 
 # {cure: the test that runs it, below tests/}
 TESTED: dict[str, str] = {
+    "cl_graft/experiment/executors/ray.py: start one with `ray start --head`.": "hosts/test_ray.py::test_a_host_is_lost_and_another_comes_in_the_middle_of_a_sweep",
+    "cl_graft/experiment/executors/ray.py: run the same versions of Ray and Python as its head and, where that asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what `ray get-auth-token` prints there.": "hosts/test_ray.py::test_a_host_is_lost_and_another_comes_in_the_middle_of_a_sweep",
     "cl_graft/data/readers.py: put the data set's file there.": "test_cures.py::test_a_data_set_in_its_folder",
     "cl_graft/store/record.py: choose another --out, or delete the folder to compute it anew.": "test_cures.py::test_another_out_or_a_deleted_folder",
     "cl_graft/cli/pack.py: leave it out, or export --to peft.": "test_cures.py::test_a_rank_is_for_adapters",
@@ -120,7 +122,6 @@ OPEN: dict[str, str] = {
     "cl_graft/cli/bench.py: run the same command in a checkout of the source, after `pip install --editable .` there.": "installs a package; the tests of `bench` run in such a checkout.",
     "cl_graft/evaluation/answers.py: install it with `pip install math-verify`.": "installs a package; where it is installed, tests/evaluation/test_answers.py uses it.",
     "cl_graft/experiment/executors/ray.py: `pip install cl-graft[ray]`.": "installs a package; where it is installed, tests/executors/test_ray.py uses it.",
-    "cl_graft/experiment/executors/ray.py: start one with `ray start --head`.": "starts a cluster that outlives its command; tests/executors/test_ray.py starts its own.",
     "cl_graft/plugins/find.py: install its package as files.": "installs a package; tests/test_sources.py reads such as are installed as files.",
     "cl_graft/training/launch.py: install a C++ compiler and ninja.": "installs system packages; where they are, tests/training/test_launch.py compiles with them.",
     "cl_graft/training/launch.py: install it with `pip install cl-graft[deepspeed]`.": "installs a package; where it is installed, tests/training/test_launch.py uses it.",
