@@ -82,9 +82,9 @@ def routing(cells: Sequence[Cell]) -> Figure:
 def curves(cells: Sequence[Cell]) -> Figure:
     """The score of each task along the stream: a panel per task, a line per label.
 
-    A band reaches one standard error to either side, where the lines are few; the dotted vertical marks the experience that
-    learns the panel's task. Lines are set a little apart in x, or equal ones would hide each other; those that are
-    equal throughout are named.
+    A band reaches one standard error to either side, where there are no more than BANDS lines; the dotted vertical
+    marks the experience that learns the panel's task. Lines are set a little apart in x, or equal ones would hide each
+    other; those that are equal throughout are named.
     """
     from matplotlib.figure import Figure
 

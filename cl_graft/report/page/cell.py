@@ -17,7 +17,14 @@ from cl_graft.report.examples import OUTCOMES, RIGHT, Answer, ExampleRow, breakd
 from cl_graft.report.page.template import render
 from cl_graft.report.protocols import Cell, protocol
 from cl_graft.report.provenance import commands
-from cl_graft.report.routing import ACCURACY_NOTE, BASE, CONFUSION_NOTE, confusions, inferred, routed
+from cl_graft.report.routing import (
+    ACCURACY_NOTE,
+    BASE,
+    CONFUSION_NOTE,
+    confusions,
+    inferred,
+    routed,
+)
 from cl_graft.report.table import UNMEASURED, write_atomic
 from cl_graft.store import prompts
 from cl_graft.store.prompts import Asked
@@ -179,9 +186,7 @@ def _mark(answer: Answer) -> str:
     """Whether it is right, for those who do not see colours and for those who hear a page; a share as a number."""
     sign, told = ("✓", "right") if answer.score >= RIGHT else ("✗", "wrong")
     share = "" if answer.score in (0, 1) else f" {answer.score:.2f}"
-    return (
-        f'<b class="m"><i aria-hidden="true">{sign}</i><span class="sr">{told}</span>{share}</b> '
-    )
+    return f'<b class="m"><i aria-hidden="true">{sign}</i><span class="sr">{told}</span>{share}</b>'
 
 
 def _text(text: str) -> str:

@@ -42,7 +42,7 @@ def percent(value: float | None, spec: str = ".1f") -> str:
 
 def breakable(name: str) -> Markup:
     """The name, escaped, with places to break it where it has no room: at its separators, and in long words."""
-    pieces = re.findall(r".{1,17}?(?:[_(,=/\s]+|$)|.{1,18}", name, re.DOTALL)
+    pieces = re.findall(r".{0,17}?[_(,=/\s]|.{1,18}", name, re.DOTALL)
     return Markup("<wbr>").join(pieces)
 
 
