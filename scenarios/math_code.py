@@ -56,10 +56,10 @@ def math_code(
     max_new_tokens: Count = 1024,
 ) -> Scenario:
     """recipe: llama-3.1-8b, qwen2.5-7b, gemma-2-9b or llama-3.2. The data of a task: `fusechat`; for SFT also
-    `openmathinstruct-2`, `leetcode`, `self-oss-instruct-sc2`, joined by `+`; for DPO also `none`; or a folder, as
-    `cl-graft transfer build` makes or of your own: `prompt` and `completion`, or `prompt`, `chosen` and `rejected`, each text
-    or messages. train_size: of SFT rows and of pairs; test_size: of each benchmark. --data-dir: the
-    test sets, instead of the hub's.
+    `openmathinstruct-2`, `leetcode`, `self-oss-instruct-sc2`, joined by `+`; for DPO also `none`; or a folder made by
+    `cl-graft transfer build`, or of your own (`prompt` and `completion`, or `prompt`, `chosen` and `rejected`: text or
+    messages). train_size: of SFT rows and of pairs; test_size: of each benchmark. --data-dir: the test sets, instead
+    of the hub's.
     """
     if recipe not in RECIPES:
         raise UnknownName("recipe of math_code", recipe, RECIPES)
@@ -193,7 +193,7 @@ def gather(
     rows: list[Any] = []
     for name in [names] if Path(names).is_dir() else names.split("+"):
         if name not in known and not Path(name).is_dir():
-            raise UnknownName(f"{config} data", name, [*known, "a folder"])
+            raise UnknownName(f"{config} data", name, known, "a folder")
         source = known.get(name, LOCAL[config])
         most = min((n for n in (source.rows, size) if n is not None), default=None)
         rows += hub.rows(

@@ -49,7 +49,7 @@ def last_box(text: str) -> str | None:
 
 
 def marked(text: str) -> str | None:
-    """The rest of the line after GSM8K's mark `####`: the first that a number alone follows, or else the last.
+    """Text of the line after GSM8K's mark `####`: the first that a number alone follows, or else the last.
 
     A heading of Markdown is no mark. Source: Cobbe et al. 2021, arXiv 2110.14168.
     """

@@ -163,11 +163,16 @@ def _column(cell: Cell) -> Column:
 
 def _scenario(cell: Cell) -> str:
     """The scenario without the option that says the order of its tasks, but with the tasks."""
+    name, rest = _unordered(cell)
+    return digest(name, rest, sorted(cell["tasks"]))
+
+
+def _unordered(cell: Cell) -> tuple[str, dict[str, Any]]:
+    """The scenario's name, and its options but for the order of its tasks."""
     config = cell.get("config", {})
     name = config.get("scenario", cell["scenario"])
     options = config.get("options", {}).get(RunConfig.short(name), {})
-    rest = {k: v for k, v in options.items() if not _is_order(v, cell["tasks"])}
-    return digest(name, rest, sorted(cell["tasks"]))
+    return name, {k: v for k, v in options.items() if not _is_order(v, cell["tasks"])}
 
 
 def _is_order(value: Any, tasks: Sequence[str]) -> bool:
@@ -183,8 +188,11 @@ def _names(cells: Sequence[Cell]) -> dict[Column, str]:
     named = {}
     for column, members in columns.items():
         orders = len({tuple(cell["tasks"]) for cell in members})
-        scenario = min((cell["scenario"] for cell in members), key=len)
-        name = f"{scenario}, {orders} orders" if orders > 1 else scenario
+        name = members[0]["scenario"]
+        if orders > 1:
+            short, rest = _unordered(members[0])
+            told = ", ".join(f"{k}={v}" for k, v in sorted(rest.items()))
+            name = f"{RunConfig.short(short)}{f'({told})' if told else ''}, {orders} orders"
         further = (part for part, differ in zip(column[1:], several[1:], strict=True) if differ)
         named[column] = " · ".join([name, *further])
     return named

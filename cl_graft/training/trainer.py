@@ -172,7 +172,7 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
             return super()._clip_grad_norm(model)
 
         def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-            """Called once a step, when loss and gradients are whole. DeepSpeed says -1 of a norm that is none."""
+            """Look, once a step, whether loss and gradients are finite; DeepSpeed says -1 of a norm that is none."""
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)
             loss, self.loss = float(self.loss), 0.0
             if not (math.isfinite(loss) and 0 <= float(norm) < math.inf):

@@ -105,6 +105,8 @@ def test_orders_of_the_same_tasks_are_one_column_by_their_mean() -> None:
     assert made.columns[5:-1] == ("mini, 2 orders",)
     assert rows_of(made)["lora"]["mini, 2 orders"].startswith("60.0 [")
     assert rows_of(made)["lora"]["Interval over"] == "seeds, examples"
+    two = [ordered("lora", 0.4, tasks, steps=9) for tasks in ("math,code", "code,math")]
+    assert shown(two).columns[5:-1] == ("mini(steps=9), 2 orders",)
     other = shown([ordered("lora", 0.4, "math,code"), ordered("lora", 0.4, "math,code", steps=9)])
     assert len(other.columns[5:-1]) == 2  # another option is another scenario
 
@@ -154,9 +156,13 @@ def names(cells: list[dict[str, Any]]) -> list[str]:
 
 def test_a_page_is_called_by_what_tells_its_cell_from_the_others() -> None:
     assert names([cell("lora"), cell("ties")]) == ["lora", "ties"]
+    many = [cell(f"lora(rank={r}, alpha=2)", scenario="mini(steps=9)") for r in (8, 16)]
+    assert names(many) == ["lora-rank-8", "lora-rank-16"]  # what all have tells nothing
+    orders = [cell(tasks=t.split(","), scenario=f"mini(tasks={t})") for t in ("a,b", "b,a")]
+    assert names(orders) == ["mini-tasks-a-b_graftllm", "mini-tasks-b-a_graftllm"]
     assert names([cell(seed=0), cell(seed=1)]) == ["graftllm_seed0", "graftllm_seed1"]
     two = [cell("lora(rank=8)", budget="5%"), cell("lora(rank=8)")]
-    assert names(two) == ["lora-rank-8_5pct", "lora-rank-8_10pct"]
+    assert names(two) == ["lora_5pct", "lora_10pct"]
     assert names([cell(model="/m/llama"), cell(scenario="trace")]) == [
         "math-code_graftllm_llama",
         "trace_graftllm_mini",

@@ -15,11 +15,16 @@ LONGEST = 150  # characters of a file's name, of which a disk holds some more
 def pages(reported: Sequence[ReportedCell]) -> dict[Path, str]:
     """{folder of a cell: its page, relative to the report}.
 
-    A name has the strategy, and of scenario, model, budget, seed and order of tasks what is not the same for all cells.
+    A name has the strategy, and of its options, scenario, model, budget and seed what is not the same for all cells;
+    and the order of tasks, where nothing else tells two cells apart.
     """
     parts = [_parts(f.cell) for f in reported]
+    for k in (0, 1):  # options that all have tell nothing
+        shorter = _without_common([own[k] for own in parts])
+        parts = [(*own[:k], name, *own[k + 1 :]) for own, name in zip(parts, shorter, strict=True)]
     differ = [len(set(column)) > 1 for column in zip(*parts, strict=True)]
-    differ[1:2] = [True][: len(differ)]
+    if differ:
+        differ[1], differ[-1] = True, len({own[:-1] for own in parts}) < len(parts)
     taken: set[str] = set()
     named = {}
     for f, own in zip(reported, parts, strict=True):
@@ -30,6 +35,15 @@ def pages(reported: Sequence[ReportedCell]) -> dict[Path, str]:
         taken.add(name.lower())
         named[f.path] = f"cells/{name}.html"
     return named
+
+
+def _without_common(labels: Sequence[str]) -> list[str]:
+    """The labels without the options that all of them have."""
+    split = [label.removesuffix(")").partition("(") for label in labels]
+    options = [told.split(", ") if told else [] for _, _, told in split]
+    common = set.intersection(*map(set, options)) if options else set()
+    left = [[option for option in own if option not in common] for own in options]
+    return ["-".join([name, *own]) for (name, _, _), own in zip(split, left, strict=True)]
 
 
 def _parts(cell: Cell) -> tuple[str, ...]:
