@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shutil
 from collections.abc import Iterator
 from html import unescape
-from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,10 +24,8 @@ from cl_graft.report.provenance import write_provenance
 from cl_graft.report.significance import reader
 from cl_graft.report.statistics import Interval
 from cl_graft.report.tables import write_tables
-from tests.report.test_figures import apart, lab, luminance
 
 EVIL = "<script>alert('x')</script> & \"co\""
-MACROS = resources.files("cl_graft.report.page").joinpath("templates/macros.html")
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
@@ -322,55 +317,6 @@ def test_intervals_that_are_all_but_alike_are_not_magnified() -> None:
         for x in (0.0, 0.0004)
     ]
     assert [plot[1] for plot in page.index.rows._plots(ranked)] == [5.0, 6.0]
-
-
-# --- contrast ---------------------------------------------------------------------------------
-
-
-def colours(scheme: str) -> dict[str, Any]:
-    """The page's colours as red, green and blue of 0 to 1, and what else its style sheet names."""
-    css = resources.files("cl_graft.report.page").joinpath("templates/style.css").read_text("utf-8")
-    light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
-    found: dict[str, Any] = {}
-    for name, value in re.findall(r"--(\w+): ([^;]+);", light + (dark if scheme == "dark" else "")):
-        if value.startswith("#"):
-            found[name] = np.array([int(value[k : k + 2], 16) / 255 for k in (1, 3, 5)])
-        elif re.fullmatch(r"\d+, \d+, \d+", value):
-            found[name] = np.array([int(part) / 255 for part in value.split(",")])
-        elif name == "most":
-            found[name] = float(value)
-    return found
-
-
-def contrast(one: Any, other: Any) -> float:
-    """WCAG 2.1."""
-    a, b = sorted((luminance(one), luminance(other)))
-    return (b + 0.05) / (a + 0.05)
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_numbers_on_a_tint_can_be_read(scheme: str) -> None:
-    """4.5 is what small text needs, whatever the score; tints of what was lost or gained end at a half."""
-    css = colours(scheme)
-    for score in np.linspace(0, 1, 21):
-        paper = css["card"] + score * css["most"] * (css["heat"] - css["card"])
-        assert contrast(css["ink"], paper) >= 4.5, score
-    scale = [css["card"] + score * (css["heat"] - css["card"]) for score in np.linspace(0, 1, 21)]
-    steps = np.diff([luminance(colour) for colour in scale])
-    assert (steps > 0).all() if scheme == "dark" else (steps < 0).all(), "zero is as the page is"
-    for tint in ("better", "worse"):
-        (most,) = re.findall(r"\[d\.tint\|abs, ([\d.]+)\]\|min", MACROS.read_text("utf-8"))
-        paper = css["card"] + float(most) * (css[tint] - css["card"])
-        assert contrast(css["ink"], paper) >= 4.5, tint
-    for ink in ("muted", "best", "wrong", "accent"):
-        assert contrast(css[ink], css["card"]) >= 4.5, ink
-
-
-def test_colours_of_outcomes_stay_apart() -> None:
-    css = resources.files("cl_graft.report.page").joinpath("templates/style.css").read_text("utf-8")
-    found = re.findall(r"\.o-\w+ \{ --o: (#\w+);", css)
-    assert len(found) == 5
-    assert min(apart(lab(a), lab(b)) for a, b in itertools.combinations(found, 2)) >= 16
 
 
 def test_an_example_is_followed_from_before_to_the_end(tmp_path: Path) -> None:
