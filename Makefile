@@ -7,7 +7,7 @@ WORKERS ?= 0
 
 STRATEGIES = sequential,lora,model_grafting,model_tailor,svd_quant,graftllm,graftllm_adaptive,individual
 
-.PHONY: demo test test-fast check docs env
+.PHONY: demo test test-fast check docs env oldest
 
 # The strategies on the embedded scenario. The model writes programs there, and they are run in the sandbox.
 demo: env
@@ -30,9 +30,29 @@ docs: env
 
 env: $(VENV)/.complete
 
+ifeq ($(abspath $(VENV)),$(abspath .venv))
 $(VENV)/.complete: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
+else
+# An environment that is there already, as `make env VENV=$$VIRTUAL_ENV`: its torch and torchvision stay as they are.
+$(VENV)/.complete: pyproject.toml
+	mkdir -p build
+	$(BIN)/python -m pip list --format=freeze --disable-pip-version-check | grep -iE '^torch(vision)?==' > build/kept.txt || true
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c build/kept.txt --editable '.[dev]'
+	touch $@
+endif
+
+# The oldest versions that pyproject.toml allows, in an environment of their own, and the fast tests there.
+OLDEST = build/oldest
+oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet $(shell grep '^torch==' requirements-oldest.txt)
+	$(OLDEST)/bin/python -m pip install --quiet -r requirements-oldest.txt pytest pytest-xdist pytest-timeout hypothesis \
+	  scikit-learn torchmetrics gdown qpsolvers dill gputil pandas
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps avalanche-lib==0.6.0 pytorchcv==0.0.74 torchvision==0.16.2
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable .
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"

@@ -27,6 +27,7 @@ from cl_graft.errors import UnknownName
 PLAIN = re.compile(r"[A-Za-z0-9.-]+(_[A-Za-z0-9.-]+)*")  # what a folder's name shows as it is
 # Told by every cell. A field that came later is told where it is set, so that the cells before it keep their names.
 FIRST = ("scenario", "strategy", "model", "seed", "budget", "options", "threads", "train_on")
+HINT = 40  # characters of a folder's name that say of which options it is
 SHOWN = ("scenario", "strategy", "model", "seed", "budget")  # each has a part of a cell's name
 
 
@@ -282,7 +283,8 @@ class RunConfig(Whereabouts, Settings, Axes):
     def cell(self) -> str:
         """Folder name, the same for the same experiment and different for different ones.
 
-        What cannot be told from names made of letters, digits, `-`, `.` and single `_` is told by a digest.
+        What cannot be told from names made of letters, digits, `-`, `.` and single `_` is told by a digest, before
+        which stand the strategy's options, for a reader.
         """
         scenario, strategy = self.short(self.scenario), self.short(self.strategy)
         model = re.sub(r"[^A-Za-z0-9.]+", "-", self.model).strip("-")
@@ -300,8 +302,16 @@ class RunConfig(Whereabouts, Settings, Axes):
             told.append({"later": later})
         if told != [{}, 1]:
             text = json.dumps(told, sort_keys=True)
-            parts.insert(2, hashlib.blake2b(text.encode(), digest_size=4).hexdigest())
+            digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+            parts.insert(2, "-".join([*self._hints(relevant.get(strategy, {})), digest]))
         return "__".join(parts)
+
+    def _hints(self, options: dict[str, Any]) -> list[str]:
+        """What a person reads of the digest in a folder's name: the strategy's options, as many as are short."""
+        told = [f"{k}-{v}" for k, v in sorted(options.items())]
+        told += [self.task_ids] if self.task_ids != "given" else []
+        plain = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(told))[:HINT].strip("-.")
+        return [plain] if plain else []
 
 
 def several(name: str) -> str:

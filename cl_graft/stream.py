@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-with warnings.catch_warnings():
+from cl_graft.errors import matched_torchvision
+
+with matched_torchvision(), warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from avalanche.benchmarks import CLScenario, benchmark_from_datasets
     from avalanche.benchmarks.utils import AvalancheDataset, ConstantSequence, DataAttribute

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationE
 from pydantic.fields import FieldInfo
 
 from cl_graft import plugins
+from cl_graft.budget import Budget
 from cl_graft.config import (
     Axes,
     Executor,
@@ -102,8 +103,10 @@ class Sweep(Whereabouts, Settings, Lists):
     def cells(self) -> list[RunConfig]:
         """The cells, each once, in the order given, seeds outermost so that early results compare all strategies.
 
-        Raises CLGraftError for a name or an option that there is none of.
+        Raises CLGraftError for a budget that is none, and for a name or an option that there is none of.
         """
+        for text in self.budgets:  # costs less to check than options
+            Budget(text, 10**9)
         shared = {k: getattr(self, k) for k in RunConfig.model_fields if k in Sweep.model_fields}
         shared = {k: v for k, v in shared.items() if k not in Axes.model_fields}
         order = sorted(Axes.model_fields, key=lambda name: (name != "seed", name == "strategy"))

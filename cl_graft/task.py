@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -133,6 +133,21 @@ class Task:
     validation: Sequence[Example] = ()
 
     def __post_init__(self) -> None:
+        _require_made(f"task {self.name!r}: its training", self.training, Training)
+        for part, kind in (
+            ("train", Example),
+            ("test", Example),
+            ("validation", Example),
+            ("pairs", Pair),
+        ):
+            rows = getattr(self, part)
+            if not hasattr(rows, "__len__"):
+                raise CLGraftError(
+                    f"task {self.name!r}: {part} is of type {type(rows).__name__}; give a list."
+                )
+            for number, row in enumerate(rows):
+                if not isinstance(row, kind):
+                    _require_made(f"task {self.name!r}: {part}[{number}]", row, kind)
         require_fields(self, f"task {self.name!r}: task")
         named = set(self.suites)
         if "" in named and len(named) > 1:
@@ -204,6 +219,11 @@ class Scenario:
     chat: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        for number, task in enumerate(self.tasks):
+            _require_made(f"scenario {self.name!r}: tasks[{number}]", task, Task)
+        if self.general is not None:
+            _require_made(f"scenario {self.name!r}: general", self.general, Task)
         names = [task.name for task in self.tasks]
         if not names or len(set(names)) < len(names):
             raise CLGraftError(
@@ -219,3 +239,12 @@ class Scenario:
         """A copy of the scenario with fields of every task's `Training` changed."""
         tasks = [replace(task, training=replace(task.training, **changes)) for task in self.tasks]
         return replace(self, tasks=tuple(tasks))
+
+
+def _require_made(what: str, given: Any, kind: type) -> None:
+    """Raises CLGraftError for what is not of the class that it has to be of."""
+    if not isinstance(given, kind):
+        first = ", ".join(f.name for f in fields(kind) if f.default is MISSING)
+        raise CLGraftError(
+            f"{what} is of type {type(given).__name__}; make it a cl_graft.task.{kind.__name__}({first})."
+        )

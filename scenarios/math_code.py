@@ -193,7 +193,7 @@ def gather(
     rows: list[Any] = []
     for name in [names] if Path(names).is_dir() else names.split("+"):
         if name not in known and not Path(name).is_dir():
-            raise UnknownName(f"{config} data", name, [*known, "a folder"])
+            raise UnknownName(f"{config} data", name, known, "a folder")
         source = known.get(name, LOCAL[config])
         most = min((n for n in (source.rows, size) if n is not None), default=None)
         rows += hub.rows(

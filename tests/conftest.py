@@ -24,7 +24,7 @@ _frozen = 0  # modules when garbage was last looked for among them
 settings.register_profile("any machine", deadline=None)  # a busy one may take a second for anything
 settings.load_profile("any machine")
 
-pytest.register_assert_rewrite("tests.faults", "tests.kills", "tests.refusals")
+pytest.register_assert_rewrite("tests.faults", "tests.full_disk", "tests.kills", "tests.refusals")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -46,6 +46,8 @@ def _text(node: ast.expr) -> str:
 
 # {cure: the test that runs it, below tests/}
 TESTED: dict[str, str] = {
+    "cl_graft/experiment/executors/ray.py: start one with `ray start --head`.": "hosts/test_ray.py::test_a_host_is_lost_and_another_comes_in_the_middle_of_a_sweep",
+    "cl_graft/experiment/executors/ray.py: run the same versions of Ray and Python as its head and, where that asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what `ray get-auth-token` prints there.": "hosts/test_ray.py::test_a_host_is_lost_and_another_comes_in_the_middle_of_a_sweep",
     "cl_graft/data/readers.py: put the data set's file there.": "test_cures.py::test_a_data_set_in_its_folder",
     "cl_graft/store/record.py: choose another --out, or delete the folder to compute it anew.": "test_cures.py::test_another_out_or_a_deleted_folder",
     "cl_graft/cli/pack.py: leave it out, or export --to peft.": "test_cures.py::test_a_rank_is_for_adapters",
@@ -77,6 +79,9 @@ TESTED: dict[str, str] = {
     "cl_graft/skillpack/live/attachment_points.py: pass an `example`: the keyword arguments of one forward of several samples.": "skillpack/test_attach.py::test_a_model_that_needs_another_call_is_given_an_example",
     "cl_graft/skillpack/live/grafted.py: apply it to a folder with `cl-graft pack apply`.": "test_cures.py::test_a_pack_of_more_rows_than_a_live_model_has",
     "cl_graft/skillpack/tools/export.py: export it to a folder (--to hf).": "test_cures.py::test_what_no_adapter_holds_goes_to_a_folder",
+    "cl_graft/store/record.py: delete its cell's folder to compute it anew.": "test_resume.py::test_what_is_to_be_deleted_is_computed_anew",
+    "cl_graft/store/record.py: delete the file, and run the same command again.": "report/test_corrupt.py::test_a_torn_state_is_no_end_of_status",
+    "cl_graft/tracking/wandb.py: run `wandb login`, or leave out --wandb online.": "test_early.py::test_who_is_logged_in_may_be_online",
     "cl_graft/store/files.py: delete its cell's folder to compute it anew.": "test_resume.py::test_what_is_to_be_deleted_is_computed_anew",
     "cl_graft/store/record.py: choose another --out or delete the folder.": "test_cures.py::test_another_out_or_a_deleted_folder",
     "cl_graft/store/record.py: choose another --out, or the version that wrote it.": "test_cures.py::test_results_of_another_format",
@@ -117,7 +122,6 @@ OPEN: dict[str, str] = {
     "cl_graft/cli/bench.py: run the same command in a checkout of the source, after `pip install --editable .` there.": "installs a package; the tests of `bench` run in such a checkout.",
     "cl_graft/evaluation/answers.py: install it with `pip install math-verify`.": "installs a package; where it is installed, tests/evaluation/test_answers.py uses it.",
     "cl_graft/experiment/executors/ray.py: `pip install cl-graft[ray]`.": "installs a package; where it is installed, tests/executors/test_ray.py uses it.",
-    "cl_graft/experiment/executors/ray.py: start one with `ray start --head`.": "starts a cluster that outlives its command; tests/executors/test_ray.py starts its own.",
     "cl_graft/plugins/find.py: install its package as files.": "installs a package; tests/test_sources.py reads such as are installed as files.",
     "cl_graft/training/launch.py: install a C++ compiler and ninja.": "installs system packages; where they are, tests/training/test_launch.py compiles with them.",
     "cl_graft/training/launch.py: install it with `pip install cl-graft[deepspeed]`.": "installs a package; where it is installed, tests/training/test_launch.py uses it.",

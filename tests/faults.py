@@ -28,6 +28,7 @@ class Disk:
 
     def __init__(self, root: Path, room: int, reason: int = errno.ENOSPC):
         self.root, self.room, self.reason, self.count = str(root), room, reason, 0
+        self.refused = ""  # the place that was refused first
 
     def asked(self, place: Any) -> bool:
         """Whether this is refused."""
@@ -36,6 +37,8 @@ class Disk:
         if not str(place).startswith(self.root):
             return False
         self.count += 1
+        if self.count == self.room:
+            self.refused = str(place)
         return self.count >= self.room
 
     def refusal(self, place: Any = None) -> OSError:
@@ -138,7 +141,9 @@ class Half:
 
 
 def on_a_disk(says: Connection, configs: Sequence[RunConfig], room: int, reason: int) -> None:
-    """Run the cell; says what was asked of the disk, and the refusal in the run's own words, or what went wrong."""
+    """Run the cell; says how often the disk was asked, the refusal in the run's own words or what went wrong, and
+    which place was refused first.
+    """
     (config,) = configs
     disk = Disk(config.out, room, reason)
     disk.install()
@@ -149,7 +154,7 @@ def on_a_disk(says: Connection, configs: Sequence[RunConfig], room: int, reason:
         said = str(error)
     except Exception as error:
         said = f"not for users: {type(error).__name__}: {error}"
-    says.send((disk.count, said))
+    says.send((disk.count, said, disk.refused))
 
 
 def under_a_leaping_clock(says: Connection, configs: Sequence[RunConfig]) -> None:

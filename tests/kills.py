@@ -133,7 +133,7 @@ def alone(says: Connection, configs: Sequence[RunConfig]) -> None:
     os.setsid()
     torch.set_num_threads(1)
     (config,) = configs
-    run(config, lambda what, done: says.send(what))
+    run(config, lambda what, done, at: says.send(what))
 
 
 def together(says: Connection, configs: Sequence[RunConfig]) -> None:

@@ -204,12 +204,19 @@ def test_a_run_ends_with_the_table_and_where_everything_is(finished: Finished) -
 @pytest.mark.slow
 def test_progress_goes_to_stderr_and_never_back(finished: Finished) -> None:
     lines = finished.said.stderr.splitlines()
-    assert all(line.startswith("[") and "%] graftllm: " in line for line in lines), lines
-    done = [int(line[1:5].strip(" %")) for line in lines]
-    assert done == sorted(done)
-    told = [line.partition(": ")[2] for line in lines]
+    shape = r"\d\d:\d\d:\d\d \[ *(\d+)%\] \d of 1 cells, .+ left.*; mini__\S+: (.+)"
+    found = [re.fullmatch(shape, line) for line in lines]
+    assert all(found), lines
+    done = [int(match[1]) for match in found if match]
+    assert done == sorted(done) and done[-1] == 100
+    told = [match[2] for match in found if match]
+    told = [words for words in told if not words.startswith("preparing ")]  # where none is cached
     assert told[:2] == ["loading the model", "evaluating the base model"]
-    assert {f"training {task}" for task in TASKS} <= set(told)
+    for task in TASKS:
+        assert any(re.fullmatch(rf"training {task}, step 1 of \d+", words) for words in told)
+        assert any(
+            re.fullmatch(rf"trained {task}, step (\d+) of \1, loss [\d.]+", words) for words in told
+        )
 
 
 @pytest.mark.slow
@@ -220,6 +227,43 @@ def test_a_run_that_is_done_shows_its_table_again_and_does_nothing(
     done = call("run", *CELL, *SMALL, "--out", str(finished.out))
     assert (done.code, done.out, done.err) == (0, finished.said.stdout, "")
     assert files(finished.out) == before
+
+
+@pytest.mark.slow
+def test_a_torn_result_is_made_anew_by_the_same_command(
+    finished: Finished, call: Call, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(finished.out, tmp_path / "out"))
+    result = out / finished.cell.name / "result.json"
+    whole = result.read_text()
+    result.write_text(whole[:100])
+    assert "; run the same command again to make it anew." in call("report", out).err
+    assert call("run", *CELL, *SMALL, "--allow-code-execution", "--out", out).code == 0
+    assert result.read_text() == whole
+
+
+TINY = ["--scenario", "mini", "--model", "nano-llama", "--wandb", "off"]
+TINY += [
+    word
+    for option in ("steps=1", "batch=2", "train_size=4", "test_size=2", "tasks=cipher")
+    for word in ("--set", f"mini.{option}")
+]
+
+
+def test_a_run_that_failed_is_failed_and_says_where(call: Call, tmp_path: Path) -> None:
+    Path("mine.py").write_text(
+        '"""Mine."""\nfrom cl_graft.strategy import compressor\n\n\n'
+        "@compressor()\ndef mine(delta, context):\n    return delta.no_such_thing\n"
+    )
+    done = call("run", *TINY, "--strategy", "mine.py")
+    told = "mine.py, line 7: AttributeError: 'Delta' object has no attribute 'no_such_thing'"
+    assert told in done.reason and "Traceback" not in done.err
+    (trace,) = tmp_path.glob("results/*/traceback.txt")
+    assert "no_such_thing" in trace.read_text()
+    assert str(trace.relative_to(tmp_path)) in done.reason
+    line, counts = call("status").out.splitlines()
+    assert line.startswith("failed ") and line.endswith(told)
+    assert counts == "0 done, 0 running, 0 waiting, 1 failed"
 
 
 # --- packs -------------------------------------------------------------------------------------
@@ -362,7 +406,7 @@ def test_a_name_or_value_that_is_wrong(
 def assert_told(done: Done, *words: str) -> None:
     """The same after progress: the last line is the sentence."""
     *progress, last = done.err.splitlines(keepends=True)
-    assert all(line.startswith("[") for line in progress)
+    assert all(re.match(r"\d\d:\d\d:\d\d \[", line) for line in progress)
     assert_refused(Done(done.code, done.out, last), *words)
 
 
@@ -395,7 +439,7 @@ def test_a_strategy_file_that_holds_no_strategy(
 def test_a_scenario_file_that_holds_no_scenario(call: Call, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def mine(*, seed, data_dir=None):\n    return [seed]\n")
     done = call("run", *CELL, "--scenario", "mine.py")
-    assert_refused(done, "mine.py is not a scenario", "list")
+    assert_refused(done, "mine.py, line 1: mine is not a scenario", "list")
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ def test_the_status_of_a_cell_that_failed_is_its_reason(call: Call, tmp_path: Pa
     CellFolder(tmp_path / "results" / "a").failed("no luck.", "Traceback")
     CellFolder(tmp_path / "results" / "b").mark("waiting")
     assert call("status").out.splitlines() == [
-        "failed   a  no luck.",
-        "waiting  b",
+        "failed     a    - experiences  no luck.",
+        "waiting    b    - experiences  -",
         "0 done, 0 running, 1 waiting, 1 failed",
     ]
     assert_refused(call("status", "nowhere"), "holds no cell")

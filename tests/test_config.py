@@ -31,7 +31,13 @@ def test_the_folder_of_a_plain_experiment_can_be_read() -> None:
 def test_options_and_odd_names_add_a_digest() -> None:
     digest = "[0-9a-f]{8}"
     for changed, pattern in (
-        ({"options": {"lora": {"rank": 8}}}, f"mini__lora__{digest}__mini-llama__10pct__seed0"),
+        (
+            {"options": {"lora": {"rank": 8}}},
+            f"mini__lora__rank-8-{digest}__mini-llama__10pct__seed0",
+        ),
+        ({"task_ids": "inferred"}, f"mini__lora__inferred-{digest}__mini-llama__10pct__seed0"),
+        ({"options": {"lora": {"x": "a" * 99}}}, f"mini__lora__x-a{{38}}-{digest}__mini-.*"),
+        ({"options": {"lora": {"": "/__"}}}, f"mini__lora__{digest}__mini-llama__10pct__seed0"),
         ({"threads": 2}, f"mini__lora__{digest}__mini-llama__10pct__seed0"),
         ({"model": "org/some_model"}, f"mini__lora__{digest}__org-some-model__10pct__seed0"),
         ({"strategy": "my/own.py"}, f"mini__own__{digest}__mini-llama__10pct__seed0"),

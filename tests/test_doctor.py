@@ -71,6 +71,7 @@ def test_a_library_that_does_not_load_is_missing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib, "import_module", broken)
     one = found("import of cl_graft.strategy")
     assert one.said == "RuntimeError: operator torchvision::nms does not exist"
+    assert "pip install --no-deps torchvision==0.16.2" in one.cure
     assert one.needed and not sound(examine(Path("results")))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from cl_graft.cli.live import Board, view
+from cl_graft.cli.live import Board, Log, view
 from cl_graft.config import RunConfig
 from cl_graft.store.record import CellFolder
 
@@ -106,10 +107,62 @@ def test_without_a_terminal_every_change_is_a_line(
 ) -> None:
     a, b, _ = made = cells(tmp_path)
     with view(made) as report:
-        report(a.cell, "training math", 0.1)
-        report(a.cell, "training math", 0.2)
+        report(a.cell, "training math", 0.09, "step 1 of 250")
+        report(a.cell, "training math", 0.2, "step 2 of 250, loss 1.25")
         report(b.cell, "done", 1.0)
-    assert capsys.readouterr().err.splitlines() == [
-        f"[0/3  10%] {a.cell}: training math",
-        f"[1/3 100%] {b.cell}: done",
+        report(b.cell, "waiting after its process was lost", 0.0)
+    told = capsys.readouterr().err.splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d \[", line) for line in told)
+    assert [re.sub(r"about [\d:]+ left", "about ... left", line[9:]) for line in told] == [
+        f"[  3%] 0 of 3 cells, about ... left; {a.cell}: training math, step 1 of 250",
+        f"[ 40%] 1 of 3 cells, about ... left; {b.cell}: done",
+        f"[ 40%] 0 of 3 cells, about ... left; {b.cell}: waiting after its process was lost",
     ]
+
+
+def test_what_goes_on_is_told_every_30_seconds_with_its_step_loss_and_time_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stage of 100 s, whose progress is heard of once a second; then 70 s in which nothing is heard."""
+    clock, (a,) = Clock(), cells(tmp_path, 1)
+    log = Log(Board([a], clock), clock)
+    for second in range(100):
+        clock.now = float(second)
+        log.take(a.cell, "training math", second / 200, f"step {second} of 100, loss 0.5")
+        log.beat()
+    for second in range(100, 171):
+        clock.now = float(second)
+        log.beat()
+    lines = [line[9:] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        f"[  0%] 0 of 1 cells, time left unknown; {a.cell}: training math, step 0 of 100, loss 0.5",
+        f"[ 15%] 0 of 1 cells, about 2:50 left; {a.cell}: training math, step 30 of 100, loss 0.5",
+        f"[ 30%] 0 of 1 cells, about 2:20 left; {a.cell}: training math, step 60 of 100, loss 0.5",
+        f"[ 45%] 0 of 1 cells, about 1:50 left; {a.cell}: training math, step 90 of 100, loss 0.5",
+        *[
+            f"[ 50%] 0 of 1 cells, about {left} left; {a.cell}: training math, step 99 of 100, loss 0.5"
+            for left in ("2:02", "2:33")
+        ],
+    ]
+
+
+def test_what_is_done_before_the_first_cell_is_told_every_30_seconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, made = Clock(), cells(tmp_path)
+    log = Log(Board(made, clock), clock)
+    for second in range(65):
+        clock.now = float(second)
+        log.take("models", "preparing mini-llama", 0.0, f"step {10 * second} of 900, loss 2")
+        log.beat()
+    told = [line.partition("; ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert told == [
+        f"models: preparing mini-llama, step {step} of 900, loss 2" for step in (0, 300, 600)
+    ]
+
+
+def test_a_torn_record_is_no_end_of_the_view(tmp_path: Path) -> None:
+    (a,) = cells(tmp_path, 1)
+    experience(a, 0, math=0.5)
+    (CellFolder(tmp_path / a.cell).experience_path(0) / "experience.json").write_text("{")
+    assert Board([a]).states() == {"waiting": 1}

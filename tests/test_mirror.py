@@ -145,7 +145,7 @@ def test_a_cell_goes_on_from_its_copy_on_another_disk(url: str, tmp_path: Path) 
     class Lost(Exception):
         pass
 
-    def until_cipher(what: str, done: float) -> None:
+    def until_cipher(what: str, done: float, at: str) -> None:
         if what == "training cipher":
             raise Lost
 
@@ -153,7 +153,7 @@ def test_a_cell_goes_on_from_its_copy_on_another_disk(url: str, tmp_path: Path) 
         run(config(tmp_path / "first", url), until_cipher)
     seen: list[str] = []
     second = config(tmp_path / "second", url)
-    result = run(second, lambda what, done: seen.append(what))
+    result = run(second, lambda what, done, at: seen.append(what))
     assert "training math" not in seen and "training cipher" in seen
     alone = run(config(tmp_path / "alone", None))
     assert result["matrix"] == alone["matrix"]

@@ -75,7 +75,9 @@ def test_scenarios_have_grids_too_and_options_stay_with_their_owner() -> None:
 
 def test_one_value_needs_no_list_and_a_number_is_a_budget() -> None:
     made = sweep_of({"scenarios": "mini", "strategies": "lora", "seeds": 3, "budgets": 1000}, "")
-    assert [(c.seed, c.budget) for c in made.cells()] == [(3, "1000")]
+    assert (made.seeds, made.budgets) == ([3], ["1000"])
+    with pytest.raises(CLGraftError, match="budget '1000' is not a size"):
+        made.cells()
 
 
 def test_other_fields_are_those_of_every_cell(tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def test_an_option_on_the_command_line_goes_into_every_entry_of_its_owner() -> N
     found = with_options(fields, [("lora", "rank", 16), ("mini", "steps", 4)])
     assert found["strategies"] == ["graftllm", {"lora": {"rank": 16}}, {"lora": {"rank": 16}}]
     assert found["scenarios"] == [{"mini": {"steps": 4}}]
-    with pytest.raises(CLGraftError, match="named 'svd'; known: graftllm, lora, lora, mini"):
+    with pytest.raises(CLGraftError, match="named 'svd'; known: graftllm, lora, mini"):
         with_options(fields, [("svd", "rank", 16)])
 
 

@@ -137,7 +137,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     def here(cells: Sequence[RunConfig], report: Any) -> Iterator[tuple[RunConfig, Outcome]]:
         found.append([s["state"] for s in states(cells[0].out).values()])
         for config in cells:
-            yield config, attempt(config, lambda what, done: None, True)
+            yield config, attempt(config, lambda *_: None, True)
 
     monkeypatch.setattr(executors, "executor", lambda asked, cells: here)
     monkeypatch.setattr(local, "apart", directly)
@@ -384,7 +384,7 @@ def test_a_worker_unwinds_where_python_drops_its_interrupt(plugins: Path, tmp_pa
     hears, says = kills.server().Pipe(duplex=False)
     process = kills.server().Process(target=local._work, args=(says, endless, config, True, None))
     process.start()
-    assert hears.recv() == ("deleting", 0.0)
+    assert hears.recv() == ("deleting", 0.0, "")
     process.terminate()
     process.join(60)
     process.kill()

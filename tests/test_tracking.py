@@ -340,7 +340,7 @@ def test_how_an_attempt_ended_and_the_next_goes_on_with_the_run(
         with pytest.raises(KeyboardInterrupt):
             cl_graft.run(made)
     else:
-        assert attempt(made, lambda what, done: None, patient=False).state[:4] == then
+        assert attempt(made, lambda *_: None, patient=False).state[:4] == then
     (first,) = logs(tmp_path / "out")
     assert (first.at("experience"), first.exit_code) == ([0, 1], code)
     result = run(tmp_path / "out", **fields)

@@ -57,5 +57,5 @@ def _on_a_cluster_of_its_own(run: Callable[..., float], workers: int) -> float:
         ray.shutdown()
 
 
-def _nothing(cell: str, what: str, done: float) -> None:
+def _nothing(cell: str, what: str, done: float, at: str = "") -> None:
     pass

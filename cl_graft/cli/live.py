@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import typer
-
+from cl_graft.cli.progress import Lines
 from cl_graft.config import RunConfig
 from cl_graft.experiment.executors import Report
+from cl_graft.store.files import RecordError
 from cl_graft.store.record import CellFolder
 
 ROWS = 16  # of the matrix that fit beside the rest
@@ -20,16 +21,29 @@ ROWS = 16  # of the matrix that fit beside the rest
 
 @contextmanager
 def view(cells: Sequence[RunConfig]) -> Iterator[Report]:
-    """Redrawn in place on a terminal; elsewhere a line on stderr for every change of what a cell does."""
+    """Redrawn in place on a terminal; elsewhere a line on stderr for every change of what a cell does, and for each
+    that is under way at least every 30 seconds."""
     from rich.console import Console
     from rich.live import Live
 
     console, board = Console(stderr=True), Board(cells)
-    if not console.is_terminal:
-        yield board.line
+    if console.is_terminal:
+        with Live(get_renderable=board.drawn, console=console, refresh_per_second=4):
+            yield board.take
         return
-    with Live(get_renderable=board.drawn, console=console, refresh_per_second=4):
-        yield board.take
+    log, ended = Log(board), threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(1.0):
+            log.beat()
+
+    beats = threading.Thread(target=beat, daemon=True)
+    beats.start()
+    try:
+        yield log.take
+    finally:
+        ended.set()
+        beats.join()
 
 
 class Board:
@@ -39,6 +53,7 @@ class Board:
         self.configs = {config.cell: config for config in cells}
         self.clock, self.begun = clock, clock()
         self.what = {name: "" for name in self.configs}
+        self.at = {name: "" for name in self.configs}
         self.done = {name: 0.0 for name in self.configs}
         self.rows: dict[str, tuple[int, dict[str, float]]] = {}
         self.preparing = ""  # what is done before any cell begins
@@ -46,26 +61,27 @@ class Board:
             self._read(name)
         self.before = sum(self.done.values())
 
-    def take(self, cell: str, what: str, done: float) -> None:
+    def take(self, cell: str, what: str, done: float, at: str = "") -> None:
         if cell not in self.configs:
-            self.preparing = what
+            self.preparing = ", ".join(filter(None, (what, at)))
             return
         if self.what[cell] != what:
             self.what[cell] = what
             self._read(cell)
+        self.at[cell] = at
         self.done[cell] = max(self.done[cell], done)
 
-    def line(self, cell: str, what: str, done: float) -> None:
-        if self.what.get(cell, self.preparing) != what:
-            count = sum(w == "done" for w in self.what.values()) + (what == "done")
-            typer.echo(f"[{count}/{len(self.configs)} {done:4.0%}] {cell}: {what}", err=True)
-        self.take(cell, what, done)
+    def doing(self, cell: str) -> str:
+        """What a cell does and where it is in it."""
+        return ", ".join(filter(None, (self.what[cell], self.at[cell])))
 
     def _read(self, name: str) -> None:
-        """The last whole experience of a cell, and whether it ended before."""
+        """The last whole experience of a cell, and whether it ended before; a torn record is the cell's own affair."""
         config = self.configs[name]
         folder = CellFolder(config.out / config.cell)
-        records = folder.experiences()
+        records = []
+        with suppress(RecordError):
+            records = folder.experiences()
         if records:
             scores = records[-1]["scores"]["score"]
             self.rows[name] = len(records) - 1, {t: 100 * c["value"] for t, c in scores.items()}
@@ -119,7 +135,7 @@ class Board:
                 label = f"{self.configs[name].label}, seed {self.configs[name].seed}"
                 done = self.done[name]
                 bar = ProgressBar(total=1.0, completed=done, width=24)
-                grid.add_row(Text(label), bar, f"{done:4.0%}", Text(what))
+                grid.add_row(Text(label), bar, f"{done:4.0%}", Text(self.doing(name)))
         return grid
 
     def _matrix(self) -> list[Any]:
@@ -148,6 +164,40 @@ class Board:
             room -= len(labels) + 3
             tables.append(table)
         return tables
+
+
+class Log:
+    """The board in lines, for a file or a pipe: the time, cells that ended and the share of all that is done, what a
+    cell does, the step of its steps and the loss where it trains, and the time that is left for everything."""
+
+    def __init__(self, board: Board, clock: Callable[[], float] = time.monotonic):
+        self.board, self.lines, self.lock = board, Lines(clock), threading.Lock()
+        self.before: tuple[str, str] | None = None  # what was done before any cell began
+
+    def take(self, cell: str, what: str, done: float, at: str = "") -> None:
+        with self.lock:
+            self.board.take(cell, what, done, at)
+            if cell not in self.board.configs:
+                self.before = cell, what
+            if self.lines.due(cell, what):
+                self._write(cell, ", ".join(filter(None, (what, at))))
+
+    def beat(self) -> None:
+        """The lines that are due of what is under way."""
+        with self.lock:
+            for cell, what in self.board.what.items():
+                if what and what not in ("done", "failed") and self.lines.due(cell, what):
+                    self._write(cell, self.board.doing(cell))
+            if self.before and not any(self.board.what.values()) and self.lines.due(*self.before):
+                self._write(self.before[0], self.board.preparing)
+
+    def _write(self, cell: str, doing: str) -> None:
+        board = self.board
+        whole, left = len(board.configs), board.seconds_left()
+        ended = board.states()["done"] + board.states()["failed"]
+        rest = f"about {_time(left)} left" if left is not None else "time left unknown"
+        share = sum(board.done.values()) / whole
+        self.lines.write(share, f"{ended} of {whole} cells, {rest}; {cell}: {doing}")
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -20,6 +20,7 @@ from cl_graft.errors import CLGraftError
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+    from cl_graft.config import RunConfig
     from cl_graft.sweep_config import Sweep
 
 File = Annotated[
@@ -139,6 +140,15 @@ def names(text: str) -> list[str]:
     if not names:
         raise CLGraftError(f"{text!r} names nothing to run; write names separated by commas.")
     return list(dict.fromkeys(names))
+
+
+def cells_of(asked: Sweep) -> list[RunConfig]:
+    """The cells of a sweep. Raises what can be refused of them before anything that takes seconds is imported."""
+    from cl_graft.experiment import early
+
+    cells = asked.cells()
+    early.check(cells)
+    return cells
 
 
 def sweep_from(file: Path | None, given: Mapping[str, Any]) -> Sweep:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cl_graft.cli.options import File, SweepFields, sweep_from
+from cl_graft.cli.options import File, SweepFields, cells_of, sweep_from
 from cl_graft.cli.show import print_tables
 
 
@@ -27,10 +27,14 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """What a sweep is going to do: stages, memory, time, disk, and what is cached; nothing is started."""
+    cells = cells_of(sweep_from(file, given))
+
+    from cl_graft.experiment.prepare import try_methods
     from cl_graft.planning.plan import plan as make
     from cl_graft.planning.tables import summary, table
 
-    made = make(sweep_from(file, given).cells(), probe, peak, utilisation, gpu)
+    try_methods(cells)
+    made = make(cells, probe, peak, utilisation, gpu)
     if json_:
         typer.echo(json.dumps(made.json(), indent=1, default=str))
     else:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cl_graft.cli.show import print_tables
+from cl_graft.cli.show import print_tables, told
 from cl_graft.cli.show import report as write_report
 
 
@@ -26,7 +26,7 @@ def report(
     if json_:
         from cl_graft.report import gather
 
-        typer.echo(json.dumps(gather(folders), indent=1))
+        typer.echo(json.dumps(gather(folders, told), indent=1))
     else:
         write_report(folders, to or folders[0] / "report")
 
@@ -41,7 +41,7 @@ def compare(
     """What differs between two runs: config, versions, data, and scores with intervals."""
     from cl_graft.report.compare import compare as compared
 
-    tables = compared(a, b)
+    tables = compared(a, b, told)
     if json_:
         shown = [{"title": t.title, "columns": t.columns, "rows": t.rows} for t in tables]
         typer.echo(json.dumps(shown, indent=1, ensure_ascii=False))

@@ -20,7 +20,7 @@ def report(folders: list[Path], target: Path) -> None:
 
     try:
         with interruptible():
-            known = find(folders)
+            known = find(folders, told)
             cells = [f.cell for f in known]
             tested, rankings = reader(), ranking(cells)
             several = [overview(known, tested)] if len(rankings) > 1 else []
@@ -39,6 +39,11 @@ def print_finished(results: list[dict[str, Any]], out: Path) -> None:
 
     print_tables([*matrices(results), *ranking(results)])
     typer.echo(f"finished already; figures and provenance: {out / 'report'}")
+
+
+def told(line: str) -> None:
+    """A line on stderr, beside what is printed."""
+    typer.echo(line, err=True)
 
 
 def print_tables(tables: list[Any]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cl_graft.cli.options import File, SweepFields, sweep_from
+from cl_graft.cli.options import File, SweepFields, cells_of, sweep_from
 from cl_graft.errors import CLGraftError
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def _held(file: Path | None, given: SweepFields) -> Path:
 
 def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
     """Run all cells that are left, under the live view, and then the report."""
+    cells = cells_of(asked)
+
     from cl_graft.cli.live import view
     from cl_graft.cli.progress import interruptible
     from cl_graft.cli.show import print_finished
@@ -68,7 +71,6 @@ def _run(asked: Sweep, retry_failed: bool, fail_fast: bool) -> list[Failure]:
     from cl_graft.experiment.executors import executor, local
     from cl_graft.experiment.sweep import sweep as run_cells
 
-    cells = asked.cells()
     results = [finished(c) for c in cells]
     if all(results) and _reported(cells, asked.out / "report"):
         print_finished([r for r in results if r], asked.out)
@@ -107,7 +109,7 @@ def validate(
     """Check all that a sweep file says, names, options and data included; nothing is started."""
     from cl_graft.experiment.prepare import check
 
-    cells = sweep_from(file, given).cells()
+    cells = cells_of(sweep_from(file, given))
     check(cells)
     for config in cells:
         typer.echo(config.cell)
@@ -117,18 +119,18 @@ def validate(
 def status(
     out: Annotated[Path, typer.Argument(help="Results folder.")] = Path("results"),
 ) -> None:
-    """The state of every cell in a results folder: waiting, running, done or failed, and why."""
-    from cl_graft.store.record import states
+    """The state of every cell in a results folder: waiting, running, done, failed or unreadable, and why."""
+    from cl_graft.store.result import known_states
 
-    known = states(out)
+    known = known_states(out)
+    width = max(len(path.name) for path in known)
     for path, state in known.items():
-        done = f"{state['experiences']} experiences" if state["experiences"] else ""
-        reason = state.get("reason", "") if state["state"] == "failed" else ""
-        typer.echo(f"{state['state']:8} {path.name}  {done}{reason}".rstrip())
-    counts = {s: 0 for s in ("done", "running", "waiting", "failed")}
-    for state in known.values():
-        counts[state["state"]] += 1
-    typer.echo(", ".join(f"{n} {name}" for name, n in counts.items()))
+        why = state.get("reason", "-") if state["state"] in ("failed", "unreadable") else "-"
+        done = f"{state['experiences'] or '-'}"
+        typer.echo(f"{state['state']:10} {path.name:{width}}  {done:>3} experiences  {why}")
+    counts = Counter(state["state"] for state in known.values())
+    shown = ("done", "running", "waiting", "failed", *(["unreadable"] * ("unreadable" in counts)))
+    typer.echo(", ".join(f"{counts[name]} {name}" for name in shown))
 
 
 def init(

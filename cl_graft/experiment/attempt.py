@@ -10,6 +10,7 @@ from typing import Any
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, Refused
 from cl_graft.experiment.executors import CellProgress, Outcome
+from cl_graft.plugins.authors import reason
 from cl_graft.store.locks import Busy, held
 from cl_graft.store.record import CellBusy, CellFolder
 
@@ -39,17 +40,16 @@ def attempt(config: RunConfig, progress: CellProgress, patient: bool) -> Outcome
     except CLGraftError as error:
         return Outcome("failed", str(error), traceback.format_exc())
     except (Exception, SystemExit) as error:
-        said = str(error).strip().split("\n", 1)[0]
-        return Outcome("failed", f"{type(error).__name__}: {said}", traceback.format_exc())
+        return Outcome("failed", reason(error), traceback.format_exc())
 
 
 def seldom(report: Callable[..., None], seconds: float = 0.2) -> Callable[..., None]:
     """A `report` that passes on one call in so many seconds; a change of the words is always told."""
     last: list[Any] = [0.0, None]
 
-    def told(what: str, done: float) -> None:
+    def told(what: str, done: float, at: str = "") -> None:
         if what != last[1] or time.monotonic() - last[0] > seconds:
             last[:] = time.monotonic(), what
-            report(what, done)
+            report(what, done, at)
 
     return told

@@ -18,6 +18,7 @@ from cl_graft.store.files import RecordError, read_json, read_lines
 from cl_graft.store.locks import file_lock, used
 
 TORN = "not all there"
+NOT_WHOLE = (RecordError, KeyError, TypeError, AttributeError)  # of what a marker lacks
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,13 @@ def _entries(cache: Path) -> Iterator[Entry]:
         elif folder.name.endswith(".tmp"):
             yield _entry(folder, "unfinished", "being written, or removed", True)
         elif (folder / MARKER).is_file():
-            made = read_json(folder / MARKER)
-            job = made["config"]
-            about = f"{job['kind']}, {job['steps']} steps of {job['batch']}, seed {job['seed']}"
-            yield _entry(folder, "stage", about, _current(made["made_by"], training_code()))
+            try:
+                made = read_json(folder / MARKER)
+                job, current = made["config"], _current(made["made_by"], training_code())
+                about = f"{job['kind']}, {job['steps']} steps of {job['batch']}, seed {job['seed']}"
+            except NOT_WHOLE:
+                about, current = TORN, False
+            yield _entry(folder, "stage", about, current)
     for file in (cache / "pairs").glob("*.jsonl"):
         evaluations = read_lines(file)
         yield _entry(
@@ -75,9 +79,12 @@ def _entries(cache: Path) -> Iterator[Entry]:
             yield _entry(file, "evaluation", TORN, False)
             continue
         first, _ = evaluations
-        about = f"{first['task']} of {first['cell'] or 'no cell'}"
-        current = _current(first["made_by"], evaluation_code())
-        current = current and scorers_are_as_then(first["scorers"])
+        try:
+            about = f"{first['task']} of {first['cell'] or 'no cell'}"
+            current = _current(first["made_by"], evaluation_code())
+            current = current and scorers_are_as_then(first["scorers"])
+        except NOT_WHOLE:
+            about, current = TORN, False
         yield _entry(file, "evaluation", about, current)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,14 +14,16 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from cl_graft.config import RunConfig
+from cl_graft.errors import Refused
 from cl_graft.evaluation.scorers import conventions
 from cl_graft.evaluation.scores import by_metric, cells
 from cl_graft.experiment import general, identity
 from cl_graft.experiment.executors import CellProgress
 from cl_graft.experiment.outcomes import example_lines, restore
 from cl_graft.experiment.prepare import prepare, strategy_of
+from cl_graft.models import embedded
 from cl_graft.models.load import locate
-from cl_graft.skillpack.format.errors import SkillPackError
+from cl_graft.plugins.authors import reason
 from cl_graft.store import prompts
 from cl_graft.store.digests import (
     data_fingerprint,
@@ -28,11 +32,14 @@ from cl_graft.store.digests import (
     peak_memory_mb,
     versions,
 )
-from cl_graft.store.files import read_json, refused, write_json
+from cl_graft.store.files import DiskRefused, RecordError, read_json, refused, write_json
+from cl_graft.store.locks import Busy
 from cl_graft.store.mirror import mirror_of
 from cl_graft.store.record import CellFolder
 from cl_graft.store.result import collect
+from cl_graft.store.result import kept as kept_result
 from cl_graft.task import Scenario
+from cl_graft.training.config import at_step
 
 if TYPE_CHECKING:
     from cl_graft.skillpack.format.file import SkillPack
@@ -61,20 +68,35 @@ def run(
         return result
     begun = perf_counter()
     scenario, strategy_class, options = prepare(config)
-    report = _forwards(progress or (lambda what, done: None))
+    report = _forwards(progress or (lambda what, done, at="": None))
     report("loading the model", 0.0)
-    locate(config.model, config.data_dir)
+    locate(config.model, config.data_dir, preparing(config.model, report))
     with folder.lock(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of libraries to each other
         if mirror:
             mirror.pull(config.cell, folder.path)
         if (result := finished(config)) is None:  # by another process, since we looked
-            result = _compute(
-                config, folder, scenario, strategy_class, options, report, begun, patient
-            )
+            with _failure_kept(folder):
+                result = _compute(
+                    config, folder, scenario, strategy_class, options, report, begun, patient
+                )
+            report("done", 1.0)
         if mirror:
             mirror.push(folder.path, config.cell)
         return result
+
+
+@contextmanager
+def _failure_kept(folder: CellFolder) -> Iterator[None]:
+    """What ends the cell, unless the same command is to go on from it, is its state `failed`, with the traceback."""
+    try:
+        yield
+    except (Refused, Busy):
+        raise
+    except (Exception, SystemExit) as error:
+        with suppress(DiskRefused):
+            folder.failed(reason(error), traceback.format_exc())
+        raise
 
 
 def finished(config: RunConfig) -> dict[str, Any] | None:
@@ -91,7 +113,12 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
     scorers = then.get("sources", {}).get("scorers", ())
     folder.check({"sources": identity.sources(config, scorers)})
     folder.check({"inputs": then.get("inputs", {}) | identity.inputs(config)})
-    return read_json(folder.path / "result.json") if folder.complete else None
+    if not folder.complete:
+        return None
+    try:
+        return kept_result(folder.path) or read_json(folder.path / "result.json")
+    except RecordError:
+        return None  # it is made anew of the experiences
 
 
 def _compute(
@@ -219,6 +246,8 @@ def _kept(
 
 def _saved(pack: SkillPack, path: Path) -> int:
     """Bytes of the pack's file. Raises DiskRefused if the disk does."""
+    from cl_graft.skillpack.format.errors import SkillPackError
+
     try:
         return pack.save(path)
     except SkillPackError as error:
@@ -280,18 +309,31 @@ class _Costs:
         }
 
 
-def _part_of(progress: CellProgress, experience: int, total: int, what: str, part: float) -> None:
+def _part_of(
+    progress: CellProgress, experience: int, total: int, what: str, part: float, at: str = ""
+) -> None:
     share = 0.6 + 0.2 * part if what.startswith("compressing") else 0.6 * part
-    progress(what, (experience + share) / total)
+    progress(what, (experience + share) / total, at)
+
+
+def preparing(model: str, report: CellProgress) -> Callable[[int, float], None]:
+    """What an embedded model that is trained now is to be told, so that its steps are reported."""
+    spec = embedded.SPECS.get(model)
+
+    def trained(step: int, loss: float) -> None:
+        assert spec
+        report(f"preparing {model}", 0.0, at_step(step, spec.steps, loss))
+
+    return trained
 
 
 def _forwards(progress: CellProgress) -> CellProgress:
     """A progress that never goes back: a task may train twice (SFT, then DPO)."""
     furthest = 0.0
 
-    def report(what: str, done: float) -> None:
+    def report(what: str, done: float, at: str = "") -> None:
         nonlocal furthest
         furthest = max(furthest, done)
-        progress(what, furthest)
+        progress(what, furthest, at)
 
     return report

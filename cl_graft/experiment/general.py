@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cl_graft.evaluation.examiner import Group, key
-from cl_graft.evaluation.outcomes import Results
-
 if TYPE_CHECKING:
+    from cl_graft.evaluation.outcomes import Results
     from cl_graft.strategy import Strategy
     from cl_graft.task import Task
 
@@ -31,6 +29,8 @@ def measure(strategy: Strategy) -> dict[str, Measured]:
 
     A pack whose weights were measured before is not measured again.
     """
+    from cl_graft.evaluation.examiner import Group, key
+
     general, found = strategy.scenario.general, dict[str, Measured]()
     if general is None:
         return found

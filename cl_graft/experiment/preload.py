@@ -8,10 +8,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore")  # of libraries to each other
 
+# first: where torchvision does not fit this torch, it says so
+from cl_graft import stream  # noqa: E402, F401, I001
 import datasets  # noqa: E402, F401
 import trl  # noqa: E402, F401
 
-from cl_graft import stream  # noqa: E402, F401
 from cl_graft.experiment import cell  # noqa: E402, F401
 from cl_graft.models import load, meta_model  # noqa: E402, F401
 from cl_graft.strategy import base  # noqa: E402, F401

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from cl_graft import plugins
 from cl_graft.budget import Budget
 from cl_graft.config import Launch, RunConfig
-from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
 from cl_graft.evaluation.scorers import require_consents, resolved
+from cl_graft.experiment import early
 from cl_graft.experiment.texts import check_texts
 from cl_graft.store.digests import digest
 from cl_graft.store.mirror import mirror_of
+from cl_graft.store.record import CellFolder
 from cl_graft.task import Scenario
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ UNKNOWN = "0" * 32  # stands for the fingerprint of weights that are not there, 
 
 
 def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]]:
-    """Find and check everything a run names, before anything is computed."""
+    """Find and check everything a run names, before anything is computed; what costs least to check comes first."""
+    early.check([config])
     scenario = _scenario(config)
     _launch(config.launch, scenario)
     return scenario, *_strategy(config)
@@ -38,19 +41,33 @@ def check(cells: Iterable[RunConfig]) -> None:
 
     A scenario that cells share is made once, and so is a model without its weights.
     """
-    from cl_graft.models import load
-
     cells = list(cells)
-    for config in cells:
-        _strategy(config)
-        load.check(config.model)
-        if mirror := mirror_of(config):
-            mirror.check()
+    check_methods(cells, check_data(cells))
+
+
+def check_data(cells: Sequence[RunConfig]) -> dict[str, Scenario]:
+    """Check what needs no library of models: plain values and names, scenarios, consents, launches.
+
+    Returns the scenarios by `_data_of`.
+    """
+    early.check(cells)
     scenarios: dict[str, Scenario] = {}
     for config in cells:
         if (key := _data_of(config)) not in scenarios:
             scenarios[key] = _scenario(config)
             _launch(config.launch, scenarios[key])
+    return scenarios
+
+
+def check_methods(cells: Sequence[RunConfig], scenarios: Mapping[str, Scenario]) -> None:
+    """Check what is left of `check`: mirrors, strategies with their options, and what the models leave possible."""
+    from cl_graft.models import load
+
+    for config in cells:
+        if mirror := mirror_of(config):
+            mirror.check()
+        _strategy(config)
+    try_methods(cells)
     models: dict[Any, PreTrainedModel | None] = {}
     for config in cells:
         named = config.model, config.data_dir
@@ -82,6 +99,23 @@ def _require_possible(config: RunConfig, scenario: Scenario, model: PreTrainedMo
     strategy.require_possible()
 
 
+def try_methods(cells: Sequence[RunConfig]) -> None:
+    """Let each method that is a file of the user's learn two toy tasks, once with each choice of options.
+
+    Cells that have begun are passed over. Raises CLGraftError with file and line for what its author has to mend.
+    """
+    tried = set()
+    for config in cells:
+        if config.strategy.endswith(".py") and not CellFolder(config.out / config.cell).begun:
+            strategy_class, options = _strategy(config)
+            told = digest(config.strategy, repr(sorted(options.items())))
+            if told not in tried:
+                from cl_graft.experiment.trial import trial
+
+                trial(strategy_class, options)
+                tried.add(told)
+
+
 def _launch(launch: Launch, scenario: Scenario) -> None:
     """Raises CLGraftError where it cannot work here, or cannot make a task's batches."""
     from cl_graft.training.config import accumulation
@@ -96,16 +130,9 @@ def _launch(launch: Launch, scenario: Scenario) -> None:
 
 
 def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
-    """Class and options of the strategy; the config's plain values are checked, too."""
-    Budget(config.budget, 10**9)
-    if not 0 <= config.seed < 2**31:
-        raise CLGraftError(f"seed {config.seed} is out of range; choose one from 0 to {2**31 - 1}.")
+    """Class and options of the strategy; the router is checked, too."""
     router_of(config)
-    scenario_name, strategy_name = config.short(config.scenario), config.short(config.strategy)
-    known = (*plugins.names("strategy"), *plugins.names("scenario"))
-    for owner in config.options:
-        if owner not in (scenario_name, strategy_name, *known):
-            raise UnknownName("scenario or strategy", owner, [scenario_name, strategy_name])
+    strategy_name = config.short(config.strategy)
     strategy_class = plugins.load("strategy", config.strategy)
     _require_strategy(strategy_class, config.strategy)
     if config.launch.processes:
@@ -123,13 +150,20 @@ def scenario_of(config: RunConfig) -> Scenario:
     name = config.short(config.scenario)
     make = plugins.load("scenario", config.scenario)
     chosen = plugins.check_options("scenario", name, make, config.options.get(name, {}))
-    scenario = make(seed=config.seed, data_dir=config.data_dir, **chosen)
+    with plugins.authored(f"the scenario {config.scenario}"):
+        scenario = make(seed=config.seed, data_dir=config.data_dir, **chosen)
     if not isinstance(scenario, Scenario):
         raise CLGraftError(
-            f"{config.scenario} is not a scenario: its function returns {type(scenario).__name__}; "
-            "return a cl_graft.task.Scenario."
+            f"{plugins.line_of(make, config.scenario)}: {name} is not a scenario: its function returns "
+            f"{type(scenario).__name__}; return a cl_graft.task.Scenario."
         )
-    scenario, used = resolved(scenario, config.scenario, config.scorers)
+    try:
+        scenario, used = resolved(scenario, config.scenario, config.scorers)
+    except UnknownName as error:
+        if error.kind != "scorer":
+            raise
+        where = plugins.line_with(plugins.file_of("scenario", config.scenario), error.name)
+        raise AuthorMistake(f"{where}: {error}") from error
     for owner in config.scorers:
         if owner not in used:
             known = [name, config.short(config.strategy), *sorted(used)]

@@ -13,6 +13,7 @@ from functools import partial
 
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError
+from cl_graft.experiment.attempt import seldom
 from cl_graft.experiment.executors import Executor, Outcome, Report
 from cl_graft.store import prompts
 from cl_graft.store.files import DiskRefused
@@ -46,10 +47,12 @@ def sweep(
     fail_fast: stop at the first that fails.
     """
     from cl_graft.experiment.cell import finished
+    from cl_graft.experiment.prepare import check_data
 
     waiting = [c for c in cells if finished(c) is None]
     if not waiting:
         return []
+    check_data(waiting)  # without waiting for the libraries that the rest needs
     apart(partial(_prepared, waiting), report)
     failures = [] if retry_failed else [f for c in waiting if (f := _failed_before(c))]
     given_up = {f.cell for f in failures}
@@ -97,13 +100,14 @@ def _settled(config: RunConfig, outcome: Outcome) -> Failure | None:
 
 def _prepared(cells: Sequence[RunConfig], report: Report) -> None:
     """Check every name and option, and train every embedded model."""
+    from cl_graft.experiment.cell import preparing
     from cl_graft.experiment.prepare import check
     from cl_graft.models import load
 
     check(cells)
     for model, data_dir in sorted({(c.model, c.data_dir) for c in cells}, key=str):
         report("models", f"preparing {model}", 0.0)
-        load.locate(model, data_dir)
+        load.locate(model, data_dir, preparing(model, seldom(partial(report, "models"))))
 
 
 def _failed_before(config: RunConfig) -> Failure | None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Pairs = Iterator[list[tuple[str, str]]]  # batches of (prompt, completion)
+Trained = Callable[[int, float], None]  # told the steps that are done and the last one's loss
 NewModel = Callable[
     [ModelRecipe, int], "PreTrainedModel"
 ]  # of a recipe and a size of the vocabulary
@@ -84,7 +85,9 @@ def folder(name: str, texts: list[str]) -> Path:
     return cache_root() / "models" / f"{name}-{digest.hexdigest()}"
 
 
-def obtain(name: str, data_dir: Path | None = None) -> Path:
+def obtain(
+    name: str, data_dir: Path | None = None, progress: Trained = lambda step, loss: None
+) -> Path:
     """The model's folder, trained now if it is not there yet; safe when several processes ask at once.
 
     Raises DataError where a model that is trained on the user's data finds none, CLGraftError where the
@@ -107,7 +110,7 @@ def obtain(name: str, data_dir: Path | None = None) -> Path:
                     tempfile.mkdtemp(prefix=f".building-{target.name}-", dir=target.parent)
                 )
                 try:
-                    _train(spec, texts, build)
+                    _train(spec, texts, build, progress)
                     os.replace(build, target)
                 finally:
                     shutil.rmtree(build, ignore_errors=True)
@@ -137,7 +140,7 @@ def _kind(spec: ModelRecipe, texts: list[str]) -> tuple[PreTrainedTokenizerBase,
     return corpus.tokenizer(texts) if texts else toy_tokenizer(), new_llama
 
 
-def _train(spec: ModelRecipe, texts: list[str], target: Path) -> None:
+def _train(spec: ModelRecipe, texts: list[str], target: Path, progress: Trained) -> None:
     import torch
 
     threads = torch.get_num_threads()
@@ -147,7 +150,7 @@ def _train(spec: ModelRecipe, texts: list[str], target: Path) -> None:
         tokenizer, new = _kind(spec, texts)
         batches = batches_of(spec, texts)
         model = new(spec, len(tokenizer))
-        pretrain(model, tokenizer, batches, spec.steps, spec.lr)
+        pretrain(model, tokenizer, batches, spec.steps, spec.lr, progress)
     finally:
         torch.set_num_threads(threads)
     model.save_pretrained(target)
@@ -196,7 +199,7 @@ def pretrain(
     batches: Pairs,
     steps: int,
     lr: float,
-    progress: Callable[[int], None] = lambda step: None,
+    progress: Trained = lambda step, loss: None,
 ) -> float:
     """AdamW, 50 warm-up steps, cosine to zero, loss on the completions; returns the last loss."""
     import torch
@@ -214,7 +217,7 @@ def pretrain(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        progress(step + 1)
+        progress(step + 1, loss.item())
     return loss.item()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,23 +18,71 @@ if TYPE_CHECKING:
 FILES = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.bin")
 
 
-def locate(name: str, data_dir: Path | None = None) -> str:
+def locate(
+    name: str,
+    data_dir: Path | None = None,
+    progress: embedded.Trained = lambda step, loss: None,
+) -> str:
     """The folder or hub id behind a model's name; an embedded model is trained now if need be. Raises as `check`."""
     check(name)
-    return str(embedded.obtain(name, data_dir)) if name in embedded.SPECS else name
+    return str(embedded.obtain(name, data_dir, progress)) if name in embedded.SPECS else name
 
 
 def check(name: str) -> None:
     """Raises UnknownName for a name that is neither embedded, nor a folder, nor shaped like `owner/model`.
 
-    Raises CheckpointError for a folder that is no model's, is not whole, or can be read in two ways.
+    Raises CLGraftError for a folder that is not there, CheckpointError for one that is no model's, is not whole, or can
+    be read in two ways. Nothing is asked of the hub.
     """
     if name in embedded.SPECS:
         return
     if Path(name).is_dir():
         check_folder(Path(name))
-    elif name.count("/") != 1 or name.startswith((".", "/")):
-        raise UnknownName("model", name, [*embedded.SPECS, "a model folder", "owner/model"])
+    elif "/" not in name:
+        raise UnknownName("model", name, embedded.SPECS, "a model's folder or hub id")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CLGraftError(
+            f"there is no folder {name}; give a Hugging Face model folder, a hub id, or an embedded model's name."
+        )
+
+
+@cache
+def reach(name: str) -> None:
+    """Raises CLGraftError for a hub id of which neither this machine nor the hub has a model that may be read.
+
+    A model whose configuration is in the cache is not asked for; the weights are loaded later.
+    """
+    check(name)
+    if name in embedded.SPECS or Path(name).is_dir():
+        return
+    from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    lacks = f"model {name!r} is no folder here and not in this machine's cache"
+    if constants.HF_HUB_OFFLINE:
+        raise CLGraftError(
+            f"{lacks}, and HF_HUB_OFFLINE forbids asking the hub; give a folder, or unset it."
+        )
+    try:
+        HfApi().auth_check(name)
+    except errors.GatedRepoError as error:
+        raise CLGraftError(
+            f"model {name!r} is gated; ask for access on its page, then log in by `hf auth login`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CLGraftError(
+            f"{lacks}, and the hub shows none of that name; check the spelling, or log in by `hf auth login` where it "
+            "is private."
+        ) from error
+    except (
+        Exception
+    ) as error:  # no network, a name that is none, ...: each client has errors of its own
+        told = str(error).strip().split("\n", 1)[0].rstrip(".")
+        raise CLGraftError(
+            f"{lacks}, and the hub cannot be asked ({type(error).__name__}: {told}); give a folder, or try again "
+            "with a network."
+        ) from error
 
 
 def without_weights(name: str, data_dir: Path | None = None) -> PreTrainedModel | None:

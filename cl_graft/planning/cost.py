@@ -57,7 +57,7 @@ def probe(train: Callable[[Progress], Any]) -> float:
     Set-up and the first step are left out. Raises CLGraftError for a stage of fewer steps.
     """
     ends: list[float] = []
-    train(lambda done: ends.append(time.perf_counter()))
+    train(lambda done, at: ends.append(time.perf_counter()))
     if len(ends) < 2:
         raise CLGraftError(
             f"a stage of {len(ends)} steps tells no time per step; probe with two steps or more."

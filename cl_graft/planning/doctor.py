@@ -14,11 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import TORCHVISION, CLGraftError
 
 State = Literal["ok", "weak", "missing"]
 ROOM = 5e9  # bytes free below which the disk is said to be short
 EXTRAS = {
+    "gptq": "the solver that ours is tested against, on Python 3.11 alone",
     "deepspeed": "stages of several processes (--launch)",
     "ray": "sweeps on a cluster (executor: ray)",
     "vllm": "faster sampling (transfer build --backend vllm)",
@@ -96,14 +97,16 @@ def _package(name: str, wanted: object, extra: str) -> Finding:
 
 def _imports() -> Iterator[Finding]:
     """An installed library may still not load, as a torchvision that was built for another torch."""
-    for module in ("torch", "trl", "cl_graft.strategy"):
+    # Avalanche before TRL: it is what names a torchvision that does not fit
+    for module in ("torch", "cl_graft.stream", "trl", "cl_graft.strategy"):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of libraries to each other
                 importlib.import_module(module)
         except Exception as error:  # each library fails in its own way
             reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-            yield Finding(f"import of {module}", "missing", reason, "make env", needed=True)
+            cure = TORCHVISION if "torchvision" in reason else "make env"
+            yield Finding(f"import of {module}", "missing", reason, cure, needed=True)
             return
     yield Finding("imports", "ok", "all that a run needs can be imported")
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
+from cl_graft.plugins.authors import line_of, reason, require_call
 from cl_graft.store import source_files
 
 PACKAGE = Path(__file__).parents[1]
@@ -42,6 +43,8 @@ def _is_strategy(loaded: Any, name: str, where: str | None) -> None:
             f"{where}: {name!r} is no strategy; make it one by @compressor() or @merger, or as a subclass "
             "of Strategy with a `learn`."
         )
+    if hasattr(loaded, "learn"):
+        require_call(loaded.learn, "self, task, context")
 
 
 def _is_scorer(loaded: Any, name: str, where: str | None) -> None:
@@ -49,6 +52,8 @@ def _is_scorer(loaded: Any, name: str, where: str | None) -> None:
         raise CLGraftError(
             f"{where}: {name!r} is no scorer; make it one by @scorer() above a function of an example and an answer."
         )
+    asked = "example, answer" if loaded.needs == "answers" else "examinee, examples"
+    require_call(loaded.function, asked)
 
 
 def _is_router(loaded: Any, name: str, where: str | None) -> None:
@@ -126,8 +131,16 @@ def about(kind: str, name: str) -> str:
 
 
 def origin(kind: str, name: str) -> str:
-    """Where the plug-in comes from: a file of ours, a package with its version, or a file of the user's."""
+    """Where the plug-in comes from: a file of ours, a package with its version, or a file of the user's.
+
+    Raises UnknownName, or CLGraftError for a file that is not there.
+    """
     return _place(kind, name).origin
+
+
+def file_of(kind: str, name: str) -> Path:
+    """The file that defines the plug-in; nothing is imported. Raises as `origin`."""
+    return _place(kind, name).file
 
 
 def sources(kind: str, name: str) -> dict[str, str]:
@@ -277,6 +290,8 @@ def within(kind: str, name: str, host: str) -> str:
     defined = getattr(module, name, None)
     try:
         known.check(defined, name, module.__file__)
+    except AuthorMistake:
+        raise
     except CLGraftError:
         return name
     return f"{host}:{name}" if defined.__module__ == module.__name__ else name
@@ -346,8 +361,7 @@ def _importing(what: str) -> Iterator[None]:
     except CLGraftError:
         raise
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}".strip().split("\n", 1)[0]
-        raise CLGraftError(f"{what} does not import ({reason}); mend it.") from error
+        raise CLGraftError(f"{what} does not import ({reason(error)}); mend it.") from error
 
 
 def _object(module: ModuleType, kind: str, name: str) -> Any:
@@ -356,5 +370,5 @@ def _object(module: ModuleType, kind: str, name: str) -> Any:
         raise CLGraftError(
             f"{module.__file__} defines no {name!r}: name its {kind} after the file, so that it can be found."
         )
-    KINDS[kind].check(plugin, name, module.__file__)
+    KINDS[kind].check(plugin, name, line_of(plugin, str(module.__file__)))
     return plugin

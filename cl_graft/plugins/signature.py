@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import itertools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cl_graft.errors import CLGraftError, UnknownName
-from cl_graft.plugins.find import load, names
+from cl_graft import ranges
+from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
+from cl_graft.plugins.authors import line_of
+from cl_graft.plugins.find import file_of, load, names
 from cl_graft.ranges import fits, require
+
+# what annotations are made of, in a signature that is read without its module
+WORDS = {
+    **{kind.__name__: kind for kind in (bool, int, float, str, list, dict, tuple, Path)},
+    **{name: getattr(typing, name) for name in ("Annotated", "Any", "Literal")},
+    **{name: getattr(ranges, name) for name in ("Count", "Field", "NotNegative", "Part")},
+    **{name: getattr(ranges, name) for name in ("Positive", "Rest", "Share")},
+    "Mapping": Mapping,
+    "Sequence": Sequence,
+}
 
 
 def options(plugin: Callable[..., Any]) -> dict[str, Any]:
@@ -28,10 +41,69 @@ def options(plugin: Callable[..., Any]) -> dict[str, Any]:
     }
     for option, default in defaults.items():
         if default is inspect.Parameter.empty:
-            raise CLGraftError(
-                f"option {option!r} of {plugin.__name__} has no default; give it one in the signature."
+            where = line_of(plugin, plugin.__name__)
+            raise AuthorMistake(
+                f"{where}: option {option!r} of {plugin.__name__} has no default; give it one in the signature."
             )
     return defaults
+
+
+def declared(kind: str, name: str) -> Callable[..., Any] | None:
+    """A function with the options that the plug-in's source declares, read without importing it, which takes seconds.
+
+    None where the source does not tell: options that are inherited, or whose defaults are no plain values.
+    Raises UnknownName or CLGraftError as `load` does for a name or a file that there is none of.
+    """
+    try:
+        body = ast.parse(file_of(kind, name).read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return None
+    short = Path(name).stem if name.endswith(".py") else name.rpartition(":")[2]
+    inner = "__init__" if kind == "router" else "learn"
+    for node in body:
+        if isinstance(node, ast.ClassDef) and node.name == short:
+            made = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == inner]
+            return _signature(made[0], short) if made else None
+        if isinstance(node, ast.FunctionDef) and node.name == short:
+            return _signature(node, short)
+    return None
+
+
+def _signature(function: ast.FunctionDef, name: str) -> Callable[..., Any] | None:
+    """A function that does nothing, with the keyword-only arguments of another."""
+    given = function.args
+    try:
+        defaults = {
+            a.arg: ast.literal_eval(default)
+            for a, default in zip(given.kwonlyargs, given.kw_defaults, strict=True)
+            if default is not None
+        }
+    except ValueError:
+        return None
+    kinds = {a.arg: ast.unparse(a.annotation) for a in given.kwonlyargs if a.annotation}
+
+    def stub() -> None: ...
+
+    parameters = [
+        inspect.Parameter(
+            a.arg,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults.get(a.arg, inspect.Parameter.empty),
+        )
+        for a in given.kwonlyargs
+    ]
+    try:
+        stub.__annotations__ = {option: _kind(text) for option, text in kinds.items()}
+    except (SyntaxError, ValueError, TypeError, NameError):
+        return None
+    stub.__name__ = name
+    stub.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return stub
+
+
+def _kind(annotation: str) -> Any:
+    """The type that an annotation says. Raises NameError where it takes more than plain words."""
+    return eval(annotation, {"__builtins__": {}}, WORDS)
 
 
 def check_options(kind: str, name: str, plugin: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,7 +129,7 @@ def choices(kind: str, name: str, chosen: Mapping[str, Any]) -> list[dict[str, A
         raise UnknownName(kind, name, names(kind))
     if not chosen:  # without importing it
         return [{}]
-    plugin = load(kind, name)
+    plugin = declared(kind, name) or load(kind, name)
     known = _types(plugin)
     for option in chosen:
         if option not in known:

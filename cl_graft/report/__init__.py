@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,21 +22,39 @@ class ReportedCell:
     cell: dict[str, Any]
 
 
-def find(folders: Sequence[Path]) -> list[ReportedCell]:
-    """All cells at or below the folders, complete or not, in a stable order, as `aggregate.told_apart`."""
+def find(
+    folders: Sequence[Path], left_out: Callable[[str], None] = warnings.warn
+) -> list[ReportedCell]:
+    """All cells at or below the folders, complete or not, in a stable order, as `aggregate.told_apart`.
+
+    left_out: told, in one line, of each cell whose files cannot be read. Raises RecordError where there is no other.
+    """
     from cl_graft.report.aggregate import told_apart
     from cl_graft.report.references import with_references
+    from cl_graft.store.files import RecordError
     from cl_graft.store.record import cells
     from cl_graft.store.result import collect, kept
 
-    paths = [path for folder in folders for path in cells(folder)]
-    told = with_references(told_apart([kept(path) or collect(path) for path in paths]))
-    return [ReportedCell(path, dict(cell)) for path, cell in zip(paths, told, strict=True)]
+    read: dict[Path, dict[str, Any]] = {}
+    failed: list[RecordError] = []
+    for path in [path for folder in folders for path in cells(folder)]:
+        try:
+            read[path] = kept(path) or collect(path)
+        except RecordError as error:
+            failed.append(error)
+    if not read:
+        raise failed[0]
+    for unread in failed:
+        left_out(f"left out: {unread}")
+    told = with_references(told_apart(list(read.values())))
+    return [ReportedCell(path, dict(cell)) for path, cell in zip(read, told, strict=True)]
 
 
-def gather(folders: Sequence[Path]) -> list[dict[str, Any]]:
+def gather(
+    folders: Sequence[Path], left_out: Callable[[str], None] = warnings.warn
+) -> list[dict[str, Any]]:
     """The result objects of `find`."""
-    return [reported.cell for reported in find(folders)]
+    return [reported.cell for reported in find(folders, left_out)]
 
 
 def write(reported: Sequence[ReportedCell], target: Path, tested: Reader | None = None) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,12 @@ NOTE = (
 )
 
 
-def compare(a: Path, b: Path) -> list[Table]:
+def compare(a: Path, b: Path, left_out: Callable[[str], None] = warnings.warn) -> list[Table]:
     """Cells of two folders side by side: by scenario, strategy, model, budget and seed, or the only cell of each.
 
-    Raises CLGraftError where a folder holds no cell.
+    left_out: as `find` tells it. Raises CLGraftError where a folder holds no cell.
     """
-    ours, theirs = find([a]), find([b])
+    ours, theirs = find([a], left_out), find([b], left_out)
     pairs, alone = _matched(ours, theirs)
     tables = [_cells(alone)] if alone[0] or alone[1] else []
     tables.append(_about([(x.cell, y.cell) for x, y in pairs]))

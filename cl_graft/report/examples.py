@@ -108,23 +108,27 @@ def _whole(cell: Mapping[str, Any]) -> int:
 def _answers(path: Path, experience: int, tasks: Sequence[str]) -> dict[str, list[Answer]]:
     """{task: its answers in order, by its primary metric}, which is the first that its lines name.
 
-    Only lines of these tasks are parsed: they start as `record.write_experience` starts them. No file, no answers.
+    Only lines of these tasks are parsed: they start as `record.write_experience` starts them. Where there is no file,
+    or one of a task's lines is torn, there are no answers.
     """
     file = path / "experiences" / f"{experience:02d}" / "examples.jsonl"
     if not file.is_file():
         return {}
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     by_task = {}
     for task in tasks:
         start = f'{{"task": {json.dumps(task)},'
         # at once: a report reads hundreds of thousands of lines
-        read = json.loads(f"[{','.join(line for line in lines if line.startswith(start))}]")
-        primary = read[0]["metric"] if read else None
-        answers = [
-            Answer(one["score"], one["answer"], one["note"])
-            for one in read
-            if one["metric"] == primary
-        ]
+        try:
+            read = json.loads(f"[{','.join(line for line in lines if line.startswith(start))}]")
+            primary = read[0]["metric"] if read else None
+            answers = [
+                Answer(float(one["score"]), one["answer"], one["note"])
+                for one in read
+                if one["metric"] == primary
+            ]
+        except (ValueError, KeyError, TypeError):
+            continue
         if answers:
             by_task[task] = answers
     return by_task

@@ -97,7 +97,8 @@ def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None
         first, *lines = read_jsonl(path)
     except (RecordError, ValueError):
         return None
-    return (first, lines) if first.get("lines") == len(lines) else None
+    whole = isinstance(first, dict) and first.get("lines") == len(lines)
+    return (first, lines) if whole else None
 
 
 def flush(folder: Path) -> None:

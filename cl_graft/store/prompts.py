@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cl_graft.store.files import read_jsonl, write_text
+from cl_graft.store.files import RecordError, read_jsonl, write_text
 from cl_graft.store.locks import locked
 from cl_graft.task import Example, Scenario
 
@@ -47,12 +47,15 @@ def _lines(scenario: Scenario) -> Iterator[dict[str, Any]]:
 
 
 def recall(out: Path, fingerprint: str) -> dict[str, list[Asked]]:
-    """{task: its test examples}; empty where none were kept, as by earlier versions."""
+    """{task: its test examples}; empty where none were kept, as by earlier versions, or not all can be read."""
     by_task: dict[str, list[Asked]] = {}
     path = file(out, fingerprint)
-    for line in read_jsonl(path) if path.is_file() else ():
-        asked = Asked(line["prompt"], line["reference"], line.get("suite", ""))
-        by_task.setdefault(line["task"], []).append(asked)
+    try:
+        for line in read_jsonl(path) if path.is_file() else ():
+            asked = Asked(line["prompt"], line["reference"], line.get("suite", ""))
+            by_task.setdefault(line["task"], []).append(asked)
+    except (RecordError, KeyError, TypeError, AttributeError):
+        return {}
     return by_task
 
 

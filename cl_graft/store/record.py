@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cl_graft.store.files import LEFT, DiskRefused, RecordError, read_json, write_json, write_text
 from cl_graft.store.locks import Busy, file_lock, held
@@ -92,7 +92,11 @@ class CellFolder:
         Whether one runs is told by its lock, wherever it runs: a pid may be of another machine, or another's by now.
         """
         file = self.path / "state.json"
-        marked: dict[str, Any] = read_json(file) if file.is_file() else {"state": "waiting"}
+        marked: Any = read_json(file) if file.is_file() else {"state": "waiting"}
+        if not isinstance(marked, dict) or marked.get("state") not in get_args(State):
+            raise RecordError(
+                f"{file} names no state of a cell; delete the file, and run the same command again."
+            )
         if self.complete:
             return marked | {"state": "done"}
         if marked["state"] in ("running", "done"):
@@ -192,7 +196,11 @@ class CellFolder:
         """Records of the whole experiences, from row 0 on, up to the first that is missing."""
         records: list[dict[str, Any]] = []
         while (file := self.experience_path(len(records)) / "experience.json").is_file():
-            records.append(read_json(file))
+            if not isinstance(record := read_json(file), dict):
+                raise RecordError(
+                    f"{file} is no record of an experience; delete its cell's folder to compute it anew."
+                )
+            records.append(record)
         return records
 
 
@@ -222,14 +230,21 @@ def _leaves(nest: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
 
 
 def states(folder: Path) -> dict[Path, dict[str, Any]]:
-    """{cell's folder: its state, and how many experiences are whole}. Raises RecordError where there is no cell."""
+    """{cell's folder: its state, and how many experiences are whole}; `unreadable` where its files do not tell.
+
+    Raises RecordError where there is no cell.
+    """
     folders = {file.parent for file in folder.rglob("state.json")} if folder.is_dir() else set()
     if not folders:
         raise RecordError(f"{folder} holds no cell; give the folder that --out named.")
-    read = {path: CellFolder(path) for path in sorted(folders)}
-    return {
-        path: cell.state() | {"experiences": len(cell.experiences())} for path, cell in read.items()
-    }
+    return {path: _state(CellFolder(path)) for path in sorted(folders)}
+
+
+def _state(cell: CellFolder) -> dict[str, Any]:
+    try:
+        return cell.state() | {"experiences": len(cell.experiences())}
+    except RecordError as error:
+        return {"state": "unreadable", "reason": str(error), "experiences": 0}
 
 
 def cells(folder: Path) -> list[Path]:

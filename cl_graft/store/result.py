@@ -6,10 +6,46 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from cl_graft.config import RunConfig
 from cl_graft.matrix import PerformanceMatrix
-from cl_graft.store.files import read_json
-from cl_graft.store.record import CellFolder
+from cl_graft.store.files import RecordError, read_json
+from cl_graft.store.record import CellFolder, states
+
+Grid = list[list[float | None]]  # a row an experience, the base's first; a column a task
+
+
+class Result(BaseModel):
+    """What a report cannot do without, of what `result_object` gives."""
+
+    model_config = ConfigDict(protected_namespaces=(), defer_build=True)
+
+    scenario: str
+    strategy: str
+    label: str
+    model: str
+    seed: int
+    budget: str
+    tasks: list[str]
+    matrix: Grid
+    n: Grid
+    stderr: Grid
+    identical: list[list[bool]]
+    metrics: dict[str, float | None]
+    extra_matrices: dict[str, Grid]
+    general: list[float | None]
+    pack_bytes: list[int]
+    shared_bytes: dict[str, int]
+    alive_bytes: list[int]
+    routing: list[dict[str, dict[str, int]]]
+    base_bytes: int
+    seconds: dict[str, float]
+    tokens: float
+    options: dict[str, Any]
+    versions: dict[str, Any]
+    config: dict[str, Any]
+    complete: bool
 
 
 def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -83,19 +119,63 @@ def _value(general: Mapping[str, Mapping[str, Any]], task: str) -> float | None:
 
 
 def collect(path: Path) -> dict[str, Any]:
-    """The result of the cell in `path`, complete or not."""
+    """The result of the cell in `path`, complete or not. Raises RecordError where its files do not hold one."""
     folder = CellFolder(path)
-    return result_object(folder.identity(), folder.experiences())
+    cure = "delete the folder to compute the cell anew"
+    identity, records = folder.identity(), folder.experiences()
+    try:
+        result = result_object(identity, records)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        wrong = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+        raise RecordError(f"{path} holds records that are not whole ({wrong}); {cure}.") from error
+    return _checked(result, path, cure)
 
 
 def kept(path: Path) -> dict[str, Any] | None:
-    """What `collect` found when the cell was complete; None where it is not, or where an earlier version wrote less."""
+    """What `collect` found when the cell was complete; None where it is not, or where an earlier version wrote less.
+
+    Raises RecordError for a file that is torn, or that lacks what a report needs.
+    """
     folder = CellFolder(path)
     if not folder.complete:
         return None
     folder.identity()  # refuses another version's
-    result = read_json(path / "result.json")
-    return result if {"budgeted", "general_packs"} <= result.keys() else None
+    file, cure = path / "result.json", "run the same command again to make it anew"
+    try:
+        result = read_json(file)
+    except RecordError as error:
+        raise RecordError(f"{file} cannot be read ({error.__cause__}); {cure}.") from error
+    earlier = {"matrix", "routing_accuracy"} if isinstance(result, dict) else set()
+    if earlier and earlier <= result.keys() and not {"budgeted", "general_packs"} <= result.keys():
+        return None
+    return _checked(result, file, cure)
+
+
+def _checked(result: Any, file: Path, cure: str) -> dict[str, Any]:
+    """The result. Raises RecordError where one of its parts is missing, or of another type or size."""
+    try:
+        Result.model_validate(result)
+        rows, tasks = len(result["tasks"]) + 1, len(result["tasks"])
+        for name in ("matrix", "n", "stderr", "identical"):
+            if [len(row) for row in result[name]] != [tasks] * rows:
+                raise RecordError(f"{file}: {name} is not {rows} rows for {tasks} tasks; {cure}.")
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise RecordError(f"{file}: {place}: {first['msg']}; {cure}.") from error
+    return result
+
+
+def known_states(folder: Path) -> dict[Path, dict[str, Any]]:
+    """`record.states`, in which a finished cell whose result cannot be read is `unreadable`, with the reason."""
+    known = states(folder)
+    for path, state in known.items():
+        if state["state"] == "done":
+            try:
+                kept(path)
+            except RecordError as error:
+                state |= {"state": "unreadable", "reason": str(error)}
+    return known
 
 
 def _accuracy(

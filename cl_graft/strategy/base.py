@@ -30,13 +30,14 @@ import torch
 
 from cl_graft import plugins
 from cl_graft.budget import Budget
-from cl_graft.errors import CLGraftError, Diverged, OverBudget, UnknownName
+from cl_graft.errors import AuthorMistake, CLGraftError, Diverged, OverBudget, UnknownName
 from cl_graft.evaluation.examiner import Answered, Examiner, Group, key
 from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
 from cl_graft.models.roles import ROLES, Role, untouched
 from cl_graft.routing.base import Router
+from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.codecs.exact import exact, original
 from cl_graft.skillpack.codecs.sparse import sparse
 from cl_graft.skillpack.compress.memory import release
@@ -47,7 +48,7 @@ from cl_graft.strategy.context import Context, cost_of
 from cl_graft.strategy.kept import Kept, Tensors, finite_only, watched
 from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin, check_plugins, drawn
 from cl_graft.task import Pair, Preference, Scenario, Task
-from cl_graft.training.config import Row, StageConfig, jobs
+from cl_graft.training.config import Row, StageConfig, at_step, jobs
 from cl_graft.training.delta import Delta
 from cl_graft.training.own_loop import counted
 from cl_graft.training.stages import Log, Stages, holding, in_full_precision
@@ -95,9 +96,9 @@ class Strategy(BaseTemplate):
         if isinstance(cls.keeps, str):
             return cls.keeps
         if "convention" not in options:
-            raise CLGraftError(
-                f"{cls.__name__} keeps by convention and has none; give it an option `convention`, such as "
-                f"{min(cls.keeps)!r}."
+            raise AuthorMistake(
+                f"{plugins.line_of(cls, cls.__name__)}: {cls.__name__} keeps by convention and has none; give it an "
+                f"option `convention`, such as {min(cls.keeps)!r}."
             )
         convention = options["convention"]
         if convention not in cls.keeps:
@@ -135,7 +136,7 @@ class Strategy(BaseTemplate):
         )
         self.answered: dict[str, Answered] = {}
         self.features = Features(model, tokenizer)
-        self.progress: Callable[[str, float], None] = lambda what, done: None
+        self.progress: Callable[..., None] = lambda what, done, at="": None
         self._seconds: dict[str, float] = {"train": 0.0, "compress": 0.0}
         self.log = Log()
         self.notes: list[
@@ -189,14 +190,14 @@ class Strategy(BaseTemplate):
         Strategies of one sweep that do the very same training share it (training/stages.py).
         """
         if undeclared := {term.kind for term in terms} - {*self.terms}:
-            raise CLGraftError(
-                f"{type(self).__name__} adds a term of kind {min(undeclared)!r} that it does not declare; write "
-                f"terms = ({min(undeclared)!r},) in its class."
+            raise AuthorMistake(
+                f"{self._where}: {type(self).__name__} adds a term of kind {min(undeclared)!r} that it does not "
+                f"declare; write terms = ({min(undeclared)!r},) in its class."
             )
         seed, begun = self._stage_seed, perf_counter()
 
-        def progress(done: float) -> None:
-            self.progress(f"training {task.name}", done)
+        def progress(done: float, at: str) -> None:
+            self.progress(f"training {task.name}", done, at)
 
         with in_full_precision(model), holding(model, self.untouched):
             for its_rows, job in jobs(task, seed, partial(self._sampled, model, task)):
@@ -209,6 +210,8 @@ class Strategy(BaseTemplate):
                     where = f"{job.kind.upper()} of task {task.name!r}"
                     raise Diverged(f"{where}: {error}") from error
                 self.log.add(log)
+                at = at_step(job.steps, job.steps, log.losses[-1]["loss"] if log.losses else None)
+                self.progress(f"trained {task.name}", 1.0, at)
         self._training_wall += perf_counter() - begun
         torch.manual_seed(seed)  # whether training was recalled must not matter from here
         return folder
@@ -313,6 +316,27 @@ class Strategy(BaseTemplate):
 
     # --- learning a task ---
 
+    @property
+    def _where(self) -> str:
+        return plugins.line_of(type(self), type(self).__name__)
+
+    def _kept(self, returned: Any) -> Kept:
+        """What `learn` returned. Raises AuthorMistake where it is neither encoded tensors by name nor a Kept."""
+        kept = returned if isinstance(returned, Kept) else Kept(returned)
+        parts = [kept.own, *kept.shared.values()] if isinstance(kept.shared, Mapping) else [None]
+        for tensors in parts:
+            wrong: Any = tensors
+            if isinstance(tensors, Mapping):
+                wrong = next((x for x in tensors.values() if not isinstance(x, Encoded)), None)
+                if wrong is None:
+                    continue
+            inside = "under a name " if isinstance(tensors, Mapping) else ""
+            raise AuthorMistake(
+                f"{self._where}: {type(self).__name__} returns {inside}a {type(wrong).__name__}; return "
+                "{parameter: encoded tensor}, as cl_graft.skillpack.codecs.dense(tensor) makes them, or a Kept of such."
+            )
+        return kept
+
     def _pack(self, task: Task, tensors: Tensors, method: str = "") -> SkillPack:
         in_order = dict(sorted(tensors.items()))  # as a file gives them back: sums go by it
         return SkillPack(
@@ -392,7 +416,7 @@ class Strategy(BaseTemplate):
         if not self._training_wall:
             self._training_wall = (steps.last or perf_counter()) - begun
             self.log.add(Log(seconds=self._training_wall, spent=self._training_wall))
-        kept = finite_only(learned, whose)
+        kept = finite_only(self._kept(learned), whose)
         self.restore_base()
         if strange := kept.own.keys() & self.untouched:
             name = min(strange)
@@ -405,9 +429,9 @@ class Strategy(BaseTemplate):
         self.packs.append(self._pack(task, kept.own))
         for name, tensors in kept.shared.items():
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == ROUTER:
-                raise CLGraftError(
-                    f"{type(self).__name__} calls a shared artefact {name!r}; name it in small letters, digits, - and "
-                    f"_, and not {ROUTER!r}, which is the harness's."
+                raise AuthorMistake(
+                    f"{self._where}: {type(self).__name__} calls a shared artefact {name!r}; name it in small letters, "
+                    f"digits, - and _, and not {ROUTER!r}, which is the harness's."
                 )
             self.shared[name] = self._pack(task, tensors)
         if self.budgeted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,6 @@ from cl_graft.skillpack.compress.text import padded
 from cl_graft.skillpack.format.file import SkillPack, packed_size
 from cl_graft.task import Example, Task
 from cl_graft.training.delta import Delta
-from cl_graft.training.fit import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,7 +79,7 @@ class Context:
     seed: int
     header: SkillPack  # the pack to be, without tensors: what its header costs
     frozen: Collection[str] = ()
-    progress: Progress = field(default=lambda done: None)
+    progress: Callable[[float], None] = field(default=lambda done: None)
 
     @cached_property
     def roles(self) -> dict[str, Role]:

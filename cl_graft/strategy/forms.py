@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_graft import plugins
+from cl_graft.errors import AuthorMistake
 from cl_graft.models.roles import ROLES, Role
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.codecs.exact import exact, original
@@ -43,6 +45,8 @@ def compressor(
     """
 
     def make(function: Compress) -> type[Strategy]:
+        plugins.require_call(function, "delta, context")
+
         def learn(self: Strategy, task: Task, context: Context, **options: Any):
             return function(context.delta(self.teach(self.model, task)), context, **options)
 
@@ -75,6 +79,8 @@ def merger(
     """
 
     def make(function: Merge) -> type[Strategy]:
+        plugins.require_call(function, "deltas" if statistic is None else "deltas, statistics")
+
         def learn(self: Strategy, task: Task, context: Context, **options: Any):
             own = context.dense(context.delta(self.teach(self.model, task)))
             free = {n: values for n, values in (grid or {}).items() if options[n] is None}
@@ -109,7 +115,15 @@ def merger(
 
         def merged(name: str, *packs: SkillPack, **told: Any) -> Tensor:
             more = [told.pop("statistics")] if statistic is not None else []
-            return function([pack.delta(name) for pack in packs], *more, **told)
+            deltas = [pack.delta(name) for pack in packs]
+            made = function(deltas, *more, **told)
+            if not isinstance(made, Tensor) or made.shape != deltas[0].shape:
+                shape = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
+                raise AuthorMistake(
+                    f"{plugins.line_of(function, function.__name__)}: {function.__name__} makes {shape} of deltas "
+                    f"{list(deltas[0].shape)}; return one tensor of their shape."
+                )
+            return made
 
         merged.__module__, merged.__qualname__ = function.__module__, function.__qualname__
         return _strategy(function, learn, compose=compose_all, keeps="merged", budgeted=False)

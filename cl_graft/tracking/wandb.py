@@ -20,8 +20,10 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from cl_graft.config import RunConfig, WandbMode
+from cl_graft.errors import CLGraftError
 from cl_graft.store.digests import digest
 from cl_graft.store.files import write_text
 from cl_graft.store.locks import Busy
@@ -50,10 +52,19 @@ def resolve(mode: WandbMode) -> str:
     return "online" if os.environ.get("WANDB_API_KEY") or _in_netrc() else "offline"
 
 
+def require_login(mode: WandbMode) -> None:
+    """Raises CLGraftError where runs are to be online and nobody is logged in."""
+    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or _in_netrc()):
+        raise CLGraftError(
+            "nobody is logged in to Weights & Biases here; run `wandb login`, or leave out --wandb online."
+        )
+
+
 def _in_netrc() -> bool:
     with suppress(OSError, RuntimeError):  # it may be somebody else's, and there may be no home
         netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-        return "api.wandb.ai" in netrc.read_text(errors="ignore")
+        host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+        return str(host) in netrc.read_text(errors="ignore")
     return False
 
 

@@ -126,3 +126,8 @@ def save_steps(config: StageConfig, launch: Launch) -> int:
 def logging_steps(config: StageConfig) -> int:
     """Steps that a line of the log is the mean of."""
     return max(1, config.steps // 20)
+
+
+def at_step(step: int, steps: int, loss: float | None) -> str:
+    """Words of where a job is; without its loss before it was first logged."""
+    return f"step {step} of {steps}" + (f", loss {loss:.4g}" if loss is not None else "")

@@ -20,6 +20,7 @@ from cl_graft.training.config import (
     Row,
     StageConfig,
     accumulation,
+    at_step,
     logging_steps,
     order,
     save_steps,
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-Progress = Callable[[float], None]  # fraction of the job done
+# fraction of the job done, and where it is in words: `step 12 of 250, loss 0.532`
+Progress = Callable[[float, str], None]
 
 LOG = "log.jsonl"
 TOKENS = "tokens.json"  # how many the job trains on, which only who encodes the rows has counted
@@ -48,7 +50,7 @@ def fit(
     launch: Launch,
     work: Path,
     deepspeed: dict[str, Any] | None = None,
-    progress: Progress = lambda done: None,
+    progress: Progress = lambda done, at: None,
     terms: Sequence[Term] = (),
 ) -> Any:
     """Train in place, from the last whole checkpoint in `work` if there is one; returns TRL's trainer.
@@ -231,7 +233,11 @@ def _report(work: Path, trainer: Any, step: int, tokens: float, progress: Progre
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == state.max_steps:
                 control.should_save = False  # the stage itself is saved next
-            progress(state.global_step / max(1, state.max_steps))
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            progress(
+                state.global_step / max(1, state.max_steps),
+                at_step(state.global_step, state.max_steps, losses[-1] if losses else None),
+            )
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if not main or "loss" not in (logs or {}):

@@ -28,7 +28,7 @@ from cl_graft.processes import signal_name
 from cl_graft.store.files import RecordError, read_jsonl, write_json
 from cl_graft.store.locks import locked
 from cl_graft.training import checkpoint
-from cl_graft.training.config import Row, StageConfig, accumulation
+from cl_graft.training.config import Row, StageConfig, accumulation, at_step
 from cl_graft.training.fit import LOG, Progress, quiet
 from cl_graft.training.term import Term, save
 from cl_graft.training.tokens import tokens
@@ -40,7 +40,9 @@ DIVERGED = "diverged"  # says why there is nothing to go on from
 FAILED = "failed-"  # with the rank of the process that says why
 DONE = "done"  # the last that a job writes: DeepSpeed's launcher may end well though a process was killed
 ALIVE = "alive"  # renewed while whoever started the job waits for it
-HEARD = "heard-"  # with the rank of a process on one of several nodes, which renews it while it lives
+HEARD = (
+    "heard-"  # with the rank of a process on one of several nodes, which renews it while it lives
+)
 SILENCE = 120.0  # seconds without that, after which the processes of other nodes end, or the job counts as lost
 HANDED_ON = ("TORCH_EXTENSIONS_DIR", "TOKENIZERS_PARALLELISM")
 GRACE = 15.0  # seconds that processes have to end by themselves
@@ -243,7 +245,8 @@ def _wait(
                 if lost := ear.silent():
                     break
             with suppress(RecordError, IndexError):
-                progress([*read_jsonl(work / LOG)][-1]["step"] / steps)
+                last = [*read_jsonl(work / LOG)][-1]
+                progress(last["step"] / steps, at_step(last["step"], steps, last["loss"]))
     finally:
         _end(job)
     if (work / DIVERGED).exists():

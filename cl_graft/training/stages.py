@@ -108,7 +108,7 @@ class Stages:
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[Row],
         job: StageConfig,
-        progress: fit.Progress = lambda done: None,
+        progress: fit.Progress = lambda done, at: None,
         terms: Sequence[Term] = (),
         origin: str = "",
     ) -> tuple[Path, Log]:

@@ -162,7 +162,7 @@ def _rows(where: str) -> list[PlacedFields]:
         return [(f"{where}, row {i}", row) for i, row in enumerate(table, 1)]
     if where.count("/") == 1 and not where.startswith((".", "/")):
         return _hub(where)
-    raise UnknownName("prompts", where, [*_scenarios(), "a .jsonl file", "owner/dataset"])
+    raise UnknownName("prompts", where, _scenarios(), "a .jsonl file or a hub id")
 
 
 def _scenarios() -> list[str]:

@@ -37,7 +37,7 @@ def test_a_cell_stopped_in_its_second_task_ends_with_the_same_numbers(strategy, 
         result = json.loads((folder / "result.json").read_text())
         return packs, result["matrix"], result["pack_bytes"]
 
-    def stop(what, done):
+    def stop(what, done, at=""):
         if what == "training cipher":
             raise KeyboardInterrupt
 

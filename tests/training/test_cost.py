@@ -36,11 +36,11 @@ def test_a_probe_leaves_out_setting_up_and_the_first_step(monkeypatch):
     def train(progress):
         for pause in (30.0, 2.0, 4.0):
             now[0] += pause
-            progress(0.5)
+            progress(0.5, "")
 
     assert cost.probe(train) == pytest.approx(3.0)
     with pytest.raises(CLGraftError, match="two steps"):
-        cost.probe(lambda progress: progress(1.0))
+        cost.probe(lambda progress: progress(1.0, ""))
 
 
 def test_a_probe_of_a_real_stage(nano, tmp_path):

@@ -65,7 +65,7 @@ def wrapped(model):
     return get_peft_model(model, config)
 
 
-def trained(folder, job, launch, wrap=lambda model: model, progress=lambda done: None):
+def trained(folder, job, launch, wrap=lambda model: model, progress=lambda done, at: None):
     """{parameter: tensor} and log after the stage."""
     model, tokenizer = load("nano-llama")
     model = wrap(model)
@@ -130,7 +130,7 @@ class TestTwoProcesses:
         rows, recipe = SFT
         job = (rows, replace(recipe, steps=24))  # not done before they are seen to have begun
 
-        def kill(done):
+        def kill(done, at):
             if done >= 4 / 24:
                 workers = [p for p in psutil.Process().children(recursive=True) if is_worker(p)]
                 if workers:

@@ -178,7 +178,7 @@ def test_a_stage_that_was_stopped_goes_on_from_its_last_whole_checkpoint(
     reset()
     stages = Stages(tmp_path / "stopped", Launch(save_steps=2))
 
-    def stop(done):
+    def stop(done, at):
         if done >= 5 / 8:
             raise KeyboardInterrupt
 
@@ -192,7 +192,7 @@ def test_a_stage_that_was_stopped_goes_on_from_its_last_whole_checkpoint(
     (work / "checkpoint-5" / "model.safetensors").write_bytes(b"torn")
     reset()
     done = []
-    _, log = stages.run(model, tokenizer, *job, progress=done.append)
+    _, log = stages.run(model, tokenizer, *job, progress=lambda fraction, at: done.append(fraction))
     assert done[0] == 5 / 8, "steps 1 to 4 are not done again"
     assert fingerprint(model.named_parameters()) == wanted
     assert [x["step"] for x in log.losses] == list(range(1, 9))
@@ -210,7 +210,7 @@ def test_a_line_of_the_log_is_the_same_mean_wherever_training_was_stopped(nano, 
         parameter.data.copy_(start[name])
     stages = Stages(tmp_path / "stopped", Launch(save_steps=3))
 
-    def stop(done):
+    def stop(done, at):
         if done >= 7 / 40:
             raise KeyboardInterrupt
 
@@ -269,7 +269,7 @@ def on_a_small_disk(says, cache, room):
     rows = [dict(prompt="Q: Copy ab.", completion="ab")] * 4
     job, seen = StageConfig("sft", 12, 4, 1e-3, 0.1, 0.0, 64, 0), []
 
-    def progress(done):
+    def progress(done, at):
         seen.append(done)
         if room and done >= 5 / 12:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

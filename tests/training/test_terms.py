@@ -274,7 +274,7 @@ def test_a_killed_stage_goes_on_with_its_terms(plugin, tmp_path):
         model, tokenizer = load("nano-llama")
         terms = [Term.penalty(plugin().penalty, {NAME: weights(model)[NAME] - 1}, weight=1.0)]
 
-        def progress(done):
+        def progress(done, at):
             if kill and done >= kill:
                 raise KeyboardInterrupt
 

@@ -9,15 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from cl_graft.config import RunConfig
 
 if TYPE_CHECKING:
     from cl_graft.sweep_config import Sweep
 
-Report = Callable[[str, str, float], None]  # cell, what is being done, fraction of it done
-CellProgress = Callable[[str, float], None]  # what is being done in one cell, fraction of it done
+
+class CellProgress(Protocol):
+    """Takes what is being done in a cell, the fraction of the cell that is done, and where in `what` it is."""
+
+    def __call__(self, what: str, done: float, at: str = "") -> None: ...
+
+
+class Report(Protocol):
+    """Takes the same of one of several cells."""
+
+    def __call__(self, cell: str, what: str, done: float, at: str = "") -> None: ...
 
 
 @dataclass(frozen=True)

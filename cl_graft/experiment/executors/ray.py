@@ -174,9 +174,9 @@ def _work(work: Work, config: str, patient: bool, events: Any, folder: str) -> t
     forget_peak_memory()  # Ray gives one process to several cells
     os.environ["OMP_NUM_THREADS"] = str(made.threads)
 
-    def report(what: str, done: float) -> None:
+    def report(what: str, done: float, at: str = "") -> None:
         # not waited for, and so no failure of the cell where nobody listens any more
-        events.actor.put_nowait.remote((place, made.cell, what, done))
+        events.actor.put_nowait.remote((place, made.cell, what, done, at))
 
     report("beginning", 0.0)
     outcome = work(made, seldom(report, 1.0), patient)
