@@ -13,6 +13,7 @@ from cl_graft.planning.plan import plan
 from cl_graft.store.files import write_lines
 from cl_graft.sweep_config import Sweep
 from tests.command import Call, assert_refused
+from tests.models.test_roles import FAMILIES
 
 SMALL = {"steps": 6, "batch": 8, "train_size": 48, "test_size": 8, "tasks": "math,cipher"}
 
@@ -225,3 +226,35 @@ def test_what_is_shared_is_planned_without_weights_too(tmp_path, nano):
     given = cells(tmp_path, names)
     bare = [c.model_copy(update={"model": str(tmp_path / "model")}) for c in given]
     assert seen(plan(bare)) == seen(plan(given))
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "mamba", "falcon-h1", "mixtral"])
+@pytest.mark.parametrize("method", ["individual", "lora", "o_lora"])
+def test_every_family_has_figures_or_one_sentence(tmp_path, nano, family, method):
+    """PEFT 0.21 refuses to adapt the state spaces of Mamba and Falcon-H1, whatever the method."""
+    config = FAMILIES[family][0]()
+    config.vocab_size = len(nano[1])
+    config.save_pretrained(tmp_path / "model")
+    nano[1].save_pretrained(tmp_path / "model")
+    wanted = [{method: {"dropout": 0}} if method == "o_lora" else method]
+    asked = cells(tmp_path, wanted, budgets=["90%"])
+    bare = [c.model_copy(update={"model": str(tmp_path / "model")}) for c in asked]
+    if method != "individual" and family in ("mamba", "falcon-h1"):
+        with pytest.raises(CLGraftError, match="choose a method without adapters"):
+            plan(bare)
+        return
+    stages = plan(bare).stages
+    assert [s.task for s in stages] == ["math", "cipher"]
+    whole = method == "individual"
+    assert all((s.trained == s.parameters) == whole and s.trained > 0 for s in stages)
+
+
+def test_a_method_that_fails_before_it_trains_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "from cl_graft.strategy import Strategy\n\n\n"
+        "class broken(Strategy):\n"
+        "    def learn(self, task, context, **options):\n"
+        "        return self.teach(self.model.encoder, task)\n"
+    )
+    with pytest.raises(CLGraftError, match="broken cannot learn the first task, 'math': .*encoder"):
+        plan(cells(tmp_path, [str(tmp_path / "broken.py")]))

@@ -142,12 +142,15 @@ def names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def cells_of(asked: Sweep) -> list[RunConfig]:
-    """The cells of a sweep. Raises what can be refused of them before anything that takes seconds is imported."""
+def cells_of(asked: Sweep, bare: bool = False) -> list[RunConfig]:
+    """The cells of a sweep. Raises what can be refused of them before anything that takes seconds is imported.
+
+    bare: as for `early.check`.
+    """
     from cl_graft.experiment import early
 
     cells = asked.cells()
-    early.check(cells)
+    early.check(cells, bare)
     return cells
 
 

@@ -27,7 +27,7 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """What a sweep is going to do: stages, memory, time, disk, and what is cached; nothing is started."""
-    cells = cells_of(sweep_from(file, given))
+    cells = cells_of(sweep_from(file, given), bare=True)
 
     from cl_graft.experiment.prepare import try_methods
     from cl_graft.planning.plan import plan as make

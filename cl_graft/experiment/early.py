@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from cl_graft import plugins
 from cl_graft.budget import Budget
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.models import load
+from cl_graft.models.weights import is_bare
 from cl_graft.store.record import CellFolder
 from cl_graft.tracking.wandb import require_login
 
 
-def check(cells: Iterable[RunConfig]) -> None:
+def check(cells: Iterable[RunConfig], bare: bool = False) -> None:
     """Raises CLGraftError for the first fault of the cheapest kind that any of the cells has.
 
     Budgets, seeds, names and options come first, then models' folders, then what the hub and the trackers say.
+    bare: whether a model's folder without its weights will do, as for a plan.
     """
     # what is finished is never computed again, and needs neither model nor login
     cells = [c for c in cells if not CellFolder(c.out / c.cell).complete]
@@ -32,7 +35,7 @@ def check(cells: Iterable[RunConfig]) -> None:
                 plugins.file_of(kind, name)
     for config in cells:
         _options(config)
-    models = sorted({config.model for config in cells})
+    models = sorted({c.model for c in cells if not (bare and is_bare(Path(c.model)))})
     for look in (load.check, load.reach):
         for model in models:
             look(model)

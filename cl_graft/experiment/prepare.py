@@ -28,9 +28,14 @@ if TYPE_CHECKING:
 UNKNOWN = "0" * 32  # stands for the fingerprint of weights that are not there, and is as long
 
 
-def prepare(config: RunConfig) -> tuple[Scenario, type[Strategy], dict[str, Any]]:
-    """Find and check everything a run names, before anything is computed; what costs least to check comes first."""
-    early.check([config])
+def prepare(
+    config: RunConfig, bare: bool = False
+) -> tuple[Scenario, type[Strategy], dict[str, Any]]:
+    """Find and check everything a run names, before anything is computed; what costs least to check comes first.
+
+    bare: as for `early.check`.
+    """
+    early.check([config], bare)
     scenario = _scenario(config)
     _launch(config.launch, scenario)
     return scenario, *_strategy(config)

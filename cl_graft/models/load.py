@@ -106,14 +106,21 @@ def without_weights(name: str, data_dir: Path | None = None) -> PreTrainedModel 
     return meta_model(config).model
 
 
-def attention() -> str:
-    """The fastest attention that this machine has: flash attention where its kernels are installed, else SDPA."""
+def attention(place: str | Path) -> str | None:
+    """Flash attention where its kernels are installed and the code of the model at `place` has it.
+
+    None is what transformers takes by itself: SDPA, or plain attention where a model's code has no SDPA (Gemma 2,
+    gpt-oss), or no attention at all (Mamba).
+    """
     import torch
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CLASSES
     from transformers.utils import is_flash_attn_2_available
 
-    return (
-        "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
-    )
+    if not (torch.cuda.is_available() and is_flash_attn_2_available()):
+        return None
+    kind = CLASSES[type(AutoConfig.from_pretrained(place, trust_remote_code=False))]
+    return "flash_attention_2" if kind._supports_flash_attn else None
 
 
 def load(
@@ -139,7 +146,7 @@ def load(
             place,
             trust_remote_code=False,
             dtype=torch.bfloat16 if on_gpu else torch.float32,
-            attn_implementation=attention(),
+            attn_implementation=attention(place),
             key_mapping=_renamed(Path(place)),
             output_loading_info=True,
         )

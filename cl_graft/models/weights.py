@@ -59,6 +59,12 @@ class Weights:
         )
 
 
+def is_bare(folder: Path) -> bool:
+    """Whether a folder is a model's without any weights: its configuration says how large they will be."""
+    weights = (*folder.glob("*.safetensors"), *folder.glob("*.bin"))
+    return (folder / "config.json").is_file() and not weights and foreign.told(folder) is None
+
+
 def check_folder(folder: Path) -> None:
     """Raise CheckpointError unless transformers can load the folder in one way only."""
     if not (folder / "config.json").is_file() and (why := foreign.told(folder)):

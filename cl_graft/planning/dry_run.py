@@ -96,7 +96,13 @@ class DryRun:
             shared = dict(strategy.foreseen())
         except CLGraftError:
             raise
-        except Exception:
+        except Exception as error:
+            if len(self.found) == before and not number:
+                told = str(error).strip().split("\n", 1)[0].rstrip(".")
+                raise CLGraftError(
+                    f"{type(strategy).__name__} cannot learn the first task, {task.name!r}: it fails before it trains "
+                    f"({type(error).__name__}: {told}); mend the method, or choose another for this model."
+                ) from error
             # A method that goes on from its own last pack, which is empty here, asks for the same once more.
             if len(self.found) == before:
                 self._by_recipe(task)

@@ -100,7 +100,7 @@ def estimate(model: str | Path | PreTrainedConfig, job: Job) -> Memory:
 
     Takes seconds (8 B parameters in 32 layers: about eight of a core's, after the imports). Not for a process that
     holds a ZeRO-3 configuration: transformers would divide the model that is made here, too.
-    Raises CLGraftError for a folder without a usable configuration.
+    Raises CLGraftError for a folder without a usable configuration, and for a model of which no step can be traced.
     """
     import torch
 
@@ -112,19 +112,26 @@ def estimate(model: str | Path | PreTrainedConfig, job: Job) -> Memory:
     gradients: Literal["new", "kept", "freed"] = "freed"
     if not job.stage:
         gradients = "new" if job.accumulation == 1 else "kept"
-    traced = trace(
-        config,
-        job.kind,
-        job.sequences,
-        job.length,
-        gradients=gradients,
-        lora=job.lora,
-        frozen=job.frozen,
-        dtype=torch.bfloat16 if halves and job.stage else torch.float32,
-        autocast=halves and not job.stage,
-        checkpointing=job.checkpointing,
-        triton=job.gpu,
-    )
+    try:
+        traced = trace(
+            config,
+            job.kind,
+            job.sequences,
+            job.length,
+            gradients=gradients,
+            lora=job.lora,
+            frozen=job.frozen,
+            dtype=torch.bfloat16 if halves and job.stage else torch.float32,
+            autocast=halves and not job.stage,
+            checkpointing=job.checkpointing,
+            triton=job.gpu,
+        )
+    except Exception as error:  # a model's own code may fail in any way
+        told = str(error).strip().split("\n", 1)[0].rstrip(".")
+        raise CLGraftError(
+            f"the memory of {job.kind.upper()} on a model of type {config.model_type!r} cannot be told: a step of it "
+            f"fails on tensors without contents ({type(error).__name__}: {told}); choose another model."
+        ) from error
     return _sharded(job, traced) if job.stage else _whole(job, traced)
 
 

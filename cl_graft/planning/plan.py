@@ -19,6 +19,7 @@ from cl_graft.config import RunConfig
 from cl_graft.experiment import cell
 from cl_graft.experiment.prepare import UNKNOWN, prepare, strategy_of
 from cl_graft.models.load import load, load_tokenizer, locate
+from cl_graft.models.weights import is_bare
 from cl_graft.planning import cost
 from cl_graft.planning.dry_run import DryRun, PlannedStage, Timer
 from cl_graft.planning.memory import Memory
@@ -92,7 +93,7 @@ def _of_cell(
 ) -> tuple[list[tuple[str, PlannedStage]], dict[str, Any]]:
     # nothing is executed here, so nobody needs to consent to it
     scenario, strategy_class, options = prepare(
-        config.model_copy(update={"allow_code_execution": True})
+        config.model_copy(update={"allow_code_execution": True}), bare=True
     )
     torch.set_num_threads(config.threads)
     # anew for each cell: a dry run restores the weights alone, and LoRA leaves them frozen
@@ -121,7 +122,8 @@ def _model(config: RunConfig) -> tuple[Any, Any, bool]:
     """Model, tokenizer, and whether the weights are the real ones."""
     from cl_graft.models.meta_model import meta_model
 
-    place = locate(config.model, config.data_dir)
+    bare = is_bare(Path(config.model))
+    place = config.model if bare else locate(config.model, config.data_dir)
     weights = list(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
     if weights and sum(f.stat().st_size for f in weights) <= LOADED:
         return *load(config.model, config.data_dir), True

@@ -140,7 +140,7 @@ def _statistic(strategy: Strategy, statistic: Statistic, pack: SkillPack) -> Any
 
 
 def _wanted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that a function takes: all of them where it has `**options`."""
+    """Options that a function takes, of those given: all of them where it has `**options`."""
     wanted = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values()):
         return dict(options)

@@ -26,18 +26,23 @@ from cl_graft.task import Task
 
 Pair = tuple[Tensor, Tensor]
 
+# PEFT 0.21 refuses `out_proj` and `conv1d` of these: the kernels of their state spaces read the weights themselves.
+REFUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+
 
 class Adapter:
     """A new adapter on a model; the model is plain again, and as it was, at the end of the `with`.
 
     model: PEFT's wrapping of it, whose adapter alone is trained: B starts at zero, so nothing is changed yet.
     rank, dropout: of LoRA; alpha_over_rank: the factor on B A (Hu et al. 2021, arXiv 2106.09685). Every expert of a
-    stack has an adapter of this rank of its own, and so have routers. Raises as `require_dropout`.
+    stack has an adapter of this rank of its own, and so have routers. Raises as `require_adaptable` and
+    `require_dropout`.
     """
 
     def __init__(self, model: Any, rank: int, alpha_over_rank: float, dropout: float):
         from peft import LoraConfig, get_peft_model
 
+        require_adaptable(model)
         require_dropout(model, dropout)
         self.scale, self.transposed = alpha_over_rank, _transposed(model)
         config = LoraConfig(
@@ -95,6 +100,23 @@ def mixtures(model: Any) -> dict[str, Tensor]:
         and name not in linear
         and not name.endswith("bias")
     }
+
+
+def require_adaptable(model: Any) -> None:
+    """Raises CLGraftError for a model of which PEFT cannot adapt every matrix of the layers."""
+    kind = type(model).__name__
+    why = (
+        f"PEFT refuses to adapt the state spaces of {kind}"
+        if model.config.model_type in REFUSED
+        else ""
+    )
+    for name, parameter in mixtures(model).items():
+        if parameter.ndim == 3 and not hasattr(_owner(model, name), "is_transposed"):
+            why = f"{kind} does not say which way the matrices of {name} are stored"
+    if why:
+        raise CLGraftError(
+            f"{why}, so there is no LoRA on every matrix of its layers; choose a method without adapters, as graftllm."
+        )
 
 
 def require_dropout(model: Any, dropout: float, name: str = "dropout") -> None:
@@ -164,17 +186,20 @@ def largest_rank(
     """The largest rank of which `shares` adapters in bf16 fit the budget as one pack, or the one given if it does.
 
     cost_of: bytes of tensors with these specs, as `Context.cost_of`. name: of the option that gives it. Raises
-    OverBudget, and CLGraftError for a rank above what the matrices have.
+    OverBudget, CLGraftError for a rank above what the matrices have, and as `require_adaptable`.
     """
+    require_adaptable(model)
     layers: dict[str, Any] = {f"{n}.weight": m.weight for n, m in targets(model).items()}
     shapes = {name: tuple(p.shape) for name, p in (layers | mixtures(model)).items()}
 
     def cost(rank: int) -> int:
         return cost_of({name: spec(shape, rank * shares) for name, shape in shapes.items()})
 
-    # a router has a row an expert, and may have more ranks than these
+    # a router has a row an expert, a gate of a shared one a single row, and both may have more ranks than these
     most = min(
-        min(shape[-2:]) for name, shape in shapes.items() if name in layers or len(shape) == 3
+        min(shape[-2:])
+        for name, shape in shapes.items()
+        if (name in layers or len(shape) == 3) and min(shape) > 1
     )
     return largest_within(budget, cost, most, "LoRA of rank 1 on all matrices", given, name)
 

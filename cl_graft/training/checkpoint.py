@@ -115,7 +115,7 @@ def load_start(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokeniz
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, attn_implementation=attention()
+        folder, dtype=dtype, trust_remote_code=False, attn_implementation=attention(folder)
     )
     if (folder / "adapter").is_dir():
         from peft import PeftModel

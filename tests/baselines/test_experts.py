@@ -15,7 +15,15 @@ from cl_graft.budget import Budget
 from cl_graft.errors import CLGraftError
 from cl_graft.plugins import check_options, load
 from cl_graft.skillpack.codecs import decode
-from cl_graft.training.adapters import Adapter, adapted_layers, downs, encoded, mixtures
+from cl_graft.training.adapters import (
+    Adapter,
+    adapted_layers,
+    downs,
+    encoded,
+    largest_rank,
+    mixtures,
+    targets,
+)
 from tests.baselines.methods import learn, module, spied
 
 SIZES: dict[str, Any] = {
@@ -149,3 +157,39 @@ def test_dropout_on_stacked_experts_is_refused_before_training(qwen) -> None:
         with pytest.raises(CLGraftError, match=rf"{name}\.dropout=0.1 cannot be had on Qwen3Moe"):
             qwen(name, dropout=0.1).require_possible()
         qwen(name, dropout=0.0).require_possible()
+
+
+def test_a_gate_of_a_single_row_does_not_hold_the_rank_at_one() -> None:
+    """Qwen2-MoE weighs its shared expert by a linear layer of one row."""
+    config = hf.Qwen2MoeConfig(
+        **SIZES,
+        vocab_size=224,
+        num_experts=4,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+    )
+    model = hf.AutoModelForCausalLM.from_config(config)
+    assert min(m.weight.shape[0] for m in targets(model).values()) == 1
+    rank = largest_rank(model, lambda specs: 0, Budget("40%", 10**6))
+    assert rank == 24, "as many as the experts are wide"
+    with Adapter(model, rank, 2.0, 0.0) as adapter:
+        trained(adapter)
+        left, right = adapter.factors()["model.layers.0.mlp.shared_expert_gate.weight"]
+        kept = encoded((left, right))
+    torch.testing.assert_close(decode(kept), left @ right, rtol=0.02, atol=0.02)
+
+
+def test_experts_of_unknown_layout_and_state_spaces_are_refused() -> None:
+    tokens = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    mamba = hf.MambaConfig(**tokens, hidden_size=32, num_hidden_layers=1, state_size=4)
+    with torch.device("meta"):
+        refused = hf.AutoModelForCausalLM.from_config(mamba)
+    with pytest.raises(CLGraftError, match="PEFT refuses to adapt the state spaces of MambaFor"):
+        largest_rank(refused, lambda specs: 0, Budget("40%", 10**6))
+    llama = hf.Llama4TextConfig(
+        **SIZES, vocab_size=96, intermediate_size_mlp=48, num_local_experts=4
+    )
+    with torch.device("meta"):
+        refused = hf.AutoModelForCausalLM.from_config(llama)
+    with pytest.raises(CLGraftError, match=r"which way the matrices of .*experts.* are stored"):
+        largest_rank(refused, lambda specs: 0, Budget("40%", 10**6))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from cl_graft.errors import CLGraftError
 from cl_graft.models.load import check, load
@@ -16,6 +17,7 @@ from cl_graft.models.weights import INDEX, WEIGHTS
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from tests.command import Call
 from tests.model_folders import grafts_to, llama, pack_of, rewrite, saved, tensors, tuned
+from tests.models.test_roles import FAMILIES
 from tests.refusals import one_sentence
 
 MODEL = tuned(llama())
@@ -50,8 +52,6 @@ def told(folder: Path, *words: str) -> str:
 
 def test_a_file_beside_the_index_of_another_save(base: Path, sharded: Path, tmp_path: Path) -> None:
     """transformers 5.23 reads the file and says nothing of the shards."""
-    from transformers import AutoModelForCausalLM
-
     shutil.copy(base / WEIGHTS, sharded)
     read = AutoModelForCausalLM.from_pretrained(sharded).lm_head.weight
     assert torch.equal(read, tensors(base)["lm_head.weight"])
@@ -268,3 +268,16 @@ def test_a_pointer_of_git_lfs(single: Path) -> None:
     told(single, "git-lfs's pointer", "fetch the file itself")
     (single / WEIGHTS).write_bytes(whole)
     Checkpoint(single)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss", "mamba", "llama"])
+def test_a_family_without_sdpa_is_loaded_too(family: str, tmp_path: Path) -> None:
+    """transformers 5.23 has its own choice of attention, which asked for SDPA it refuses to make."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family][0]()).eval()
+    read, _ = load(str(saved(model, tmp_path / "model")))
+    plain = "llama" not in family
+    assert read.config._attn_implementation == ("eager" if plain else "sdpa")
+    rows = torch.tensor([[1, 5, 9]])
+    with torch.no_grad():
+        torch.testing.assert_close(read(rows).logits, model(rows).logits)

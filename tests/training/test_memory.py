@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
-from cl_graft.bench.plan import MINI, TEXT, compare, measured
+from cl_graft.bench.plan import MINI, TEXT, Case, compare, measured
 from cl_graft.errors import CLGraftError
 from cl_graft.models.embedded import toy_tokenizer
 from cl_graft.planning.memory import Job, estimate
@@ -16,6 +16,7 @@ from cl_graft.planning.trace import Meter, trace
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training.config import dpo_job, sft_job
 from cl_graft.training.tokens import lengths, tokens
+from tests.models.test_roles import FAMILIES
 
 SMALL = LlamaConfig(
     vocab_size=64,
@@ -45,6 +46,36 @@ def test_the_estimate_is_what_the_allocator_sees(case):
     row = compare(case)
     assert row["ratio"] == pytest.approx(1, abs=0.25)
     assert row["measured_mb"] > row["parts_mb"]["parameters"] * 4
+
+
+class Experts(Case):
+    """A mixture of experts, whose grouped products torch 2.13 has shapes for in bfloat16 alone."""
+
+    @property
+    def config(self):
+        dense = super().config.to_dict()
+        experts = {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+        return Qwen3MoeConfig(**{**dense, **experts, "head_dim": 32, "model_type": "qwen3_moe"})
+
+
+def test_the_estimate_of_a_mixture_of_experts_is_what_the_allocator_sees():
+    row = compare(Experts("experts", 128, 384, 2, 4, 224, batch=16, length=64))
+    assert row["ratio"] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_every_family_is_traced(family):
+    found = estimate(FAMILIES[family][0](), replace(JOB, length=4))
+    assert found.activations > 0 and found.optimizer == 2 * found.gradients > 0
+
+
+def test_a_model_whose_step_cannot_be_traced_is_refused_in_a_sentence(monkeypatch):
+    def data_dependent(self, hidden, *args, **kwargs):
+        return hidden[: int(hidden.sum())]
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", data_dependent)
+    with pytest.raises(CLGraftError, match="memory of SFT on a model of type 'llama' cannot be"):
+        estimate(SMALL, JOB)
 
 
 def test_the_measurement_counts_what_is_held_before_and_the_highest_moment():
