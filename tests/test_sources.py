@@ -280,7 +280,7 @@ def test_what_a_cell_was_made_of_is_in_its_folder(whole: Path) -> None:
     assert found["sources"]["scenario"] == plugins.sources_of(whole / "stream.py")
     assert found["sources"]["strategy"] == plugins.sources_of(whole / "mine.py")
     assert found["inputs"]["model"].keys() >= {"model/config.json", "model/model.safetensors"}
-    assert found["format"] == 3
+    assert found["format"] == 4
 
 
 def test_a_cell_that_nothing_was_changed_of_goes_on(cell: Path, call: Call, whole: Path) -> None:
