@@ -83,12 +83,24 @@ def refused(server: Any, scenario: Path, room: int, undisturbed: Reference, out:
     return place
 
 
+KINDS = {
+    "cache/stages/.*checkpoint-": "step checkpoints",
+    "cache/stages/.*work": "a stage at work",
+    "cache/stages": "finished stages",
+    "cache/evaluations": "evaluations",
+    "cache/pairs": "preference pairs",
+    "data": "data sets",
+    "experiences": "an experience's scores and answers",
+    "packs": "packs",
+    "\\.?(cell|state|result)\\.json": "a cell's records",
+}
+
+
 def kind(place: str, out: Path) -> str:
-    """What a place in a results folder holds, whichever cell, stage or digest it is of."""
-    inside = Path(place).relative_to(out) if Path(place).is_relative_to(out) else Path(place)
-    parts = [p for p in inside.parts if not p.startswith("moving__")]
-    named = "/".join(re.sub(r"[0-9a-f]{16,}|\.[A-Za-z0-9_]{6,10}$|\d+", "*", p) for p in parts)
-    return re.sub(r"^\.?(.*?)(\.\*)?$", r"\1", named) or "the folder itself"
+    """What a place in a results folder holds."""
+    inside = str(Path(place).relative_to(out)) if Path(place).is_relative_to(out) else place
+    inside = re.sub(r"^moving__[^/]*/", "", inside)
+    return next((k for pattern, k in KINDS.items() if re.match(pattern, inside)), "folders")
 
 
 def main() -> None:
@@ -110,7 +122,7 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
     rows = [f"| `{name}` | {count} |" for name, count in sorted(tried.items())]
     good = sum(tried.values())
-    head = ["| refused from a write to | times, all went on to the same numbers |", "|---|---:|"]
+    head = ["| refused from a write of | times, each went on to the same numbers |", "|---|---:|"]
     table = "\n".join([*head, *rows, f"| all | {good} of {undisturbed.count} |"]) + "\n"
     found = {
         "writes": undisturbed.count,

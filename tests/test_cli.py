@@ -253,13 +253,13 @@ TINY += [
 def test_a_run_that_failed_is_failed_and_says_where(call: Call, tmp_path: Path) -> None:
     Path("mine.py").write_text(
         '"""Mine."""\nfrom cl_graft.strategy import compressor\n\n\n'
-        "@compressor()\ndef mine(delta, context):\n    return delta.no_such_thing\n"
+        "@compressor()\ndef mine(delta, context):\n    raise ValueError('no luck today')\n"
     )
     done = call("run", *TINY, "--strategy", "mine.py")
-    told = "mine.py, line 7: AttributeError: 'Delta' object has no attribute 'no_such_thing'"
+    told = "mine.py, line 7: ValueError: no luck today"
     assert told in done.reason and "Traceback" not in done.err
     (trace,) = tmp_path.glob("results/*/traceback.txt")
-    assert "no_such_thing" in trace.read_text()
+    assert "no luck today" in trace.read_text()
     assert str(trace.relative_to(tmp_path)) in done.reason
     line, counts = call("status").out.splitlines()
     assert line.startswith("failed ") and line.endswith(told)

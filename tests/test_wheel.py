@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from tests.command import Done, assert_refused
 
@@ -58,3 +60,16 @@ def test_an_installation_says_where_the_benchmarks_are(tmp_path: Path) -> None:
 
     assert_refused(call("plan"), "in a checkout of the source", "pip install --editable .")
     assert "--data-dir" in call("pack", "--help").out
+
+
+def test_the_oldest_versions_are_those_that_the_package_allows() -> None:
+    """What `make oldest` installs; of torch a newer one, whose builds without CUDA are to be had."""
+    allowed = dict(
+        re.findall(r"^([\w-]+)[>=]=([\d.]+)", "\n".join(CONFIG["project"]["dependencies"]), re.M)
+    )
+    text = (ROOT / "requirements-oldest.txt").read_text(encoding="utf-8")
+    oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)$", text, re.M))
+    assert allowed.keys() == oldest.keys() | {"avalanche-lib"}  # which is pinned
+    for name in oldest.keys() - {"torch"}:
+        assert Version(allowed[name]) == Version(oldest[name]), name
+    assert Version(allowed["torch"]) <= Version(oldest["torch"])

@@ -24,11 +24,13 @@ OUTCOMES = {
 
 
 class Answer(NamedTuple):
-    """A test example's answer at one experience. note: what the scorer said of it."""
+    """A test example's answer at one experience. note: what the scorer said of it. taken_for: the task that it was
+    answered as, "" for the base model; None where that made no difference."""
 
     score: float
     text: str
     note: str
+    taken_for: str | None = None
 
 
 class ExampleRow(NamedTuple):
@@ -58,7 +60,7 @@ def breakdown(
 
     A task whose examples are not all on disk is left out.
     """
-    last = _whole(cell) - 1
+    last = latest(cell)
     if last < 0:
         return {}
     tasks = list(cell["tasks"])
@@ -100,9 +102,9 @@ def outcomes(
     return by_task
 
 
-def _whole(cell: Mapping[str, Any]) -> int:
-    """Experiences that are whole."""
-    return len(cell["tasks"]) + 1 if cell["complete"] else len(cell["general"])
+def latest(cell: Mapping[str, Any]) -> int:
+    """Number of the last experience that is whole; -1 where not even the base model's is."""
+    return len(cell["tasks"]) if cell["complete"] else len(cell["general"]) - 1
 
 
 def _answers(path: Path, experience: int, tasks: Sequence[str]) -> dict[str, list[Answer]]:
@@ -123,7 +125,7 @@ def _answers(path: Path, experience: int, tasks: Sequence[str]) -> dict[str, lis
             read = json.loads(f"[{','.join(line for line in lines if line.startswith(start))}]")
             primary = read[0]["metric"] if read else None
             answers = [
-                Answer(float(one["score"]), one["answer"], one["note"])
+                Answer(float(one["score"]), one["answer"], one["note"], _taken_for(one))
                 for one in read
                 if one["metric"] == primary
             ]
@@ -132,3 +134,7 @@ def _answers(path: Path, experience: int, tasks: Sequence[str]) -> dict[str, lis
         if answers:
             by_task[task] = answers
     return by_task
+
+
+def _taken_for(line: Mapping[str, Any]) -> str | None:
+    return (line["taken_for"] or "") if "taken_for" in line else None

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+BANDS = 8  # lines, of which the bands would hide one another if there were more
 COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#888888")  # of aggregate.KINDS
 
 
@@ -81,9 +82,9 @@ def routing(cells: Sequence[Cell]) -> Figure:
 def curves(cells: Sequence[Cell]) -> Figure:
     """The score of each task along the stream: a panel per task, a line per label.
 
-    A band reaches one standard error to either side; the dotted vertical marks the experience that
-    learns the panel's task. Lines are set a little apart in x, or equal ones would hide each other; those that are
-    equal throughout are named.
+    A band reaches one standard error to either side, where there are no more than BANDS lines; the dotted vertical
+    marks the experience that learns the panel's task. Lines are set a little apart in x, or equal ones would hide each
+    other; those that are equal throughout are named.
     """
     from matplotlib.figure import Figure
 
@@ -103,6 +104,8 @@ def curves(cells: Sequence[Cell]) -> Figure:
         for k, line in enumerate(lines):
             shift = apart * (k - (len(lines) - 1) / 2)
             _curve(ax, line, j, shift, looks[line.name] | {"label": names[line.name]})
+            if len(lines) <= BANDS:
+                _band(ax, line, j, shift, looks[line.name]["color"])
         ax.axvline(j + 1, color=GREY, linestyle=":", linewidth=1.0, zorder=1)
         ax.grid(axis="y")
         ax.set_title(title_of_task)
@@ -114,8 +117,11 @@ def curves(cells: Sequence[Cell]) -> Figure:
         ax.remove()
     figure.suptitle(wrap(title, int(14 * width)))
     roomy(axes[0])
-    over = "seeds, of these test examples" if any(len(s.cells) > 1 for s in lines) else "examples"
-    note = f"Score after each experience. Dotted: the experience that learns the task. Band: ± 1 s.e. over {over}."
+    note = "Score after each experience. Dotted: the experience that learns the task."
+    if len(lines) <= BANDS:
+        seeds = any(len(s.cells) > 1 for s in lines)
+        over = "seeds, of these test examples" if seeds else "examples"
+        note += f" Band: ± 1 s.e. over {over}."
     same = alike(
         [(s.title, s.mean) for s in lines], lambda a, b: np.array_equal(a, b, equal_nan=True)
     )
@@ -178,7 +184,11 @@ def draw(name: str, cells: Sequence[Cell], stem: Path) -> list[Path]:
 
 
 def _curve(ax: Axes, line: Line, j: int, shift: float, look: Mapping[str, Any]) -> None:
-    x = [experience + shift for experience in range(len(line.tasks) + 1)]
+    x = np.arange(len(line.tasks) + 1) + shift
+    ax.plot(x, 100.0 * line.mean[:, j], markersize=4, linewidth=1.2, **look)
+
+
+def _band(ax: Axes, line: Line, j: int, shift: float, colour: str) -> None:
+    x = np.arange(len(line.tasks) + 1) + shift
     mean, se = 100.0 * line.mean[:, j], 100.0 * line.stderr[:, j]
-    ax.plot(x, mean, markersize=4, linewidth=1.2, **look)
-    ax.fill_between(x, mean - se, mean + se, color=look["color"], alpha=0.15, linewidth=0)
+    ax.fill_between(x, mean - se, mean + se, color=colour, alpha=0.15, linewidth=0)

@@ -45,7 +45,8 @@ FRAME, GREY = "#D55E00", "#444444"
 # The numbers on a heatmap are all but black or white, so that DARK does not recolour them with the rest.
 INK = ("#FEFEFE", "#010101")
 SHADES = 101  # of a heatmap, one a per cent
-# What takes the place of a light figure's colours on a dark page: paper, ink, lines, and the darkest of PALETTE.
+# What takes the place of a light figure's colours on a dark page: paper, ink, lines, and of PALETTE what would be too
+# dark, or too near to what takes its place. No two of PALETTE are nearer than 16 by CIEDE2000, here 20.
 DARK = {
     "#ffffff": "#161a20",
     "#000000": "#e3e6ea",
@@ -54,11 +55,14 @@ DARK = {
     "#e8e8e8": "#2b323b",
     "#bbbbbb": "#66707c",
     "#9a9a9a": "#5a636e",
-    "#0072b2": "#4aa3df",
-    "#7a5230": "#bd9268",
-    "#882255": "#d5719f",
-    "#332288": "#8f86e3",
-    "#117733": "#4fb878",
+    "#0072b2": "#197ece",
+    "#009e73": "#469475",
+    "#cc79a7": "#cf5ca1",
+    "#56b4e9": "#5ac7f8",
+    "#7a5230": "#fdc2a0",
+    "#882255": "#fbb8d2",
+    "#332288": "#ab9cfb",
+    "#117733": "#98ec9b",
 }
 STYLE: Any = {
     "font.size": 8.0,

@@ -13,6 +13,7 @@ from cl_graft.report.aggregate import Line, lines_of
 from cl_graft.report.protocols import GIVEN, Cell
 from cl_graft.report.style import GREY, alike, looks_of, roomy, styled, title_of, wrap
 
+NEAR = 0.02  # of an axis: some three quarters of a marker
 ALIVE = "bytes alive after the last task / tasks, % of the base model's bytes"
 
 if TYPE_CHECKING:
@@ -94,11 +95,11 @@ def _fronts(
 
 
 def near(ax: Axes, points: Sequence[tuple[str, tuple[float, float]]]) -> str:
-    """Which points lie so near on the axes that one hides another, as a sentence."""
+    """Which points lie so near on the axes that one hides most of another, as a sentence."""
 
     def same(a: tuple[float, float], b: tuple[float, float]) -> bool:
         places = (ax.transScale + ax.transLimits).transform([a, b])
-        return bool(np.abs(places[0] - places[1]).max() < 0.01)
+        return bool(np.abs(places[0] - places[1]).max() < NEAR)
 
     return alike(points, same)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
@@ -21,18 +21,14 @@ from PIL import Image
 from cl_graft.matrix import PerformanceMatrix
 from cl_graft.report import budgets
 from cl_graft.report.aggregate import ReportError
-from cl_graft.report.figures import FIGURES, costs, curves, draw, heatmaps
+from cl_graft.report.figures import BANDS, FIGURES, costs, curves, draw, heatmaps
 from cl_graft.report.style import (
-    DARK,
     KNOWN,
-    PALETTE,
-    dark_shades,
     darkened,
-    ink_on,
-    shades,
     shortened,
 )
 from cl_graft.report.tradeoff import bytes_vs_forgetting, bytes_vs_score, pareto
+from tests.report.test_colours import luminance
 
 Rows = list[list[float | None]]
 BASE_BYTES = 2_000_000
@@ -175,11 +171,6 @@ def test_heatmaps_name_an_incomplete_cell() -> None:
     assert "incomplete: seed 4" in part.replace("\n", " ")
 
 
-def luminance(colour: Any) -> float:
-    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
-    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
-
-
 def test_every_number_can_be_read_on_its_colour() -> None:
     """WCAG 2.1 asks for a contrast of 4.5 for small text."""
     ramp: Rows = [[0.04 * (5 * i + j) for j in range(5)] for i in range(6)]
@@ -221,6 +212,13 @@ def test_the_band_reaches_one_standard_error_to_either_side() -> None:
     heights = band.get_paths()[0].vertices[:, 1]
     assert heights.min() == pytest.approx(20.0 - 2.0)
     assert heights.max() == pytest.approx(80.0 + 2.0)
+
+
+def test_the_bands_of_many_lines_are_left_out_for_they_would_hide_one_another() -> None:
+    for count, drawn in ((BANDS, BANDS), (BANDS + 1, 0)):
+        figure = curves([cell(name) for name in KNOWN[:count]])
+        assert len(panels(figure)[0].collections) == drawn
+        assert ("Band" in figure.legends[0].get_title().get_text()) == bool(drawn)
 
 
 def test_a_curve_has_a_gap_where_nothing_was_measured() -> None:
@@ -370,36 +368,6 @@ def test_costs_are_bars_one_after_the_other() -> None:
     assert memory.patches[0].get_width() == 700.0
 
 
-# --- dark -------------------------------------------------------------------------------------
-
-
-def test_on_a_dark_page_ink_is_light_and_numbers_keep_their_contrast() -> None:
-    svg = (
-        '<svg><style type="text/css">*{}</style><path fill="#FFFFFF"/><path fill="#010101"/></svg>'
-    )
-    dark = darkened(svg)
-    assert f"svg{{fill:{DARK['#000000']}}}" in dark
-    assert f'"{DARK["#ffffff"]}"' in dark and '"#fefefe"' in dark
-    assert luminance(DARK["#000000"]) > 0.7 > 0.02 > luminance(DARK["#ffffff"])
-    for light, colour in DARK.items():
-        if light in map(str.lower, PALETTE):
-            paper = luminance(DARK["#ffffff"]) + 0.05
-            assert (luminance(colour) + 0.05) / paper >= 3, light  # WCAG 2.1 on graphics
-
-
-def test_on_a_dark_page_the_least_is_the_darkest_and_every_number_can_be_read() -> None:
-    """The colours of 0 to 100 % get lighter; each has black or white on it, as on a light page the other way round."""
-    replaced = dark_shades()
-    lights = [to_hex(colour) for colour in shades().colors]
-    scale = [luminance(replaced[light]) for light in lights]
-    assert len(scale) == 101 and scale == sorted(scale)
-    assert scale[0] < luminance(DARK["#ffffff"])  # zero is no brighter than the page
-    for light, own in zip(lights, scale, strict=True):
-        ink = luminance(replaced[ink_on(to_rgb(light)).lower()])
-        least, most = sorted((own, ink))
-        assert (most + 0.05) / (least + 0.05) >= 4.4, light
-
-
 # --- numbers that are alike -------------------------------------------------------------------
 
 NOTHING: Rows = [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
@@ -427,6 +395,14 @@ def test_points_that_hide_each_other_are_named(draw: Any) -> None:
     told = " ".join(t.get_text().replace("\n", " ") for t in shown_text(draw(cells)))
     assert "In one place: lora, svd." in told
     assert "In one place" not in " ".join(t.get_text() for t in shown_text(draw(cells[1:])))
+
+
+def test_a_point_that_another_covers_for_the_most_part_is_named() -> None:
+    """OP of 50, 50.4, 53 and 75 on an axis of 27.5 points: 1.5 and 9 hundredths apart, where a marker has 2.5."""
+    rows: list[Rows] = [[[0.2, 0.3], [0.8, 0.35], [x, 0.7]] for x in (0.3, 0.308, 0.36, 0.8)]
+    cells = [cell(f"plugin_{k}", matrix, stderr=None) for k, matrix in enumerate(rows)]
+    told = " ".join(t.get_text().replace("\n", " ") for t in shown_text(bytes_vs_score(cells)))
+    assert "In one place: plugin_0, plugin_1." in told  # but not plugin_2
 
 
 def test_curves_that_are_equal_throughout_are_named() -> None:

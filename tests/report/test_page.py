@@ -6,29 +6,30 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from importlib import resources
+from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
-import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cl_graft.bench.report import make
+from cl_graft.bench.report import TASKS, make
 from cl_graft.report import ReportedCell, find, page
 from cl_graft.report.examples import Answer, ExampleRow, breakdown, outcomes
 from cl_graft.report.page import template
 from cl_graft.report.provenance import write_provenance
 from cl_graft.report.significance import reader
+from cl_graft.report.statistics import Interval
 from cl_graft.report.tables import write_tables
-from tests.report.test_figures import luminance
 
 EVIL = "<script>alert('x')</script> & \"co\""
-MACROS = resources.files("cl_graft.report.page").joinpath("templates/macros.html")
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
-    "--disable-dev-shm-usage",
+    *("--disable-dev-shm-usage", "--disable-quic", "--disable-component-update", "--disable-sync"),
 ]
 
 
@@ -74,7 +75,7 @@ def page_of(folder: Path, strategy: str) -> str:
 
 def rows_of(table: str) -> list[list[str]]:
     """The text of every cell of the first table's body."""
-    body = table[table.index("<tbody>") : table.index("</tbody>")]
+    body = table[table.index("<tbody>") : table.index("</tbody>")].replace("<wbr>", "")
     rows = re.findall(r"<tr.*?>(.*?)</tr>", body, re.DOTALL)
     cells = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
     return [[re.sub(r"<[^>]*>", " ", text).strip() for text in row] for row in cells]
@@ -190,7 +191,7 @@ def test_a_report_tells_plugins_of_one_name_apart(tmp_path: Path) -> None:
             told["config"]["strategy"] = f"/home/me/{folder}/mine.py"
             (cell / name).write_text(json.dumps(told | {"strategy": "mine", "label": "mine"}))
     report(tmp_path)
-    index = (tmp_path / "report" / "index.html").read_text()
+    index = (tmp_path / "report" / "index.html").read_text().replace("<wbr>", "")
     for name in ("a/mine", "b/mine"):
         assert f"</span>{name}" in index
     assert (tmp_path / "report" / "cells-table.csv").read_text().count("/mine,") == 2
@@ -250,43 +251,72 @@ def test_right_and_wrong_are_told_by_a_sign_and_a_word() -> None:
     assert words == ["✗wrong", "✓right 0.75", "✓right"]
 
 
-# --- contrast ---------------------------------------------------------------------------------
+def test_an_example_says_what_a_router_took_it_for(made: Path) -> None:
+    """The words are those of the record; where the task was told, or no task is needed, there are none."""
+    folder = next(made.parent.glob("synthetic-1__lora__*"))
+    text = page_of(made, "lora")
+    for j, task in enumerate(TASKS):
+        section = text[text.index(f'id="task-{j + 1}"') :]
+        shown = rows_of(section)
+        for label, column, experience in (("learned", 4, j + 1), ("end", 5, 3)):
+            lines = (folder / f"experiences/{experience:02d}/examples.jsonl").read_text()
+            told = [t for t in map(json.loads, lines.splitlines()) if t["task"] == task]
+            assert len(told) == len(shown) == 6
+            for row, line in zip(shown, told, strict=True):
+                if "same" not in row[column]:
+                    assert row[column].endswith(f"taken for {line['taken_for']}"), label
+                assert "taken for" not in row[3], "nothing chooses before there is a pack"
+    for strategy in ("graftllm", "sequential"):
+        assert "taken for" not in page_of(made, strategy)
 
 
-def colours(scheme: str) -> dict[str, Any]:
-    """The page's colours as red, green and blue of 0 to 1, and what else its style sheet names."""
-    css = resources.files("cl_graft.report.page").joinpath("templates/style.css").read_text("utf-8")
-    light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
-    found: dict[str, Any] = {}
-    for name, value in re.findall(r"--(\w+): ([^;]+);", light + (dark if scheme == "dark" else "")):
-        if value.startswith("#"):
-            found[name] = np.array([int(value[k : k + 2], 16) / 255 for k in (1, 3, 5)])
-        elif re.fullmatch(r"\d+, \d+, \d+", value):
-            found[name] = np.array([int(part) / 255 for part in value.split(",")])
-        elif name == "most":
-            found[name] = float(value)
-    return found
+def test_what_a_router_took_wrongly_is_marked() -> None:
+    def said(taken_for: str | None) -> str:
+        answer = Answer(1.0, "yes", "", taken_for)
+        row = ExampleRow(0, None, Answer(0.0, "no", "", ""), answer, Answer(0.0, "no", ""))
+        (found,) = re.findall(r"<small.*?</small>|$", page.cell._row(row, "", False, "math"))[:1]
+        return str(found)
+
+    assert said("math") == "<small>taken for math</small>"
+    assert said("code") == '<small class="off">taken for code</small>'
+    assert said("") == '<small class="off">taken for the base model</small>'
+    assert said(None) == ""
 
 
-def contrast(one: Any, other: Any) -> float:
-    """WCAG 2.1."""
-    a, b = sorted((luminance(one), luminance(other)))
-    return (b + 0.05) / (a + 0.05)
+def test_links_say_what_they_open(made: Path) -> None:
+    """18 examples: 6 of each of three tasks."""
+    index = (made / "index.html").read_text()
+    (link,) = re.findall(
+        r'<a href="cells/synthetic-1_graftllm.html" title="answers[^>]*>.*?</a>', index
+    )
+    assert link.endswith(">18 examples, seed 0</a>")
+    assert "answers of graftllm, seed 0, to every test example of math, code, cipher" in link
+    text = page_of(made, "graftllm")
+    assert "6 test examples, answered by the base model, after math, after cipher</span>" in text
+    assert "6 test examples, answered by the base model, after cipher</span>" in text
+    for heading in re.findall(r'<a [^>]*href="#task-\d"[^>]*>', text):
+        assert 'title="6 test examples of ' in heading
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_numbers_on_a_tint_can_be_read(scheme: str) -> None:
-    """4.5 is what small text needs, whatever the score; tints of what was lost or gained end at a half."""
-    css = colours(scheme)
-    for score in np.linspace(0, 1, 21):
-        paper = css["card"] + score * css["most"] * (css["heat"] - css["card"])
-        assert contrast(css["ink"], paper) >= 4.5, score
-    for tint in ("better", "worse"):
-        (most,) = re.findall(r"\[d\.tint\|abs, ([\d.]+)\]\|min", MACROS.read_text("utf-8"))
-        paper = css["card"] + float(most) * (css[tint] - css["card"])
-        assert contrast(css["ink"], paper) >= 4.5, tint
-    for ink in ("muted", "best", "wrong", "accent"):
-        assert contrast(css[ink], css["card"]) >= 4.5, ink
+@given(st.text(max_size=80))
+def test_a_name_can_be_broken_everywhere_that_it_must_and_stays_the_same(name: str) -> None:
+    pieces = template.breakable(name).split("<wbr>")
+    assert "".join(map(unescape, pieces)) == name
+    assert all(len(unescape(piece)) <= 18 or not piece.strip() for piece in pieces)
+
+
+def test_a_name_is_broken_at_its_separators() -> None:
+    pieces = template.breakable("graftllm_adaptive(group_size=64)").split("<wbr>")
+    assert pieces == ["graftllm_", "adaptive(", "group_", "size=", "64)"]
+
+
+def test_intervals_that_are_all_but_alike_are_not_magnified() -> None:
+    """Two scores 0.04 points apart are 0.0004 / 0.05 of the plot's 122 pixels apart."""
+    ranked: list[Any] = [
+        SimpleNamespace(line=SimpleNamespace(part="one"), op=Interval(x, x, x, "seeds"))
+        for x in (0.0, 0.0004)
+    ]
+    assert [plot[1] for plot in page.index.rows._plots(ranked)] == [5.0, 6.0]
 
 
 def test_an_example_is_followed_from_before_to_the_end(tmp_path: Path) -> None:
@@ -362,7 +392,17 @@ class Shown:
         self.page.context.close()
 
 
-@pytest.mark.parametrize("width", [390, 1280])
+# What is wider or higher than its box, and neither in a box that says so nor scrolled to its end.
+CUT = """[...document.querySelectorAll("body *")].filter(e =>
+  e.checkVisibility() && e.clientWidth && !e.closest("svg, .sr, select, input")
+  && getComputedStyle(e).display !== "inline"
+  && (e.scrollWidth > e.clientWidth + 1 && !e.parentElement.matches(".box.right")
+    || e.scrollHeight > e.clientHeight + 1 && getComputedStyle(e).overflowY !== "visible"
+      && !e.parentElement.matches(".box.down") && !e.matches("table.ex .t"))
+).map(e => `${e.tagName}.${e.className} ${e.clientWidth} ${e.scrollWidth}: ${e.innerText.slice(0, 40)}`)"""
+
+
+@pytest.mark.parametrize("width", [390, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("which", ["index", "cell", "incomplete", "evil", "one"])
 def test_a_page_loads_whole_and_fits(
@@ -382,8 +422,27 @@ def test_a_page_loads_whole_and_fits(
         assert all(("/dark/" in source) == (scheme == "dark") for source, _ in images)
     size = shown.page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert size[0] <= size[1] == width
+    assert shown.page.evaluate(CUT) == []
     colour = shown.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, colour[4:-1].split(","))) < 200) == (scheme == "dark")
+    shown.close()
+
+
+def test_a_shadow_says_on_which_side_there_is_more(made: Path, browser: Any) -> None:
+    shown = Shown(browser, made / "index.html", 390)
+    box = shown.page.locator("#overview .box")
+    edges = "e => ['left', 'right', 'down'].filter(name => e.classList.contains(name))"
+    shadow = "e => getComputedStyle(e, '::after').boxShadow.match(/-?16px/g)"
+    assert (box.evaluate(edges), box.evaluate(shadow)) == (["right"], ["-16px"])
+    scroll = "e => {{ e.firstElementChild.scrollLeft = {} }}"
+    for far, expected in ((40, ["left", "right"]), (9999, ["left"]), (0, ["right"])):
+        box.evaluate(scroll.format(far))
+        shown.page.wait_for_function(
+            "want => want === ['left', 'right', 'down'].filter(name => document.querySelector("
+            "'#overview .box').classList.contains(name)).join()",
+            arg=",".join(expected),
+        )
+    assert box.evaluate("e => e.firstElementChild.tabIndex") == 0, "the keyboard reaches it"
     shown.close()
 
 

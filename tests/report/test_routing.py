@@ -32,7 +32,8 @@ from cl_graft.report.tables import (
 )
 from cl_graft.store.result import collect, kept
 from tests.command import Call
-from tests.report.test_figures import luminance, panels, shown, shown_text, texts
+from tests.report.test_colours import luminance
+from tests.report.test_figures import panels, shown, shown_text, texts
 from tests.report.test_tables import cell, rows_of
 
 # of 10 test examples of math and 10 of code; 4 prompts of general ability; code is yet to be learned at first

@@ -13,11 +13,18 @@ from markupsafe import Markup
 
 from cl_graft.report import ReportedCell
 from cl_graft.report.aggregate import ALIKE, ability, alive, packs, scored_by
-from cl_graft.report.examples import OUTCOMES, RIGHT, Answer, ExampleRow, breakdown
+from cl_graft.report.examples import OUTCOMES, RIGHT, Answer, ExampleRow, breakdown, latest
 from cl_graft.report.page.template import render
 from cl_graft.report.protocols import Cell, protocol
 from cl_graft.report.provenance import commands
-from cl_graft.report.routing import ACCURACY_NOTE, CONFUSION_NOTE, confusions, routed
+from cl_graft.report.routing import (
+    ACCURACY_NOTE,
+    BASE,
+    CONFUSION_NOTE,
+    confusions,
+    inferred,
+    routed,
+)
 from cl_graft.report.table import UNMEASURED, write_atomic
 from cl_graft.store import prompts
 from cl_graft.store.prompts import Asked
@@ -51,7 +58,8 @@ def write(reported: ReportedCell, path: Path, group: str) -> None:
         confusion_note=CONFUSION_NOTE,
         accuracy_note=ACCURACY_NOTE,
         tasks=[
-            _task(t, rows, bool(asked)) for t, rows in breakdown(reported.path, cell, asked).items()
+            _task(t, rows, cell, bool(asked))
+            for t, rows in breakdown(reported.path, cell, asked).items()
         ],
         asked=bool(asked),
         right=RIGHT,
@@ -79,16 +87,25 @@ def _bytes(cell: Cell) -> dict[str, float | None]:
     return {"alive": kept or 0.0, "own": own, "largest": max(packs(cell), default=None)}
 
 
-def _task(name: str, rows: list[ExampleRow], asked: bool) -> dict[str, Any]:
+def _task(name: str, rows: list[ExampleRow], cell: Cell, asked: bool) -> dict[str, Any]:
     outcomes = [row.outcome for row in rows]
     counts = Counter(outcomes)
     shown = zip(rows[:MOST], outcomes, strict=False)
+    of = name if inferred(cell) else None
     return {
         "name": name,
         "count": len(rows),
-        "rows": Markup("\n".join(_row(row, outcome, asked) for row, outcome in shown)),
+        "rows": Markup("\n".join(_row(row, outcome, asked, of) for row, outcome in shown)),
+        "answered": _answered(list(cell["tasks"]), name, latest(cell)),
         "counts": [(kind, counts[kind]) for kind in OUTCOMES if counts[kind]],
     }
+
+
+def _answered(tasks: list[str], name: str, last: int) -> str:
+    """Which models the answers of a task's table are of."""
+    learned = tasks.index(name) + 1
+    after = [tasks[i - 1] for i in dict.fromkeys((learned, last)) if learned <= last]
+    return ", ".join(["by the base model", *(f"after {task}" for task in after)])
 
 
 def _asked(out: Path, data: str) -> dict[str, list[Asked]]:
@@ -120,8 +137,11 @@ def _losses(path: Path) -> list[dict[str, Any]]:
     return curves
 
 
-def _row(row: ExampleRow, outcome: str, asked: bool) -> str:
-    """A test example as a row of its table, escaped: the bulk of a report, for which a template takes too long."""
+def _row(row: ExampleRow, outcome: str, asked: bool, of: str | None = None) -> str:
+    """A test example as a row of its table, escaped: the bulk of a report, for which a template takes too long.
+
+    of: its task, where a router chose what it was answered as, which is told then.
+    """
     cells = []
     if asked:
         told = (row.asked.prompt, row.asked.reference) if row.asked else ("", "")
@@ -129,24 +149,33 @@ def _row(row: ExampleRow, outcome: str, asked: bool) -> str:
             f'<td data-l="{label}"><span class="t">{_text(text)}</span></td>'
             for label, text in zip(("Prompt", "Reference"), told, strict=True)
         ]
-    cells += [_answer(row.before, "Base model"), _answer(row.learned, "Once learned")]
+    cells += [_answer(row.before, "Base model"), _answer(row.learned, "Once learned", of)]
     if row.end is not None and row.end == row.learned:
         kind = _kind(row.end)
         cells.append(f'<td data-l="At the end" class="{kind} same">{_mark(row.end)}same</td>')
     else:
-        cells.append(_answer(row.end, "At the end"))
+        cells.append(_answer(row.end, "At the end", of))
     return (
         f'<tr data-o="{outcome}"><td>{row.number}</td>{"".join(cells)}'
         f'<td class="o o-{outcome}">{outcome or "not learned yet"}</td></tr>'
     )
 
 
-def _answer(answer: Answer | None, label: str) -> str:
+def _answer(answer: Answer | None, label: str, of: str | None = None) -> str:
     if answer is None:
         return f'<td data-l="{label}"></td>'
     note = f' title="{escape(answer.note[:300])}"' if answer.note else ""
     text = f'<span class="t"{note}>{_text(answer.text)}</span>'
-    return f'<td data-l="{label}" class="{_kind(answer)}">{_mark(answer)}{text}</td>'
+    taken = "" if of is None else _taken(answer, of)
+    return f'<td data-l="{label}" class="{_kind(answer)}">{_mark(answer)}{text}{taken}</td>'
+
+
+def _taken(answer: Answer, of: str) -> str:
+    """What the router took the prompt for, marked where that is not the task that it is of."""
+    if answer.taken_for is None:
+        return ""
+    wrongly = "" if answer.taken_for == of else ' class="off"'
+    return f"<small{wrongly}>taken for {escape(answer.taken_for or f'the {BASE}')}</small>"
 
 
 def _kind(answer: Answer) -> str:
@@ -157,9 +186,7 @@ def _mark(answer: Answer) -> str:
     """Whether it is right, for those who do not see colours and for those who hear a page; a share as a number."""
     sign, told = ("✓", "right") if answer.score >= RIGHT else ("✗", "wrong")
     share = "" if answer.score in (0, 1) else f" {answer.score:.2f}"
-    return (
-        f'<b class="m"><i aria-hidden="true">{sign}</i><span class="sr">{told}</span>{share}</b> '
-    )
+    return f'<b class="m"><i aria-hidden="true">{sign}</i><span class="sr">{told}</span>{share}</b>'
 
 
 def _text(text: str) -> str:

@@ -14,12 +14,12 @@ from cl_graft.report.aggregate import ABILITIES, ERRORS, KINDS, base_note, score
 from cl_graft.report.figures import figures_of
 from cl_graft.report.page import rows
 from cl_graft.report.page.template import render as fill
-from cl_graft.report.protocols import PROTOCOLS
+from cl_graft.report.protocols import PROTOCOLS, Cell
 from cl_graft.report.provenance import commands
 from cl_graft.report.routing import ACCURACY_NOTE, confusion_tables, inferred
 from cl_graft.report.significance import NOTE, RankedLine
 from cl_graft.report.statistics import Interval
-from cl_graft.report.style import DARK, looks_of
+from cl_graft.report.style import DARK, MARKERS, looks_of
 from cl_graft.report.table import Table
 from cl_graft.report.tables import BYTES_NOTE, matrices, metrics
 
@@ -31,6 +31,7 @@ CAPTIONS = {
     "costs": "What a cell took, by what it went into, and its peak memory; means over seeds.",
     "routing": "What test prompts were taken for at the end. Rows: their own task. Columns: what a router said.",
 }
+SIGNS = dict(zip(MARKERS, "●■▲◆▼✚✖⬟⬢", strict=True))  # a marker of the figures as a letter
 MANY = 12  # tasks from which on the ranking leaves out their columns; the breakdown has them
 
 
@@ -102,7 +103,11 @@ def _group(
     lines = [s.line for s in ranked]
     looks = looks_of(lines)
     colours = {
-        name: (look["color"], DARK.get(look["color"].lower(), look["color"]))
+        name: (
+            look["color"],
+            DARK.get(look["color"].lower(), look["color"]),
+            SIGNS[look["marker"]],
+        )
         for name, look in looks.items()
     }
     first = cells[0]
@@ -125,11 +130,20 @@ def _group(
         "costs": rows.by_part(map(rows.costs, ranked)),
         "routed": rows.by_part(rows.routing(s) for s in ranked if any(map(inferred, s.line.cells))),
         "numbers": [*metrics(cells), *matrices(cells), *confusion_tables(cells)],
-        "pages": {s.line.name: [(c["seed"], links[id(c)]) for c in s.line.cells] for s in ranked},
+        "pages": {
+            s.line.name: [(c["seed"], links[id(c)], _examples(c)) for c in s.line.cells]
+            for s in ranked
+        },
         "figures": [(name, f"{slug}-{name}") for name in figures_of(cells)],
         "commands": commands(cells),
         "kinds": KINDS,
     }
+
+
+def _examples(cell: Cell) -> str:
+    """How many test examples its page shows the answers to, as far as the cell says."""
+    count = sum(n or 0 for n in (cell["n"] or [[]])[0])
+    return f"{count:,} examples" if count else "examples"
 
 
 def _distinct(reported: Sequence[ReportedCell], key: str) -> list[tuple[dict[str, str], int]]:

@@ -16,6 +16,7 @@ from cl_graft.report.table import UNMEASURED, show
 from cl_graft.report.tables import experiences_done
 
 WIDTH = 132  # pixels of an interval's plot
+LEAST = 0.05  # of the scores that it spans, or it would magnify what is all but alike
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _plots(ranked: Sequence[RankedLine]) -> list[list[float]]:
         first.setdefault(s.line.part, those[1:2])
 
     def place(x: float) -> float:
-        return round(5 + (WIDTH - 10) * (x - low) / ((high - low) or 1.0), 1)
+        return round(5 + (WIDTH - 10) * (x - low) / max(high - low, LEAST), 1)
 
     return [
         [place(x) for x in those + first[s.line.part]] if those else []

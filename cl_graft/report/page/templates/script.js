@@ -51,3 +51,21 @@ for (const chip of document.querySelectorAll(".chip[data-show]")) {
     }
   });
 }
+// A shadow on each edge beyond which there is more, and the keyboard scrolls what is wider than its box.
+for (const inner of document.querySelectorAll(".scroll, .pan, .bar .links")) {
+  const box = document.createElement("div");
+  box.className = "box";
+  inner.before(box);
+  box.append(inner);
+  const mark = () => {
+    const { scrollLeft: x, scrollTop: y, clientWidth, clientHeight, scrollWidth, scrollHeight } = inner;
+    box.classList.toggle("left", x > 1);
+    box.classList.toggle("right", x + clientWidth < scrollWidth - 1);
+    box.classList.toggle("down", y + clientHeight < scrollHeight - 1);
+    inner.toggleAttribute("tabindex", false);
+    if (scrollWidth > clientWidth + 1 || scrollHeight > clientHeight + 1) inner.tabIndex = 0;
+  };
+  inner.addEventListener("scroll", mark, { passive: true });
+  const seen = new ResizeObserver(mark);
+  for (const element of [inner, inner.firstElementChild]) seen.observe(element);
+}
