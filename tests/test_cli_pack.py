@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from cl_graft import SkillPack
 from cl_graft.models.load import locate
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import payload_bytes
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
+from cl_graft.skillpack.format.file import fingerprint
 from tests.command import Call, assert_refused
 
 Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
@@ -229,3 +230,34 @@ def test_commands_refuse_in_a_sentence(
     places = {"PACK": pack, "BASE": base}
     assert_refused(call(*(places.get(word, word) for word in words)), *told)
     assert not Path("x").exists()
+
+
+def test_experts_that_a_folder_keeps_apart(call: Call, tmp_path: Path) -> None:
+    """transformers 5.23 stacks experts in memory and writes them one by one, unless asked not to; its sentence works."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=48,
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    name = "model.layers.0.mlp.experts.down_proj"
+    delta = torch.randn(model.get_parameter(name).shape) / 8
+    pack = tmp_path / "code.pack"
+    base = fingerprint(model.named_parameters())
+    SkillPack({name: codecs.dense(delta)}, "code", "by hand", {}, base, {}).save(pack)
+    words = ["apply", "--pack", pack, "--out", tmp_path / "out", "--base"]
+    refused = call(*words, tmp_path / "base")
+    assert_refused(refused, "one stack", "save_original_format=False")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base").save_pretrained(
+        tmp_path / "new", save_original_format=False
+    )
+    assert call(*words, tmp_path / "new").code == 0
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_parameter(name)
+    torch.testing.assert_close(read, model.get_parameter(name) + delta.bfloat16().float())

@@ -14,7 +14,7 @@ import pytest
 from cl_graft import plugins
 from cl_graft.config import RunConfig
 from cl_graft.experiment.cell import finished, run
-from cl_graft.plugins import find
+from cl_graft.plugins import find, kinds
 from cl_graft.store.files import RecordError
 from cl_graft.store.record import CellFolder
 from tests.command import Call, assert_refused
@@ -111,7 +111,8 @@ def copy_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "cl_graft" / "strategy").mkdir(parents=True)
     for file in (root / "cl_graft" / "strategy").glob("*.py"):
         shutil.copy(file, tmp_path / "cl_graft" / "strategy")
-    monkeypatch.setattr(find, "PACKAGE", tmp_path / "cl_graft")
+    for module in (find, kinds):
+        monkeypatch.setattr(module, "PACKAGE", tmp_path / "cl_graft")
     return tmp_path
 
 

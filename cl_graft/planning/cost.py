@@ -40,8 +40,10 @@ def train_seconds(
 ) -> float:
     """Seconds on devices of `peak` floating-point operations a second each, a share `utilisation` of which is reached.
 
-    Raises CLGraftError for a utilisation outside (0, 1].
+    Raises CLGraftError for a peak that is none, and for a utilisation outside (0, 1].
     """
+    if not 0 < peak < float("inf"):
+        raise CLGraftError(f"a peak of {peak:g} operations a second is none; give one as 989e12.")
     if not 0 < utilisation <= 1:
         raise CLGraftError(
             f"utilisation {utilisation} is no share of the peak; give one above 0, at most 1."

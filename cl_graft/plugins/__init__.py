@@ -2,8 +2,6 @@
 
 from cl_graft.plugins.authors import authored, line_of, line_with, place, reason, require_call
 from cl_graft.plugins.find import (
-    KINDS,
-    Kind,
     about,
     file_of,
     import_file,
@@ -14,6 +12,7 @@ from cl_graft.plugins.find import (
     sources_of,
     within,
 )
+from cl_graft.plugins.kinds import KINDS, Kind
 from cl_graft.plugins.signature import check_options, choices, declared, options, parse_set
 
 __all__ = [

@@ -16,7 +16,6 @@ The base model is never changed: training works on its weights and they are put 
 from __future__ import annotations
 
 import inspect
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -30,36 +29,31 @@ import torch
 
 from cl_graft import plugins
 from cl_graft.budget import Budget
-from cl_graft.errors import AuthorMistake, CLGraftError, Diverged, OverBudget, UnknownName
-from cl_graft.evaluation.examiner import Answered, Examiner, Group, key
+from cl_graft.errors import AuthorMistake, CLGraftError, Diverged, UnknownName
+from cl_graft.evaluation.examiner import Answered, Examiner, Group
 from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
 from cl_graft.models.roles import ROLES, Role, untouched
 from cl_graft.routing.base import Router
-from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.codecs.exact import exact, original
-from cl_graft.skillpack.codecs.sparse import sparse
-from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.digests import digest
-from cl_graft.strategy.context import Context, cost_of
-from cl_graft.strategy.kept import Kept, Tensors, finite_only, watched
-from cl_graft.stream import BaseTemplate, Clock, SupervisedPlugin, check_plugins, drawn
+from cl_graft.strategy.context import Context
+from cl_graft.strategy.hooks import Hooks
+from cl_graft.strategy.kept import ROUTER, Keeps, Kept, Tensors
+from cl_graft.strategy.storage import alive, require_one_weight, spoken_for
+from cl_graft.stream import Clock, SupervisedPlugin, check_plugins
 from cl_graft.task import Pair, Preference, Scenario, Task
 from cl_graft.training.config import Row, StageConfig, at_step, jobs
 from cl_graft.training.delta import Delta
-from cl_graft.training.own_loop import counted
 from cl_graft.training.stages import Log, Stages, holding, in_full_precision
 from cl_graft.training.term import Term
 from cl_graft.version import __version__
 
-Keeps = Literal["per_task", "sum", "latest", "merged"]
-ROUTER = "router"  # the shared artefact that tells tasks apart
 
-
-class Strategy(BaseTemplate):
+class Strategy(Hooks):
     """A continual-learning method, driven like any Avalanche strategy: `train(experience)`, `eval(stream)`.
 
     A method says what it keeps in `learn`; its options are the keyword-only arguments of that function.
@@ -163,13 +157,7 @@ class Strategy(BaseTemplate):
         longest = max(self.scenario.tasks, key=lambda task: len(task.name))  # its header is, too
         context = self.context(longest)
         if self.budgeted:
-            name, smallest = min(self.base.items(), key=lambda item: item[1].numel())
-            first = torch.arange(smallest.numel()).view(smallest.shape) == 0
-            if context.cost({name: sparse(first.float(), first)}) > self.budget.bytes:
-                raise OverBudget(
-                    f"the budget {self.budget.text} ({self.budget.bytes} bytes) does not hold one weight and a pack's "
-                    "header; raise it."
-                )
+            require_one_weight(context, self.base)
         self.check(context, **self.options)
 
     @abstractmethod
@@ -191,7 +179,7 @@ class Strategy(BaseTemplate):
         """
         if undeclared := {term.kind for term in terms} - {*self.terms}:
             raise AuthorMistake(
-                f"{self._where}: {type(self).__name__} adds a term of kind {min(undeclared)!r} that it does not "
+                f"{self._author} adds a term of kind {min(undeclared)!r} that it does not "
                 f"declare; write terms = ({min(undeclared)!r},) in its class."
             )
         seed, begun = self._stage_seed, perf_counter()
@@ -317,25 +305,9 @@ class Strategy(BaseTemplate):
     # --- learning a task ---
 
     @property
-    def _where(self) -> str:
-        return plugins.line_of(type(self), type(self).__name__)
-
-    def _kept(self, returned: Any) -> Kept:
-        """What `learn` returned. Raises AuthorMistake where it is neither encoded tensors by name nor a Kept."""
-        kept = returned if isinstance(returned, Kept) else Kept(returned)
-        parts = [kept.own, *kept.shared.values()] if isinstance(kept.shared, Mapping) else [None]
-        for tensors in parts:
-            wrong: Any = tensors
-            if isinstance(tensors, Mapping):
-                wrong = next((x for x in tensors.values() if not isinstance(x, Encoded)), None)
-                if wrong is None:
-                    continue
-            inside = "under a name " if isinstance(tensors, Mapping) else ""
-            raise AuthorMistake(
-                f"{self._where}: {type(self).__name__} returns {inside}a {type(wrong).__name__}; return "
-                "{parameter: encoded tensor}, as cl_graft.skillpack.codecs.dense(tensor) makes them, or a Kept of such."
-            )
-        return kept
+    def _author(self) -> str:
+        """The method's line and name, for what is its author's to mend."""
+        return f"{plugins.line_of(type(self), type(self).__name__)}: {type(self).__name__}"
 
     def _pack(self, task: Task, tensors: Tensors, method: str = "") -> SkillPack:
         in_order = dict(sorted(tensors.items()))  # as a file gives them back: sums go by it
@@ -359,107 +331,20 @@ class Strategy(BaseTemplate):
             tokenizer=self.tokenizer,
             task=task,
             start=start,
-            budget=replace(self.budget, less=self._spoken_for()),
+            budget=replace(
+                self.budget,
+                less=spoken_for(self.packs, self.shared, self.keeps == "latest", self.budget),
+            ),
             seed=self.seed,
             header=self._pack(task, {}),
             frozen=self.untouched,
             progress=lambda done: self.progress(f"compressing {task.name}", done),
         )
 
-    def _spoken_for(self) -> int:
-        """Bytes of the next task's budget that shared artefacts take: all that are alive, over the budgets so far."""
-        before = 0 if self.keeps == "latest" else sum(map(self._cost, self.packs))
-        alive = before + sum(map(self._cost, self.shared.values()))
-        return max(0, alive - self.budget.bytes * len(self.packs))
-
-    def _cost(self, pack: SkillPack) -> int:
-        return cost_of(pack, {n: e.spec for n, e in pack.tensors.items()}, self.budget)
-
     @property
     def alive(self) -> list[SkillPack]:
         """All that the method keeps: the packs that it still needs, and what its tasks share."""
-        own = self.packs[-1:] if self.keeps == "latest" else self.packs
-        return [*own, *self.shared.values()]
-
-    def _require_fit(self) -> None:
-        """Raises OverBudget where what is alive takes more than the budgets of the tasks seen."""
-        used, allowed = sum(map(self._cost, self.alive)), self.budget.bytes * len(self.packs)
-        if used > allowed:
-            shared = sum(map(self._cost, self.shared.values()))
-            raise OverBudget(
-                f"after task {self.packs[-1].task!r} {used} bytes are kept ({shared} of them shared by tasks) and "
-                f"{len(self.packs)} budgets of {self.budget.text} allow {allowed}; raise --budget or keep less."
-            )
-
-    # --- Avalanche's hooks ---
-
-    def _before_training_exp(self, **kwargs: Any) -> None:
-        """Plug-ins find the experience's examples, and may leave a loader of others in their place."""
-        task = self.scenario.tasks[self.experience.current_experience]
-        self.adapted_dataset, self.dataloader = self.experience.dataset, None
-        self.train_mb_size = task.training.batch
-        super()._before_training_exp(**kwargs)
-
-    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
-        task = self.scenario.tasks[experience.current_experience]
-        if self.dataloader is not None:
-            torch.manual_seed(self._stage_seed)
-            task = replace(task, train=drawn(self.dataloader))
-        self._learn_to_route(task)
-        context = self.context(task)
-        begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
-        torch.manual_seed(self.seed + len(self.packs))
-        whose = f"{type(self).__name__} in task {task.name!r}"
-        with counted() as steps, watched(self.model, whose):
-            learned = self.learn(task, context, **self.options)
-        # no stage: up to its last step, the method trained in a loop of its own
-        if not self._training_wall:
-            self._training_wall = (steps.last or perf_counter()) - begun
-            self.log.add(Log(seconds=self._training_wall, spent=self._training_wall))
-        kept = finite_only(self._kept(learned), whose)
-        self.restore_base()
-        if strange := kept.own.keys() & self.untouched:
-            name = min(strange)
-            raise CLGraftError(
-                f"{type(self).__name__} keeps a delta of {name}, whose role ({context.roles[name]}) it declares not to "
-                f"touch; leave it out, or name the role in touches."
-            )
-        if self.budgeted:
-            context.require_fit(kept.own)
-        self.packs.append(self._pack(task, kept.own))
-        for name, tensors in kept.shared.items():
-            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == ROUTER:
-                raise AuthorMistake(
-                    f"{self._where}: {type(self).__name__} calls a shared artefact {name!r}; name it in small letters, "
-                    f"digits, - and _, and not {ROUTER!r}, which is the harness's."
-                )
-            self.shared[name] = self._pack(task, tensors)
-        if self.budgeted:
-            self._require_fit()
-        release()
-        self._seconds["train"] += self.log.seconds - trained
-        self._seconds["compress"] += perf_counter() - begun - self._training_wall
-        self.clock.train_iterations += task.training.steps
-
-    def _eval_exp(self, **kwargs: Any) -> None:
-        number = self.experience.current_experience
-        task = self.scenario.tasks[number]
-        self.results[task.name] = self.measure(task, number)
-        self._show_to_avalanche(self.results[task.name][task.metrics[0]])
-
-    def measure(self, task: Task, number: int | None) -> dict[str, list[Scored]]:
-        """Outcomes of every metric of the task, one a test example, with what answers for each of them.
-
-        number: of the task (0-based), for methods that are told; None where there is none, as of general ability.
-        """
-        groups = self.groups(task, number)
-        names = self.scenario.task_names if self.keeps == "per_task" else ()
-        self.answered[task.name] = Answered(key(task, groups)[1:], groups, names)
-        outcomes = self.examiner.measure(task, groups, len(self.packs))
-        # within an evaluation the next task may be answered by the same weights
-        if not self.current_eval_stream:
-            self.grafted.unload()
-        return outcomes
+        return alive(self.packs, self.shared, self.keeps == "latest")
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -474,21 +359,6 @@ class Strategy(BaseTemplate):
     def unmeasured_seconds(self) -> float:
         """Seconds of sampling preference pairs, and of waiting for another cell's evaluation."""
         return self.sampling + self.examiner.waiting_seconds
-
-    def _show_to_avalanche(self, outcomes: Sequence[Scored]) -> None:
-        """Show each example as a two-class problem, 'answered right or not', to Avalanche's own metrics."""
-        right = torch.tensor([o.score >= 0.5 for o in outcomes]).long()
-        self.mb_y = torch.ones_like(right)
-        self.mb_output = torch.nn.functional.one_hot(right, 2).float()
-        self.mb_task_id = torch.zeros_like(right)
-        for plugin in self.plugins:
-            for callback in ("before_eval_iteration", "after_eval_iteration"):
-                if hasattr(plugin, callback):
-                    getattr(plugin, callback)(self)
-
-    def _after_eval(self, **kwargs: Any) -> None:
-        self.grafted.unload()
-        super()._after_eval(**kwargs)
 
     def restore_base(self) -> None:
         """Put the base's weights back into the model, bit for bit; no pack is active."""

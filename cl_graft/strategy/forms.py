@@ -17,10 +17,10 @@ from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.codecs.exact import exact, original
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.composed import Deltas, compose
-from cl_graft.strategy.base import Keeps, Strategy
+from cl_graft.strategy.base import Strategy
 from cl_graft.strategy.choose import validation_loss
 from cl_graft.strategy.context import Context
-from cl_graft.strategy.kept import Kept
+from cl_graft.strategy.kept import Keeps, Kept
 from cl_graft.task import Task
 
 Compress = Callable[..., dict[str, Encoded]]

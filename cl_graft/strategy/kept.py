@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from cl_graft.errors import Diverged
+from cl_graft.errors import AuthorMistake, CLGraftError, Diverged
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.codecs.encoded import finite
+from cl_graft.strategy.context import Context
 
+Keeps = Literal["per_task", "sum", "latest", "merged"]  # which packs answer (strategy/base.py)
 Tensors = Mapping[str, Encoded]
+ROUTER = "router"  # the shared artefact that tells tasks apart
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,29 @@ def watched(model: nn.Module, whose: str) -> Iterator[None]:
         raise
 
 
-def finite_only(learned: Tensors | Kept, whose: str) -> Kept:
+def as_kept(returned: Any, author: str) -> Kept:
+    """What `learn` returned. Raises AuthorMistake where it is neither encoded tensors by name nor a Kept.
+
+    author: the method's line and name, for the error.
+    """
+    kept = returned if isinstance(returned, Kept) else Kept(returned)
+    parts = [kept.own, *kept.shared.values()] if isinstance(kept.shared, Mapping) else [None]
+    for tensors in parts:
+        wrong: Any = tensors
+        if isinstance(tensors, Mapping):
+            wrong = next((x for x in tensors.values() if not isinstance(x, Encoded)), None)
+            if wrong is None:
+                continue
+        inside = "under a name " if isinstance(tensors, Mapping) else ""
+        raise AuthorMistake(
+            f"{author} returns {inside}a {type(wrong).__name__}; return "
+            "{parameter: encoded tensor}, as cl_graft.skillpack.codecs.dense(tensor) makes them, or a Kept of such."
+        )
+    return kept
+
+
+def finite_only(kept: Kept, whose: str) -> Kept:
     """What was learned, all of it finite numbers. Raises Diverged."""
-    kept = learned if isinstance(learned, Kept) else Kept(learned)
     for tensors in (kept.own, *kept.shared.values()):
         for name, encoded in tensors.items():
             if not finite(encoded):
@@ -61,3 +86,22 @@ def finite_only(learned: Tensors | Kept, whose: str) -> Kept:
                     f"{whose} keeps NaN or Inf in {name}; mend its `learn`, or lower the learning rate."
                 )
     return kept
+
+
+def require_touched(own: Tensors, context: Context, whose: str) -> None:
+    """Raises CLGraftError for a delta of a parameter that the method declares not to touch."""
+    if strange := own.keys() & context.frozen:
+        name = min(strange)
+        raise CLGraftError(
+            f"{whose} keeps a delta of {name}, whose role ({context.roles[name]}) it declares not to touch; leave it "
+            "out, or name the role in touches."
+        )
+
+
+def require_name(artefact: str, author: str) -> None:
+    """Raises AuthorMistake for a shared artefact whose name no file could bear, or that is the harness's."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", artefact) or artefact == ROUTER:
+        raise AuthorMistake(
+            f"{author} calls a shared artefact {artefact!r}; name it in small letters, digits, - and _, and not "
+            f"{ROUTER!r}, which is the harness's."
+        )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ MAGIC = b'{"__metadata__":{"skillpack":"{'
 MAX_HEADER = 32 << 20  # bytes; a tensor takes some 450
 MAX_VALUES = 4 << 20  # in the JSON; a tensor takes some 45, and parsing them is what costs
 DIGEST_BYTES, CHECKSUM_BYTES = 16, 8
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 NO_DIGEST, NO_CHECKSUM = "0" * 2 * DIGEST_BYTES, "0" * 2 * CHECKSUM_BYTES
 NAMES = {dtype: name for name, dtype in STORABLE.items()}
 FIELDS = {
@@ -260,6 +262,11 @@ def check_base(
     for name, (_, shape, _) in specs.items():
         wanted = None if name in added else tuple(grown.get(name, shape))
         in_base = tuple(shapes[name]) if name in shapes else None
+        if in_base is None and ".experts." in name and any(map(ONE_EXPERT.search, shapes)):
+            raise ShapeMismatch(
+                f"{path} keeps {name!r} as one stack and the base's folder has each expert apart; load the base in "
+                "transformers, save it by save_pretrained(NEW, save_original_format=False), and give NEW."
+            )
         if wanted != in_base:
             there, here = (f"shape {s}" if s is not None else "none" for s in (in_base, wanted))
             what = f"{path}, tensor {name!r}: the base must have {here}, but has {there}"
