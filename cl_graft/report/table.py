@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 UNMEASURED = "–"
 TEXTS = ("md", "csv", "tex")  # what a table is written as
+NAME = 24  # characters of a name that a terminal shows in one line, at least
 PAGE = 80  # characters that a line of LaTeX's text holds, about
 
 
@@ -25,7 +26,8 @@ class Table:
     """A titled grid of strings; every row has one string per column.
 
     exact: the rows for a program, if they differ. parts: of each row, the part of the table that it stands in, under
-    whose name its rows are together; what a program reads has a column for it anyway.
+    whose name its rows are together; what a program reads has a column for it anyway. brief: the note for a terminal,
+    if it is another. spared: columns that a terminal has no room for.
     """
 
     title: str
@@ -34,7 +36,8 @@ class Table:
     note: str = ""
     exact: tuple[tuple[str, ...], ...] = ()
     parts: tuple[str, ...] = ()
-    brief: str = ""  # for a terminal, where the note is long
+    brief: str = ""
+    spared: tuple[str, ...] = ()
 
     def sections(self) -> list[tuple[str, list[tuple[str, ...]]]]:
         """The rows of each part under its name, which is empty where the table has one part alone."""
@@ -128,12 +131,14 @@ class Table:
         from rich.text import Text
 
         grid = RichTable(title=Text(title), caption=Text(note) if note else None)
-        for i, column in enumerate(self.columns):
+        shown = [i for i, column in enumerate(self.columns) if column not in self.spared]
+        for i in shown:
             # folded, since names that lost their ends look alike
             side: Any = "right" if i else "left"
-            grid.add_column(Text(column), justify=side, overflow="fold")
+            least = None if i else min(NAME, max((len(row[0]) for row in rows), default=0))
+            grid.add_column(Text(self.columns[i]), justify=side, overflow="fold", min_width=least)
         for row in rows:
-            grid.add_row(*map(Text, row))  # Text: brackets in a label are not markup
+            grid.add_row(*(Text(row[i]) for i in shown))  # Text: brackets in a label are not markup
         return grid
 
 
