@@ -37,7 +37,7 @@ def file(tmp_path: Path) -> Path:
 def test_the_file_that_init_writes_is_valid(call: Call) -> None:
     assert call("init").code == 0
     done = call("validate", "sweep.yaml")
-    assert (done.code, done.out.splitlines()[-1]) == (0, "sweep.yaml is valid: 18 cells.")
+    assert (done.code, done.out.splitlines()[-1]) == (0, "sweep.yaml is valid: 21 cells.")
 
 
 def test_options_take_the_place_of_the_file_s_fields(call: Call, file: Path) -> None:

@@ -34,6 +34,7 @@ class Table:
     note: str = ""
     exact: tuple[tuple[str, ...], ...] = ()
     parts: tuple[str, ...] = ()
+    brief: str = ""  # for a terminal, where the note is long
 
     def sections(self) -> list[tuple[str, list[tuple[str, ...]]]]:
         """The rows of each part under its name, which is empty where the table has one part alone."""
@@ -118,7 +119,7 @@ class Table:
             "\n".join(filter(None, (self.title, sections[0][0]))),
             *(p for p, _ in sections[1:]),
         ]
-        notes = [*[""] * (len(sections) - 1), self.note]
+        notes = [*[""] * (len(sections) - 1), self.brief or self.note]
         grids = zip(titles, sections, notes, strict=True)
         return Group(*(self._rich(title, rows, note) for title, (_, rows), note in grids))
 

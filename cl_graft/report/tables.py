@@ -45,6 +45,10 @@ NOTE = (
     f"Scores, OP, BWT, FM and the change of general ability in per cent. {ERRORS} {BYTES_NOTE} Storage: bytes alive "
     f"over the tasks learned, in per cent of the base model in bf16. {ABILITIES} {PROTOCOLS}"
 )
+BRIEF = (
+    "In per cent and bytes; ± is one standard error over what its column says. Task IDs: given to the method at test, "
+    "inferred by a router, or not needed. Every column is explained on the report's page."
+)
 ROUTING_NOTE = (
     " Routing: per cent of the test examples of all tasks that were taken for the task they are of."
 )
@@ -64,7 +68,8 @@ def ranking(cells: Sequence[Cell]) -> list[Table]:
         )
         note = f"{base_note(members)} {NOTE}".strip() + (ROUTING_NOTE if routed else "")
         note += scored_by(members)
-        tables.append(Table(f"Ranking: {title}", columns, rows, note, exact, _parts(lines)))
+        brief = f"{base_note(members)} {BRIEF}".strip()
+        tables.append(Table(f"Ranking: {title}", columns, rows, note, exact, _parts(lines), brief))
     return tables
 
 

@@ -99,7 +99,8 @@ def launched(
     device = next(model.parameters()).device
     model.to("cpu")
     try:
-        _wait(work, launch, environment, token, config.steps, progress)
+        ear = Ear(work, launch.processes if launch.hostfile else 0)
+        _wait(work, command(launch, work), environment, token, config.steps, progress, ear)
     finally:
         model.to(device)
 
@@ -223,12 +224,18 @@ class Ear:
 
 
 def _wait(
-    work: Path, launch: Launch, env: dict[str, str], token: str, steps: int, progress: Progress
+    work: Path,
+    command: list[str],
+    env: dict[str, str],
+    token: str,
+    steps: int,
+    progress: Progress,
+    ear: Ear,
 ) -> None:
-    ear, lost = Ear(work, launch.processes if launch.hostfile else 0), ""
+    lost = ""
     with open(work / "job.out", "wb") as out:
         job = subprocess.Popen(
-            command(launch, work),
+            command,
             stdin=subprocess.PIPE,  # whose end tells the processes that this one is gone
             stdout=out,
             stderr=subprocess.STDOUT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -103,6 +103,7 @@ def test_what_did_not_change_costs_nothing_or_little(name: str, build: Any) -> N
 
     class Context:
         budget = type("Budget", (), {"text": "1MB", "bytes": 10**6})
+        shapes: ClassVar = {"zero": (8, 16), "some": (8, 16), "bias": (8,)}
 
         @staticmethod
         def cost_of(specs: Any) -> int:

@@ -65,6 +65,7 @@ def tensors() -> dict[str, Encoded]:
         "sum": codecs.exact(x[0].double() / 3),
         "text": codecs.exact(torch.tensor(list(b"What is 2 + 2?"), dtype=torch.uint8)),
         "none": codecs.low_rank(torch.zeros(0, 2), torch.zeros(2, 5)),
+        "experts": codecs.low_rank_stack(x[:4, :3].reshape(2, 2, 3), x[:, :5].reshape(2, 3, 5)),
     }
 
 

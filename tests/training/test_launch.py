@@ -204,11 +204,16 @@ class TestTwoProcesses:
 
 def test_a_launcher_that_ends_well_without_a_result_is_a_failure(tmp_path):
     """DeepSpeed's own does where a process was killed."""
+
+    def wait(words):
+        nobody = launching.Ear(tmp_path, 0)
+        launching._wait(tmp_path, words, {}, "", 1, lambda *_: None, nobody)
+
     with pytest.raises(StageFailed, match=r"\(it ended before it was done\)"):
-        launching._wait(tmp_path, [sys.executable, "-c", ""], {}, "", 1, lambda done: None)
+        wait([sys.executable, "-c", ""])
     with pytest.raises(StageFailed, match=r"\(exit code 3: no host answers\)"):
         words = "import sys; print('no host answers'); sys.exit(3)"
-        launching._wait(tmp_path, [sys.executable, "-c", words], {}, "", 1, lambda done: None)
+        wait([sys.executable, "-c", words])
 
 
 def is_worker(process: psutil.Process) -> bool:
