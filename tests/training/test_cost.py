@@ -75,3 +75,9 @@ def test_a_step_checkpoint_is_as_large_as_said(tmp_path, nano):
     files = [folder / "model.safetensors", folder / "optimizer.pt"]
     total = sum(p.numel() for p in model.parameters())
     assert sum(f.stat().st_size for f in files) == pytest.approx(cost.step_bytes(total), rel=0.05)
+
+
+@pytest.mark.parametrize("peak", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_peak_that_is_none_is_refused(peak):
+    with pytest.raises(CLGraftError, match="give one as 989e12"):
+        cost.train_seconds(1, peak)
