@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import Literal
 
 import torch
@@ -39,22 +40,20 @@ def model_grafting(
     """convention: `each` grafts every task on the base, and its own graft answers for it, as in the paper; `summed`
     tunes each from the model so far, and all grafts together are one model.
     epochs: steps of the mask, each on so many batches of training rows. rate: of a step; None tries 1e6 to 1e10 for an
-    eighth of the epochs, the two with the least loss on the task's validation for a quarter, both with a quarter of the
-    batches, and takes the better one.
+    eighth of the epochs on a quarter of the batches, goes to the end with the two that lose least on the task's
+    validation, and takes the better one.
     The mask with the least validation loss is kept, the starting one included, of as many entries as the budget holds.
     """
     graft = Graft(context, dict(delta.items()), batch_size)
-    few = max(1, batches // 4)
-    rates, tried, done = [rate] if rate else list(RATES), max(1, epochs // 8), 0
-    total = epochs + (0 if rate else 9 * tried)
-    while len(rates) > 1:
-        losses = {}
-        for each in rates:
-            losses[each] = graft.optimised(each, tried, few)[0]
-            done += tried
-            context.progress(done / total)
-        rates, tried = sorted(rates, key=losses.__getitem__)[: len(rates) // 2], 2 * tried
-    _, scores = graft.optimised(rates[0], epochs, batches)
+    rates, tried, few = [rate] if rate else list(RATES), max(1, epochs // 8), max(1, batches // 4)
+    if len(rates) > 1:
+        early = {each: graft.optimised(each, tried, few)[0] for each in rates}
+        rates = sorted(rates, key=early.__getitem__)[:2]
+    found = []
+    for each in rates:
+        found.append(graft.optimised(each, epochs, batches))
+        context.progress(len(found) / len(rates))
+    _, scores = min(found, key=itemgetter(0))
     return context.keep(graft.delta, context.masks(scores, at_most=graft.count))
 
 

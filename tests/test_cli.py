@@ -159,8 +159,9 @@ def test_a_run_leaves_the_files_that_record_py_documents(finished: Finished) -> 
     outcomes = [json.loads(line) for line in lines]
     assert [set(o) for o in outcomes] == [
         {"task", "metric", "index", "score", "answer", "note", "taken_for"}
-    ] * 48
-    assert {o["task"] for o in outcomes} == {*TASKS, "general:general"}
+    ] * 72
+    abilities = {f"general:general with {task}" for task in TASKS}
+    assert {o["task"] for o in outcomes} == {*TASKS, *abilities}
     assert {o["index"] for o in outcomes} == set(range(12))
 
 
@@ -288,8 +289,8 @@ def test_verify_a_pack_of_the_run(pack: Path, call: Call) -> None:
 
 KEYS = {
     *("scenario", "strategy", "label", "model", "seed", "budget", "tasks", "complete"),
-    *("matrix", "n", "stderr", "metrics", "extra_matrices", "general"),
-    *("shared_bytes", "alive_bytes", "routing", "routing_accuracy"),
+    *("matrix", "n", "stderr", "metrics", "extra_matrices", "general", "general_packs"),
+    *("shared_bytes", "alive_bytes", "routing", "routing_accuracy", "budgeted", "notes"),
     *("pack_bytes", "base_bytes", "budget_bytes", "seconds", "tokens", "peak_memory_mb"),
     *(
         "config",

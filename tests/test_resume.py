@@ -94,7 +94,7 @@ def cell(made: RunConfig) -> Path:
 def numbers(folder: Path) -> tuple[Any, ...]:
     """All that must not depend on how often a run was stopped."""
     result = json.loads((folder / "result.json").read_text())
-    packs = {f.name: SkillPack.load(f).digest for f in sorted((folder / "packs").iterdir())}
+    packs = {f.name: SkillPack.load(f).digest for f in (folder / "packs").rglob("*.safetensors")}
     keys = (
         "matrix",
         "n",
