@@ -141,7 +141,7 @@ def together(says: Connection, configs: Sequence[RunConfig]) -> None:
     os.setsid()
     torch.set_num_threads(1)
     local._context = lambda: multiprocessing.get_context("fork")
-    report = lambda cell, what, done: says.send(what)  # noqa: E731
+    report = lambda cell, what, done, at="": says.send(what)  # noqa: E731
     failures = sweep(configs, partial(local.run_cells, workers=2), report, retry_failed=False)
     if failures:
         raise SystemExit(str(failures))

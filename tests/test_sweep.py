@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -80,7 +81,7 @@ from cl_graft.experiment.executors.local import run_cells
 
 scenario, strategy, out = sys.argv[1:]
 config = RunConfig(scenario=scenario, strategy=strategy, model="nano-llama", out=out, wandb="off")
-list(run_cells([config], lambda cell, what, done: print(what, flush=True), 1))
+list(run_cells([config], lambda cell, what, done, at: print(what, flush=True), 1))
 """
 
 
@@ -281,8 +282,9 @@ def test_a_cell_that_fails_leaves_its_traceback_and_the_others_go_on(story: Stor
     failed = list(story.out.glob("moving__unlucky__*"))
     assert len(failed) == 2
     for folder in failed:
-        said = f"failed: {folder.name}: RuntimeError: no luck today"
-        assert said in story.last.stderr.splitlines()
+        said = f"failed: {folder.name}: "
+        (line,) = [x for x in story.last.stderr.splitlines() if x.startswith(said)]
+        assert re.search(r"unlucky\.py, line \d+: RuntimeError: no luck today$", line)
         assert "unlucky.py" in (folder / "traceback.txt").read_text()
         assert not (folder / "result.json").exists()
     assert len(list(story.out.glob("*/result.json"))) == 4
@@ -305,5 +307,5 @@ def test_a_mistake_in_one_cell_is_found_before_any_work(plugins: Path, tmp_path:
     )
     wrong = made.model_copy(update={"strategy": "graftlm"})
     with pytest.raises(Exception, match="did you mean graftllm"):
-        sweep([made, wrong], partial(run_cells, workers=1), lambda cell, what, done: None)
+        sweep([made, wrong], partial(run_cells, workers=1), lambda *_: None)
     assert not any(tmp_path.iterdir())

@@ -206,7 +206,7 @@ def swept(cells: Sequence[RunConfig], ends: Ends | None) -> tuple[list[Failure],
             yield config, ends(config)
 
     said: list[str] = []
-    return run_sweep(cells, executor, lambda cell, what, done: said.append(what)), said
+    return run_sweep(cells, executor, lambda cell, what, done, at="": said.append(what)), said
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,10 @@ def run(given: RunFields) -> None:
     (config,) = cells
 
     from cl_graft.experiment.cell import run as run_cell
-    from cl_graft.experiment.prepare import try_methods
     from cl_graft.report.tables import matrices, ranking
 
     try:
         with interruptible(), view([config]) as report:
-            try_methods([config])
             result = run_cell(config, partial(report, config.cell))
     except (CLGraftError, typer.Exit):
         raise

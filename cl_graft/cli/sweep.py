@@ -107,10 +107,11 @@ def validate(
     file: Annotated[Path, typer.Argument(help="Sweep file; options go before it.")],
 ) -> None:
     """Check all that a sweep file says, names, options and data included; nothing is started."""
-    from cl_graft.experiment.prepare import check
+    from cl_graft.experiment.prepare import check, try_methods
 
     cells = cells_of(sweep_from(file, given))
     check(cells)
+    try_methods(cells)
     for config in cells:
         typer.echo(config.cell)
     typer.echo(f"{file} is valid: {len(cells)} cells.")

@@ -72,7 +72,6 @@ def check_methods(cells: Sequence[RunConfig], scenarios: Mapping[str, Scenario])
         if mirror := mirror_of(config):
             mirror.check()
         _strategy(config)
-    try_methods(cells)
     models: dict[Any, PreTrainedModel | None] = {}
     for config in cells:
         named = config.model, config.data_dir

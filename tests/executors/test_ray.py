@@ -112,7 +112,7 @@ def test_the_cells_of_a_lost_node_go_on_at_another(
         cluster.remove_node(lost, allow_graceful=False)
 
     threading.Thread(target=kill_its_node, daemon=True).start()
-    found = run_cells([config], lambda cell, what, done: heard.append(what), 1, Ray())
+    found = run_cells([config], lambda cell, what, done, at="": heard.append(what), 1, Ray())
     assert states(found) == ["done"]
     result = json.loads((tmp_path / "out" / config.cell / "result.json").read_text())
     assert result["complete"]

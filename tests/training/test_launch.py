@@ -167,7 +167,7 @@ class TestTwoProcesses:
             rows = [dict(prompt="Q: Copy ab.", completion="ab")] * 4
             job = StageConfig("sft", 2000, 4, 1e-4, 0.1, 0.0, 64, 0)
             stages = Stages(Path({str(tmp_path)!r}), Launch(processes=2, hostfile={hosts!r}))
-            stages.run(*load("nano-llama"), rows, job, lambda done: print(done, flush=True))
+            stages.run(*load("nano-llama"), rows, job, lambda done, at: print(done, flush=True))
         """)
         (tmp_path / "p.py").write_text(program)
         harness = subprocess.Popen(
