@@ -202,7 +202,10 @@ class Hosts:
         space, switch = self._space(name), self._space("switch")
         _ip("netns", "add", space)
         peer = {"name": f"to-{name}", "netns": switch}
-        _ip("-n", space, "link", "add", "eth0", "type", "veth", "peer", *_flat(peer))
+        # the address of its card is the host's for good: its peers remember it while it is off
+        card = f"02:00:00:00:00:{NAMES.index(name):02}"
+        link = ["link", "add", "eth0", "address", card, "type", "veth", "peer", *_flat(peer)]
+        _ip("-n", space, *link)
         _ip("-n", switch, "link", "set", f"to-{name}", "master", "bridge", "up")
         _ip("-n", space, "address", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):

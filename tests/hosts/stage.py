@@ -13,7 +13,7 @@ from cl_graft.config import Launch
 from cl_graft.training import launch
 from tests.training.test_launch import SFT, trained
 
-SILENCE = 12.0
+SILENCE = 20.0
 
 if __name__ == "__main__":
     folder, (zero, steps) = Path(sys.argv[1]), map(int, sys.argv[2:4])
