@@ -110,8 +110,9 @@ def numbers(folder: Path) -> tuple[Any, ...]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All but the state, which says when it was that somebody tried last."""
-    found = [f for f in folder.rglob("*") if f.is_file() and f.name != "state.json"]
+    """All but what says how it went when somebody tried last."""
+    how = ("state.json", "traceback.txt")
+    found = [f for f in folder.rglob("*") if f.is_file() and f.name not in how]
     return {str(f.relative_to(folder)): f.read_bytes() for f in found}
 
 
