@@ -11,6 +11,11 @@ class CLGraftError(Exception):
     """Base of every error this package raises on purpose; the CLI prints it and exits with 1."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says, to stand in a sentence of ours: without its full stop."""
+    return str(error).strip().split("\n", 1)[0].rstrip(".")
+
+
 class UnknownName(CLGraftError):
     """A name that nothing answers to; the message offers the nearest ones.
 
@@ -63,7 +68,7 @@ def matched_torchvision() -> Iterator[None]:
     except (ImportError, RuntimeError, OSError) as error:
         if not any(mark in str(error) for mark in MISMATCH):
             raise
-        said = str(error).strip().split("\n", 1)[0].rstrip(".")
+        said = first_line(error)
         raise TorchvisionMismatch(
             f"torchvision, which Avalanche imports, does not fit the torch that is installed ({said}); {TORCHVISION}."
         ) from error

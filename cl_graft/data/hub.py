@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from cl_graft.data.columns import Misread
 from cl_graft.data.readers import DataError, json_entries, sample
+from cl_graft.errors import first_line
 
 T = TypeVar("T")
 HubRow = Mapping[str, Any]
@@ -113,10 +114,9 @@ def read(place: str, config: str | None, split: str) -> Any:
         return datasets.load_dataset(place, config, split=split)
     except DataError:
         raise
-    except (
-        Exception
-    ) as error:  # no network, no such set, gated, torn files: each with errors of its own
-        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+    # no network, no such set, gated, torn files: each with errors of its own
+    except Exception as error:
+        reason = first_line(error)
         raise DataError(
             f"{place} cannot be read ({type(error).__name__}: {reason}); give the data set's hub id or a folder that "
             "`datasets` reads, and log in where it asks for that."

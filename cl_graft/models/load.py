@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.errors import CLGraftError, UnknownName, first_line
 from cl_graft.models import embedded
 from cl_graft.models.weights import CheckpointError, check_folder, weights
 
@@ -75,10 +75,9 @@ def reach(name: str) -> None:
             f"{lacks}, and the hub shows none of that name; check the spelling, or log in by `hf auth login` where it "
             "is private."
         ) from error
-    except (
-        Exception
-    ) as error:  # no network, a name that is none, ...: each client has errors of its own
-        told = str(error).strip().split("\n", 1)[0].rstrip(".")
+    # no network, a name that is none, ...: each client has errors of its own
+    except Exception as error:
+        told = first_line(error)
         raise CLGraftError(
             f"{lacks}, and the hub cannot be asked ({type(error).__name__}: {told}); give a folder, or try again "
             "with a network."
@@ -215,7 +214,7 @@ def _check_loaded(name: str, model: PreTrainedModel, info: dict[str, Any]) -> No
 
 
 def _unloadable(what: str, error: Exception) -> CLGraftError:
-    reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+    reason = first_line(error)
     return CLGraftError(
         f"{what} cannot be loaded ({type(error).__name__}: {reason}); give an embedded model's name, a complete "
         "Hugging Face folder, or a hub id."

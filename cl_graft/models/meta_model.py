@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, first_line
 from cl_graft.models.roles import Role, roles
 from cl_graft.models.weights import weights
 
@@ -247,7 +247,7 @@ def _config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each configuration checks its own fields in its own way
-        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+        reason = first_line(error)
         raise CLGraftError(
             f"{file} does not describe a model that transformers knows ({reason}); mend it, or use a newer "
             "transformers."

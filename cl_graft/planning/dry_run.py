@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cl_graft.config import RunConfig
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, first_line
 from cl_graft.planning import cost
 from cl_graft.planning.memory import Job, Memory, estimate, of_terms
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
@@ -98,7 +98,7 @@ class DryRun:
             raise
         except Exception as error:
             if len(self.found) == before and not number:
-                told = str(error).strip().split("\n", 1)[0].rstrip(".")
+                told = first_line(error)
                 raise CLGraftError(
                     f"{type(strategy).__name__} cannot learn the first task, {task.name!r}: it fails before it trains "
                     f"({type(error).__name__}: {told}); mend the method, or choose another for this model."

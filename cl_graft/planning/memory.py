@@ -13,7 +13,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -127,7 +127,7 @@ def estimate(model: str | Path | PreTrainedConfig, job: Job) -> Memory:
             triton=job.gpu,
         )
     except Exception as error:  # a model's own code may fail in any way
-        told = str(error).strip().split("\n", 1)[0].rstrip(".")
+        told = first_line(error)
         raise CLGraftError(
             f"the memory of {job.kind.upper()} on a model of type {config.model_type!r} cannot be told: a step of it "
             f"fails on tensors without contents ({type(error).__name__}: {told}); choose another model."

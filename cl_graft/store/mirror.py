@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_graft.config import RunConfig
-from cl_graft.errors import CLGraftError, Refused
+from cl_graft.errors import CLGraftError, Refused, first_line
 
 MARKERS = ("stage.json", "experience.json", "result.json")
 OWN = (".lock", ".tmp", ".part")  # of a process on its disk
@@ -113,7 +113,7 @@ class _said:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, CLGraftError) or not isinstance(error, Exception):
             return
-        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+        reason = first_line(error)
         raise Refused(
             f"{self.url} cannot be read or written ({type(error).__name__}: {reason}); what is on this machine stays, "
             "and the same command continues it."

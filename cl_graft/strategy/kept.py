@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cl_graft.errors import AuthorMistake, CLGraftError, Diverged
+from cl_graft.errors import AuthorMistake, CLGraftError, Diverged, first_line
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.codecs.encoded import finite
 from cl_graft.strategy.context import Context
@@ -49,7 +49,7 @@ def watched(model: nn.Module, whose: str) -> Iterator[None]:
                     f"{whose} diverged: its training left NaN or Inf in {name}; lower the learning rate."
                 ) from error
         if isinstance(error, torch.linalg.LinAlgError):
-            reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+            reason = first_line(error)
             raise Diverged(
                 f"{whose} cannot decompose what training changed ({reason}); lower the learning rate."
             ) from error

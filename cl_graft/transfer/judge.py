@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, first_line
 from cl_graft.evaluation.scorers import Examinee, score
 from cl_graft.models.load import locate
 from cl_graft.models.text import encode
@@ -81,7 +81,7 @@ def reward_judge(name: str, data_dir: Path | None, chat: bool) -> Judge:
             output_loading_info=True,
         )
     except Exception as error:  # torn weights, no network, ...: each library has errors of its own
-        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+        reason = first_line(error)
         raise SourceError(
             f"reward model {name!r} cannot be loaded ({type(error).__name__}: {reason}); give a complete Hugging "
             "Face folder or a hub id."

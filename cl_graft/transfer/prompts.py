@@ -18,7 +18,7 @@ from typing import Any
 from cl_graft import plugins
 from cl_graft.data import hub
 from cl_graft.data.readers import DataError, json_entries
-from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.errors import CLGraftError, UnknownName, first_line
 from cl_graft.evaluation.scorers import Scorer, judge_of, resolved
 from cl_graft.task import Example, Scenario, Scoring, Task
 from cl_graft.transfer.config import BuildConfig
@@ -197,7 +197,7 @@ def _hub(name: str) -> list[PlacedFields]:
     try:
         rows = list(load_dataset(name, split="train"))
     except Exception as error:  # no network, no such data set, no such split, ...
-        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+        reason = first_line(error)
         tasks = [f"{scenario}/{name.partition('/')[2]}" for scenario in plugins.names("scenario")]
         near = difflib.get_close_matches(name, tasks, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]}?" if near else "give a file, SCENARIO/TASK or a data set."

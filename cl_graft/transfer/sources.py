@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, first_line
 from cl_graft.models.chat import user_turn
 from cl_graft.models.load import FILES, locate
 
@@ -59,7 +59,7 @@ def _config(name: str, place: str) -> PretrainedConfig:
 
 
 def _unloadable(name: str, what: str, error: Exception) -> SourceError:
-    reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+    reason = first_line(error)
     return SourceError(
         f"the {what} of {name!r} cannot be loaded ({type(error).__name__}: {reason}); give a complete Hugging "
         "Face folder or a hub id, of a model that needs no remote code."

@@ -228,9 +228,8 @@ def _worker() -> Iterator[None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         yield
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # it is done: being told to end would cut the tidying short
+        # it is done: being told to end would cut the tidying short
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except KeyboardInterrupt:
         util._exit_function()  # type: ignore[attr-defined]  # as at the end of any process
         os._exit(1)

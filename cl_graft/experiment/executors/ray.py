@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cl_graft.config import RunConfig
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, first_line
 from cl_graft.experiment.attempt import attempt, seldom
 from cl_graft.experiment.executors import WAITS, Executor, Outcome, Report, Work
 from cl_graft.experiment.queue import Queue
@@ -144,7 +144,7 @@ def _outcome(ray: Any, reference: Any) -> Outcome:
 
 def _told(error: Exception) -> str:
     """An error of Ray's in a few words: what follows its first line is for Ray's developers."""
-    reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+    reason = first_line(error)
     return f"{type(error).__name__}: {reason}"
 
 
