@@ -23,6 +23,7 @@ from cl_graft.skillpack.format.file import SkillPack, TruncatedPack, WrongBase
 from cl_graft.store.files import RecordError, write_text
 from cl_graft.store.record import CellFolder
 from cl_graft.store.result import collect
+from tests import kills
 
 MOVING = '''
 from dataclasses import replace
@@ -95,18 +96,7 @@ def numbers(folder: Path) -> tuple[Any, ...]:
     """All that must not depend on how often a run was stopped."""
     result = json.loads((folder / "result.json").read_text())
     packs = {f.name: SkillPack.load(f).digest for f in (folder / "packs").rglob("*.safetensors")}
-    keys = (
-        "matrix",
-        "n",
-        "stderr",
-        "metrics",
-        "general",
-        "general_packs",
-        "pack_bytes",
-        "tokens",
-        "complete",
-    )
-    return packs, {key: result[key] for key in keys}
+    return packs, {key: result[key] for key in kills.RESULT}
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -24,6 +24,7 @@ from cl_graft.experiment.executors.local import run_cells
 from cl_graft.experiment.sweep import sweep
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.sweep_config import Sweep
+from tests import kills
 
 pytestmark = pytest.mark.slow
 
@@ -139,23 +140,12 @@ def _runs(process: psutil.Process) -> bool:
 
 def numbers(out: Path) -> dict[str, Any]:
     """Of every cell: all that must not depend on how it was run."""
-    keys = (
-        "matrix",
-        "n",
-        "stderr",
-        "metrics",
-        "general",
-        "general_packs",
-        "pack_bytes",
-        "tokens",
-        "complete",
-    )
     found = {}
     for file in out.glob("*/result.json"):
         result = json.loads(file.read_text())
-        packs = sorted((file.parent / "packs").iterdir())
+        packs = sorted((file.parent / "packs").rglob("*.safetensors"))
         digests = [SkillPack.load(pack).digest for pack in packs]
-        found[file.parent.name] = ({key: result[key] for key in keys}, digests)
+        found[file.parent.name] = ({key: result[key] for key in kills.RESULT}, digests)
     return found
 
 
