@@ -22,7 +22,6 @@ from cl_graft.skillpack.codecs.encoded import (
     fields,
     rounded,
     whole,
-    wholes,
 )
 
 
@@ -68,13 +67,7 @@ class SparseCodec(Scattered):
         fields(meta, "dtype", "kept", *(["gap"] if "gap" in meta else []))
         numel = math.prod(shape)
         kept = whole(meta["kept"], "kept", 0, numel)
-        index = packing.packed_bytes(numel, 1)
-        if "gap" in meta:
-            width, tokens = wholes(meta["gap"], 2, "gap")
-            whole(width, "gap width", 1, packing.MAX_WIDTH)
-            # each of them goes one place on or more
-            whole(tokens, "gap tokens", 0, numel)
-            index = packing.packed_bytes(tokens, width)
+        index = packing.index_bytes(meta.get("gap"), numel)
         return {"values": (dtype_of(meta), (kept,)), "index": (torch.uint8, (index,))}
 
     def check(self, encoded: Encoded) -> None:
