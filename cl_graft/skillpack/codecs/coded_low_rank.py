@@ -46,8 +46,8 @@ class CodedLowRankCodec(Factored, Relaid):
 
     def layout(self, shape: tuple[int, ...], meta: Meta) -> Layout:
         fields(meta, "rank", *coded_rows.fields_of(meta))
-        matrix(shape)
-        rank = whole(meta["rank"], "rank", 0)
+        # what is decoded is then never larger than the matrix by more than its factors can be
+        rank = whole(meta["rank"], "rank", 0, min(matrix(shape)))
         return {"scales": (torch.bfloat16, (rank,))} | coded_rows.layout_of(
             _sizes(shape, meta), meta
         )

@@ -65,7 +65,10 @@ def read(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> list[Tensor]:
     if meta["layout"] == "small":
         if parts["kinds"].numel() and int(parts["kinds"].max()) >= entropy.CLASSES:
             raise ValueError(f"a row's class is not below {entropy.CLASSES}.")
-        return entropy.decode(parts["codes"], sizes, kinds, meta["top"])
+        matrices = entropy.decode(parts["codes"], sizes, kinds, meta["top"])
+        if max((int(m.abs().max()) for m in matrices if m.numel()), default=0) != meta["top"]:
+            raise ValueError(f"no code has the magnitude {meta['top']} that the meta says.")
+        return matrices
     matrices = [torch.zeros(size, dtype=torch.int16) for size in sizes]
     for codes, where, packed, width in _runs(parts["codes"], matrices, kinds):
         codes[where] = unpacked(packed, codes.shape[1], width).to(torch.int16)
@@ -148,7 +151,7 @@ def _packed(codes: Tensor, widths: Tensor) -> Tensor:
 def unpacked(packed: Tensor, n: int, width: int) -> Tensor:
     """int16 or int8 (rows, n) of rows packed at one width, uint8 (rows, bytes)."""
     if width == 16:
-        return packed.contiguous().view(torch.int16)
+        return packed.clone().view(torch.int16)  # views of wider numbers must begin on their size
     if width == 8:
         return packed.view(torch.int8)
     per, size = 8 // width, packed.shape[1]

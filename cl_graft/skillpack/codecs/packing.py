@@ -157,13 +157,8 @@ def pack_index(positions: Tensor, numel: int) -> tuple[list[int] | None, Tensor]
     return None, pack(bitmap, 1)
 
 
-def index_bytes(gap: object, numel: int) -> int:
-    """Bytes of the index of positions among `numel` elements that a header's `gap` says; None is a bitmap.
-
-    Raises ValueError on nonsense.
-    """
-    if gap is None:
-        return packed_bytes(numel, 1)
+def gap_bytes(gap: object, numel: int) -> int:
+    """Bytes of the gap code that a header's `gap` = [width, tokens] says, among `numel` elements. Raises ValueError."""
     if not isinstance(gap, list) or len(gap) != 2 or any(type(g) is not int for g in gap):
         raise ValueError("gap is not a list of 2 numbers.")
     width, tokens = gap

@@ -67,7 +67,9 @@ class SparseCodec(Scattered):
         fields(meta, "dtype", "kept", *(["gap"] if "gap" in meta else []))
         numel = math.prod(shape)
         kept = whole(meta["kept"], "kept", 0, numel)
-        index = packing.index_bytes(meta.get("gap"), numel)
+        index = packing.packed_bytes(numel, 1)
+        if "gap" in meta:
+            index = packing.gap_bytes(meta["gap"], numel)
         return {"values": (dtype_of(meta), (kept,)), "index": (torch.uint8, (index,))}
 
     def check(self, encoded: Encoded) -> None:

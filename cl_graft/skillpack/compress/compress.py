@@ -27,6 +27,7 @@ from cl_graft.skillpack.compress.factorise import (
 )
 from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.compress.policy import (
+    Adaptive,
     Kind,
     Plan,
     Policy,
@@ -92,12 +93,16 @@ def compress(
 
     A tensor of which nothing is worth keeping is left out. Raises OverBudget.
     """
-    work = _Work(list(pieces), moments, policy, store, torch.device(device), progress)
+    work = Work(list(pieces), moments, policy, store, torch.device(device), progress)
+    if isinstance(policy, Adaptive):
+        from cl_graft.skillpack.compress.rated import rated
+
+        return rated(work, limit, policy.layout)
     profiles = measure(work)
     fixed: dict[str, Spec] = {}
     for piece in work.pieces:
         if piece.kind == "vector":
-            fixed[piece.name] = _kept(work, piece, partial(_whole, piece))
+            fixed[piece.name] = kept(work, piece, partial(_whole, piece))
     tables = _tables(work, profiles, fixed, limit)
     matrices = {name: p for name, p in profiles.items() if p.kind == "matrix"}
     specs = fixed | tables
@@ -112,7 +117,7 @@ def fetch(store: WorkStore, name: str) -> Encoded:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     pieces: list[Piece]
     moments: Moments
     policy: Policy
@@ -130,11 +135,11 @@ class _Work:
         return None if moment is None or moment.ndim != 2 else moment.to(self.device, torch.float32)
 
 
-def measure(work: _Work) -> dict[str, Profile]:
+def measure(work: Work) -> dict[str, Profile]:
     """Measure what every tensor's ranks or entries are worth."""
     profiles: dict[str, Profile] = {}
     total, done = sum(prod(p.shape) for p in work.pieces), 0
-    for group in _groups(work):
+    for group in groups(work):
         hessian = None
         for piece in group:
             key = f"worth/{piece.name}"
@@ -154,16 +159,16 @@ def measure(work: _Work) -> dict[str, Profile]:
     return {piece.name: profiles[piece.name] for piece in work.pieces if piece.name in profiles}
 
 
-def _measured(work: _Work, piece: Piece, hessian: Tensor | None) -> Tensor:
+def _measured(work: Work, piece: Piece, hessian: Tensor | None) -> Tensor:
     """What its ranks or entries are worth (see Profile); a matrix's spectrum goes into the work store."""
     if piece.kind == "table":
         delta = piece.delta().to(work.device, torch.float32)
         parts = (bins(part).cpu() for part in _worth(piece, delta, work.moments))
         return torch.stack(list(parts)).sum(0)
     factors = spectrum(work.delta(piece), hessian)
-    scale = _slope(work.moments, piece.name)
+    scale = slope_of(work.moments, piece.name)
     if scale is None:
-        scale = torch.tensor(1.0) if not work.moments.reads else _alike(factors.energy)
+        scale = torch.tensor(1.0) if not work.moments.reads else alike(factors.energy)
     tensors = {"energy": factors.energy, "basis": factors.basis}
     work.store[f"spectrum/{piece.name}"] = Item(tensors, {"wide": factors.wide})
     return (factors.energy * scale.to(factors.energy.device)).cpu()
@@ -188,12 +193,12 @@ def importance(piece: Piece, delta: Tensor, moments: Moments) -> Callable[[slice
     if not moments.outputs:
         one = torch.ones((), device=delta.device)
         squared = torch.linalg.vector_norm(delta, dtype=torch.float64).square()
-        alike = _alike(squared[None]).to(delta) if moments.reads else one
+        alike = alike(squared[None]).to(delta) if moments.reads else one
         return lambda rows: alike
     read, written = moments.hessian(piece.name), moments.outputs.get(piece.name)
     if read is None or written is None or len(piece.shape) != 2:
         reads = torch.tensor(1.0) if read is None or read.ndim != 2 else read.diagonal().mean()
-        slope = _slope(moments, piece.name)
+        slope = slope_of(moments, piece.name)
         scale = (reads.cpu() * (1.0 if slope is None else slope)).to(delta)
         return lambda rows: scale
     diagonal = (read.diagonal() if read.ndim == 2 else read).to(delta)
@@ -207,12 +212,12 @@ def importance(piece: Piece, delta: Tensor, moments: Moments) -> Callable[[slice
     return lambda rows: diagonal[rows, None] * written + as_head[rows, None] * seen
 
 
-def _alike(energy: Tensor) -> Tensor:
+def alike(energy: Tensor) -> Tensor:
     """The factor that makes the sum of these one."""
     return (1 / energy.sum(dtype=torch.float64).clamp_min(1e-300)).to(energy)
 
 
-def _slope(moments: Moments, name: str) -> Tensor | None:
+def slope_of(moments: Moments, name: str) -> Tensor | None:
     """Mean squared gradient at a tensor's output, float64; of one that is not known, the average of all."""
     if not moments.outputs:
         return None
@@ -221,7 +226,7 @@ def _slope(moments: Moments, name: str) -> Tensor | None:
     return torch.stack([g.double().mean().cpu() for g in moments.outputs.values()]).mean()
 
 
-def _groups(work: _Work) -> list[list[Piece]]:
+def groups(work: Work) -> list[list[Piece]]:
     """Matrices that read the same input, together; every other tensor by itself."""
     groups: dict[str, list[Piece]] = {}
     for piece in work.pieces:
@@ -284,14 +289,14 @@ def _topped_up(
 
 
 def _tables(
-    work: _Work, profiles: Mapping[str, Profile], fixed: Mapping[str, Spec], limit: ByteLimit
+    work: Work, profiles: Mapping[str, Profile], fixed: Mapping[str, Spec], limit: ByteLimit
 ) -> dict[str, Spec]:
     """Embeddings, heads and the like, at the price that all tensors share."""
     allowed = limit.bytes
     while True:
         plan = fitting(work.policy, profiles, fixed, replace(limit, bytes=allowed))
         specs = {
-            piece.name: _kept(work, piece, partial(_pruned, piece, plan, work.moments))
+            piece.name: kept(work, piece, partial(_pruned, piece, plan, work.moments))
             for piece in work.pieces
             if piece.kind == "table"
         }
@@ -317,36 +322,36 @@ def _pruned(piece: Piece, plan: Plan, moments: Moments) -> Encoded:
     return sparse(delta, torch.cat([part > least for part in _worth(piece, delta, moments)]))
 
 
-def _kept(work: _Work, piece: Piece, make: Callable[[], Encoded]) -> Spec:
+def kept(work: Work, piece: Piece, make: Callable[[], Encoded]) -> Spec:
     """The spec of an encoded tensor, from the work store or made now."""
     if f"encoded/{piece.name}" in work.store:
         return fetch(work.store, piece.name).spec
-    return _put(work.store, piece.name, make())
+    return put(work.store, piece.name, make())
 
 
-def _put(store: WorkStore, name: str, encoded: Encoded) -> Spec:
+def put(store: WorkStore, name: str, encoded: Encoded) -> Spec:
     about = {"codec": encoded.codec, "shape": list(encoded.shape), "meta": encoded.meta}
     store[f"encoded/{name}"] = Item(encoded.parts, about)
     return encoded.spec
 
 
-def _matrices(work: _Work, plan: Plan) -> dict[str, Spec]:
+def _matrices(work: Work, plan: Plan) -> dict[str, Spec]:
     specs: dict[str, Spec] = {}
     total, done = sum(prod(p.shape) for p in work.pieces if p.name in plan.counts) or 1, 0
-    for group in _groups(work):
+    for group in groups(work):
         wanted = [p for p in group if plan.counts.get(p.name)]
         if all(f"encoded/{p.name}" in work.store for p in wanted):
             specs |= {p.name: fetch(work.store, p.name).spec for p in wanted}
         else:
             made = zip(wanted, _encoded(work, wanted, plan), strict=True)
-            specs |= {p.name: _put(work.store, p.name, encoded) for p, encoded in made}
+            specs |= {p.name: put(work.store, p.name, encoded) for p, encoded in made}
         done += sum(prod(p.shape) for p in group if p.name in plan.counts)
         release()
         work.progress("compressing", done / total)
     return specs
 
 
-def _encoded(work: _Work, group: list[Piece], plan: Plan) -> list[Encoded]:
+def _encoded(work: Work, group: list[Piece], plan: Plan) -> list[Encoded]:
     """Matrices that read the same input, in one solve."""
     items = []
     for piece in group:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.skillpack.codecs import CodeLayout
 from cl_graft.skillpack.codecs.quant import BITS
 from cl_graft.skillpack.compress.factorise import Counts, allocate, rank_for_energy
 
@@ -98,6 +99,9 @@ class Policy(ABC):
 class Adaptive(Policy):
     """Bits go where they buy the most: one price of a byte, shared by all tensors, decides for each rank between
     8, 6, 5, 4, 3, 2 bits and none, and for each entry of a table whether it is kept."""
+
+    damping: float = 0.03
+    layout: CodeLayout = "small"
 
     start: ClassVar[tuple[float, float]] = (
         -30.0,
