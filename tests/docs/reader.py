@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,7 @@ def planar(data: Array, count: int, width: int) -> Array:
     return np.where(codes >= 1 << (width - 1), codes - (1 << width), codes)
 
 
+@cache
 def frequencies(kind: int, top: int) -> list[int]:
     must(1 <= kind <= 120, "class")
     a, b = divmod(kind - 1, 40)
@@ -296,7 +298,8 @@ def frequencies(kind: int, top: int) -> list[int]:
         one.append(one[-1] * q)
         two.append(two[-1] * r)
         r = r * (g * g)
-    both = [[w / math.fsum([ws[0]] + 2 * ws[1:]) for w in ws] for ws in (one, two)]
+    sums = [math.fsum([ws[0]] + 2 * ws[1:]) for ws in (one, two)]
+    both = [[w / s for w in ws] for ws, s in zip((one, two), sums, strict=True)]
     weights = both[a] if a < 2 else [(x + y) / 2 for x, y in zip(*both, strict=True)]
     tail = [1 + math.floor(w * (2**24 - 2 * top - 1)) for w in weights[1:]]
     return [*reversed(tail), 2**24 - 2 * sum(tail), *tail]

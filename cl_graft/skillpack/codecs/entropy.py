@@ -31,39 +31,34 @@ def frequencies(kind: int, top: int) -> np.ndarray:
     magnitude = 2.0 ** (scale // 2 - 7) * (math.sqrt(2.0) if scale % 2 else 1.0)
     tails = []
     if family != 1:
-        tails.append(_geometric(magnitude, top))
+        tails.append(_normalised(_geometric(magnitude)[: top + 1]))
     if family != 0:
-        tails.append(_squared(magnitude, top))
-    weights = [math.fsum(parts) / len(tails) for parts in zip(*tails, strict=True)]
+        tails.append(_normalised(_squared(magnitude)[: top + 1]))
+    weights = sum(tails) / len(tails)
     free = PARTS - (2 * top + 1)
-    side = [1 + int(weight * free) for weight in weights[1:]]
-    middle = PARTS - 2 * sum(side)
-    return np.array([*reversed(side), middle, *side], dtype=np.int64)
+    side = 1 + np.floor(weights[1:] * free).astype(np.int64)
+    return np.concatenate([side[::-1], [PARTS - 2 * side.sum()], side])
 
 
-def _geometric(magnitude: float, top: int) -> list[float]:
-    """p(0), p(1), .. p(top) of q**abs(z), normalised over both sides; E abs(z) = magnitude."""
+@lru_cache(maxsize=SCALES)
+def _geometric(magnitude: float) -> np.ndarray:
+    """q**abs(z) of z = 0 .. TOP, with E abs(z) = magnitude: float64."""
     q = (math.sqrt(1.0 + magnitude * magnitude) - 1.0) / magnitude
-    powers = [1.0]
-    for _ in range(top):
-        powers.append(powers[-1] * q)
-    return _normalised(powers)
+    return np.cumprod([1.0] + [q] * TOP)
 
 
-def _squared(magnitude: float, top: int) -> list[float]:
-    """p(0), p(1), .. p(top) of g**(z * z), normalised over both sides; E abs(z) is about magnitude."""
+@lru_cache(maxsize=SCALES)
+def _squared(magnitude: float) -> np.ndarray:
+    """g**(z * z) of z = 0 .. TOP, with E abs(z) about magnitude: float64."""
     spread = 3.14 * magnitude * magnitude + 0.5 * magnitude
     g = spread / (1.0 + spread)
-    powers, ratio = [1.0], g
-    for _ in range(top):
-        powers.append(powers[-1] * ratio)
-        ratio *= g * g
-    return _normalised(powers)
+    ratios = np.cumprod([g] + [g * g] * (TOP - 1))
+    return np.cumprod(np.concatenate([[1.0], ratios]))
 
 
-def _normalised(powers: list[float]) -> list[float]:
-    whole = math.fsum([powers[0], *powers[1:], *powers[1:]])
-    return [power / whole for power in powers]
+def _normalised(powers: np.ndarray) -> np.ndarray:
+    """Over both sides, the sum rounded once whatever its order."""
+    return powers / math.fsum([powers[0], *powers[1:].tolist(), *powers[1:].tolist()])
 
 
 @lru_cache(maxsize=64)
