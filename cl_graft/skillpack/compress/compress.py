@@ -2,13 +2,14 @@
 
 Nothing here holds more than the tensors that read one input, and their Hessian, at a time: deltas are asked for
 when their turn comes, and what is finished goes into a work store (work_store.py), where a killed run finds it again.
+Second moments are visited twice, group by group: to measure, and to encode; so nobody need keep them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 
 import torch
@@ -16,14 +17,12 @@ from torch import Tensor
 
 from cl_graft.errors import OverBudget
 from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse, sparse_top
-from cl_graft.skillpack.compress.calibrate import Moments
+from cl_graft.skillpack.compress.directions import Directions, Known
 from cl_graft.skillpack.compress.factorise import (
     Factored,
-    Spectrum,
     damped,
     encode,
     spec_of,
-    spectrum,
 )
 from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.compress.policy import (
@@ -80,7 +79,7 @@ class ByteLimit:
 
 def compress(
     pieces: Sequence[Piece],
-    moments: Moments,
+    moments: Known,
     policy: Policy,
     limit: ByteLimit,
     store: WorkStore,
@@ -92,7 +91,7 @@ def compress(
 
     A tensor of which nothing is worth keeping is left out. Raises OverBudget.
     """
-    work = _Work(list(pieces), moments, policy, store, torch.device(device), progress)
+    work = _Work(list(pieces), moments, policy, limit, store, torch.device(device), progress)
     profiles = measure(work)
     fixed: dict[str, Spec] = {}
     for piece in work.pieces:
@@ -114,8 +113,9 @@ def fetch(store: WorkStore, name: str) -> Encoded:
 @dataclass(frozen=True)
 class _Work:
     pieces: list[Piece]
-    moments: Moments
+    moments: Known
     policy: Policy
+    limit: ByteLimit
     store: WorkStore
     device: torch.device
     progress: PackProgress
@@ -125,51 +125,88 @@ class _Work:
         delta = piece.delta().to(self.device, torch.float32)
         return delta.T.contiguous() if piece.transposed else delta
 
-    def hessian(self, piece: Piece) -> Tensor | None:
-        moment = self.moments.hessian(piece.name)
-        return None if moment is None or moment.ndim != 2 else moment.to(self.device, torch.float32)
+    @cached_property
+    def directions(self) -> Directions:
+        shapes = {p.name: p.shape for p in self.pieces if p.kind == "matrix"}
+        return Directions(shapes, self.policy, self.limit.bytes, self.store, self.device)
+
+    def under(self, hessian: Tensor | None) -> Tensor | None:
+        """What directions are taken under, (in, in); None for those of the plain SVD."""
+        if hessian is None or not self.policy.activation_aware:
+            return None
+        return damped(hessian, self.policy.damping)
+
+
+def visit(
+    work: _Work,
+    use: Callable[[list[Piece], Tensor | None], None],
+    wanted: Callable[[list[Piece]], bool],
+) -> None:
+    """Call `use` with the matrices that read one input and their Hessian, group by group, in the order of the model;
+    then with each matrix of whose input nothing is known, and None. Groups that are not wanted are passed over."""
+    reads, left = work.moments.reads, {p.name: p for p in work.pieces if p.kind == "matrix"}
+
+    def group(name: str) -> list[Piece]:
+        return [p for p in left.values() if reads.get(p.name) == name]
+
+    def reached(name: str, moment: Tensor) -> None:
+        pieces = group(name)
+        if pieces and moment.ndim == 2:
+            use(pieces, moment.to(work.device, torch.float32))
+            for piece in pieces:
+                del left[piece.name]
+
+    work.moments.visit(
+        reached, lambda name: name not in reads.values() or bool(wanted(group(name)))
+    )
+    for piece in left.values():
+        if wanted([piece]):
+            use([piece], None)
 
 
 def measure(work: _Work) -> dict[str, Profile]:
     """Measure what every tensor's ranks or entries are worth."""
-    profiles: dict[str, Profile] = {}
     total, done = sum(prod(p.shape) for p in work.pieces), 0
-    for group in _groups(work):
-        hessian = None
-        for piece in group:
-            key = f"worth/{piece.name}"
-            if piece.kind == "vector":
-                continue
-            if key not in work.store:
-                if piece.kind == "matrix" and work.policy.activation_aware and hessian is None:
-                    hessian = work.hessian(piece)
-                    hessian = None if hessian is None else damped(hessian, work.policy.damping)
-                work.store[key] = Item({"worth": _measured(work, piece, hessian)}, {})
-            shape = piece.shape[::-1] if piece.transposed else piece.shape
-            worth = work.store[key].tensors["worth"]
-            profiles[piece.name] = Profile(piece.kind, piece.role, shape, worth)
-        done += sum(prod(piece.shape) for piece in group)
+
+    def told(pieces: Sequence[Piece]) -> None:
+        nonlocal done
+        done += sum(prod(piece.shape) for piece in pieces)
         release()
         work.progress("measuring", done / total)
-    return {piece.name: profiles[piece.name] for piece in work.pieces if piece.name in profiles}
+
+    def use(pieces: list[Piece], hessian: Tensor | None) -> None:
+        under = work.under(hessian)
+        for piece in pieces:
+            if not work.directions.found(piece.name):
+                work.directions.find(piece.name, work.delta(piece), under)
+        told(pieces)
+
+    visit(work, use, lambda pieces: not all(work.directions.found(p.name) for p in pieces))
+    profiles: dict[str, Profile] = {}
+    for piece in work.pieces:
+        if piece.kind != "vector":
+            shape = piece.shape[::-1] if piece.transposed else piece.shape
+            profiles[piece.name] = Profile(piece.kind, piece.role, shape, _measured(work, piece))
+        if piece.kind == "table":
+            told([piece])
+    return profiles
 
 
-def _measured(work: _Work, piece: Piece, hessian: Tensor | None) -> Tensor:
-    """What its ranks or entries are worth (see Profile); a matrix's spectrum goes into the work store."""
-    if piece.kind == "table":
+def _measured(work: _Work, piece: Piece) -> Tensor:
+    """What its ranks or entries are worth (see Profile)."""
+    if piece.kind == "matrix":
+        energy, scale = work.directions.energy(piece.name), _slope(work.moments, piece.name)
+        if scale is None:
+            scale = torch.tensor(1.0) if not work.moments.reads else _alike(energy)
+        return energy * scale
+    if f"worth/{piece.name}" not in work.store:
         delta = piece.delta().to(work.device, torch.float32)
-        parts = (bins(part).cpu() for part in _worth(piece, delta, work.moments))
-        return torch.stack(list(parts)).sum(0)
-    factors = spectrum(work.delta(piece), hessian)
-    scale = _slope(work.moments, piece.name)
-    if scale is None:
-        scale = torch.tensor(1.0) if not work.moments.reads else _alike(factors.energy)
-    tensors = {"energy": factors.energy, "basis": factors.basis}
-    work.store[f"spectrum/{piece.name}"] = Item(tensors, {"wide": factors.wide})
-    return (factors.energy * scale.to(factors.energy.device)).cpu()
+        parts = [bins(part).cpu() for part in _worth(piece, delta, work.moments)]
+        work.store[f"worth/{piece.name}"] = Item({"worth": torch.stack(parts).sum(0)}, {})
+    return work.store[f"worth/{piece.name}"].tensors["worth"]
 
 
-def _worth(piece: Piece, delta: Tensor, moments: Moments) -> Iterator[Tensor]:
+def _worth(piece: Piece, delta: Tensor, moments: Known) -> Iterator[Tensor]:
     """Squared loss that dropping each entry of a table costs, some rows at a time."""
     weigh = importance(piece, delta, moments)
     for start in range(0, len(delta), step := max(1, TABLE_CHUNK // prod(delta.shape[1:]))):
@@ -177,7 +214,7 @@ def _worth(piece: Piece, delta: Tensor, moments: Moments) -> Iterator[Tensor]:
         yield delta[rows].square().mul_(weigh(rows))
 
 
-def importance(piece: Piece, delta: Tensor, moments: Moments) -> Callable[[slice], Tensor]:
+def importance(piece: Piece, delta: Tensor, moments: Known) -> Callable[[slice], Tensor]:
     """What a squared unit of a table's entry costs in squared loss: a function of rows, broadcastable to them.
 
     For a head the second moment of each input; for an embedding how often its token is read; both times the mean
@@ -190,21 +227,21 @@ def importance(piece: Piece, delta: Tensor, moments: Moments) -> Callable[[slice
         squared = torch.linalg.vector_norm(delta, dtype=torch.float64).square()
         alike = _alike(squared[None]).to(delta) if moments.reads else one
         return lambda rows: alike
-    read, written = moments.hessian(piece.name), moments.outputs.get(piece.name)
+    read, written = moments.diagonal(piece.name), moments.outputs.get(piece.name)
     if read is None or written is None or len(piece.shape) != 2:
-        reads = torch.tensor(1.0) if read is None or read.ndim != 2 else read.diagonal().mean()
+        reads = torch.tensor(1.0) if read is None or len(read) > 1 else read.mean()
         slope = _slope(moments, piece.name)
         scale = (reads.cpu() * (1.0 if slope is None else slope)).to(delta)
         return lambda rows: scale
-    diagonal = (read.diagonal() if read.ndim == 2 else read).to(delta)
-    written = written.to(delta)
-    if read.ndim == 2 and not piece.transposed:  # (out, in)
-        return lambda rows: written[rows, None] * diagonal
-    head = moments.hessian(piece.head) if piece.head else None
-    if read.ndim == 2 or head is None or piece.head is None:
-        return lambda rows: diagonal[rows, None] * written
-    as_head, seen = moments.outputs[piece.head].to(delta), head.diagonal().to(delta)
-    return lambda rows: diagonal[rows, None] * written + as_head[rows, None] * seen
+    read, written = read.to(delta), written.to(delta)
+    if len(read) == 1 and not piece.transposed:  # (out, in)
+        return lambda rows: written[rows, None] * read
+    by_row = read.T if len(read) == 1 else read
+    head = moments.diagonal(piece.head) if piece.head else None
+    if len(read) == 1 or head is None or piece.head is None:
+        return lambda rows: by_row[rows] * written
+    as_head, seen = moments.outputs[piece.head].to(delta), head.to(delta)
+    return lambda rows: by_row[rows] * written + as_head[rows, None] * seen
 
 
 def _alike(energy: Tensor) -> Tensor:
@@ -212,22 +249,13 @@ def _alike(energy: Tensor) -> Tensor:
     return (1 / energy.sum(dtype=torch.float64).clamp_min(1e-300)).to(energy)
 
 
-def _slope(moments: Moments, name: str) -> Tensor | None:
+def _slope(moments: Known, name: str) -> Tensor | None:
     """Mean squared gradient at a tensor's output, float64; of one that is not known, the average of all."""
     if not moments.outputs:
         return None
     if name in moments.outputs:
         return moments.outputs[name].double().mean().cpu()
     return torch.stack([g.double().mean().cpu() for g in moments.outputs.values()]).mean()
-
-
-def _groups(work: _Work) -> list[list[Piece]]:
-    """Matrices that read the same input, together; every other tensor by itself."""
-    groups: dict[str, list[Piece]] = {}
-    for piece in work.pieces:
-        key = work.moments.reads.get(piece.name) if piece.kind == "matrix" else None
-        groups.setdefault(piece.name if key is None else f"reads {key}", []).append(piece)
-    return list(groups.values())
 
 
 def fitting(
@@ -309,7 +337,7 @@ def _whole(piece: Piece) -> Encoded:
     return dense(piece.delta())
 
 
-def _pruned(piece: Piece, plan: Plan, moments: Moments) -> Encoded:
+def _pruned(piece: Piece, plan: Plan, moments: Known) -> Encoded:
     delta = piece.delta()
     if piece.name in plan.top:
         return sparse_top(delta, plan.top[piece.name])
@@ -331,33 +359,37 @@ def _put(store: WorkStore, name: str, encoded: Encoded) -> Spec:
 
 
 def _matrices(work: _Work, plan: Plan) -> dict[str, Spec]:
-    specs: dict[str, Spec] = {}
     total, done = sum(prod(p.shape) for p in work.pieces if p.name in plan.counts) or 1, 0
-    for group in _groups(work):
-        wanted = [p for p in group if plan.counts.get(p.name)]
-        if all(f"encoded/{p.name}" in work.store for p in wanted):
-            specs |= {p.name: fetch(work.store, p.name).spec for p in wanted}
-        else:
-            made = zip(wanted, _encoded(work, wanted, plan), strict=True)
-            specs |= {p.name: _put(work.store, p.name, encoded) for p, encoded in made}
-        done += sum(prod(p.shape) for p in group if p.name in plan.counts)
+
+    def use(pieces: list[Piece], hessian: Tensor | None) -> None:
+        nonlocal done
+        planned = [p for p in pieces if plan.counts.get(p.name)]
+        for piece, made in zip(planned, _encoded(work, planned, plan, hessian), strict=True):
+            _put(work.store, piece.name, made)
+        for piece in pieces:
+            work.directions.drop(piece.name)
+        done += sum(prod(p.shape) for p in pieces)
         release()
         work.progress("compressing", done / total)
-    return specs
+
+    def wanted(pieces: list[Piece]) -> bool:
+        return any(plan.counts[p.name] and f"encoded/{p.name}" not in work.store for p in pieces)
+
+    visit(work, use, wanted)
+    work.progress("compressing", 1.0)
+    return {n: fetch(work.store, n).spec for n, counts in plan.counts.items() if counts}
 
 
-def _encoded(work: _Work, group: list[Piece], plan: Plan) -> list[Encoded]:
+def _encoded(work: _Work, group: list[Piece], plan: Plan, hessian: Tensor | None) -> list[Encoded]:
     """Matrices that read the same input, in one solve."""
-    items = []
+    under, items = work.under(hessian), []
     for piece in group:
-        tensors, about = work.store[f"spectrum/{piece.name}"]
-        factors = Spectrum(tensors["energy"], tensors["basis"].to(work.device), about["wide"])
-        items.append(
-            Factored(work.delta(piece), factors, plan.counts[piece.name], piece.transposed)
-        )
+        counts, delta = plan.counts[piece.name], work.delta(piece)
+        found = work.directions.take(piece.name, delta, under, sum(counts.values()))
+        items.append(Factored(delta, found, counts, piece.transposed))
     return encode(
         items,
-        work.hessian(group[0]),
+        hessian,
         group_size=work.policy.group_size,
         damping=work.policy.damping,
         act_order=work.policy.act_order,
