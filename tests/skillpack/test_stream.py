@@ -234,6 +234,20 @@ def test_only_wanted_groups_are_summed_up(saved: Any) -> None:
     assert_same(found, Moments({group: whole.inputs[group] for group in wanted}, whole.reads))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_in_bfloat16_are_those_of_the_model_in_memory(
+    kind: str, saved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cl_graft.skillpack.compress.calibrate._has_bfloat16", lambda: True)
+    monkeypatch.setattr("cl_graft.skillpack.compress.calibrate.BFLOAT16_FROM", 1)
+    model, checkpoint, meta = saved(kind)
+    found = stream_moments(checkpoint, meta, BATCHES[:1], gradient_batches=BATCHES[:1])
+    wanted = moments(model, BATCHES[:1])
+    for name, x in wanted.inputs.items():
+        assert (found.inputs[name] - x).norm() <= 0.02 * x.norm(), name
+    assert found.outputs.keys() == wanted.outputs.keys()
+
+
 def test_a_second_pass_gives_the_same_bits(saved: Any) -> None:
     _, checkpoint, meta = saved("llama")
     first, second = (stream_moments(checkpoint, meta, BATCHES).inputs for _ in range(2))

@@ -157,6 +157,9 @@ def _pieces(pairing: Pairing, meta: MetaModel) -> list[Piece]:
     ]
 
 
+ABOUT = 2000  # bytes of what is said of a tensor and its group in the work folder
+
+
 def work_bytes(pieces: Sequence[Piece], policy: Policy, limit: int, rounds: int = 1) -> int:
     """Most bytes that lie in the work folder at one time, for a pack of `limit` bytes.
 
@@ -165,7 +168,9 @@ def work_bytes(pieces: Sequence[Piece], policy: Policy, limit: int, rounds: int 
     """
     matrices = {piece.name: piece.shape for piece in pieces if piece.kind == "matrix"}
     waiting = directions_bytes(matrices, wanted_directions(matrices, policy, limit))
-    small = sum(8 * sum(piece.shape) for piece in pieces) + 8 * BINS * len(pieces)
+    small = sum(
+        8 * sum(piece.shape) + 8 * BINS * (piece.kind == "table") + ABOUT for piece in pieces
+    )
     return max(limit, sum(waiting.values())) + (rounds - 1) * limit + rounds * small
 
 

@@ -105,7 +105,9 @@ OVERSAMPLED = (
     1.25  # directions that are iterated for each that is wanted; the last of them converge late
 )
 WORTH_ITERATING = 0.36  # share of all directions from which all of them are found as quickly
-SETTLED = 0.01  # of the energy not yet captured: an iteration that gains less is the last
+SETTLED = (
+    0.2  # of the energy not yet captured: a pass that gains less for the whole block is the last
+)
 PASSES = 6
 
 
