@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +18,9 @@ from torch import Tensor, nn
 from cl_graft.bench import textbook
 from cl_graft.skillpack.codecs import decode, payload_bytes
 from cl_graft.skillpack.compress.calibrate import Moments, linear_layers, moments
-from cl_graft.skillpack.compress.compress import ByteLimit, Piece, compress, fetch
+from cl_graft.skillpack.compress.compress import compress
 from cl_graft.skillpack.compress.policy import Adaptive
+from cl_graft.skillpack.compress.work import ByteLimit, Piece, fetch
 from cl_graft.skillpack.compress.work_store import Item
 
 if TYPE_CHECKING:
@@ -63,11 +69,17 @@ def falling_delta(shape: tuple[int, int], seed: int) -> Tensor:
 
 
 def bench_layer(
-    hidden: int = 2048, inner: int = 5632, samples: int = 64, length: int = 128, seed: int = 0
+    hidden: int = 2048,
+    inner: int = 5632,
+    samples: int = 64,
+    length: int = 128,
+    seed: int = 0,
+    previous: Path | None = None,
 ) -> dict[str, Any]:
     """Seconds and held-out output error of both, for seven matrices at the same bytes, calibration counted.
 
     One budget for the layer: the same share of every matrix for the textbook, one price of a byte for ours.
+    previous: a checkout of an earlier commit, whose engine is timed as well (`over_previous`).
     """
     torch.manual_seed(seed)
     model = one_layer(hidden, inner)
@@ -98,7 +110,9 @@ def bench_layer(
         kind: [relative(inputs[n], d, measured[n]) for n, d in deltas.items()]
         for kind, measured in (("textbook", plain), ("ours", ours))
     }
+    sizes = hidden, inner, samples, length, seed
     return {
+        **({} if previous is None else over_previous(previous, *sizes)),
         "time_ratio": sum(textbook_seconds) / sum(ours_seconds),
         "time_ratio_without_calibration": textbook_seconds[1] / ours_seconds[1],
         "textbook_seconds": {"calibration": textbook_seconds[0], "rest": textbook_seconds[1]},
@@ -112,6 +126,29 @@ def bench_layer(
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def over_previous(previous: Path, *sizes: int) -> dict[str, Any]:
+    """How many times as long an earlier engine takes for the layer, each in a process of its own, and both errors.
+
+    sizes: hidden, inner, samples, length, seed.
+    """
+    here = Path(__file__).parents[2]
+    earlier, now = (_engine(folder, *sizes) for folder in (previous, here))
+    seconds = [run["calibration"] + run["rest"] for run in (earlier, now)]
+    return {
+        "layer_time_over_previous": seconds[0] / seconds[1],
+        "error_over_previous": now["error"] / earlier["error"],
+        "engines": {"previous": earlier, "now": now},
+    }
+
+
+def _engine(checkout: Path, *sizes: int) -> dict[str, float]:
+    words = [sys.executable, "-P", str(Path(__file__).with_name("engine.py"))]
+    words += map(str, (*sizes, torch.get_num_threads()))
+    environment = {**os.environ, "PYTHONPATH": str(checkout.absolute())}
+    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def within_budget(deltas: Mapping[str, Tensor], measured: Moments) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cl_graft.bench.disk import bench_disk
 from cl_graft.bench.error import bench_error, tasks
 from cl_graft.bench.layer import bench_layer
 from cl_graft.bench.memory import bench_memory
@@ -17,7 +18,7 @@ from cl_graft.bench.size import bytes_over_theory
 from cl_graft.errors import UnknownName
 from cl_graft.models.embedded import cache_root
 
-PARTS = ("error", "time", "memory", "merge", "bytes")
+PARTS = ("error", "time", "memory", "disk", "merge", "bytes")
 
 
 def bench_pack(
@@ -25,10 +26,11 @@ def bench_pack(
     data_dir: Path | None = None,
     threads: int = 2,
     tell: Callable[[str], None] = lambda text: None,
+    previous: Path | None = None,
 ) -> dict[str, Any]:
     """{part: figures with their conditions}, every comparison a ratio within this run.
 
-    Raises UnknownName for a part that does not exist.
+    previous: a checkout of an earlier commit, beside whose engine `time` sets this one. Raises UnknownName for a part that does not exist.
     """
     figures: dict[str, Any] = {}
     for part in parts:
@@ -37,11 +39,11 @@ def bench_pack(
     torch.set_num_threads(threads)
     for part in parts:
         tell(part)
-        figures[part] = _MEASURES[part](data_dir)
+        figures[part] = _MEASURES[part](data_dir, previous)
     return figures
 
 
-def _error(data_dir: Path | None) -> dict[str, Any]:
+def _error(data_dir: Path | None, _: Path | None) -> dict[str, Any]:
     cache = cache_root()
     rows = [bench_error(model, task, 0, cache, data_dir) for model, task in tasks(data_dir)]
     return {
@@ -54,12 +56,12 @@ def _error(data_dir: Path | None) -> dict[str, Any]:
     }
 
 
-def _merge(data_dir: Path | None) -> dict[str, Any]:
+def _merge(*_: Path | None) -> dict[str, Any]:
     runs = [bench_merge(share, dtype) for dtype in ("bfloat16", "float32") for share in (0.05, 0.1)]
     return {"merge_over_copy": min(run["merge_over_copy"] for run in runs), "runs": runs}
 
 
-def _bytes(data_dir: Path | None) -> dict[str, Any]:
+def _bytes(*_: Path | None) -> dict[str, Any]:
     from cl_graft.bench.memory import write_random
     from cl_graft.skillpack.compress.create import create
 
@@ -71,10 +73,11 @@ def _bytes(data_dir: Path | None) -> dict[str, Any]:
         return bytes_over_theory(here / "pack.safetensors")
 
 
-_MEASURES: dict[str, Callable[[Path | None], dict[str, Any]]] = {
+_MEASURES: dict[str, Callable[[Path | None, Path | None], dict[str, Any]]] = {
     "error": _error,
-    "time": lambda data_dir: bench_layer(),
-    "memory": lambda data_dir: bench_memory(),
+    "time": lambda _, previous: bench_layer(previous=previous),
+    "memory": lambda *_: bench_memory(),
+    "disk": lambda *_: bench_disk(),
     "merge": _merge,
     "bytes": _bytes,
 }

@@ -54,6 +54,7 @@ def _time_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
     about, mean = part["conditions"], part["mean_error"]
     told = f"{about['matrices']}; {about['threads']} threads, {about['dtype']}"
     return [
+        *_previous_rows(part),
         (
             "time_ratio",
             f"{part['time_ratio']:.1f}",
@@ -62,6 +63,26 @@ def _time_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
         ),
         ("time_ratio, no calibration", f"{part['time_ratio_without_calibration']:.1f}", told),
     ]
+
+
+def _previous_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    if "engines" not in part:
+        return []
+    before, now = part["engines"]["previous"], part["engines"]["now"]
+    told = ", ".join(
+        f"{kind} {before[kind]:.1f} s -> {now[kind]:.1f} s" for kind in ("calibration", "rest")
+    )
+    told += f"; error {before['error']:.4f} -> {now['error']:.4f}"
+    return [("layer_time_over_previous", f"{part['layer_time_over_previous']:.2f}", told)]
+
+
+def _disk_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    about = part["conditions"]
+    told = (
+        f"counted, at {about['budget']}; a checkpoint of {about['checkpoint_mb']:,.0f} MB: "
+        f"{part['measured_gb']:.2f} GB measured, {part['counted_gb']:.2f} GB counted"
+    )
+    return [("work_disk_8b_gb", f"{part['work_disk_8b_gb']:.2f}", told)]
 
 
 def _memory_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -94,6 +115,7 @@ _ROWS = {
     "error": _error_rows,
     "time": _time_rows,
     "memory": _memory_rows,
+    "disk": _disk_rows,
     "merge": _merge_rows,
     "bytes": _bytes_rows,
 }

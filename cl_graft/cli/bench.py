@@ -37,9 +37,13 @@ def _benchmark(name: str) -> Callable[..., Any]:
 def bench_pack(
     data_dir: DataDir = None,
     only: Annotated[
-        str, typer.Option(help="Parts, comma-separated: error, time, memory, merge, bytes.")
-    ] = "error,time,memory,merge,bytes",
+        str, typer.Option(help="Parts, comma-separated: error, time, memory, disk, merge, bytes.")
+    ] = "error,time,memory,disk,merge,bytes",
     threads: Annotated[int, typer.Option(min=1, help="Of the computations.")] = 2,
+    previous: Annotated[
+        Path | None,
+        typer.Option(help="Checkout of an earlier commit; `time` also sets its engine beside."),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     to: Annotated[Path | None, typer.Option(help="Folder for the table, with provenance.")] = None,
 ) -> None:
@@ -47,7 +51,9 @@ def bench_pack(
     measure = _benchmark("pack")
     from cl_graft.bench.table import markdown, write
 
-    figures = measure(names(only), data_dir, threads, lambda what: typer.echo(what, err=True))
+    figures = measure(
+        names(only), data_dir, threads, lambda what: typer.echo(what, err=True), previous
+    )
     typer.echo(json.dumps(figures, indent=1) if json_ else markdown(figures))
     if to is not None:
         write(figures, to, [shlex.join(["cl-graft", *sys.argv[1:]])])

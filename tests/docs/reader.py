@@ -247,7 +247,9 @@ def rows_of_codes(
                     matrix[row] = planar(data[:size], matrix.shape[1], width)
                     data = data[size:]
             for row, width in zip(matrix, widths, strict=True):
-                bits = [int(max(row.max(), -1 - row.min(), 0)).bit_length() + 1] if row.any() else [0]
+                bits = (
+                    [int(max(row.max(), -1 - row.min(), 0)).bit_length() + 1] if row.any() else [0]
+                )
                 must(width == min(w for w in (0, 2, 4, 8, 16) if w >= bits[0]), "a wider row")
         must(not len(data), "bytes after the last row")
         return found

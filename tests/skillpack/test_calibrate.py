@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from cl_graft.skillpack.compress import calibrate
 from cl_graft.skillpack.compress.calibrate import (
     Sums,
     Text,
@@ -365,3 +366,53 @@ def test_layers_that_are_stored_transposed() -> None:
     assert len(names) == 2 * 4
     assert stored_transposed(llama()) == set()
     assert len(linear_layers(llama())) == 2 * 7 + 1
+
+
+# --- bfloat16 where it pays ---
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, opt])
+def test_products_in_bfloat16_change_moments_by_its_rounding(make: Any, monkeypatch) -> None:
+    monkeypatch.setattr(calibrate, "_has_bfloat16", lambda: False)
+    model = make()
+    exact = moments(model, BATCHES)
+    monkeypatch.setattr(calibrate, "_has_bfloat16", lambda: True)
+    monkeypatch.setattr(calibrate, "BFLOAT16_FROM", 1)
+    rounded = moments(model, BATCHES)
+    assert exact.reads == rounded.reads
+    different = 0
+    for kind in ("inputs", "outputs"):
+        for name, x in getattr(exact, kind).items():
+            found = getattr(rounded, kind)[name]
+            assert found.dtype == torch.float32
+            assert (found - x).norm() <= 0.05 * x.norm(), name
+            different += not torch.equal(found, x)
+    assert different and all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_narrow_models_and_other_processors_stay_in_float32(monkeypatch) -> None:
+    monkeypatch.setattr(calibrate, "_has_bfloat16", lambda: True)
+    assert not calibrate.bfloat16_pays(llama())
+    monkeypatch.setattr(calibrate, "BFLOAT16_FROM", 16)
+    assert calibrate.bfloat16_pays(llama())
+    monkeypatch.setattr(calibrate, "_has_bfloat16", lambda: False)
+    assert not calibrate.bfloat16_pays(llama())
+
+
+def test_only_what_is_wanted_is_summed_up_and_visited_in_the_models_order() -> None:
+    model = llama()
+    whole = moments(model, BATCHES, gradients=False)
+    group = "model.layers.1.mlp.gate_proj"
+    part = moments(model, BATCHES, gradients=False, wanted=lambda name: name == group)
+    assert part.inputs.keys() == {group} and part.reads == whole.reads
+    assert torch.equal(part.inputs[group], whole.inputs[group])
+    seen: list[str] = []
+    whole.visit(lambda name, moment: seen.append(name), lambda name: "layers.0" in name)
+    assert seen == [
+        f"model.layers.0.{n}"
+        for n in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    ]
+    down = whole.hessian("model.layers.0.mlp.down_proj.weight")
+    assert torch.equal(whole.diagonal("model.layers.0.mlp.down_proj.weight"), down.diagonal()[None])
+    assert torch.equal(down, down.T)
+    assert whole.diagonal("model.embed_tokens.weight").shape == (40, 1)

@@ -26,7 +26,12 @@ def rows(size: tuple[int, int], top: int, seed: int) -> Tensor:
 
 
 @some
-@given(sizes, st.sampled_from([0, 1, 2, 9, 127, 128, entropy.TOP]), st.integers(0, 1000), st.sampled_from(coded_rows.LAYOUTS))
+@given(
+    sizes,
+    st.sampled_from([0, 1, 2, 9, 127, 128, entropy.TOP]),
+    st.integers(0, 1000),
+    st.sampled_from(coded_rows.LAYOUTS),
+)
 def test_what_is_written_is_read(size: tuple[int, int], top: int, seed: int, layout) -> None:
     matrices = [rows(size, top, seed), rows((size[0], 5), top, seed + 1)]
     shapes = [tuple(m.shape) for m in matrices]
@@ -63,7 +68,9 @@ def test_the_delta_by_hand() -> None:
 
 
 def test_a_factor_is_what_the_delta_is_the_product_of() -> None:
-    encoded = codecs.coded_low_rank(rows((4, 9), 90, 1), rows((4, 7), 90, 2), normal((4,), 3), (9, 7))
+    encoded = codecs.coded_low_rank(
+        rows((4, 9), 90, 1), rows((4, 7), 90, 2), normal((4,), 3), (9, 7)
+    )
     codec = codecs.codec_named("coded_low_rank")
     assert isinstance(codec, codecs.Factored)
     left, right = torch.empty(9, 4), torch.empty(4, 7)
@@ -78,7 +85,11 @@ def test_bytes_are_within_two_percent_of_the_entropy(spread: float, kind: str) -
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 4096, generator=generator)
     if kind == "laplace":
-        x = torch.rand(64, 4096, generator=generator).clamp_min(1e-9).log() * x.sign() / math.sqrt(2)
+        x = (
+            torch.rand(64, 4096, generator=generator).clamp_min(1e-9).log()
+            * x.sign()
+            / math.sqrt(2)
+        )
     codes = (x * spread).round().to(torch.int16)
     counts = codes.unique(return_counts=True)[1].double()
     share = counts / counts.sum()
@@ -134,7 +145,10 @@ def test_a_flipped_bit_is_refused_or_says_something_else_without_harm(layout: st
 @pytest.mark.parametrize("layout", coded_rows.LAYOUTS)
 def test_too_few_and_too_many_bytes_are_refused(layout: str) -> None:
     encoded = coded_tensor(layout)
-    for codes in (encoded.parts["codes"][:-4], torch.cat([encoded.parts["codes"], torch.ones(4, dtype=torch.uint8)])):
+    for codes in (
+        encoded.parts["codes"][:-4],
+        torch.cat([encoded.parts["codes"], torch.ones(4, dtype=torch.uint8)]),
+    ):
         meta = encoded.meta | {"bytes": len(codes)}
         changed = dataclasses.replace(encoded, parts=encoded.parts | {"codes": codes}, meta=meta)
         with pytest.raises(ValueError):

@@ -133,7 +133,11 @@ class Mortal(dict):
 
     def __init__(self, lives):
         super().__init__()
-        self.lives = lives
+        self.lives = self.given = lives
+
+    @property
+    def used(self):
+        return self.given - self.lives
 
     def __setitem__(self, key, item):
         if self.lives == 0:
@@ -144,13 +148,13 @@ class Mortal(dict):
 
 @pytest.mark.parametrize("policy", [Adaptive(), Paper()])
 def test_a_kill_at_any_point_changes_no_byte_and_finished_work_is_not_done_again(policy):
-    whole = {}
+    whole = Mortal(1000)
     specs = compress(pieces(deltas()), moments(), policy, within(int(0.12 * WHOLE)), whole)
-    for lives in range(len(whole)):
+    for lives in range(whole.used):
         store = Mortal(lives)
         with pytest.raises(KeyboardInterrupt):
             compress(pieces(deltas()), moments(), policy, within(int(0.12 * WHOLE)), store)
-        store.lives = len(whole)
+        store.lives = whole.used
         again = compress(pieces(deltas()), moments(), policy, within(int(0.12 * WHOLE)), store)
         assert again == specs
         for name in specs:

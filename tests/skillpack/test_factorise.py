@@ -13,6 +13,7 @@ from cl_graft.skillpack.codecs.quant import BITS, groups_in
 from cl_graft.skillpack.compress.factorise import (
     LOSS,
     Factored,
+    _falling,
     allocate,
     damped,
     encode,
@@ -184,3 +185,65 @@ def test_at_equal_bytes_the_error_is_below_half_of_the_textbook_scheme(seed):
     )
     ours = decode(one(delta, moment(seen), counts))
     assert output_error(delta, ours, held_out) < 0.5 * output_error(delta, fixed, held_out)
+
+
+# --- a few leading directions ---
+
+
+def steep(rows, cols, seed=0):
+    """A delta whose singular values fall as i^-0.7, and a second moment with channels of very different size."""
+    g = torch.Generator().manual_seed(seed)
+    side = min(rows, cols)
+    left = torch.randn(rows, side, generator=g) / rows**0.5
+    right = torch.randn(side, cols, generator=g) / cols**0.5
+    delta = 1e-2 * (left * torch.arange(1, side + 1) ** -0.7) @ right
+    x = torch.randn(2 * cols, cols, generator=g) * torch.logspace(0, -1, cols)
+    return delta, damped(moment(x), 0.01)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(192, 256), (256, 192)])
+@pytest.mark.parametrize("aware", [True, False])
+def test_a_few_directions_leave_hardly_more_error_than_the_best_ones(rows, cols, aware):
+    delta, hessian = steep(rows, cols)
+    hessian = hessian if aware else None
+    whole, few = spectrum(delta, hessian), spectrum(delta, hessian, 24)
+    assert (whole.directions, few.directions) == (192, 24)
+    root = torch.linalg.cholesky(hessian) if aware else torch.eye(cols)
+    errors = [
+        ((delta - cut(found, delta, hessian, 24)) @ root).square().sum().item()
+        for found in (whole, few)
+    ]
+    assert errors[0] <= errors[1] <= 1.03 * errors[0]
+    assert torch.allclose(few.energy[:12], whole.energy[:12], rtol=1e-2)
+    assert torch.equal(few.basis, spectrum(delta, hessian, 24).basis)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(192, 256), (256, 192)])
+def test_energies_beyond_those_looked_for_fall_on_and_have_the_right_sum(rows, cols):
+    delta, hessian = steep(rows, cols)
+    whole, few = spectrum(delta, hessian).energy, spectrum(delta, hessian, 24).energy
+    assert len(few) == len(whole) and (few.diff() <= 1e-12 * few[0]).all()
+    assert few.sum().item() == pytest.approx(whole.sum().item(), rel=1e-3)
+
+
+def test_where_most_are_wanted_all_are_found_exactly():
+    delta, hessian = steep(64, 96)
+    whole, most = spectrum(delta, hessian), spectrum(delta, hessian, 40)
+    assert torch.equal(most.energy, whole.energy)
+    assert torch.equal(most.basis, whole.basis[:, :40])
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_delta_of_few_ranks_or_none_has_no_energy_beyond_them(rank):
+    g = torch.Generator().manual_seed(0)
+    delta = torch.randn(128, rank, generator=g) @ torch.randn(rank, 160, generator=g)
+    energy = spectrum(delta, None, 16).energy
+    assert energy[rank:].sum() <= 1e-5 * delta.square().sum()
+    assert energy.isfinite().all() and (energy >= 0).all()
+
+
+def test_a_series_by_hand():
+    """8 + 4 + 2 + 1 after 16; level where more is asked for than the last one repeated."""
+    assert torch.allclose(_falling(16.0, 15.0, 4), torch.tensor([8.0, 4.0, 2.0, 1.0]).double())
+    assert torch.allclose(_falling(2.0, 100.0, 3), torch.full((3,), 2.0).double())
+    assert torch.equal(_falling(2.0, 0.0, 3), torch.zeros(3).double())

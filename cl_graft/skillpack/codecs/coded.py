@@ -1,8 +1,8 @@
 """`coded`: a tensor as whole numbers, one step a row, rows of zeros left out; entropy-coded or packed.
 
 meta: kept, gap (as of `sparse`, of the rows), columns (1 where columns have sizes of their own), and how the rows of
-codes lie (coded_rows.py); parts: steps (kept,), columns (n,) or none, index, kinds, codes. A row is what the first index
-names; a vector is one row.
+codes lie (coded_rows.py); parts: steps (kept,), columns (n,) or none, index, kinds, codes. A row is what the first
+index names; a vector is one row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def coded(
     not fit together.
     """
     if codes.shape != _rows(shape) or steps.shape != codes.shape[:1]:
-        raise ValueError(f"codes {tuple(codes.shape)} and steps {tuple(steps.shape)} are not of {shape}.")
+        raise ValueError(
+            f"codes {tuple(codes.shape)} and steps {tuple(steps.shape)} are not of {shape}."
+        )
     alive = codes.any(1).nonzero().reshape(-1)
     gap, index = packing.pack_index(alive, len(codes))
     parts, meta = coded_rows.write([codes[alive]], layout)
@@ -91,7 +93,9 @@ class CodedCodec(Scattered, Relaid):
     def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
         parts, meta = coded_rows.write([_codes(encoded)], layout)
         kept = {name: encoded.parts[name] for name in ("steps", "columns", "index")}
-        head = {name: encoded.meta[name] for name in ("kept", "columns", "gap") if name in encoded.meta}
+        head = {
+            name: encoded.meta[name] for name in ("kept", "columns", "gap") if name in encoded.meta
+        }
         return Encoded(self.name, encoded.shape, head | meta, kept | parts)
 
 

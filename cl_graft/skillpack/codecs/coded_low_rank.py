@@ -27,14 +27,16 @@ def coded_low_rank(
     left: Tensor,
     right: Tensor,
     scales: Tensor,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     layout: CodeLayout = "small",
 ) -> Encoded:
     """delta = left^T @ diag(scales) @ right. left: int16 (rank, out); right: int16 (rank, in); scales: (rank,), which
     are rounded to bfloat16; shape: (out, in). Raises ValueError where they do not fit together.
     """
     if (left.shape, right.shape) != ((len(scales), shape[0]), (len(scales), shape[1])):
-        raise ValueError(f"factors {tuple(left.shape)} and {tuple(right.shape)} are not of {shape}.")
+        raise ValueError(
+            f"factors {tuple(left.shape)} and {tuple(right.shape)} are not of {shape}."
+        )
     parts, meta = coded_rows.write([right, left], layout)
     parts = {"scales": rounded(scales, torch.bfloat16, "a scale")} | parts
     return Encoded(CodedLowRankCodec.name, tuple(shape), {"rank": len(scales)} | meta, parts)
@@ -72,9 +74,13 @@ class CodedLowRankCodec(Factored, Relaid):
         left.copy_(codes[1].T.float() * encoded.parts["scales"].float())
 
     def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
-        right, left = _codes(encoded)
-        shape = encoded.shape[0], encoded.shape[1]
-        return coded_low_rank(left, right, encoded.parts["scales"], shape, layout)
+        return coded_low_rank(*factors_of(encoded), encoded.shape, layout)
+
+
+def factors_of(encoded: Encoded) -> tuple[Tensor, Tensor, Tensor]:
+    """(left, right, scales): what `coded_low_rank` was given."""
+    right, left = _codes(encoded)
+    return left, right, encoded.parts["scales"]
 
 
 def _sizes(shape: tuple[int, ...], meta: Meta) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ CLASSES = 1 + FAMILIES * SCALES  # class 0: all zeros, nothing is stored
 
 @lru_cache(maxsize=512)
 def frequencies(kind: int, top: int) -> np.ndarray:
-    """Parts of 2**24 of the codes -top .. top in class `kind`, 1 to CLASSES - 1: int64 (2 * top + 1,), each positive."""
+    """Parts of 2**24 of the codes -top .. top in class `kind`, from 1 on: int64 (2 * top + 1,), each positive."""
     family, scale = divmod(kind - 1, SCALES)
     magnitude = 2.0 ** (scale // 2 - 7) * (math.sqrt(2.0) if scale % 2 else 1.0)
     tails = []
@@ -34,7 +34,7 @@ def frequencies(kind: int, top: int) -> np.ndarray:
         tails.append(_normalised(_geometric(magnitude)[: top + 1]))
     if family != 0:
         tails.append(_normalised(_squared(magnitude)[: top + 1]))
-    weights = sum(tails) / len(tails)
+    weights = np.sum(tails, 0) / len(tails)
     free = PARTS - (2 * top + 1)
     side = 1 + np.floor(weights[1:] * free).astype(np.int64)
     return np.concatenate([side[::-1], [PARTS - 2 * side.sum()], side])
@@ -104,7 +104,7 @@ def encode(matrices: Sequence[Tensor], kinds: Sequence[Tensor], top: int) -> Ten
 def decode(
     stream: Tensor, sizes: Sequence[tuple[int, int]], kinds: Sequence[Tensor], top: int
 ) -> list[Tensor]:
-    """The inverse of `encode`: int16 of the given sizes. Raises ValueError unless the stream is the one of its codes."""
+    """The inverse of `encode`: int16 of these sizes. Raises ValueError unless the stream is that of its codes."""
     words = np.frombuffer(stream.numpy().tobytes(), dtype="<u4").astype(np.uint32)
     if len(words) and not words[-1]:
         raise ValueError("the coded stream ends in a word of zeros.")

@@ -2,14 +2,16 @@
 
 Sums are float32 whatever the model computes in: float32 activations are multiplied in float32; bfloat16 and
 float16 ones are widened first, which loses nothing, and on a GPU are multiplied as they are with float32
-accumulation, where every product is exact as well.
+accumulation, where every product is exact as well. The model's own products are in bfloat16 where the processor
+has instructions for them and the model is wide enough to gain (`bfloat16_pays`); what is added up stays in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Batch = Mapping[str, Tensor]
+Use = Callable[[str, Tensor], None]  # what is done with a group and its second moment
+BFLOAT16_FROM = (
+    512  # width of a model's embeddings from which its products are large enough to gain
+)
 
 
 @dataclass
@@ -40,6 +46,22 @@ class Moments:
         group = self.reads.get(name)
         return None if group is None else self.inputs.get(group)
 
+    def visit(self, use: Use, wanted: Callable[[str], bool]) -> None:
+        """Call `use` with each group that is wanted and its moment, in the order in which the model reads them."""
+        for group, moment in self.inputs.items():
+            if wanted(group):
+                use(group, moment)
+
+    def diagonal(self, name: str) -> Tensor | None:
+        """float32 (1, in), mean square of what a parameter reads; for an embedding (vocabulary, 1). None: unknown."""
+        moment = self.hessian(name)
+        return None if moment is None else diagonal_of(moment)
+
+
+def diagonal_of(moment: Tensor) -> Tensor:
+    """(1, in) of a second moment (in, in); (vocabulary, 1) of how often rows are read."""
+    return moment.diagonal()[None].clone() if moment.ndim == 2 else moment[:, None]
+
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of everything that multiplies its input by a matrix: nn.Linear and GPT-2's Conv1D."""
@@ -57,14 +79,20 @@ def stored_transposed(model: nn.Module) -> set[str]:
     return {f"{n}.weight" for n, m in linear_layers(model).items() if not isinstance(m, nn.Linear)}
 
 
-def moments(model: nn.Module, batches: Iterable[Batch], gradients: bool = True) -> Moments:
+def moments(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    gradients: bool = True,
+    wanted: Callable[[str], bool] = lambda group: True,
+) -> Moments:
     """One forward (and backward) of the model's own code a batch, each with input_ids, attention_mask, labels.
 
     Padding is left out. The input of stacked experts is that of all tokens, wherever they are sent, and
     serves the matrices that read it; for the others there is none. The model's parameters and their
     gradients are left as they were found. Without gradients labels are not needed, nor is the head run.
+    wanted: the groups that are summed up.
     """
-    sums, counted = Sums(), 0
+    sums, counted = Sums(wanted=wanted), 0
     was_training, learned = model.training, [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False).eval()  # gradients flow from the embeddings' outputs
     try:
@@ -78,20 +106,38 @@ def moments(model: nn.Module, batches: Iterable[Batch], gradients: bool = True) 
             parameter.requires_grad_(flag)
         model.train(was_training)
     n = max(1, counted)
-    inputs = {name: total.div_(n) for name, total in sums.inputs.items()}
+    inputs = {name: mean(total, n) for name, total in sums.inputs.items()}
     return Moments(inputs, sums.reads, {name: x.div_(n) for name, x in sums.outputs.items()})
 
 
 @torch.no_grad()
 def forward(model: nn.Module, batch: Batch) -> None:
-    model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+    with _products(model):
+        model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
 
 
 def backward(model: nn.Module, batch: Batch) -> None:
     """Backward pass of the summed loss, so that no token's gradient depends on how many there are in the batch."""
     with torch.enable_grad():
-        loss = model(**batch, use_cache=False).loss
+        with _products(model):
+            loss = model(**batch, use_cache=False).loss
         (loss * (batch["labels"][:, 1:] != -100).sum()).backward()
+
+
+def bfloat16_pays(model: nn.Module) -> bool:
+    """Whether a model's products on the CPU are better made in bfloat16; its sums and norms stay in float32."""
+    return _has_bfloat16() and model.get_input_embeddings().weight.shape[-1] >= BFLOAT16_FROM  # type: ignore[operator]
+
+
+@cache
+def _has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 faster than float32, as AVX512_BF16 and AMX do."""
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
+def _products(model: nn.Module) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_pays(model))
 
 
 # What hooks collect. Also for a model that is loaded layer by layer, see stream.py.
@@ -119,6 +165,7 @@ class Sums:
     reads: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     text: Text = Text(0, 0, None)
+    wanted: Callable[[str], bool] = lambda group: True  # whether a group is to be added up
     _seen: Any = field(default_factory=WeakTensorKeyDictionary)  # tensor -> the group that it is
 
     def read(self, name: str, module: nn.Module, x: Tensor) -> None:
@@ -128,7 +175,8 @@ class Sums:
         group = self._seen.get(x)
         if group is None:
             group = self._seen[x] = name
-            self._add(name, module, x.detach())
+            if self.wanted(name):
+                self._add(name, module, x.detach())
         self.reads |= {f"{name}.{parameter}": group for parameter in own}
 
     def _add(self, name: str, module: nn.Module, x: Tensor) -> None:
@@ -155,8 +203,17 @@ class Sums:
 STRIP = 512  # rows of X^T X that are multiplied at a time, from the diagonal to the right
 
 
+def mean(total: Tensor, count: int) -> Tensor:
+    """A group's total over so many tokens, in place; what a Gram matrix lacks left of its diagonal is filled in."""
+    if total.ndim == 2:
+        for start in range(0, len(total), STRIP):
+            stop = start + STRIP
+            total[stop:, start:stop] = total[start:stop, stop:].T
+    return total.div_(count)
+
+
 def _add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
-    """total + rows^T rows, in place; float32 (in, in). What lies left of the diagonal is copied, not multiplied."""
+    """total + rows^T rows, in place; float32 (in, in), for `mean` to complete: right of the diagonal's strips alone."""
     if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
         gram = torch.mm(rows.T, rows, out_dtype=torch.float32)
         return gram if total is None else total.add_(gram)
@@ -166,7 +223,6 @@ def _add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
     for start in range(0, width, STRIP):
         stop = min(start + STRIP, width)
         total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
-        total[stop:, start:stop] = total[start:stop, stop:].T
     return total
 
 

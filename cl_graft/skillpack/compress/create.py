@@ -1,7 +1,8 @@
 """Two checkpoint folders -> one SkillPack, streaming, and resumable after a kill.
 
-The order of work: pair the tensors, calibrate (each decoder layer loaded and run once), measure every delta, share
-out the budget, encode, write. What is finished lies in a folder beside the pack until the pack is whole.
+The order of work: pair the tensors; measure the gradients; load and run each decoder layer and measure its deltas on
+what it reads; share out the budget; load and run each layer again and encode its deltas; write. What is finished lies
+in a folder beside the pack until the pack is whole. Second moments are never stored: the second pass makes them again.
 """
 
 from __future__ import annotations
@@ -9,14 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,30 +25,22 @@ from cl_graft.errors import CLGraftError
 from cl_graft.models.meta_model import MetaModel, meta_model
 from cl_graft.models.roles import tied_head
 from cl_graft.skillpack.codecs import decode
-from cl_graft.skillpack.compress.calibrate import Batch, Moments
-from cl_graft.skillpack.compress.compress import ByteLimit, PackProgress, Piece, compress, fetch
+from cl_graft.skillpack.compress.calibrate import Moments
+from cl_graft.skillpack.compress.calibrated import Calibrated, Calibration, timed
+from cl_graft.skillpack.compress.compress import compress
+from cl_graft.skillpack.compress.directions import (
+    Known,
+    directions_bytes,
+    wanted_directions,
+)
 from cl_graft.skillpack.compress.policy import METHODS, Policy
-from cl_graft.skillpack.compress.stream import stream_moments
-from cl_graft.skillpack.compress.work_store import Folder, Item
+from cl_graft.skillpack.compress.work import ByteLimit, PackProgress, Piece, fetch
+from cl_graft.skillpack.compress.work_store import Folder
 from cl_graft.skillpack.folders.besides import joined, not_in_weights
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.skillpack.folders.pair import PairError, Pairing, add_rows, pair
 from cl_graft.skillpack.format.write import packed_size, write_pack
 from cl_graft.version import __version__
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Text that the tuned model reads. batches: input_ids, attention_mask, labels, each (sequences, length) int64.
-
-    gradient_batches: how many of them, from the first, also go through the backward pass that tells what each
-    matrix's output is worth. prefix: whether layers read what the tuned model feeds them, or what the compressed
-    one does (then everything is done twice, the second time behind the first result).
-    """
-
-    batches: Sequence[Batch]
-    gradient_batches: int = 1
-    prefix: Literal["tuned", "compressed"] = "tuned"
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,7 @@ def create(
     policy = policy or METHODS[method]()
     before, after = Checkpoint(base), Checkpoint(tuned)
     allowed = Budget(budget, sum(prod(before.tensors[n].shape) for n in before.floating))
-    with _timed(seconds, "pair"):
+    with timed(seconds, "pair"):
         progress("comparing the checkpoints", 0.0)
         pairing, meta = pair(before, after), meta_model(tuned)
         fingerprint = before.fingerprint()
@@ -117,18 +108,21 @@ def create(
     rounds = 2 if calibration and calibration.prefix == "compressed" else 1
     for number in range(rounds):
         store = Folder(work / str(number))
-        moments = Moments()
+        moments: Known = Moments()
+        pieces = _pieces(pairing, meta)
+        _check_disk(store.path, work_bytes(pieces, policy, allowed.bytes, rounds))
         if calibration:
-            with _timed(seconds, "calibrate"):
-                moments = _calibrated(pairing, meta, calibration, store, weights, device, progress)
+            with timed(seconds, "calibrate"):
+                moments = Calibrated(
+                    pairing, meta, calibration, store, weights, device, progress, seconds
+                )
                 notes += [meta.note] if meta.note and not number else []
-        with _timed(seconds, "compress"):
-            pieces, renamed = _pieces(pairing, meta), _by_key(moments, pairing, meta)
+        with timed(seconds, "compress"):
             specs = compress(
-                pieces, renamed, policy, limit, store, device=device, progress=progress
+                pieces, moments, policy, limit, store, device=device, progress=progress
             )
         weights = partial(_compressed, pairing, set(specs), store)
-    with _timed(seconds, "write"):
+    with timed(seconds, "write"):
         written = write_pack(out, specs, partial(fetch, store), **fields)
     shutil.rmtree(work, ignore_errors=True)
     return Created(written, allowed.bytes, seconds, notes)
@@ -164,63 +158,28 @@ def _pieces(pairing: Pairing, meta: MetaModel) -> list[Piece]:
     ]
 
 
-def _by_key(moments: Moments, pairing: Pairing, meta: MetaModel) -> Moments:
-    """Moments by the names of the checkpoint's tensors, too, not by the model's parameters alone."""
-    reads, outputs = dict(moments.reads), dict(moments.outputs)
-    for change in pairing.changes:
-        name = meta.parameter_of(change.source)
-        if name in moments.reads:
-            reads[change.name] = moments.reads[name]
-        if name in moments.outputs and meta.key_of(name) is not None:  # not one of several parts
-            outputs[change.name] = moments.outputs[name]
-    return Moments(moments.inputs, reads, outputs)
+ABOUT = 6000  # bytes of what is said of a tensor and its group in the work folder
 
 
-def _calibrated(
-    pairing: Pairing,
-    meta: MetaModel,
-    calibration: Calibration,
-    store: Folder,
-    weights: Callable[[str], Tensor] | None,
-    device: str,
-    progress: PackProgress,
-) -> Moments:
-    """Moments whose inputs lie in the work store; an earlier run's, if it got so far."""
-    inputs = _Inputs(store)
-    if "moments" not in store:
-        _check_disk(meta, store.path)
-        measured = stream_moments(
-            pairing.tuned,
-            meta,
-            calibration.batches,
-            gradient_batches=calibration.batches[: calibration.gradient_batches],
-            device=device,
-            sink=inputs,
-            weights=weights,
-            progress=partial(progress, "calibrating"),
+def work_bytes(pieces: Sequence[Piece], policy: Policy, limit: int, rounds: int = 1) -> int:
+    """Most bytes that lie in the work folder at one time, for a pack of `limit` bytes.
+
+    Directions wait there until what is made of them takes their place, energies and diagonals stay. rounds: 2 for
+    the prefix of the compressed model, whose first result stays until the second is whole.
+    """
+    matrices = {piece.name: piece.shape for piece in pieces if piece.kind == "matrix"}
+    waiting = directions_bytes(matrices, wanted_directions(matrices, policy, limit))
+    small = sum(8 * sum(piece.shape) + ABOUT for piece in pieces)
+    return max(limit, sum(waiting.values())) + (rounds - 1) * limit + rounds * small
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CLGraftError(
+            f"up to {needed / 1e9:.1f} GB lie beside the pack while it is made, and {folder} has "
+            f"{free / 1e9:.1f} GB left; free some, or write the pack elsewhere."
         )
-        store["moments"] = Item(measured.outputs, {"reads": measured.reads})
-    outputs, about = store["moments"]
-    return Moments(inputs, about["reads"], outputs)
-
-
-class _Inputs(Mapping[str, Tensor]):
-    """Second moments in a work store. Called with a group and its moments it puts them there."""
-
-    def __init__(self, store: Folder):
-        self.store = store
-
-    def __call__(self, group: str, moments: Tensor) -> None:
-        self.store[f"inputs/{group}"] = Item({"moments": moments}, {})
-
-    def __getitem__(self, group: str) -> Tensor:
-        return self.store[f"inputs/{group}"].tensors["moments"]
-
-    def __iter__(self) -> Iterator[str]:
-        return (key.removeprefix("inputs/") for key in self.store if key.startswith("inputs/"))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def _compressed(pairing: Pairing, kept: set[str], store: Folder, name: str) -> Tensor:
@@ -232,16 +191,6 @@ def _compressed(pairing: Pairing, kept: set[str], store: Folder, name: str) -> T
     if name in pairing.base.tensors:
         add_rows(weight, pairing.base.read(name))
     return weight.to(tuned.dtype)
-
-
-def _check_disk(meta: MetaModel, folder: Path) -> None:
-    widths = [p.shape[-1] for p in meta.model.parameters() if p.ndim == 2]
-    needed, free = 4 * sum(w * w for w in widths) // 2, shutil.disk_usage(folder).free
-    if free < needed:
-        raise CLGraftError(
-            f"calibration keeps about {needed / 1e9:.1f} GB beside the pack for a while, and {folder} has "
-            f"{free / 1e9:.1f} GB left; free some, or write the pack elsewhere."
-        )
 
 
 def _work_folder(
@@ -264,13 +213,3 @@ def _work_folder(
                 digest.update(tensor.numpy().tobytes())
     out.parent.mkdir(parents=True, exist_ok=True)
     return out.parent / f"{out.name}.{digest.hexdigest()}.work"
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], kind: str) -> Iterator[None]:
-    """Adds the seconds of a block to one kind of work."""
-    begun = perf_counter()
-    try:
-        yield
-    finally:
-        seconds[kind] = seconds.get(kind, 0.0) + perf_counter() - begun

@@ -6,6 +6,7 @@ that of the layer's output, ||X D^T - X Dhat^T||^2 / n = trace((D - Dhat) H (D -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,11 +20,8 @@ from cl_graft.skillpack.codecs import (
     quantized_low_rank,
     quantized_low_rank_spec,
 )
-from cl_graft.skillpack.codecs.quant import BITS, Quantized, groups_in, round_to_nearest
+from cl_graft.skillpack.codecs.quant import Quantized, round_to_nearest
 from cl_graft.skillpack.compress.gptq import gptq_many, gptq_runs
-
-# Share of a rank's energy that is lost at b bits; 0 bits drops the rank. Rate-distortion slope 4^-b.
-LOSS = {0: 1.0, **{bits: min(1.0, 2.8 * 4.0**-bits) for bits in BITS}}
 
 Counts = dict[int, int]  # {bits: number of ranks}, precision falling
 
@@ -32,14 +30,20 @@ Counts = dict[int, int]  # {bits: number of ranks}, precision falling
 class Spectrum:
     """Singular directions of one delta, from the eigenvectors of its smaller Gram matrix.
 
-    energy: float64 (r,), falling: what dropping a rank costs in squared output error.
-    basis: float32; where out <= in (out, r), orthonormal left factors U: right factors are U^T D.
-        Else (r, in), the right factors themselves, from the eigenvectors of L^T D^T D L, H = L L^T.
+    energy: float64 (r,), falling: what dropping a rank costs in squared output error. Of directions that were
+        not looked for it is extrapolated from their sum.
+    basis: float32, of k <= r directions; where out <= in (out, k), orthonormal left factors U: right factors are
+        U^T D. Else (k, in), the right factors themselves, from the eigenvectors of L^T D^T D L, H = L L^T.
     """
 
     energy: Tensor
     basis: Tensor
     wide: bool  # out <= in
+
+    @property
+    def directions(self) -> int:
+        """How many there are; the energies may be of more."""
+        return self.basis.shape[1 if self.wide else 0]
 
     def right(self, delta: Tensor, first: int) -> Tensor:
         """float32 (first, in): the leading right factors, unquantised."""
@@ -60,26 +64,27 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return result
 
 
-def spectrum(delta: Tensor, hessian: Tensor | None) -> Spectrum:
+def spectrum(delta: Tensor, hessian: Tensor | None, most: int | None = None) -> Spectrum:
     """Activation-aware directions: SVD of D L with H = L L^T, so that truncation is optimal for the output.
 
     delta: float32 (out, in). hessian: (in, in), positive definite (`damped`), or None for the plain SVD of D,
-    optimal for ||D||. The Gram route: mostly matrix products, and one symmetric eigenproblem of the order of
-    the smaller side, exact where the spectrum spans fewer than some three decades.
+    optimal for ||D||. most: how many directions are wanted; None for all. The Gram route: mostly matrix products, and
+    one symmetric eigenproblem of the order of the smaller side, exact where the spectrum spans fewer than some three
+    decades. Deterministic.
     """
     rows, cols = delta.shape
     if rows <= cols:
         read = delta if hessian is None else delta @ hessian
-        values, vectors = _eigh(_symmetric(read, delta.T))
-        return Spectrum(values, vectors, True)
+        energy, vectors = _leading(_symmetric(read, delta.T), most)
+        return Spectrum(energy, vectors.contiguous(), True)
+    gram = _symmetric(delta.T, delta)
     if hessian is None:
-        values, vectors = _eigh(_symmetric(delta.T, delta))
-        return Spectrum(values, vectors.T.contiguous(), False)
+        energy, vectors = _leading(gram, most)
+        return Spectrum(energy, vectors.T.contiguous(), False)
     root = torch.linalg.cholesky(hessian)
-    read = delta @ root
-    values, vectors = _eigh(_symmetric(read.T, read))
+    energy, vectors = _leading(_symmetric(root.T, gram @ root), most)
     right = torch.linalg.solve_triangular(root.T, vectors, upper=True).T
-    return Spectrum(values, right.contiguous(), False)
+    return Spectrum(energy, right.contiguous(), False)
 
 
 def _symmetric(left: Tensor, right: Tensor, strip: int = 512) -> Tensor:
@@ -93,10 +98,57 @@ def _symmetric(left: Tensor, right: Tensor, strip: int = 512) -> Tensor:
     return product
 
 
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, float64, falling, not below 0; eigenvectors in the columns, float32."""
-    values, vectors = torch.linalg.eigh(gram)
-    return values.flip(0).double().clamp_min(0.0), vectors.flip(1)
+OVERSAMPLED = (
+    1.25  # directions that are iterated for each that is wanted; the last of them converge late
+)
+WORTH_ITERATING = 0.36  # share of all directions from which all of them are found as quickly
+SETTLED = (
+    0.2  # of the energy not yet captured: a pass that gains less for the whole block is the last
+)
+PASSES = 6
+
+
+def _leading(gram: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, float64 (n,), falling, not below 0; the leading eigenvectors in the columns, float32.
+
+    Block subspace iteration from random vectors (Halko, Martinsson and Tropp 2011, algorithm 4.4) where few are
+    wanted; the eigenvalues after them are extrapolated. It ends when the energy captured settles, and all are found
+    directly where it does not.
+    """
+    size = len(gram)
+    wanted = size if most is None else min(size, most)
+    block = math.ceil(OVERSAMPLED * wanted) + 8
+    if block > WORTH_ITERATING * size:
+        values, vectors = torch.linalg.eigh(gram)
+        return values.flip(0).double().clamp_min(0.0), vectors.flip(1)[:, :wanted]
+    g = torch.Generator().manual_seed(size)
+    reached = gram @ torch.randn(size, block, generator=g).to(gram)
+    total, captured = gram.diagonal().sum(dtype=torch.float64), -math.inf
+    for _ in range(PASSES):
+        basis = torch.linalg.qr(reached).Q
+        reached, before = gram @ basis, captured
+        captured = float((basis * reached).sum(dtype=torch.float64))
+        if captured - before <= SETTLED * (float(total) - captured) + 1e-6 * float(total):
+            break
+    else:
+        values, vectors = _leading(gram, None)
+        return values, vectors[:, :wanted]
+    values, vectors = torch.linalg.eigh(basis.T @ reached)
+    energy = values.flip(0)[:wanted].double().clamp_min(0.0)
+    rest = _falling(float(energy[-1]), float(total - energy.sum()), size - wanted).to(energy)
+    return torch.cat([energy, rest]), basis @ vectors.flip(1)[:, :wanted]
+
+
+def _falling(last: float, total: float, count: int) -> Tensor:
+    """float64 (count,): a geometric series from `last` on that adds up to `total`, or stays level at the most."""
+    if last <= 0 or total <= 0:
+        return torch.zeros(count, dtype=torch.float64)
+    steps, low, high = torch.arange(1, count + 1, dtype=torch.float64), 0.0, 1.0
+    for _ in range(60):
+        ratio = (low + high) / 2
+        over = last * float((ratio**steps).sum()) > total
+        low, high = (low, ratio) if over else (ratio, high)
+    return last * high**steps
 
 
 def rank_for_energy(energy: Tensor, share: float) -> int:
@@ -105,24 +157,6 @@ def rank_for_energy(energy: Tensor, share: float) -> int:
         return 0
     cumulative = energy.cumsum(0) / energy.sum()
     return int((cumulative < share).sum().item()) + 1 if share < 1 else len(energy)
-
-
-def allocate(energy: Tensor, shape: tuple[int, int], price: float, group_size: int) -> Counts:
-    """The ranks at each precision that minimise error + price * bytes.
-
-    price: squared output error that one byte is worth. Because every rank costs the same at the same
-    bits, each chooses for itself, and bits never rise along the falling spectrum.
-    """
-    scales = groups_in(shape[0], group_size) + groups_in(shape[1], group_size)
-    options = (0, *BITS)
-    bytes_of = torch.tensor(
-        [0.0 if not b else (b * sum(shape) + (16 + b) * scales) / 8 for b in options],
-        dtype=torch.float64,
-    )
-    loss = torch.tensor([LOSS[b] for b in options], dtype=torch.float64)
-    choice = (energy.cpu()[:, None] * loss + price * bytes_of).argmin(1)
-    counts = {b: int((choice == i).sum()) for i, b in enumerate(options)}
-    return {b: counts[b] for b in sorted(BITS, reverse=True) if counts[b]}
 
 
 def spec_of(counts: Counts, shape: tuple[int, int], group_size: int) -> Spec:

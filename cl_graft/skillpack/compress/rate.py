@@ -1,7 +1,7 @@
 """Matrices and tables as whole numbers: how coarse they may be at a price of a byte, and the numbers themselves.
 
 One length `step`, in the square root of the loss, rules everything: every code loses step**2 / 12 of it at high rates,
-so that a byte buys the same wherever it is spent, between tensors, ranks and entries alike (reverse water-filling). What
+so that a byte buys the same wherever it is spent, among tensors, ranks and entries alike (reverse water-filling). What
 is worth less than that becomes zeros by itself, and zeros cost next to nothing under an entropy coder.
 
 Steps are the same for all columns of a right factor. WaterSIC (arXiv 2603.04956) gives column i the step c / L_ii,
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cl_graft.skillpack.codecs import CodeLayout, Encoded, coded, coded_low_rank
+from cl_graft.skillpack.codecs import CodeLayout, Encoded, Meta, Spec, coded, coded_low_rank
+from cl_graft.skillpack.codecs.coded_low_rank import factors_of
 from cl_graft.skillpack.codecs.entropy import TOP
 from cl_graft.skillpack.compress.factorise import Spectrum, damped
 from cl_graft.skillpack.compress.gptq import factorised
@@ -27,6 +29,7 @@ BIT = 0.05  # of a step: how much further from its code a value may be for each 
 WORTH = 0.5  # of a step, the least root mean square of the shorter side's entries that a rank is kept for
 RANK_BYTES, ROW_BYTES = 4.0, 3.5  # of a rank or a row, beside its codes
 LEFT_DAMPING = 1e-4
+FINENESS = 24  # of norms and biases, whose share of the loss was below what could be measured
 
 
 GRID = torch.arange(-320.0, 161.0) / 4  # log2 of steps at which bytes are told
@@ -59,7 +62,11 @@ class Rate:
 
 
 def rate_of(
-    magnitudes: Tensor, lengths: tuple[int, ...], worth: Tensor, row_bytes: float, layout: CodeLayout
+    magnitudes: Tensor,
+    lengths: tuple[int, ...],
+    worth: Tensor,
+    row_bytes: float,
+    layout: CodeLayout,
 ) -> Rate:
     """The rate of rows. magnitudes: float64 (groups, rows), mean abs of a row's entries in the square root of the loss,
     of rows of `lengths` entries; worth: float64 (rows,), the step below which a row is kept."""
@@ -110,7 +117,7 @@ def dead_zone(magnitude: Tensor) -> Tensor:
 
 
 class Weighted(NamedTuple):
-    """A matrix to be coded. delta: float32 (out, in); spectrum: under H; slope: what a squared unit of its output costs."""
+    """A matrix to be coded. delta: float32 (out, in); spectrum: under H; slope: what a squared unit of output costs."""
 
     delta: Tensor
     spectrum: Spectrum
@@ -123,21 +130,24 @@ def root_mean_square(root: Tensor) -> float:
     return float(root.diagonal().double().square().mean().sqrt())
 
 
-def matrix_rate(
-    matrix: Weighted, hessian: Tensor | None, pivot: float, layout: CodeLayout
-) -> Rate:
+def matrix_rate(matrix: Weighted, hessian: Tensor | None, pivot: float, layout: CodeLayout) -> Rate:
     """The rate of a matrix's ranks. hessian: damped; pivot: `root_mean_square` of its factor, 1 without."""
     energy = matrix.spectrum.energy.cpu() * matrix.slope
-    count = int((energy > 1e-12 * energy[:1]).sum())
+    count = min(matrix.spectrum.directions, int((energy > 1e-12 * energy[:1]).sum()))
+    if not count:
+        return Rate(torch.zeros(len(GRID), dtype=torch.float64), 0.0)
     right, left = _factors(matrix, hessian, count)
-    magnitudes = torch.stack(
+    known = torch.stack(
         [
             right.abs().mean(1).double().cpu() * (pivot * matrix.slope**0.5),
             left.abs().mean(0).double().cpu() * energy[:count].sqrt(),
         ]
     )
+    # ranks whose directions were not looked for are taken to be like the last of those that were
+    more = known[:, -1:] * (energy[count:] / energy[count - 1].clamp_min(1e-300)).sqrt()
+    magnitudes = torch.cat([known, more], 1)
     rows, cols = matrix.delta.shape
-    worth = energy[:count].sqrt() / (WORTH * min(rows, cols) ** 0.5)
+    worth = energy.sqrt() / (WORTH * min(rows, cols) ** 0.5)
     return rate_of(magnitudes, (cols, rows), worth, RANK_BYTES, layout)
 
 
@@ -149,6 +159,11 @@ def _factors(matrix: Weighted, hessian: Tensor | None, count: int) -> tuple[Tens
         return right, left
     size = matrix.spectrum.energy[:count].sqrt().clamp_min(1e-30).to(left)
     return right * size[:, None], left / size
+
+
+def ranks_at(energy: Tensor, slope: float, shape: tuple[int, ...], step: float) -> int:
+    """How many of a matrix's ranks (out, in) are worth keeping at a step. energy: float64 (r,), falling."""
+    return int(((energy * slope).sqrt() / (WORTH * min(shape) ** 0.5) > step).sum())
 
 
 def encode_matrices(
@@ -167,15 +182,14 @@ def encode_matrices(
     under = None if hessian is None else damped(hessian, damping)
     counts, rights = [], []
     for m in matrices:
-        rows, cols = m.delta.shape
-        worth = (m.spectrum.energy * m.slope).sqrt() / (WORTH * min(rows, cols) ** 0.5)
-        counts.append(int((worth > step).sum()))
+        wanted = ranks_at(m.spectrum.energy, m.slope, tuple(m.delta.shape), step)
+        counts.append(min(wanted, m.spectrum.directions))
         right, _ = _factors(m, under, counts[-1])
         rights.append(right * (m.slope**0.5 / step))
     stacked = torch.cat(rights)
     if not len(stacked):
         return [None] * len(matrices)
-    if under is None:
+    if hessian is None:
         codes, unit = _rounded(stacked, dead_zone(stacked.abs().mean(1))[:, None]), 1.0
     else:
         _, root = factorised(hessian, damping, scaled=False)
@@ -210,6 +224,12 @@ def _with_left(
     if m.transposed:
         return coded_low_rank(right_codes, left_codes, scales, (cols, rows), layout)
     return coded_low_rank(left_codes, right_codes, scales, (rows, cols), layout)
+
+
+def trimmed(encoded: Encoded, ranks: int) -> Encoded:
+    """The first ranks of a `coded_low_rank` tensor."""
+    left, right, scales = (part[:ranks] for part in factors_of(encoded))
+    return coded_low_rank(left, right, scales, encoded.shape, encoded.meta["layout"])
 
 
 def _rounded(x: Tensor, zone: Tensor) -> Tensor:
@@ -279,9 +299,7 @@ def table_rate(table: Table, layout: CodeLayout) -> Rate:
     """The rate of a table's rows."""
     n = table.delta.shape[1]
     weights = table.columns.sqrt()
-    magnitude = torch.cat(
-        [(part.abs() * weights).mean(1) for part in table.delta.split(_strip(n))]
-    )
+    magnitude = torch.cat([(part.abs() * weights).mean(1) for part in table.delta.split(_strip(n))])
     magnitude = (magnitude * table.rows.sqrt()).double().cpu()
     return rate_of(magnitude[None], (n,), magnitude * (2.0 * n) ** 0.5, ROW_BYTES, layout)
 
@@ -304,12 +322,19 @@ def encode_table(table: Table, shape: tuple[int, ...], step: float, layout: Code
 
 
 def encode_vector(delta: Tensor, layout: CodeLayout) -> Encoded:
-    """A tensor of one row, to 1 / 64 of its root mean square."""
+    """A tensor of one row, to 1 / FINENESS of its root mean square."""
     flat = delta.float().reshape(1, -1)
-    step = max(float(flat.square().mean().sqrt()) / 64, float(flat.abs().amax()) / TOP)
+    step = max(float(flat.square().mean().sqrt()) / FINENESS, float(flat.abs().amax()) / TOP)
     steps = torch.tensor([step]).bfloat16().float().clamp_min(1e-38)
     codes = (flat.cpu() / steps).round_().clamp_(-TOP, TOP).to(torch.int16)
     return coded(codes, steps, tuple(delta.shape), layout)
+
+
+def vector_spec(shape: tuple[int, ...], layout: CodeLayout) -> Spec:
+    """About what `encode_vector` says of a vector, before there is one: a code takes some six bits."""
+    size = 4 * -(-prod(shape) * (8 if layout == "fast" else 6) // 32)
+    lies: Meta = {"layout": layout, "bytes": size} | ({"top": 99} if layout == "small" else {})
+    return "coded", shape, {"kept": 1, "columns": 0, **lies}
 
 
 def _strip(n: int) -> int:

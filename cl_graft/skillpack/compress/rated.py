@@ -10,27 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cl_graft.errors import OverBudget
 from cl_graft.skillpack.codecs import CodeLayout, Encoded, Meta, Spec, payload_bytes
-from cl_graft.skillpack.compress.compress import (
-    ByteLimit,
-    Piece,
-    Work,
-    alike,
-    fetch,
-    groups,
-    importance,
-    kept,
-    put,
-    slope_of,
-)
-from cl_graft.skillpack.compress.factorise import Spectrum, damped, spectrum
+from cl_graft.skillpack.compress.factorise import Spectrum
 from cl_graft.skillpack.compress.gptq import factorised
 from cl_graft.skillpack.compress.memory import release
+from cl_graft.skillpack.compress.policy import Adaptive
 from cl_graft.skillpack.compress.rate import (
     GRID,
     Rate,
@@ -40,189 +30,247 @@ from cl_graft.skillpack.compress.rate import (
     encode_table,
     encode_vector,
     matrix_rate,
+    ranks_at,
     root_mean_square,
     table_rate,
+    trimmed,
+)
+from cl_graft.skillpack.compress.work import (
+    Piece,
+    Work,
+    alike,
+    fetch,
+    importance,
+    kept,
+    measure,
+    put,
+    slope_of,
+    visit,
 )
 from cl_graft.skillpack.compress.work_store import Item
 
 FINEST = 1500.0  # codes of a tensor's largest row have at most this mean magnitude
 SHARE = 0.99  # of the budget that is used at least, where there is so much to store
-MARGIN = 0.002  # of the budget, kept back until the last tensor
-TRIES = 8  # of one group, until the file fits
+MARGIN = 0.002  # of the budget, kept back until the last tensors
+TRIES = 8  # of the last tensors, until the file fits
 ROUNDS = 3  # of the tables, until their step is that of the matrices
 
 
-def rated(work: Work, limit: ByteLimit, layout: CodeLayout) -> dict[str, Spec]:
+def rated(work: Work, policy: Adaptive) -> dict[str, Spec]:
     """Encode all pieces; results go into the work store. A tensor of which nothing is worth keeping is left out.
 
     Raises OverBudget.
     """
-    rates = measured(work, layout)
-    tables = [[p] for p in work.pieces if p.name in rates and p.kind == "table"]
-    matrices = [[p for p in g if p.name in rates] for g in groups(work) if g[0].kind == "matrix"]
-    control = Control(work, limit, layout, rates, tables + [g for g in matrices if g])
+    control = Control(work, policy.layout, measured(work, policy.layout))
     control.vectors()
-    step = control.step()
-    for _ in range(ROUNDS if tables else 0):
-        for group in tables:
-            control.encode(group, step)
-        before, step = step, control.step()
-        if not matrices or abs(math.log2(step / before)) < 0.1:
-            break
-    total, done = sum(math.prod(p.shape) for group in matrices for p in group) or 1, 0
-    for group in matrices:
-        if group:
-            control.encode(group, control.step())
-        done += sum(math.prod(p.shape) for p in group)
+    control.tables()
+    total, done = sum(math.prod(p.shape) for p in work.pieces if p.kind == "matrix") or 1, 0
+
+    def use(pieces: list[Piece], hessian: Tensor | None) -> None:
+        nonlocal done
+        control.matrices([p for p in pieces if p.name in control.rates], hessian)
+        for piece in pieces:
+            work.directions.drop(piece.name)
+        done += sum(math.prod(p.shape) for p in pieces)
         release()
         work.progress("compressing", done / total)
-    control.settle()
-    return control.specs()
+
+    visit(work, use, lambda pieces: any(p.name in control.ahead for p in pieces))
+    control.trim()
+    return control.kept
 
 
 @dataclass
 class Control:
-    """The step for what is left to do, from what was estimated of a group and what it then took."""
+    """The step for what is left to do, from what was estimated of the others and what they then took.
+
+    kept: what is in the pack so far. steps: at which its matrices and tables were encoded.
+    """
 
     work: Work
-    limit: ByteLimit
     layout: CodeLayout
     rates: Mapping[str, Rate]
-    groups: list[list[Piece]]
     kept: dict[str, Spec] = field(default_factory=dict)
-    steps: dict[str, float] = field(default_factory=dict)  # by a group's first name
+    steps: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        store = self.work.store
+        tables = [n for n, p in self._pieces.items() if p.kind == "table"]
+        whole = all(f"step/{name}" in store for name in tables)
+        for name, piece in self._pieces.items():
+            if f"step/{name}" in store and (whole or piece.kind == "matrix"):
+                self.steps[name] = store[f"step/{name}"].about["step"]
+                if f"encoded/{name}" in store:
+                    self.kept[name] = fetch(store, name).spec
+
+    @property
+    def ahead(self) -> dict[str, Piece]:
+        """What is left to do, by name."""
+        return {name: piece for name, piece in self._pieces.items() if name not in self.steps}
+
+    @property
+    def left(self) -> int:
+        """Bytes of the budget that are not used yet."""
+        return self.work.limit.bytes - self.work.limit.cost(self.kept)
 
     def vectors(self) -> None:
         """Encode norms and biases. Raises OverBudget where they alone are too much."""
         for piece in self.work.pieces:
             if piece.kind == "vector":
-                self.kept[piece.name] = kept(self.work, piece, lambda p=piece: encode_vector(p.delta(), self.layout))
-        if self.limit.cost(self.kept) > self.limit.bytes:
+                make = partial(_vector, piece, self.layout)
+                self.kept[piece.name] = kept(self.work, piece, make)
+        if self.left < 0:
+            limit = self.work.limit
             raise OverBudget(
-                f"the budget {self.limit.text} ({self.limit.bytes} bytes) does not hold norms and biases; raise it."
+                f"the budget {limit.text} ({limit.bytes} bytes) does not hold norms and biases; raise it."
             )
 
-    def specs(self) -> dict[str, Spec]:
-        """What was kept, in the order of the pieces."""
-        return {p.name: self.kept[p.name] for p in self.work.pieces if p.name in self.kept}
+    def tables(self) -> None:
+        """Encode embeddings, heads and the like, at the step that the matrices are then left with."""
+        tables = [p for p in self.ahead.values() if p.kind == "table"]
+        if not tables:
+            return
+        step, found = self.step(), dict[str, Encoded]()
+        for _ in range(ROUNDS):
+            for piece in tables:
+                encoded = encode_table(_table(self.work, piece), piece.shape, step, self.layout)
+                if encoded.meta["kept"] or piece.present:
+                    found[piece.name] = encoded
+                self._note([piece], found, step)
+            before, step = step, self.step()
+            if not self.ahead or abs(math.log2(step / before)) < 0.1:
+                break
+        self._finish(tables, found)
+
+    def matrices(self, group: list[Piece], hessian: Tensor | None) -> None:
+        """Encode matrices that read one input; the last ones again and again, until the file fits."""
+        todo = [piece for piece in group if piece.name in self.ahead]
+        if not todo:
+            return
+        step = first = self.step()
+        items = self._weighted(todo, hessian, step)
+        last = len(todo) == len(self.ahead)
+        low, high = 0.0, math.inf  # steps known to be too fine, and to fit
+        for _ in range(TRIES if last else 1):
+            results = encode_matrices(items, hessian, step, self.layout, self.work.policy.damping)
+            names = [piece.name for piece in todo]
+            found = {n: e for n, e in zip(names, results, strict=True) if e is not None}
+            self._note(todo, found, step)
+            if not last or 0 <= self.left <= (1 - SHARE) * self.work.limit.bytes:
+                break
+            low, high = (low, step) if self.left >= 0 else (step, high)
+            step = self._better(todo, step, low, high)
+            if step < first / 2:  # filling up with the last bits of one group is waste
+                break
+        self._finish(todo, found)
+
+    def trim(self) -> None:
+        """Drop the least ranks of the largest matrices, for as long as the file is too large. Raises OverBudget."""
+        while self.left < 0:
+            names = [n for n, s in self.kept.items() if s[0] == "coded_low_rank" and s[2]["rank"]]
+            if not names:
+                limit = self.work.limit
+                raise OverBudget(
+                    f"the budget {limit.text} ({limit.bytes} bytes) is too small; raise it."
+                )
+            name = max(names, key=lambda n: self.kept[n][2]["bytes"])
+            ranks = self.kept[name][2]["rank"]
+            encoded = trimmed(fetch(self.work.store, name), ranks - math.ceil(ranks / 16))
+            self.kept[name] = put(self.work.store, name, encoded)
 
     def step(self) -> float:
         """The step at which, as far as can be told, what is left to do just uses what is left of the budget."""
-        ahead = [p for group in self.groups if group[0].name not in self.steps for p in group]
-        bare = {p.name: _bare(p, self.layout) for p in ahead}
-        left = (1 - MARGIN) * self.limit.bytes - self.limit.cost(self.kept | bare)
+        ahead = self.ahead
+        limit = self.work.limit
+        bare = {name: _bare(piece, self.layout) for name, piece in ahead.items()}
+        left = (1 - MARGIN) * limit.bytes - limit.cost(self.kept | bare)
         wanted = torch.zeros(len(GRID), dtype=torch.float64)
         for kind in ("table", "matrix"):
-            curves = [self.rates[p.name].bytes for p in ahead if p.kind == kind]
+            curves = [self.rates[n].bytes for n, piece in ahead.items() if piece.kind == kind]
             wanted += self._right(kind) * torch.stack(curves).sum(0) if curves else 0.0
-        finest = max(self.rates[p.name].largest for group in self.groups for p in group) / FINEST
+        finest = max(rate.largest for rate in self.rates.values()) / FINEST
         return max(finest, Rate(wanted, 0.0).step(left))
 
-    def encode(self, group: list[Piece], step: float) -> None:
-        """Encode tensors that read the same input at a step, or take what an earlier run made of them."""
-        store, key = self.work.store, f"step/{group[0].name}"
-        if key in store and store[key].about["step"] == step:
-            found = [p for p in group if f"encoded/{p.name}" in store]
-            self.kept |= {p.name: fetch(store, p.name).spec for p in found}
-        else:
-            for piece, encoded in zip(group, _encoded(self.work, group, step, self.layout), strict=True):
-                self.kept.pop(piece.name, None)
-                if encoded is not None and not piece.present and not encoded.meta.get("kept", 1):
-                    encoded = None
-                if encoded is not None:
-                    self.kept[piece.name] = put(store, piece.name, encoded)
-                elif f"encoded/{piece.name}" in store:
-                    del store[f"encoded/{piece.name}"]
-            store[key] = Item({}, {"step": step})
-        self.steps[group[0].name] = step
+    @property
+    def _pieces(self) -> dict[str, Piece]:
+        return {p.name: p for p in self.work.pieces if p.name in self.rates}
 
-    def settle(self) -> None:
-        """Encode the last groups again, until the file fits and uses SHARE of the budget."""
-        for group in reversed(self.groups):
-            first = step = self.steps[group[0].name]
-            low, high = 0.0, math.inf  # steps known to be too fine, and to fit
-            for _ in range(TRIES):
-                left = self.limit.bytes - self.limit.cost(self.kept)
-                if 0 <= left <= (1 - SHARE) * self.limit.bytes:
-                    return
-                low, high = (low, step) if left >= 0 else (step, high)
-                step = self._better(group, step, left, low, high)
-                if step < first / 2:  # filling up with one group's last bits is waste
-                    break
-                self.encode(group, step)
-            if self.limit.cost(self.kept) > self.limit.bytes and high < math.inf:
-                self.encode(group, high)
-        if self.limit.cost(self.kept) > self.limit.bytes:
-            raise OverBudget(f"the budget {self.limit.text} ({self.limit.bytes} bytes) is too small; raise it.")
+    def _note(self, pieces: list[Piece], found: Mapping[str, Encoded], step: float) -> None:
+        for piece in pieces:
+            self.steps[piece.name] = step
+            self.kept.pop(piece.name, None)
+            if piece.name in found:
+                self.kept[piece.name] = found[piece.name].spec
 
-    def _better(self, group: list[Piece], step: float, left: int, low: float, high: float) -> float:
-        """A step nearer to that at which a group takes `left` bytes more."""
+    def _finish(self, pieces: list[Piece], found: Mapping[str, Encoded]) -> None:
+        store = self.work.store
+        for name in found:
+            put(store, name, found[name])
+        for piece in pieces:
+            store[f"step/{piece.name}"] = Item({}, {"step": self.steps[piece.name]})
+
+    def _weighted(self, group: list[Piece], hessian: Tensor | None, step: float) -> list[Weighted]:
+        under, items = self.work.under(hessian), []
+        for piece in group:
+            slope = self.work.store[f"rate/{piece.name}"].about["slope"]
+            energy = self.work.directions.energy(piece.name)
+            delta = self.work.delta(piece)
+            ranks = ranks_at(energy, slope, tuple(delta.shape), step)
+            found = self.work.directions.take(piece.name, delta, under, ranks)
+            items.append(Weighted(delta, found, slope, piece.transposed))
+        return items
+
+    def _better(self, group: list[Piece], step: float, low: float, high: float) -> float:
+        """A step at which a group takes nearly all that is left, between two that are known."""
         took = sum(payload_bytes(*self.kept[p.name]) for p in group if p.name in self.kept)
         about = Rate(torch.stack([self.rates[p.name].bytes for p in group]).sum(0), 0.0)
-        wanted = max(0.0, took + left - 0.3 * (1 - SHARE) * self.limit.bytes) / max(1, took)
-        better = about.step(wanted * about.at(step))
-        if low < better < high:
+        room = took + self.left - 0.3 * (1 - SHARE) * self.work.limit.bytes
+        better = about.step(max(0.0, room) / max(1, took) * about.at(step))
+        if low < better < high and better != step:
             return better
-        return (low * high) ** 0.5 if low and high < math.inf else step * (1.1 if left < 0 else 0.9)
+        if low and high < math.inf:
+            return (low * high) ** 0.5
+        return step * (1.1 if self.left < 0 else 0.9)
 
     def _right(self, kind: str) -> float:
         """By how much the estimates of a kind were wrong so far."""
-        done = [g for g in self.groups if g[0].name in self.steps and g[0].kind == kind]
-        about = sum(self.rates[p.name].at(self.steps[g[0].name]) for g in done for p in g)
-        took = sum(payload_bytes(*self.kept[p.name]) for g in done for p in g if p.name in self.kept)
+        done = [n for n in self.steps if self._pieces[n].kind == kind]
+        about = sum(self.rates[name].at(self.steps[name]) for name in done)
+        took = sum(payload_bytes(*self.kept[name]) for name in done if name in self.kept)
         return min(4.0, max(0.25, took / about)) if about > 1000 else 1.0
 
 
 def measured(work: Work, layout: CodeLayout) -> dict[str, Rate]:
-    """What the rows of every matrix and table cost, and the spectra of matrices into the work store."""
-    rates: dict[str, Rate] = {}
-    total, done = sum(math.prod(p.shape) for p in work.pieces) or 1, 0
-    for group in groups(work):
-        hessian, pivot = None, 1.0
-        for piece in group:
-            key = f"rate/{piece.name}"
-            if piece.kind == "vector":
-                continue
-            if key not in work.store:
-                if piece.kind == "matrix" and hessian is None and (read := work.hessian(piece)) is not None:
-                    hessian = damped(read, work.policy.damping)
-                    pivot = root_mean_square(factorised(read, work.policy.damping, scaled=False)[1])
-                rate, slope = _measured(work, piece, hessian, pivot, layout)
-                about = {"largest": rate.largest, "slope": slope}
-                work.store[key] = Item({"bytes": rate.bytes}, about)
+    """What every matrix and table takes at each step, where it takes anything."""
+    pivots: dict[int, float] = {}
+
+    def use(piece: Piece, found: Spectrum, delta: Tensor, under: Tensor | None) -> None:
+        slope = slope_of(work.moments, piece.name)
+        if slope is None:
+            slope = alike(found.energy) if work.moments.reads else torch.ones(())
+        if under is not None and id(under) not in pivots:
+            pivots.clear()
+            pivots[id(under)] = root_mean_square(factorised(under, 0.0, scaled=False)[1])
+        pivot = 1.0 if under is None else pivots[id(under)]
+        rate = matrix_rate(Weighted(delta, found, float(slope)), under, pivot, layout)
+        about = {"largest": rate.largest, "slope": float(slope)}
+        work.store[f"rate/{piece.name}"] = Item({"bytes": rate.bytes}, about)
+
+    measure(work, use)
+    rates = {}
+    for piece in work.pieces:
+        key = f"rate/{piece.name}"
+        if piece.kind == "table" and key not in work.store:
+            rate = table_rate(_table(work, piece), layout)
+            work.store[key] = Item({"bytes": rate.bytes}, {"largest": rate.largest})
+        if piece.kind != "vector":
             tensors, about = work.store[key]
             rates[piece.name] = Rate(tensors["bytes"], about["largest"])
-        done += sum(math.prod(piece.shape) for piece in group)
-        release()
-        work.progress("measuring", done / total)
     return {name: rate for name, rate in rates.items() if rate.largest > 0}
 
 
-def _measured(
-    work: Work, piece: Piece, hessian: Tensor | None, pivot: float, layout: CodeLayout
-) -> tuple[Rate, float]:
-    """The rate of a tensor, and what a squared unit of its output costs."""
-    if piece.kind == "table":
-        return table_rate(_table(work, piece), layout), 1.0
-    delta = work.delta(piece)
-    found = spectrum(delta, hessian)
-    work.store[f"spectrum/{piece.name}"] = Item({"energy": found.energy, "basis": found.basis}, {"wide": found.wide})
-    slope = slope_of(work.moments, piece.name)
-    if slope is None:
-        slope = alike(found.energy) if work.moments.reads else torch.ones(())
-    return matrix_rate(Weighted(delta, found, float(slope)), hessian, pivot, layout), float(slope)
-
-
-def _encoded(work: Work, group: list[Piece], step: float, layout: CodeLayout) -> list[Encoded | None]:
-    if group[0].kind == "table":
-        return [encode_table(_table(work, group[0]), group[0].shape, step, layout)]
-    matrices = []
-    for piece in group:
-        tensors, about = work.store[f"spectrum/{piece.name}"]
-        found = Spectrum(tensors["energy"], tensors["basis"].to(work.device), about["wide"])
-        slope = work.store[f"rate/{piece.name}"].about["slope"]
-        matrices.append(Weighted(work.delta(piece), found, slope, piece.transposed))
-    return encode_matrices(matrices, work.hessian(group[0]), step, layout, work.policy.damping)
+def _vector(piece: Piece, layout: CodeLayout) -> Encoded:
+    return encode_vector(piece.delta(), layout)
 
 
 def _table(work: Work, piece: Piece) -> Table:
@@ -230,11 +278,18 @@ def _table(work: Work, piece: Piece) -> Table:
     whole = piece.delta().to(work.device, torch.float32)
     delta = whole.reshape(len(whole), -1) if whole.ndim > 1 else whole[None]
     weigh = importance(piece, whole, work.moments)
-    rows, columns = torch.empty(len(delta), device=delta.device), torch.zeros(delta.shape[1], device=delta.device)
+    rows, columns = (
+        torch.empty(len(delta), device=delta.device),
+        torch.zeros(delta.shape[1], device=delta.device),
+    )
     for start in range(0, len(delta), step := max(1, (1 << 22) // delta.shape[1])):
         part = slice(start, start + step)
         weights = weigh(part)
-        weights = weights.expand(len(delta[part]), delta.shape[1]) if weights.ndim < 2 else weights.expand(len(delta[part]), -1)
+        weights = (
+            weights.expand(len(delta[part]), delta.shape[1])
+            if weights.ndim < 2
+            else weights.expand(len(delta[part]), -1)
+        )
         rows[part] = weights.mean(1)
         columns += weights.sum(0)
     return Table(delta, rows, columns / columns.mean().clamp_min(1e-30))

@@ -9,11 +9,11 @@ time, in a fixed order. Between units only the micro-batches' hidden states and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +28,11 @@ from cl_graft.skillpack.compress.calibrate import (
     Moments,
     Sums,
     backward,
+    bfloat16_pays,
     forward,
     headless,
+    linear_layers,
+    mean,
     moments,
     text_of,
     watched,
@@ -37,7 +40,7 @@ from cl_graft.skillpack.compress.calibrate import (
 from cl_graft.skillpack.compress.round_robin import RoundRobin
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 
-Sink = Callable[[str, Tensor], None]
+Sink = Callable[[str, Tensor, list[str]], None]  # a group, its moment, the parameters that read it
 
 
 def stream_moments(
@@ -48,6 +51,7 @@ def stream_moments(
     gradient_batches: Iterable[Batch] = (),
     device: str | torch.device = "cpu",
     sink: Sink | None = None,
+    wanted: Callable[[str], bool] = lambda group: True,
     weights: Read | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Moments:
@@ -55,10 +59,10 @@ def stream_moments(
 
     batches: each with input_ids and attention_mask, (sequences, length) int64; every batch's hidden states are
     held. gradient_batches: each with labels too, one at a time, for `outputs`; layers are loaded once for
-    the forward pass and once more for the backward pass, which runs them anew. sink: called with each group
-    and its moments (on `device`) as soon as a unit is done with; `inputs` of the result is then the sink
-    itself where that is a Mapping, else empty, for the caller to set. weights: gives a unit's weights by the
-    checkpoint's keys instead of `checkpoint.read`. progress: called with the fraction done.
+    the forward pass and once more for the backward pass, which runs them anew. sink: called with each group,
+    its moment (on `device`) and the parameters that read it as soon as a unit is done with and its weights are
+    dropped; `inputs` of the result is then empty. wanted: which groups are summed up at all. weights: gives a
+    unit's weights by the checkpoint's keys instead of `checkpoint.read`. progress: called with the fraction done.
 
     Where `meta.plain` is False (`meta.note` says why) the whole model is loaded. Raises CLGraftError
     for a model that runs a layer several times a pass, and what the model's own code raises.
@@ -66,15 +70,15 @@ def stream_moments(
     texts = [_moved(batch, device) for batch in batches]
     labelled = [_moved(batch, device) for batch in gradient_batches]
     inputs: dict[str, Tensor] = {}
-    deliver = inputs.__setitem__ if sink is None else sink
+    deliver = (lambda group, moment, _: inputs.update({group: moment})) if sink is None else sink
     report = progress or (lambda done: None)
     if meta.plain:
         read = checkpoint.read if weights is None else weights
-        measured = _streamed(meta, read, texts, labelled, device, deliver, report)
+        measured = _streamed(meta, read, texts, labelled, device, deliver, wanted, report)
     else:
-        measured = _whole(meta, checkpoint, weights, texts, labelled, device, deliver)
+        measured = _whole(meta, checkpoint, weights, texts, labelled, device, deliver, wanted)
     report(1.0)
-    return Moments(sink if isinstance(sink, Mapping) else inputs, measured.reads, measured.outputs)
+    return Moments(inputs, measured.reads, measured.outputs)
 
 
 def _streamed(
@@ -84,9 +88,10 @@ def _streamed(
     labelled: Sequence[Batch],
     device: str | torch.device,
     deliver: Sink,
+    wanted: Callable[[str], bool],
     progress: Callable[[float], None],
 ) -> Moments:
-    model, sums = meta.model, Sums()
+    model, sums = meta.model, Sums(wanted=wanted)
     units, resident = _units(meta)
     layers = sum(unit.layer for unit in units)
     loads = bool(texts) * len(units) + len(labelled) * (len(units) + layers)
@@ -110,6 +115,7 @@ def _whole(
     labelled: Sequence[Batch],
     device: str | torch.device,
     deliver: Sink,
+    wanted: Callable[[str], bool],
 ) -> Moments:
     """transformers loads what the meta does not know how to."""
     model = (
@@ -122,10 +128,13 @@ def _whole(
         )
         .to(device)
     )
-    measured = moments(model, texts, gradients=False)
-    for group, hessian in measured.inputs.items():
-        deliver(group, hessian)
     outputs = moments(model, labelled).outputs if labelled else {}
+    if not texts:
+        return Moments({}, {}, outputs)
+    measured = moments(model, texts, gradients=False, wanted=wanted)
+    del model
+    for group, hessian in measured.inputs.items():
+        deliver(group, hessian, [name for name, read in measured.reads.items() if read == group])
     return Moments({}, measured.reads, outputs)
 
 
@@ -200,9 +209,14 @@ class _Loader:
     progress: Callable[[float], None]
     expected: int  # loads in all
     unit: Unit | None = None
-    left: Callable[[], None] = lambda: None  # called before a unit's weights are dropped
+    left: Callable[[], None] = lambda: None  # called when a unit's weights have been dropped
     loads: int = 0
     empty: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # what was there before
+
+    @cached_property
+    def linear(self) -> set[int]:
+        """The modules that multiply by a matrix, by their ids."""
+        return {id(module) for module in linear_layers(self.meta.model).values()}
 
     @contextmanager
     def ready(self, resident: Sequence[Slot]) -> Iterator[None]:
@@ -231,12 +245,14 @@ class _Loader:
 
     def drop(self) -> None:
         if self.unit is not None:
-            self.left()
             self._clear(self.unit.slots)
             self.unit = None
+            self.left()
 
     def _fill(self, slots: Sequence[Slot]) -> None:
         strict = getattr(self.meta.model, "_keep_in_fp32_modules_strict", None) or ()
+        on_cpu = torch.device(self.device).type == "cpu"
+        rounded = self.linear if on_cpu and bfloat16_pays(self.meta.model) else set()
         for module, attribute, name in slots:
             tensor = self.meta.load(name, self.read)
             if tensor is None:  # a buffer that the checkpoint does not store
@@ -246,6 +262,8 @@ class _Loader:
             if isinstance(was, nn.Parameter):
                 wide = any(part in name.split(".") for part in strict)
                 dtype = torch.float32 if wide else _dtype(self.device)
+                if id(module) in rounded and tensor.ndim == 2:  # once, not for every product
+                    dtype = torch.bfloat16
                 dtype = dtype if tensor.is_floating_point() else tensor.dtype
                 tensor = nn.Parameter(tensor.to(self.device, dtype), requires_grad=False)
                 module._parameters[attribute] = tensor
@@ -286,7 +304,9 @@ def _inputs(
                     "collected layer by layer; compress without calibration."
                 )
             delivered.add(group)
-            deliver(group, sums.inputs.pop(group).div_(tokens))
+            readers = [name for name, read in sums.reads.items() if read == group]
+            with torch.autocast("cpu", enabled=False):  # what is done with it is not the model's
+                deliver(group, mean(sums.inputs.pop(group), tokens), readers)
 
     def enter(unit: Unit, *_: Any) -> None:
         steps.pause()
