@@ -1,7 +1,8 @@
 """`coded_low_rank`: a matrix as a product of factors of whole numbers, one scale a rank, entropy-coded or packed.
 
-meta: rank, and how the rows of codes lie (coded_rows.py); parts: scales (rank,), kinds, codes. The rows are those of
-the right factor (rank, in), then those of the left one's transpose (rank, out).
+meta: rank, and how the rows of codes lie (coded_rows.py); parts: scales (rank,), kinds, codes. The rows are the shifts
+of the right factor's columns (1, in) and of the left one's (1, out), then the right factor (rank, in), then the left
+one's transpose (rank, out).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from cl_graft.skillpack.codecs.encoded import (
     whole,
 )
 
+SHIFTED = 30  # the largest shift: what is decoded stays far from the ends of float32
+
 
 def coded_low_rank(
     left: Tensor,
@@ -29,15 +32,23 @@ def coded_low_rank(
     scales: Tensor,
     shape: tuple[int, ...],
     layout: CodeLayout = "small",
+    shifts: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Encoded:
-    """delta = left^T @ diag(scales) @ right. left: int16 (rank, out); right: int16 (rank, in); scales: (rank,), which
-    are rounded to bfloat16; shape: (out, in). Raises ValueError where they do not fit together.
+    """delta = left^T @ diag(scales) @ right, columns of a factor times 2**-shift. left: int16 (rank, out); right: int16
+    (rank, in); scales: (rank,), rounded to bfloat16; shape: (out, in); shifts: of left and of right, int16 (out,) and
+    (in,), -SHIFTED to SHIFTED, or None for zeros. Raises ValueError where they do not fit together.
     """
     if (left.shape, right.shape) != ((len(scales), shape[0]), (len(scales), shape[1])):
         raise ValueError(
             f"factors {tuple(left.shape)} and {tuple(right.shape)} are not of {shape}."
         )
-    parts, meta = coded_rows.write([right, left], layout)
+    rows = [
+        torch.zeros(1, n, dtype=torch.int16) if shift is None else shift.reshape(1, -1)
+        for shift, n in zip(shifts, shape, strict=True)
+    ]
+    if any(row.abs().max() > SHIFTED for row in rows if row.numel()):
+        raise ValueError(f"a shift is not from -{SHIFTED} to {SHIFTED}.")
+    parts, meta = coded_rows.write([rows[1], rows[0], right, left], layout)
     parts = {"scales": rounded(scales, torch.bfloat16, "a scale")} | parts
     return Encoded(CodedLowRankCodec.name, tuple(shape), {"rank": len(scales)} | meta, parts)
 
@@ -58,8 +69,8 @@ class CodedLowRankCodec(Factored, Relaid):
         coded_rows.check(encoded.parts, _sizes(encoded.shape, encoded.meta), encoded.meta)
 
     def decode(self, encoded: Encoded) -> Tensor:
-        right, left = _codes(encoded)
-        return (left.T.float() * encoded.parts["scales"].float()) @ right.float()
+        left, right, scales, shifts = factors_of(encoded)
+        return (_shifted(left, shifts[0]).T * scales.float()) @ _shifted(right, shifts[1])
 
     def weight_bits(self, shape: tuple[int, ...], meta: Meta) -> int:
         return 8 * meta["bytes"]
@@ -69,24 +80,29 @@ class CodedLowRankCodec(Factored, Relaid):
 
     def write_factors(self, encoded: Encoded, left: Tensor, right: Tensor) -> None:
         """The scales go into the left factor: whole numbers up to 256 are exact in bfloat16, too."""
-        codes = _codes(encoded)
-        right.copy_(codes[0])
-        left.copy_(codes[1].T.float() * encoded.parts["scales"].float())
+        left_codes, right_codes, scales, shifts = factors_of(encoded)
+        right.copy_(_shifted(right_codes, shifts[1]))
+        left.copy_(_shifted(left_codes, shifts[0]).T * scales.float())
 
     def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
-        return coded_low_rank(*factors_of(encoded), encoded.shape, layout)
+        left, right, scales, shifts = factors_of(encoded)
+        return coded_low_rank(left, right, scales, encoded.shape, layout, shifts)
 
 
-def factors_of(encoded: Encoded) -> tuple[Tensor, Tensor, Tensor]:
-    """(left, right, scales): what `coded_low_rank` was given."""
-    right, left = _codes(encoded)
-    return left, right, encoded.parts["scales"]
+def factors_of(encoded: Encoded) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """(left, right, scales, shifts): what `coded_low_rank` was given."""
+    sizes = _sizes(encoded.shape, encoded.meta)
+    of_right, of_left, right, left = coded_rows.read(encoded.parts, sizes, encoded.meta)
+    if any(shift.abs().max() > SHIFTED for shift in (of_right, of_left) if shift.numel()):
+        raise ValueError(f"a shift is not from -{SHIFTED} to {SHIFTED}.")
+    return left, right, encoded.parts["scales"], (of_left[0], of_right[0])
+
+
+def _shifted(codes: Tensor, shifts: Tensor) -> Tensor:
+    """codes * 2**-shifts, exact: float32."""
+    return codes.float() * torch.exp2(-shifts.float()) if shifts.any() else codes.float()
 
 
 def _sizes(shape: tuple[int, ...], meta: Meta) -> list[tuple[int, int]]:
-    return [(meta["rank"], shape[1]), (meta["rank"], shape[0])]
-
-
-def _codes(encoded: Encoded) -> list[Tensor]:
-    """Right (rank, in) and left (rank, out), int16."""
-    return coded_rows.read(encoded.parts, _sizes(encoded.shape, encoded.meta), encoded.meta)
+    rows, cols = shape
+    return [(1, cols), (1, rows), (meta["rank"], cols), (meta["rank"], rows)]

@@ -17,7 +17,7 @@ from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.skillpack.codecs import CodeLayout
 from cl_graft.skillpack.codecs.coded_rows import LAYOUTS
 from cl_graft.skillpack.codecs.quant import BITS
-from cl_graft.skillpack.compress.factorise import Counts, rank_for_energy
+from cl_graft.skillpack.compress.factorise import Counts, damped, rank_for_energy
 
 Kind = Literal["matrix", "table", "vector"]
 
@@ -59,6 +59,10 @@ class Shared:
     def __post_init__(self) -> None:
         _require(0 <= self.damping < math.inf, "damping", self.damping, "0 or more")
 
+    def regular(self, hessian: Tensor) -> Tensor:
+        """The second moment of inputs (in, in), made positive definite."""
+        return damped(hessian, self.damping)
+
 
 @dataclass(frozen=True)
 class Adaptive(Shared):
@@ -69,6 +73,15 @@ class Adaptive(Shared):
 
     damping: float = 0.03
     layout: CodeLayout = "small"
+
+    def regular(self, hessian: Tensor) -> Tensor:
+        """Every input's own moment raised by `damping`, and none below that share of the median.
+
+        A share of the mean, which a few massive activations rule, would drown what all other inputs say.
+        """
+        diagonal = hessian.diagonal()
+        least = self.damping * diagonal.median().clamp_min(1e-12)
+        return hessian + torch.diag(self.damping * diagonal + least)
 
     def __post_init__(self) -> None:
         super().__post_init__()

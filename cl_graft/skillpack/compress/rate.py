@@ -4,9 +4,10 @@ One length `step`, in the square root of the loss, rules everything: every code 
 so that a byte buys the same wherever it is spent, among tensors, ranks and entries alike (reverse water-filling). What
 is worth less than that becomes zeros by itself, and zeros cost next to nothing under an entropy coder.
 
-Steps are the same for all columns of a right factor. WaterSIC (arXiv 2603.04956) gives column i the step c / L_ii,
-which is better where each column has a distribution of its own; here codes are told apart by rows, and one step of
-equal mean square loss measured the same error at fewer bytes.
+Steps are the same for all columns of a right factor, but those of massive activations. WaterSIC (arXiv 2603.04956)
+gives column i the step c / L_ii, which is better where each column has a distribution of its own; here codes are told
+apart by rows, and one step of equal mean square loss measured the same error at fewer bytes. A column whose step would
+be several octaves finer has it finer by whole octaves: else it would make all others as fine.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import torch
 from torch import Tensor
 
 from cl_graft.skillpack.codecs import CodeLayout, Encoded, Meta, Spec, coded, coded_low_rank
-from cl_graft.skillpack.codecs.coded_low_rank import factors_of
+from cl_graft.skillpack.codecs.coded_low_rank import SHIFTED, factors_of
 from cl_graft.skillpack.codecs.entropy import TOP
-from cl_graft.skillpack.compress.factorise import Spectrum, damped
+from cl_graft.skillpack.compress.factorise import Spectrum
 from cl_graft.skillpack.compress.gptq import factorised
 
 BIT = 0.05  # of a step: how much further from its code a value may be for each bit that this saves
 WORTH = 0.5  # of a step, the least root mean square of the shorter side's entries that a rank is kept for
 RANK_BYTES, ROW_BYTES = 4.0, 3.5  # of a rank or a row, beside its codes
 LEFT_DAMPING = 1e-4
+OUTLIER = 4.0  # times the usual pivot, from which a column has a finer step
 FINENESS = 24  # of norms and biases, whose share of the loss was below what could be measured
 
 
@@ -125,13 +127,19 @@ class Weighted(NamedTuple):
     transposed: bool = False  # stored as (in, out)
 
 
-def root_mean_square(root: Tensor) -> float:
-    """Of the pivots of a Cholesky factor: what a unit of one entry costs, all entries before it made up for."""
-    return float(root.diagonal().double().square().mean().sqrt())
+def column_shifts(root: Tensor) -> tuple[Tensor, float]:
+    """(shifts int64 (n,), unit): column j has the step 2**-shift, and a unit of one entry so stepped costs unit**2 on
+    average, all entries before it made up for. root: the Cholesky factor of the second moment (n, n).
+    """
+    pivots = root.diagonal().double()
+    typical = pivots.minimum(OUTLIER * pivots.median()).square().mean().sqrt()
+    octaves = (pivots / typical).log2()
+    shifts = torch.where(octaves > math.log2(OUTLIER), octaves.round(), 0.0).clamp_(0, SHIFTED)
+    return shifts.long(), float((pivots * torch.exp2(-shifts)).square().mean().sqrt())
 
 
 def matrix_rate(matrix: Weighted, hessian: Tensor | None, pivot: float, layout: CodeLayout) -> Rate:
-    """The rate of a matrix's ranks. hessian: damped; pivot: `root_mean_square` of its factor, 1 without."""
+    """The rate of a matrix's ranks. hessian: damped; pivot: the unit of its `column_shifts`, 1 without."""
     energy = matrix.spectrum.energy.cpu() * matrix.slope
     count = min(matrix.spectrum.directions, int((energy > 1e-12 * energy[:1]).sum()))
     if not count:
@@ -167,19 +175,15 @@ def ranks_at(energy: Tensor, slope: float, shape: tuple[int, ...], step: float) 
 
 
 def encode_matrices(
-    matrices: list[Weighted],
-    hessian: Tensor | None,
-    step: float,
-    layout: CodeLayout,
-    damping: float,
+    matrices: list[Weighted], under: Tensor | None, step: float, layout: CodeLayout
 ) -> list[Encoded | None]:
-    """Matrices that read the same inputs, of second moment `hessian` (in, in), at one step; None where nothing is kept.
+    """Matrices that read the same inputs at one step; None where nothing is kept. under: the second moment of the
+    inputs (in, in), positive definite, that the spectra are under, or None.
 
     The right factors of all go through one solve, every column's rounding error made up for by the columns after it.
     Then, matrix by matrix, the left factor is solved anew by least squares against the delta, which takes up what
     became of the right one, and goes through a solve of its own under the second moment of what it reads.
     """
-    under = None if hessian is None else damped(hessian, damping)
     counts, rights = [], []
     for m in matrices:
         wanted = ranks_at(m.spectrum.energy, m.slope, tuple(m.delta.shape), step)
@@ -189,25 +193,34 @@ def encode_matrices(
     stacked = torch.cat(rights)
     if not len(stacked):
         return [None] * len(matrices)
-    if hessian is None:
-        codes, unit = _rounded(stacked, dead_zone(stacked.abs().mean(1))[:, None]), 1.0
+    shifts, unit = torch.zeros(stacked.shape[1], dtype=torch.long), 1.0
+    if under is None:
+        codes = _rounded(stacked, dead_zone(stacked.abs().mean(1))[:, None])
     else:
-        _, root = factorised(hessian, damping, scaled=False)
-        unit = root_mean_square(root)
-        codes = _solve_right(stacked * unit, root / unit)
+        root = factorised(under, 0.0, scaled=False)[1]
+        shifts, unit = column_shifts(root)
+        codes = _solve_right(stacked * unit, root / unit, torch.exp2(shifts.float()))
     results: list[Encoded | None] = []
     for m, mine in zip(matrices, codes.split(counts), strict=True):
         mine = mine[mine.any(1)]
-        results.append(_with_left(m, mine, under, step, unit, layout) if len(mine) else None)
+        results.append(
+            _with_left(m, mine, shifts, under, step, unit, layout) if len(mine) else None
+        )
     return results
 
 
 def _with_left(
-    m: Weighted, right: Tensor, under: Tensor | None, step: float, unit: float, layout: CodeLayout
+    m: Weighted,
+    right: Tensor,
+    shifts: Tensor,
+    under: Tensor | None,
+    step: float,
+    unit: float,
+    layout: CodeLayout,
 ) -> Encoded | None:
-    """Encode a matrix by the codes of its right factor, float32 (ranks, in)."""
+    """Encode a matrix by the codes of its right factor, float32 (ranks, in), and the shifts of its columns (in,)."""
     size = step / (m.slope**0.5 * unit)
-    read = right * size
+    read = right * (size * torch.exp2(-shifts.float()))
     seen = read if under is None else read @ under
     moment = seen @ read.T
     moment = (moment.double() + moment.T.double()) / 2
@@ -221,15 +234,18 @@ def _with_left(
     left_codes, right_codes = (x[alive].to(torch.int16).cpu() for x in (codes, right))
     scales = scales[alive].cpu()
     rows, cols = m.delta.shape
+    of_columns = shifts.to(torch.int16).cpu()
     if m.transposed:
-        return coded_low_rank(right_codes, left_codes, scales, (cols, rows), layout)
-    return coded_low_rank(left_codes, right_codes, scales, (rows, cols), layout)
+        shape = cols, rows
+        return coded_low_rank(right_codes, left_codes, scales, shape, layout, (of_columns, None))
+    return coded_low_rank(left_codes, right_codes, scales, (rows, cols), layout, (None, of_columns))
 
 
 def trimmed(encoded: Encoded, ranks: int) -> Encoded:
     """The first ranks of a `coded_low_rank` tensor."""
-    left, right, scales = (part[:ranks] for part in factors_of(encoded))
-    return coded_low_rank(left, right, scales, encoded.shape, encoded.meta["layout"])
+    left, right, scales, shifts = factors_of(encoded)
+    parts = left[:ranks], right[:ranks], scales[:ranks]
+    return coded_low_rank(*parts, encoded.shape, encoded.meta["layout"], shifts)
 
 
 def _rounded(x: Tensor, zone: Tensor) -> Tensor:
@@ -237,22 +253,24 @@ def _rounded(x: Tensor, zone: Tensor) -> Tensor:
     return x.sign() * (x.abs() + (0.5 - zone)).floor_().clamp_(0, TOP)
 
 
-def _solve_right(x: Tensor, root: Tensor, block: int = 128) -> Tensor:
+def _solve_right(x: Tensor, root: Tensor, fineness: Tensor, block: int = 128) -> Tensor:
     """Codes, as floats (rows, n), of rows in units of the step, column after column (GPTQ, arXiv 2210.17323).
 
-    root: float32 (n, n), upper triangular, R R^T the second moment; the step of every column is the same.
+    root: float32 (n, n), upper triangular, R R^T the second moment. fineness: float32 (n,), by how much the step of each
+    column is finer.
     """
     columns, zone = x.T.contiguous(), dead_zone(x.abs().mean(1))
     codes, missing = torch.empty_like(columns), torch.empty_like(columns)
-    pivots = root.diagonal().tolist()
+    pivots, finer = root.diagonal().tolist(), fineness.tolist()
     terms = torch.zeros_like(columns)
     for start in range(0, len(columns), block):
         stop = min(start + block, len(columns))
         inner, mine = root[start:stop, start:stop].T.contiguous(), missing[start:stop]
         for i, j in enumerate(range(start, stop)):
             left = torch.addmv(terms[j], mine[:i].T, inner[i, :i]) if i else terms[j]
-            codes[j] = _rounded(torch.add(columns[j], left, alpha=1 / pivots[j]), zone)
-            torch.sub(columns[j], codes[j], out=missing[j])
+            wanted = torch.add(columns[j], left, alpha=1 / pivots[j])
+            codes[j] = _rounded(wanted.mul_(finer[j]), zone)
+            torch.sub(columns[j], codes[j], alpha=1 / finer[j], out=missing[j])
         terms[stop:].addmm_(root[start:stop, stop:].T, mine)
     return codes.T.contiguous()
 

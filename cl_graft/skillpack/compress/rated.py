@@ -26,12 +26,12 @@ from cl_graft.skillpack.compress.rate import (
     Rate,
     Table,
     Weighted,
+    column_shifts,
     encode_matrices,
     encode_table,
     encode_vector,
     matrix_rate,
     ranks_at,
-    root_mean_square,
     table_rate,
     trimmed,
 )
@@ -148,11 +148,12 @@ class Control:
         if not todo:
             return
         step = first = self.step()
-        items = self._weighted(todo, hessian, step)
+        under = self.work.under(hessian)
+        items = self._weighted(todo, under, step)
         last = len(todo) == len(self.ahead)
         low, high = 0.0, math.inf  # steps known to be too fine, and to fit
         for _ in range(TRIES if last else 1):
-            results = encode_matrices(items, hessian, step, self.layout, self.work.policy.damping)
+            results = encode_matrices(items, under, step, self.layout)
             names = [piece.name for piece in todo]
             found = {n: e for n, e in zip(names, results, strict=True) if e is not None}
             self._note(todo, found, step)
@@ -209,8 +210,8 @@ class Control:
         for piece in pieces:
             store[f"step/{piece.name}"] = Item({}, {"step": self.steps[piece.name]})
 
-    def _weighted(self, group: list[Piece], hessian: Tensor | None, step: float) -> list[Weighted]:
-        under, items = self.work.under(hessian), []
+    def _weighted(self, group: list[Piece], under: Tensor | None, step: float) -> list[Weighted]:
+        items = []
         for piece in group:
             slope = self.work.store[f"rate/{piece.name}"].about["slope"]
             energy = self.work.directions.energy(piece.name)
@@ -250,7 +251,7 @@ def measured(work: Work, layout: CodeLayout) -> dict[str, Rate]:
             slope = alike(found.energy) if work.moments.reads else torch.ones(())
         if under is not None and id(under) not in pivots:
             pivots.clear()
-            pivots[id(under)] = root_mean_square(factorised(under, 0.0, scaled=False)[1])
+            pivots[id(under)] = column_shifts(factorised(under, 0.0, scaled=False)[1])[1]
         pivot = 1.0 if under is None else pivots[id(under)]
         rate = matrix_rate(Weighted(delta, found, float(slope)), under, pivot, layout)
         about = {"largest": rate.largest, "slope": float(slope)}

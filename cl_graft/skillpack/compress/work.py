@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_graft.skillpack.codecs import Encoded, Spec
 from cl_graft.skillpack.compress.directions import Directions, Known
-from cl_graft.skillpack.compress.factorise import Spectrum, damped
+from cl_graft.skillpack.compress.factorise import Spectrum
 from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.compress.policy import Kind, Policy
 from cl_graft.skillpack.compress.work_store import Item, WorkStore
@@ -80,7 +80,7 @@ class Work:
         """What directions are taken under, (in, in); None for those of the plain SVD."""
         if hessian is None or not self.policy.activation_aware:
             return None
-        return damped(hessian, self.policy.damping)
+        return self.policy.regular(hessian)
 
 
 def fetch(store: WorkStore, name: str) -> Encoded:
