@@ -202,7 +202,9 @@ def decode(codec: str, shape: list[int], meta: dict[str, Any], parts: dict[str, 
     if codec in ("low_rank", "low_rank_stack"):
         return product(parts["left"], parts["right"], shape)
     if codec == "coded_low_rank":
-        right, left = rows_of_codes(parts, coded_sizes(codec, shape, meta), meta)
+        found = rows_of_codes(parts, coded_sizes(codec, shape, meta), meta)
+        must(all(abs(shift).max(initial=0) <= 30 for shift in found[:2]), "a shift")
+        right, left = (x * 2.0**-shift for x, shift in zip(found[2:], found[:2], strict=True))
         return product((left.T * parts["scales"]).astype("<f4"), right.astype("<f4"), shape)
     if codec == "coded":
         sizes = coded_sizes(codec, shape, meta)
@@ -228,7 +230,8 @@ def decode(codec: str, shape: list[int], meta: dict[str, Any], parts: dict[str, 
 def coded_sizes(codec: str, shape: list[int], meta: dict[str, Any]) -> list[tuple[int, int]]:
     """Rows and columns of each matrix of codes."""
     if codec == "coded_low_rank":
-        return [(meta["rank"], shape[1]), (meta["rank"], shape[0])]
+        rows, cols = shape
+        return [(1, cols), (1, rows), (meta["rank"], cols), (meta["rank"], rows)]
     return [(meta["kept"], math.prod(shape[1:] if len(shape) > 1 else shape))]
 
 

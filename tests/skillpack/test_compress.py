@@ -8,8 +8,9 @@ import torch
 from cl_graft.errors import OverBudget
 from cl_graft.skillpack.codecs import decode, payload_bytes
 from cl_graft.skillpack.compress.calibrate import Moments
-from cl_graft.skillpack.compress.compress import ByteLimit, Piece, compress, fetch
+from cl_graft.skillpack.compress.compress import compress
 from cl_graft.skillpack.compress.policy import Adaptive, Paper
+from cl_graft.skillpack.compress.work import ByteLimit, Piece, fetch
 
 SHAPES = {
     "embed.weight": ((96, 32), "embedding"),
@@ -60,7 +61,9 @@ def within(limit):
 WHOLE = 2 * sum(x.numel() for x in deltas().values())
 
 
-@pytest.mark.parametrize("policy", [Adaptive(), Paper(), Adaptive(alpha=0.02), Adaptive(rank=4)])
+@pytest.mark.parametrize(
+    "policy", [Adaptive(), Paper(), Adaptive(layout="fast"), Adaptive(damping=0.3)]
+)
 @pytest.mark.parametrize("known", ["nothing", "inputs", "gradients"])
 @pytest.mark.parametrize("share", [0.08, 0.3])
 def test_the_budget_is_met_from_below(policy, known, share):
@@ -69,10 +72,10 @@ def test_the_budget_is_met_from_below(policy, known, share):
     specs = compress(pieces(deltas()), known, policy, within(limit), store)
     used = sum(payload_bytes(*fetch(store, name).spec) for name in specs)
     assert used <= limit
-    if policy == Adaptive():
-        assert used >= 0.99 * limit
+    if isinstance(policy, Adaptive):
+        assert used >= (0.99 if policy.layout == "small" else 0.97) * limit
     assert list(specs) == [name for name in SHAPES if name in specs]  # in the order given
-    assert specs["norm.weight"][0] == "dense"
+    assert specs["norm.weight"][0] == ("dense" if policy == Paper() else "coded")
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.4])
@@ -97,8 +100,10 @@ def test_entries_of_embedding_and_head_are_kept_where_they_are_worth_it():
     known = moments()
     for name in ("embed.weight", "head.weight"):
         known.outputs[name] = 100 * known.outputs[name]
-    specs = compress(pieces(deltas()), known, Adaptive(), within(int(0.2 * WHOLE)), {})
-    assert all(specs[name][2]["kept"] > 100 for name in ("embed.weight", "head.weight"))
+    store = {}
+    compress(pieces(deltas()), known, Adaptive(), within(int(0.2 * WHOLE)), store)
+    for name in ("embed.weight", "head.weight"):
+        assert decode(fetch(store, name)).count_nonzero() > 100
 
 
 def test_more_bytes_less_error():

@@ -1,20 +1,14 @@
-"""Bits by importance and refitted factors: properties, a hand-worked case, and the gain they are there for."""
+"""Directions and quantised factors: properties, a hand-worked case, and what a refit gains."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from cl_graft.bench import textbook
 from cl_graft.skillpack.codecs import decode, payload_bytes
-from cl_graft.skillpack.codecs.quant import BITS, groups_in
 from cl_graft.skillpack.compress.factorise import (
-    LOSS,
     Factored,
     _falling,
-    allocate,
     damped,
     encode,
     rank_for_energy,
@@ -93,28 +87,6 @@ def test_energy_threshold_of_a_zero_delta_keeps_no_rank():
     assert rank_for_energy(torch.zeros(4), 0.9) == 0
 
 
-@given(
-    st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=40),
-    st.floats(-8, 2),
-    st.sampled_from([(16, 16), (7, 130), (128, 384)]),
-)
-@settings(max_examples=60, deadline=None)
-def test_each_rank_gets_the_bits_with_the_least_error_plus_price(energies, log_price, shape):
-    energies = sorted(energies, reverse=True)
-    price = 10**log_price
-    counts = allocate(torch.tensor(energies, dtype=torch.float64), shape, price, 128)
-    scales = sum(groups_in(size, 128) for size in shape)
-    best = []
-    for energy in energies:
-        cost = {
-            b: energy * LOSS[b] + price * ((b * sum(shape) + (16 + b) * scales) / 8 if b else 0)
-            for b in LOSS
-        }
-        best.append(min(cost, key=cost.__getitem__))
-    assert counts == {b: best.count(b) for b in sorted(BITS, reverse=True) if b in best}
-    assert best == sorted(best, reverse=True)  # precision never rises along the falling spectrum
-
-
 def one(delta, hessian, counts, transposed=False, aware=True, **options):
     under = None if hessian is None or not aware else damped(hessian, 0.01)
     item = Factored(delta, spectrum(delta, under), counts, transposed)
@@ -167,24 +139,6 @@ def test_the_refit_absorbs_the_rounding_of_the_right_factor():
         for refit in (True, False)
     ]
     assert errors[0] < 0.95 * errors[1]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_at_equal_bytes_the_error_is_below_half_of_the_textbook_scheme(seed):
-    """Plain SVD, 2 % of the ranks at 8 bit, 18 % at 4, 80 % at 2, GPTQ, no refit. Held-out inputs."""
-    delta, inputs = problem(rows=96, cols=128, seed=seed, samples=2048)
-    seen, held_out = inputs[:1024], inputs[1024:]
-    budget = 0.1 * 2 * delta.numel()
-    fixed = textbook.compress(delta, moment(seen), textbook.ranks_within((96, 128), budget))
-    energy = spectrum(delta, damped(moment(seen), 0.01)).energy
-    counts = next(
-        counts
-        for p in torch.logspace(-14, 2, 2000, dtype=torch.float64).tolist()
-        if payload_bytes(*spec_of(counts := allocate(energy, (96, 128), p, 128), (96, 128), 128))
-        <= budget
-    )
-    ours = decode(one(delta, moment(seen), counts))
-    assert output_error(delta, ours, held_out) < 0.5 * output_error(delta, fixed, held_out)
 
 
 # --- a few leading directions ---

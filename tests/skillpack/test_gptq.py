@@ -26,7 +26,7 @@ from cl_graft.skillpack.codecs.quant import (
     normalised,
     round_to_nearest,
 )
-from cl_graft.skillpack.compress.gptq import Axis, _factorised, gptq_many
+from cl_graft.skillpack.compress.gptq import Axis, factorised, gptq_many
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -386,7 +386,7 @@ def test_the_factor_is_upper_triangular(cols: int) -> None:
     places = torch.arange(cols, dtype=torch.float64)
     hilbert = 1 / (places[:, None] + places + 1)
     hilbert /= hilbert.diagonal().mean()
-    damped, root = _factorised(hilbert, 1e-8)
+    damped, root = factorised(hilbert, 1e-8)
     exact = (hilbert + 1e-8 * torch.eye(cols)).float()
     assert torch.equal(root, root.triu())
     assert torch.allclose(damped, exact)

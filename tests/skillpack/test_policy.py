@@ -18,8 +18,6 @@ from cl_graft.skillpack.compress.policy import (
     BadPolicy,
     Paper,
     Profile,
-    bins,
-    kept_above,
     read_policy,
     sparse_bytes,
 )
@@ -30,25 +28,24 @@ def matrix(role="mlp", shape=(64, 96), fall=0.8):
     return Profile("matrix", role, shape, worth)
 
 
-@given(st.floats(-12, 2), st.floats(0, 1))
+@given(st.floats(0, 1))
 @settings(max_examples=40, deadline=None)
-def test_a_higher_knob_never_keeps_more(low, share):
+def test_a_higher_knob_never_keeps_more(share):
     profiles = {"a": matrix(), "b": matrix("attention", (32, 64), 0.5)}
-    for policy, knobs in (
-        (Adaptive(), (low, low + 1.0)),
-        (Paper(), (share * 0.9, share * 0.9 + 0.1)),
-    ):
-        plans = [policy.plan(profiles, knob) for knob in knobs]
-        for name in profiles:
-            more, less = (sum(b * k for b, k in plan.counts[name].items()) for plan in plans)
-            assert less <= more
+    plans = [Paper().plan(profiles, knob) for knob in (share * 0.9, share * 0.9 + 0.1)]
+    for name in profiles:
+        more, less = (sum(b * k for b, k in plan.counts[name].items()) for plan in plans)
+        assert less <= more
 
 
-def test_one_price_gives_the_bytes_to_the_matrix_whose_ranks_are_worth_more():
-    poor, rich = matrix(), matrix()
-    rich = Profile(rich.kind, rich.role, rich.shape, rich.worth * 100)
-    counts = Adaptive().plan({"poor": poor, "rich": rich}, -4.0).counts
-    assert sum(counts["rich"].values()) > sum(counts["poor"].values()) > 0
+def test_a_massive_activation_does_not_drown_what_the_others_say():
+    """A share of the mean diagonal would add 10 to inputs whose own moment is 1."""
+    hessian = torch.eye(64)
+    hessian[5, 5] = 64_000
+    added = (Adaptive(damping=0.01).regular(hessian) - hessian).diagonal()
+    assert added[0] == pytest.approx(0.02)
+    assert added[5] == pytest.approx(640.01, rel=1e-4)
+    assert (Paper(damping=0.01).regular(hessian) - hessian).diagonal()[0] > 10
 
 
 def test_the_papers_split_by_hand():
@@ -69,19 +66,6 @@ def test_beta_is_the_share_of_the_energy_that_mlp_ranks_keep():
     worth = torch.tensor([80.0, 15.0, 5.0, 0.0], dtype=torch.float64)
     profiles = {"mlp": Profile("matrix", "mlp", (4, 4), worth)}
     assert sum(Paper(beta=0.95).plan(profiles, 0.5).counts["mlp"].values()) == 2
-    kept = Adaptive(beta=0.8).plan(profiles, -12.0).counts["mlp"]
-    assert sum(kept.values()) == 1
-
-
-@given(st.integers(0, 10_000), st.floats(-20, 5))
-@settings(max_examples=40, deadline=None)
-def test_a_histogram_knows_how_many_entries_are_worth_more(seed, power):
-    g = torch.Generator().manual_seed(seed)
-    worth = torch.randn(500, generator=g).exp() ** 4 * 10.0**power
-    least = worth.median().item()
-    about = kept_above(bins(worth), least)
-    low, high = ((worth > least * factor).sum().item() for factor in (1.03, 0.97))
-    assert low <= about <= high
 
 
 @pytest.mark.parametrize("share", [0.001, 0.01, 0.1, 0.4])
@@ -94,9 +78,11 @@ def test_the_estimate_of_a_sparse_tensor_is_close(share):
 
 
 def test_options_come_from_a_file(tmp_path):
-    (tmp_path / "p.json").write_text(json.dumps({"rank": 4, "damping": 0.05}))
+    (tmp_path / "p.json").write_text(json.dumps({"layout": "fast", "damping": 0.05}))
     (tmp_path / "p.toml").write_text("alpha = 0.02\n[split]\n8 = 0.5\n2 = 0.5\n")
-    assert read_policy("graftllm_adaptive", tmp_path / "p.json") == Adaptive(rank=4, damping=0.05)
+    assert read_policy("graftllm_adaptive", tmp_path / "p.json") == Adaptive(
+        layout="fast", damping=0.05
+    )
     found = read_policy("graftllm", tmp_path / "p.toml")
     assert (found.alpha, dict(found.split)) == (0.02, {8: 0.5, 2: 0.5})
     assert read_policy("graftllm") == Paper()
@@ -117,6 +103,11 @@ def test_options_come_from_a_file(tmp_path):
 def test_values_that_make_no_sense_are_named(options, words):
     with pytest.raises(BadPolicy, match=words):
         Paper(**options)
+
+
+def test_a_layout_that_does_not_exist_is_named():
+    with pytest.raises(BadPolicy, match="layout is 'tiny'; give small or fast"):
+        Adaptive(layout="tiny")
 
 
 def test_a_misspelt_option_or_method_is_answered_with_the_nearest(tmp_path):

@@ -40,7 +40,7 @@ def planned(work: Work, policy: Paper) -> dict[str, Spec]:
 
 def _profiles(work: Work) -> dict[str, Profile]:
     """What is known of every matrix and table."""
-    measure(work, lambda piece, found, delta, hessian: None)
+    measure(work, work.directions.found, lambda piece, found, delta, under: None)
     profiles = {}
     for piece in work.pieces:
         if piece.kind != "vector":

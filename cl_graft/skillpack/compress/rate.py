@@ -199,6 +199,9 @@ def encode_matrices(
     else:
         root = factorised(under, 0.0, scaled=False)[1]
         shifts, unit = column_shifts(root)
+        # no finer than its codes can say, with room for what other columns hand on
+        most = (TOP / 2 / (stacked.abs().amax(0) * unit).clamp_min(1e-30)).log2().floor()
+        shifts = shifts.minimum(most.long()).clamp_min(-SHIFTED)
         codes = _solve_right(stacked * unit, root / unit, torch.exp2(shifts.float()))
     results: list[Encoded | None] = []
     for m, mine in zip(matrices, codes.split(counts), strict=True):
@@ -256,8 +259,8 @@ def _rounded(x: Tensor, zone: Tensor) -> Tensor:
 def _solve_right(x: Tensor, root: Tensor, fineness: Tensor, block: int = 128) -> Tensor:
     """Codes, as floats (rows, n), of rows in units of the step, column after column (GPTQ, arXiv 2210.17323).
 
-    root: float32 (n, n), upper triangular, R R^T the second moment. fineness: float32 (n,), by how much the step of each
-    column is finer.
+    root: float32 (n, n), upper triangular, R R^T the second moment. fineness: float32 (n,), by how much the step of
+    each column is finer.
     """
     columns, zone = x.T.contiguous(), dead_zone(x.abs().mean(1))
     codes, missing = torch.empty_like(columns), torch.empty_like(columns)
@@ -294,7 +297,9 @@ def _solve_left(
         for i, j in enumerate(range(start, stop)):
             fed = torch.addmv(terms[j], mine[:i].T, inner[i, :i]) if i else terms[j]
             wanted = torch.add(left[j], fed, alpha=1 / pivots[j])
-            x = wanted * (pivots[j] / step)
+            # no finer than its codes can say
+            grain = max(step / pivots[j], float(wanted.abs().amax()) / TOP)
+            x = wanted / grain
             codes[j] = _rounded(x, dead_zone(x.abs().mean()))
             squares = codes[j] @ codes[j]
             if squares > 0:

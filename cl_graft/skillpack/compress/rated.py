@@ -95,12 +95,13 @@ class Control:
 
     def __post_init__(self) -> None:
         store = self.work.store
-        tables = [n for n, p in self._pieces.items() if p.kind == "table"]
-        whole = all(f"step/{name}" in store for name in tables)
-        for name, piece in self._pieces.items():
-            if f"step/{name}" in store and (whole or piece.kind == "matrix"):
-                self.steps[name] = store[f"step/{name}"].about["step"]
-                if f"encoded/{name}" in store:
+        for first in self._pieces:
+            if f"step/{first}" not in store:
+                continue
+            about = store[f"step/{first}"].about
+            for name in about["names"]:
+                self.steps[name] = about["step"]
+                if name in about["kept"]:
                     self.kept[name] = fetch(store, name).spec
 
     @property
@@ -132,15 +133,21 @@ class Control:
             return
         step, found = self.step(), dict[str, Encoded]()
         for _ in range(ROUNDS):
-            for piece in tables:
-                encoded = encode_table(_table(self.work, piece), piece.shape, step, self.layout)
-                if encoded.meta["kept"] or piece.present:
-                    found[piece.name] = encoded
-                self._note([piece], found, step)
+            self._tables(tables, step, found)
             before, step = step, self.step()
             if not self.ahead or abs(math.log2(step / before)) < 0.1:
                 break
+        while self._spare() < 0:
+            self._tables(tables, 1.25 * self.steps[tables[0].name], found)
         self._finish(tables, found)
+
+    def _tables(self, tables: list[Piece], step: float, found: dict[str, Encoded]) -> None:
+        for piece in tables:
+            encoded = encode_table(_table(self.work, piece), piece.shape, step, self.layout)
+            found.pop(piece.name, None)
+            if encoded.meta["kept"] or piece.present:
+                found[piece.name] = encoded
+        self._note(tables, found, step)
 
     def matrices(self, group: list[Piece], hessian: Tensor | None) -> None:
         """Encode matrices that read one input; the last ones again and again, until the file fits."""
@@ -182,15 +189,18 @@ class Control:
     def step(self) -> float:
         """The step at which, as far as can be told, what is left to do just uses what is left of the budget."""
         ahead = self.ahead
-        limit = self.work.limit
-        bare = {name: _bare(piece, self.layout) for name, piece in ahead.items()}
-        left = (1 - MARGIN) * limit.bytes - limit.cost(self.kept | bare)
+        left = self._spare() - MARGIN * self.work.limit.bytes
         wanted = torch.zeros(len(GRID), dtype=torch.float64)
         for kind in ("table", "matrix"):
             curves = [self.rates[n].bytes for n, piece in ahead.items() if piece.kind == kind]
             wanted += self._right(kind) * torch.stack(curves).sum(0) if curves else 0.0
         finest = max(rate.largest for rate in self.rates.values()) / FINEST
         return max(finest, Rate(wanted, 0.0).step(left))
+
+    def _spare(self) -> int:
+        """Bytes that are left for all that is left to do, beside what the header must say of it."""
+        bare = {name: _bare(piece, self.layout) for name, piece in self.ahead.items()}
+        return self.work.limit.bytes - self.work.limit.cost(self.kept | bare)
 
     @property
     def _pieces(self) -> dict[str, Piece]:
@@ -207,8 +217,9 @@ class Control:
         store = self.work.store
         for name in found:
             put(store, name, found[name])
-        for piece in pieces:
-            store[f"step/{piece.name}"] = Item({}, {"step": self.steps[piece.name]})
+        first, names = pieces[0].name, [piece.name for piece in pieces]
+        about = {"step": self.steps[first], "names": names, "kept": list(found)}
+        store[f"step/{first}"] = Item({}, about)
 
     def _weighted(self, group: list[Piece], under: Tensor | None, step: float) -> list[Weighted]:
         items = []
@@ -235,7 +246,7 @@ class Control:
 
     def _right(self, kind: str) -> float:
         """By how much the estimates of a kind were wrong so far."""
-        done = [n for n in self.steps if self._pieces[n].kind == kind]
+        done = [n for n, p in self._pieces.items() if n in self.steps and p.kind == kind]
         about = sum(self.rates[name].at(self.steps[name]) for name in done)
         took = sum(payload_bytes(*self.kept[name]) for name in done if name in self.kept)
         return min(4.0, max(0.25, took / about)) if about > 1000 else 1.0
@@ -257,7 +268,7 @@ def measured(work: Work, layout: CodeLayout) -> dict[str, Rate]:
         about = {"largest": rate.largest, "slope": float(slope)}
         work.store[f"rate/{piece.name}"] = Item({"bytes": rate.bytes}, about)
 
-    measure(work, use)
+    measure(work, lambda name: f"rate/{name}" in work.store, use)
     rates = {}
     for piece in work.pieces:
         key = f"rate/{piece.name}"

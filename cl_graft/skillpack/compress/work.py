@@ -176,10 +176,10 @@ def slope_of(moments: Known, name: str) -> Tensor | None:
 Measured = Callable[[Piece, Spectrum, Tensor, Tensor | None], None]
 
 
-def measure(work: Work, use: Measured) -> None:
+def measure(work: Work, known: Callable[[str], bool], use: Measured) -> None:
     """Find the directions of every matrix, and call `use` with each, its delta (out, in) and what they are under.
 
-    A matrix that an earlier run has measured is passed over.
+    known: whether an earlier run has measured a matrix, which is then passed over.
     """
     matrices = [p for p in work.pieces if p.kind == "matrix"]
     total, done = sum(prod(p.shape) for p in matrices) or 1, 0
@@ -188,11 +188,11 @@ def measure(work: Work, use: Measured) -> None:
         nonlocal done
         under = work.under(hessian)
         for piece in pieces:
-            if not work.directions.found(piece.name):
+            if not known(piece.name):
                 delta = work.delta(piece)
                 use(piece, work.directions.find(piece.name, delta, under), delta, under)
         done += sum(prod(piece.shape) for piece in pieces)
         release()
         work.progress("measuring", done / total)
 
-    visit(work, group, lambda pieces: not all(work.directions.found(p.name) for p in pieces))
+    visit(work, group, lambda pieces: not all(known(p.name) for p in pieces))
