@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from cl_graft.bench.memory import HIDDEN, INNER, LAYER, VOCABULARY, write_random
-from cl_graft.skillpack.compress.compress import Piece
 from cl_graft.skillpack.compress.create import Calibration, create, work_bytes
 from cl_graft.skillpack.compress.policy import Adaptive
+from cl_graft.skillpack.compress.work import Piece
 
 SHARE = 0.05  # of the weights in bf16, the budget of `pack create` by default
 Shapes = dict[str, tuple[int, int]]

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from cl_graft.bench import textbook
 from cl_graft.skillpack.codecs import decode, payload_bytes
 from cl_graft.skillpack.compress.calibrate import Moments, linear_layers, moments
-from cl_graft.skillpack.compress.compress import ByteLimit, Piece, compress, fetch
+from cl_graft.skillpack.compress.compress import compress
 from cl_graft.skillpack.compress.policy import Adaptive
+from cl_graft.skillpack.compress.work import ByteLimit, Piece, fetch
 from cl_graft.skillpack.compress.work_store import Item
 
 if TYPE_CHECKING:

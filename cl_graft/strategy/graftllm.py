@@ -23,14 +23,16 @@ from cl_graft.models.roles import tied_head
 from cl_graft.ranges import Count, NotNegative, Part, Share
 from cl_graft.skillpack.codecs import Encoded, Spec, dense_spec
 from cl_graft.skillpack.compress.calibrate import stored_transposed
-from cl_graft.skillpack.compress.compress import ByteLimit, Piece, compress, fetch, fitting
-from cl_graft.skillpack.compress.policy import BINS, Paper, Policy, Profile
+from cl_graft.skillpack.compress.compress import compress
+from cl_graft.skillpack.compress.planned import fitting
+from cl_graft.skillpack.compress.policy import Paper, Policy, Profile
+from cl_graft.skillpack.compress.work import ByteLimit, Piece, fetch
 from cl_graft.skillpack.compress.work_store import Item
 from cl_graft.strategy.context import Context
 from cl_graft.strategy.forms import compressor
 
 
-def possible(context: Context, policy: Policy) -> None:
+def possible(context: Context, policy: Paper) -> None:
     """Refuse a policy of which what it must keep, whatever a task teaches, is over the budget. Raises OverBudget."""
     if holds(context, policy):
         return
@@ -50,12 +52,12 @@ def possible(context: Context, policy: Policy) -> None:
     )
 
 
-def _tried(context: Context, policy: Policy, name: str, parts: int, count: int) -> bool:
+def _tried(context: Context, policy: Paper, name: str, parts: int, count: int) -> bool:
     value: Any = count if parts == 1 else count / parts
     return holds(context, replace(policy, **{name: value}))
 
 
-def holds(context: Context, policy: Policy) -> bool:
+def holds(context: Context, policy: Paper) -> bool:
     """Whether the budget holds what the policy keeps of a delta that is worth nothing."""
     fixed: dict[str, Spec] = {}
     profiles: dict[str, Profile] = {}
@@ -63,8 +65,8 @@ def holds(context: Context, policy: Policy) -> bool:
         if piece.kind == "vector":
             fixed[piece.name] = dense_spec(piece.shape)
             continue
-        size = BINS if piece.kind == "table" else min(piece.shape)
-        profiles[piece.name] = Profile(piece.kind, piece.role, piece.shape, torch.zeros(size))
+        energy = torch.zeros(min(piece.shape)) if piece.kind == "matrix" else None
+        profiles[piece.name] = Profile(piece.kind, piece.role, piece.shape, energy)
     try:
         fitting(policy, profiles, fixed, limit_of(context))
     except OverBudget:
@@ -77,14 +79,14 @@ def limit_of(context: Context) -> ByteLimit:
     return ByteLimit(context.cost_of, context.budget.bytes, context.budget.text)
 
 
-def policy_of(kind: type[Policy], options: Mapping[str, Any]) -> Policy:
-    """The policy with those of the options that are its own."""
-    return kind(**{k: v for k, v in options.items() if k in kind.__dataclass_fields__})
+def own_options(kind: type[Policy], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that are a policy's own."""
+    return {k: v for k, v in options.items() if k in kind.__dataclass_fields__}
 
 
 def check(context: Context, **options: Any) -> None:
     """Refuse what the paper's policy cannot do."""
-    possible(context, policy_of(Paper, options))
+    possible(context, Paper(**own_options(Paper, options)))
 
 
 @compressor(keeps="per_task", check=check)
@@ -106,7 +108,7 @@ def graftllm(
     keep. rank: most ranks of an attention matrix. The paper gives none of the three: where they are None one scale for
     all is lowered until the pack fits. activation_aware, refit: parts of the adaptive policy, to see what each adds.
     """
-    return packed(delta, context, policy_of(Paper, locals()), calibration_batches)
+    return packed(delta, context, Paper(**own_options(Paper, locals())), calibration_batches)
 
 
 def packed(

@@ -1,9 +1,8 @@
-"""GraftLLM's packs under a policy of our own: one price of a byte for all tensors (the engine of arXiv 2505.18502).
+"""GraftLLM's packs under a policy of our own: one step for all tensors (the idea of arXiv 2505.18502, our engine).
 
-What a task keeps is what `graftllm` keeps, and the bytes are the same; only how they are shared out differs. Every rank
-of every matrix chooses between 8, 6, 5, 4, 3, 2 bits and none, every entry of embeddings and head is kept or not, by
-what it is worth a byte; directions are those of the layer's inputs, and left factors are fitted again to what
-quantisation made of the right ones.
+What a task keeps is what `graftllm` keeps, at the same bytes; only how they are shared out differs. Factors and entries
+are whole numbers under an entropy coder, as coarse as one price of a byte allows; directions are those of the
+layer's inputs, and left factors are fitted again to what rounding made of the right ones.
 """
 
 from __future__ import annotations
@@ -13,17 +12,27 @@ from typing import Any
 
 from torch import Tensor
 
-from cl_graft.ranges import Count, NotNegative, Part, Share
-from cl_graft.skillpack.codecs import Encoded
+from cl_graft.errors import OverBudget
+from cl_graft.ranges import Count, NotNegative
+from cl_graft.skillpack.codecs import CodeLayout, Encoded
 from cl_graft.skillpack.compress.policy import Adaptive
+from cl_graft.skillpack.compress.rate import vector_spec
 from cl_graft.strategy.context import Context
 from cl_graft.strategy.forms import compressor
-from cl_graft.strategy.graftllm import packed, policy_of, possible
+from cl_graft.strategy.graftllm import own_options, packed, pieces
 
 
-def check(context: Context, **options: Any) -> None:
-    """Refuse what the adaptive policy cannot do."""
-    possible(context, policy_of(Adaptive, options))
+def check(context: Context, *, layout: CodeLayout, **options: Any) -> None:
+    """Refuse a budget that does not hold norms and biases, whatever a task teaches. Raises OverBudget."""
+    vectors = {
+        piece.name: vector_spec(piece.shape, layout)
+        for piece in pieces(context.model, {}, context.roles)
+        if piece.kind == "vector"
+    }
+    if context.cost_of(vectors) > context.budget.bytes:
+        raise OverBudget(
+            f"the budget {context.budget.text} ({context.budget.bytes} bytes) does not hold norms and biases; raise it."
+        )
 
 
 @compressor(keeps="per_task", check=check)
@@ -31,17 +40,11 @@ def graftllm_adaptive(
     delta: Mapping[str, Tensor],
     context: Context,
     *,
-    alpha: Share | None = None,
-    beta: Part | None = None,
-    rank: Count | None = None,
-    group_size: Count = 128,
-    damping: NotNegative = 0.01,
-    act_order: bool = False,
-    activation_aware: bool = True,
-    refit: bool = True,
+    damping: NotNegative = 0.03,
+    layout: CodeLayout = "small",
     calibration_batches: Count = 8,
 ) -> dict[str, Encoded]:
-    """alpha, beta, rank: limits as of `graftllm`; None lets the price decide. activation_aware: directions of D L with
-    H = L L^T instead of the plain SVD of D. refit: least-squares refit of the left factors.
+    """damping: share of the mean diagonal added to the second moments of inputs. layout: small is entropy-coded, fast
+    packed at aligned widths, which merges sooner and holds less. calibration_batches: of the task's text.
     """
-    return packed(delta, context, policy_of(Adaptive, locals()), calibration_batches)
+    return packed(delta, context, Adaptive(**own_options(Adaptive, locals())), calibration_batches)

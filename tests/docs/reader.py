@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ DTYPES = {
 }
 ORDER = list(DTYPES)
 MOST = 1 << 48
-ANY_SHAPE = ("dense", "exact", "mask", "sparse", "sign_scale")  # the others store matrices
+ANY_SHAPE = ("dense", "exact", "mask", "sparse", "sign_scale", "coded")  # the others store matrices
 STACKS = ("low_rank_stack",)  # of matrices
 Array = np.ndarray
 
@@ -118,7 +119,10 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
     must(len(shape) <= 8 and math.prod(max(1, n) for n in shape) <= MOST, "shape")
     dtype = meta.get("dtype", "F32")
     must(dtype in (ORDER if codec == "exact" else ("F32", "BF16", "F16")), "dtype")
+    lies = {"layout", "bytes"} | ({"top"} if meta.get("layout") == "small" else set())
     wanted = {
+        "coded": {"kept", "columns"} | ({"gap"} & set(meta)) | lies,
+        "coded_low_rank": {"rank"} | lies,
         "dense": {"dtype"},
         "exact": {"dtype"},
         "sparse": {"dtype", "kept"} | ({"gap"} & set(meta)),
@@ -141,6 +145,21 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
         *stack, rows, cols = shape
         rank = whole(meta["rank"])
         return {"left": (dtype, [*stack, rows, rank]), "right": (dtype, [*stack, rank, cols])}
+    if codec in ("coded", "coded_low_rank"):
+        sizes = coded_sizes(codec, shape, meta)
+        codes = {
+            "kinds": ("U8", [sum(rows for rows, _ in sizes)]),
+            "codes": ("U8", [whole(meta["bytes"])]),
+        }
+        must(meta["layout"] in ("small", "fast") and 0 <= whole(meta.get("top", 0)) <= 8191, "rows")
+        if codec == "coded_low_rank":
+            return {"scales": ("BF16", [whole(meta["rank"], 0, min(shape))]), **codes}
+        rows = shape[0] if len(shape) > 1 else 1
+        width, count = meta.get("gap", [1, rows])
+        index = stream_bytes(whole(count, 0, rows), whole(width, 1, 48))
+        columns = sizes[0][1] * whole(meta["columns"], 0, 1)
+        steps = ("BF16", [whole(meta["kept"], 0, rows)])
+        return {"steps": steps, "columns": ("BF16", [columns]), "index": ("U8", [index]), **codes}
     if codec == "mask":
         return {"bits": ("U8", [stream_bytes(numel, 1)])}
     if codec == "sign_scale":
@@ -182,6 +201,18 @@ def decode(codec: str, shape: list[int], meta: dict[str, Any], parts: dict[str, 
         return flat.reshape(shape)
     if codec in ("low_rank", "low_rank_stack"):
         return product(parts["left"], parts["right"], shape)
+    if codec == "coded_low_rank":
+        right, left = rows_of_codes(parts, coded_sizes(codec, shape, meta), meta)
+        return product((left.T * parts["scales"]).astype("<f4"), right.astype("<f4"), shape)
+    if codec == "coded":
+        sizes = coded_sizes(codec, shape, meta)
+        step = parts["steps"][:, None]
+        step = step * parts["columns"] if meta["columns"] else step
+        places = positions(parts["index"], meta.get("gap"), shape[0] if len(shape) > 1 else 1)
+        must(len(places) == meta["kept"], "kept")
+        found = np.zeros((shape[0] if len(shape) > 1 else 1, sizes[0][1]), np.float32)
+        found[places] = rows_of_codes(parts, sizes, meta)[0].astype("<f4") * step
+        return found.reshape(shape)
     if codec == "mask":
         return unpack(parts["bits"], numel, 1).astype("<f4").reshape(shape)
     if codec == "sign_scale":
@@ -192,6 +223,88 @@ def decode(codec: str, shape: list[int], meta: dict[str, Any], parts: dict[str, 
         return grids[0]
     pairs = zip(grids[::2], grids[1::2], strict=True)
     return sum((product(left.T, right, shape) for left, right in pairs), np.zeros(shape, "f4"))
+
+
+def coded_sizes(codec: str, shape: list[int], meta: dict[str, Any]) -> list[tuple[int, int]]:
+    """Rows and columns of each matrix of codes."""
+    if codec == "coded_low_rank":
+        return [(meta["rank"], shape[1]), (meta["rank"], shape[0])]
+    return [(meta["kept"], math.prod(shape[1:] if len(shape) > 1 else shape))]
+
+
+def rows_of_codes(
+    parts: dict[str, Array], sizes: list[tuple[int, int]], meta: dict[str, Any]
+) -> list[Array]:
+    kinds = np.split(parts["kinds"], np.cumsum([rows for rows, _ in sizes])[:-1])
+    found = [np.zeros(size, "i8") for size in sizes]
+    if meta["layout"] == "fast":
+        data = parts["codes"]
+        for matrix, widths in zip(found, kinds, strict=True):
+            must(set(widths.tolist()) <= {0, 2, 4, 8, 16}, "width")
+            for width in (2, 4, 8, 16):
+                for row in np.flatnonzero(widths == width):
+                    size = stream_bytes(matrix.shape[1], width)
+                    matrix[row] = planar(data[:size], matrix.shape[1], width)
+                    data = data[size:]
+            for row, width in zip(matrix, widths, strict=True):
+                bits = (
+                    [int(max(row.max(), -1 - row.min(), 0)).bit_length() + 1] if row.any() else [0]
+                )
+                must(width == min(w for w in (0, 2, 4, 8, 16) if w >= bits[0]), "a wider row")
+        must(not len(data), "bytes after the last row")
+        return found
+    words = parts["codes"].tobytes()
+    stack = [int.from_bytes(words[i : i + 4], "little") for i in range(0, len(words), 4)]
+    must(not stack or stack[-1] > 0, "a last word of 0")
+    state, top = 0, meta["top"]
+    while state < 1 << 32 and stack:
+        state = state << 32 | stack.pop()
+    for kind in sorted({int(k) for each in kinds for k in each} - {0}):
+        table = frequencies(kind, top)
+        below = np.concatenate([[0], np.cumsum(table)])
+        for matrix, each in zip(found, kinds, strict=True):
+            for row in np.flatnonzero(each == kind):
+                for j in range(matrix.shape[1]):
+                    place = state % (1 << 24)
+                    code = int(np.searchsorted(below, place, side="right")) - 1
+                    state = int(table[code]) * (state >> 24) + place - int(below[code])
+                    if state < 1 << 32 and stack:
+                        state = state << 32 | stack.pop()
+                    matrix[row, j] = code - top
+    must(not state and not stack, "the stream goes on")
+    must(max((int(abs(m).max()) for m in found if m.size), default=0) == top, "top")
+    return found
+
+
+def planar(data: Array, count: int, width: int) -> Array:
+    if width >= 8:
+        return data.view("i1" if width == 8 else "<i2").astype("i8")
+    size = len(data)
+    places = np.arange(size * (8 // width))
+    codes = (data[places % size] >> (width * (places // size))) & ((1 << width) - 1)
+    must(not codes[count:].any(), "a bit after the last code")
+    codes = codes[:count].astype("i8")
+    return np.where(codes >= 1 << (width - 1), codes - (1 << width), codes)
+
+
+@cache
+def frequencies(kind: int, top: int) -> list[int]:
+    must(1 <= kind <= 120, "class")
+    a, b = divmod(kind - 1, 40)
+    m = 2.0 ** (b // 2 - 7) * (math.sqrt(2) if b % 2 else 1.0)
+    q = (math.sqrt(1 + m * m) - 1) / m
+    v = 3.14 * m * m + 0.5 * m
+    g = v / (1 + v)
+    one, two, r = [1.0], [1.0], g
+    for _ in range(top):
+        one.append(one[-1] * q)
+        two.append(two[-1] * r)
+        r = r * (g * g)
+    sums = [math.fsum([ws[0]] + 2 * ws[1:]) for ws in (one, two)]
+    both = [[w / s for w in ws] for ws, s in zip((one, two), sums, strict=True)]
+    weights = both[a] if a < 2 else [(x + y) / 2 for x, y in zip(*both, strict=True)]
+    tail = [1 + math.floor(w * (2**24 - 2 * top - 1)) for w in weights[1:]]
+    return [*reversed(tail), 2**24 - 2 * sum(tail), *tail]
 
 
 def product(left: Array, right: Array, shape: list[int]) -> Array:

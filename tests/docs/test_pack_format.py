@@ -6,7 +6,7 @@ import json
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -83,6 +83,14 @@ def test_the_examples_bytes_are_read_as_the_page_says(tmp_path: Path) -> None:
     assert set(SkillPack.load(tmp_path / "pack", base=BASE).decode()) == {"bias", "weight"}
 
 
+def codes(shape: tuple[int, int], top: int) -> torch.Tensor:
+    """Rows of very different size, some of zeros, the largest of magnitude `top`."""
+    sizes = torch.logspace(-2, 0, shape[0])[:, None]
+    found = (normal(shape, top) * sizes * top / 2).round().clamp(-top, top)
+    found[-1, 0] = -top
+    return found.to(torch.int16)
+
+
 def every_codec() -> dict[str, Encoded]:
     """Each codec in each of its forms, with shapes that fill no byte or group, and none at all."""
     found: dict[str, Encoded] = {}
@@ -114,6 +122,22 @@ def every_codec() -> dict[str, Encoded]:
         (grid(3, 9, 3, 128, 3), grid(3, 7, 3, 2, 4)),
     ]
     found["quantized_low_rank"] = codecs.quantized_low_rank(pairs, (9, 7))
+    for layout in get_args(codecs.CodeLayout):
+        for top in (1, 100, 8191):
+            rows = codes((5, 13), top), codes((5, 9), top)
+            scales = normal((5,), 11)
+            kind = f"coded_low_rank {layout} {top}"
+            found[kind] = codecs.coded_low_rank(*rows, scales, (13, 9), layout)
+            found[f"coded {layout} {top}"] = codecs.coded(
+                codes((40, 7), top), normal((40,), 12), (40, 7), layout, columns=normal((7,), 13)
+            )
+        empty = torch.zeros(0, 4, dtype=torch.int16)
+        found[f"coded_low_rank {layout} none"] = codecs.coded_low_rank(
+            empty, empty, torch.zeros(0), (4, 4), layout
+        )
+        found[f"coded {layout} vector"] = codecs.coded(
+            codes((1, 9), 50), torch.tensor([0.25]), (9,), layout
+        )
     found["quantized_low_rank none"] = codecs.quantized_low_rank([], (9, 7))
     return found
 
@@ -136,7 +160,7 @@ def test_the_reader_agrees_with_the_engine(tmp_path: Path) -> None:
     assert set(found) == set(wanted) == set(tensors)
     for name, delta in wanted.items():
         assert found[name].dtype == np.float32 and found[name].shape == tuple(delta.shape)
-        if tensors[name].codec in ("low_rank", "quantized_low_rank"):
+        if tensors[name].codec in ("low_rank", "quantized_low_rank", "coded_low_rank"):
             np.testing.assert_allclose(found[name], delta.numpy(), rtol=1e-5, atol=1e-30)
         else:
             np.testing.assert_array_equal(found[name], delta.numpy())

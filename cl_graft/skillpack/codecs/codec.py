@@ -16,6 +16,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from cl_graft.skillpack.codecs.coded_rows import CodeLayout
 from cl_graft.skillpack.codecs.encoded import (
     STORABLE,
     Encoded,
@@ -92,6 +93,14 @@ class Scattered(Codec):
         """
 
 
+class Relaid(Codec):
+    """A codec that stores the same numbers in more than one layout."""
+
+    @abstractmethod
+    def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
+        """The same tensor, bit for bit, in this layout."""
+
+
 CODECS: dict[str, Codec] = {}
 C = TypeVar("C", bound=type[Codec])
 
@@ -165,6 +174,20 @@ def is_factored(encoded: Encoded) -> bool:
 def is_scattered(encoded: Encoded) -> bool:
     """Whether a tensor is stored as positions and values."""
     return isinstance(codec_named(encoded.codec), Scattered)
+
+
+def relaid(encoded: Encoded, layout: CodeLayout) -> Encoded:
+    """The same tensor in this layout; as it is where its codec knows one only. Raises ValueError as `check` does."""
+    codec = codec_named(encoded.codec)
+    if not isinstance(codec, Relaid) or encoded.meta["layout"] == layout:
+        return encoded
+    check(encoded)
+    return codec.relaid(encoded, layout)
+
+
+def layout_name(encoded: Encoded) -> str | None:
+    """The layout of a tensor whose codec knows several; None for another."""
+    return encoded.meta["layout"] if isinstance(codec_named(encoded.codec), Relaid) else None
 
 
 def check_parts(encoded: Encoded) -> None:

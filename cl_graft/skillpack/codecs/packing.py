@@ -157,6 +157,17 @@ def pack_index(positions: Tensor, numel: int) -> tuple[list[int] | None, Tensor]
     return None, pack(bitmap, 1)
 
 
+def gap_bytes(gap: object, numel: int) -> int:
+    """Bytes of the gap code that a header's `gap` = [width, tokens] says, among `numel` elements. Raises ValueError."""
+    if not isinstance(gap, list) or len(gap) != 2 or any(type(g) is not int for g in gap):
+        raise ValueError("gap is not a list of 2 numbers.")
+    width, tokens = gap
+    # each token goes one place on or more
+    if not 1 <= width <= MAX_WIDTH or not 0 <= tokens <= numel:
+        raise ValueError(f"gap: a width of 1 to {MAX_WIDTH} and 0 to {numel} tokens are possible.")
+    return packed_bytes(tokens, width)
+
+
 def unpack_index(index: Tensor, gap: list[int] | None, numel: int) -> Tensor:
     """The inverse of `pack_index`: int64, strictly increasing. Raises ValueError on a bad index."""
     if gap is None:

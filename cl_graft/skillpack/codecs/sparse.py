@@ -22,7 +22,6 @@ from cl_graft.skillpack.codecs.encoded import (
     fields,
     rounded,
     whole,
-    wholes,
 )
 
 
@@ -70,11 +69,7 @@ class SparseCodec(Scattered):
         kept = whole(meta["kept"], "kept", 0, numel)
         index = packing.packed_bytes(numel, 1)
         if "gap" in meta:
-            width, tokens = wholes(meta["gap"], 2, "gap")
-            whole(width, "gap width", 1, packing.MAX_WIDTH)
-            # each of them goes one place on or more
-            whole(tokens, "gap tokens", 0, numel)
-            index = packing.packed_bytes(tokens, width)
+            index = packing.gap_bytes(meta["gap"], numel)
         return {"values": (dtype_of(meta), (kept,)), "index": (torch.uint8, (index,))}
 
     def check(self, encoded: Encoded) -> None:

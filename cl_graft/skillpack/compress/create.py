@@ -27,13 +27,14 @@ from cl_graft.models.roles import tied_head
 from cl_graft.skillpack.codecs import decode
 from cl_graft.skillpack.compress.calibrate import Moments
 from cl_graft.skillpack.compress.calibrated import Calibrated, Calibration, timed
-from cl_graft.skillpack.compress.compress import ByteLimit, PackProgress, Piece, compress, fetch
+from cl_graft.skillpack.compress.compress import compress
 from cl_graft.skillpack.compress.directions import (
     Known,
     directions_bytes,
     wanted_directions,
 )
-from cl_graft.skillpack.compress.policy import BINS, METHODS, Policy
+from cl_graft.skillpack.compress.policy import METHODS, Policy
+from cl_graft.skillpack.compress.work import ByteLimit, PackProgress, Piece, fetch
 from cl_graft.skillpack.compress.work_store import Folder
 from cl_graft.skillpack.folders.besides import joined, not_in_weights
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
@@ -157,7 +158,7 @@ def _pieces(pairing: Pairing, meta: MetaModel) -> list[Piece]:
     ]
 
 
-ABOUT = 2000  # bytes of what is said of a tensor and its group in the work folder
+ABOUT = 6000  # bytes of what is said of a tensor and its group in the work folder
 
 
 def work_bytes(pieces: Sequence[Piece], policy: Policy, limit: int, rounds: int = 1) -> int:
@@ -168,9 +169,7 @@ def work_bytes(pieces: Sequence[Piece], policy: Policy, limit: int, rounds: int 
     """
     matrices = {piece.name: piece.shape for piece in pieces if piece.kind == "matrix"}
     waiting = directions_bytes(matrices, wanted_directions(matrices, policy, limit))
-    small = sum(
-        8 * sum(piece.shape) + 8 * BINS * (piece.kind == "table") + ABOUT for piece in pieces
-    )
+    small = sum(8 * sum(piece.shape) + ABOUT for piece in pieces)
     return max(limit, sum(waiting.values())) + (rounds - 1) * limit + rounds * small
 
 

@@ -20,7 +20,7 @@ from cl_graft.skillpack.compress.factorise import Spectrum, spectrum
 from cl_graft.skillpack.compress.policy import Adaptive, Policy
 from cl_graft.skillpack.compress.work_store import Item, WorkStore
 
-RANK_BITS = 3.0  # that an entry of a rank takes on average, where bits are shared out by worth
+RANK_BITS = 1.4  # that an entry of a rank takes on average, where bits are shared out by worth
 FEWEST = 16  # directions that are looked for in any matrix
 DIRECTIONS_BYTES = 1_000_000_000
 

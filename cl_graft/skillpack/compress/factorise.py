@@ -20,11 +20,8 @@ from cl_graft.skillpack.codecs import (
     quantized_low_rank,
     quantized_low_rank_spec,
 )
-from cl_graft.skillpack.codecs.quant import BITS, Quantized, groups_in, round_to_nearest
+from cl_graft.skillpack.codecs.quant import Quantized, round_to_nearest
 from cl_graft.skillpack.compress.gptq import gptq_many, gptq_runs
-
-# Share of a rank's energy that is lost at b bits; 0 bits drops the rank. Rate-distortion slope 4^-b.
-LOSS = {0: 1.0, **{bits: min(1.0, 2.8 * 4.0**-bits) for bits in BITS}}
 
 Counts = dict[int, int]  # {bits: number of ranks}, precision falling
 
@@ -160,24 +157,6 @@ def rank_for_energy(energy: Tensor, share: float) -> int:
         return 0
     cumulative = energy.cumsum(0) / energy.sum()
     return int((cumulative < share).sum().item()) + 1 if share < 1 else len(energy)
-
-
-def allocate(energy: Tensor, shape: tuple[int, int], price: float, group_size: int) -> Counts:
-    """The ranks at each precision that minimise error + price * bytes.
-
-    price: squared output error that one byte is worth. Because every rank costs the same at the same
-    bits, each chooses for itself, and bits never rise along the falling spectrum.
-    """
-    scales = groups_in(shape[0], group_size) + groups_in(shape[1], group_size)
-    options = (0, *BITS)
-    bytes_of = torch.tensor(
-        [0.0 if not b else (b * sum(shape) + (16 + b) * scales) / 8 for b in options],
-        dtype=torch.float64,
-    )
-    loss = torch.tensor([LOSS[b] for b in options], dtype=torch.float64)
-    choice = (energy.cpu()[:, None] * loss + price * bytes_of).argmin(1)
-    counts = {b: int((choice == i).sum()) for i, b in enumerate(options)}
-    return {b: counts[b] for b in sorted(BITS, reverse=True) if counts[b]}
 
 
 def spec_of(counts: Counts, shape: tuple[int, int], group_size: int) -> Spec:

@@ -185,7 +185,7 @@ def _job(
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
         columns, hessian = columns[order], hessian[order][:, order]
-    damped, root = _factorised(hessian, damping)
+    damped, root = factorised(hessian, damping)
     return _Job(columns, damped, root, order, (order // wide).tolist(), tops, wide, block)
 
 
@@ -270,19 +270,21 @@ def _rounded(x: Tensor, grid: Grid, top: Top) -> Tensor:
     return steps.sub_(zero).mul_(scale).flatten()
 
 
-def _factorised(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """`(damped, root)`: the Hessian, mean diagonal 1, plus damping; R upper triangular, R R^T = damped.
+def factorised(hessian: Tensor, damping: float, scaled: bool = True) -> tuple[Tensor, Tensor]:
+    """`(damped, root)`: the Hessian plus damping; R upper triangular, R R^T = damped. Both float32.
 
-    R is the Cholesky factor of the Hessian with its order reversed, reversed.
+    R is the Cholesky factor of the Hessian with its order reversed, reversed. damping: a share of the mean diagonal.
+    scaled: brought to a mean diagonal of 1. Raises ValueError for a matrix that is far from positive semi-definite.
     """
     scale = float(hessian.diagonal().double().abs().mean()) or 1.0
+    size = 1.0 if scaled else scale
     for _ in range(12):
         for dtype in (torch.float32, torch.float64):
             damped = hessian.to(dtype, copy=True).div_(scale)
             damped.diagonal().add_(damping)
             lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
             if not failed and lower.diagonal().isfinite().all():
-                return damped.float(), lower.flip(0, 1).float()
+                return damped.mul_(size).float(), lower.flip(0, 1).mul_(size**0.5).float()
         damping = 10 * max(damping, 1e-7)
     raise ValueError("the Hessian is far from positive semi-definite; pass X^T X / n in float32.")
 

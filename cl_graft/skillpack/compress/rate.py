@@ -1,0 +1,342 @@
+"""Matrices and tables as whole numbers: how coarse they may be at a price of a byte, and the numbers themselves.
+
+One length `step`, in the square root of the loss, rules everything: every code loses step**2 / 12 of it at high rates,
+so that a byte buys the same wherever it is spent, among tensors, ranks and entries alike (reverse water-filling). What
+is worth less than that becomes zeros by itself, and zeros cost next to nothing under an entropy coder.
+
+Steps are the same for all columns of a right factor. WaterSIC (arXiv 2603.04956) gives column i the step c / L_ii,
+which is better where each column has a distribution of its own; here codes are told apart by rows, and one step of
+equal mean square loss measured the same error at fewer bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cl_graft.skillpack.codecs import CodeLayout, Encoded, Meta, Spec, coded, coded_low_rank
+from cl_graft.skillpack.codecs.coded_low_rank import factors_of
+from cl_graft.skillpack.codecs.entropy import TOP
+from cl_graft.skillpack.compress.factorise import Spectrum, damped
+from cl_graft.skillpack.compress.gptq import factorised
+
+BIT = 0.05  # of a step: how much further from its code a value may be for each bit that this saves
+WORTH = 0.5  # of a step, the least root mean square of the shorter side's entries that a rank is kept for
+RANK_BYTES, ROW_BYTES = 4.0, 3.5  # of a rank or a row, beside its codes
+LEFT_DAMPING = 1e-4
+FINENESS = 24  # of norms and biases, whose share of the loss was below what could be measured
+
+
+GRID = torch.arange(-320.0, 161.0) / 4  # log2 of steps at which bytes are told
+OCTAVES = 24  # below the step at which the first row is kept
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a tensor takes at each step: float64 (len(GRID),), falling; largest: mean abs of its largest row's entries
+    in the square root of the loss."""
+
+    bytes: Tensor
+    largest: float
+
+    def at(self, step: float) -> float:
+        """About the bytes at this step."""
+        place = min(max(4 * (math.log2(step) + 80), 0.0), len(GRID) - 1.0)
+        low = min(int(place), len(GRID) - 2)
+        return float(self.bytes[low] + (place - low) * (self.bytes[low + 1] - self.bytes[low]))
+
+    def step(self, bytes: float) -> float:
+        """The least step at which this takes no more bytes."""
+        if bytes >= float(self.bytes[0]):
+            return 2.0 ** float(GRID[0])
+        high = int((self.bytes > bytes).sum())  # falling: the first that fits
+        if high == len(GRID):
+            return 2.0 ** float(GRID[-1])
+        fine, coarse = float(self.bytes[high - 1]), float(self.bytes[high])
+        return 2.0 ** float(GRID[high] - (bytes - coarse) / (fine - coarse) / 4)
+
+
+def rate_of(
+    magnitudes: Tensor,
+    lengths: tuple[int, ...],
+    worth: Tensor,
+    row_bytes: float,
+    layout: CodeLayout,
+) -> Rate:
+    """The rate of rows. magnitudes: float64 (groups, rows), mean abs of a row's entries in the square root of the loss,
+    of rows of `lengths` entries; worth: float64 (rows,), the step below which a row is kept."""
+    found = torch.zeros(len(GRID), dtype=torch.float64)
+    if not worth.numel() or not worth.max() > 0:
+        return Rate(found, 0.0)
+    first = int(((worth.max().log2() + 80) * 4).clamp(0, len(GRID) - 1)) + 1
+    bits = _bits_packed if layout == "fast" else _bits_coded
+    for i in range(min(first, len(GRID) - 1), max(-1, first - 4 * OCTAVES), -2):
+        step = 2.0 ** float(GRID[i])
+        alive = worth > step
+        codes = sum(
+            n * bits(row[alive] / step).sum() for n, row in zip(lengths, magnitudes, strict=True)
+        )
+        found[i] = codes / 8 + row_bytes * int(alive.sum())
+        if i + 2 < len(GRID):
+            found[i + 1] = (found[i] + found[i + 2]) / 2
+    found[:i] = found[i]
+    return Rate(found, float(magnitudes.max()))
+
+
+def _geometric(magnitude: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, mean abs code) of the codes of values of exponential magnitude, with their dead zone."""
+    m = magnitude.clamp(1e-3, 1e6)
+    edge = 0.5 + dead_zone(m)
+    mean = torch.exp(-edge / m) / -torch.expm1(-1 / m)
+    return ((1 + mean * mean).sqrt() - 1) / mean.clamp_min(1e-30), mean
+
+
+def _bits_coded(magnitude: Tensor) -> Tensor:
+    """Bits of a code under a geometric distribution."""
+    q, mean = _geometric(magnitude)
+    q = q.clamp(1e-30, 1 - 1e-12)
+    return -((1 - q) / (1 + q)).log2() - mean * q.log2()
+
+
+def _bits_packed(magnitude: Tensor) -> Tensor:
+    """Bits of a code at the width that its row needs."""
+    top = 5.5 * magnitude
+    return 2.0 + 2 * (top > 1.5) + 4 * (top > 7.5) + 8 * (top > 127.5)
+
+
+def dead_zone(magnitude: Tensor) -> Tensor:
+    """How much less than a half rounds to the next code: BIT for each bit between neighbouring codes of a row."""
+    m = magnitude.clamp_min(1e-4)
+    q = ((1 + m * m).sqrt() - 1) / m
+    return (BIT * -q.log2()).clamp_(max=0.35)
+
+
+class Weighted(NamedTuple):
+    """A matrix to be coded. delta: float32 (out, in); spectrum: under H; slope: what a squared unit of output costs."""
+
+    delta: Tensor
+    spectrum: Spectrum
+    slope: float
+    transposed: bool = False  # stored as (in, out)
+
+
+def root_mean_square(root: Tensor) -> float:
+    """Of the pivots of a Cholesky factor: what a unit of one entry costs, all entries before it made up for."""
+    return float(root.diagonal().double().square().mean().sqrt())
+
+
+def matrix_rate(matrix: Weighted, hessian: Tensor | None, pivot: float, layout: CodeLayout) -> Rate:
+    """The rate of a matrix's ranks. hessian: damped; pivot: `root_mean_square` of its factor, 1 without."""
+    energy = matrix.spectrum.energy.cpu() * matrix.slope
+    count = min(matrix.spectrum.directions, int((energy > 1e-12 * energy[:1]).sum()))
+    if not count:
+        return Rate(torch.zeros(len(GRID), dtype=torch.float64), 0.0)
+    right, left = _factors(matrix, hessian, count)
+    known = torch.stack(
+        [
+            right.abs().mean(1).double().cpu() * (pivot * matrix.slope**0.5),
+            left.abs().mean(0).double().cpu() * energy[:count].sqrt(),
+        ]
+    )
+    # ranks whose directions were not looked for are taken to be like the last of those that were
+    more = known[:, -1:] * (energy[count:] / energy[count - 1].clamp_min(1e-300)).sqrt()
+    magnitudes = torch.cat([known, more], 1)
+    rows, cols = matrix.delta.shape
+    worth = energy.sqrt() / (WORTH * min(rows, cols) ** 0.5)
+    return rate_of(magnitudes, (cols, rows), worth, RANK_BYTES, layout)
+
+
+def _factors(matrix: Weighted, hessian: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """(right (count, in), left (out, count)), left's columns orthonormal."""
+    right = matrix.spectrum.right(matrix.delta, count)
+    left = matrix.spectrum.left(matrix.delta, hessian, count)
+    if matrix.spectrum.wide:
+        return right, left
+    size = matrix.spectrum.energy[:count].sqrt().clamp_min(1e-30).to(left)
+    return right * size[:, None], left / size
+
+
+def ranks_at(energy: Tensor, slope: float, shape: tuple[int, ...], step: float) -> int:
+    """How many of a matrix's ranks (out, in) are worth keeping at a step. energy: float64 (r,), falling."""
+    return int(((energy * slope).sqrt() / (WORTH * min(shape) ** 0.5) > step).sum())
+
+
+def encode_matrices(
+    matrices: list[Weighted],
+    hessian: Tensor | None,
+    step: float,
+    layout: CodeLayout,
+    damping: float,
+) -> list[Encoded | None]:
+    """Matrices that read the same inputs, of second moment `hessian` (in, in), at one step; None where nothing is kept.
+
+    The right factors of all go through one solve, every column's rounding error made up for by the columns after it.
+    Then, matrix by matrix, the left factor is solved anew by least squares against the delta, which takes up what
+    became of the right one, and goes through a solve of its own under the second moment of what it reads.
+    """
+    under = None if hessian is None else damped(hessian, damping)
+    counts, rights = [], []
+    for m in matrices:
+        wanted = ranks_at(m.spectrum.energy, m.slope, tuple(m.delta.shape), step)
+        counts.append(min(wanted, m.spectrum.directions))
+        right, _ = _factors(m, under, counts[-1])
+        rights.append(right * (m.slope**0.5 / step))
+    stacked = torch.cat(rights)
+    if not len(stacked):
+        return [None] * len(matrices)
+    if hessian is None:
+        codes, unit = _rounded(stacked, dead_zone(stacked.abs().mean(1))[:, None]), 1.0
+    else:
+        _, root = factorised(hessian, damping, scaled=False)
+        unit = root_mean_square(root)
+        codes = _solve_right(stacked * unit, root / unit)
+    results: list[Encoded | None] = []
+    for m, mine in zip(matrices, codes.split(counts), strict=True):
+        mine = mine[mine.any(1)]
+        results.append(_with_left(m, mine, under, step, unit, layout) if len(mine) else None)
+    return results
+
+
+def _with_left(
+    m: Weighted, right: Tensor, under: Tensor | None, step: float, unit: float, layout: CodeLayout
+) -> Encoded | None:
+    """Encode a matrix by the codes of its right factor, float32 (ranks, in)."""
+    size = step / (m.slope**0.5 * unit)
+    read = right * size
+    seen = read if under is None else read @ under
+    moment = seen @ read.T
+    moment = (moment.double() + moment.T.double()) / 2
+    moment.diagonal().add_(1e-6 * moment.diagonal().mean().clamp_min(1e-300))
+    chol = torch.linalg.cholesky(moment)
+    left = torch.cholesky_solve((seen @ m.delta.T).double(), chol).float()
+    codes, scales = _solve_left(left, moment.float(), step / m.slope**0.5, size)
+    alive = codes.any(1)
+    if not alive.any():
+        return None
+    left_codes, right_codes = (x[alive].to(torch.int16).cpu() for x in (codes, right))
+    scales = scales[alive].cpu()
+    rows, cols = m.delta.shape
+    if m.transposed:
+        return coded_low_rank(right_codes, left_codes, scales, (cols, rows), layout)
+    return coded_low_rank(left_codes, right_codes, scales, (rows, cols), layout)
+
+
+def trimmed(encoded: Encoded, ranks: int) -> Encoded:
+    """The first ranks of a `coded_low_rank` tensor."""
+    left, right, scales = (part[:ranks] for part in factors_of(encoded))
+    return coded_low_rank(left, right, scales, encoded.shape, encoded.meta["layout"])
+
+
+def _rounded(x: Tensor, zone: Tensor) -> Tensor:
+    """The codes of values in units of a step, as floats."""
+    return x.sign() * (x.abs() + (0.5 - zone)).floor_().clamp_(0, TOP)
+
+
+def _solve_right(x: Tensor, root: Tensor, block: int = 128) -> Tensor:
+    """Codes, as floats (rows, n), of rows in units of the step, column after column (GPTQ, arXiv 2210.17323).
+
+    root: float32 (n, n), upper triangular, R R^T the second moment; the step of every column is the same.
+    """
+    columns, zone = x.T.contiguous(), dead_zone(x.abs().mean(1))
+    codes, missing = torch.empty_like(columns), torch.empty_like(columns)
+    pivots = root.diagonal().tolist()
+    terms = torch.zeros_like(columns)
+    for start in range(0, len(columns), block):
+        stop = min(start + block, len(columns))
+        inner, mine = root[start:stop, start:stop].T.contiguous(), missing[start:stop]
+        for i, j in enumerate(range(start, stop)):
+            left = torch.addmv(terms[j], mine[:i].T, inner[i, :i]) if i else terms[j]
+            codes[j] = _rounded(torch.add(columns[j], left, alpha=1 / pivots[j]), zone)
+            torch.sub(columns[j], codes[j], out=missing[j])
+        terms[stop:].addmm_(root[start:stop, stop:].T, mine)
+    return codes.T.contiguous()
+
+
+def _solve_left(
+    left: Tensor, moment: Tensor, step: float, size: float, block: int = 128
+) -> tuple[Tensor, Tensor]:
+    """(codes, as floats (ranks, out); scales, float32 (ranks,)) of a left factor (ranks, out): left is near
+    codes * scales / size, and the scales are in bfloat16 already.
+
+    moment: float32 (ranks, ranks), of what it reads. Every rank has the step at which each loses the same, and the
+    scale that fits its codes best.
+    """
+    _, root = factorised(moment, LEFT_DAMPING, scaled=False)
+    pivots = root.diagonal().tolist()
+    codes, missing = torch.empty_like(left), torch.empty_like(left)
+    scales, terms = torch.zeros(len(left), device=left.device), torch.zeros_like(left)
+    for start in range(0, len(left), block):
+        stop = min(start + block, len(left))
+        inner, mine = root[start:stop, start:stop].T.contiguous(), missing[start:stop]
+        for i, j in enumerate(range(start, stop)):
+            fed = torch.addmv(terms[j], mine[:i].T, inner[i, :i]) if i else terms[j]
+            wanted = torch.add(left[j], fed, alpha=1 / pivots[j])
+            x = wanted * (pivots[j] / step)
+            codes[j] = _rounded(x, dead_zone(x.abs().mean()))
+            squares = codes[j] @ codes[j]
+            if squares > 0:
+                scales[j] = ((codes[j] @ wanted) * (size / squares)).bfloat16()
+            torch.sub(left[j], codes[j] * (scales[j] / size), out=missing[j])
+        terms[stop:].addmm_(root[start:stop, stop:].T, mine)
+    return codes, scales
+
+
+class Table(NamedTuple):
+    """A tensor that is coded entry by entry. delta: float32 (rows, n); rows, columns: what a squared unit of an entry
+    costs in squared loss is the product of both, float32 (rows,) and (n,)."""
+
+    delta: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def table_rate(table: Table, layout: CodeLayout) -> Rate:
+    """The rate of a table's rows."""
+    n = table.delta.shape[1]
+    weights = table.columns.sqrt()
+    magnitude = torch.cat([(part.abs() * weights).mean(1) for part in table.delta.split(_strip(n))])
+    magnitude = (magnitude * table.rows.sqrt()).double().cpu()
+    return rate_of(magnitude[None], (n,), magnitude * (2.0 * n) ** 0.5, ROW_BYTES, layout)
+
+
+def encode_table(table: Table, shape: tuple[int, ...], step: float, layout: CodeLayout) -> Encoded:
+    """A table at one step; rows that are not worth their bytes are zeros. shape: of the tensor."""
+    steps = (step / table.rows.clamp_min(1e-30).sqrt()).clamp_max(1e30).bfloat16().float()
+    columns = table.columns.clamp_min(1e-30).rsqrt().clamp_max(1e15).bfloat16().float()
+    codes = []
+    for part, sizes in zip(
+        table.delta.split(_strip(len(columns))), steps.split(_strip(len(columns))), strict=True
+    ):
+        x = part / (sizes[:, None] * columns)
+        code = _rounded(x, dead_zone(x.abs().mean(1))[:, None])
+        gain = (x.square() - (x - code).square()).sum(1)
+        bits = x.shape[1] * _bits_coded(x.abs().mean(1)) + 8 * ROW_BYTES
+        code[gain < 2 * BIT * bits] = 0
+        codes.append(code.to(torch.int16).cpu())
+    return coded(torch.cat(codes), steps.cpu(), shape, layout, columns=columns.cpu())
+
+
+def encode_vector(delta: Tensor, layout: CodeLayout) -> Encoded:
+    """A tensor of one row, to 1 / FINENESS of its root mean square."""
+    flat = delta.float().reshape(1, -1)
+    step = max(float(flat.square().mean().sqrt()) / FINENESS, float(flat.abs().amax()) / TOP)
+    steps = torch.tensor([step]).bfloat16().float().clamp_min(1e-38)
+    codes = (flat.cpu() / steps).round_().clamp_(-TOP, TOP).to(torch.int16)
+    return coded(codes, steps, tuple(delta.shape), layout)
+
+
+def vector_spec(shape: tuple[int, ...], layout: CodeLayout) -> Spec:
+    """About what `encode_vector` says of a vector, before there is one: a code takes some six bits."""
+    size = 4 * -(-prod(shape) * (8 if layout == "fast" else 6) // 32)
+    lies: Meta = {"layout": layout, "bytes": size} | ({"top": 99} if layout == "small" else {})
+    return "coded", shape, {"kept": 1, "columns": 0, **lies}
+
+
+def _strip(n: int) -> int:
+    """Rows that are worked on at a time."""
+    return max(1, (1 << 22) // max(1, n))

@@ -1,0 +1,303 @@
+"""A pack of whole numbers within a budget: one step for all tensors, corrected as the bytes come in.
+
+What every tensor's rows cost at a step is estimated beforehand. Tensors are then encoded in turn, and before each the
+step is chosen anew, so that what is left of the budget is just used by what is left to do: the estimate's errors are
+made up for on the way, and the last tensors are encoded again until the file fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cl_graft.errors import OverBudget
+from cl_graft.skillpack.codecs import CodeLayout, Encoded, Meta, Spec, payload_bytes
+from cl_graft.skillpack.compress.factorise import Spectrum
+from cl_graft.skillpack.compress.gptq import factorised
+from cl_graft.skillpack.compress.memory import release
+from cl_graft.skillpack.compress.policy import Adaptive
+from cl_graft.skillpack.compress.rate import (
+    GRID,
+    Rate,
+    Table,
+    Weighted,
+    encode_matrices,
+    encode_table,
+    encode_vector,
+    matrix_rate,
+    ranks_at,
+    root_mean_square,
+    table_rate,
+    trimmed,
+)
+from cl_graft.skillpack.compress.work import (
+    Piece,
+    Work,
+    alike,
+    fetch,
+    importance,
+    kept,
+    measure,
+    put,
+    slope_of,
+    visit,
+)
+from cl_graft.skillpack.compress.work_store import Item
+
+FINEST = 1500.0  # codes of a tensor's largest row have at most this mean magnitude
+SHARE = 0.99  # of the budget that is used at least, where there is so much to store
+MARGIN = 0.002  # of the budget, kept back until the last tensors
+TRIES = 8  # of the last tensors, until the file fits
+ROUNDS = 3  # of the tables, until their step is that of the matrices
+
+
+def rated(work: Work, policy: Adaptive) -> dict[str, Spec]:
+    """Encode all pieces; results go into the work store. A tensor of which nothing is worth keeping is left out.
+
+    Raises OverBudget.
+    """
+    control = Control(work, policy.layout, measured(work, policy.layout))
+    control.vectors()
+    control.tables()
+    total, done = sum(math.prod(p.shape) for p in work.pieces if p.kind == "matrix") or 1, 0
+
+    def use(pieces: list[Piece], hessian: Tensor | None) -> None:
+        nonlocal done
+        control.matrices([p for p in pieces if p.name in control.rates], hessian)
+        for piece in pieces:
+            work.directions.drop(piece.name)
+        done += sum(math.prod(p.shape) for p in pieces)
+        release()
+        work.progress("compressing", done / total)
+
+    visit(work, use, lambda pieces: any(p.name in control.ahead for p in pieces))
+    control.trim()
+    return control.kept
+
+
+@dataclass
+class Control:
+    """The step for what is left to do, from what was estimated of the others and what they then took.
+
+    kept: what is in the pack so far. steps: at which its matrices and tables were encoded.
+    """
+
+    work: Work
+    layout: CodeLayout
+    rates: Mapping[str, Rate]
+    kept: dict[str, Spec] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        store = self.work.store
+        tables = [n for n, p in self._pieces.items() if p.kind == "table"]
+        whole = all(f"step/{name}" in store for name in tables)
+        for name, piece in self._pieces.items():
+            if f"step/{name}" in store and (whole or piece.kind == "matrix"):
+                self.steps[name] = store[f"step/{name}"].about["step"]
+                if f"encoded/{name}" in store:
+                    self.kept[name] = fetch(store, name).spec
+
+    @property
+    def ahead(self) -> dict[str, Piece]:
+        """What is left to do, by name."""
+        return {name: piece for name, piece in self._pieces.items() if name not in self.steps}
+
+    @property
+    def left(self) -> int:
+        """Bytes of the budget that are not used yet."""
+        return self.work.limit.bytes - self.work.limit.cost(self.kept)
+
+    def vectors(self) -> None:
+        """Encode norms and biases. Raises OverBudget where they alone are too much."""
+        for piece in self.work.pieces:
+            if piece.kind == "vector":
+                make = partial(_vector, piece, self.layout)
+                self.kept[piece.name] = kept(self.work, piece, make)
+        if self.left < 0:
+            limit = self.work.limit
+            raise OverBudget(
+                f"the budget {limit.text} ({limit.bytes} bytes) does not hold norms and biases; raise it."
+            )
+
+    def tables(self) -> None:
+        """Encode embeddings, heads and the like, at the step that the matrices are then left with."""
+        tables = [p for p in self.ahead.values() if p.kind == "table"]
+        if not tables:
+            return
+        step, found = self.step(), dict[str, Encoded]()
+        for _ in range(ROUNDS):
+            for piece in tables:
+                encoded = encode_table(_table(self.work, piece), piece.shape, step, self.layout)
+                if encoded.meta["kept"] or piece.present:
+                    found[piece.name] = encoded
+                self._note([piece], found, step)
+            before, step = step, self.step()
+            if not self.ahead or abs(math.log2(step / before)) < 0.1:
+                break
+        self._finish(tables, found)
+
+    def matrices(self, group: list[Piece], hessian: Tensor | None) -> None:
+        """Encode matrices that read one input; the last ones again and again, until the file fits."""
+        todo = [piece for piece in group if piece.name in self.ahead]
+        if not todo:
+            return
+        step = first = self.step()
+        items = self._weighted(todo, hessian, step)
+        last = len(todo) == len(self.ahead)
+        low, high = 0.0, math.inf  # steps known to be too fine, and to fit
+        for _ in range(TRIES if last else 1):
+            results = encode_matrices(items, hessian, step, self.layout, self.work.policy.damping)
+            names = [piece.name for piece in todo]
+            found = {n: e for n, e in zip(names, results, strict=True) if e is not None}
+            self._note(todo, found, step)
+            if not last or 0 <= self.left <= (1 - SHARE) * self.work.limit.bytes:
+                break
+            low, high = (low, step) if self.left >= 0 else (step, high)
+            step = self._better(todo, step, low, high)
+            if step < first / 2:  # filling up with the last bits of one group is waste
+                break
+        self._finish(todo, found)
+
+    def trim(self) -> None:
+        """Drop the least ranks of the largest matrices, for as long as the file is too large. Raises OverBudget."""
+        while self.left < 0:
+            names = [n for n, s in self.kept.items() if s[0] == "coded_low_rank" and s[2]["rank"]]
+            if not names:
+                limit = self.work.limit
+                raise OverBudget(
+                    f"the budget {limit.text} ({limit.bytes} bytes) is too small; raise it."
+                )
+            name = max(names, key=lambda n: self.kept[n][2]["bytes"])
+            ranks = self.kept[name][2]["rank"]
+            encoded = trimmed(fetch(self.work.store, name), ranks - math.ceil(ranks / 16))
+            self.kept[name] = put(self.work.store, name, encoded)
+
+    def step(self) -> float:
+        """The step at which, as far as can be told, what is left to do just uses what is left of the budget."""
+        ahead = self.ahead
+        limit = self.work.limit
+        bare = {name: _bare(piece, self.layout) for name, piece in ahead.items()}
+        left = (1 - MARGIN) * limit.bytes - limit.cost(self.kept | bare)
+        wanted = torch.zeros(len(GRID), dtype=torch.float64)
+        for kind in ("table", "matrix"):
+            curves = [self.rates[n].bytes for n, piece in ahead.items() if piece.kind == kind]
+            wanted += self._right(kind) * torch.stack(curves).sum(0) if curves else 0.0
+        finest = max(rate.largest for rate in self.rates.values()) / FINEST
+        return max(finest, Rate(wanted, 0.0).step(left))
+
+    @property
+    def _pieces(self) -> dict[str, Piece]:
+        return {p.name: p for p in self.work.pieces if p.name in self.rates}
+
+    def _note(self, pieces: list[Piece], found: Mapping[str, Encoded], step: float) -> None:
+        for piece in pieces:
+            self.steps[piece.name] = step
+            self.kept.pop(piece.name, None)
+            if piece.name in found:
+                self.kept[piece.name] = found[piece.name].spec
+
+    def _finish(self, pieces: list[Piece], found: Mapping[str, Encoded]) -> None:
+        store = self.work.store
+        for name in found:
+            put(store, name, found[name])
+        for piece in pieces:
+            store[f"step/{piece.name}"] = Item({}, {"step": self.steps[piece.name]})
+
+    def _weighted(self, group: list[Piece], hessian: Tensor | None, step: float) -> list[Weighted]:
+        under, items = self.work.under(hessian), []
+        for piece in group:
+            slope = self.work.store[f"rate/{piece.name}"].about["slope"]
+            energy = self.work.directions.energy(piece.name)
+            delta = self.work.delta(piece)
+            ranks = ranks_at(energy, slope, tuple(delta.shape), step)
+            found = self.work.directions.take(piece.name, delta, under, ranks)
+            items.append(Weighted(delta, found, slope, piece.transposed))
+        return items
+
+    def _better(self, group: list[Piece], step: float, low: float, high: float) -> float:
+        """A step at which a group takes nearly all that is left, between two that are known."""
+        took = sum(payload_bytes(*self.kept[p.name]) for p in group if p.name in self.kept)
+        about = Rate(torch.stack([self.rates[p.name].bytes for p in group]).sum(0), 0.0)
+        room = took + self.left - 0.3 * (1 - SHARE) * self.work.limit.bytes
+        better = about.step(max(0.0, room) / max(1, took) * about.at(step))
+        if low < better < high and better != step:
+            return better
+        if low and high < math.inf:
+            return (low * high) ** 0.5
+        return step * (1.1 if self.left < 0 else 0.9)
+
+    def _right(self, kind: str) -> float:
+        """By how much the estimates of a kind were wrong so far."""
+        done = [n for n in self.steps if self._pieces[n].kind == kind]
+        about = sum(self.rates[name].at(self.steps[name]) for name in done)
+        took = sum(payload_bytes(*self.kept[name]) for name in done if name in self.kept)
+        return min(4.0, max(0.25, took / about)) if about > 1000 else 1.0
+
+
+def measured(work: Work, layout: CodeLayout) -> dict[str, Rate]:
+    """What every matrix and table takes at each step, where it takes anything."""
+    pivots: dict[int, float] = {}
+
+    def use(piece: Piece, found: Spectrum, delta: Tensor, under: Tensor | None) -> None:
+        slope = slope_of(work.moments, piece.name)
+        if slope is None:
+            slope = alike(found.energy) if work.moments.reads else torch.ones(())
+        if under is not None and id(under) not in pivots:
+            pivots.clear()
+            pivots[id(under)] = root_mean_square(factorised(under, 0.0, scaled=False)[1])
+        pivot = 1.0 if under is None else pivots[id(under)]
+        rate = matrix_rate(Weighted(delta, found, float(slope)), under, pivot, layout)
+        about = {"largest": rate.largest, "slope": float(slope)}
+        work.store[f"rate/{piece.name}"] = Item({"bytes": rate.bytes}, about)
+
+    measure(work, use)
+    rates = {}
+    for piece in work.pieces:
+        key = f"rate/{piece.name}"
+        if piece.kind == "table" and key not in work.store:
+            rate = table_rate(_table(work, piece), layout)
+            work.store[key] = Item({"bytes": rate.bytes}, {"largest": rate.largest})
+        if piece.kind != "vector":
+            tensors, about = work.store[key]
+            rates[piece.name] = Rate(tensors["bytes"], about["largest"])
+    return {name: rate for name, rate in rates.items() if rate.largest > 0}
+
+
+def _vector(piece: Piece, layout: CodeLayout) -> Encoded:
+    return encode_vector(piece.delta(), layout)
+
+
+def _table(work: Work, piece: Piece) -> Table:
+    """A table with the weights of its entries as a product of rows' and columns'."""
+    whole = piece.delta().to(work.device, torch.float32)
+    delta = whole.reshape(len(whole), -1) if whole.ndim > 1 else whole[None]
+    weigh = importance(piece, whole, work.moments)
+    rows, columns = (
+        torch.empty(len(delta), device=delta.device),
+        torch.zeros(delta.shape[1], device=delta.device),
+    )
+    for start in range(0, len(delta), step := max(1, (1 << 22) // delta.shape[1])):
+        part = slice(start, start + step)
+        weights = weigh(part)
+        weights = (
+            weights.expand(len(delta[part]), delta.shape[1])
+            if weights.ndim < 2
+            else weights.expand(len(delta[part]), -1)
+        )
+        rows[part] = weights.mean(1)
+        columns += weights.sum(0)
+    return Table(delta, rows, columns / columns.mean().clamp_min(1e-30))
+
+
+def _bare(piece: Piece, layout: CodeLayout) -> Spec:
+    """What a header says at least of a tensor."""
+    lies: Meta = {"layout": layout, "bytes": 0} | ({"top": 99} if layout == "small" else {})
+    if piece.kind == "table":
+        return "coded", piece.shape, {"kept": 0, "columns": 1, "gap": [1, 0], **lies}
+    return "coded_low_rank", piece.shape, {"rank": 0, **lies}

@@ -1,0 +1,198 @@
+"""What is compressed: tensors, what is known of their inputs, what their entries are worth, and where results lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from cl_graft.skillpack.codecs import Encoded, Spec
+from cl_graft.skillpack.compress.directions import Directions, Known
+from cl_graft.skillpack.compress.factorise import Spectrum, damped
+from cl_graft.skillpack.compress.memory import release
+from cl_graft.skillpack.compress.policy import Kind, Policy
+from cl_graft.skillpack.compress.work_store import Item, WorkStore
+
+PackProgress = Callable[[str, float], None]
+SMALLEST_SIDE = 4  # a matrix narrower than this has nothing to factorise
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a delta. delta: gives it, float32 and finite, when its turn comes; it is not written to.
+
+    transposed: a matrix stored (in, out). head: name of the head that this embedding also serves as.
+    whole: kept as it is, in bf16. present: in the pack even where nothing of it is worth keeping.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    delta: Callable[[], Tensor]
+    transposed: bool = False
+    head: str | None = None
+    whole: bool = False
+    present: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        if len(self.shape) < 2 or self.whole:
+            return "vector"
+        inner = self.role in ("attention", "mlp", "other")
+        matrix = inner and len(self.shape) == 2 and min(self.shape) >= SMALLEST_SIDE
+        return "matrix" if matrix else "table"
+
+
+@dataclass(frozen=True)
+class ByteLimit:
+    """What may be used: `cost` of {name: (codec, shape, meta)}, in bytes, must not exceed `bytes`."""
+
+    cost: Callable[[Mapping[str, Spec]], int]
+    bytes: int
+    text: str  # as the user wrote it
+
+
+@dataclass(frozen=True)
+class Work:
+    pieces: list[Piece]
+    moments: Known
+    policy: Policy
+    limit: ByteLimit
+    store: WorkStore
+    device: torch.device
+    progress: PackProgress
+
+    def delta(self, piece: Piece) -> Tensor:
+        """The delta of a matrix, float32 (out, in)."""
+        delta = piece.delta().to(self.device, torch.float32)
+        return delta.T.contiguous() if piece.transposed else delta
+
+    @cached_property
+    def directions(self) -> Directions:
+        shapes = {p.name: p.shape for p in self.pieces if p.kind == "matrix"}
+        return Directions(shapes, self.policy, self.limit.bytes, self.store, self.device)
+
+    def under(self, hessian: Tensor | None) -> Tensor | None:
+        """What directions are taken under, (in, in); None for those of the plain SVD."""
+        if hessian is None or not self.policy.activation_aware:
+            return None
+        return damped(hessian, self.policy.damping)
+
+
+def fetch(store: WorkStore, name: str) -> Encoded:
+    """An encoded tensor, from the work store."""
+    tensors, about = store[f"encoded/{name}"]
+    return Encoded(about["codec"], tuple(about["shape"]), about["meta"], tensors)
+
+
+def kept(work: Work, piece: Piece, make: Callable[[], Encoded]) -> Spec:
+    """The spec of an encoded tensor, from the work store or made now."""
+    if f"encoded/{piece.name}" in work.store:
+        return fetch(work.store, piece.name).spec
+    return put(work.store, piece.name, make())
+
+
+def put(store: WorkStore, name: str, encoded: Encoded) -> Spec:
+    about = {"codec": encoded.codec, "shape": list(encoded.shape), "meta": encoded.meta}
+    store[f"encoded/{name}"] = Item(encoded.parts, about)
+    return encoded.spec
+
+
+def visit(
+    work: Work,
+    use: Callable[[list[Piece], Tensor | None], None],
+    wanted: Callable[[list[Piece]], bool],
+) -> None:
+    """Call `use` with the matrices that read one input and their Hessian, group by group, in the order of the model;
+    then with each matrix of whose input nothing is known, and None. Groups that are not wanted are passed over."""
+    reads, left = work.moments.reads, {p.name: p for p in work.pieces if p.kind == "matrix"}
+
+    def group(name: str) -> list[Piece]:
+        return [p for p in left.values() if reads.get(p.name) == name]
+
+    def reached(name: str, moment: Tensor) -> None:
+        pieces = group(name)
+        if pieces and moment.ndim == 2:
+            use(pieces, moment.to(work.device, torch.float32))
+            for piece in pieces:
+                del left[piece.name]
+
+    work.moments.visit(
+        reached, lambda name: name not in reads.values() or bool(wanted(group(name)))
+    )
+    for piece in left.values():
+        if wanted([piece]):
+            use([piece], None)
+
+
+def importance(piece: Piece, delta: Tensor, moments: Known) -> Callable[[slice], Tensor]:
+    """What a squared unit of a table's entry costs in squared loss: a function of rows, broadcastable to them.
+
+    For a head the second moment of each input; for an embedding how often its token is read; both times the mean
+    square of the gradient at the output. For what is neither (the stacked matrices of experts, say) the average
+    gradient of the layers that are. Without gradients every tensor's delta counts the same, and without any data
+    every entry of every delta.
+    """
+    if not moments.outputs:
+        one = torch.ones((), device=delta.device)
+        squared = torch.linalg.vector_norm(delta, dtype=torch.float64).square()
+        each = alike(squared[None]).to(delta) if moments.reads else one
+        return lambda rows: each
+    read, written = moments.diagonal(piece.name), moments.outputs.get(piece.name)
+    if read is None or written is None or len(piece.shape) != 2:
+        reads = torch.tensor(1.0) if read is None or len(read) > 1 else read.mean()
+        slope = slope_of(moments, piece.name)
+        scale = (reads.cpu() * (1.0 if slope is None else slope)).to(delta)
+        return lambda rows: scale
+    read, written = read.to(delta), written.to(delta)
+    if len(read) == 1 and not piece.transposed:  # (out, in)
+        return lambda rows: written[rows, None] * read
+    by_row = read.T if len(read) == 1 else read
+    head = moments.diagonal(piece.head) if piece.head else None
+    if len(read) == 1 or head is None or piece.head is None:
+        return lambda rows: by_row[rows] * written
+    as_head, seen = moments.outputs[piece.head].to(delta), head.to(delta)
+    return lambda rows: by_row[rows] * written + as_head[rows, None] * seen
+
+
+def alike(energy: Tensor) -> Tensor:
+    """The factor that makes the sum of these one."""
+    return (1 / energy.sum(dtype=torch.float64).clamp_min(1e-300)).to(energy)
+
+
+def slope_of(moments: Known, name: str) -> Tensor | None:
+    """Mean squared gradient at a tensor's output, float64; of one that is not known, the average of all."""
+    if not moments.outputs:
+        return None
+    if name in moments.outputs:
+        return moments.outputs[name].double().mean().cpu()
+    return torch.stack([g.double().mean().cpu() for g in moments.outputs.values()]).mean()
+
+
+Measured = Callable[[Piece, Spectrum, Tensor, Tensor | None], None]
+
+
+def measure(work: Work, use: Measured) -> None:
+    """Find the directions of every matrix, and call `use` with each, its delta (out, in) and what they are under.
+
+    A matrix that an earlier run has measured is passed over.
+    """
+    matrices = [p for p in work.pieces if p.kind == "matrix"]
+    total, done = sum(prod(p.shape) for p in matrices) or 1, 0
+
+    def group(pieces: list[Piece], hessian: Tensor | None) -> None:
+        nonlocal done
+        under = work.under(hessian)
+        for piece in pieces:
+            if not work.directions.found(piece.name):
+                delta = work.delta(piece)
+                use(piece, work.directions.find(piece.name, delta, under), delta, under)
+        done += sum(prod(piece.shape) for piece in pieces)
+        release()
+        work.progress("measuring", done / total)
+
+    visit(work, group, lambda pieces: not all(work.directions.found(p.name) for p in pieces))
