@@ -48,7 +48,7 @@ def counted(layer: Shapes, layers: int, hidden: int, vocabulary: int, share: flo
 
 
 def bench_disk(layers: int = 7, rows: int = 8, length: int = 64) -> dict[str, Any]:
-    """The count for 32 layers of Llama 3 8B; and, for a checkpoint of random weights of about 1 GB, count and measure."""
+    """The count for Llama 3 8B; and count and measure of a checkpoint of random weights, of about 1 GB."""
     text = torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": text, "attention_mask": torch.ones_like(text), "labels": text}
     with tempfile.TemporaryDirectory(prefix="cl-graft-bench-") as folder:

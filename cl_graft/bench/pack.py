@@ -30,7 +30,8 @@ def bench_pack(
 ) -> dict[str, Any]:
     """{part: figures with their conditions}, every comparison a ratio within this run.
 
-    previous: a checkout of an earlier commit, beside whose engine `time` sets this one. Raises UnknownName for a part that does not exist.
+    previous: a checkout of an earlier commit, beside whose engine `time` sets this one. Raises UnknownName for a part
+    that does not exist.
     """
     figures: dict[str, Any] = {}
     for part in parts:
