@@ -341,7 +341,9 @@ def encode_table(table: Table, shape: tuple[int, ...], step: float, layout: Code
         bits = x.shape[1] * _bits_coded(x.abs().mean(1)) + 8 * ROW_BYTES
         code[gain < 2 * BIT * bits] = 0
         codes.append(code.to(torch.int16).cpu())
-    return coded(torch.cat(codes), steps.cpu(), shape, layout, columns=columns.cpu())
+    whole = torch.cat(codes)
+    sizes = columns.cpu() if whole.any() else None
+    return coded(whole, steps.cpu(), shape, layout, columns=sizes)
 
 
 def encode_vector(delta: Tensor, layout: CodeLayout) -> Encoded:

@@ -137,7 +137,7 @@ class Control:
             before, step = step, self.step()
             if not self.ahead or abs(math.log2(step / before)) < 0.1:
                 break
-        while self._spare() < 0:
+        while self._spare() < 0 and any(found[name].meta["kept"] for name in found):
             self._tables(tables, 1.25 * self.steps[tables[0].name], found)
         self._finish(tables, found)
 
@@ -168,7 +168,7 @@ class Control:
                 break
             low, high = (low, step) if self.left >= 0 else (step, high)
             step = self._better(todo, step, low, high)
-            if step < first / 2:  # filling up with the last bits of one group is waste
+            if step < first / 8:  # filling up with the last bits of one group is waste
                 break
         self._finish(todo, found)
 
@@ -254,17 +254,20 @@ class Control:
 
 def measured(work: Work, layout: CodeLayout) -> dict[str, Rate]:
     """What every matrix and table takes at each step, where it takes anything."""
-    pivots: dict[int, float] = {}
+    last: tuple[Tensor | None, float] = (
+        None,
+        1.0,
+    )  # matrices that read one input come one after the other
 
     def use(piece: Piece, found: Spectrum, delta: Tensor, under: Tensor | None) -> None:
         slope = slope_of(work.moments, piece.name)
         if slope is None:
             slope = alike(found.energy) if work.moments.reads else torch.ones(())
-        if under is not None and id(under) not in pivots:
-            pivots.clear()
-            pivots[id(under)] = column_shifts(factorised(under, 0.0, scaled=False)[1])[1]
-        pivot = 1.0 if under is None else pivots[id(under)]
-        rate = matrix_rate(Weighted(delta, found, float(slope)), under, pivot, layout)
+        nonlocal last
+        if under is not last[0]:
+            unit = 1.0 if under is None else column_shifts(factorised(under, 0.0, False)[1])[1]
+            last = under, unit
+        rate = matrix_rate(Weighted(delta, found, float(slope)), under, last[1], layout)
         about = {"largest": rate.largest, "slope": float(slope)}
         work.store[f"rate/{piece.name}"] = Item({"bytes": rate.bytes}, about)
 
