@@ -80,7 +80,7 @@ def limit_of(context: Context) -> ByteLimit:
 
 
 def own_options(kind: type[Policy], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that are a policy's own."""
+    """Options that are a policy's own."""
     return {k: v for k, v in options.items() if k in kind.__dataclass_fields__}
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cl_graft.errors import OverBudget
 from cl_graft.ranges import Count, NotNegative
-from cl_graft.skillpack.codecs import CodeLayout, Encoded
+from cl_graft.skillpack.codecs import CodeLayout, Encoded, Spec
 from cl_graft.skillpack.compress.policy import Adaptive
-from cl_graft.skillpack.compress.rate import vector_spec
+from cl_graft.skillpack.compress.tables import vector_specs
 from cl_graft.strategy.context import Context
 from cl_graft.strategy.forms import compressor
 from cl_graft.strategy.graftllm import own_options, packed, pieces
@@ -24,11 +24,11 @@ from cl_graft.strategy.graftllm import own_options, packed, pieces
 
 def check(context: Context, *, layout: CodeLayout, **options: Any) -> None:
     """Refuse a budget that does not hold norms and biases, whatever a task teaches. Raises OverBudget."""
-    vectors = {
-        piece.name: vector_spec(piece.shape, layout)
-        for piece in pieces(context.model, {}, context.roles)
-        if piece.kind == "vector"
-    }
+    vectors: dict[str, Spec] = {}
+    for piece in pieces(context.model, {}, context.roles):
+        if piece.kind == "vector":
+            ways = vector_specs(piece.shape, layout)
+            vectors[piece.name] = min(ways, key=lambda way: context.cost_of({piece.name: way}))
     if context.cost_of(vectors) > context.budget.bytes:
         raise OverBudget(
             f"the budget {context.budget.text} ({context.budget.bytes} bytes) does not hold norms and biases; raise it."

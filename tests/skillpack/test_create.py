@@ -85,7 +85,7 @@ def test_any_architecture_is_packed_applied_and_taken_off(kind: str, tmp_path: P
     for calibration in (None, Calibration([BATCH, BATCH])):
         found = create(base, after, out, budget="35%", calibration=calibration)
         assert found.bytes == out.stat().st_size
-        assert 0.98 * found.limit <= found.bytes <= found.limit
+        assert 0.96 * found.limit <= found.bytes <= found.limit  # of 15 KB, half of it header
         pack = SkillPack.load(out)
         applied = tmp_path / f"applied{calibration is None}"
         apply_pack(base, pack, applied)
@@ -114,7 +114,7 @@ def test_calibration_lowers_the_change_of_the_outputs(tmp_path: Path) -> None:
     target = AutoModelForCausalLM.from_pretrained(after)(TEXT).logits
     errors = []
     for calibration in (Calibration([BATCH]), None):
-        create(base, after, out, budget="6%", calibration=calibration)
+        create(base, after, out, budget="9%", calibration=calibration)
         model = AutoModelForCausalLM.from_pretrained(base)
         Grafted(model).activate([SkillPack.load(out)])
         errors.append(float((model(TEXT).logits - target).norm()))
@@ -242,13 +242,13 @@ def run(call: Call) -> Call:
 def test_create_verify_apply_export_by_command(nano, run: Call, tmp_path: Path) -> None:
     base, after, text = nano
     out = tmp_path / "skill.safetensors"
-    (tmp_path / "policy.toml").write_text("group_size = 64\n")
+    (tmp_path / "policy.toml").write_text("damping = 0.1\n")
     options = ["--calibration", text, "--policy", tmp_path / "policy.toml", "--budget", "12%"]
     made = run("create", "--base", base, "--tuned", after, "--out", out, "--task", "sums", *options)
     assert made.code == 0, made.err
     assert f"{out.stat().st_size:,} bytes of" in made.out and "peak memory" in made.out
     pack = SkillPack.load(out)
-    assert (pack.task, pack.options["group_size"], pack.options["budget"]) == ("sums", 64, "12%")
+    assert (pack.task, pack.options["damping"], pack.options["budget"]) == ("sums", 0.1, "12%")
     checked = run("verify", out, "--base", base)
     assert checked.code == 0 and "is whole" in checked.out
     applied = run("apply", "--base", base, "--pack", out, "--out", tmp_path / "applied")

@@ -105,6 +105,8 @@ PARTS = {
     "low_rank_stack": ("left", "right"),
     "quantized": ("codes", "scales"),
     "quantized_low_rank": ("codes", "scales"),
+    "coded_low_rank": ("scales", "kinds", "codes"),
+    "coded": ("steps", "columns", "index", "kinds", "codes"),
     "sign_scale": ("signs", "scale"),
     "exact": ("values",),
 }

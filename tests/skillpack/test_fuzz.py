@@ -30,6 +30,7 @@ import torch
 
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.codecs.coded_rows import LAYOUTS
 from cl_graft.skillpack.codecs.quant import round_to_nearest
 from cl_graft.skillpack.format import header
 from cl_graft.skillpack.format.file import CorruptPack, NonFinite, SkillPack, SkillPackError
@@ -49,6 +50,8 @@ def tensors() -> dict[str, Encoded]:
     pairs = [(round_to_nearest(x[:2, :6], b, 4), round_to_nearest(x[:2], b, 8)) for b in (8, 3)]
     wide = torch.zeros(40, 30, dtype=torch.bool)
     wide[::13, 7] = True
+    codes, steps = (100 * x).short(), x[:, 0].abs()
+    shifts = torch.arange(6).short(), torch.arange(-4, 4).short()
     return {
         "norm.weight": codecs.dense(x[0], torch.float32),
         "half.bias": codecs.dense(x[0, 0], torch.float16),
@@ -65,6 +68,16 @@ def tensors() -> dict[str, Encoded]:
         "sum": codecs.exact(x[0].double() / 3),
         "text": codecs.exact(torch.tensor(list(b"What is 2 + 2?"), dtype=torch.uint8)),
         "none": codecs.low_rank(torch.zeros(0, 2), torch.zeros(2, 5)),
+        **{
+            f"{layout}.weight": codecs.coded_low_rank(
+                codes[:3, :6], codes[:3], steps[:3], (6, 8), layout, shifts
+            )
+            for layout in LAYOUTS
+        },
+        **{
+            f"{layout}.rows": codecs.coded(codes * (codes > 90), steps, (6, 8), layout, x[1])
+            for layout in LAYOUTS
+        },
         "experts": codecs.low_rank_stack(x[:4, :3].reshape(2, 2, 3), x[:, :5].reshape(2, 3, 5)),
     }
 
@@ -262,6 +275,8 @@ def strange_shape(rng: random.Random) -> list[int]:
 def strange_spec(shape: list[int], rng: random.Random) -> list[Any]:
     """A tensor of any codec, many of them as small in bytes as they are large in elements."""
     group = [rng.choice(COUNTS), rng.choice([2, 8]), rng.choice(COUNTS) or 1, 1]
+    lies = {"layout": rng.choice([*LAYOUTS, "zip"]), "bytes": rng.choice(COUNTS)}
+    lies |= {"top": rng.choice([0, 1, 8191, 8192])} if lies["layout"] != "fast" else {}
     metas: dict[str, Any] = {
         "dense": {"dtype": rng.choice(["F32", "F16", "BF16"])},
         "exact": {"dtype": rng.choice([*codecs.STORABLE, "I8"])},
@@ -272,10 +287,12 @@ def strange_spec(shape: list[int], rng: random.Random) -> list[Any]:
         "quantized_low_rank": {"groups": [group] * rng.choice([0, 1, 3, 64, 65])},
         "sign_scale": {},
         "mask": {},
+        "coded_low_rank": {"rank": rng.choice(COUNTS), **lies},
+        "coded": {"kept": rng.choice(COUNTS), "columns": rng.choice([0, 1, 2]), **lies},
     }
-    metas["sparse"] |= rng.choice(
-        [{}, {"gap": [rng.choice([1, 2, 9, 48, 49]), rng.choice(COUNTS)]}]
-    )
+    for codec in ("sparse", "coded"):
+        gap = [rng.choice([1, 2, 9, 48, 49]), rng.choice(COUNTS)]
+        metas[codec] |= rng.choice([{}, {"gap": gap}])
     codec = rng.choice([*codecs.CODECS, "low_rank", "quantized_low_rank"])
     return [codec, shape, metas[codec], "0" * 16]
 

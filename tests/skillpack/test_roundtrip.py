@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -107,6 +107,59 @@ def take_matrix(
     return found
 
 
+def shares(kind: int, top: int) -> list[int]:
+    """Parts of 2**24 of the codes -top .. top in a class, by the page of the format; floats are those of IEEE 754."""
+    family, scale = divmod(kind - 1, 40)
+    m = 2.0 ** (scale // 2 - 7) * (math.sqrt(2.0) if scale % 2 else 1.0)
+    q = (math.sqrt(1 + m * m) - 1) / m
+    v = 3.14 * m * m + 0.5 * m
+    g = v / (1 + v)
+    geometric, squared, ratio = [1.0], [1.0], g
+    for _ in range(top):
+        geometric.append(geometric[-1] * q)
+        squared.append(squared[-1] * ratio)
+        ratio = ratio * (g * g)
+    both = [[w / math.fsum(ws + ws[1:]) for w in ws] for ws in (geometric, squared)]
+    weights = both[family] if family < 2 else [(a + b) / 2 for a, b in zip(*both, strict=True)]
+    side = [1 + math.floor(w * (2**24 - 2 * top - 1)) for w in weights[1:]]
+    return [*side[::-1], 2**24 - 2 * sum(side), *side]
+
+
+def coded_rows(
+    parts: dict[str, list[int]], sizes: list[tuple[int, int]], meta: dict[str, Any]
+) -> list[list[list[int]]]:
+    """Matrices of whole numbers, row by row, off an ANS stack or a stream of aligned widths."""
+    found = [[[0] * n for _ in range(rows)] for rows, n in sizes]
+    data = list(parts["codes"])
+    each = [(m, row) for m, matrix in enumerate(found) for row in matrix]
+    rows = [(kind, m, row) for kind, (m, row) in zip(parts["kinds"], each, strict=True)]
+    if meta["layout"] == "fast":
+        for width, _, row in sorted(rows, key=lambda each: (each[1], each[0])):
+            size = math.ceil(len(row) * width / 8)
+            for j in range(len(row) if width else 0):
+                bits = bits_of(data[:size])
+                start = 8 * (j % size) + width * (j // size) if width < 8 else width * j
+                code = number(bits[start : start + width])
+                row[j] = code - (code >> width - 1 << width)
+            del data[:size]
+        assert not data
+        return found
+    words = [sum(data[i + k] << 8 * k for k in range(4)) for i in range(0, len(data), 4)]
+    state = 0
+    for kind, _, row in sorted(rows, key=lambda each: each[0]):
+        for j in range(len(row) if kind else 0):
+            while state < 2**32 and words:
+                state = state * 2**32 + words.pop()
+            place, code, below = state % 2**24, 0, 0
+            table = shares(kind, meta["top"])
+            while below + table[code] <= place:
+                below, code = below + table[code], code + 1
+            state = table[code] * (state // 2**24) + place - below
+            row[j] = code - meta["top"]
+    assert not state and not words
+    return found
+
+
 def reference(encoded: Encoded) -> list[Fraction]:
     """The delta in row-major order."""
     meta: dict[str, Any] = encoded.meta
@@ -125,7 +178,27 @@ def reference(encoded: Encoded) -> list[Fraction]:
     if encoded.codec == "sign_scale":
         (scale,) = floats(parts["scale"], "F32")
         return [scale if bit else -scale for bit in packed(parts["signs"], numel, 1)]
+    if encoded.codec == "coded":
+        count, *rest = encoded.shape if len(encoded.shape) > 1 else (1, numel)
+        n = math.prod(rest)
+        alive = positions(parts["index"], meta.get("gap"), count)
+        (matrix,) = coded_rows(parts, [(meta["kept"], n)], meta)
+        sizes = floats(parts["columns"], "BF16") if meta["columns"] else [Fraction(1)] * n
+        steps = floats(parts["steps"], "BF16")
+        values = dict.fromkeys(itertools.product(range(count), range(n)), Fraction(0))
+        for i, step, row in zip(alive, steps, matrix, strict=True):
+            values |= {(i, j): row[j] * step * sizes[j] for j in range(n)}
+        return list(values.values())
     rows, cols = encoded.shape
+    if encoded.codec == "coded_low_rank":
+        rank, scales = meta["rank"], floats(parts["scales"], "BF16")
+        sizes = [(1, cols), (1, rows), (rank, cols), (rank, rows)]
+        (across,), (down,), right, left = coded_rows(parts, sizes, meta)
+        return [
+            sum((scales[k] * left[k][i] * right[k][j] for k in range(rank)), Fraction(0))
+            * Fraction(2) ** -(down[i] + across[j])
+            for i, j in itertools.product(range(rows), range(cols))
+        ]
     places = list(itertools.product(range(rows), range(cols)))
     if encoded.codec == "low_rank":
         rank = meta["rank"]
@@ -302,6 +375,50 @@ def test_quantized_factors(
     assert agrees(encoded, exact=False)
     product = pair[0].dequantize().T @ pair[1].dequantize()
     torch.testing.assert_close(codecs.decode(encoded), product)
+
+
+layouts = pytest.mark.parametrize("layout", get_args(codecs.CodeLayout))
+tops = st.sampled_from([0, 1, 2, 7, 8, 40, 300])
+
+
+def whole(rows: int, n: int, top: int, seed: int) -> Tensor:
+    """Codes of rows that are smaller and smaller, int16."""
+    sizes = torch.logspace(0, -2, max(1, rows))[:rows, None]
+    return (normal((rows, n), seed) * (40 * top) * sizes).round().clamp(-top, top).short()
+
+
+@layouts
+@few
+@given(matrices, st.integers(0, 4), tops, st.booleans(), seeds)
+def test_coded_low_rank(
+    layout: codecs.CodeLayout,
+    shape: tuple[int, int],
+    rank: int,
+    top: int,
+    shifted: bool,
+    seed: int,
+) -> None:
+    rank = min(rank, *shape)
+    left, right = (whole(rank, n, top, seed + i) for i, n in enumerate(shape))
+    shifts = tuple(whole(1, n, 30, seed + n)[0] if shifted else None for n in shape)
+    encoded = codecs.coded_low_rank(left, right, normal((rank,), seed), shape, layout, shifts)
+    assert encoded.meta["rank"] == rank and codecs.layout_name(encoded) == layout
+    assert agrees(encoded, exact=False)
+
+
+@layouts
+@few
+@given(shapes, tops, st.booleans(), seeds)
+def test_coded(
+    layout: codecs.CodeLayout, shape: tuple[int, ...], top: int, sized: bool, seed: int
+) -> None:
+    n = math.prod(shape[1:] if len(shape) > 1 else shape)
+    rows = shape[0] if len(shape) > 1 else 1
+    columns = normal((n,), seed) if sized else None
+    codes = whole(rows, n, top, seed)
+    encoded = codecs.coded(codes, normal((rows,), seed + 1), shape, layout, columns)
+    assert encoded.meta["kept"] == int(codes.any(1).sum())
+    assert agrees(encoded, exact=False)
 
 
 @few

@@ -98,7 +98,7 @@ class Relaid(Codec):
 
     @abstractmethod
     def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
-        """The same tensor, bit for bit, in this layout."""
+        """Lay a tensor out so, bit for bit the same."""
 
 
 CODECS: dict[str, Codec] = {}
@@ -177,7 +177,7 @@ def is_scattered(encoded: Encoded) -> bool:
 
 
 def relaid(encoded: Encoded, layout: CodeLayout) -> Encoded:
-    """The same tensor in this layout; as it is where its codec knows one only. Raises ValueError as `check` does."""
+    """Lay a tensor out so, bit for bit the same; as it is where its codec knows one layout only. Raises ValueError as `check` does."""
     codec = codec_named(encoded.codec)
     if not isinstance(codec, Relaid) or encoded.meta["layout"] == layout:
         return encoded

@@ -90,7 +90,7 @@ class CodedLowRankCodec(Factored, Relaid):
 
 
 def factors_of(encoded: Encoded) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """(left, right, scales, shifts): what `coded_low_rank` was given."""
+    """What `coded_low_rank` was given: left, right, scales, shifts."""
     sizes = _sizes(encoded.shape, encoded.meta)
     of_right, of_left, right, left = coded_rows.read(encoded.parts, sizes, encoded.meta)
     if any(shift.abs().max() > SHIFTED for shift in (of_right, of_left) if shift.numel()):

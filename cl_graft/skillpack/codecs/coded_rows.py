@@ -88,7 +88,7 @@ def check(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> None:
         raise ValueError("a row is wider than its codes.")
     again = [_packed(m, w) for m, w in zip(matrices, kinds, strict=True)]
     if not torch.equal(torch.cat(again), parts["codes"]):
-        raise ValueError("a bit after the last code of a row is set.")
+        raise ValueError("a bit after the last code of a row is not zero.")
 
 
 def _runs(
@@ -110,8 +110,10 @@ def _runs(
 
 def _widths(codes: Tensor) -> Tensor:
     """The least width of each row, two's complement: uint8 (rows,)."""
-    low, high = codes.amin(1), codes.amax(1)
     widths = torch.zeros(len(codes), dtype=torch.uint8)
+    if not codes.numel():  # a row of nothing has no least code
+        return widths
+    low, high = codes.amin(1), codes.amax(1)
     for below, width in zip(WIDTHS, WIDTHS[1:], strict=False):
         bound = 1 << (below - 1) if below else 0
         wider = (high >= bound) & (high > 0) | (low < -bound)

@@ -74,6 +74,8 @@ def classes_of(codes: Tensor, top: int) -> tuple[Tensor, float]:
     Returns uint8 (rows,), 0 for rows of zeros.
     """
     kinds, bits = torch.zeros(len(codes), dtype=torch.uint8), 0.0
+    if not codes.numel():
+        return kinds, bits
     lengths = _lengths(top)
     for start in range(0, len(codes), step := max(1, (1 << 22) // max(top + 1, codes.shape[1]))):
         part = codes[start : start + step].abs().long()

@@ -94,7 +94,7 @@ class Calibrated:
             self.seconds[kind] = self.seconds.get(kind, 0.0) + more
 
     def diagonal(self, name: str) -> Tensor | None:
-        """As in Moments."""
+        """Mean square of each input: see Moments."""
         group = self.reads.get(name)
         return None if group is None else self.store[f"diagonal/{group}"].tensors["mean"]
 
@@ -113,7 +113,7 @@ class Calibrated:
         return self.store["gradients"].tensors
 
     def _by_key(self, outputs: Mapping[str, Tensor], meta: MetaModel) -> dict[str, Tensor]:
-        """Also of the checkpoint's tensors, but for those that are only a part of a parameter."""
+        """Gradients by parameter, and also by the checkpoint's tensors, but for those that are only a part of a parameter."""
         named = {
             key: outputs[name]
             for name, keys in self.keys.items()

@@ -36,13 +36,13 @@ class Known(Protocol):
 
     @property
     def outputs(self) -> Mapping[str, Tensor]:
-        """As in Moments."""
+        """Mean squared gradients: see Moments."""
 
     def visit(self, use: Use, wanted: Callable[[str], bool]) -> None:
         """Call `use` with each wanted group and its moment, in the model's order and with the same bits every time."""
 
     def diagonal(self, name: str) -> Tensor | None:
-        """As in Moments; known when all groups have been visited."""
+        """Mean square of each input, as in Moments; known when all groups have been visited."""
 
 
 def wanted_directions(matrices: Shapes, policy: Policy, limit: int) -> dict[str, int]:
@@ -70,7 +70,7 @@ def directions_bytes(matrices: Shapes, wanted: Mapping[str, int]) -> dict[str, i
 
 @dataclass(frozen=True)
 class Directions:
-    """Those of all matrices. matrices: their shapes. limit: bytes of the pack."""
+    """Directions of all matrices. matrices: their shapes. limit: bytes of the pack."""
 
     matrices: Shapes
     policy: Policy
@@ -103,7 +103,7 @@ class Directions:
         return result
 
     def take(self, name: str, delta: Tensor, under: Tensor | None, ranks: int) -> Spectrum:
-        """At least so many directions of a measured matrix."""
+        """Find again, or look for, at least so many directions of a measured matrix."""
         if f"directions/{name}" in self.store and ranks <= self.wanted[name]:
             tensors, about = self.store[f"directions/{name}"]
             return Spectrum(self.energy(name), tensors["basis"].to(self.device), about["wide"])

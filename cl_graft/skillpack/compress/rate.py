@@ -1,4 +1,4 @@
-"""Matrices and tables as whole numbers: how coarse they may be at a price of a byte, and the numbers themselves.
+"""Matrices as whole numbers: how coarse they may be at a price of a byte, and the numbers themselves.
 
 One length `step`, in the square root of the loss, rules everything: every code loses step**2 / 12 of it at high rates,
 so that a byte buys the same wherever it is spent, among tensors, ranks and entries alike (reverse water-filling). What
@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cl_graft.skillpack.codecs import CodeLayout, Encoded, Meta, Spec, coded, coded_low_rank
+from cl_graft.skillpack.codecs import CodeLayout, Encoded, coded_low_rank
 from cl_graft.skillpack.codecs.coded_low_rank import SHIFTED, factors_of
 from cl_graft.skillpack.codecs.entropy import TOP
 from cl_graft.skillpack.compress.factorise import Spectrum
@@ -28,12 +27,9 @@ from cl_graft.skillpack.compress.gptq import factorised
 
 BIT = 0.05  # of a step: how much further from its code a value may be for each bit that this saves
 WORTH = 0.5  # of a step, the least root mean square of the shorter side's entries that a rank is kept for
-RANK_BYTES, ROW_BYTES = 4.0, 3.5  # of a rank or a row, beside its codes
+RANK_BYTES = 4.0  # of a rank, beside its codes
 LEFT_DAMPING = 1e-4
 OUTLIER = 4.0  # times the usual pivot, from which a column has a finer step
-FINENESS = 24  # of norms and biases, whose share of the loss was below what could be measured
-
-
 GRID = torch.arange(-320.0, 161.0) / 4  # log2 of steps at which bytes are told
 OCTAVES = 24  # below the step at which the first row is kept
 
@@ -76,7 +72,7 @@ def rate_of(
     if not worth.numel() or not worth.max() > 0:
         return Rate(found, 0.0)
     first = int(((worth.max().log2() + 80) * 4).clamp(0, len(GRID) - 1)) + 1
-    bits = _bits_packed if layout == "fast" else _bits_coded
+    bits = _bits_packed if layout == "fast" else bits_coded
     for i in range(min(first, len(GRID) - 1), max(-1, first - 4 * OCTAVES), -2):
         step = 2.0 ** float(GRID[i])
         alive = worth > step
@@ -98,7 +94,7 @@ def _geometric(magnitude: Tensor) -> tuple[Tensor, Tensor]:
     return ((1 + mean * mean).sqrt() - 1) / mean.clamp_min(1e-30), mean
 
 
-def _bits_coded(magnitude: Tensor) -> Tensor:
+def bits_coded(magnitude: Tensor) -> Tensor:
     """Bits of a code under a geometric distribution."""
     q, mean = _geometric(magnitude)
     q = q.clamp(1e-30, 1 - 1e-12)
@@ -195,7 +191,7 @@ def encode_matrices(
         return [None] * len(matrices)
     shifts, unit = torch.zeros(stacked.shape[1], dtype=torch.long), 1.0
     if under is None:
-        codes = _rounded(stacked, dead_zone(stacked.abs().mean(1))[:, None])
+        codes = rounded(stacked, dead_zone(stacked.abs().mean(1))[:, None])
     else:
         root = factorised(under, 0.0, scaled=False)[1]
         shifts, unit = column_shifts(root)
@@ -251,7 +247,7 @@ def trimmed(encoded: Encoded, ranks: int) -> Encoded:
     return coded_low_rank(*parts, encoded.shape, encoded.meta["layout"], shifts)
 
 
-def _rounded(x: Tensor, zone: Tensor) -> Tensor:
+def rounded(x: Tensor, zone: Tensor) -> Tensor:
     """The codes of values in units of a step, as floats."""
     return x.sign() * (x.abs() + (0.5 - zone)).floor_().clamp_(0, TOP)
 
@@ -272,7 +268,7 @@ def _solve_right(x: Tensor, root: Tensor, fineness: Tensor, block: int = 128) ->
         for i, j in enumerate(range(start, stop)):
             left = torch.addmv(terms[j], mine[:i].T, inner[i, :i]) if i else terms[j]
             wanted = torch.add(columns[j], left, alpha=1 / pivots[j])
-            codes[j] = _rounded(wanted.mul_(finer[j]), zone)
+            codes[j] = rounded(wanted.mul_(finer[j]), zone)
             torch.sub(columns[j], codes[j], alpha=1 / finer[j], out=missing[j])
         terms[stop:].addmm_(root[start:stop, stop:].T, mine)
     return codes.T.contiguous()
@@ -300,68 +296,10 @@ def _solve_left(
             # no finer than its codes can say
             grain = max(step / pivots[j], float(wanted.abs().amax()) / TOP)
             x = wanted / grain
-            codes[j] = _rounded(x, dead_zone(x.abs().mean()))
+            codes[j] = rounded(x, dead_zone(x.abs().mean()))
             squares = codes[j] @ codes[j]
             if squares > 0:
                 scales[j] = ((codes[j] @ wanted) * (size / squares)).bfloat16()
             torch.sub(left[j], codes[j] * (scales[j] / size), out=missing[j])
         terms[stop:].addmm_(root[start:stop, stop:].T, mine)
     return codes, scales
-
-
-class Table(NamedTuple):
-    """A tensor that is coded entry by entry. delta: float32 (rows, n); rows, columns: what a squared unit of an entry
-    costs in squared loss is the product of both, float32 (rows,) and (n,)."""
-
-    delta: Tensor
-    rows: Tensor
-    columns: Tensor
-
-
-def table_rate(table: Table, layout: CodeLayout) -> Rate:
-    """The rate of a table's rows."""
-    n = table.delta.shape[1]
-    weights = table.columns.sqrt()
-    magnitude = torch.cat([(part.abs() * weights).mean(1) for part in table.delta.split(_strip(n))])
-    magnitude = (magnitude * table.rows.sqrt()).double().cpu()
-    return rate_of(magnitude[None], (n,), magnitude * (2.0 * n) ** 0.5, ROW_BYTES, layout)
-
-
-def encode_table(table: Table, shape: tuple[int, ...], step: float, layout: CodeLayout) -> Encoded:
-    """A table at one step; rows that are not worth their bytes are zeros. shape: of the tensor."""
-    steps = (step / table.rows.clamp_min(1e-30).sqrt()).clamp_max(1e30).bfloat16().float()
-    columns = table.columns.clamp_min(1e-30).rsqrt().clamp_max(1e15).bfloat16().float()
-    codes = []
-    for part, sizes in zip(
-        table.delta.split(_strip(len(columns))), steps.split(_strip(len(columns))), strict=True
-    ):
-        x = part / (sizes[:, None] * columns)
-        code = _rounded(x, dead_zone(x.abs().mean(1))[:, None])
-        gain = (x.square() - (x - code).square()).sum(1)
-        bits = x.shape[1] * _bits_coded(x.abs().mean(1)) + 8 * ROW_BYTES
-        code[gain < 2 * BIT * bits] = 0
-        codes.append(code.to(torch.int16).cpu())
-    whole = torch.cat(codes)
-    sizes = columns.cpu() if whole.any() else None
-    return coded(whole, steps.cpu(), shape, layout, columns=sizes)
-
-
-def encode_vector(delta: Tensor, layout: CodeLayout) -> Encoded:
-    """A tensor of one row, to 1 / FINENESS of its root mean square."""
-    flat = delta.float().reshape(1, -1)
-    step = max(float(flat.square().mean().sqrt()) / FINENESS, float(flat.abs().amax()) / TOP)
-    steps = torch.tensor([step]).bfloat16().float().clamp_min(1e-38)
-    codes = (flat.cpu() / steps).round_().clamp_(-TOP, TOP).to(torch.int16)
-    return coded(codes, steps, tuple(delta.shape), layout)
-
-
-def vector_spec(shape: tuple[int, ...], layout: CodeLayout) -> Spec:
-    """About what `encode_vector` says of a vector, before there is one: a code takes some six bits."""
-    size = 4 * -(-prod(shape) * (8 if layout == "fast" else 6) // 32)
-    lies: Meta = {"layout": layout, "bytes": size} | ({"top": 99} if layout == "small" else {})
-    return "coded", shape, {"kept": 1, "columns": 0, **lies}
-
-
-def _strip(n: int) -> int:
-    """Rows that are worked on at a time."""
-    return max(1, (1 << 22) // max(1, n))

@@ -24,17 +24,14 @@ from cl_graft.skillpack.compress.policy import Adaptive
 from cl_graft.skillpack.compress.rate import (
     GRID,
     Rate,
-    Table,
     Weighted,
     column_shifts,
     encode_matrices,
-    encode_table,
-    encode_vector,
     matrix_rate,
     ranks_at,
-    table_rate,
     trimmed,
 )
+from cl_graft.skillpack.compress.tables import Table, encode_table, table_rate, vector_ways
 from cl_graft.skillpack.compress.work import (
     Piece,
     Work,
@@ -118,13 +115,18 @@ class Control:
         """Encode norms and biases. Raises OverBudget where they alone are too much."""
         for piece in self.work.pieces:
             if piece.kind == "vector":
-                make = partial(_vector, piece, self.layout)
+                make = partial(self._vector, piece)
                 self.kept[piece.name] = kept(self.work, piece, make)
         if self.left < 0:
             limit = self.work.limit
             raise OverBudget(
                 f"the budget {limit.text} ({limit.bytes} bytes) does not hold norms and biases; raise it."
             )
+
+    def _vector(self, piece: Piece) -> Encoded:
+        """The way that takes less, by the file's own count."""
+        ways = vector_ways(piece.delta(), self.layout)
+        return min(ways, key=lambda way: self.work.limit.cost({piece.name: way.spec}))
 
     def tables(self) -> None:
         """Encode embeddings, heads and the like, at the step that the matrices are then left with."""
@@ -245,7 +247,7 @@ class Control:
         return step * (1.1 if self.left < 0 else 0.9)
 
     def _right(self, kind: str) -> float:
-        """By how much the estimates of a kind were wrong so far."""
+        """Factor by which the estimates of a kind were wrong so far."""
         done = [n for n, p in self._pieces.items() if n in self.steps and p.kind == kind]
         about = sum(self.rates[name].at(self.steps[name]) for name in done)
         took = sum(payload_bytes(*self.kept[name]) for name in done if name in self.kept)
@@ -254,10 +256,8 @@ class Control:
 
 def measured(work: Work, layout: CodeLayout) -> dict[str, Rate]:
     """What every matrix and table takes at each step, where it takes anything."""
-    last: tuple[Tensor | None, float] = (
-        None,
-        1.0,
-    )  # matrices that read one input come one after the other
+    # matrices that read one input come one after the other
+    last: tuple[Tensor | None, float] = None, 1.0
 
     def use(piece: Piece, found: Spectrum, delta: Tensor, under: Tensor | None) -> None:
         slope = slope_of(work.moments, piece.name)
@@ -284,27 +284,17 @@ def measured(work: Work, layout: CodeLayout) -> dict[str, Rate]:
     return {name: rate for name, rate in rates.items() if rate.largest > 0}
 
 
-def _vector(piece: Piece, layout: CodeLayout) -> Encoded:
-    return encode_vector(piece.delta(), layout)
-
-
 def _table(work: Work, piece: Piece) -> Table:
     """A table with the weights of its entries as a product of rows' and columns'."""
     whole = piece.delta().to(work.device, torch.float32)
     delta = whole.reshape(len(whole), -1) if whole.ndim > 1 else whole[None]
     weigh = importance(piece, whole, work.moments)
-    rows, columns = (
-        torch.empty(len(delta), device=delta.device),
-        torch.zeros(delta.shape[1], device=delta.device),
-    )
+    rows = torch.empty(len(delta), device=delta.device)
+    columns = torch.zeros(delta.shape[1], device=delta.device)
     for start in range(0, len(delta), step := max(1, (1 << 22) // delta.shape[1])):
         part = slice(start, start + step)
         weights = weigh(part)
-        weights = (
-            weights.expand(len(delta[part]), delta.shape[1])
-            if weights.ndim < 2
-            else weights.expand(len(delta[part]), -1)
-        )
+        weights = weights.expand(delta[part].shape)
         rows[part] = weights.mean(1)
         columns += weights.sum(0)
     return Table(delta, rows, columns / columns.mean().clamp_min(1e-30))

@@ -26,7 +26,7 @@ class Piece:
     """One tensor of a delta. delta: gives it, float32 and finite, when its turn comes; it is not written to.
 
     transposed: a matrix stored (in, out). head: name of the head that this embedding also serves as.
-    whole: kept as it is, in bf16. present: in the pack even where nothing of it is worth keeping.
+    whole: entry by entry, as vectors are. present: in the pack even where nothing of it is worth keeping.
     """
 
     name: str
