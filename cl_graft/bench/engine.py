@@ -22,8 +22,7 @@ def measure(hidden: int, inner: int, samples: int, length: int, seed: int) -> di
     torch.manual_seed(seed)
     model = layer.one_layer(hidden, inner)
     modules = {n: m for n, m in layer.linear_layers(model).items() if n != "lm_head"}
-    shapes = {n: (m.weight.shape[0], m.weight.shape[1]) for n, m in modules.items()}
-    deltas = {n: layer.falling_delta(shape, i) for i, (n, shape) in enumerate(shapes.items())}
+    deltas = {n: layer.falling_delta(_shape(m), i) for i, (n, m) in enumerate(modules.items())}
     text = torch.randint(0, layer.VOCABULARY, (samples + samples // 4, length))
     begun = perf_counter()
     batches = [
@@ -40,6 +39,11 @@ def measure(hidden: int, inner: int, samples: int, length: int, seed: int) -> di
         "rest": done - calibrated,
         "error": sum(errors) / len(errors),
     }
+
+
+def _shape(module: torch.nn.Module) -> tuple[int, int]:
+    rows, cols = module.weight.shape  # type: ignore[union-attr, misc]
+    return int(rows), int(cols)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,9 @@ def test_an_8b_llama_by_hand() -> None:
     entries = sum(a * b for a, b in LLAMA_8B.values())
     limit = 0.01 * 2 * (32 * entries + 2 * 128256 * 4096)
     an_entry = limit / (32 * entries)
-    layer = sum(4 * min(a, b) * an_entry * a * b / ((a + b) * 1.4 / 8) for a, b in LLAMA_8B.values())
+    layer = sum(
+        4 * min(a, b) * an_entry * a * b / ((a + b) * 1.4 / 8) for a, b in LLAMA_8B.values()
+    )
     assert counted(LLAMA_8B, 32, 4096, 128256, 0.01) == pytest.approx(32 * layer, rel=0.07)
     assert counted(LLAMA_8B, 32, 4096, 128256, 0.05) < 1.1e9
     assert work_bytes([], Adaptive(), 1000, rounds=2) == 2000

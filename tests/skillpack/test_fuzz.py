@@ -496,6 +496,9 @@ def judge_forged(path: Path, blob: bytes, shapes: dict[str, tuple[int, ...]]) ->
             delta = pack.delta(name)
         except NonFinite:
             continue
+        except CorruptPack as error:  # what an entropy-coded stream holds is found out here
+            assert codecs.layout_name(encoded) == "small" and str(error).endswith(".")
+            continue
         assert delta.dtype == torch.float32 and tuple(delta.shape) == encoded.shape
         total += delta.numel()
     assert total <= 5 * max(sum(torch.Size(shape).numel() for shape in shapes.values()), 1 << 22)

@@ -177,7 +177,7 @@ def is_scattered(encoded: Encoded) -> bool:
 
 
 def relaid(encoded: Encoded, layout: CodeLayout) -> Encoded:
-    """Lay a tensor out so, bit for bit the same; as it is where its codec knows one layout only. Raises ValueError as `check` does."""
+    """Lay a tensor out so, bit for bit the same; as it is where its codec has one layout. ValueError as of `check`."""
     codec = codec_named(encoded.codec)
     if not isinstance(codec, Relaid) or encoded.meta["layout"] == layout:
         return encoded

@@ -63,8 +63,7 @@ def read(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> list[Tensor]:
     """The matrices of codes, int16. Raises ValueError where the parts hold too little or too much for them."""
     kinds = parts["kinds"].split([size[0] for size in sizes])
     if meta["layout"] == "small":
-        if parts["kinds"].numel() and int(parts["kinds"].max()) >= entropy.CLASSES:
-            raise ValueError(f"a row's class is not below {entropy.CLASSES}.")
+        _check_classes(parts["kinds"])
         matrices = entropy.decode(parts["codes"], sizes, kinds, meta["top"])
         if max((int(m.abs().max()) for m in matrices if m.numel()), default=0) != meta["top"]:
             raise ValueError(f"no code has the magnitude {meta['top']} that the meta says.")
@@ -76,12 +75,13 @@ def read(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> list[Tensor]:
 
 
 def check(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> None:
-    """Raise ValueError where rows are not as narrow as they can be, or a bit is set after a row's last code.
+    """Raise ValueError where a class is unknown, rows are not as narrow as they can be, or a bit is set after a row's
+    last code.
 
     What an entropy-coded stream holds is found out when it is read.
     """
     if meta["layout"] == "small":
-        return
+        return _check_classes(parts["kinds"])
     matrices = read(parts, sizes, meta)
     kinds = parts["kinds"].split([size[0] for size in sizes])
     if any(not torch.equal(_widths(m), w) for m, w in zip(matrices, kinds, strict=True)):
@@ -89,6 +89,12 @@ def check(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> None:
     again = [_packed(m, w) for m, w in zip(matrices, kinds, strict=True)]
     if not torch.equal(torch.cat(again), parts["codes"]):
         raise ValueError("a bit after the last code of a row is not zero.")
+    return None
+
+
+def _check_classes(kinds: Tensor) -> None:
+    if kinds.numel() and int(kinds.max()) >= entropy.CLASSES:
+        raise ValueError(f"a row's class is not below {entropy.CLASSES}.")
 
 
 def _runs(

@@ -113,7 +113,7 @@ class Calibrated:
         return self.store["gradients"].tensors
 
     def _by_key(self, outputs: Mapping[str, Tensor], meta: MetaModel) -> dict[str, Tensor]:
-        """Gradients by parameter, and also by the checkpoint's tensors, but for those that are only a part of a parameter."""
+        """Gradients by parameter and by the checkpoint's tensors, but for those that are a part of a parameter."""
         named = {
             key: outputs[name]
             for name, keys in self.keys.items()
