@@ -76,7 +76,7 @@ TESTED: dict[str, str] = {
     "cl_graft/plugins/kinds.py: make it one by @compressor() or @merger, or as a subclass of Strategy with a `learn`.": "test_cures.py::test_a_strategy_by_its_decorator",
     "cl_graft/plugins/signature.py: --set {} should read name.option=value, such as lora.rank=8.": "test_cures.py::test_set_as_it_should_read",
     "cl_graft/skillpack/folders/checkpoint.py: save the model in bfloat16 or float32.": "test_cures.py::test_weights_in_a_dtype_that_is_read",
-    "cl_graft/skillpack/folders/pair.py: write the tuned model's value into the config.json of a copy of the base, and make and apply the pack on that.": "skillpack/test_besides.py::test_another_use_of_the_same_weights",
+    "cl_graft/skillpack/format/files.py: save it without.": "skillpack/test_besides.py::test_code_of_its_own_is_refused",
     "cl_graft/skillpack/live/attachment_points.py: pass an `example`: the keyword arguments of one forward of several samples.": "skillpack/test_attach.py::test_a_model_that_needs_another_call_is_given_an_example",
     "cl_graft/skillpack/live/grafted.py: apply it to a folder with `cl-graft pack apply`.": "test_cures.py::test_a_pack_of_more_rows_than_a_live_model_has",
     "cl_graft/skillpack/tools/export.py: export it to a folder (--to hf).": "test_cures.py::test_what_no_adapter_holds_goes_to_a_folder",

@@ -113,6 +113,7 @@ def inspect(
         "digest": loaded.digest,
         "added": loaded.added,
         "grown": loaded.grown,
+        "files": {name: file.size for name, file in loaded.files.items()},
         "bytes": file.stat().st_size,
     }
     tensors = tensor_rows(loaded, roles)
@@ -127,7 +128,7 @@ def inspect(
         typer.echo(json.dumps({**header, "roles": totals, "tensors": tensors}, indent=1))
         return
     for key, value in header.items():
-        if value or key not in ("added", "grown"):
+        if value or key not in ("added", "grown", "files"):
             typer.echo(f"{'bytes on disk' if key == 'bytes' else key:14} {cell(value)}")
     if totals:
         print_rows(totals, "Bytes by role")
@@ -181,23 +182,12 @@ def diff(a: Path, b: Path, base: MaybeBase = None, json_: Json = False) -> None:
 
 
 @app.command()
-def apply(
-    base: BaseDir,
-    pack: PackFile,
-    out: OutDir,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder, as of the tuned model, whose tokenizer, chat template, end token and generation settings "
-            "are taken instead of the base's."
-        ),
-    ] = None,
-) -> None:
+def apply(base: BaseDir, pack: PackFile, out: OutDir) -> None:
     """Write base + pack as a Hugging Face folder."""
     from cl_graft.skillpack.folders.apply import apply_pack
 
     loaded, _ = _load(pack, base)
-    for note in apply_pack(base, loaded, out, tokenizer=tokenizer):
+    for note in apply_pack(base, loaded, out):
         typer.echo(note)
     typer.echo(f"{out}: {base} with task {loaded.task!r}.")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,11 @@ ORDER = list(DTYPES)
 MOST = 1 << 48
 ANY_SHAPE = ("dense", "exact", "mask", "sparse", "sign_scale")  # the others store matrices
 STACKS = ("low_rank_stack",)  # of matrices
+JSON = ["config.json", "generation_config.json", "tokenizer_config.json"]
+JSON += ["special_tokens_map.json", "chat_template.json"]
+FILES = [*JSON, "chat_template.jinja", "tokenizer.json", "added_tokens.json", "vocab.json"]
+FILES += ["vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"]
+CODE = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"}
 Array = np.ndarray
 
 
@@ -42,17 +49,22 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     try:
         text = json.loads(json.loads(header)["__metadata__"]["skillpack"])
         fields = ["version", "base", "task", "method", "options", "versions", "added", "grown"]
-        must(list(text) == [*fields, "tensors", "digest"] and text["version"] == 2, "fields")
+        must(
+            list(text) == [*fields, "files", "tensors", "digest"] and text["version"] == 3, "fields"
+        )
         parts = {name: layout(*said[:3]) for name, said in text["tensors"].items()}
+        check_sizes(text["files"])
         same = header == expected(text, parts)
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise Refused(f"header: {error}") from error
     must(same, "header")
     found, end = {}, 8 + length
-    for name, part, dtype, shape in placed(parts):
+    for name, part, dtype, shape in placed(parts, text["files"]):
         start, end = end, end + size(dtype, shape)
         found[name, part] = data[start:end]
     must(end == len(data), "length of the file")
+    for name, said in text["files"].items():
+        unpacked(name, *said, found[None, name])
     deltas = {}
     for name, (codec, shape, meta, checksum) in text["tensors"].items():
         mine = {part: found[name, part] for part in parts[name]}
@@ -74,14 +86,15 @@ def must(right: bool, what: str) -> None:
 def expected(text: dict[str, Any], parts: dict[str, Any]) -> bytes:
     """The header that goes with a text."""
     said = {**text, "added": sorted(text["added"]), "grown": dict(sorted(text["grown"].items()))}
+    said["files"] = dict(sorted(text["files"].items()))
     said["tensors"] = dict(sorted(text["tensors"].items()))
     digest = said.pop("digest")
     must(blake(compact(said).encode(), 16) == digest, "digest")
     header: dict[str, Any] = {"__metadata__": {"skillpack": compact({**said, "digest": digest})}}
     end = 0
-    for name, part, dtype, shape in placed(parts):
+    for name, part, dtype, shape in placed(parts, text["files"]):
         start, end = end, end + size(dtype, shape)
-        header[f"{name}:{part}"] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        header[key(name, part)] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     data = compact(header).encode()
     return data + b" " * (-len(data) % 8)
 
@@ -98,10 +111,56 @@ def size(dtype: str, shape: list[int]) -> int:
     return math.prod(shape) * DTYPES[dtype][1]
 
 
-def placed(parts: dict[str, Any]) -> list[tuple[str, str, str, list[int]]]:
-    """Every part in the order of the payload."""
+def placed(parts: dict[str, Any], files: dict[str, Any]) -> list[tuple[Any, str, str, list[int]]]:
+    """Every part in the order of the payload; a file's under None and its own name."""
     rows = [(n, p, dtype, shape) for n, own in parts.items() for p, (dtype, shape) in own.items()]
-    return sorted(rows, key=lambda row: (ORDER.index(row[2]), f"{row[0]}:{row[1]}"))
+    rows += [(None, name, "U8", [said[1]]) for name, said in files.items()]
+    return sorted(rows, key=lambda row: (ORDER.index(row[2]), key(*row[:2])))
+
+
+def key(tensor: str | None, part: str) -> str:
+    return f"{'files' if tensor is None else tensor}:{part}"
+
+
+# --- files ---
+
+
+def check_sizes(files: dict[str, Any]) -> None:
+    must(len(files) <= 64, "number of files")
+    for name, (whole_size, stored, _) in files.items():
+        known = name in FILES
+        known |= bool(re.fullmatch(r"additional_chat_templates/[A-Za-z0-9_-]{1,64}\.jinja", name))
+        must(known, f"{name!r:.50} is no file of a pack")
+        whole(stored, 0, whole(whole_size, 0, (8 if name in JSON else 64) << 20))
+    must(sum(said[0] for said in files.values()) <= 128 << 20, "bytes of files")
+
+
+def unpacked(name: str, length: int, stored: int, checksum: str, data: bytes) -> bytes:
+    """The content of a file."""
+    must(blake(data, 8) == checksum, f"checksum of {name}")
+    content = data
+    if stored < length:
+        try:
+            stream = zlib.decompressobj()
+            content = stream.decompress(data, length + 1)
+        except zlib.error as error:
+            raise Refused(f"{name}: {error}") from error
+        must(len(content) == length and stream.eof and not stream.unused_data, f"{name}: stream")
+    if content and name in JSON:
+        must(sum(map(content.count, (b"[", b"{", b","))) <= 1 << 20, f"{name}: too many values")
+        try:
+            said = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise Refused(f"{name}: {error}") from error
+        must(isinstance(said, dict) and not asks(said), f"{name} is no object, or asks for code")
+    return content
+
+
+def asks(value: Any) -> bool:
+    """Whether a value has a key that asks for code."""
+    if isinstance(value, dict):
+        return bool(CODE & value.keys()) or any(map(asks, value.values()))
+    return isinstance(value, list) and any(map(asks, value))
 
 
 # --- codecs ---

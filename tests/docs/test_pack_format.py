@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -17,7 +18,9 @@ from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.codecs.quant import BITS, Quantized
 from cl_graft.skillpack.format import file as engine
-from tests.docs.reader import Refused, fingerprint, read
+from cl_graft.skillpack.format import header
+from cl_graft.skillpack.format.files import PackedFile
+from tests.docs.reader import Refused, fingerprint, read, unpacked
 from tests.skillpack.tensors import grid, normal
 
 PAGE = Path(__file__).parents[2] / "docs" / "pack-format.md"
@@ -50,7 +53,8 @@ def example() -> SkillPack:
         exponent=-4,
     )
     tensors = {"bias": codecs.sparse(x, x != 0), "weight": codecs.quantized(weight)}
-    return pack_of(tensors, task="math", method="by hand", options={"rate": 0.5})
+    files = {"chat_template.jinja": PackedFile.of(b"{{ messages }}\n")}
+    return pack_of(tensors, task="math", method="by hand", options={"rate": 0.5}, files=files)
 
 
 def dump(data: bytes) -> str:
@@ -127,13 +131,24 @@ def test_the_reader_agrees_with_the_engine(tmp_path: Path) -> None:
     options = {'Ü\n\x01"\\': [1.0, 1e-05, 1.5e16, -0.0, 0.1, True, None, {"": []}]}
     tensors = every_codec()
     grown = {"dense float32": [2, 5]}
-    pack = pack_of(tensors, options=options, added=["sign_scale"], grown=grown, task="λ")
+    contents = {"merges.txt": b"", "tokenizer.json": b"[1, 2" * 99, "config.json": b'{"a": []}'}
+    contents["additional_chat_templates/rag.jinja"] = "{{ ü }}".encode() * 9
+    files = {name: PackedFile.of(content) for name, content in contents.items()}
+    about = {"options": options, "added": ["sign_scale"], "grown": grown, "task": "λ"}
+    pack = pack_of(tensors, files=files, **about)
     pack.save(tmp_path / "pack")
     text, found = read(tmp_path / "pack")
     loaded = SkillPack.load(tmp_path / "pack")
     wanted = loaded.decode()
     assert text["options"] == options and text["digest"] == loaded.digest
     assert set(found) == set(wanted) == set(tensors)
+    assert text["files"].keys() == contents.keys()
+    data = (tmp_path / "pack").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for name, said in text["files"].items():
+        begin, end = json.loads(data[8:start])[f"files:{name}"]["data_offsets"]
+        assert unpacked(name, *said, data[start + begin : start + end]) == contents[name]
+        assert loaded.files[name].content() == contents[name]
     for name, delta in wanted.items():
         assert found[name].dtype == np.float32 and found[name].shape == tuple(delta.shape)
         if tensors[name].codec in ("low_rank", "quantized_low_rank"):
@@ -157,6 +172,35 @@ def test_both_refuse_a_byte_that_was_changed(tmp_path: Path, seed: int) -> None:
     data, rng = bytearray((tmp_path / "pack").read_bytes()), random.Random(seed)
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     (tmp_path / "pack").write_bytes(data)
+    with pytest.raises(SkillPackError):
+        SkillPack.load(tmp_path / "pack")
+    with pytest.raises(Refused):
+        read(tmp_path / "pack")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("run.py", b"x", [1, 1]),
+        ("vocab.txt", b"words", [9, 5]),
+        ("vocab.txt", b"words", [4, 5]),
+        ("vocab.txt", b"words", [65 << 20, 5]),
+        ("config.json", b"[]", [2, 2]),
+        ("config.json", b'{"a":{"auto_map":1}}', [20, 20]),
+        ("tokenizer_config.json", b"{,,}", [4, 4]),
+    ],
+)
+def test_both_refuse_a_file_that_no_pack_may_hold(
+    tmp_path: Path, name: str, content: bytes, said: list[int]
+) -> None:
+    """Of a maker who computes every checksum."""
+    spec = header.FileSpec(*said, hashlib.blake2b(content, digest_size=8).hexdigest())
+    about = {"task": "t", "method": "m", "options": {}, "base": BASE, "versions": {}}
+    text = header.text_of(
+        header.describe(about | {"added": [], "grown": {}, "files": {name: spec}}, {})
+    )
+    head = header.encode(text, header.digest_of(text), header.table_of({}, {name: spec}))
+    (tmp_path / "pack").write_bytes(head + content)
     with pytest.raises(SkillPackError):
         SkillPack.load(tmp_path / "pack")
     with pytest.raises(Refused):

@@ -31,9 +31,15 @@ from cl_graft.skillpack.compress.compress import ByteLimit, PackProgress, Piece,
 from cl_graft.skillpack.compress.policy import METHODS, Policy
 from cl_graft.skillpack.compress.stream import stream_moments
 from cl_graft.skillpack.compress.work_store import Folder, Item
-from cl_graft.skillpack.folders.besides import joined, not_in_weights
+from cl_graft.skillpack.folders.besides import packed_files
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
-from cl_graft.skillpack.folders.pair import PairError, Pairing, add_rows, pair
+from cl_graft.skillpack.folders.pair import (
+    PairError,
+    Pairing,
+    add_rows,
+    embedding_and_head,
+    pair,
+)
 from cl_graft.skillpack.format.write import packed_size, write_pack
 from cl_graft.version import __version__
 
@@ -93,16 +99,12 @@ def create(
         raise PairError(
             f"no tensor of {tuned} differs from {base}, so a pack would be empty; give the folder of the tuned model."
         )
-    besides = not_in_weights(base, tuned)
-    notes = list(pairing.notes)
-    if besides:
-        what = joined([name + more for name, more in besides.items()])
-        notes.append(
-            f"The tuned model has its own {what}: not in the pack, but taken over by "
-            f"`cl-graft pack apply --tokenizer {tuned}`."
-        )
+    embedding, _ = embedding_and_head(after.tensors)
+    files, more = packed_files(
+        base, tuned, after.tensors[embedding].shape[0] if embedding else None
+    )
+    notes = [*pairing.notes, *more]
     options = {"budget": budget, "calibrated": calibration is not None, **_plain(policy)}
-    options |= {"not_in_pack": list(besides)} if besides else {}
     fields: dict[str, Any] = {
         "task": task,
         "method": method,
@@ -110,6 +112,7 @@ def create(
         "base": fingerprint,
         "added": pairing.added,
         "grown": pairing.grown,
+        "files": files,
     }
     limit = ByteLimit(partial(_size, fields), allowed.bytes, budget)
     work = _work_folder(out, pairing, fields, calibration, device)
@@ -253,7 +256,8 @@ def _work_folder(
 ) -> Path:
     """Beside the pack, named after all that the work depends on, so that another task never finds it."""
     digest = hashlib.blake2b(digest_size=6)
-    digest.update(json.dumps([__version__, torch.__version__, device, fields]).encode())
+    plain = fields | {"files": {name: file.spec for name, file in fields["files"].items()}}
+    digest.update(json.dumps([__version__, torch.__version__, device, plain]).encode())
     for file in sorted({info.file for info in pairing.tuned.tensors.values()}):
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import copy
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cl_graft.models.weights import CheckpointError, read_json
-from cl_graft.skillpack.folders.besides import joined, largest_id
+from cl_graft.skillpack.folders.besides import joined, with_settings
 from cl_graft.skillpack.folders.checkpoint import (
     MAX_SHARD_BYTES,
     Checkpoint,
@@ -30,6 +28,7 @@ from cl_graft.skillpack.folders.pair import (
 )
 from cl_graft.skillpack.format.errors import NonFinite, ShapeMismatch, SkillPackError, WrongBase
 from cl_graft.skillpack.format.file import SkillPack
+from cl_graft.skillpack.format.files import VOCABULARY, parse
 
 Folder = str | os.PathLike[str]
 
@@ -43,15 +42,14 @@ def apply_pack(
     pack: SkillPack,
     out_dir: Folder,
     *,
-    tokenizer: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[str]:
     """Write base + pack as a Hugging Face folder; returns a sentence for each thing adjusted.
 
-    Deltas are added in float32 and cast to the base's dtype. tokenizer: the folder from which the
-    tokenizer's files, chat template, end token and generation settings are taken; those, and all
-    other files, are the base's otherwise. Raises WrongBase or ShapeMismatch before anything is
-    written, NonFinite where a weight overflows its dtype, CheckpointError for the folders.
+    Deltas are added in float32 and cast to the base's dtype. What else the pack holds (chat template,
+    tokenizer, settings) takes the place of the base's; all other files are the base's. Raises
+    WrongBase or ShapeMismatch before anything is written, NonFinite where a weight overflows its
+    dtype, CheckpointError for the folders.
     """
     base = Checkpoint(base_dir)
     check_base(base, pack)
@@ -59,20 +57,18 @@ def apply_pack(
     config, notes = _config(base, pack, dropped)
     specs = _specs(base, pack, dropped)
     notes = [*base.notes, *notes]
-    if tokenizer is not None:
-        _take_ids(config, tokenizer, specs)
-        notes.append(f"Tokenizer, chat template and end token are those of {tokenizer}.")
-    elif left := pack.options.get("not_in_pack", ["tokenizer"] if pack.grown else []):
-        notes.append(
-            f"{out_dir} has the base's {joined(left)}; give --tokenizer and the tuned model's folder to have its own."
-        )
+    files = {name: f.content() for name, f in pack.files.items() if name != "config.json"}
+    if pack.files:
+        notes.append(f"{joined(sorted(pack.files))}: as the tuned model has it.")
+    if pack.grown and not files.keys() & set(VOCABULARY):
+        notes.append(f"{out_dir} has the base's tokenizer: the pack holds no other.")
     write_checkpoint(
         out_dir,
         specs,
         lambda name: result(base, pack, name),
         base,
         config=config,
-        tokenizer=tokenizer,
+        files=files,
         max_shard_bytes=max_shard_bytes,
     )
     return notes
@@ -167,6 +163,8 @@ def _config(
 ) -> tuple[dict[str, Any], list[str]]:
     """config.json as the result needs it, and what was adjusted."""
     config, notes = copy.deepcopy(base.config), []
+    if travelled := pack.files.get("config.json"):
+        config = with_settings(config, parse(travelled.content()))
     names = {**base.tensors, **pack.tensors}
     embedding, head = embedding_and_head(names)
     if embedding in pack.grown:
@@ -180,21 +178,6 @@ def _config(
         _set(config, "tie_word_embeddings", True)
         notes.append(f"{dropped} repeats the embedding in the base; it is left out as tied.")
     return config, notes
-
-
-def _take_ids(config: dict[str, Any], tokenizer: Path, specs: Specs) -> None:
-    """Put the special ids of another tokenizer's folder into a config. Raises CheckpointError where it does not fit."""
-    embedding, _ = embedding_and_head(specs)
-    largest, rows = largest_id(tokenizer), specs[embedding][1][0] if embedding else None
-    if rows is not None and largest >= rows:
-        raise CheckpointError(
-            f"the tokenizer of {tokenizer} has the id {largest} and the embedding {rows} rows; give the tokenizer of "
-            "the tuned model that the pack was made of."
-        )
-    theirs = read_json(tokenizer / "config.json")
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if key in theirs:
-            _set(config, key, theirs[key])
 
 
 def _set(config: dict[str, Any], key: str, value: object) -> None:

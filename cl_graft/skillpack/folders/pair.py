@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.models.meta_model import meta_model
-from cl_graft.skillpack.folders.besides import computing, told_changes
 from cl_graft.skillpack.folders.checkpoint import Checkpoint, Info
 from cl_graft.skillpack.format.errors import NonFinite
 
@@ -28,6 +27,7 @@ BUFFER = re.compile(
     r"(^|\.)((original_)?inv_freq|(cos|sin)_cached|freqs_cis|position_ids|token_type_ids"
     r"|masked_bias|causal_mask|attention_mask|alibi)$"
 )
+LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # GPT-2's and GPT-NeoX's, where 4-dimensional
 
 
@@ -166,31 +166,11 @@ def _same_model(base: Checkpoint, tuned: Checkpoint) -> list[str]:
                 f"{base.folder} is {_plain(ours)} and {tuned.folder} is {_plain(theirs)}; "
                 "a pack needs a base and a model tuned from it."
             )
-    _check_computing(base, tuned)
-    notes = [*base.notes, *tuned.notes, *told_changes(base.config, tuned.config)]
+    notes = [*base.notes, *tuned.notes]
     kinds = (_kinds(base), _kinds(tuned))
     if kinds[0] != kinds[1]:
         notes.append(f"The base is in {kinds[0]}, the tuned in {kinds[1]}; both are widened first.")
     return notes
-
-
-def _check_computing(base: Checkpoint, tuned: Checkpoint) -> None:
-    """Raise PairError where the tuned model's weights are put to another use than the base's."""
-    differing = computing(base.config, tuned.config)
-    if not differing:
-        return
-    key, (ours, theirs) = next(iter(differing.items()))
-    more = f" (and {', '.join([*differing][1:])} differ, too)" if len(differing) > 1 else ""
-    values = f"{key} is {ours} in {base.folder} and {theirs} in {tuned.folder}{more}"
-    if base.tensors.keys() == tuned.tensors.keys():
-        raise PairError(
-            f"{values}, and a pack holds weights alone; write the tuned model's value into the config.json of a copy "
-            "of the base, and make and apply the pack on that."
-        )
-    raise PairError(
-        f"{values}, and a pack adds to the weights that the base has; make it on the model that training began from, "
-        "with the parts that were added to it."
-    )
 
 
 def _kinds(side: Checkpoint) -> str:
@@ -291,7 +271,15 @@ def _change(base: Checkpoint, tuned: Checkpoint, name: str, source: str) -> Chan
 
 
 def _sizes(pairing: Pairing) -> list[str]:
-    notes = [f"{name} is not in the base: stored as it is." for name in pairing.added]
+    added = pairing.added
+    notes = [f"{name} is not in the base: stored as it is." for name in added[:1]]
+    if len(added) > 1:
+        notes = [f"{len(added)} tensors ({added[0]}, ...) are not in the base: stored as they are."]
+    if any(LAYER.search(name) for name in added):
+        notes.append(
+            "Layers are compared by their number; a pack of fewer bytes is made on the model that training began from, "
+            "with the new layers in their places."
+        )
     rows = {change.name: change.shape[0] for change in pairing.changes}
     for name, shape in pairing.grown.items():
         verb = "new rows count from zero" if rows[name] > shape[0] else "surplus rows are cut"

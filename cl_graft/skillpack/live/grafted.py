@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -158,7 +159,8 @@ def check_packs(
 ) -> None:
     """Raise WrongBase or ShapeMismatch unless all packs fit parameters of these shapes.
 
-    base: their fingerprint. shapes: by name.
+    base: their fingerprint. shapes: by name. What a pack holds besides weights, a live model does not
+    take: a warning says so.
     """
     for pack in packs:
         if pack.base != base:
@@ -170,6 +172,12 @@ def check_packs(
             raise ShapeMismatch(
                 f"the pack of task {pack.task!r} has tensors or rows that the base lacks, and a live "
                 "model has no place for them; apply it to a folder with `cl-graft pack apply`."
+            )
+        if pack.files:
+            warnings.warn(
+                f"the pack of task {pack.task!r} also holds {', '.join(sorted(pack.files))}, which a live "
+                "model does not take; `cl-graft pack apply` writes them beside the weights.",
+                stacklevel=3,
             )
         for name, shape in pack.shapes.items():
             if shapes.get(name) != shape:
