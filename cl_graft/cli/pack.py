@@ -14,6 +14,7 @@ from cl_graft.report.packs import cell, print_rows, relative, role_rows, tensor_
 if TYPE_CHECKING:
     from cl_graft.skillpack.folders.checkpoint import Checkpoint
     from cl_graft.skillpack.format.file import SkillPack
+    from cl_graft.skillpack.tools.adapter import Tables
 
 app = typer.Typer(help="Look into SkillPack files, and put them on models.", no_args_is_help=True)
 
@@ -213,32 +214,49 @@ def remove(
 def export(
     pack: PackFile,
     base: BaseDir,
-    out: OutDir,
+    out: Annotated[Path, typer.Option(help="New folder; of gguf, a new file.")],
     to: Annotated[
         str,
         typer.Option(
-            help="peft (a LoRA adapter), vllm (one without a head, which vLLM refuses for many models) or hf (a whole "
-            "model)."
+            help="peft (a LoRA adapter that PEFT, vLLM and SGLang read), token-rows (the same, with the changed rows "
+            "of embedding and head), gguf (a LoRA adapter of llama.cpp), mlx (one of MLX), or hf (a whole model)."
         ),
     ],
     rank: Annotated[
         int | None, typer.Option(min=1, help="Most ranks of a module; adapters only.")
     ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Embedding and head as LoRA, too; adapters only.")
+    ] = False,
 ) -> None:
     """Write a pack in a form that other programs read, and tell what that costs."""
-    if to not in ("peft", "vllm", "hf"):
-        raise UnknownName("form to export to", to, ["peft", "vllm", "hf"])
-    if to == "hf":
-        if rank is not None:
-            raise CLGraftError("--rank is for adapters; leave it out, or export --to peft.")
-        return apply(base, pack, out)
-    from cl_graft.skillpack.tools.export import export_peft
+    from cl_graft.skillpack.tools.adapter import adapter_of, totals
+    from cl_graft.skillpack.tools.gguf_adapter import export_gguf
+    from cl_graft.skillpack.tools.peft_adapter import export_mlx, export_peft
 
-    rows = export_peft(_load(pack, base)[0], base, out, rank, head=to == "peft")
-    print_rows([row._asdict() for row in rows])
-    kept = sum(row.rank is not None for row in rows)
-    typer.echo(f"{out}: a LoRA adapter with {kept} of {len(rows)} tensors.")
-    if kept < len(rows):
+    forms = {"peft": export_peft, "token-rows": export_peft, "gguf": export_gguf, "mlx": export_mlx}
+    if to not in (*forms, "hf"):
+        raise UnknownName("form to export to", to, [*forms, "hf"])
+    if to == "hf":
+        if rank is not None or embeddings:
+            option = "--rank" if rank is not None else "--embeddings"
+            raise CLGraftError(f"{option} is for adapters; leave it out, or export --to peft.")
+        return apply(base, pack, out)
+    loaded = _load(pack, base)[0]
+    tables: Tables = "rows" if to == "token-rows" else "lora" if embeddings else "none"
+    adapter = adapter_of(loaded, base, rank, tables)
+    rows = forms[to](adapter, out)
+    shown = ("name", "codec", "rank", "error", "note")
+    print_rows([{key: getattr(row, key) for key in shown} for row in rows])
+    print_rows([total._asdict() for total in totals(rows)], "Error by role")
+    size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
+    typer.echo(
+        f"{out}: an adapter of rank {adapter.rank} with {sum(row.kept for row in rows)} of {len(rows)} tensors, "
+        f"{size:,} bytes."
+    )
+    if loaded.files:
+        typer.echo(f"No adapter holds {', '.join(loaded.files)}, which the pack holds, too.")
+    if loaded.files or not all(row.kept for row in rows):
         typer.echo("What was left out is in no adapter; --to hf writes all of the pack.")
     return None
 
