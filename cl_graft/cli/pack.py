@@ -30,7 +30,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 @app.command()
 def create(
     base: BaseDir,
-    tuned: Annotated[Path, typer.Option(help="Hugging Face folder of the tuned model.")],
+    tuned: Annotated[
+        Path,
+        typer.Option(
+            help="Hugging Face folder of the tuned model, or a PEFT adapter or GGUF file of it."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="SkillPack file to write.")],
     method: Annotated[
         str, typer.Option(help="graftllm_adaptive, or graftllm: the paper's policy.")
@@ -61,16 +66,18 @@ def create(
     from cl_graft.skillpack.compress.policy import read_policy
     from cl_graft.skillpack.compress.text import calibration_batches
     from cl_graft.skillpack.folders.checkpoint import Checkpoint
+    from cl_graft.skillpack.folders.tuned import tuned_checkpoint
     from cl_graft.store.digests import peak_memory_mb
 
     options = read_policy(method, policy)
     if prefix not in ("tuned", "compressed"):
         raise UnknownName("prefix", prefix, ["tuned", "compressed"])
     text = None
-    Checkpoint(base), Checkpoint(tuned)
+    tuned_checkpoint(tuned, Checkpoint(base))
     if calibration is not None:
         rows = {"samples": samples, "length": length, "batch": batch}
-        text = Calibration(calibration_batches(tuned, calibration, **rows), prefix=prefix)  # type: ignore[arg-type]
+        spoken = tuned if any(tuned.glob("token*")) else base
+        text = Calibration(calibration_batches(spoken, calibration, **rows), prefix=prefix)  # type: ignore[arg-type]
     with interruptible(), bars() as bar:
         created = create_pack(
             base,
@@ -310,9 +317,9 @@ def _errors(
     if base is None:
         raise CLGraftError("--tuned tells errors only beside --base; name both folders.")
     from cl_graft.skillpack.folders.apply import check_base
-    from cl_graft.skillpack.folders.checkpoint import Checkpoint
     from cl_graft.skillpack.folders.pair import pair
+    from cl_graft.skillpack.folders.tuned import tuned_checkpoint
     from cl_graft.skillpack.tools.compare import missed
 
     check_base(base, pack)
-    return missed(pack, pair(base, Checkpoint(tuned)))
+    return missed(pack, pair(base, tuned_checkpoint(tuned, base)))

@@ -40,6 +40,7 @@ from cl_graft.skillpack.folders.pair import (
     embedding_and_head,
     pair,
 )
+from cl_graft.skillpack.folders.tuned import tuned_checkpoint
 from cl_graft.skillpack.format.write import packed_size, write_pack
 from cl_graft.version import __version__
 
@@ -81,7 +82,7 @@ def create(
     device: str = "cpu",
     progress: PackProgress = lambda what, done: None,
 ) -> Created:
-    """Write the pack `out` of what `tuned` has learned on `base`, both Hugging Face folders.
+    """Write the pack `out` of what `tuned` has learned on `base`, a Hugging Face folder; see `tuned_checkpoint`.
 
     budget: as of `Budget`, a share of the base in bf16, or bytes; met from below. policy: of `method`, with its
     defaults where it is None. calibration: None for the data-free mode. A killed run is continued by the same
@@ -89,11 +90,12 @@ def create(
     """
     seconds: dict[str, float] = {}
     policy = policy or METHODS[method]()
-    before, after = Checkpoint(base), Checkpoint(tuned)
+    before = Checkpoint(base)
+    after = tuned_checkpoint(tuned, before)
     allowed = Budget(budget, sum(prod(before.tensors[n].shape) for n in before.floating))
     with _timed(seconds, "pair"):
         progress("comparing the checkpoints", 0.0)
-        pairing, meta = pair(before, after), meta_model(tuned)
+        pairing, meta = pair(before, after), meta_model(after.folder)
         fingerprint = before.fingerprint()
     if not pairing.changes:
         raise PairError(

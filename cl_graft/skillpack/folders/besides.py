@@ -50,13 +50,13 @@ class Carried(NamedTuple):
 def carried(base: Path, tuned: Path) -> Carried:
     """Find what of two model folders differs besides the weights.
 
-    What the tuned folder does not have at all (a tokenizer, a generation_config.json) is not taken for a change. Raises
-    OwnCode, CheckpointError.
+    What the tuned folder does not have at all (config.json, a tokenizer, a generation_config.json) is not taken for a
+    change. Raises OwnCode, CheckpointError.
     """
     files: dict[str, bytes] = {}
     told = []
     theirs = _read(tuned / "config.json")
-    if changed := changed_settings(_read(base / "config.json"), theirs):
+    if theirs and (changed := changed_settings(_read(base / "config.json"), theirs)):
         files["config.json"] = json.dumps(settings(theirs), separators=(",", ":")).encode()
         more = f" and {len(changed) - MOST_TOLD} more" if len(changed) > MOST_TOLD else ""
         told.append(f"config.json ({', '.join(changed[:MOST_TOLD])}{more})")

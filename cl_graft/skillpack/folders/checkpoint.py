@@ -119,6 +119,10 @@ class Checkpoint:
             raise CheckpointError(f"{info.file} ends within {name!r}; fetch the file again.")
         return flat.reshape(info.shape)
 
+    def own_delta(self, base: Checkpoint, name: str) -> Tensor | None:
+        """What this adds to a tensor of `base`, float32, where it is known without subtracting; else None."""
+        return None
+
     def fingerprint(self) -> str:
         """`file.fingerprint` of the floating tensors, by the names of the files."""
         return fingerprint((name, self.read(name)) for name in sorted(self.floating))

@@ -71,12 +71,14 @@ class Pairing:
         """Tuned minus base, float32, in the tuned shape.
 
         Both are widened first: a difference taken in bfloat16 loses small updates. float64 is
-        subtracted in float64. Rows that the base lacks count as zero. Raises UnknownName.
+        subtracted in float64. An adapter's is its own. Rows that the base lacks count as zero. Raises UnknownName.
         """
         changes = {change.name: change for change in self.changes}
         if name not in changes:
             raise UnknownName("changed tensor", name, changes)
         change = changes[name]
+        if (own := self.tuned.own_delta(self.base, name)) is not None:
+            return own
         tuned = _wide(self.tuned.read(change.source))
         if change.base_shape is None:
             return tuned.float()
