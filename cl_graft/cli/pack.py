@@ -28,6 +28,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 @app.command()
 def create(
+    ctx: typer.Context,
     base: BaseDir,
     tuned: Annotated[Path, typer.Option(help="Hugging Face folder of the tuned model.")],
     out: Annotated[Path, typer.Option(help="SkillPack file to write.")],
@@ -52,8 +53,13 @@ def create(
     ] = None,
     task: Annotated[str, typer.Option(help="Name of the skill, for the header.")] = "delta",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Keep every bit of the tuned model; no budget.")
+    ] = False,
 ) -> None:
     """Two checkpoint folders to one pack; run it again to continue what was stopped."""
+    if lossless:
+        return _create_lossless(ctx, base, tuned, out, task)
     from cl_graft.cli.progress import bars, interruptible
     from cl_graft.skillpack.compress.create import Calibration
     from cl_graft.skillpack.compress.create import create as create_pack
@@ -90,6 +96,7 @@ def create(
         f"{out}: {created.bytes:,} bytes of {created.limit:,} ({created.bytes / created.limit:.1%})."
     )
     typer.echo(f"{seconds}; peak memory {peak_memory_mb():,.0f} MiB.")
+    return None
 
 
 @app.command()
@@ -148,13 +155,20 @@ def verify(
     """Check everything about a pack: checksums, shapes, values, and its base if one is named."""
     loaded, checkpoint = _load(file, base)
     if checkpoint is not None:
-        from cl_graft.skillpack.folders.apply import check_base
+        from cl_graft.skillpack.folders.apply import check_base, result
 
         check_base(checkpoint, loaded)
     if model is not None:
         _check_model(file, model, data_dir)
     for name in loaded.tensors:
-        loaded.delta(name)
+        if checkpoint is not None:
+            result(checkpoint, loaded, name)
+        elif not loaded.lossless:
+            loaded.delta(name)
+    if loaded.lossless and checkpoint is None:
+        typer.echo(
+            "Its tensors are bits beside the base's; name it by --base to have them decoded, too."
+        )
     against = "".join(f", for base {named}" for named in (base, model) if named)
     typer.echo(f"{file} is whole: {len(loaded.tensors)} tensors of task {loaded.task!r}{against}.")
 
@@ -165,7 +179,11 @@ def diff(a: Path, b: Path, base: MaybeBase = None, json_: Json = False) -> None:
     from cl_graft.skillpack.tools.compare import compare
 
     (one, checkpoint), (other, _) = _load(a, base), _load(b, base)
-    comparison = compare(one, other, _roles(checkpoint))
+    if checkpoint is None and (one.lossless or other.lossless):
+        raise CLGraftError(
+            "a lossless pack holds tuned weights and no delta to compare; name the base with --base."
+        )
+    comparison = compare(one, other, _roles(checkpoint), checkpoint)
     rows, totals = (
         [row._asdict() for row in part] for part in (comparison.rows, comparison.totals)
     )
@@ -254,6 +272,34 @@ def export(
 
 
 # what the commands share
+
+
+def _create_lossless(ctx: typer.Context, base: Path, tuned: Path, out: Path, task: str) -> None:
+    from cl_graft.cli.progress import bars, interruptible
+    from cl_graft.skillpack.compress.lossless import create_lossless
+    from cl_graft.store.digests import peak_memory_mb
+
+    goes = ("base", "tuned", "out", "task", "lossless")
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ctx.params
+        if name not in goes and getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise CLGraftError(
+            f"--lossless keeps every bit, so that {', '.join(given)} would decide nothing; leave one or the other out."
+        )
+    with interruptible(), bars() as bar:
+        created = create_lossless(
+            base, tuned, out, task=task, progress=lambda what, done: bar(out.name, what, done)
+        )
+    for note in created.notes:
+        typer.echo(note)
+    share = created.bytes / created.tuned_bytes
+    typer.echo(
+        f"{out}: {created.bytes:,} bytes for {created.tuned_bytes:,} of the tuned model ({share:.1%}), bit for bit."
+    )
+    typer.echo(f"{created.seconds:.0f} s; peak memory {peak_memory_mb():,.0f} MiB.")
 
 
 def _load(file: Path, base: Path | None) -> tuple[SkillPack, Checkpoint | None]:

@@ -24,6 +24,7 @@ from cl_graft.skillpack.folders.checkpoint import Checkpoint, new_folder, write_
 from cl_graft.skillpack.format.errors import SkillPackError
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.decode import factors
+from cl_graft.skillpack.live.grafted import check_deltas
 
 Factors = tuple[Tensor, Tensor]  # float32: left (out, r), right (r, in)
 MOST_RANK = 512  # the largest rank that serving engines take
@@ -71,10 +72,11 @@ def export_peft(
     rank: the most that any module gets; by default what a low-rank codec has, and MOST_RANK for
     other codecs. head: whether an output head that is not tied is in the adapter, which vLLM
     refuses for many architectures (its `check_unexpected_modules`). Raises WrongBase,
-    ShapeMismatch, NothingToExport, CheckpointError.
+    ShapeMismatch, NoDelta, NothingToExport, CheckpointError.
     """
     if rank is not None and rank < 1:
         raise NothingToExport(f"an adapter of rank {rank} holds nothing; give a rank of 1 or more.")
+    check_deltas([pack])
     base = Checkpoint(base_dir)
     check_base(base, pack)
     modules, left_out = _sort(pack, meta_model(base.folder), rank, head)
