@@ -56,7 +56,9 @@ def bench_pack(
     from cl_graft.bench.table import markdown, write
 
     if (base is None) != (not tuned):
-        raise CLGraftError("a lossless pack is made of two folders; give --base and --tuned.")
+        raise CLGraftError(
+            "a lossless pack is made of two folders; name the base and the tuned model."
+        )
     pairs = [(base, folder) for folder in tuned or ()]
     tell = partial(typer.echo, err=True)
     figures = measure(names(only), data_dir, threads, tell, pairs)
