@@ -59,7 +59,9 @@ def create(
 ) -> None:
     """Two checkpoint folders to one pack; run it again to continue what was stopped."""
     if lossless:
-        return _create_lossless(ctx, base, tuned, out, task)
+        from cl_graft.cli.lossless import create_lossless
+
+        return create_lossless(ctx, base, tuned, out, task)
     from cl_graft.cli.progress import bars, interruptible
     from cl_graft.skillpack.compress.create import Calibration
     from cl_graft.skillpack.compress.create import create as create_pack
@@ -272,34 +274,6 @@ def export(
 
 
 # what the commands share
-
-
-def _create_lossless(ctx: typer.Context, base: Path, tuned: Path, out: Path, task: str) -> None:
-    from cl_graft.cli.progress import bars, interruptible
-    from cl_graft.skillpack.compress.lossless import create_lossless
-    from cl_graft.store.digests import peak_memory_mb
-
-    goes = ("base", "tuned", "out", "task", "lossless")
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name in ctx.params
-        if name not in goes and getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
-    if given:
-        raise CLGraftError(
-            f"--lossless keeps every bit, so that {', '.join(given)} would decide nothing; leave one or the other out."
-        )
-    with interruptible(), bars() as bar:
-        created = create_lossless(
-            base, tuned, out, task=task, progress=lambda what, done: bar(out.name, what, done)
-        )
-    for note in created.notes:
-        typer.echo(note)
-    share = created.bytes / created.tuned_bytes
-    typer.echo(
-        f"{out}: {created.bytes:,} bytes for {created.tuned_bytes:,} of the tuned model ({share:.1%}), bit for bit."
-    )
-    typer.echo(f"{created.seconds:.0f} s; peak memory {peak_memory_mb():,.0f} MiB.")
 
 
 def _load(file: Path, base: Path | None) -> tuple[SkillPack, Checkpoint | None]:

@@ -98,7 +98,7 @@ class Relative(Codec):
 
     @abstractmethod
     def dtype(self, meta: Meta) -> torch.dtype:
-        """That of the tensor."""
+        """Dtype of what `restore` gives."""
 
     @abstractmethod
     def restore(self, encoded: Encoded, base: Tensor | None) -> Tensor:

@@ -93,7 +93,10 @@ def pair(base: Checkpoint, tuned: Checkpoint) -> Pairing:
     Raises PairError for a difference that no pack can hold, NonFinite for a weight with NaN or Inf.
     """
     notes = same_model(base, tuned)
-    kinds = (_kinds(base), _kinds(tuned))
+    kinds = [
+        " and ".join(sorted({str(side.tensors[n].dtype)[6:] for n in side.floating}))
+        for side in (base, tuned)
+    ]
     if kinds[0] != kinds[1]:
         notes.append(f"The base is in {kinds[0]}, the tuned in {kinds[1]}; both are widened first.")
     heads = _heads(base, tuned)
@@ -193,10 +196,6 @@ def _check_computing(base: Checkpoint, tuned: Checkpoint) -> None:
     )
 
 
-def _kinds(side: Checkpoint) -> str:
-    return " and ".join(sorted({str(side.tensors[n].dtype)[6:] for n in side.floating}))
-
-
 class _Heads(NamedTuple):
     """left_out: no change of its own. kept: a change even where zero. from_embedding: {head: E}."""
 
@@ -231,8 +230,7 @@ def _heads(base: Checkpoint, tuned: Checkpoint) -> _Heads:
 
 def check_complete(base: Checkpoint, tuned: Checkpoint, more: Collection[str]) -> None:
     """Raise PairError where the tuned lacks a tensor of the base that is neither a buffer nor one of `more`."""
-    known = {*tuned.tensors, *more}
-    missing = [name for name in base.tensors if name not in known]
+    missing = [n for n in base.tensors if n not in tuned.tensors and n not in more]
     lost = [name for name in missing if not _buffer(name, base.tensors[name])]
     if lost and not base.tensors.keys() & tuned.tensors.keys():
         cure = "rename its tensors as the base's"
@@ -313,9 +311,6 @@ def _text(config: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-# values
 
 
 def _is_changed(base: Checkpoint, tuned: Checkpoint, change: Change) -> bool:
