@@ -46,6 +46,10 @@ def _text(node: ast.expr) -> str:
 
 # {cure: the test that runs it, below tests/}
 TESTED: dict[str, str] = {
+    "cl_graft/cli/pack.py: name the base with --base.": "skillpack/test_lossless_folders.py::test_inspect_and_diff",
+    "cl_graft/skillpack/codecs/codec.py: put the pack, alone, on its base by Grafted or by `cl-graft pack apply`.": "skillpack/test_lossless_folders.py::test_the_commands",
+    "cl_graft/skillpack/live/grafted.py: put it alone on its base by Grafted or by `cl-graft pack apply`.": "skillpack/test_lossless_folders.py::test_the_commands",
+    "cl_graft/skillpack/folders/bits.py: save the model in one of these.": "skillpack/test_lossless_folders.py::test_any_two_dtypes",
     "cl_graft/experiment/executors/ray.py: start one with `ray start --head`.": "hosts/test_ray.py::test_a_host_is_lost_and_another_comes_in_the_middle_of_a_sweep",
     "cl_graft/experiment/executors/ray.py: run the same versions of Ray and Python as its head and, where that asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what `ray get-auth-token` prints there.": "hosts/test_ray.py::test_a_host_is_lost_and_another_comes_in_the_middle_of_a_sweep",
     "cl_graft/data/readers.py: put the data set's file there.": "test_cures.py::test_a_data_set_in_its_folder",

@@ -29,6 +29,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 @app.command()
 def create(
+    ctx: typer.Context,
     base: BaseDir,
     tuned: Annotated[
         Path,
@@ -58,8 +59,15 @@ def create(
     ] = None,
     task: Annotated[str, typer.Option(help="Name of the skill, for the header.")] = "delta",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Keep every bit of the tuned model; no budget.")
+    ] = False,
 ) -> None:
     """Two checkpoint folders to one pack; run it again to continue what was stopped."""
+    if lossless:
+        from cl_graft.cli.lossless import create_lossless
+
+        return create_lossless(ctx, base, tuned, out, task)
     from cl_graft.cli.progress import bars, interruptible
     from cl_graft.skillpack.compress.create import Calibration
     from cl_graft.skillpack.compress.create import create as create_pack
@@ -98,6 +106,7 @@ def create(
         f"{out}: {created.bytes:,} bytes of {created.limit:,} ({created.bytes / created.limit:.1%})."
     )
     typer.echo(f"{seconds}; peak memory {peak_memory_mb():,.0f} MiB.")
+    return None
 
 
 @app.command()
@@ -157,13 +166,20 @@ def verify(
     """Check everything about a pack: checksums, shapes, values, and its base if one is named."""
     loaded, checkpoint = _load(file, base)
     if checkpoint is not None:
-        from cl_graft.skillpack.folders.apply import check_base
+        from cl_graft.skillpack.folders.apply import check_base, result
 
         check_base(checkpoint, loaded)
     if model is not None:
         _check_model(file, model, data_dir)
     for name in loaded.tensors:
-        loaded.delta(name)
+        if checkpoint is not None:
+            result(checkpoint, loaded, name)
+        elif not loaded.lossless:
+            loaded.delta(name)
+    if loaded.lossless and checkpoint is None:
+        typer.echo(
+            "Its tensors are bits beside the base's; name it by --base to have them decoded, too."
+        )
     against = "".join(f", for base {named}" for named in (base, model) if named)
     typer.echo(f"{file} is whole: {len(loaded.tensors)} tensors of task {loaded.task!r}{against}.")
 
@@ -174,7 +190,11 @@ def diff(a: Path, b: Path, base: MaybeBase = None, json_: Json = False) -> None:
     from cl_graft.skillpack.tools.compare import compare
 
     (one, checkpoint), (other, _) = _load(a, base), _load(b, base)
-    comparison = compare(one, other, _roles(checkpoint))
+    if checkpoint is None and (one.lossless or other.lossless):
+        raise CLGraftError(
+            "a lossless pack holds tuned weights and no delta to compare; name the base with --base."
+        )
+    comparison = compare(one, other, _roles(checkpoint), checkpoint)
     rows, totals = (
         [row._asdict() for row in part] for part in (comparison.rows, comparison.totals)
     )

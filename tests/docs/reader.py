@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import math
@@ -24,7 +25,9 @@ DTYPES = {
 }
 ORDER = list(DTYPES)
 MOST = 1 << 48
-ANY_SHAPE = ("dense", "exact", "mask", "sparse", "sign_scale")  # the others store matrices
+# the others store matrices
+ANY_SHAPE = ("dense", "exact", "mask", "sparse", "sign_scale", "lossless")
+MANTISSA = {"F32": 23, "BF16": 7, "F16": 10}
 STACKS = ("low_rank_stack",)  # of matrices
 JSON = ["config.json", "generation_config.json", "tokenizer_config.json"]
 JSON += ["special_tokens_map.json", "chat_template.json"]
@@ -38,8 +41,10 @@ class Refused(Exception):
     """Not a SkillPack, or a damaged one."""
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    """(the text of the header, {tensor: its delta in F32})."""
+def read(
+    path: Path, base: dict[str, Array] | None = None
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """(the text of the header, {tensor: its delta in F32, or the bits of the tuned one}). base: values in F32."""
     data = path.read_bytes()
     must(data[8 : 8 + len(MAGIC)] == MAGIC, "magic")
     length = int.from_bytes(data[:8], "little")
@@ -70,6 +75,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
         mine = {part: found[name, part] for part in parts[name]}
         must(blake(b"".join(mine.values()), 8) == checksum, f"checksum of {name}")
         values = {part: array(mine[part], *parts[name][part]) for part in mine}
+        if codec == "lossless":
+            deltas[name] = tuned(shape, meta, values["code"], (base or {}).get(name))
+            continue
         deltas[name] = decode(codec, shape, meta, values)
         must(bool(np.isfinite(deltas[name]).all()), f"{name} is not finite")
     return text, deltas
@@ -187,6 +195,7 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
         "quantized_low_rank": {"groups"},
         "sign_scale": set(),
         "mask": set(),
+        "lossless": {"dtype", "bytes"} | ({"rows", "gap"} & set(meta)),
     }
     must(codec in wanted and set(meta) == wanted[codec], "codec or meta")
     must(len(shape) == (3 if codec in STACKS else 2) or codec in ANY_SHAPE, "no matrix")
@@ -202,6 +211,17 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
         return {"left": (dtype, [*stack, rows, rank]), "right": (dtype, [*stack, rank, cols])}
     if codec == "mask":
         return {"bits": ("U8", [stream_bytes(numel, 1)])}
+    if codec == "lossless":
+        rows = shape[0] if shape else 1
+        index = stream_bytes(rows, 1) if "rows" in meta else 0
+        if "gap" in meta:
+            must("rows" in meta, "gap without rows")
+            width, count = meta["gap"]
+            index = stream_bytes(whole(count, 0, rows), whole(width, 1, 48))
+        must("rows" not in meta or whole(meta["rows"], 0, rows) >= 0, "rows")
+        tables, low, words = map(whole, meta["bytes"])
+        must(words % 4 == 0, "words")
+        return {"code": ("U8", [index + tables + low + words])}
     if codec == "sign_scale":
         return {"signs": ("U8", [stream_bytes(numel, 1)]), "scale": ("F32", [1])}
     grids = grids_of(codec, shape, meta)
@@ -251,6 +271,99 @@ def decode(codec: str, shape: list[int], meta: dict[str, Any], parts: dict[str, 
         return grids[0]
     pairs = zip(grids[::2], grids[1::2], strict=True)
     return sum((product(left.T, right, shape) for left, right in pairs), np.zeros(shape, "f4"))
+
+
+# --- lossless ---
+
+
+def tuned(shape: list[int], meta: dict[str, Any], code: Array, base: Array | None) -> Array:
+    """The bits of the tuned tensor, U16 or U32. base: values in F32."""
+    rows, numel = shape[0] if shape else 1, math.prod(shape)
+    dtype, (tables, low, words) = meta["dtype"], meta["bytes"]
+    values = np.zeros(numel, "f4")
+    if base is not None:
+        values[: min(numel, base.size)] = base.reshape(-1)[:numel]
+    found = patterns(values, dtype)
+    parts = np.split(code, np.cumsum([len(code) - tables - low - words, tables, low]))
+    chosen = np.arange(rows)
+    if "rows" in meta:
+        chosen = positions(parts[0], meta.get("gap"), rows)
+        must(len(chosen) == meta["rows"], "rows")
+    if not numel:
+        return found.reshape(shape)
+    table = found.reshape(rows, -1)
+    before = table[chosen].reshape(-1)
+    top, ones = 1 << 8 * found.itemsize - 1, (1 << 8 * found.itemsize) - 1
+    exponents = before.astype("i8") >> MANTISSA[dtype] & (top >> MANTISSA[dtype]) - 1
+    after = []
+    for old, z in zip(before.tolist(), steps(exponents, *parts[1:]), strict=True):
+        place = (old ^ ones if old & top else old ^ top) + (-(z + 1) // 2 if z % 2 else z // 2)
+        place &= ones
+        after.append(place ^ top if place & top else place ^ ones)
+    table[chosen] = np.array(after, found.dtype).reshape(table[chosen].shape)
+    return found.reshape(shape)
+
+
+def patterns(values: Array, dtype: str) -> Array:
+    """The bits of values in F32 once they are rounded to the nearest of a dtype, halves to even."""
+    if dtype == "F16":
+        return values.astype("<f2").view("<u2")
+    bits = values.view("<u4")
+    if dtype == "F32":
+        return bits.copy()
+    return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype("<u2")
+
+
+def steps(exponents: Array, tables: Array, low: Array, words: Array) -> list[int]:
+    """The numbers of a stream, in the order of the elements."""
+    known = tables_of(tables.tolist())
+    stack, state, found = words.view("<u4").tolist(), 0, []
+    must(not stack or stack[-1] != 0, "last word")
+
+    def refill() -> None:
+        nonlocal state
+        while state < 1 << 32 and stack:
+            state = state << 32 | stack.pop()
+
+    refill()
+    for start in range(0, len(exponents), 1 << 18):
+        block = exponents[start : start + (1 << 18)]
+        mine = np.searchsorted([first for first, _ in known], block, side="right") - 1
+        order = np.argsort(mine, kind="stable")
+        tokens = []
+        for element in order:
+            quantile, (token, ends) = state % (1 << 24), known[mine[element]][1]
+            place = bisect.bisect_right(ends, quantile) - 1
+            state = (state >> 24) * (ends[place + 1] - ends[place]) + quantile - ends[place]
+            refill()
+            tokens.append(token + place)
+        widths = np.array([max(0, token // 4 - 1) for token in tokens], "i8")
+        rest = np.zeros(len(block), "i8")
+        for width in range(1, int(widths.max(initial=0)) + 1):
+            where = np.flatnonzero(widths == width)
+            size = stream_bytes(len(where), width)
+            rest[where], low = unpack(low[:size], len(where), width), low[size:]
+        numbers = np.zeros(len(block), "i8")
+        heads = np.array(tokens, "i8") - 4 * widths
+        numbers[order] = (heads << widths) + rest
+        found += numbers.tolist()
+    must(not stack and state == 0 and not len(low), "the stream goes on")
+    return found
+
+
+def tables_of(data: list[int]) -> list[tuple[int, tuple[int, list[int]]]]:
+    """(first exponent, (first token, sums of the frequencies before each token and in all)) of each table."""
+    tables = []
+    while data:
+        (first, token, count), weights = data[:3], data[3 : 3 + data[2]]
+        must(len(weights) == count > 0 and weights[0] > 0 < weights[-1], "table")
+        must(first > tables[-1][0] if tables else first == 0, "contexts")
+        worths = [w if w < 16 else (8 + w % 8) << (w // 8 - 1) for w in weights]
+        shares = [max(1, (w << 24) // sum(worths)) if w else 0 for w in worths]
+        shares[shares.index(max(shares))] += (1 << 24) - sum(shares)
+        tables.append((first, (token, np.cumsum([0, *shares]).tolist())))
+        data = data[3 + count :]
+    return tables
 
 
 def product(left: Array, right: Array, shape: list[int]) -> Array:

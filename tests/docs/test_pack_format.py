@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from cl_graft import SkillPack, SkillPackError
 from cl_graft.skillpack import codecs
@@ -122,9 +124,53 @@ def every_codec() -> dict[str, Encoded]:
     return found
 
 
+def against_a_base() -> dict[str, tuple[Encoded, Tensor | None]]:
+    """Tensors that are kept themselves, each with the base's: no delta is to be had of them."""
+    found: dict[str, tuple[Encoded, Tensor | None]] = {}
+    for dtype, own in itertools.product(FLOATS, FLOATS):
+        base = normal((9, 11), 1, own)
+        x = (base.float() * (1 + normal((9, 11), 2))).to(dtype)
+        found[f"moved {dtype} {own}"] = codecs.lossless(x, base), base
+        x[1::2] = base[1::2].to(dtype)
+        found[f"some rows {dtype} {own}"] = codecs.lossless(x, base), base
+        drawn = torch.randint(-(2**15), 2**15, (300,), generator=torch.Generator().manual_seed(3))
+        drawn = drawn.short().view(dtype)
+        drawn = drawn[drawn.isfinite()]
+        found[f"any bits {dtype} {own}"] = codecs.lossless(drawn, base[0]), base[0]
+    found["added"] = codecs.lossless(normal((3, 5), 4), None), None
+    found["cut"] = codecs.lossless(normal((3, 11), 4), base), base
+    found["scalar"] = codecs.lossless(torch.tensor(0.5), torch.tensor(-0.0)), torch.tensor(-0.0)
+    found["empty"] = codecs.lossless(torch.zeros(0, 3), torch.ones(2, 3)), torch.ones(2, 3)
+    table, few = normal((4000, 2), 5), normal((4000, 2), 5)
+    few[1234] += 1
+    found["far rows"] = codecs.lossless(few, table), table
+    found["the same"] = codecs.lossless(table, table), table
+    long = normal((300_000,), 6, torch.bfloat16)
+    found["two blocks"] = codecs.lossless((long.float() + 1e-5).bfloat16(), long), long
+    return found
+
+
 def test_every_codec_is_in_what_is_compared() -> None:
-    assert {e.codec for e in every_codec().values()} == set(codecs.CODECS)
+    kept = against_a_base().values()
+    found = {e.codec for e in every_codec().values()} | {encoded.codec for encoded, _ in kept}
+    assert found == set(codecs.CODECS)
+    forms = [encoded.meta.keys() for encoded, _ in kept]
     assert any(e.meta.get("gap", [0])[0] > 8 for e in every_codec().values())
+    assert {"dtype", "bytes", "rows"} in forms and {"dtype", "bytes", "rows", "gap"} in forms
+
+
+def test_the_reader_and_the_engine_restore_the_same_bits(tmp_path: Path) -> None:
+    both = against_a_base()
+    pack_of({name: encoded for name, (encoded, _) in both.items()}).save(tmp_path / "pack")
+    loaded = SkillPack.load(tmp_path / "pack")
+    arrays = {name: base.float().numpy() for name, (_, base) in both.items() if base is not None}
+    _, found = read(tmp_path / "pack", arrays)
+    for name, (_, base) in both.items():
+        wanted = loaded.tuned(name, base)
+        signed = torch.int32 if wanted.dtype.itemsize == 4 else torch.int16
+        assert (
+            found[name].tolist() == (wanted.view(signed).numpy().view(found[name].dtype)).tolist()
+        )
 
 
 def test_the_reader_agrees_with_the_engine(tmp_path: Path) -> None:

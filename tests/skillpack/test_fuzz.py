@@ -67,6 +67,8 @@ def tensors() -> dict[str, Encoded]:
         "sum": codecs.exact(x[0].double() / 3),
         "text": codecs.exact(torch.tensor(list(b"What is 2 + 2?"), dtype=torch.uint8)),
         "none": codecs.low_rank(torch.zeros(0, 2), torch.zeros(2, 5)),
+        "bits": codecs.lossless(x, x.bfloat16()),
+        "rows.bits": codecs.lossless(torch.where(wide, 1.0, 0.5).half(), torch.full((40, 30), 0.5)),
         "experts": codecs.low_rank_stack(x[:4, :3].reshape(2, 2, 3), x[:, :5].reshape(2, 3, 5)),
     }
 
@@ -308,7 +310,13 @@ def strange_spec(shape: list[int], rng: random.Random) -> list[Any]:
         "quantized_low_rank": {"groups": [group] * rng.choice([0, 1, 3, 64, 65])},
         "sign_scale": {},
         "mask": {},
+        "lossless": {
+            "dtype": rng.choice(["F32", "F16", "BF16"]),
+            "bytes": [rng.choice(COUNTS), rng.choice(COUNTS), 4 * rng.choice(COUNTS)],
+        },
     }
+    if rng.random() < 0.5:
+        metas["lossless"] |= {"rows": rng.choice(COUNTS)}
     metas["sparse"] |= rng.choice(
         [{}, {"gap": [rng.choice([1, 2, 9, 48, 49]), rng.choice(COUNTS)]}]
     )
@@ -526,11 +534,16 @@ def judge_forged(path: Path, blob: bytes, shapes: dict[str, tuple[int, ...]]) ->
         return pack
     total = 0
     for name, encoded in pack.tensors.items():
+        kept = codecs.kept_dtype(encoded)
+        base = None if name in pack.added else torch.zeros(pack.grown.get(name, encoded.shape))
         try:
-            delta = pack.delta(name)
+            delta = pack.delta(name) if kept is None else pack.tuned(name, base)
         except NonFinite:
             continue
-        assert delta.dtype == torch.float32 and tuple(delta.shape) == encoded.shape
+        except CorruptPack:  # whether a stream goes with the base is not known before
+            assert kept is not None
+            continue
+        assert delta.dtype == (kept or torch.float32) and tuple(delta.shape) == encoded.shape
         total += delta.numel()
     assert total <= 5 * max(sum(torch.Size(shape).numel() for shape in shapes.values()), 1 << 22)
     return "a pack"

@@ -13,6 +13,7 @@ from cl_graft.skillpack.codecs.codec import (
     CODECS,
     Codec,
     Factored,
+    Relative,
     Scattered,
     check,
     check_parts,
@@ -20,11 +21,13 @@ from cl_graft.skillpack.codecs.codec import (
     decode,
     is_factored,
     is_scattered,
+    kept_dtype,
     layout,
     least_bits,
     payload_bytes,
     rank_of,
     register,
+    restore,
     rows,
     weight_bits,
 )
@@ -42,8 +45,9 @@ from cl_graft.skillpack.codecs.encoded import (
     finite,
     part_bytes,
 )
-from cl_graft.skillpack.codecs.errors import SkillPackError, UnknownCodec
+from cl_graft.skillpack.codecs.errors import NoDelta, SkillPackError, UnknownCodec
 from cl_graft.skillpack.codecs.exact import exact, exact_spec, original
+from cl_graft.skillpack.codecs.lossless import lossless
 from cl_graft.skillpack.codecs.low_rank import low_rank, low_rank_spec
 from cl_graft.skillpack.codecs.low_rank_stack import low_rank_stack, low_rank_stack_spec
 from cl_graft.skillpack.codecs.mask import mask
@@ -66,6 +70,8 @@ __all__ = [
     "Factored",
     "Layout",
     "Meta",
+    "NoDelta",
+    "Relative",
     "Scattered",
     "SkillPackError",
     "Spec",
@@ -82,8 +88,10 @@ __all__ = [
     "finite",
     "is_factored",
     "is_scattered",
+    "kept_dtype",
     "layout",
     "least_bits",
+    "lossless",
     "low_rank",
     "low_rank_spec",
     "low_rank_stack",
@@ -97,6 +105,7 @@ __all__ = [
     "quantized_low_rank_spec",
     "rank_of",
     "register",
+    "restore",
     "rows",
     "sign_scale",
     "sparse",

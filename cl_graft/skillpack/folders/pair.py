@@ -94,17 +94,23 @@ def pair(base: Checkpoint, tuned: Checkpoint) -> Pairing:
 
     Raises PairError for a difference that no pack can hold, NonFinite for a weight with NaN or Inf.
     """
-    notes = _same_model(base, tuned)
+    notes = same_model(base, tuned)
+    kinds = [
+        " and ".join(sorted({str(side.tensors[n].dtype)[6:] for n in side.floating}))
+        for side in (base, tuned)
+    ]
+    if kinds[0] != kinds[1]:
+        notes.append(f"The base is in {kinds[0]}, the tuned in {kinds[1]}; both are widened first.")
     heads = _heads(base, tuned)
     notes += heads.notes
-    _check_complete(base, tuned, heads)
+    check_complete(base, tuned, heads.left_out | heads.from_embedding.keys())
     buffers = {n for side in (base, tuned) for n, info in side.tensors.items() if _buffer(n, info)}
     notes += _buffers(base, tuned, buffers)
     changes, unchanged = [], 0
     for name in [*tuned.tensors, *heads.from_embedding]:
         if name in buffers or name in heads.left_out:
             continue
-        change = _change(base, tuned, name, heads.from_embedding.get(name, name))
+        change = change_of(base, tuned, name, heads.from_embedding.get(name, name))
         if _is_changed(base, tuned, change) or name in heads.kept:
             changes.append(change)
         else:
@@ -154,7 +160,8 @@ def all_finite(tensor: Tensor) -> bool:
 # policies
 
 
-def _same_model(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+def same_model(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+    """Notes on two checkpoints of one model. Raises PairError where they are not, or quantised."""
     for side in (base, tuned):
         floats = {side.tensors[name].dtype for name in side.floating}
         if "quantization_config" in side.config or any(d.itemsize == 1 for d in floats):
@@ -168,15 +175,7 @@ def _same_model(base: Checkpoint, tuned: Checkpoint) -> list[str]:
                 f"{base.folder} is {_plain(ours)} and {tuned.folder} is {_plain(theirs)}; "
                 "a pack needs a base and a model tuned from it."
             )
-    notes = [*base.notes, *tuned.notes]
-    kinds = (_kinds(base), _kinds(tuned))
-    if kinds[0] != kinds[1]:
-        notes.append(f"The base is in {kinds[0]}, the tuned in {kinds[1]}; both are widened first.")
-    return notes
-
-
-def _kinds(side: Checkpoint) -> str:
-    return " and ".join(sorted({str(side.tensors[n].dtype)[6:] for n in side.floating}))
+    return [*base.notes, *tuned.notes]
 
 
 class _Heads(NamedTuple):
@@ -211,9 +210,9 @@ def _heads(base: Checkpoint, tuned: Checkpoint) -> _Heads:
     return _Heads(set(), {head}, {}, [note])
 
 
-def _check_complete(base: Checkpoint, tuned: Checkpoint, heads: _Heads) -> None:
-    known = tuned.tensors.keys() | heads.left_out | heads.from_embedding.keys()
-    missing = [name for name in base.tensors if name not in known]
+def check_complete(base: Checkpoint, tuned: Checkpoint, more: Collection[str]) -> None:
+    """Raise PairError where the tuned lacks a tensor of the base that is neither a buffer nor one of `more`."""
+    missing = [n for n in base.tensors if n not in tuned.tensors and n not in more]
     lost = [name for name in missing if not _buffer(name, base.tensors[name])]
     if lost and not base.tensors.keys() & tuned.tensors.keys():
         cure = "rename its tensors as the base's"
@@ -257,7 +256,8 @@ def _buffers(base: Checkpoint, tuned: Checkpoint, buffers: set[str]) -> list[str
     return notes
 
 
-def _change(base: Checkpoint, tuned: Checkpoint, name: str, source: str) -> Change:
+def change_of(base: Checkpoint, tuned: Checkpoint, name: str, source: str) -> Change:
+    """The change of a tensor, whose values need not differ. Raises PairError where shapes or integers forbid one."""
     info, before = tuned.tensors[source], base.tensors.get(name)
     shape = before.shape if before else None
     if not (info.dtype.is_floating_point and (before is None or before.dtype.is_floating_point)):
@@ -303,21 +303,19 @@ def _plain(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-# values
-
-
 def _is_changed(base: Checkpoint, tuned: Checkpoint, change: Change) -> bool:
     """Whether any element differs in value. Raises NonFinite for either side."""
     after = tuned.read(change.source)
-    _check_finite(tuned, change.source, after)
+    check_finite(tuned, change.source, after)
     if change.base_shape is None:
         return True
     before = base.read(change.name)
-    _check_finite(base, change.name, before)
+    check_finite(base, change.name, before)
     return not _equal(before, after)
 
 
-def _check_finite(side: Checkpoint, name: str, tensor: Tensor) -> None:
+def check_finite(side: Checkpoint, name: str, tensor: Tensor) -> None:
+    """Raise NonFinite where a checkpoint's tensor holds NaN or Inf."""
     if not all_finite(tensor):
         raise NonFinite(f"{name!r} of {side.folder} holds NaN or Inf; repair the checkpoint.")
 

@@ -23,6 +23,7 @@ from cl_graft.skillpack.codecs.encoded import raw
 from cl_graft.skillpack.format import header
 from cl_graft.skillpack.format.errors import (
     CorruptPack,
+    NoDelta,
     NonFinite,
     NotASkillPack,
     PackNotFound,
@@ -41,6 +42,7 @@ from cl_graft.skillpack.format.write import current_versions, packed_size, verif
 __all__ = [
     "FORMAT",
     "CorruptPack",
+    "NoDelta",
     "NonFinite",
     "NotASkillPack",
     "PackNotFound",
@@ -102,9 +104,21 @@ class SkillPack:
         """Tuned minus base of one tensor, float32, on the CPU.
 
         Raises CorruptPack where its parts do not fit its codec, NonFinite where it overflows,
-        UnknownCodec for a codec that is not registered.
+        UnknownCodec for a codec that is not registered, NoDelta where the tuned tensor is kept itself.
         """
         return self._decoded(name, codecs.decode)
+
+    def tuned(self, name: str, base: Tensor | None) -> Tensor:
+        """A tensor that is kept itself, bit for bit, in its own dtype, on the CPU.
+
+        base: the base's tensor of this name, None where it has none. Raises as `delta` does, but for NoDelta.
+        """
+        return self._decoded(name, lambda encoded: codecs.restore(encoded, base))
+
+    @property
+    def lossless(self) -> bool:
+        """Whether tuned tensors are kept themselves, so that there is no delta to be added or merged."""
+        return any(codecs.kept_dtype(encoded) is not None for encoded in self.tensors.values())
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """`delta(name)[ids]`, where the codec can without the rest of it. ids: int64 (n,), on the CPU.
@@ -149,8 +163,8 @@ class SkillPack:
         what = f"tensor {name!r} of task {self.task!r}"
         try:
             decoded = decode(self.tensors[name])
-        except UnknownCodec as error:
-            raise UnknownCodec(f"{what}: {error}") from error
+        except (UnknownCodec, NoDelta) as error:
+            raise type(error)(f"{what}: {error}") from error
         except ValueError as error:
             raise CorruptPack(f"{what}: {error}") from error
         if not torch.isfinite(decoded).all():

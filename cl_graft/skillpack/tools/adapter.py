@@ -23,6 +23,7 @@ from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.skillpack.format.errors import SkillPackError
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.decode import factors
+from cl_graft.skillpack.live.grafted import check_deltas
 from cl_graft.skillpack.tools.low_rank import Factors, best_factors, cut, padded
 
 Tables = Literal["none", "lora", "rows"]
@@ -134,10 +135,11 @@ def adapter_of(
     """Find what of a pack fits an adapter.
 
     rank: the most that any module gets; by default what a low-rank codec has, at most 512. tables: what becomes of the
-    embedding and the head. Raises WrongBase, ShapeMismatch, NothingToExport, CheckpointError.
+    embedding and the head. Raises WrongBase, ShapeMismatch, NoDelta, NothingToExport, CheckpointError.
     """
     if rank is not None and rank < 1:
         raise NothingToExport(f"an adapter of rank {rank} holds nothing; give a rank of 1 or more.")
+    check_deltas([pack])
     base = Checkpoint(base_dir)
     check_base(base, pack)
     meta, most = meta_model(base.folder), min(rank or RANKS[-1], RANKS[-1])
