@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.compress import lossless as module
@@ -21,7 +22,7 @@ from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.skillpack.folders.pair import PairError
 from cl_graft.skillpack.format.file import CorruptPack, NonFinite, SkillPack
 from tests.command import Call, assert_refused
-from tests.model_folders import llama, rewrite, saved, tensors, tuned
+from tests.model_folders import llama, rewrite, saved, tensors, tokenizer, tuned
 from tests.refusals import refusal
 
 Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
@@ -70,6 +71,20 @@ def test_any_two_dtypes(own: str, kept: str, tmp_path: Path) -> None:
     assert created.tuned_bytes == 17056 * (4 if kept == "float32" else 2)
     assert pack.method == "lossless" and pack.lossless
     assert {e.codec for e in pack.tensors.values()} == {"lossless"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "o" / "result").state_dict()
+    assert all(identical(loaded[n], t) for n, t in tensors(tmp_path / "tuned").items())
+
+
+def test_what_else_tuning_changed_comes_along(base: Path, tmp_path: Path) -> None:
+    after = saved(tuned(llama(rope_parameters={"rope_theta": 5e5})), tmp_path / "tuned")
+    tokenizer("<|end|>", "{{ messages }}").save_pretrained(after)
+    created, pack = comes_back(base, after, tmp_path / "o")
+    assert "config.json" in pack.files and "chat_template.jinja" in pack.files
+    assert any("chat template" in note for note in created.notes)
+    for name in pack.files.keys() - {"config.json"}:
+        assert (tmp_path / "o" / "result" / name).read_bytes() == (after / name).read_bytes()
+    found = AutoConfig.from_pretrained(tmp_path / "o" / "result")
+    assert found.rope_parameters["rope_theta"] == 5e5
 
 
 def test_values_that_only_bits_tell_apart(base: Path, after: Path, tmp_path: Path) -> None:

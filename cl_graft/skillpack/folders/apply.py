@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection
+from math import prod
 from typing import Any
 
 import torch
@@ -60,8 +61,9 @@ def apply_pack(
     base = Checkpoint(base_dir)
     check_base(base, pack)
     dropped = _dropped(base, pack)
-    config, notes = _config(base, pack, dropped)
     specs = _specs(base, pack, dropped)
+    config, notes = _config(base, pack, dropped)
+    notes += _kept_in(config, base, specs) if pack.lossless else []
     notes = [*base.notes, *notes]
     files = {name: f.content() for name, f in pack.files.items() if name != "config.json"}
     if pack.files:
@@ -207,6 +209,23 @@ def _config(
         _set(config, "tie_word_embeddings", True)
         notes.append(f"{name} repeats the embedding in the base; it is left out as tied.")
     return config, notes
+
+
+def _kept_in(config: dict[str, Any], base: Checkpoint, specs: Specs) -> list[str]:
+    """Let a config name the dtype of most of a lossless result, in which transformers loads it all."""
+    sizes: dict[torch.dtype, int] = {}
+    for dtype, shape in specs.values():
+        if dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + prod(shape) * dtype.itemsize
+    most = max(sizes, key=lambda dtype: sizes[dtype], default=base.dtype)
+    if most == base.dtype:
+        return []
+    told, notes = str(most)[6:], []
+    for key in ("dtype", "torch_dtype"):
+        if key in config or key in (config.get("text_config") or {}):
+            _set(config, key, told)
+            notes = [f"{key} is now {told}, as in the tuned model."]
+    return notes
 
 
 def _set(config: dict[str, Any], key: str, value: object) -> None:
