@@ -13,6 +13,7 @@ from cl_graft.bench import textbook
 from cl_graft.bench.compose import TASKS, bench_compose
 from cl_graft.bench.error import bench_error
 from cl_graft.bench.layer import bench_layer, relative
+from cl_graft.bench.lossless import bench_lossless
 from cl_graft.bench.merge import bench_merge
 from cl_graft.bench.size import bytes_over_theory
 from cl_graft.bench.table import markdown, write
@@ -20,6 +21,7 @@ from cl_graft.skillpack.codecs import dense, quantized_low_rank, sparse
 from cl_graft.skillpack.codecs.quant import round_to_nearest
 from cl_graft.skillpack.compress.gptq import gptq_many
 from cl_graft.skillpack.format.file import SkillPack
+from tests.model_folders import llama, saved, tuned
 
 
 def moment(cols, seed=0):
@@ -101,6 +103,21 @@ def test_the_table_has_a_row_for_every_figure(tmp_path):
     assert text in (tmp_path / "out" / "pack.md").read_text()
 
 
+def test_a_lossless_pack_beside_general_compressors(tmp_path):
+    base, after = saved(llama(), tmp_path / "base"), saved(tuned(llama()), tmp_path / "tuned")
+    found = bench_lossless([(base, after)])
+    assert [(row["delta"], row["dtype"]) for row in found["rows"]] == [
+        ("tuned", "float32"),
+        ("tuned", "bfloat16"),
+    ]
+    for row in found["rows"]:
+        size = 17056 * (4 if row["dtype"] == "float32" else 2)
+        assert row["share"] == row["bytes"] / size and 0.9 < row["changed"] <= 1
+        assert 0.5 < row["others"]["zip -9 of the tuned"] < 1.1
+    text = markdown({"lossless": found})
+    assert "lossless, tuned, bfloat16" in text and "published" in text
+
+
 @pytest.mark.slow
 def test_peak_memory_of_strategies_is_told_with_what_they_keep():
     small = {"vocab_size": 512, "hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 1}
@@ -116,6 +133,9 @@ def test_a_misspelt_part_is_answered_with_the_nearest():
     words = [sys.executable, "-m", "cl_graft", "bench", "pack", "--only", "tyme"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "did you mean time" in done.stderr
+    words = [*words[:-1], "lossless", "--tuned", "somewhere"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "name the base and the tuned model" in done.stderr
 
 
 @pytest.mark.slow

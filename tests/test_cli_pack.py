@@ -185,12 +185,21 @@ def test_export(pack: Path, base: Path, tmp_path: Path, call: Call) -> None:
     words = ["export", "--pack", pack, "--base", base]
     done = call(*words, "--out", tmp_path / "peft", "--to", "peft", "--rank", "2")
     assert done.code == 0
-    assert f"{tmp_path / 'peft'}: a LoRA adapter with 15 of 21 tensors." in done.out
+    assert f"{tmp_path / 'peft'}: an adapter of rank 8 with 14 of 21 tensors, " in done.out
+    assert "Error by role" in done.out and "--to hf writes all" in done.out
     (line,) = (line for line in done.out.splitlines() if NORM in line)
     assert "left out" in line
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
-    done = call(*words, "--out", tmp_path / "vllm", "--to", "vllm")
-    assert f"{tmp_path / 'vllm'}: a LoRA adapter with 14 of 21 tensors." in done.out
+    for form in ("peft", "mlx"):
+        out = tmp_path / f"{form}-tables"
+        done = call(*words, "--out", out, "--to", form, "--embeddings", "--rank", "2")
+        assert f"{out}: an adapter of rank 8 with 16 of 21 tensors, " in done.out
+    done = call(*words, "--out", tmp_path / "rows", "--to", "token-rows", "--rank", "2")
+    assert f"{tmp_path / 'rows'}: an adapter of rank 8 with 16 of 21 tensors, " in done.out
+    pytest.importorskip("gguf")
+    done = call(*words, "--out", tmp_path / "a.gguf", "--to", "gguf", "--rank", "2")
+    size = (tmp_path / "a.gguf").stat().st_size
+    assert f"a.gguf: an adapter of rank 8 with 14 of 21 tensors, {size:,} bytes." in done.out
     done = call(*words, "--out", tmp_path / "hf", "--to", "hf")
     assert done.code == 0
     assert (tmp_path / "hf" / "model.safetensors").exists()
@@ -220,6 +229,21 @@ def test_export(pack: Path, base: Path, tmp_path: Path, call: Call) -> None:
                 "3",
             ],
             ["--rank"],
+        ),
+        (
+            [
+                "export",
+                "--pack",
+                "PACK",
+                "--base",
+                "BASE",
+                "--out",
+                "x",
+                "--to",
+                "hf",
+                "--embeddings",
+            ],
+            ["--embeddings is for adapters"],
         ),
         (["remove", "--grafted", "nowhere", "--pack", "PACK", "--base", "BASE"], ["no folder"]),
     ],

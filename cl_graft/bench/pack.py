@@ -12,13 +12,14 @@ import torch
 from cl_graft.bench.disk import bench_disk
 from cl_graft.bench.error import bench_error, tasks
 from cl_graft.bench.layer import bench_layer
+from cl_graft.bench.lossless import Pairs, bench_lossless
 from cl_graft.bench.memory import bench_memory
 from cl_graft.bench.merge import bench_merge
 from cl_graft.bench.size import bytes_over_theory
 from cl_graft.errors import UnknownName
 from cl_graft.models.embedded import cache_root
 
-PARTS = ("error", "time", "memory", "disk", "merge", "bytes")
+PARTS = ("error", "time", "memory", "disk", "merge", "bytes")  # measured unless others are named
 
 
 def bench_pack(
@@ -26,25 +27,26 @@ def bench_pack(
     data_dir: Path | None = None,
     threads: int = 2,
     tell: Callable[[str], None] = lambda text: None,
+    pairs: Pairs = (),
     previous: Path | None = None,
 ) -> dict[str, Any]:
     """{part: figures with their conditions}, every comparison a ratio within this run.
 
-    previous: a checkout of an earlier commit, beside whose engine `time` sets this one. Raises UnknownName for a part
-    that does not exist.
+    pairs: (base, tuned), folders for `lossless`. previous: a checkout of an earlier commit, beside whose engine `time`
+    sets this one. Raises UnknownName for a part that does not exist.
     """
     figures: dict[str, Any] = {}
     for part in parts:
-        if part not in PARTS:
-            raise UnknownName("part of the benchmark", part, PARTS)
+        if part not in _MEASURES:
+            raise UnknownName("part of the benchmark", part, _MEASURES)
     torch.set_num_threads(threads)
     for part in parts:
         tell(part)
-        figures[part] = _MEASURES[part](data_dir, previous)
+        figures[part] = _MEASURES[part](data_dir, pairs, previous)
     return figures
 
 
-def _error(data_dir: Path | None, _: Path | None) -> dict[str, Any]:
+def _error(data_dir: Path | None) -> dict[str, Any]:
     cache = cache_root()
     rows = [bench_error(model, task, 0, cache, data_dir) for model, task in tasks(data_dir)]
     return {
@@ -57,12 +59,12 @@ def _error(data_dir: Path | None, _: Path | None) -> dict[str, Any]:
     }
 
 
-def _merge(*_: Path | None) -> dict[str, Any]:
+def _merge() -> dict[str, Any]:
     runs = [bench_merge(share, dtype) for dtype in ("bfloat16", "float32") for share in (0.05, 0.1)]
     return {"merge_over_copy": min(run["merge_over_copy"] for run in runs), "runs": runs}
 
 
-def _bytes(*_: Path | None) -> dict[str, Any]:
+def _bytes() -> dict[str, Any]:
     from cl_graft.bench.memory import write_random
     from cl_graft.skillpack.compress.create import create
 
@@ -74,11 +76,12 @@ def _bytes(*_: Path | None) -> dict[str, Any]:
         return bytes_over_theory(here / "pack.safetensors")
 
 
-_MEASURES: dict[str, Callable[[Path | None, Path | None], dict[str, Any]]] = {
-    "error": _error,
-    "time": lambda _, previous: bench_layer(previous=previous),
-    "memory": lambda *_: bench_memory(),
-    "disk": lambda *_: bench_disk(),
-    "merge": _merge,
-    "bytes": _bytes,
+_MEASURES: dict[str, Callable[[Path | None, Pairs, Path | None], dict[str, Any]]] = {
+    "error": lambda data_dir, pairs, previous: _error(data_dir),
+    "time": lambda data_dir, pairs, previous: bench_layer(previous=previous),
+    "memory": lambda data_dir, pairs, previous: bench_memory(),
+    "disk": lambda data_dir, pairs, previous: bench_disk(),
+    "merge": lambda data_dir, pairs, previous: _merge(),
+    "bytes": lambda data_dir, pairs, previous: _bytes(),
+    "lossless": lambda data_dir, pairs, previous: bench_lossless(pairs, data_dir),
 }

@@ -111,6 +111,20 @@ def _bytes_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [("bytes_over_theory", f"{part['bytes_over_theory']:.4f}", told)]
 
 
+def _lossless_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    about = part["conditions"]
+    rows = [("lossless", "share of the tuned file", f"the others: {about['sample']}")]
+    for row in part["rows"]:
+        others = ", ".join(f"{how} {share:.1%}" for how, share in row["others"].items())
+        told = f"{row['changed']:.1%} of the values differ; {others}; made in {row['make_seconds']:.0f} s, "
+        told += f"applied in {row['apply_seconds']:.0f} s"
+        rows.append((f"lossless, {row['delta']}, {row['dtype']}", f"{row['share']:.1%}", told))
+    rows += [
+        (f"published: {what}", f"{share:.1%}", "") for what, share in about["published"].items()
+    ]
+    return rows
+
+
 _ROWS = {
     "error": _error_rows,
     "time": _time_rows,
@@ -118,4 +132,5 @@ _ROWS = {
     "disk": _disk_rows,
     "merge": _merge_rows,
     "bytes": _bytes_rows,
+    "lossless": _lossless_rows,
 }

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,8 +38,17 @@ def _benchmark(name: str) -> Callable[..., Any]:
 def bench_pack(
     data_dir: DataDir = None,
     only: Annotated[
-        str, typer.Option(help="Parts, comma-separated: error, time, memory, disk, merge, bytes.")
+        str,
+        typer.Option(
+            help="Parts, comma-separated: error, time, memory, disk, merge, bytes, lossless."
+        ),
     ] = "error,time,memory,disk,merge,bytes",
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base for lossless, in place of mini's.")
+    ] = None,
+    tuned: Annotated[
+        list[Path] | None, typer.Option(help="Folder tuned from --base; may come several times.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of the computations.")] = 2,
     previous: Annotated[
         Path | None,
@@ -51,9 +61,13 @@ def bench_pack(
     measure = _benchmark("pack")
     from cl_graft.bench.table import markdown, write
 
-    figures = measure(
-        names(only), data_dir, threads, lambda what: typer.echo(what, err=True), previous
-    )
+    if (base is None) != (not tuned):
+        raise CLGraftError(
+            "a lossless pack is made of two folders; name the base and the tuned model."
+        )
+    pairs = [(base, folder) for folder in tuned or ()]
+    tell = partial(typer.echo, err=True)
+    figures = measure(names(only), data_dir, threads, tell, pairs, previous)
     typer.echo(json.dumps(figures, indent=1) if json_ else markdown(figures))
     if to is not None:
         write(figures, to, [shlex.join(["cl-graft", *sys.argv[1:]])])

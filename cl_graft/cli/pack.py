@@ -14,6 +14,7 @@ from cl_graft.report.packs import cell, print_rows, relative, role_rows, tensor_
 if TYPE_CHECKING:
     from cl_graft.skillpack.folders.checkpoint import Checkpoint
     from cl_graft.skillpack.format.file import SkillPack
+    from cl_graft.skillpack.tools.adapter import Tables
 
 app = typer.Typer(help="Look into SkillPack files, and put them on models.", no_args_is_help=True)
 
@@ -28,8 +29,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 @app.command()
 def create(
+    ctx: typer.Context,
     base: BaseDir,
-    tuned: Annotated[Path, typer.Option(help="Hugging Face folder of the tuned model.")],
+    tuned: Annotated[
+        Path,
+        typer.Option(
+            help="Hugging Face folder of the tuned model, or a PEFT adapter or GGUF file of it."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="SkillPack file to write.")],
     method: Annotated[
         str, typer.Option(help="graftllm_adaptive, or graftllm: the paper's policy.")
@@ -52,24 +59,33 @@ def create(
     ] = None,
     task: Annotated[str, typer.Option(help="Name of the skill, for the header.")] = "delta",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Keep every bit of the tuned model; no budget.")
+    ] = False,
 ) -> None:
     """Two checkpoint folders to one pack; run it again to continue what was stopped."""
+    if lossless:
+        from cl_graft.cli.lossless import create_lossless
+
+        return create_lossless(ctx, base, tuned, out, task)
     from cl_graft.cli.progress import bars, interruptible
     from cl_graft.skillpack.compress.create import Calibration
     from cl_graft.skillpack.compress.create import create as create_pack
     from cl_graft.skillpack.compress.policy import read_policy
     from cl_graft.skillpack.compress.text import calibration_batches
     from cl_graft.skillpack.folders.checkpoint import Checkpoint
+    from cl_graft.skillpack.folders.tuned import tuned_checkpoint
     from cl_graft.store.digests import peak_memory_mb
 
     options = read_policy(method, policy)
     if prefix not in ("tuned", "compressed"):
         raise UnknownName("prefix", prefix, ["tuned", "compressed"])
     text = None
-    Checkpoint(base), Checkpoint(tuned)
+    tuned_checkpoint(tuned, Checkpoint(base))
     if calibration is not None:
         rows = {"samples": samples, "length": length, "batch": batch}
-        text = Calibration(calibration_batches(tuned, calibration, **rows), prefix=prefix)  # type: ignore[arg-type]
+        spoken = tuned if any(tuned.glob("token*")) else base
+        text = Calibration(calibration_batches(spoken, calibration, **rows), prefix=prefix)  # type: ignore[arg-type]
     with interruptible(), bars() as bar:
         created = create_pack(
             base,
@@ -90,6 +106,7 @@ def create(
         f"{out}: {created.bytes:,} bytes of {created.limit:,} ({created.bytes / created.limit:.1%})."
     )
     typer.echo(f"{seconds}; peak memory {peak_memory_mb():,.0f} MiB.")
+    return None
 
 
 @app.command()
@@ -113,6 +130,7 @@ def inspect(
         "digest": loaded.digest,
         "added": loaded.added,
         "grown": loaded.grown,
+        "files": {name: file.size for name, file in loaded.files.items()},
         "bytes": file.stat().st_size,
     }
     tensors = tensor_rows(loaded, roles)
@@ -127,7 +145,7 @@ def inspect(
         typer.echo(json.dumps({**header, "roles": totals, "tensors": tensors}, indent=1))
         return
     for key, value in header.items():
-        if value or key not in ("added", "grown"):
+        if value or key not in ("added", "grown", "files"):
             typer.echo(f"{'bytes on disk' if key == 'bytes' else key:14} {cell(value)}")
     if totals:
         print_rows(totals, "Bytes by role")
@@ -148,13 +166,20 @@ def verify(
     """Check everything about a pack: checksums, shapes, values, and its base if one is named."""
     loaded, checkpoint = _load(file, base)
     if checkpoint is not None:
-        from cl_graft.skillpack.folders.apply import check_base
+        from cl_graft.skillpack.folders.apply import check_base, result
 
         check_base(checkpoint, loaded)
     if model is not None:
         _check_model(file, model, data_dir)
     for name in loaded.tensors:
-        loaded.delta(name)
+        if checkpoint is not None:
+            result(checkpoint, loaded, name)
+        elif not loaded.lossless:
+            loaded.delta(name)
+    if loaded.lossless and checkpoint is None:
+        typer.echo(
+            "Its tensors are bits beside the base's; name it by --base to have them decoded, too."
+        )
     against = "".join(f", for base {named}" for named in (base, model) if named)
     typer.echo(f"{file} is whole: {len(loaded.tensors)} tensors of task {loaded.task!r}{against}.")
 
@@ -165,7 +190,11 @@ def diff(a: Path, b: Path, base: MaybeBase = None, json_: Json = False) -> None:
     from cl_graft.skillpack.tools.compare import compare
 
     (one, checkpoint), (other, _) = _load(a, base), _load(b, base)
-    comparison = compare(one, other, _roles(checkpoint))
+    if checkpoint is None and (one.lossless or other.lossless):
+        raise CLGraftError(
+            "a lossless pack holds tuned weights and no delta to compare; name the base with --base."
+        )
+    comparison = compare(one, other, _roles(checkpoint), checkpoint)
     rows, totals = (
         [row._asdict() for row in part] for part in (comparison.rows, comparison.totals)
     )
@@ -181,23 +210,12 @@ def diff(a: Path, b: Path, base: MaybeBase = None, json_: Json = False) -> None:
 
 
 @app.command()
-def apply(
-    base: BaseDir,
-    pack: PackFile,
-    out: OutDir,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder, as of the tuned model, whose tokenizer, chat template, end token and generation settings "
-            "are taken instead of the base's."
-        ),
-    ] = None,
-) -> None:
+def apply(base: BaseDir, pack: PackFile, out: OutDir) -> None:
     """Write base + pack as a Hugging Face folder."""
     from cl_graft.skillpack.folders.apply import apply_pack
 
     loaded, _ = _load(pack, base)
-    for note in apply_pack(base, loaded, out, tokenizer=tokenizer):
+    for note in apply_pack(base, loaded, out):
         typer.echo(note)
     typer.echo(f"{out}: {base} with task {loaded.task!r}.")
 
@@ -223,32 +241,49 @@ def remove(
 def export(
     pack: PackFile,
     base: BaseDir,
-    out: OutDir,
+    out: Annotated[Path, typer.Option(help="New folder; of gguf, a new file.")],
     to: Annotated[
         str,
         typer.Option(
-            help="peft (a LoRA adapter), vllm (one without a head, which vLLM refuses for many models) or hf (a whole "
-            "model)."
+            help="peft (a LoRA adapter that PEFT, vLLM and SGLang read), token-rows (the same, with the changed rows "
+            "of embedding and head), gguf (a LoRA adapter of llama.cpp), mlx (one of MLX), or hf (a whole model)."
         ),
     ],
     rank: Annotated[
         int | None, typer.Option(min=1, help="Most ranks of a module; adapters only.")
     ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Embedding and head as LoRA, too; adapters only.")
+    ] = False,
 ) -> None:
     """Write a pack in a form that other programs read, and tell what that costs."""
-    if to not in ("peft", "vllm", "hf"):
-        raise UnknownName("form to export to", to, ["peft", "vllm", "hf"])
-    if to == "hf":
-        if rank is not None:
-            raise CLGraftError("--rank is for adapters; leave it out, or export --to peft.")
-        return apply(base, pack, out)
-    from cl_graft.skillpack.tools.export import export_peft
+    from cl_graft.skillpack.tools.adapter import adapter_of, totals
+    from cl_graft.skillpack.tools.gguf_adapter import export_gguf
+    from cl_graft.skillpack.tools.peft_adapter import export_mlx, export_peft
 
-    rows = export_peft(_load(pack, base)[0], base, out, rank, head=to == "peft")
-    print_rows([row._asdict() for row in rows])
-    kept = sum(row.rank is not None for row in rows)
-    typer.echo(f"{out}: a LoRA adapter with {kept} of {len(rows)} tensors.")
-    if kept < len(rows):
+    forms = {"peft": export_peft, "token-rows": export_peft, "gguf": export_gguf, "mlx": export_mlx}
+    if to not in (*forms, "hf"):
+        raise UnknownName("form to export to", to, [*forms, "hf"])
+    if to == "hf":
+        if rank is not None or embeddings:
+            option = "--rank" if rank is not None else "--embeddings"
+            raise CLGraftError(f"{option} is for adapters; leave it out, or export --to peft.")
+        return apply(base, pack, out)
+    loaded = _load(pack, base)[0]
+    tables: Tables = "rows" if to == "token-rows" else "lora" if embeddings else "none"
+    adapter = adapter_of(loaded, base, rank, tables)
+    rows = forms[to](adapter, out)
+    shown = ("name", "codec", "rank", "error", "note")
+    print_rows([{key: getattr(row, key) for key in shown} for row in rows])
+    print_rows([total._asdict() for total in totals(rows)], "Error by role")
+    size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
+    typer.echo(
+        f"{out}: an adapter of rank {adapter.rank} with {sum(row.kept for row in rows)} of {len(rows)} tensors, "
+        f"{size:,} bytes."
+    )
+    if loaded.files:
+        typer.echo(f"No adapter holds {', '.join(loaded.files)}, which the pack holds, too.")
+    if loaded.files or not all(row.kept for row in rows):
         typer.echo("What was left out is in no adapter; --to hf writes all of the pack.")
     return None
 
@@ -302,9 +337,9 @@ def _errors(
     if base is None:
         raise CLGraftError("--tuned tells errors only beside --base; name both folders.")
     from cl_graft.skillpack.folders.apply import check_base
-    from cl_graft.skillpack.folders.checkpoint import Checkpoint
     from cl_graft.skillpack.folders.pair import pair
+    from cl_graft.skillpack.folders.tuned import tuned_checkpoint
     from cl_graft.skillpack.tools.compare import missed
 
     check_base(base, pack)
-    return missed(pack, pair(base, Checkpoint(tuned)))
+    return missed(pack, pair(base, tuned_checkpoint(tuned, base)))

@@ -36,6 +36,12 @@ def zero_cure(folder: Path | str) -> str:
     )
 
 
+def adapter_cure(folder: Path) -> str:
+    """How a PEFT adapter becomes a model folder."""
+    how = _saving("peft.AutoPeftModelForCausalLM", str(folder), ".merge_and_unload()")
+    return f"merge it into its base: {how}"
+
+
 def _hub_cache(folder: Path) -> str | None:
     if not folder.name.startswith("models--") and not (folder / "refs").is_dir():
         return None
@@ -78,8 +84,7 @@ def _zero(folder: Path) -> str | None:
 def _adapter(folder: Path) -> str | None:
     if not any(folder.glob("adapter_model.*")) and not (folder / "adapter_config.json").is_file():
         return None
-    how = _saving("peft.AutoPeftModelForCausalLM", str(folder), ".merge_and_unload()")
-    return f"{folder} holds a PEFT adapter and no model; merge it into its base: {how}."
+    return f"{folder} holds a PEFT adapter and no model; {adapter_cure(folder)}."
 
 
 def _gguf(folder: Path) -> str | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import math
+import re
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,15 @@ DTYPES = {
 }
 ORDER = list(DTYPES)
 MOST = 1 << 48
-ANY_SHAPE = ("dense", "exact", "mask", "sparse", "sign_scale", "coded")  # the others store matrices
+# the others store matrices
+ANY_SHAPE = ("dense", "exact", "mask", "sparse", "sign_scale", "coded", "lossless")
+MANTISSA = {"F32": 23, "BF16": 7, "F16": 10}
 STACKS = ("low_rank_stack",)  # of matrices
+JSON = ["config.json", "generation_config.json", "tokenizer_config.json"]
+JSON += ["special_tokens_map.json", "chat_template.json"]
+FILES = [*JSON, "chat_template.jinja", "tokenizer.json", "added_tokens.json", "vocab.json"]
+FILES += ["vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"]
+CODE = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"}
 Array = np.ndarray
 
 
@@ -32,8 +42,10 @@ class Refused(Exception):
     """Not a SkillPack, or a damaged one."""
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    """(the text of the header, {tensor: its delta in F32})."""
+def read(
+    path: Path, base: dict[str, Array] | None = None
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """(the text of the header, {tensor: its delta in F32, or the bits of the tuned one}). base: values in F32."""
     data = path.read_bytes()
     must(data[8 : 8 + len(MAGIC)] == MAGIC, "magic")
     length = int.from_bytes(data[:8], "little")
@@ -43,22 +55,30 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     try:
         text = json.loads(json.loads(header)["__metadata__"]["skillpack"])
         fields = ["version", "base", "task", "method", "options", "versions", "added", "grown"]
-        must(list(text) == [*fields, "tensors", "digest"] and text["version"] == 2, "fields")
+        must(
+            list(text) == [*fields, "files", "tensors", "digest"] and text["version"] == 3, "fields"
+        )
         parts = {name: layout(*said[:3]) for name, said in text["tensors"].items()}
+        check_sizes(text["files"])
         same = header == expected(text, parts)
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise Refused(f"header: {error}") from error
     must(same, "header")
     found, end = {}, 8 + length
-    for name, part, dtype, shape in placed(parts):
+    for name, part, dtype, shape in placed(parts, text["files"]):
         start, end = end, end + size(dtype, shape)
         found[name, part] = data[start:end]
     must(end == len(data), "length of the file")
+    for name, said in text["files"].items():
+        unpacked(name, *said, found[None, name])
     deltas = {}
     for name, (codec, shape, meta, checksum) in text["tensors"].items():
         mine = {part: found[name, part] for part in parts[name]}
         must(blake(b"".join(mine.values()), 8) == checksum, f"checksum of {name}")
         values = {part: array(mine[part], *parts[name][part]) for part in mine}
+        if codec == "lossless":
+            deltas[name] = tuned(shape, meta, values["code"], (base or {}).get(name))
+            continue
         deltas[name] = decode(codec, shape, meta, values)
         must(bool(np.isfinite(deltas[name]).all()), f"{name} is not finite")
     return text, deltas
@@ -75,14 +95,15 @@ def must(right: bool, what: str) -> None:
 def expected(text: dict[str, Any], parts: dict[str, Any]) -> bytes:
     """The header that goes with a text."""
     said = {**text, "added": sorted(text["added"]), "grown": dict(sorted(text["grown"].items()))}
+    said["files"] = dict(sorted(text["files"].items()))
     said["tensors"] = dict(sorted(text["tensors"].items()))
     digest = said.pop("digest")
     must(blake(compact(said).encode(), 16) == digest, "digest")
     header: dict[str, Any] = {"__metadata__": {"skillpack": compact({**said, "digest": digest})}}
     end = 0
-    for name, part, dtype, shape in placed(parts):
+    for name, part, dtype, shape in placed(parts, text["files"]):
         start, end = end, end + size(dtype, shape)
-        header[f"{name}:{part}"] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        header[key(name, part)] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     data = compact(header).encode()
     return data + b" " * (-len(data) % 8)
 
@@ -99,10 +120,56 @@ def size(dtype: str, shape: list[int]) -> int:
     return math.prod(shape) * DTYPES[dtype][1]
 
 
-def placed(parts: dict[str, Any]) -> list[tuple[str, str, str, list[int]]]:
-    """Every part in the order of the payload."""
+def placed(parts: dict[str, Any], files: dict[str, Any]) -> list[tuple[Any, str, str, list[int]]]:
+    """Every part in the order of the payload; a file's under None and its own name."""
     rows = [(n, p, dtype, shape) for n, own in parts.items() for p, (dtype, shape) in own.items()]
-    return sorted(rows, key=lambda row: (ORDER.index(row[2]), f"{row[0]}:{row[1]}"))
+    rows += [(None, name, "U8", [said[1]]) for name, said in files.items()]
+    return sorted(rows, key=lambda row: (ORDER.index(row[2]), key(*row[:2])))
+
+
+def key(tensor: str | None, part: str) -> str:
+    return f"{'files' if tensor is None else tensor}:{part}"
+
+
+# --- files ---
+
+
+def check_sizes(files: dict[str, Any]) -> None:
+    must(len(files) <= 64, "number of files")
+    for name, (whole_size, stored, _) in files.items():
+        known = name in FILES
+        known |= bool(re.fullmatch(r"additional_chat_templates/[A-Za-z0-9_-]{1,64}\.jinja", name))
+        must(known, f"{name!r:.50} is no file of a pack")
+        whole(stored, 0, whole(whole_size, 0, (8 if name in JSON else 64) << 20))
+    must(sum(said[0] for said in files.values()) <= 128 << 20, "bytes of files")
+
+
+def unpacked(name: str, length: int, stored: int, checksum: str, data: bytes) -> bytes:
+    """The content of a file."""
+    must(blake(data, 8) == checksum, f"checksum of {name}")
+    content = data
+    if stored < length:
+        try:
+            stream = zlib.decompressobj()
+            content = stream.decompress(data, length + 1)
+        except zlib.error as error:
+            raise Refused(f"{name}: {error}") from error
+        must(len(content) == length and stream.eof and not stream.unused_data, f"{name}: stream")
+    if content and name in JSON:
+        must(sum(map(content.count, (b"[", b"{", b","))) <= 1 << 20, f"{name}: too many values")
+        try:
+            said = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise Refused(f"{name}: {error}") from error
+        must(isinstance(said, dict) and not asks(said), f"{name} is no object, or asks for code")
+    return content
+
+
+def asks(value: Any) -> bool:
+    """Whether a value has a key that asks for code."""
+    if isinstance(value, dict):
+        return bool(CODE & value.keys()) or any(map(asks, value.values()))
+    return isinstance(value, list) and any(map(asks, value))
 
 
 # --- codecs ---
@@ -132,6 +199,7 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
         "quantized_low_rank": {"groups"},
         "sign_scale": set(),
         "mask": set(),
+        "lossless": {"dtype", "bytes"} | ({"rows", "gap"} & set(meta)),
     }
     must(codec in wanted and set(meta) == wanted[codec], "codec or meta")
     must(len(shape) == (3 if codec in STACKS else 2) or codec in ANY_SHAPE, "no matrix")
@@ -162,6 +230,17 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
         return {"steps": steps, "columns": ("BF16", [columns]), "index": ("U8", [index]), **codes}
     if codec == "mask":
         return {"bits": ("U8", [stream_bytes(numel, 1)])}
+    if codec == "lossless":
+        rows = shape[0] if shape else 1
+        index = stream_bytes(rows, 1) if "rows" in meta else 0
+        if "gap" in meta:
+            must("rows" in meta, "gap without rows")
+            width, count = meta["gap"]
+            index = stream_bytes(whole(count, 0, rows), whole(width, 1, 48))
+        must("rows" not in meta or whole(meta["rows"], 0, rows) >= 0, "rows")
+        tables, low, words = map(whole, meta["bytes"])
+        must(words % 4 == 0, "words")
+        return {"code": ("U8", [index + tables + low + words])}
     if codec == "sign_scale":
         return {"signs": ("U8", [stream_bytes(numel, 1)]), "scale": ("F32", [1])}
     grids = grids_of(codec, shape, meta)
@@ -308,6 +387,99 @@ def frequencies(kind: int, top: int) -> list[int]:
     weights = both[a] if a < 2 else [(x + y) / 2 for x, y in zip(*both, strict=True)]
     tail = [1 + math.floor(w * (2**24 - 2 * top - 1)) for w in weights[1:]]
     return [*reversed(tail), 2**24 - 2 * sum(tail), *tail]
+
+
+# --- lossless ---
+
+
+def tuned(shape: list[int], meta: dict[str, Any], code: Array, base: Array | None) -> Array:
+    """The bits of the tuned tensor, U16 or U32. base: values in F32."""
+    rows, numel = shape[0] if shape else 1, math.prod(shape)
+    dtype, (tables, low, words) = meta["dtype"], meta["bytes"]
+    values = np.zeros(numel, "f4")
+    if base is not None:
+        values[: min(numel, base.size)] = base.reshape(-1)[:numel]
+    found = patterns(values, dtype)
+    parts = np.split(code, np.cumsum([len(code) - tables - low - words, tables, low]))
+    chosen = np.arange(rows)
+    if "rows" in meta:
+        chosen = positions(parts[0], meta.get("gap"), rows)
+        must(len(chosen) == meta["rows"], "rows")
+    if not numel:
+        return found.reshape(shape)
+    table = found.reshape(rows, -1)
+    before = table[chosen].reshape(-1)
+    top, ones = 1 << 8 * found.itemsize - 1, (1 << 8 * found.itemsize) - 1
+    exponents = before.astype("i8") >> MANTISSA[dtype] & (top >> MANTISSA[dtype]) - 1
+    after = []
+    for old, z in zip(before.tolist(), steps(exponents, *parts[1:]), strict=True):
+        place = (old ^ ones if old & top else old ^ top) + (-(z + 1) // 2 if z % 2 else z // 2)
+        place &= ones
+        after.append(place ^ top if place & top else place ^ ones)
+    table[chosen] = np.array(after, found.dtype).reshape(table[chosen].shape)
+    return found.reshape(shape)
+
+
+def patterns(values: Array, dtype: str) -> Array:
+    """The bits of values in F32 once they are rounded to the nearest of a dtype, halves to even."""
+    if dtype == "F16":
+        return values.astype("<f2").view("<u2")
+    bits = values.view("<u4")
+    if dtype == "F32":
+        return bits.copy()
+    return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype("<u2")
+
+
+def steps(exponents: Array, tables: Array, low: Array, words: Array) -> list[int]:
+    """The numbers of a stream, in the order of the elements."""
+    known = tables_of(tables.tolist())
+    stack, state, found = words.view("<u4").tolist(), 0, []
+    must(not stack or stack[-1] != 0, "last word")
+
+    def refill() -> None:
+        nonlocal state
+        while state < 1 << 32 and stack:
+            state = state << 32 | stack.pop()
+
+    refill()
+    for start in range(0, len(exponents), 1 << 18):
+        block = exponents[start : start + (1 << 18)]
+        mine = np.searchsorted([first for first, _ in known], block, side="right") - 1
+        order = np.argsort(mine, kind="stable")
+        tokens = []
+        for element in order:
+            quantile, (token, ends) = state % (1 << 24), known[mine[element]][1]
+            place = bisect.bisect_right(ends, quantile) - 1
+            state = (state >> 24) * (ends[place + 1] - ends[place]) + quantile - ends[place]
+            refill()
+            tokens.append(token + place)
+        widths = np.array([max(0, token // 4 - 1) for token in tokens], "i8")
+        rest = np.zeros(len(block), "i8")
+        for width in range(1, int(widths.max(initial=0)) + 1):
+            where = np.flatnonzero(widths == width)
+            size = stream_bytes(len(where), width)
+            rest[where], low = unpack(low[:size], len(where), width), low[size:]
+        numbers = np.zeros(len(block), "i8")
+        heads = np.array(tokens, "i8") - 4 * widths
+        numbers[order] = (heads << widths) + rest
+        found += numbers.tolist()
+    must(not stack and state == 0 and not len(low), "the stream goes on")
+    return found
+
+
+def tables_of(data: list[int]) -> list[tuple[int, tuple[int, list[int]]]]:
+    """(first exponent, (first token, sums of the frequencies before each token and in all)) of each table."""
+    tables = []
+    while data:
+        (first, token, count), weights = data[:3], data[3 : 3 + data[2]]
+        must(len(weights) == count > 0 and weights[0] > 0 < weights[-1], "table")
+        must(first > tables[-1][0] if tables else first == 0, "contexts")
+        worths = [w if w < 16 else (8 + w % 8) << (w // 8 - 1) for w in weights]
+        shares = [max(1, (w << 24) // sum(worths)) if w else 0 for w in worths]
+        shares[shares.index(max(shares))] += (1 << 24) - sum(shares)
+        tables.append((first, (token, np.cumsum([0, *shares]).tolist())))
+        data = data[3 + count :]
+    return tables
 
 
 def product(left: Array, right: Array, shape: list[int]) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import random
 import re
@@ -11,13 +13,16 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from cl_graft import SkillPack, SkillPackError
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.codecs.quant import BITS, Quantized
 from cl_graft.skillpack.format import file as engine
-from tests.docs.reader import Refused, fingerprint, read
+from cl_graft.skillpack.format import header
+from cl_graft.skillpack.format.files import PackedFile
+from tests.docs.reader import Refused, fingerprint, read, unpacked
 from tests.skillpack.tensors import grid, normal
 
 PAGE = Path(__file__).parents[2] / "docs" / "pack-format.md"
@@ -50,7 +55,8 @@ def example() -> SkillPack:
         exponent=-4,
     )
     tensors = {"bias": codecs.sparse(x, x != 0), "weight": codecs.quantized(weight)}
-    return pack_of(tensors, task="math", method="by hand", options={"rate": 0.5})
+    files = {"chat_template.jinja": PackedFile.of(b"{{ messages }}\n")}
+    return pack_of(tensors, task="math", method="by hand", options={"rate": 0.5}, files=files)
 
 
 def dump(data: bytes) -> str:
@@ -142,22 +148,77 @@ def every_codec() -> dict[str, Encoded]:
     return found
 
 
+def against_a_base() -> dict[str, tuple[Encoded, Tensor | None]]:
+    """Tensors that are kept themselves, each with the base's: no delta is to be had of them."""
+    found: dict[str, tuple[Encoded, Tensor | None]] = {}
+    for dtype, own in itertools.product(FLOATS, FLOATS):
+        base = normal((9, 11), 1, own)
+        x = (base.float() * (1 + normal((9, 11), 2))).to(dtype)
+        found[f"moved {dtype} {own}"] = codecs.lossless(x, base), base
+        x[1::2] = base[1::2].to(dtype)
+        found[f"some rows {dtype} {own}"] = codecs.lossless(x, base), base
+        drawn = torch.randint(-(2**15), 2**15, (300,), generator=torch.Generator().manual_seed(3))
+        drawn = drawn.short().view(dtype)
+        drawn = drawn[drawn.isfinite()]
+        found[f"any bits {dtype} {own}"] = codecs.lossless(drawn, base[0]), base[0]
+    found["added"] = codecs.lossless(normal((3, 5), 4), None), None
+    found["cut"] = codecs.lossless(normal((3, 11), 4), base), base
+    found["scalar"] = codecs.lossless(torch.tensor(0.5), torch.tensor(-0.0)), torch.tensor(-0.0)
+    found["empty"] = codecs.lossless(torch.zeros(0, 3), torch.ones(2, 3)), torch.ones(2, 3)
+    table, few = normal((4000, 2), 5), normal((4000, 2), 5)
+    few[1234] += 1
+    found["far rows"] = codecs.lossless(few, table), table
+    found["the same"] = codecs.lossless(table, table), table
+    long = normal((300_000,), 6, torch.bfloat16)
+    found["two blocks"] = codecs.lossless((long.float() + 1e-5).bfloat16(), long), long
+    return found
+
+
 def test_every_codec_is_in_what_is_compared() -> None:
-    assert {e.codec for e in every_codec().values()} == set(codecs.CODECS)
+    kept = against_a_base().values()
+    found = {e.codec for e in every_codec().values()} | {encoded.codec for encoded, _ in kept}
+    assert found == set(codecs.CODECS)
+    forms = [encoded.meta.keys() for encoded, _ in kept]
     assert any(e.meta.get("gap", [0])[0] > 8 for e in every_codec().values())
+    assert {"dtype", "bytes", "rows"} in forms and {"dtype", "bytes", "rows", "gap"} in forms
+
+
+def test_the_reader_and_the_engine_restore_the_same_bits(tmp_path: Path) -> None:
+    both = against_a_base()
+    pack_of({name: encoded for name, (encoded, _) in both.items()}).save(tmp_path / "pack")
+    loaded = SkillPack.load(tmp_path / "pack")
+    arrays = {name: base.float().numpy() for name, (_, base) in both.items() if base is not None}
+    _, found = read(tmp_path / "pack", arrays)
+    for name, (_, base) in both.items():
+        wanted = loaded.tuned(name, base)
+        signed = torch.int32 if wanted.dtype.itemsize == 4 else torch.int16
+        assert (
+            found[name].tolist() == (wanted.view(signed).numpy().view(found[name].dtype)).tolist()
+        )
 
 
 def test_the_reader_agrees_with_the_engine(tmp_path: Path) -> None:
     options = {'Ü\n\x01"\\': [1.0, 1e-05, 1.5e16, -0.0, 0.1, True, None, {"": []}]}
     tensors = every_codec()
     grown = {"dense float32": [2, 5]}
-    pack = pack_of(tensors, options=options, added=["sign_scale"], grown=grown, task="λ")
+    contents = {"merges.txt": b"", "tokenizer.json": b"[1, 2" * 99, "config.json": b'{"a": []}'}
+    contents["additional_chat_templates/rag.jinja"] = "{{ ü }}".encode() * 9
+    files = {name: PackedFile.of(content) for name, content in contents.items()}
+    about = {"options": options, "added": ["sign_scale"], "grown": grown, "task": "λ"}
+    pack = pack_of(tensors, files=files, **about)
     pack.save(tmp_path / "pack")
     text, found = read(tmp_path / "pack")
     loaded = SkillPack.load(tmp_path / "pack")
     wanted = loaded.decode()
     assert text["options"] == options and text["digest"] == loaded.digest
     assert set(found) == set(wanted) == set(tensors)
+    assert text["files"].keys() == contents.keys()
+    data = (tmp_path / "pack").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for name, said in text["files"].items():
+        begin, end = json.loads(data[8:start])[f"files:{name}"]["data_offsets"]
+        assert unpacked(name, *said, data[start + begin : start + end]) == contents[name]
+        assert loaded.files[name].content() == contents[name]
     for name, delta in wanted.items():
         assert found[name].dtype == np.float32 and found[name].shape == tuple(delta.shape)
         if tensors[name].codec in ("low_rank", "quantized_low_rank", "coded_low_rank"):
@@ -181,6 +242,35 @@ def test_both_refuse_a_byte_that_was_changed(tmp_path: Path, seed: int) -> None:
     data, rng = bytearray((tmp_path / "pack").read_bytes()), random.Random(seed)
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     (tmp_path / "pack").write_bytes(data)
+    with pytest.raises(SkillPackError):
+        SkillPack.load(tmp_path / "pack")
+    with pytest.raises(Refused):
+        read(tmp_path / "pack")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("run.py", b"x", [1, 1]),
+        ("vocab.txt", b"words", [9, 5]),
+        ("vocab.txt", b"words", [4, 5]),
+        ("vocab.txt", b"words", [65 << 20, 5]),
+        ("config.json", b"[]", [2, 2]),
+        ("config.json", b'{"a":{"auto_map":1}}', [20, 20]),
+        ("tokenizer_config.json", b"{,,}", [4, 4]),
+    ],
+)
+def test_both_refuse_a_file_that_no_pack_may_hold(
+    tmp_path: Path, name: str, content: bytes, said: list[int]
+) -> None:
+    """Of a maker who computes every checksum."""
+    spec = header.FileSpec(*said, hashlib.blake2b(content, digest_size=8).hexdigest())
+    about = {"task": "t", "method": "m", "options": {}, "base": BASE, "versions": {}}
+    text = header.text_of(
+        header.describe(about | {"added": [], "grown": {}, "files": {name: spec}}, {})
+    )
+    head = header.encode(text, header.digest_of(text), header.table_of({}, {name: spec}))
+    (tmp_path / "pack").write_bytes(head + content)
     with pytest.raises(SkillPackError):
         SkillPack.load(tmp_path / "pack")
     with pytest.raises(Refused):

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.codecs.quant import Quantized
-from cl_graft.skillpack.format import header
+from cl_graft.skillpack.format import files, header
 from cl_graft.skillpack.format.file import (
     CorruptPack,
     NonFinite,
@@ -37,6 +38,7 @@ from cl_graft.skillpack.format.file import (
     WrongBase,
     packed_size,
 )
+from cl_graft.skillpack.format.files import PackedFile
 from tests.refusals import refusal
 
 BASE = "0123456789abcdef" * 2
@@ -66,9 +68,16 @@ def some_pack(**changes: Any) -> SkillPack:
     return SkillPack(**{"tensors": some_tensors(), **about, **changes})
 
 
+FILES = {
+    "chat_template.jinja": PackedFile.of(b"{{ messages }}" * 9),
+    "tokenizer.model": PackedFile.of(bytes(range(256))),
+    "merges.txt": PackedFile.of(b""),
+}
+
+
 def same(a: SkillPack, b: SkillPack) -> bool:
     """Compared tensor by tensor, so not by trusting the digest."""
-    fields = ("task", "method", "options", "base", "versions", "added", "grown")
+    fields = ("task", "method", "options", "base", "versions", "added", "grown", "files")
     if any(getattr(a, name) != getattr(b, name) for name in fields) or a.digest != b.digest:
         return False
     if a.tensors.keys() != b.tensors.keys():
@@ -209,8 +218,10 @@ def test_the_digest_depends_on_content_only() -> None:
         {"tensors": changed},
         {"added": ["a.weight"]},
         {"grown": {"a.weight": [5, 8]}},
+        {"files": FILES},
+        {"files": FILES | {"tokenizer.model": PackedFile.of(bytes(range(256))[::-1])}},
     ]
-    assert len({pack.digest, *(some_pack(**other).digest for other in others)}) == 8
+    assert len({pack.digest, *(some_pack(**other).digest for other in others)}) == 10
 
 
 def test_per_tensor_overhead_is_small() -> None:
@@ -281,6 +292,125 @@ def test_what_the_base_lacks_is_bounded_by_what_it_has(tmp_path: Path, lacking: 
 )
 def test_senseless_additions_are_not_saved(tmp_path: Path, lacking: Any) -> None:
     refusal(CorruptPack, lambda: some_pack(**lacking).save(tmp_path / "x"), "x")
+    assert not list(tmp_path.iterdir())
+
+
+# files beside the tensors
+
+
+def test_files_round_trip_and_take_no_more_than_they_must(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    pack = some_pack(files=FILES)
+    assert pack.save(path) == pack.nbytes == path.stat().st_size
+    loaded = SkillPack.load(path)
+    assert same(pack, loaded) and list(loaded.files) == sorted(FILES)
+    content = {name: file.content() for name, file in loaded.files.items()}
+    assert content["chat_template.jinja"] == b"{{ messages }}" * 9 and content["merges.txt"] == b""
+    assert content["tokenizer.model"] == bytes(range(256))
+    sizes = {name: (file.size, len(file.stored)) for name, file in loaded.files.items()}
+    assert sizes["chat_template.jinja"][1] < 40 < sizes["chat_template.jinja"][0] == 126
+    assert sizes["tokenizer.model"] == (256, 256) and sizes["merges.txt"] == (0, 0)
+    parts = read_parts(path)
+    assert (
+        zlib.decompress(parts["files:chat_template.jinja"].numpy().tobytes())
+        == content["chat_template.jinja"]
+    )
+
+
+def entry(stored: bytes, size: int | None = None) -> list[Any]:
+    checksum = hashlib.blake2b(stored, digest_size=8).hexdigest()
+    return [len(stored) if size is None else size, len(stored), checksum]
+
+
+def forged_file(saved: Path, name: str, stored: bytes, said: Any) -> None:
+    parts = read_parts(saved)
+    if stored is not None:
+        parts[f"files:{name}"] = torch.tensor(list(stored), dtype=torch.uint8)
+    forge(saved, edit(read_about(saved), ["files"], {name: said}), parts)
+
+
+def test_a_forged_file_that_is_right_is_read(saved: Path) -> None:
+    """The premise of the refusals below."""
+    text = b"{{ x }}" * 99
+    for level in (1, 9):
+        stored = zlib.compress(text, level)
+        forged_file(saved, "chat_template.jinja", stored, entry(stored, len(text)))
+        assert SkillPack.load(saved).files["chat_template.jinja"].content() == text
+
+
+BOMB = zlib.compress(bytes(100_000_000), 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "size", "word"),
+    [
+        ("../model.safetensors", b"x", None, "none that a pack may hold"),
+        ("modeling.py", b"x", None, "none that a pack may hold"),
+        ("additional_chat_templates/../x.jinja", b"x", None, "none that a pack may hold"),
+        ("vocab.txt", b"words", 6, "zlib"),
+        ("vocab.txt", b"words", 4, "not a whole number"),
+        ("vocab.txt", BOMB, len(BOMB) + 9, "do not stand for"),  # more comes out than is said
+        ("vocab.txt", zlib.compress(b"a" * 99), 100, "do not stand for"),
+        ("vocab.txt", zlib.compress(b"a" * 99)[:-1], 99, "do not stand for"),
+        ("vocab.txt", zlib.compress(b"a" * 99) + b"b", 99, "do not stand for"),
+        ("vocab.txt", b"words", 1 << 40, "not a whole number"),
+        ("config.json", zlib.compress(b" " * (9 << 20)), 9 << 20, "not a whole number"),
+        ("config.json", b"[1]", None, "not a JSON object"),
+        ("config.json", b"{1}", None, "not JSON"),
+        ("config.json", b"[" * 99_999, None, "not JSON"),
+        ("config.json", b"{" + b"," * (1 << 20) + b"}", None, "over 1048576 values"),
+        ("tokenizer_config.json", b'{"a":[{"auto\\u005fmap":1}]}', None, "'auto_map'"),
+        ("config.json", b'{"text_config":{"auto_map":{}}}', None, "'auto_map'"),
+        ("generation_config.json", b'{"custom_generate":"a/b"}', None, "'custom_generate'"),
+    ],
+)
+def test_a_file_is_refused_even_with_a_valid_checksum(
+    saved: Path, name: str, stored: bytes, size: int | None, word: str
+) -> None:
+    forged_file(saved, name, stored, entry(stored, size))
+    refusal(CorruptPack, lambda: SkillPack.load(saved), str(saved), word)
+
+
+@pytest.mark.parametrize("said", [None, [1, 1], [1, 1, 1], [1.0, 1, ""], [1, -1, ""], {}, "x"])
+def test_a_file_is_given_by_two_sizes_and_a_checksum(saved: Path, said: Any) -> None:
+    forged_file(saved, "vocab.txt", b"x", said)
+    refusal(CorruptPack, lambda: SkillPack.load(saved), str(saved), "vocab.txt")
+
+
+def test_all_files_together_are_bounded(saved: Path) -> None:
+    stored = zlib.compress(bytes(files.MOST), 9)
+    about, parts = read_about(saved), read_parts(saved)
+    for name in ("vocab.txt", "merges.txt", "vocab.json"):
+        parts[f"files:{name}"] = torch.tensor(list(stored), dtype=torch.uint8)
+        about["files"][name] = entry(stored, files.MOST)
+    forge(saved, about, parts)
+    refusal(CorruptPack, lambda: SkillPack.load(saved), "bytes of all files")
+    about["files"] = {f"additional_chat_templates/{n}.jinja": entry(b"") for n in range(65)}
+    forge(saved, about, read_parts(saved))
+    refusal(CorruptPack, lambda: SkillPack.load(saved), "files: 65")
+
+
+def test_a_file_with_damage_is_named(saved: Path) -> None:
+    some_pack(files=FILES).save(saved)
+    blob = saved.read_bytes()
+    start = 8 + int.from_bytes(blob[:8], "little")
+    where = json.loads(blob[8:start])["files:chat_template.jinja"]["data_offsets"]
+    for at in range(*where):
+        saved.write_bytes(
+            blob[: start + at] + bytes([blob[start + at] ^ 1]) + blob[start + at + 1 :]
+        )
+        refusal(CorruptPack, lambda: SkillPack.load(saved), "'chat_template.jinja'", "checksum")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [("run.py", b"x", "run.py"), ("config.json", b'{"auto_map":{}}', "auto_map")],
+)
+def test_what_would_be_refused_is_not_saved(
+    tmp_path: Path, name: str, content: bytes, word: str
+) -> None:
+    pack = some_pack(files={name: PackedFile.of(content)})
+    refusal(CorruptPack, lambda: pack.save(tmp_path / "x"), word)
     assert not list(tmp_path.iterdir())
 
 
@@ -360,8 +490,8 @@ def edit(about: dict[str, Any], where: list[Any], value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("where", "value", "kind"),
     [
-        (["version"], 1, UnsupportedVersion),
-        (["version"], 3, UnsupportedVersion),
+        (["version"], 2, UnsupportedVersion),
+        (["version"], 4, UnsupportedVersion),
         (["version"], True, CorruptPack),
         (["version"], 1.0, CorruptPack),
         (["base"], None, CorruptPack),
@@ -415,7 +545,7 @@ def test_one_pack_has_one_file(saved: Path) -> None:
     turned = edit(about, ["tensors"], dict(reversed(about["tensors"].items())))
     forge(saved, turned, parts)
     refusal(CorruptPack, lambda: SkillPack.load(saved), "header")
-    forge(saved, {"version": 2, "task": "math", **about}, parts)
+    forge(saved, {"version": 3, "task": "math", **about}, parts)
     refusal(CorruptPack, lambda: SkillPack.load(saved), "header")
 
 
@@ -464,7 +594,7 @@ def test_the_tensor_whose_bytes_are_damaged_is_named(saved: Path, key: str) -> N
 def test_a_header_that_claims_terabytes_is_refused_by_the_size_of_its_file(tmp_path: Path) -> None:
     path, shape = tmp_path / "huge", (1 << 23, 1 << 24)
     specs = {"w": ("dense", shape, {"dtype": "F32"})}
-    about = {"base": BASE, "task": "", "method": "", "options": {}, "versions": {}}
+    about = {"base": BASE, "task": "", "method": "", "options": {}, "versions": {}, "files": {}}
     text = header.text_of(header.describe(about | {"added": [], "grown": {}}, specs))
     head = header.encode(text, header.digest_of(text), header.table_of(specs))
     path.write_bytes(head + bytes(1000))

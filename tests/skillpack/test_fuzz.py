@@ -19,6 +19,7 @@ import random
 import resource
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from cl_graft.skillpack.codecs.coded_rows import LAYOUTS
 from cl_graft.skillpack.codecs.quant import round_to_nearest
 from cl_graft.skillpack.format import header
 from cl_graft.skillpack.format.file import CorruptPack, NonFinite, SkillPack, SkillPackError
+from cl_graft.skillpack.format.files import PackedFile, check_names
 
 COUNT = int(os.environ.get("CL_GRAFT_FUZZ", "3900"))
 ROOM = 512 << 20
@@ -78,8 +80,26 @@ def tensors() -> dict[str, Encoded]:
             f"{layout}.rows": codecs.coded(codes * (codes > 90), steps, (6, 8), layout, x[1])
             for layout in LAYOUTS
         },
+        "bits": codecs.lossless(x, x.bfloat16()),
+        "rows.bits": codecs.lossless(torch.where(wide, 1.0, 0.5).half(), torch.full((40, 30), 0.5)),
         "experts": codecs.low_rank_stack(x[:4, :3].reshape(2, 2, 3), x[:, :5].reshape(2, 3, 5)),
     }
+
+
+def files() -> dict[str, PackedFile]:
+    contents = {
+        "chat_template.jinja": b"{{ messages }}" * 9,
+        "additional_chat_templates/a-b.jinja": b"{{ tools }}",
+        "config.json": b'{"eos_token_id":[1,2],"rope_parameters":{"rope_theta":1e4,"auto":null}}',
+        "tokenizer.model": bytes(range(256)),
+        "merges.txt": b"",
+    }
+    return {name: PackedFile.of(content) for name, content in contents.items()}
+
+
+def table_of(pack: SkillPack) -> list[header.TableEntry]:
+    specs = {name: encoded.spec for name, encoded in pack.tensors.items()}
+    return header.table_of(specs, {name: file.spec for name, file in pack.files.items()})
 
 
 @dataclass
@@ -89,7 +109,7 @@ class Donor:
     pack: SkillPack
     blob: bytes = field(init=False)
     shapes: dict[str, tuple[int, ...]] = field(init=False)
-    parts: dict[tuple[str, str], bytes] = field(init=False)
+    parts: dict[tuple[str | None, str], bytes] = field(init=False)
 
     def __post_init__(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -97,8 +117,8 @@ class Donor:
             self.blob = (Path(folder) / "x").read_bytes()
         self.shapes = {n: e.shape for n, e in self.pack.tensors.items() if n not in self.pack.added}
         self.shapes |= {name: tuple(shape) for name, shape in self.pack.grown.items()}
-        table = header.table_of({name: e.spec for name, e in self.pack.tensors.items()})
-        self.parts = {(row.name, row.part): self.payload[row.start : row.end] for row in table}
+        table = table_of(self.pack)
+        self.parts = {(row.tensor, row.part): self.payload[row.start : row.end] for row in table}
 
     @property
     def start(self) -> int:
@@ -118,7 +138,7 @@ class Donor:
 
     def part(self, row: header.TableEntry, rng: random.Random) -> bytes:
         """Bytes for this part: what it holds here, or else something of the same size."""
-        size, own = row.end - row.start, self.parts.get((row.name, row.part), b"")
+        size, own = row.end - row.start, self.parts.get((row.tensor, row.part), b"")
         if len(own) == size:
             return own
         return rng.randbytes(size) if rng.random() < 0.2 else bytes(size)
@@ -137,6 +157,8 @@ DONORS = [
     some(tensors()),
     some(tensors(), added=["c.weight", "none"], grown={"a.weight": [5, 8], "d.weight": [9, 8]}),
     some({}),
+    some(tensors(), files=files()),
+    some({}, files=files()),
     some(
         {name: tensors()[name] for name in ("e.weight", "gap.weight")}, grown={"e.weight": [7, 8]}
     ),
@@ -176,14 +198,20 @@ def forge(donor: Donor, about: dict[str, Any], rng: random.Random) -> bytes:
     about, payload, rest = copy.deepcopy(about), donor.payload, donor.texts[1]
     with contextlib.suppress(SkillPackError, ValueError, TypeError, KeyError, AttributeError):
         specs, _ = header.read_tensors(NOWHERE, about["tensors"])
-        table = header.table_of(specs)
+        sizes = check_names(NOWHERE, about["files"])
+        table = header.table_of(specs, sizes)
         size = header.payload_bytes(table)
         if size < 1 << 16:
             payload = b"".join(donor.part(row, rng) for row in table)
         for name in specs:
-            own = {row.part: payload[row.start : row.end] for row in table if row.name == name}
+            own = {row.part: payload[row.start : row.end] for row in table if row.tensor == name}
             data = b"".join(own[part] for part in codecs.layout(*specs[name]))
             about["tensors"][name][3] = hashlib.blake2b(data, digest_size=8).hexdigest()
+        for row in table:
+            if row.tensor is None:
+                stored = payload[row.start : row.end]
+                checksum = hashlib.blake2b(stored, digest_size=8).hexdigest()
+                about["files"][row.part] = [*sizes[row.part][:2], checksum]
         if rng.random() < 0.8:
             about = header.describe(about, specs, {n: t[3] for n, t in about["tensors"].items()})
         blob = header.encode(header.text_of(about), "0" * 32, table)
@@ -262,6 +290,16 @@ def edited(about: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     return about
 
 
+BOMB = zlib.compress(bytes(100 << 20), 9)  # 100 KiB
+FILE_NAMES = [
+    *("config.json", "tokenizer_config.json", "tokenizer.json", "vocab.txt", "chat_template.jinja"),
+    *("generation_config.json", "additional_chat_templates/x.jinja", "../config.json", "x.py", ""),
+]
+CONTENTS = [
+    *(b"", b"{}", b'{"a":[1,{"b":null}]}', b'{"a":{"auto_map":0}}', b"{{ x }}" * 999, bytes(9999)),
+    *(b"[" * 9999 + b"]" * 9999, b'{"":' * 9999, b'{"a":' + b"9" * 9999 + b"}", b'{"a":"\xff"}'),
+    b'{"a":[' + b"[]," * 99_999 + b"[]]}",
+]
 SIZES = [0, 0, 1, 2, 6, 8, 1 << 10, 1 << 22, 1 << 24, 1 << 40, 1 << 48]
 COUNTS = [0, 0, 1, 2, 3, 8, 1 << 20, 1 << 48]
 
@@ -289,7 +327,13 @@ def strange_spec(shape: list[int], rng: random.Random) -> list[Any]:
         "mask": {},
         "coded_low_rank": {"rank": rng.choice(COUNTS), **lies},
         "coded": {"kept": rng.choice(COUNTS), "columns": rng.choice([0, 1, 2]), **lies},
+        "lossless": {
+            "dtype": rng.choice(["F32", "F16", "BF16"]),
+            "bytes": [rng.choice(COUNTS), rng.choice(COUNTS), 4 * rng.choice(COUNTS)],
+        },
     }
+    if rng.random() < 0.5:
+        metas["lossless"] |= {"rows": rng.choice(COUNTS)}
     for codec in ("sparse", "coded"):
         gap = [rng.choice([1, 2, 9, 48, 49]), rng.choice(COUNTS)]
         metas[codec] |= rng.choice([{}, {"gap": gap}])
@@ -383,8 +427,8 @@ def misspelt(donor: Donor, rng: random.Random) -> bytes:
         text[:k] + f"\\u{ord(text[k]):04x}" + text[k + 1 :],
         text[:d] + rng.choice(["0", "9" * 5000, "1.0", "1e400", "-0", "Infinity"]) + text[d + 1 :],
         text.replace('"base":', '"base":"","base":', 1),
-        text.replace('"version":2', '"version":2.0', 1),
-        text.replace('"version":2', '"version":1,"version":2', 1),
+        text.replace('"version":3', '"version":3.0', 1),
+        text.replace('"version":3', '"version":1,"version":3', 1),
         text.replace('"tensors":{', '"tensors":{"w":["dense",[1],{"dtype":"F32"},""],', 1),
         text.replace('"data_offsets":[0,', '"data_offsets":[-0,', 1),
     ]
@@ -430,14 +474,29 @@ def recounted(donor: Donor, rng: random.Random) -> bytes:
     for _ in range(rng.randint(1, 4) if payload else 0):
         payload[rng.randrange(len(payload))] = rng.choice([0, 0x7F, 0x80, 0xFF, rng.getrandbits(8)])
     other = copy.copy(donor)
-    table = header.table_of({name: e.spec for name, e in donor.pack.tensors.items()})
-    other.parts = {(row.name, row.part): bytes(payload[row.start : row.end]) for row in table}
+    table = table_of(donor.pack)
+    other.parts = {(row.tensor, row.part): bytes(payload[row.start : row.end]) for row in table}
     return forge(other, donor.about, rng)
+
+
+def filed(donor: Donor, rng: random.Random) -> bytes:
+    """Files of any name and content, compressed or said to be."""
+    other, about = copy.copy(donor), donor.about
+    other.parts = dict(donor.parts)
+    for _ in range(rng.randint(1, 3)):
+        name, content = rng.choice(FILE_NAMES), rng.choice(CONTENTS)
+        stored = zlib.compress(content, rng.choice([1, 9]))
+        if rng.random() < 0.3:
+            stored = rng.choice([content[:99], stored[:-1], stored + b"x", BOMB])
+        size = len(content) if rng.random() < 0.8 else rng.choice([len(stored) + 1, *NUMBERS])
+        about["files"][name] = [size, len(stored), ""]
+        other.parts[None, name] = stored
+    return forge(other, about, rng)
 
 
 DAMAGED: list[Mutator] = [flipped, overwritten, truncated, lengthened, mislength]
 DAMAGED += [spliced, swapped, undigested, misspelt]
-FORGED: list[Mutator] = [reheaded, strange, outgrown, recounted]
+FORGED: list[Mutator] = [reheaded, strange, outgrown, recounted, filed]
 
 
 # the judge
@@ -492,14 +551,17 @@ def judge_forged(path: Path, blob: bytes, shapes: dict[str, tuple[int, ...]]) ->
         return pack
     total = 0
     for name, encoded in pack.tensors.items():
+        kept = codecs.kept_dtype(encoded)
+        base = None if name in pack.added else torch.zeros(pack.grown.get(name, encoded.shape))
         try:
-            delta = pack.delta(name)
+            delta = pack.delta(name) if kept is None else pack.tuned(name, base)
         except NonFinite:
             continue
-        except CorruptPack as error:  # what an entropy-coded stream holds is found out here
-            assert codecs.layout_name(encoded) == "small" and str(error).endswith(".")
+        except CorruptPack as error:  # what a stream holds is known when it is decoded
+            assert kept is not None or codecs.layout_name(encoded) == "small"
+            assert str(error).endswith(".")
             continue
-        assert delta.dtype == torch.float32 and tuple(delta.shape) == encoded.shape
+        assert delta.dtype == (kept or torch.float32) and tuple(delta.shape) == encoded.shape
         total += delta.numel()
     assert total <= 5 * max(sum(torch.Size(shape).numel() for shape in shapes.values()), 1 << 22)
     return "a pack"

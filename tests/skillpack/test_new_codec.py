@@ -25,8 +25,9 @@ from cl_graft.skillpack.format.errors import SkillPackError, UnknownCodec
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.skillpack.live.attach import Attached
 from cl_graft.skillpack.live.grafted import Grafted
+from cl_graft.skillpack.tools.adapter import adapter_of
 from cl_graft.skillpack.tools.compare import compare
-from cl_graft.skillpack.tools.export import export_peft
+from cl_graft.skillpack.tools.peft_adapter import export_peft
 from cl_graft.strategy.context import Context
 from cl_graft.stream import benchmark
 from tests.command import Call
@@ -200,7 +201,7 @@ def test_new_codecs_of_both_kinds_are_as_quick_as_ours(tmp_path: Path) -> None:
     }
     pack = pack_for(base, tensors)
     pack.save(tmp_path / "pack")
-    rows = export_peft(SkillPack.load(tmp_path / "pack"), base, tmp_path / "lora")
+    rows = export_peft(adapter_of(SkillPack.load(tmp_path / "pack"), base), tmp_path / "lora")
     assert [(row.name, row.rank) for row in rows] == [(EMBEDDING, None), (Q, 1)]
     assert rows[1].error == pytest.approx(0, abs=1e-6)
     assert [row["rank"] for row in tensor_rows(pack, {})] == [1, None]
@@ -311,7 +312,7 @@ EVERYWHERE: dict[str, Callable[[Path, SkillPack, Path, Path], Any]] = {
     "apply to a model": lambda base, pack, file, out: _activate(*live(pack)),
     "attach": lambda base, pack, file, out: _attach(*live(pack)),
     "apply to a folder": lambda base, pack, file, out: apply_pack(base, pack, out),
-    "export": lambda base, pack, file, out: export_peft(pack, base, out),
+    "export": lambda base, pack, file, out: export_peft(adapter_of(pack, base), out),
     "inspect": lambda base, pack, file, out: tensor_rows(pack, {}),
     "compare": lambda base, pack, file, out: compare(pack, pack),
 }

@@ -310,10 +310,9 @@ def test_names_that_transformers_knows_are_one_after_its_save(tmp_path: Path) ->
     assert torch.equal(found.delta(name), wanted)
 
 
-def test_configs_that_differ_are_noted(folders: Folders) -> None:
+def test_what_configs_say_is_no_matter_of_tensors(folders: Folders) -> None:
     found = pair(
         folders("base", weights(0), attention_dropout=0.0, dtype="bfloat16", hidden_act="silu"),
         folders("tuned", weights(1), attention_dropout=0.5, dtype="float32"),
     )
-    assert noted(found, "attention_dropout", "0.0 in the base", "0.5 in the tuned")
-    assert len(found.notes) == 1
+    assert found.notes == []

@@ -14,6 +14,7 @@ from cl_graft.skillpack.codecs.codec import (
     Codec,
     Factored,
     Relaid,
+    Relative,
     Scattered,
     check,
     check_parts,
@@ -21,6 +22,7 @@ from cl_graft.skillpack.codecs.codec import (
     decode,
     is_factored,
     is_scattered,
+    kept_dtype,
     layout,
     layout_name,
     least_bits,
@@ -28,6 +30,7 @@ from cl_graft.skillpack.codecs.codec import (
     rank_of,
     register,
     relaid,
+    restore,
     rows,
     weight_bits,
 )
@@ -48,8 +51,9 @@ from cl_graft.skillpack.codecs.encoded import (
     finite,
     part_bytes,
 )
-from cl_graft.skillpack.codecs.errors import SkillPackError, UnknownCodec
+from cl_graft.skillpack.codecs.errors import NoDelta, SkillPackError, UnknownCodec
 from cl_graft.skillpack.codecs.exact import exact, exact_spec, original
+from cl_graft.skillpack.codecs.lossless import lossless
 from cl_graft.skillpack.codecs.low_rank import low_rank, low_rank_spec
 from cl_graft.skillpack.codecs.low_rank_stack import low_rank_stack, low_rank_stack_spec
 from cl_graft.skillpack.codecs.mask import mask
@@ -73,7 +77,9 @@ __all__ = [
     "Factored",
     "Layout",
     "Meta",
+    "NoDelta",
     "Relaid",
+    "Relative",
     "Scattered",
     "SkillPackError",
     "Spec",
@@ -92,9 +98,11 @@ __all__ = [
     "finite",
     "is_factored",
     "is_scattered",
+    "kept_dtype",
     "layout",
     "layout_name",
     "least_bits",
+    "lossless",
     "low_rank",
     "low_rank_spec",
     "low_rank_stack",
@@ -109,6 +117,7 @@ __all__ = [
     "rank_of",
     "register",
     "relaid",
+    "restore",
     "rows",
     "sign_scale",
     "sparse",

@@ -25,7 +25,7 @@ from cl_graft.skillpack.codecs.encoded import (
     check_shape,
     part_bytes,
 )
-from cl_graft.skillpack.codecs.errors import SkillPackError, UnknownCodec
+from cl_graft.skillpack.codecs.errors import NoDelta, SkillPackError, UnknownCodec
 
 
 class Codec(ABC):
@@ -99,6 +99,29 @@ class Relaid(Codec):
     @abstractmethod
     def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
         """Lay a tensor out so, bit for bit the same."""
+
+
+class Relative(Codec):
+    """A codec of tensors as they are after tuning, bit for bit, beside the base's: without that there is nothing to
+    decode, and with it there is no delta, but the tensor itself."""
+
+    @abstractmethod
+    def dtype(self, meta: Meta) -> torch.dtype:
+        """Dtype of what `restore` gives."""
+
+    @abstractmethod
+    def restore(self, encoded: Encoded, base: Tensor | None) -> Tensor:
+        """The tensor, on the CPU, in memory of its own; base: as of `restore` below.
+
+        ValueError where the parts, which have passed `check`, do not go with it.
+        """
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Raise NoDelta."""
+        raise NoDelta(
+            f"codec {self.name} keeps tuned weights bit for bit and no delta that could be added; put the pack, "
+            "alone, on its base by Grafted or by `cl-graft pack apply`."
+        )
 
 
 CODECS: dict[str, Codec] = {}
@@ -190,6 +213,12 @@ def layout_name(encoded: Encoded) -> str | None:
     return encoded.meta["layout"] if isinstance(codec_named(encoded.codec), Relaid) else None
 
 
+def kept_dtype(encoded: Encoded) -> torch.dtype | None:
+    """The dtype of what `restore` gives; None where a tensor is stored as a delta."""
+    codec = codec_named(encoded.codec)
+    return codec.dtype(encoded.meta) if isinstance(codec, Relative) else None
+
+
 def check_parts(encoded: Encoded) -> None:
     """Raise ValueError unless the parts have the dtypes and shapes that `layout` asks for."""
     wanted = layout(*encoded.spec)
@@ -211,6 +240,22 @@ def decode(encoded: Encoded) -> Tensor:
     if not math.prod(encoded.shape):
         return torch.zeros(encoded.shape)
     return codec_named(encoded.codec).decode(encoded)
+
+
+def restore(encoded: Encoded, base: Tensor | None) -> Tensor:
+    """The tuned tensor itself, bit for bit, in its own dtype, on the CPU.
+
+    base: the base's tensor of this name, in any dtype that holds its values; None where it has none. Raises ValueError
+    as `check` does, where the base's tensor is another one than when the tensor was encoded and that shows, and for a
+    codec that is not Relative.
+    """
+    check(encoded)
+    codec = codec_named(encoded.codec)
+    if not isinstance(codec, Relative):
+        raise ValueError(f"codec {encoded.codec} stores a delta; decode it instead.")
+    if not math.prod(encoded.shape):
+        return torch.zeros(encoded.shape, dtype=codec.dtype(encoded.meta))
+    return codec.restore(encoded, base)
 
 
 def rows(encoded: Encoded, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The base of every error about SkillPacks, and the one of a codec that nobody knows."""
+"""The base of every error about SkillPacks, and those of a codec that nobody knows or that has no delta."""
 
 from __future__ import annotations
 
@@ -11,3 +11,7 @@ class SkillPackError(CLGraftError):
 
 class UnknownCodec(SkillPackError):
     """A tensor is stored in a way that this code does not know."""
+
+
+class NoDelta(SkillPackError):
+    """A delta is asked for, and the pack has the tuned weights themselves."""

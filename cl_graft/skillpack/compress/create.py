@@ -36,9 +36,16 @@ from cl_graft.skillpack.compress.directions import (
 from cl_graft.skillpack.compress.policy import METHODS, Policy
 from cl_graft.skillpack.compress.work import ByteLimit, PackProgress, Piece, fetch
 from cl_graft.skillpack.compress.work_store import Folder
-from cl_graft.skillpack.folders.besides import joined, not_in_weights
+from cl_graft.skillpack.folders.besides import packed_files
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
-from cl_graft.skillpack.folders.pair import PairError, Pairing, add_rows, pair
+from cl_graft.skillpack.folders.pair import (
+    PairError,
+    Pairing,
+    add_rows,
+    embedding_and_head,
+    pair,
+)
+from cl_graft.skillpack.folders.tuned import tuned_checkpoint
 from cl_graft.skillpack.format.write import packed_size, write_pack
 from cl_graft.version import __version__
 
@@ -66,7 +73,7 @@ def create(
     device: str = "cpu",
     progress: PackProgress = lambda what, done: None,
 ) -> Created:
-    """Write the pack `out` of what `tuned` has learned on `base`, both Hugging Face folders.
+    """Write the pack `out` of what `tuned` has learned on `base`, a Hugging Face folder; see `tuned_checkpoint`.
 
     budget: as of `Budget`, a share of the base in bf16, or bytes; met from below. policy: of `method`, with its
     defaults where it is None. calibration: None for the data-free mode. A killed run is continued by the same
@@ -74,26 +81,23 @@ def create(
     """
     seconds: dict[str, float] = {}
     policy = policy or METHODS[method]()
-    before, after = Checkpoint(base), Checkpoint(tuned)
+    before = Checkpoint(base)
+    after = tuned_checkpoint(tuned, before)
     allowed = Budget(budget, sum(prod(before.tensors[n].shape) for n in before.floating))
     with timed(seconds, "pair"):
         progress("comparing the checkpoints", 0.0)
-        pairing, meta = pair(before, after), meta_model(tuned)
+        pairing, meta = pair(before, after), meta_model(after.folder)
         fingerprint = before.fingerprint()
     if not pairing.changes:
         raise PairError(
             f"no tensor of {tuned} differs from {base}, so a pack would be empty; give the folder of the tuned model."
         )
-    besides = not_in_weights(base, tuned)
-    notes = list(pairing.notes)
-    if besides:
-        what = joined([name + more for name, more in besides.items()])
-        notes.append(
-            f"The tuned model has its own {what}: not in the pack, but taken over by "
-            f"`cl-graft pack apply --tokenizer {tuned}`."
-        )
+    embedding, _ = embedding_and_head(after.tensors)
+    files, more = packed_files(
+        base, tuned, after.tensors[embedding].shape[0] if embedding else None
+    )
+    notes = [*pairing.notes, *more]
     options = {"budget": budget, "calibrated": calibration is not None, **_plain(policy)}
-    options |= {"not_in_pack": list(besides)} if besides else {}
     fields: dict[str, Any] = {
         "task": task,
         "method": method,
@@ -101,6 +105,7 @@ def create(
         "base": fingerprint,
         "added": pairing.added,
         "grown": pairing.grown,
+        "files": files,
     }
     limit = ByteLimit(partial(_size, fields), allowed.bytes, budget)
     work = _work_folder(out, pairing, fields, calibration, device)
@@ -202,7 +207,8 @@ def _work_folder(
 ) -> Path:
     """Beside the pack, named after all that the work depends on, so that another task never finds it."""
     digest = hashlib.blake2b(digest_size=6)
-    digest.update(json.dumps([__version__, torch.__version__, device, fields]).encode())
+    plain = fields | {"files": {name: file.spec for name, file in fields["files"].items()}}
+    digest.update(json.dumps([__version__, torch.__version__, device, plain]).encode())
     for file in sorted({info.file for info in pairing.tuned.tensors.values()}):
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())

@@ -46,7 +46,6 @@ from cl_graft.skillpack.compress.work import (
 )
 from cl_graft.skillpack.compress.work_store import Item
 
-FINEST = 1500.0  # codes of a tensor's largest row have at most this mean magnitude
 SHARE = 0.99  # of the budget that is used at least, where there is so much to store
 MARGIN = 0.002  # of the budget, kept back until the last tensors
 TRIES = 8  # of the last tensors, until the file fits
@@ -196,8 +195,7 @@ class Control:
         for kind in ("table", "matrix"):
             curves = [self.rates[n].bytes for n, piece in ahead.items() if piece.kind == kind]
             wanted += self._right(kind) * torch.stack(curves).sum(0) if curves else 0.0
-        finest = max(rate.largest for rate in self.rates.values()) / FINEST
-        return max(finest, Rate(wanted, 0.0).step(left))
+        return Rate(wanted, 0.0).step(left)
 
     def _spare(self) -> int:
         """Bytes that are left for all that is left to do, beside what the header must say of it."""

@@ -38,10 +38,14 @@ def encode_table(table: Table, shape: tuple[int, ...], step: float, layout: Code
     """A table at one step; rows that are not worth their bytes are zeros. shape: of the tensor."""
     steps = (step / table.rows.clamp_min(1e-30).sqrt()).clamp_max(1e30).bfloat16().float()
     columns = table.columns.clamp_min(1e-30).rsqrt().clamp_max(1e15).bfloat16().float()
-    codes = []
+    codes, own = [], []
     for part, sizes in zip(
         table.delta.split(_strip(len(columns))), steps.split(_strip(len(columns))), strict=True
     ):
+        # no finer than a row's codes can say
+        least = (part.abs() / columns).amax(1) / TOP
+        sizes = sizes.maximum(least).bfloat16().float()
+        own.append(sizes)
         x = part / (sizes[:, None] * columns)
         code = rounded(x, dead_zone(x.abs().mean(1))[:, None])
         gain = (x.square() - (x - code).square()).sum(1)
@@ -50,7 +54,7 @@ def encode_table(table: Table, shape: tuple[int, ...], step: float, layout: Code
         codes.append(code.to(torch.int16).cpu())
     whole = torch.cat(codes)
     sizes = columns.cpu() if whole.any() else None
-    return coded(whole, steps.cpu(), shape, layout, columns=sizes)
+    return coded(whole, torch.cat(own).cpu(), shape, layout, columns=sizes)
 
 
 def vector_ways(delta: Tensor, layout: CodeLayout) -> tuple[Encoded, Encoded]:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import copy
 import os
-from pathlib import Path
+from collections.abc import Collection
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cl_graft.models.weights import CheckpointError, read_json
-from cl_graft.skillpack.folders.besides import joined, largest_id
+from cl_graft.skillpack.codecs import kept_dtype
+from cl_graft.skillpack.folders.besides import joined, with_settings
+from cl_graft.skillpack.folders.bits import identical
 from cl_graft.skillpack.folders.checkpoint import (
     MAX_SHARD_BYTES,
     Checkpoint,
@@ -30,8 +32,11 @@ from cl_graft.skillpack.folders.pair import (
 )
 from cl_graft.skillpack.format.errors import NonFinite, ShapeMismatch, SkillPackError, WrongBase
 from cl_graft.skillpack.format.file import SkillPack
+from cl_graft.skillpack.format.files import VOCABULARY, parse
 
 Folder = str | os.PathLike[str]
+# options of a lossless pack: tensors of the base that the tuned model lacks, and whether its head is tied
+ABSENT, TIES = "absent", "tie_word_embeddings"
 
 
 class NotGrafted(SkillPackError):
@@ -43,36 +48,35 @@ def apply_pack(
     pack: SkillPack,
     out_dir: Folder,
     *,
-    tokenizer: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[str]:
     """Write base + pack as a Hugging Face folder; returns a sentence for each thing adjusted.
 
-    Deltas are added in float32 and cast to the base's dtype. tokenizer: the folder from which the
-    tokenizer's files, chat template, end token and generation settings are taken; those, and all
-    other files, are the base's otherwise. Raises WrongBase or ShapeMismatch before anything is
-    written, NonFinite where a weight overflows its dtype, CheckpointError for the folders.
+    Deltas are added in float32 and cast to the base's dtype; of a lossless pack every tensor is the
+    tuned one, bit for bit, in its own dtype. What else the pack holds (chat template, tokenizer,
+    settings) takes the place of the base's; all other files are the base's. Raises WrongBase or
+    ShapeMismatch before anything is written, NonFinite where a weight overflows its dtype,
+    CheckpointError for the folders.
     """
     base = Checkpoint(base_dir)
     check_base(base, pack)
-    dropped = _dropped_head(base, pack)
-    config, notes = _config(base, pack, dropped)
+    dropped = _dropped(base, pack)
     specs = _specs(base, pack, dropped)
+    config, notes = _config(base, pack, dropped)
+    notes += _kept_in(config, base, specs) if pack.lossless else []
     notes = [*base.notes, *notes]
-    if tokenizer is not None:
-        _take_ids(config, tokenizer, specs)
-        notes.append(f"Tokenizer, chat template and end token are those of {tokenizer}.")
-    elif left := pack.options.get("not_in_pack", ["tokenizer"] if pack.grown else []):
-        notes.append(
-            f"{out_dir} has the base's {joined(left)}; give --tokenizer and the tuned model's folder to have its own."
-        )
+    files = {name: f.content() for name, f in pack.files.items() if name != "config.json"}
+    if pack.files:
+        notes.append(f"{joined(sorted(pack.files))}: as the tuned model has it.")
+    if pack.grown and not files.keys() & set(VOCABULARY):
+        notes.append(f"{out_dir} has the base's tokenizer: the pack holds no other.")
     write_checkpoint(
         out_dir,
         specs,
         lambda name: result(base, pack, name),
         base,
         config=config,
-        tokenizer=tokenizer,
+        files=files,
         max_shard_bytes=max_shard_bytes,
     )
     return notes
@@ -88,12 +92,12 @@ def remove_pack(
     """
     base, grafted = Checkpoint(base_dir), Checkpoint(grafted_dir)
     check_base(base, pack)
-    specs = _specs(base, pack, _dropped_head(base, pack))
+    specs = _specs(base, pack, _dropped(base, pack))
     shapes = {name: (info.dtype, info.shape) for name, info in grafted.tensors.items()}
     differing = [name for name in specs if shapes.get(name) != specs[name]]
     differing += [name for name in shapes if name not in specs]
     for name in specs:
-        if name not in differing and not _identical(grafted.read(name), result(base, pack, name)):
+        if name not in differing and not identical(grafted.read(name), result(base, pack, name)):
             differing.append(name)
     if differing:
         named = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
@@ -127,13 +131,16 @@ def check_base(base: Checkpoint, pack: SkillPack) -> None:
 
 
 def result(base: Checkpoint, pack: SkillPack, name: str) -> Tensor:
-    """One tensor of base + pack, in the base's dtype; an added one in that of most of the base.
+    """One tensor of base + pack, in the base's dtype; an added one in that of most of the base; one that is
+    kept itself in its own.
 
     Of a tensor with another number of rows, rows that the base lacks count as zero there, and
     surplus rows are cut. Raises NonFinite where the sum overflows the dtype.
     """
     if name not in pack.tensors:
         return base.read(name)
+    if kept_dtype(pack.tensors[name]) is not None:
+        return pack.tuned(name, None if name in pack.added else base.read(name))
     weight = pack.delta(name)
     dtype = base.dtype if name in pack.added else base.tensors[name].dtype
     if name not in pack.added:
@@ -146,55 +153,79 @@ def result(base: Checkpoint, pack: SkillPack, name: str) -> Tensor:
     return weight
 
 
-def _specs(base: Checkpoint, pack: SkillPack, dropped: str | None) -> Specs:
+def delta(base: Checkpoint, pack: SkillPack, name: str) -> Tensor:
+    """What a pack adds to a tensor of the base, float32: `pack.delta`, or `result` minus the base's tensor."""
+    if kept_dtype(pack.tensors[name]) is None:
+        return pack.delta(name)
+    weight = result(base, pack, name).float()
+    if name not in pack.added:
+        add_rows(weight, base.read(name), -1)
+    return weight
+
+
+def _specs(base: Checkpoint, pack: SkillPack, dropped: Collection[str]) -> Specs:
     specs = {}
     for name, info in base.tensors.items():
         shape = pack.tensors[name].shape if name in pack.tensors else info.shape
         specs[name] = (info.dtype, tuple(shape))
     specs |= {name: (base.dtype, tuple(pack.tensors[name].shape)) for name in pack.added}
-    specs.pop(dropped or "", None)
-    return specs
+    for name, encoded in pack.tensors.items():
+        specs[name] = (kept_dtype(encoded) or specs[name][0], specs[name][1])
+    return {name: spec for name, spec in specs.items() if name not in dropped}
 
 
-def _dropped_head(base: Checkpoint, pack: SkillPack) -> str | None:
-    """A head that the base stores as a copy of the embedding: it would be the old embedding's."""
+def _dropped(base: Checkpoint, pack: SkillPack) -> list[str]:
+    """What of the base is not in the result: what a lossless pack says, else a head that the base stores as a copy
+    of the embedding, for it would be the old embedding's."""
+    if pack.lossless:
+        said = pack.options.get(ABSENT)
+        return [name for name in base.tensors if isinstance(said, list) and name in said]
     head = tied_copy(base)
-    return head if head not in pack.tensors else None
+    return [head] if head is not None and head not in pack.tensors else []
 
 
 def _config(
-    base: Checkpoint, pack: SkillPack, dropped: str | None
+    base: Checkpoint, pack: SkillPack, dropped: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """config.json as the result needs it, and what was adjusted."""
     config, notes = copy.deepcopy(base.config), []
+    if travelled := pack.files.get("config.json"):
+        config = with_settings(config, parse(travelled.content()))
     names = {**base.tensors, **pack.tensors}
     embedding, head = embedding_and_head(names)
     if embedding in pack.grown:
         rows = pack.tensors[embedding].shape[0]
         _set(config, "vocab_size", rows)
         notes.append(f"vocab_size is now {rows}.")
+    if pack.lossless:
+        if isinstance(ties := pack.options.get(TIES), bool) and ties != tied(config):
+            _set(config, TIES, ties)
+            notes.append(f"{TIES} is now {str(ties).lower()}, as in the tuned model.")
+        return config, notes
     if head in pack.tensors and tied(config) is not False:
         _set(config, "tie_word_embeddings", False)
         notes.append(f"{head} has weights of its own; tie_word_embeddings is now false.")
-    if dropped is not None:
+    for name in dropped:
         _set(config, "tie_word_embeddings", True)
-        notes.append(f"{dropped} repeats the embedding in the base; it is left out as tied.")
+        notes.append(f"{name} repeats the embedding in the base; it is left out as tied.")
     return config, notes
 
 
-def _take_ids(config: dict[str, Any], tokenizer: Path, specs: Specs) -> None:
-    """Put the special ids of another tokenizer's folder into a config. Raises CheckpointError where it does not fit."""
-    embedding, _ = embedding_and_head(specs)
-    largest, rows = largest_id(tokenizer), specs[embedding][1][0] if embedding else None
-    if rows is not None and largest >= rows:
-        raise CheckpointError(
-            f"the tokenizer of {tokenizer} has the id {largest} and the embedding {rows} rows; give the tokenizer of "
-            "the tuned model that the pack was made of."
-        )
-    theirs = read_json(tokenizer / "config.json")
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if key in theirs:
-            _set(config, key, theirs[key])
+def _kept_in(config: dict[str, Any], base: Checkpoint, specs: Specs) -> list[str]:
+    """Let a config name the dtype of most of a lossless result, in which transformers loads it all."""
+    sizes: dict[torch.dtype, int] = {}
+    for dtype, shape in specs.values():
+        if dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + prod(shape) * dtype.itemsize
+    most = max(sizes, key=lambda dtype: sizes[dtype], default=base.dtype)
+    if most == base.dtype:
+        return []
+    told, notes = str(most)[6:], []
+    for key in ("dtype", "torch_dtype"):
+        if key in config or key in (config.get("text_config") or {}):
+            _set(config, key, told)
+            notes = [f"{key} is now {told}, as in the tuned model."]
+    return notes
 
 
 def _set(config: dict[str, Any], key: str, value: object) -> None:
@@ -204,11 +235,6 @@ def _set(config: dict[str, Any], key: str, value: object) -> None:
         text[key] = value
     if key in config or not (isinstance(text, dict) and key in text):
         config[key] = value
-
-
-def _identical(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same bit for bit, so that -0 is not 0."""
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _told(shape: tuple[int, ...] | None) -> str:

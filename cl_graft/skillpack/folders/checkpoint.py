@@ -24,7 +24,6 @@ from torch import Tensor
 from cl_graft.errors import UnknownName
 from cl_graft.models.weights import INDEX, WEIGHTS, CheckpointError, Stored, read_json, weights
 from cl_graft.skillpack.codecs.encoded import raw
-from cl_graft.skillpack.folders.besides import TOKENIZER_FILES
 from cl_graft.skillpack.format.fingerprint import fingerprint
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -120,6 +119,10 @@ class Checkpoint:
             raise CheckpointError(f"{info.file} ends within {name!r}; fetch the file again.")
         return flat.reshape(info.shape)
 
+    def own_delta(self, base: Checkpoint, name: str) -> Tensor | None:
+        """What this adds to a tensor of `base`, float32, where it is known without subtracting; else None."""
+        return None
+
     def fingerprint(self) -> str:
         """`file.fingerprint` of the floating tensors, by the names of the files."""
         return fingerprint((name, self.read(name)) for name in sorted(self.floating))
@@ -145,21 +148,24 @@ def write_checkpoint(
     like: Checkpoint,
     *,
     config: dict[str, Any] | None = None,
-    tokenizer: Path | None = None,
+    files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model folder that transformers loads, asking `fetch` for one tensor after another.
 
     specs: {name: (dtype, shape)} in order; a shard takes as many as fit into `max_shard_bytes`, and
     at least one. like: its tokenizer and other files are copied, weights never. config: in place of
-    like's config.json. tokenizer: a folder whose tokenizer's files, and what decides about generation, take the
-    place of like's. The folder appears whole or not at all. Raises CheckpointError where there
-    is one with files in it already, where the system refuses it, or for a tensor unlike its spec.
+    like's config.json. files: {name: content} in place of like's; one without content is left out.
+    The folder appears whole or not at all. Raises CheckpointError where there is one with files in it
+    already, where the system refuses it, or for a tensor unlike its spec.
     """
     with new_folder(Path(folder)) as building:
         _copy_other_files(like.folder, building)
-        if tokenizer is not None:
-            _take_tokenizer(tokenizer, building)
+        for name, content in (files or {}).items():
+            (building / name).unlink(missing_ok=True)
+            if content:
+                (building / name).parent.mkdir(exist_ok=True)
+                (building / name).write_bytes(content)
         if config is not None:
             (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         write_weights(building, specs, fetch, max_shard_bytes)
@@ -258,13 +264,3 @@ def _copy_other_files(source: Path, target: Path) -> None:
         if not file.name.endswith(OTHER_WEIGHTS) and not file.name.startswith("."):
             (target / inside).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target / inside)
-
-
-def _take_tokenizer(source: Path, target: Path) -> None:
-    for pattern in TOKENIZER_FILES:
-        for file in target.glob(pattern):
-            file.unlink()
-        for file in source.glob(pattern):
-            inside = target / file.relative_to(source)
-            inside.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, inside)

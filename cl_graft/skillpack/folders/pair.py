@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.models.meta_model import meta_model
-from cl_graft.skillpack.folders.besides import computing, told_changes
 from cl_graft.skillpack.folders.checkpoint import Checkpoint, Info
 from cl_graft.skillpack.format.errors import NonFinite
 
@@ -28,6 +27,7 @@ BUFFER = re.compile(
     r"(^|\.)((original_)?inv_freq|(cos|sin)_cached|freqs_cis|position_ids|token_type_ids"
     r"|masked_bias|causal_mask|attention_mask|alibi)$"
 )
+LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # GPT-2's and GPT-NeoX's, where 4-dimensional
 
 
@@ -71,12 +71,14 @@ class Pairing:
         """Tuned minus base, float32, in the tuned shape.
 
         Both are widened first: a difference taken in bfloat16 loses small updates. float64 is
-        subtracted in float64. Rows that the base lacks count as zero. Raises UnknownName.
+        subtracted in float64. An adapter's is its own. Rows that the base lacks count as zero. Raises UnknownName.
         """
         changes = {change.name: change for change in self.changes}
         if name not in changes:
             raise UnknownName("changed tensor", name, changes)
         change = changes[name]
+        if (own := self.tuned.own_delta(self.base, name)) is not None:
+            return own
         tuned = _wide(self.tuned.read(change.source))
         if change.base_shape is None:
             return tuned.float()
@@ -92,17 +94,23 @@ def pair(base: Checkpoint, tuned: Checkpoint) -> Pairing:
 
     Raises PairError for a difference that no pack can hold, NonFinite for a weight with NaN or Inf.
     """
-    notes = _same_model(base, tuned)
+    notes = same_model(base, tuned)
+    kinds = [
+        " and ".join(sorted({str(side.tensors[n].dtype)[6:] for n in side.floating}))
+        for side in (base, tuned)
+    ]
+    if kinds[0] != kinds[1]:
+        notes.append(f"The base is in {kinds[0]}, the tuned in {kinds[1]}; both are widened first.")
     heads = _heads(base, tuned)
     notes += heads.notes
-    _check_complete(base, tuned, heads)
+    check_complete(base, tuned, heads.left_out | heads.from_embedding.keys())
     buffers = {n for side in (base, tuned) for n, info in side.tensors.items() if _buffer(n, info)}
     notes += _buffers(base, tuned, buffers)
     changes, unchanged = [], 0
     for name in [*tuned.tensors, *heads.from_embedding]:
         if name in buffers or name in heads.left_out:
             continue
-        change = _change(base, tuned, name, heads.from_embedding.get(name, name))
+        change = change_of(base, tuned, name, heads.from_embedding.get(name, name))
         if _is_changed(base, tuned, change) or name in heads.kept:
             changes.append(change)
         else:
@@ -152,7 +160,8 @@ def all_finite(tensor: Tensor) -> bool:
 # policies
 
 
-def _same_model(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+def same_model(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+    """Notes on two checkpoints of one model. Raises PairError where they are not, or quantised."""
     for side in (base, tuned):
         floats = {side.tensors[name].dtype for name in side.floating}
         if "quantization_config" in side.config or any(d.itemsize == 1 for d in floats):
@@ -166,35 +175,7 @@ def _same_model(base: Checkpoint, tuned: Checkpoint) -> list[str]:
                 f"{base.folder} is {_plain(ours)} and {tuned.folder} is {_plain(theirs)}; "
                 "a pack needs a base and a model tuned from it."
             )
-    _check_computing(base, tuned)
-    notes = [*base.notes, *tuned.notes, *told_changes(base.config, tuned.config)]
-    kinds = (_kinds(base), _kinds(tuned))
-    if kinds[0] != kinds[1]:
-        notes.append(f"The base is in {kinds[0]}, the tuned in {kinds[1]}; both are widened first.")
-    return notes
-
-
-def _check_computing(base: Checkpoint, tuned: Checkpoint) -> None:
-    """Raise PairError where the tuned model's weights are put to another use than the base's."""
-    differing = computing(base.config, tuned.config)
-    if not differing:
-        return
-    key, (ours, theirs) = next(iter(differing.items()))
-    more = f" (and {', '.join([*differing][1:])} differ, too)" if len(differing) > 1 else ""
-    values = f"{key} is {ours} in {base.folder} and {theirs} in {tuned.folder}{more}"
-    if base.tensors.keys() == tuned.tensors.keys():
-        raise PairError(
-            f"{values}, and a pack holds weights alone; write the tuned model's value into the config.json of a copy "
-            "of the base, and make and apply the pack on that."
-        )
-    raise PairError(
-        f"{values}, and a pack adds to the weights that the base has; make it on the model that training began from, "
-        "with the parts that were added to it."
-    )
-
-
-def _kinds(side: Checkpoint) -> str:
-    return " and ".join(sorted({str(side.tensors[n].dtype)[6:] for n in side.floating}))
+    return [*base.notes, *tuned.notes]
 
 
 class _Heads(NamedTuple):
@@ -229,9 +210,9 @@ def _heads(base: Checkpoint, tuned: Checkpoint) -> _Heads:
     return _Heads(set(), {head}, {}, [note])
 
 
-def _check_complete(base: Checkpoint, tuned: Checkpoint, heads: _Heads) -> None:
-    known = tuned.tensors.keys() | heads.left_out | heads.from_embedding.keys()
-    missing = [name for name in base.tensors if name not in known]
+def check_complete(base: Checkpoint, tuned: Checkpoint, more: Collection[str]) -> None:
+    """Raise PairError where the tuned lacks a tensor of the base that is neither a buffer nor one of `more`."""
+    missing = [n for n in base.tensors if n not in tuned.tensors and n not in more]
     lost = [name for name in missing if not _buffer(name, base.tensors[name])]
     if lost and not base.tensors.keys() & tuned.tensors.keys():
         cure = "rename its tensors as the base's"
@@ -275,7 +256,8 @@ def _buffers(base: Checkpoint, tuned: Checkpoint, buffers: set[str]) -> list[str
     return notes
 
 
-def _change(base: Checkpoint, tuned: Checkpoint, name: str, source: str) -> Change:
+def change_of(base: Checkpoint, tuned: Checkpoint, name: str, source: str) -> Change:
+    """The change of a tensor, whose values need not differ. Raises PairError where shapes or integers forbid one."""
     info, before = tuned.tensors[source], base.tensors.get(name)
     shape = before.shape if before else None
     if not (info.dtype.is_floating_point and (before is None or before.dtype.is_floating_point)):
@@ -291,7 +273,15 @@ def _change(base: Checkpoint, tuned: Checkpoint, name: str, source: str) -> Chan
 
 
 def _sizes(pairing: Pairing) -> list[str]:
-    notes = [f"{name} is not in the base: stored as it is." for name in pairing.added]
+    added = pairing.added
+    notes = [f"{name} is not in the base: stored as it is." for name in added[:1]]
+    if len(added) > 1:
+        notes = [f"{len(added)} tensors ({added[0]}, ...) are not in the base: stored as they are."]
+    if any(LAYER.search(name) for name in added):
+        notes.append(
+            "Layers are compared by their number; a pack of fewer bytes is made on the model that training began from, "
+            "with the new layers in their places."
+        )
     rows = {change.name: change.shape[0] for change in pairing.changes}
     for name, shape in pairing.grown.items():
         verb = "new rows count from zero" if rows[name] > shape[0] else "surplus rows are cut"
@@ -313,21 +303,19 @@ def _plain(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-# values
-
-
 def _is_changed(base: Checkpoint, tuned: Checkpoint, change: Change) -> bool:
     """Whether any element differs in value. Raises NonFinite for either side."""
     after = tuned.read(change.source)
-    _check_finite(tuned, change.source, after)
+    check_finite(tuned, change.source, after)
     if change.base_shape is None:
         return True
     before = base.read(change.name)
-    _check_finite(base, change.name, before)
+    check_finite(base, change.name, before)
     return not _equal(before, after)
 
 
-def _check_finite(side: Checkpoint, name: str, tensor: Tensor) -> None:
+def check_finite(side: Checkpoint, name: str, tensor: Tensor) -> None:
+    """Raise NonFinite where a checkpoint's tensor holds NaN or Inf."""
     if not all_finite(tensor):
         raise NonFinite(f"{name!r} of {side.folder} holds NaN or Inf; repair the checkpoint.")
 

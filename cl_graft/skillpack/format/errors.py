@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from cl_graft.skillpack.codecs.errors import SkillPackError, UnknownCodec
+from cl_graft.skillpack.codecs.errors import NoDelta, SkillPackError, UnknownCodec
 
 __all__ = [
     "CorruptPack",
+    "NoDelta",
     "NonFinite",
     "NotASkillPack",
     "PackNotFound",

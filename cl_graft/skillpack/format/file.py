@@ -19,9 +19,11 @@ from torch import Tensor
 
 from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import Encoded, Spec
+from cl_graft.skillpack.codecs.encoded import raw
 from cl_graft.skillpack.format import header
 from cl_graft.skillpack.format.errors import (
     CorruptPack,
+    NoDelta,
     NonFinite,
     NotASkillPack,
     PackNotFound,
@@ -32,6 +34,7 @@ from cl_graft.skillpack.format.errors import (
     UnsupportedVersion,
     WrongBase,
 )
+from cl_graft.skillpack.format.files import FILES, PackedFile, check_file, check_names
 from cl_graft.skillpack.format.fingerprint import fingerprint
 from cl_graft.skillpack.format.header import AGAIN, FIELDS, FORMAT, MAGIC, MAX_HEADER, TableEntry
 from cl_graft.skillpack.format.write import current_versions, packed_size, verify, write_pack
@@ -39,6 +42,7 @@ from cl_graft.skillpack.format.write import current_versions, packed_size, verif
 __all__ = [
     "FORMAT",
     "CorruptPack",
+    "NoDelta",
     "NonFinite",
     "NotASkillPack",
     "PackNotFound",
@@ -64,7 +68,7 @@ class SkillPack:
     of the model that the delta is added to. added: tensors that the base lacks, whose delta is
     against zero. grown: {name: shape in the base} of tensors that the base has in another number of
     rows; the delta has the tuned shape, rows that the base lacks count as zero, and those that it
-    has too many are cut.
+    has too many are cut. files: {name: what else makes the tuned model what it is}, see files.py.
     """
 
     tensors: Mapping[str, Encoded]
@@ -75,6 +79,7 @@ class SkillPack:
     versions: dict[str, str] = field(default_factory=current_versions)
     added: list[str] = field(default_factory=list)
     grown: dict[str, list[int]] = field(default_factory=dict)
+    files: Mapping[str, PackedFile] = field(default_factory=dict)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -91,16 +96,29 @@ class SkillPack:
         """BLAKE2b (32 hex digits) of all that the file says: its header, and thereby the checksum
         (8 bytes) of every tensor. It tells damage from a whole file, not friend from foe."""
         checksums = {name: header.checksum(encoded) for name, encoded in self.tensors.items()}
-        about = header.describe(self._fields, self._specs, checksums)
+        files = {name: file.spec for name, file in self.files.items()}
+        about = header.describe({**self._fields, FILES: files}, self._specs, checksums)
         return header.digest_of(header.text_of(about))
 
     def delta(self, name: str) -> Tensor:
         """Tuned minus base of one tensor, float32, on the CPU.
 
         Raises CorruptPack where its parts do not fit its codec, NonFinite where it overflows,
-        UnknownCodec for a codec that is not registered.
+        UnknownCodec for a codec that is not registered, NoDelta where the tuned tensor is kept itself.
         """
         return self._decoded(name, codecs.decode)
+
+    def tuned(self, name: str, base: Tensor | None) -> Tensor:
+        """A tensor that is kept itself, bit for bit, in its own dtype, on the CPU.
+
+        base: the base's tensor of this name, None where it has none. Raises as `delta` does, but for NoDelta.
+        """
+        return self._decoded(name, lambda encoded: codecs.restore(encoded, base))
+
+    @property
+    def lossless(self) -> bool:
+        """Whether tuned tensors are kept themselves, so that there is no delta to be added or merged."""
+        return any(codecs.kept_dtype(encoded) is not None for encoded in self.tensors.values())
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """`delta(name)[ids]`, where the codec can without the rest of it. ids: int64 (n,), on the CPU.
@@ -145,8 +163,8 @@ class SkillPack:
         what = f"tensor {name!r} of task {self.task!r}"
         try:
             decoded = decode(self.tensors[name])
-        except UnknownCodec as error:
-            raise UnknownCodec(f"{what}: {error}") from error
+        except (UnknownCodec, NoDelta) as error:
+            raise type(error)(f"{what}: {error}") from error
         except ValueError as error:
             raise CorruptPack(f"{what}: {error}") from error
         if not torch.isfinite(decoded).all():
@@ -170,7 +188,8 @@ def _read(
     about, digest = header.parse(path, head)
     specs, checksums = header.read_tensors(path, about["tensors"])
     header.check_lacking(path, about, specs)
-    table = header.table_of(specs)
+    about[FILES] = check_names(path, about[FILES])
+    table = header.table_of(specs, about[FILES])
     try:
         text = header.text_of(header.describe(about, specs, checksums))
         damaged = header.encode(text, digest, table) != head or header.digest_of(text) != digest
@@ -187,15 +206,21 @@ def _read(
     payload = bytearray(wanted - len(head))
     if file.readinto(payload) != len(payload):
         raise TruncatedPack(f"{path} became shorter while it was read; {AGAIN}")
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in specs}
+    parts: dict[str | None, dict[str, Tensor]] = {name: {} for name in (*specs, None)}
     for row in table:
-        parts[row.name][row.part] = _view(payload, row)
+        parts[row.tensor][row.part] = _view(payload, row)
     tensors = {name: Encoded(*specs[name], parts[name]) for name in specs}
     for name, encoded in tensors.items():
         if header.checksum(encoded) != checksums[name]:
             raise CorruptPack(f"{path}, tensor {name!r} does not match its checksum; {AGAIN}")
         verify(path, name, encoded)
-    return SkillPack(tensors, **{name: about[name] for name in FIELDS})
+    files = {
+        name: PackedFile(spec.size, bytes(raw(parts[None][name])))
+        for name, spec in about[FILES].items()
+    }
+    for name, packed in files.items():
+        check_file(path, name, packed, about[FILES][name].checksum)
+    return SkillPack(tensors, **{**{name: about[name] for name in FIELDS}, FILES: files})
 
 
 def _read_header(path: Path, file: BufferedReader, size: int) -> bytes:

@@ -1,11 +1,11 @@
 """The header of a SkillPack: what it says, what it may say, and where the bytes of each part lie.
 
-Parts are named `<tensor>:<part>`. The metadata have one key, `skillpack`, with compact JSON: format
-version, fingerprint of the base, task, method, options, versions, the tensors that the base lacks
-(`added`) or has in another number of rows (`grown`), the tensors as {name: [codec, shape, meta,
-checksum]}, and a digest of all this. Everything else in the header follows from these, so it is
-written here rather than by a library: one pack has exactly one file, whose size is known before its
-bytes are, and a reader compares a header with what it must be instead of interpreting it.
+Parts are named `<tensor>:<part>`, or `files:<name>`. The metadata have one key, `skillpack`, with compact JSON:
+format version, fingerprint of the base, task, method, options, versions, the tensors that the base lacks (`added`) or
+has in another number of rows (`grown`), the files beside them (files.py) as {name: [size, stored bytes, checksum]},
+the tensors as {name: [codec, shape, meta, checksum]}, and a digest of all this. Everything else in the header follows
+from these, so it is written here rather than by a library: one pack has exactly one file, whose size is known before
+its bytes are, and a reader compares a header with what it must be instead of interpreting it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from cl_graft.skillpack.format.errors import (
     UnsupportedVersion,
     WrongBase,
 )
+from cl_graft.skillpack.format.files import CHECKSUM_BYTES, FILES, FileSpec
 
-FORMAT = 2
+FORMAT = 3
 MAGIC = b'{"__metadata__":{"skillpack":"{'
 MAX_HEADER = 32 << 20  # bytes; a tensor takes some 450
 MAX_VALUES = 4 << 20  # in the JSON; a tensor takes some 45, and parsing them is what costs
-DIGEST_BYTES, CHECKSUM_BYTES = 16, 8
+DIGEST_BYTES = 16
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 NO_DIGEST, NO_CHECKSUM = "0" * 2 * DIGEST_BYTES, "0" * 2 * CHECKSUM_BYTES
 NAMES = {dtype: name for name, dtype in STORABLE.items()}
@@ -48,6 +49,7 @@ FIELDS = {
     "versions": dict,
     "added": list,
     "grown": dict,
+    FILES: dict,
 }
 AGAIN = "fetch or make the pack again."
 
@@ -57,9 +59,9 @@ MOST_OF_LARGEST, MOST_OF_BASE, HARMLESS = 16, 4, 1 << 22
 
 
 class TableEntry(NamedTuple):
-    """One part in the file: bytes start to end of the payload."""
+    """One part in the file: bytes start to end of the payload. tensor: None for a file, which `part` names."""
 
-    name: str
+    tensor: str | None
     part: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -67,18 +69,24 @@ class TableEntry(NamedTuple):
     end: int
 
 
-def table_of(specs: Mapping[str, Spec]) -> list[TableEntry]:
+def table_of(
+    specs: Mapping[str, Spec], files: Mapping[str, FileSpec] | None = None
+) -> list[TableEntry]:
     """Every part in its place: widest dtype first, as safetensors orders them, then by key."""
     order = list(NAMES)
-    parts = [
+    parts: list[tuple[int, str, str | None, str, torch.dtype, tuple[int, ...]]] = [
         (order.index(dtype), f"{name}:{part}", name, part, dtype, shape)
         for name, spec in specs.items()
         for part, (dtype, shape) in codecs.layout(*spec).items()
     ]
+    parts += [
+        (order.index(torch.uint8), f"{FILES}:{name}", None, name, torch.uint8, (file.stored,))
+        for name, file in (files or {}).items()
+    ]
     rows, end = [], 0
-    for *_, name, part, dtype, shape in sorted(parts, key=lambda row: row[:2]):
+    for *_, tensor, part, dtype, shape in sorted(parts, key=lambda row: row[:2]):
         start, end = end, end + codecs.part_bytes(dtype, shape)
-        rows.append(TableEntry(name, part, dtype, shape, start, end))
+        rows.append(TableEntry(tensor, part, dtype, shape, start, end))
     return rows
 
 
@@ -109,6 +117,7 @@ def describe(
     lacking = {
         "added": sorted(fields["added"]),
         "grown": {name: list(shape) for name, shape in sorted(fields["grown"].items())},
+        FILES: {name: list(spec) for name, spec in sorted(fields[FILES].items())},
     }
     tensors = {name: [spec[0], list(spec[1]), spec[2], sums[name]] for name, spec in specs.items()}
     fields = {name: fields[name] for name in FIELDS}
@@ -131,7 +140,8 @@ def encode(text: str, digest: str, table: list[TableEntry]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"skillpack": metadata}}
     for row in table:
         where = {"shape": list(row.shape), "data_offsets": [row.start, row.end]}
-        header[f"{row.name}:{row.part}"] = {"dtype": NAMES[row.dtype], **where}
+        key = f"{FILES if row.tensor is None else row.tensor}:{row.part}"
+        header[key] = {"dtype": NAMES[row.dtype], **where}
     data = _compact(header).encode()
     data += b" " * (-len(data) % 8)
     return len(data).to_bytes(8, "little") + data

@@ -17,6 +17,7 @@ from cl_graft.skillpack.codecs import Encoded, Spec
 from cl_graft.skillpack.codecs.encoded import raw
 from cl_graft.skillpack.format import header
 from cl_graft.skillpack.format.errors import CorruptPack, NonFinite, SkillPackError
+from cl_graft.skillpack.format.files import FILES, Files, check_file, check_names
 from cl_graft.skillpack.format.header import FIELDS, NO_DIGEST, TableEntry
 
 Shapes = Mapping[str, Sequence[int]]
@@ -41,14 +42,16 @@ def packed_size(
     versions: dict[str, str] | None = None,
     added: Iterable[str] = (),
     grown: Shapes | None = None,
+    files: Files | None = None,
 ) -> int:
     """Exact bytes of a pack's file, from {name: (codec, shape, meta)} and no data.
 
     Every fingerprint is as long as the default. Raises ValueError for a spec that makes no sense,
     SkillPackError for what JSON does not keep.
     """
-    about = header.describe(_fields(base, task, method, options, versions, added, grown), specs)
-    table, text = header.table_of(specs), header.writable(about)
+    fields = _fields(base, task, method, options, versions, added, grown, files)
+    table = header.table_of(specs, fields[FILES])
+    text = header.writable(header.describe(fields, specs))
     return len(header.encode(text, NO_DIGEST, table)) + header.payload_bytes(table)
 
 
@@ -64,33 +67,40 @@ def write_pack(
     versions: dict[str, str] | None = None,
     added: Iterable[str] = (),
     grown: Shapes | None = None,
+    files: Files | None = None,
 ) -> int:
     """Write a pack one tensor at a time and return its bytes, those that `SkillPack.save` writes.
 
     `fetch` gives the tensor of each spec, once and in the order of specs; it is written and let go
     before the next is asked for. At any moment the path holds all of a pack or what was there: the
-    bytes go to a sibling that is pushed to the disk and renamed. Raises SkillPackError where a
-    tensor is not fit to be stored or the system refuses the file; what `fetch` raises passes.
+    bytes go to a sibling that is pushed to the disk and renamed. files: what else the pack holds, by
+    names that it may. Raises SkillPackError where a tensor or a file is not fit to be stored or the
+    system refuses the pack; what `fetch` raises passes.
     """
     path = Path(path)
-    fields = _fields(base, task, method, options, versions, added, grown)
+    fields = _fields(base, task, method, options, versions, added, grown, files)
     header.check_specs(path, specs)
+    check_names(path, fields[FILES])
+    for name, file in (files or {}).items():
+        check_file(path, name, file, file.spec.checksum)
     blank = header.describe(fields, specs)
     text = header.writable(blank)
     header.check_lacking(path, blank, specs)
-    table = header.table_of(specs)
+    table = header.table_of(specs, fields[FILES])
     head = header.encode(text, NO_DIGEST, table)
     start = len(head)
     if not header.fits(head):
         raise SkillPackError(f"{path} needs {start} bytes of header; store fewer tensors.")
     size = start + header.payload_bytes(table)
-    rows: dict[str, list[TableEntry]] = {name: [] for name in specs}
+    rows: dict[str | None, list[TableEntry]] = {name: [] for name in (*specs, None)}
     for row in table:
-        rows[row.name].append(row)
+        rows[row.tensor].append(row)
     with replacing(path, partial(_refusal, path, size)) as write:
         checksums = {
             name: _store(path, name, specs[name], fetch, rows[name], start, write) for name in specs
         }
+        for row in rows[None]:
+            write(raw((files or {})[row.part].part), start + row.start)
         text = header.text_of(header.describe(fields, specs, checksums))
         write(header.encode(text, header.digest_of(text), table), 0)
     return size
@@ -104,9 +114,11 @@ def _fields(
     versions: dict[str, str] | None,
     added: Iterable[str],
     grown: Shapes | None,
+    files: Files | None,
 ) -> dict[str, Any]:
     versions = current_versions() if versions is None else versions
-    values = (base, task, method, options, versions, list(added), grown or {})
+    sizes = {name: file.spec for name, file in (files or {}).items()}
+    values = (base, task, method, options, versions, list(added), grown or {}, sizes)
     return dict(zip(FIELDS, values, strict=True))
 
 

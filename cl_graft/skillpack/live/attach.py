@@ -23,7 +23,7 @@ from cl_graft.skillpack.live.attachment_points import (
     find_attachment_points,
 )
 from cl_graft.skillpack.live.decode import Entries, Factors, entries, factors
-from cl_graft.skillpack.live.grafted import add, add_sparse, check_packs
+from cl_graft.skillpack.live.grafted import add, add_sparse, check_deltas, check_packs
 
 Choice = tuple[int, ...]
 Choices = int | None | Choice | list[int | None | Choice]
@@ -34,9 +34,9 @@ class Attached:
 
     packs: what `choose` numbers from 0. example: keyword arguments of one forward of several samples,
     for the trial run; by default three samples of two input_ids. Raises WrongBase or ShapeMismatch as
-    `Grafted` does, AttachError where samples cannot be told apart where a parameter is read. Memory is
-    that of the packs' factors, in the model's dtype (float32 for float16), and of the other deltas as
-    stored. Meanwhile nothing else may write to the model's parameters or replace a `forward`.
+    `Grafted` does, NoDelta for a lossless pack, AttachError where samples cannot be told apart where a
+    parameter is read. Memory is that of the packs' factors, in the model's dtype (float32 for float16),
+    and of the other deltas as stored. Meanwhile nothing else may write to the parameters or replace a `forward`.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Attached:
         base = fingerprint(self._parameters.items())
         shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
         check_packs(self.packs, base, shapes)
+        check_deltas(self.packs)
         touched = {n: p for n, p in self._parameters.items() if any(n in q.tensors for q in packs)}
         points = find_attachment_points(model, touched, example) if touched else []
         multiplied = {name for point in points for name in point.linear | point.rows}

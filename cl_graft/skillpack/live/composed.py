@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cl_graft.skillpack.codecs import Encoded, dense
 from cl_graft.skillpack.format.file import SkillPack
+from cl_graft.skillpack.live.grafted import check_deltas
 
 Make = Callable[..., Tensor]
 
@@ -73,6 +74,11 @@ class Composed(SkillPack):
         return self.sizes
 
     @property
+    def lossless(self) -> bool:
+        """No: what is composed is a delta."""
+        return False
+
+    @property
     def digest(self) -> str:  # type: ignore[override]
         """BLAKE2b (32 hex digits) of what makes it, its options, and the digests of what it is made of."""
         return self.made_of
@@ -84,8 +90,9 @@ def compose(
     """The pack with the tensors `make(name, *packs, **options)`, float32, for every name.
 
     make: a module's function; with its options (plain JSON) and the packs' digests it tells compositions apart.
-    names: {parameter: its shape}. The last pack says what task and base it is for.
+    names: {parameter: its shape}. The last pack says what task and base it is for. Raises NoDelta for a lossless pack.
     """
+    check_deltas(packs)
     last = packs[-1]
     told = [make.__module__, make.__qualname__, options, [pack.digest for pack in packs]]
     return Composed(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from cl_graft.skillpack.codecs import is_factored, is_scattered
+from cl_graft.skillpack.codecs import is_factored, is_scattered, kept_dtype
 from cl_graft.skillpack.format.file import (
     CorruptPack,
+    NoDelta,
     NonFinite,
     ShapeMismatch,
     SkillPack,
@@ -55,7 +57,8 @@ class Grafted:
 
         Weights are the untouched base plus `SkillPack.delta` of each pack in turn, summed in float32
         and cast once, but where all deltas of a parameter are low-rank: see `add_low_rank`. The same
-        packs give the same bits every time. Raises WrongBase or ShapeMismatch before anything changes;
+        packs give the same bits every time. A lossless pack, which must be alone, gives the tuned weights'
+        own. Raises WrongBase, ShapeMismatch or NoDelta before anything changes;
         on any other error (NonFinite: a weight overflows) the model is the base again.
         """
         packs = tuple(packs)
@@ -63,6 +66,7 @@ class Grafted:
             return
         parameters = dict(self.model.named_parameters())
         check_packs(packs, self.base, {n: tuple(p.shape) for n, p in parameters.items()})
+        _check_kept(packs, parameters)
         touched = {name for pack in packs for name in pack.tensors}
         try:
             for name in self._pristine.keys() - touched:
@@ -102,11 +106,15 @@ class Grafted:
 
 
 def add(weight: Tensor, name: str, packs: Sequence[SkillPack]) -> None:
-    """weight, of the parameter `name`, += the sum of the packs' deltas, rounded once.
+    """weight, of the parameter `name`, += the sum of the packs' deltas, rounded once; or the tuned weight that
+    the only pack keeps itself.
 
     Raises CorruptPack where a tensor's parts do not fit its codec, NonFinite as `SkillPack.delta`.
     """
     packs = [pack for pack in packs if name in pack.tensors]
+    if len(packs) == 1 and kept_dtype(packs[0].tensors[name]) is not None:
+        weight.copy_(packs[0].tuned(name, weight))
+        return
     if packs and all(is_factored(pack.tensors[name]) for pack in packs):
         return add_low_rank(weight, name, packs)
     if len(packs) == 1 and is_scattered(packs[0].tensors[name]):
@@ -158,7 +166,8 @@ def check_packs(
 ) -> None:
     """Raise WrongBase or ShapeMismatch unless all packs fit parameters of these shapes.
 
-    base: their fingerprint. shapes: by name.
+    base: their fingerprint. shapes: by name. What a pack holds besides weights, a live model does not
+    take: a warning says so.
     """
     for pack in packs:
         if pack.base != base:
@@ -171,6 +180,12 @@ def check_packs(
                 f"the pack of task {pack.task!r} has tensors or rows that the base lacks, and a live "
                 "model has no place for them; apply it to a folder with `cl-graft pack apply`."
             )
+        if pack.files:
+            warnings.warn(
+                f"the pack of task {pack.task!r} also holds {', '.join(sorted(pack.files))}, which a live "
+                "model does not take; `cl-graft pack apply` writes them beside the weights.",
+                stacklevel=3,
+            )
         for name, shape in pack.shapes.items():
             if shapes.get(name) != shape:
                 there = f"shape {shapes[name]}" if name in shapes else "no such parameter"
@@ -178,6 +193,30 @@ def check_packs(
                     f"tensor {name!r} of task {pack.task!r} has shape {shape}, but the "
                     f"model has {there}; load the base it was made on."
                 )
+
+
+def _check_kept(packs: Sequence[SkillPack], parameters: Mapping[str, Tensor]) -> None:
+    """Raise NoDelta for a lossless pack that is not alone, WrongBase where a parameter cannot hold what it keeps."""
+    if len(packs) > 1:
+        return check_deltas(packs)
+    for pack in packs:
+        for name, encoded in pack.tensors.items() if pack.lossless else ():
+            kept, own = kept_dtype(encoded), parameters[name].dtype
+            if kept is not None and torch.promote_types(kept, own) != own:
+                raise WrongBase(
+                    f"tensor {name!r} of task {pack.task!r} is kept in {kept}, bit for bit, which a "
+                    f"parameter in {own} cannot hold; load the base in {kept}."
+                )
+
+
+def check_deltas(packs: Sequence[SkillPack]) -> None:
+    """Raise NoDelta where a pack is lossless: nothing can be summed with it, or made of it."""
+    for pack in packs:
+        if pack.lossless:
+            raise NoDelta(
+                f"the pack of task {pack.task!r} keeps tuned weights bit for bit and no delta that could be added to "
+                "others or attached; put it alone on its base by Grafted or by `cl-graft pack apply`."
+            )
 
 
 def _finite(weight: Tensor) -> bool:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from cl_graft.skillpack.codecs import payload_bytes
+from cl_graft.skillpack.folders.apply import check_base
+from cl_graft.skillpack.folders.apply import delta as delta_of
+from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.skillpack.folders.pair import Pairing
 from cl_graft.skillpack.format.errors import ShapeMismatch
 from cl_graft.skillpack.format.file import SkillPack
@@ -53,16 +56,24 @@ class _Products(NamedTuple):
     dd: float
 
 
-def compare(a: SkillPack, b: SkillPack, roles: Mapping[str, str] | None = None) -> Comparison:
+def compare(
+    a: SkillPack,
+    b: SkillPack,
+    roles: Mapping[str, str] | None = None,
+    base: Checkpoint | None = None,
+) -> Comparison:
     """Compare two packs tensor by tensor; no more than one delta of each is decoded at a time.
 
-    roles: {tensor: role}, for the totals; tensors without one are listed under "". Raises
-    CorruptPack or NonFinite as `SkillPack.delta` does.
+    roles: {tensor: role}, for the totals; tensors without one are listed under "". base: of both, for
+    lossless packs. Raises CorruptPack, NonFinite or NoDelta as `SkillPack.delta` does, WrongBase.
     """
     roles = roles or {}
+    for pack in (a, b):
+        if base is not None and pack.lossless:
+            check_base(base, pack)
     rows, products = [], []
     for name in sorted(a.tensors.keys() | b.tensors.keys()):
-        sums = _products(*_deltas(a, b, name))
+        sums = _products(*_deltas(a, b, name, base))
         products.append(sums)
         rows.append(_row(name, roles.get(name, ""), a, b, sums))
     groups = sorted({row.role for row in rows} - {""})
@@ -109,10 +120,18 @@ def _total(
     )
 
 
-def _deltas(a: SkillPack, b: SkillPack, name: str) -> tuple[Tensor, Tensor]:
+def _deltas(
+    a: SkillPack, b: SkillPack, name: str, base: Checkpoint | None
+) -> tuple[Tensor, Tensor]:
     """Both deltas of a tensor that is in one of the packs; zero where a pack does not touch it."""
-    one = a.delta(name) if name in a.tensors else torch.zeros(b.tensors[name].shape)
-    return one, b.delta(name) if name in b.tensors else torch.zeros(one.shape)
+    shape = (a if name in a.tensors else b).tensors[name].shape
+
+    def one(pack: SkillPack) -> Tensor:
+        if name not in pack.tensors:
+            return torch.zeros(shape)
+        return pack.delta(name) if base is None else delta_of(base, pack, name)
+
+    return one(a), one(b)
 
 
 def _products(a: Tensor, b: Tensor) -> _Products | None:
@@ -140,7 +159,9 @@ def missed(pack: SkillPack, pairing: Pairing) -> dict[str, tuple[float, float]]:
     errors = {}
     for change in pairing.changes:
         delta = pairing.delta(change.name)
-        kept = pack.delta(change.name) if change.name in pack.tensors else torch.zeros(delta.shape)
+        kept = torch.zeros(delta.shape)
+        if change.name in pack.tensors:
+            kept = delta_of(pairing.base, pack, change.name)
         sums = _products(delta, kept)
         if sums is None:
             raise ShapeMismatch(
