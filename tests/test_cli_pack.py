@@ -285,3 +285,56 @@ def test_experts_that_a_folder_keeps_apart(call: Call, tmp_path: Path) -> None:
     assert call(*words, tmp_path / "new").code == 0
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_parameter(name)
     torch.testing.assert_close(read, model.get_parameter(name) + delta.bfloat16().float())
+
+
+# --- layouts -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def both(base: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """One policy's packs of the same delta, made in either layout by the command."""
+    rng = torch.Generator().manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=rng)
+    model.save_pretrained(tmp_path / "tuned")
+    return tmp_path / "small.pack", tmp_path / "fast.pack"
+
+
+def test_a_pack_goes_from_one_layout_to_the_other_and_back_to_the_byte(
+    both: tuple[Path, Path], base: Path, tmp_path: Path, call: Call
+) -> None:
+    small, fast = both
+    words = ["create", "--base", base, "--tuned", tmp_path / "tuned", "--budget", "60%"]
+    for file, options in ((small, []), (fast, ["--layout", "fast"])):
+        assert call(*words, "--out", file, *options).code == 0
+        (line,) = (
+            line for line in call("inspect", file).out.splitlines() if line.startswith("layout ")
+        )
+        assert line.split() == ["layout", file.stem]
+    for first, layout in ((small, "fast"), (fast, "small")):
+        other, again = tmp_path / "other.pack", tmp_path / "again.pack"
+        done = call("convert", first, "--layout", layout, "--out", other)
+        assert done.code == 0, done.err
+        said = f"{other}: {other.stat().st_size:,} bytes in layout {layout}; {first} has {first.stat().st_size:,}."
+        assert done.out.splitlines()[0] == said
+        a, b = SkillPack.load(first), SkillPack.load(other)
+        assert json.loads(call("inspect", other, "--json").out)["layout"] == layout
+        assert all(torch.equal(a.delta(name), b.delta(name)) for name in a.tensors)
+        assert (a.options, a.task, a.base, a.files) == (b.options, b.task, b.base, b.files)
+        alone = [name for name, e in a.tensors.items() if e.codec == "dense"]
+        assert alone and f"as they were: {', '.join(alone)}." in done.out
+        assert call("convert", other, "--layout", first.stem, "--out", again).code == 0
+        assert again.read_bytes() == first.read_bytes() != other.read_bytes()
+
+
+def test_layouts_that_cannot_be(pack: Path, base: Path, tmp_path: Path, call: Call) -> None:
+    out = tmp_path / "out.pack"
+    convert = ["convert", pack, "--out", out, "--layout"]
+    assert_refused(call(*convert, "tiny"), "no layout named 'tiny'", "small")
+    assert_refused(call(*convert, "fast"), "no tensor", "graftllm_adaptive")
+    create = ["create", "--base", base, "--tuned", base, "--out", out, "--layout"]
+    assert_refused(call(*create, "tiny"), "layout is 'tiny'", "small or fast")
+    assert_refused(call(*create, "fast", "--method", "graftllm"), "no option of graftllm", "layout")
+    assert not out.exists()

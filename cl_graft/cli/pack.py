@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cl_graft.cli.convert import convert
+from cl_graft.cli.packs import check_model, errors_of, load_pack, roles_of
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.report.packs import cell, print_rows, relative, role_rows, tensor_rows
 
 if TYPE_CHECKING:
-    from cl_graft.skillpack.folders.checkpoint import Checkpoint
-    from cl_graft.skillpack.format.file import SkillPack
     from cl_graft.skillpack.tools.adapter import Tables
 
 app = typer.Typer(help="Look into SkillPack files, and put them on models.", no_args_is_help=True)
@@ -57,6 +57,9 @@ def create(
     policy: Annotated[
         Path | None, typer.Option(help="JSON or TOML file with options of the method.")
     ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Of graftllm_adaptive's codes: small (default) or fast.")
+    ] = None,
     task: Annotated[str, typer.Option(help="Name of the skill, for the header.")] = "delta",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     lossless: Annotated[
@@ -77,7 +80,7 @@ def create(
     from cl_graft.skillpack.folders.tuned import tuned_checkpoint
     from cl_graft.store.digests import peak_memory_mb
 
-    options = read_policy(method, policy)
+    options = read_policy(method, policy, layout)
     if prefix not in ("tuned", "compressed"):
         raise UnknownName("prefix", prefix, ["tuned", "compressed"])
     text = None
@@ -119,8 +122,10 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """What is in a pack: header, bytes by role, and codec, bytes and error of every tensor."""
-    loaded, checkpoint = _load(file, base)
-    roles, errors = _roles(checkpoint), _errors(loaded, checkpoint, tuned)
+    from cl_graft.skillpack.tools.convert import layouts
+
+    loaded, checkpoint = load_pack(file, base)
+    roles, errors = roles_of(checkpoint), errors_of(loaded, checkpoint, tuned)
     header = {
         "task": loaded.task,
         "method": loaded.method,
@@ -131,6 +136,7 @@ def inspect(
         "added": loaded.added,
         "grown": loaded.grown,
         "files": {name: file.size for name, file in loaded.files.items()},
+        "layout": ", ".join(layouts(loaded)),
         "bytes": file.stat().st_size,
     }
     tensors = tensor_rows(loaded, roles)
@@ -145,7 +151,7 @@ def inspect(
         typer.echo(json.dumps({**header, "roles": totals, "tensors": tensors}, indent=1))
         return
     for key, value in header.items():
-        if value or key not in ("added", "grown", "files"):
+        if value or key not in ("added", "grown", "files", "layout"):
             typer.echo(f"{'bytes on disk' if key == 'bytes' else key:14} {cell(value)}")
     if totals:
         print_rows(totals, "Bytes by role")
@@ -164,13 +170,13 @@ def verify(
     ] = None,
 ) -> None:
     """Check everything about a pack: checksums, shapes, values, and its base if one is named."""
-    loaded, checkpoint = _load(file, base)
+    loaded, checkpoint = load_pack(file, base)
     if checkpoint is not None:
         from cl_graft.skillpack.folders.apply import check_base, result
 
         check_base(checkpoint, loaded)
     if model is not None:
-        _check_model(file, model, data_dir)
+        check_model(file, model, data_dir)
     for name in loaded.tensors:
         if checkpoint is not None:
             result(checkpoint, loaded, name)
@@ -184,17 +190,20 @@ def verify(
     typer.echo(f"{file} is whole: {len(loaded.tensors)} tensors of task {loaded.task!r}{against}.")
 
 
+app.command()(convert)
+
+
 @app.command()
 def diff(a: Path, b: Path, base: MaybeBase = None, json_: Json = False) -> None:
     """Two packs side by side: codec, bytes, and how alike their deltas are."""
     from cl_graft.skillpack.tools.compare import compare
 
-    (one, checkpoint), (other, _) = _load(a, base), _load(b, base)
+    (one, checkpoint), (other, _) = load_pack(a, base), load_pack(b, base)
     if checkpoint is None and (one.lossless or other.lossless):
         raise CLGraftError(
             "a lossless pack holds tuned weights and no delta to compare; name the base with --base."
         )
-    comparison = compare(one, other, _roles(checkpoint), checkpoint)
+    comparison = compare(one, other, roles_of(checkpoint), checkpoint)
     rows, totals = (
         [row._asdict() for row in part] for part in (comparison.rows, comparison.totals)
     )
@@ -214,7 +223,7 @@ def apply(base: BaseDir, pack: PackFile, out: OutDir) -> None:
     """Write base + pack as a Hugging Face folder."""
     from cl_graft.skillpack.folders.apply import apply_pack
 
-    loaded, _ = _load(pack, base)
+    loaded, _ = load_pack(pack, base)
     for note in apply_pack(base, loaded, out):
         typer.echo(note)
     typer.echo(f"{out}: {base} with task {loaded.task!r}.")
@@ -230,7 +239,7 @@ def remove(
     """Check bit for bit that a folder is base + pack; with --out, write the base again."""
     from cl_graft.skillpack.folders.apply import remove_pack
 
-    loaded, _ = _load(pack, base)
+    loaded, _ = load_pack(pack, base)
     count = remove_pack(grafted, loaded, base, out)
     typer.echo(f"{grafted} is {base} with task {loaded.task!r}: {count} tensors, bit for bit.")
     if out is not None:
@@ -269,7 +278,7 @@ def export(
             option = "--rank" if rank is not None else "--embeddings"
             raise CLGraftError(f"{option} is for adapters; leave it out, or export --to peft.")
         return apply(base, pack, out)
-    loaded = _load(pack, base)[0]
+    loaded = load_pack(pack, base)[0]
     tables: Tables = "rows" if to == "token-rows" else "lora" if embeddings else "none"
     adapter = adapter_of(loaded, base, rank, tables)
     rows = forms[to](adapter, out)
@@ -286,60 +295,3 @@ def export(
     if loaded.files or not all(row.kept for row in rows):
         typer.echo("What was left out is in no adapter; --to hf writes all of the pack.")
     return None
-
-
-# what the commands share
-
-
-def _load(file: Path, base: Path | None) -> tuple[SkillPack, Checkpoint | None]:
-    """The pack and, if a folder is given, its base; only shapes are held against each other."""
-    from cl_graft.skillpack.folders.checkpoint import Checkpoint
-    from cl_graft.skillpack.format.file import SkillPack
-
-    checkpoint = None if base is None else Checkpoint(base)
-    tensors = None if checkpoint is None else checkpoint.tensors
-    shapes = None if tensors is None else {name: info.shape for name, info in tensors.items()}
-    return SkillPack.load(file, shapes=shapes), checkpoint
-
-
-def _roles(checkpoint: Checkpoint | None) -> dict[str, str]:
-    """{tensor of the folder: role}; none without a folder, or where the model does not tell."""
-    if checkpoint is None:
-        return {}
-    from cl_graft.models.meta_model import meta_model
-    from cl_graft.models.roles import UnclearRoles
-
-    meta = meta_model(checkpoint.folder)
-    try:
-        return {name: meta.role_of(name) for name in checkpoint.tensors}
-    except UnclearRoles as error:
-        typer.echo(f"no roles: {error}", err=True)
-        return {}
-
-
-def _check_model(file: Path, model: str, data_dir: Path | None) -> None:
-    from cl_graft.models.load import load
-    from cl_graft.skillpack.format.file import SkillPack, WrongBase, fingerprint
-
-    parameters = dict(load(model, data_dir)[0].named_parameters())
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    try:
-        SkillPack.load(file, base=fingerprint(parameters.items()), shapes=shapes)
-    except WrongBase as error:
-        raise WrongBase(f"model {model!r} is not the base of this pack: {error}") from error
-
-
-def _errors(
-    pack: SkillPack, base: Checkpoint | None, tuned: Path | None
-) -> dict[str, tuple[float, float]]:
-    if tuned is None:
-        return {}
-    if base is None:
-        raise CLGraftError("--tuned tells errors only beside --base; name both folders.")
-    from cl_graft.skillpack.folders.apply import check_base
-    from cl_graft.skillpack.folders.pair import pair
-    from cl_graft.skillpack.folders.tuned import tuned_checkpoint
-    from cl_graft.skillpack.tools.compare import missed
-
-    check_base(base, pack)
-    return missed(pack, pair(base, tuned_checkpoint(tuned, base)))

@@ -166,8 +166,8 @@ def sparse_bytes(kept: int, numel: int) -> int:
     return math.ceil(2 * kept + positions / 8)
 
 
-def read_policy(method: str, file: Path | None = None) -> Policy:
-    """The policy of a method with the options of a JSON or TOML file, or its defaults.
+def read_policy(method: str, file: Path | None = None, layout: str | None = None) -> Policy:
+    """The policy of a method with the options of a JSON or TOML file, or its defaults; layout: in place of the file's.
 
     Raises UnknownName for a method or an option that does not exist, BadPolicy for a file or a value that makes no
     sense.
@@ -181,6 +181,8 @@ def read_policy(method: str, file: Path | None = None) -> Policy:
             given = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
         except (OSError, ValueError) as error:
             raise BadPolicy(f"{file} cannot be read as a policy ({error}).") from error
+    if layout is not None and isinstance(given, dict):
+        given = {**given, "layout": layout}
     known = [option.name for option in fields(METHODS[method])]
     for name in given if isinstance(given, dict) else [str(given)]:
         if name not in known:
