@@ -29,6 +29,7 @@ BIT = 0.05  # of a step: how much further from its code a value may be for each 
 WORTH = 0.5  # of a step, the least root mean square of the shorter side's entries that a rank is kept for
 RANK_BYTES = 4.0  # of a rank, beside its codes
 LEFT_DAMPING = 1e-4
+FINEST = 1500.0  # about the root mean square of the largest rank's codes at most
 OUTLIER = 4.0  # times the usual pivot, from which a column has a finer step
 GRID = torch.arange(-320.0, 161.0) / 4  # log2 of steps at which bytes are told
 OCTAVES = 24  # below the step at which the first row is kept
@@ -167,7 +168,13 @@ def _factors(matrix: Weighted, hessian: Tensor | None, count: int) -> tuple[Tens
 
 def ranks_at(energy: Tensor, slope: float, shape: tuple[int, ...], step: float) -> int:
     """How many of a matrix's ranks (out, in) are worth keeping at a step. energy: float64 (r,), falling."""
-    return int(((energy * slope).sqrt() / (WORTH * min(shape) ** 0.5) > step).sum())
+    worth = (energy * slope).sqrt() / (WORTH * min(shape) ** 0.5)
+    return int((worth > max(step, finest(energy, slope, shape))).sum())
+
+
+def finest(energy: Tensor, slope: float, shape: tuple[int, ...]) -> float:
+    """Step below which codes of a matrix's largest rank would be too large to be said."""
+    return float((energy[:1] * slope / min(shape)).sqrt().sum()) / FINEST
 
 
 def encode_matrices(
@@ -180,7 +187,8 @@ def encode_matrices(
     Then, matrix by matrix, the left factor is solved anew by least squares against the delta, which takes up what
     became of the right one, and goes through a solve of its own under the second moment of what it reads.
     """
-    counts, rights = [], []
+    at_least = [finest(m.spectrum.energy, m.slope, tuple(m.delta.shape)) for m in matrices]
+    step, counts, rights = max([step, *at_least]), [], []
     for m in matrices:
         wanted = ranks_at(m.spectrum.energy, m.slope, tuple(m.delta.shape), step)
         counts.append(min(wanted, m.spectrum.directions))
@@ -190,15 +198,18 @@ def encode_matrices(
     if not len(stacked):
         return [None] * len(matrices)
     shifts, unit = torch.zeros(stacked.shape[1], dtype=torch.long), 1.0
-    if under is None:
-        codes = rounded(stacked, dead_zone(stacked.abs().mean(1))[:, None])
-    else:
+    if under is not None:
         root = factorised(under, 0.0, scaled=False)[1]
         shifts, unit = column_shifts(root)
-        # no finer than its codes can say, with room for what other columns hand on
-        most = (TOP / 2 / (stacked.abs().amax(0) * unit).clamp_min(1e-30)).log2().floor()
-        shifts = shifts.minimum(most.long()).clamp_min(-SHIFTED)
-        codes = _solve_right(stacked * unit, root / unit, torch.exp2(shifts.float()))
+    # no finer than its codes can say, with room for what other columns hand on
+    most = (TOP / 2 / (stacked.abs().amax(0) * unit).clamp_min(1e-30)).log2().floor()
+    shifts = shifts.to(most.device).minimum(most.long()).clamp_min(-SHIFTED)
+    fineness = torch.exp2(shifts.float())
+    if under is None:
+        stacked = stacked * fineness
+        codes = rounded(stacked, dead_zone(stacked.abs().mean(1))[:, None])
+    else:
+        codes = _solve_right(stacked * unit, root / unit, fineness)
     results: list[Encoded | None] = []
     for m, mine in zip(matrices, codes.split(counts), strict=True):
         mine = mine[mine.any(1)]
