@@ -140,7 +140,7 @@ def test_list_verbose_shows_options_as_they_are_set(call: Call) -> None:
     done = call("list", "strategies", "--verbose")
     assert '--set lora.convention="trained_on"' in done.out
     assert "--set graftllm.activation_aware=false" in done.out
-    assert "--set graftllm_adaptive.activation_aware=true" in done.out
+    assert '--set graftllm_adaptive.layout="small"' in done.out
 
 
 # --- a run -------------------------------------------------------------------------------------

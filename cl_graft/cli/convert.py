@@ -15,7 +15,7 @@ def convert(
     layout: Annotated[str, typer.Option(help="small (entropy-coded) or fast (aligned widths).")],
     out: Annotated[Path, typer.Option(help="SkillPack file to write.")],
 ) -> None:
-    """The same tensors in the other layout, bit for bit: small to keep and send, fast to merge."""
+    """Write a pack in the other layout, bit for bit the same: small to keep and send, fast to merge."""
     from cl_graft.skillpack.codecs.coded_rows import LAYOUTS
     from cl_graft.skillpack.format.file import SkillPack
     from cl_graft.skillpack.tools.convert import converted, layouts, of_one_layout

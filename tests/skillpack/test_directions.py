@@ -16,10 +16,11 @@ SHAPES = {"q": (256, 256), "k": (64, 256), "down": (256, 768)}
 
 
 def test_a_matrix_gets_as_many_as_its_share_of_the_bytes_holds():
-    """At 3 bits an entry: 5 % of 2 bytes an entry are 6,553.6 bytes for q, 192 a rank; 16 and all are the limits."""
+    """At 1.4 bits an entry: 5 % of 2 bytes an entry are 6,553.6 bytes for q, 89.6 a rank; 16 and all are the limits."""
     limit = int(0.05 * 2 * sum(map(prod, SHAPES.values())))
     found = wanted_directions(SHAPES, Adaptive(), limit)
-    assert found == {"q": 35, "k": 16, "down": 52}
+    assert found == {"q": 74, "k": 30, "down": 110}
+    assert wanted_directions(SHAPES, Adaptive(), limit // 5) == {"q": 16, "k": 16, "down": 22}
     assert wanted_directions(SHAPES, Adaptive(), 10**9) == {"q": 256, "k": 64, "down": 256}
     assert wanted_directions(SHAPES, Paper(), limit) == {"q": 256, "k": 64, "down": 256}
 
@@ -33,7 +34,7 @@ def test_the_first_matrices_that_the_room_holds_are_kept(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("room", "ranks", "found_again"), [(10**6, 30, 0), (10**6, 60, 1), (0, 30, 1)]
+    ("room", "ranks", "found_again"), [(10**6, 30, 0), (10**6, 80, 1), (0, 30, 1)]
 )
 def test_directions_are_taken_from_the_store_or_found_again(monkeypatch, room, ranks, found_again):
     monkeypatch.setattr(directions, "DIRECTIONS_BYTES", room)

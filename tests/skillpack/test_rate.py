@@ -172,4 +172,9 @@ def test_a_vector_is_near_and_half_as_large_as_in_sixteen_bits():
     found = vector_ways(x, "small")[0]
     assert (decode(found) - x).norm() < 0.015 * x.norm()
     assert payload_bytes(*found.spec) < 0.6 * 2 * 576
+    rows = torch.stack([x, 1e-3 * x]).reshape(
+        2, 24, 24
+    )  # a whole tensor that the base lacks, each row by itself
+    near = decode(vector_ways(rows, "small")[0])
+    assert all((a - b).norm() < 0.015 * b.norm() for a, b in zip(near, rows, strict=True))
     assert not decode(vector_ways(torch.zeros(4), "small")[0]).any()

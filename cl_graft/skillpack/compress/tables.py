@@ -58,11 +58,11 @@ def encode_table(table: Table, shape: tuple[int, ...], step: float, layout: Code
 
 
 def vector_ways(delta: Tensor, layout: CodeLayout) -> tuple[Encoded, Encoded]:
-    """A tensor of one row, to 1 / FINENESS of its root mean square, and in bfloat16, which a header says less of."""
-    flat = delta.float().reshape(1, -1)
-    step = max(float(flat.square().mean().sqrt()) / FINENESS, float(flat.abs().amax()) / TOP)
-    steps = torch.tensor([step]).bfloat16().float().clamp_min(1e-38)
-    codes = (flat.cpu() / steps).round_().clamp_(-TOP, TOP).to(torch.int16)
+    """A tensor, each row to 1 / FINENESS of its root mean square, and in bfloat16, which a header says less of."""
+    rows = delta.float().cpu().reshape(len(delta) if delta.ndim > 1 else 1, -1)
+    steps = (rows.square().mean(1).sqrt() / FINENESS).maximum(rows.abs().amax(1) / TOP)
+    steps = steps.bfloat16().float().clamp_min(1e-38)
+    codes = (rows / steps[:, None]).round_().clamp_(-TOP, TOP).to(torch.int16)
     return coded(codes, steps, tuple(delta.shape), layout), dense(delta)
 
 

@@ -1,4 +1,4 @@
-"""The same pack in another layout of its codes."""
+"""A pack in another layout of its codes."""
 
 from __future__ import annotations
 
