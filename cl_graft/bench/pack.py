@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cl_graft.bench.cells import Cells
 from cl_graft.bench.error import bench_error, tasks
 from cl_graft.bench.layer import bench_layer
 from cl_graft.bench.memory import bench_memory
 from cl_graft.bench.merge import bench_merge
+from cl_graft.bench.peers import deltatensors_kl_ratio, peers
+from cl_graft.bench.previous import bytes_at_equal_error, error_over_previous, kl_over_previous
 from cl_graft.bench.size import bytes_over_theory
-from cl_graft.errors import UnknownName
+from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.models.embedded import cache_root
 
-PARTS = ("error", "time", "memory", "merge", "bytes")
+PARTS = ("error", "time", "memory", "merge", "bytes")  # measured unless others are named
+BESIDE = {  # an earlier commit of the engine
+    "error_over_previous": error_over_previous,
+    "bytes_at_equal_error": bytes_at_equal_error,
+    "kl_over_previous": kl_over_previous,
+}
+ON_SMOLLM2 = {"peers": peers, "deltatensors_kl_ratio": deltatensors_kl_ratio}
 
 
 def bench_pack(
@@ -25,20 +35,42 @@ def bench_pack(
     data_dir: Path | None = None,
     threads: int = 2,
     tell: Callable[[str], None] = lambda text: None,
+    previous: Path | None = None,
 ) -> dict[str, Any]:
     """{part: figures with their conditions}, every comparison a ratio within this run.
 
-    Raises UnknownName for a part that does not exist.
+    previous: a checkout of an earlier commit, for the parts that compare with it. Parts on real deltas keep every
+    measured cell in the cache, and go on from there. Raises UnknownName for a part that does not exist, CLGraftError
+    for one that lacks what it compares with.
     """
+    measures = _measures(data_dir, previous, Cells(cache_root() / "bench-pack", tell))
+    for part in parts:
+        if part not in measures:
+            raise UnknownName("part of the benchmark", part, measures)
+        if part in BESIDE and previous is None:
+            raise CLGraftError(
+                f"{part} compares with an earlier commit; give a checkout of it with --previous FOLDER."
+            )
+    torch.set_num_threads(threads)
     figures: dict[str, Any] = {}
     for part in parts:
-        if part not in PARTS:
-            raise UnknownName("part of the benchmark", part, PARTS)
-    torch.set_num_threads(threads)
-    for part in parts:
         tell(part)
-        figures[part] = _MEASURES[part](data_dir)
+        figures[part] = measures[part]()
     return figures
+
+
+def _measures(
+    data_dir: Path | None, previous: Path | None, cells: Cells
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    return {
+        "error": partial(_error, data_dir),
+        "time": bench_layer,
+        "memory": bench_memory,
+        "merge": _merge,
+        "bytes": _bytes,
+        **{name: partial(part, previous, data_dir, cells) for name, part in BESIDE.items()},
+        **{name: partial(part, data_dir, cells) for name, part in ON_SMOLLM2.items()},
+    }
 
 
 def _error(data_dir: Path | None) -> dict[str, Any]:
@@ -54,12 +86,12 @@ def _error(data_dir: Path | None) -> dict[str, Any]:
     }
 
 
-def _merge(data_dir: Path | None) -> dict[str, Any]:
+def _merge() -> dict[str, Any]:
     runs = [bench_merge(share, dtype) for dtype in ("bfloat16", "float32") for share in (0.05, 0.1)]
     return {"merge_over_copy": min(run["merge_over_copy"] for run in runs), "runs": runs}
 
 
-def _bytes(data_dir: Path | None) -> dict[str, Any]:
+def _bytes() -> dict[str, Any]:
     from cl_graft.bench.memory import write_random
     from cl_graft.skillpack.compress.create import create
 
@@ -69,12 +101,3 @@ def _bytes(data_dir: Path | None) -> dict[str, Any]:
         write_random(here / "tuned", 1, seed=1)
         create(here / "base", here / "tuned", here / "pack.safetensors", budget="5%")
         return bytes_over_theory(here / "pack.safetensors")
-
-
-_MEASURES: dict[str, Callable[[Path | None], dict[str, Any]]] = {
-    "error": _error,
-    "time": lambda data_dir: bench_layer(),
-    "memory": lambda data_dir: bench_memory(),
-    "merge": _merge,
-    "bytes": _bytes,
-}
