@@ -125,8 +125,14 @@ def test_an_engine_is_run_in_its_own_checkout(delta: Delta, text: HeldOut, tmp_p
 def test_an_engine_that_fails_or_is_none(delta: Delta, tmp_path: Path) -> None:
     with pytest.raises(CLGraftError, match="git worktree add"):
         Engine("previous", tmp_path)
-    with pytest.raises(CLGraftError, match="the engine in .* failed: .*budget"):
-        this_engine().make(delta, "nothing", tmp_path)
+    (tmp_path / "cl_graft" / "skillpack").mkdir(parents=True)
+    (tmp_path / "cl_graft" / "__main__.py").write_text(
+        "import sys; sys.exit('error: no such budget.')"
+    )
+    with pytest.raises(
+        CLGraftError, match=f"the engine in {tmp_path} failed: error: no such budget.$"
+    ):
+        Engine("previous", tmp_path).make(delta, "nothing", tmp_path)
 
 
 def test_the_ratios_by_hand(delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from cl_graft.store.digests import digest
 from cl_graft.store.files import read_json, write_json
 
+HIDDEN = ("delta_digest", "engine_digest", "rows")  # of no use to who watches
+
 
 @dataclass(frozen=True)
 class Cells:
@@ -30,6 +32,3 @@ class Cells:
             self.say(", ".join(f"{value}" for key, value in about.items() if key not in HIDDEN))
             write_json(file, {"about": about, "figures": measure()})
         return read_json(file)["figures"]
-
-
-HIDDEN = ("delta_digest", "engine_digest")  # of no use to who watches
