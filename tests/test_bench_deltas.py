@@ -212,6 +212,45 @@ def test_the_peers_keep_what_their_papers_say(delta: Delta, text: HeldOut, tmp_p
         peers.lora(text, 100, tmp_path)
 
 
+def test_every_peer_is_beside_ours_at_its_bytes(
+    delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours keeps nine tenths of everything here, whatever the bytes; theirs are what they are."""
+    asked: list[int] = []
+
+    def make(engine: Engine, delta: Delta, budget: str, place: Path) -> Made:
+        asked.append(int(budget.rstrip("B")))
+        return Made(asked[-1], 1.0, 0.1, whole(delta, 0.9))
+
+    monkeypatch.setattr(Engine, "make", make)
+    monkeypatch.setattr(peers, "smollm2_delta", lambda *given: delta)
+    monkeypatch.setattr(peers, "SMALL", "40%")
+    monkeypatch.setitem(
+        peers._MAKERS, "deltatensors int4", lambda *given: Made(9000, 2.0, 0.2, whole(delta, 0.5))
+    )
+    monkeypatch.setitem(
+        peers._MAKERS,
+        "deltatensors one-bit",
+        lambda *given: Made(3000, 2.0, 0.2, whole(delta, 0.95)),
+    )
+    cells = Cells(tmp_path)
+    found = peers.peers(None, cells)
+    rows = {(row["method"], row["bytes"]): row for row in found["rows"]}
+    weights = sum(x.numel() for x in whole(delta).values())
+    bit = next(size for name, size in rows if name == "BitDelta")
+    assert asked == [2 * weights * 40 // 100, bit]
+    assert [name for name, _ in rows].count("LoRA") == 2 and len(rows) == 7
+    for (name, size), row in rows.items():
+        assert size <= max(asked) + 3000 and row["kl"] > 0 and 0 < row["error"] < 1, name
+    ratio = peers.deltatensors_kl_ratio(None, cells)
+    assert asked[2:] == [9000, 3000]
+    assert (
+        ratio["deltatensors_kl_ratio"]["int4"] < 0.2 < 1 < ratio["deltatensors_kl_ratio"]["one-bit"]
+    )
+    table = markdown({"peers": found, "deltatensors_kl_ratio": ratio})
+    assert table.count("| Delta-CoMe, ") == 2 and "| deltatensors_kl_ratio, int4 | " in table
+
+
 def test_delta_comes_ranks() -> None:
     """Two at 8 bits, 32 at 3, then as many at 2 as fit, each counted with its scales."""
     assert peers._come((256, 256), 1e9) == {8: 2, 3: 32, 2: 222}

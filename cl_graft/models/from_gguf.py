@@ -117,10 +117,9 @@ def find(source: Path) -> Path:
 def examine(file: Path) -> tuple[str, dict[str, int]]:
     """A file's architecture, and {type of its tensors: how many}.
 
-    Raises GGUFError for what is no GGUF, one of several parts, of an architecture that transformers does not read, or
-    with tensors that it passes over; CLGraftError where `gguf` is not installed.
+    Raises GGUFError for what is no GGUF, one of several parts, or with tensors that transformers passes over;
+    CLGraftError where `gguf` is not installed.
     """
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
     from transformers.utils import is_gguf_available
 
     if not is_gguf_available():
@@ -141,18 +140,6 @@ def examine(file: Path) -> tuple[str, dict[str, int]]:
     if (parts := int(fields.get("split.count", 1))) > 1:
         raise GGUFError(
             f"{file} is one of {parts} parts of a model; join them first with `llama-gguf-split --merge` of llama.cpp."
-        )
-    if architecture not in {
-        *GGUF_SUPPORTED_ARCHITECTURES,
-        "qwen2moe",
-        "qwen3moe",
-        "gpt-oss",
-        "minimax-m2",
-    }:
-        known = ", ".join(sorted(GGUF_SUPPORTED_ARCHITECTURES))
-        raise GGUFError(
-            f"{file} is a model of architecture {architecture!r}, which transformers does not read from a GGUF; give "
-            f"the Hugging Face folder that it was made from, or one of {known}."
         )
     types: dict[str, int] = {}
     for tensor in reader.tensors:
@@ -187,9 +174,13 @@ def _alone(file: Path) -> Iterator[tuple[str, str]]:
 def _model(file: Path, folder: str, name: str, dtype: str) -> PreTrainedModel:
     """The model, dequantised, with nothing left of that it was ever quantised."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    # since transformers has it, blocks of some architectures stay packed where there are kernels for them
+    packed = getattr(transformers, "GgufConfig", None)
+    dense = {"quantization_config": packed(dequantize=True)} if packed else {}
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -201,11 +192,13 @@ def _model(file: Path, folder: str, name: str, dtype: str) -> PreTrainedModel:
                 dtype=torch.float32,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **dense,
             )
     except Exception as error:  # each architecture has errors of its own
         told = f"{type(error).__name__}: {first_line(error)}"
         raise GGUFError(
-            f"transformers cannot read {file} ({told}); give another GGUF of it."
+            f"transformers cannot read {file} ({told}); give the Hugging Face folder that it was made from, or another "
+            "GGUF of it."
         ) from error
     finally:
         logging.set_verbosity(verbosity)

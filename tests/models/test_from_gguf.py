@@ -125,7 +125,7 @@ def test_a_folder_with_a_gguf_says_the_command_and_it_works(
     ("change", "words"),
     [
         ({"fields": {"split.count": 3}}, ["one of 3 parts", "llama-gguf-split --merge"]),
-        ({"architecture": "rwkv7"}, ["architecture 'rwkv7'", "llama"]),
+        ({"architecture": "rwkv7"}, ["architecture rwkv7 is not supported"]),
         (
             {"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}},
             ["'rope_freqs.weight'", "another model"],
