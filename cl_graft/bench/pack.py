@@ -43,14 +43,14 @@ def bench_pack(
     measured cell in the cache, and go on from there. Raises UnknownName for a part that does not exist, CLGraftError
     for one that lacks what it compares with.
     """
-    measures = _measures(data_dir, previous, Cells(cache_root() / "bench-pack", tell))
     for part in parts:
-        if part not in measures:
-            raise UnknownName("part of the benchmark", part, measures)
+        if part not in (known := [*PARTS, *BESIDE, *ON_SMOLLM2]):
+            raise UnknownName("part of the benchmark", part, known)
         if part in BESIDE and previous is None:
             raise CLGraftError(
                 f"{part} compares with an earlier commit; give a checkout of it with --previous FOLDER."
             )
+    measures = _measures(data_dir, previous, Cells(cache_root() / "bench-pack", tell))
     torch.set_num_threads(threads)
     figures: dict[str, Any] = {}
     for part in parts:
@@ -62,15 +62,17 @@ def bench_pack(
 def _measures(
     data_dir: Path | None, previous: Path | None, cells: Cells
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    return {
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
         "error": partial(_error, data_dir),
         "time": bench_layer,
         "memory": bench_memory,
         "merge": _merge,
         "bytes": _bytes,
-        **{name: partial(part, previous, data_dir, cells) for name, part in BESIDE.items()},
         **{name: partial(part, data_dir, cells) for name, part in ON_SMOLLM2.items()},
     }
+    if previous is not None:
+        measures |= {n: partial(part, previous, data_dir, cells) for n, part in BESIDE.items()}
+    return measures
 
 
 def _error(data_dir: Path | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from math import prod
 from pathlib import Path
@@ -214,10 +215,5 @@ _MAKERS: dict[str, Callable[[HeldOut, int | None, Path], Made]] = {
     "LoRA": lora,
     "BitDelta": bitdelta,
     "Delta-CoMe": delta_come,
-    **{
-        f"deltatensors {form}": lambda text, size, place, strategy=strategy: _deltatensors(
-            strategy, text, size, place
-        )
-        for form, strategy in DELTATENSORS.items()
-    },
+    **{f"deltatensors {form}": partial(_deltatensors, name) for form, name in DELTATENSORS.items()},
 }
