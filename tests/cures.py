@@ -51,6 +51,8 @@ TESTED: dict[str, str] = {
     "cl_graft/data/readers.py: put the data set's file there.": "test_cures.py::test_a_data_set_in_its_folder",
     "cl_graft/store/record.py: choose another --out, or delete the folder to compute it anew.": "test_cures.py::test_another_out_or_a_deleted_folder",
     "cl_graft/skillpack/format/header.py: load the base in transformers, save it by save_pretrained(NEW, save_original_format=False), and give NEW.": "test_cli_pack.py::test_experts_that_a_folder_keeps_apart",
+    "cl_graft/bench/pack.py: give a checkout of it with --previous FOLDER.": "test_bench_deltas.py::test_an_engine_is_run_in_its_own_checkout",
+    "cl_graft/bench/engines.py: make one of the earlier commit by `git worktree add FOLDER COMMIT`.": "test_bench_deltas.py::test_an_engine_is_run_in_its_own_checkout",
     "cl_graft/cli/pack.py: leave it out, or export --to peft.": "test_cures.py::test_a_rank_is_for_adapters",
     "cl_graft/cli/run.py: `cl-graft sweep` runs several.": "test_cli_sweep.py::test_a_sweep_from_its_file_with_options_over_it",
     "cl_graft/cli/show.py: free space or copy the results elsewhere.": "test_cli.py::test_a_report_that_cannot_be_written",
@@ -122,6 +124,7 @@ TESTED: dict[str, str] = {
 }
 # {cure: why no test here runs it}
 OPEN: dict[str, str] = {
+    "cl_graft/bench/peers.py: `pip install deltatensors=={}`.": "installs a package; where it is installed, tests/test_bench_deltas.py uses it.",
     "cl_graft/cli/bench.py: run the same command in a checkout of the source, after `pip install --editable .` there.": "installs a package; the tests of `bench` run in such a checkout.",
     "cl_graft/evaluation/answers.py: install it with `pip install math-verify`.": "installs a package; where it is installed, tests/evaluation/test_answers.py uses it.",
     "cl_graft/experiment/executors/ray.py: `pip install cl-graft[ray]`.": "installs a package; where it is installed, tests/executors/test_ray.py uses it.",

@@ -1,4 +1,4 @@
-"""This engine beside an earlier commit of itself, at equal bytes and at equal error, on deltas that training made.
+"""The engine beside an earlier commit of itself, at equal bytes and at equal error, on deltas that training made.
 
 The earlier one makes a pack within a share of the base, and this one within the bytes that that pack takes.
 """
