@@ -126,6 +126,7 @@ def test_an_engine_that_fails_or_is_none(delta: Delta, tmp_path: Path) -> None:
     with pytest.raises(CLGraftError, match="git worktree add"):
         Engine("previous", tmp_path)
     (tmp_path / "cl_graft" / "skillpack").mkdir(parents=True)
+    (tmp_path / "cl_graft" / "__init__.py").write_text("")
     (tmp_path / "cl_graft" / "__main__.py").write_text(
         "import sys; sys.exit('error: no such budget.')"
     )
