@@ -108,7 +108,9 @@ class DctPatchesCodec(Codec):
             if bits:
                 codes, _, _ = next(streams)
                 steps = packing.unpack(codes, count * side * side, bits).float() - _middle(bits)
-                coefficients[kinds == kind] = steps.reshape(count, -1) * scales[:count, None]
+                coefficients[kinds == kind] = (
+                    steps.reshape(count, side * side) * scales[:count, None]
+                )
                 scales = scales[count:]
         cosines = _cosines(side)
         return _joined(cosines.T @ coefficients.unflatten(1, (side, side)) @ cosines, encoded.shape)

@@ -35,9 +35,7 @@ CHUNK = 1 << 20
 STEP, MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
-def seeded_sparse(
-    x: Tensor, seed: int, rate: int, dtype: torch.dtype = torch.bfloat16
-) -> Encoded:
+def seeded_sparse(x: Tensor, seed: int, rate: int, dtype: torch.dtype = torch.bfloat16) -> Encoded:
     """The elements that the seed keeps. x: any shape. seed: 0 to 2**48. rate: 2**41 to 2**48, the share that is kept
     times 2**48. Raises ValueError on another seed or rate, on NaN, Inf or overflow."""
     whole(seed, "seed", 0)

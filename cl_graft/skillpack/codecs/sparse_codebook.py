@@ -1,6 +1,6 @@
 """`sparse_codebook`: some elements as indices into a few levels, and their positions; all others are zero.
 
-Ternary deltas (ComPEFT, arXiv 2311.13171) have two levels, pruned quantised ones (UltraDelta, arXiv 2505.13563) 2**bits.
+Ternary deltas (ComPEFT, arXiv 2311.13171) have two levels, pruned quantised ones (UltraDelta, arXiv 2505.13563) more.
 meta: bits, kept, gap (positions.py); parts: levels, float32 (2**bits,), codes and index, bit-packed uint8 (packing.py).
 """
 

@@ -44,9 +44,7 @@ def sparse_low_rank(left: Tensor, right: Tensor, dtype: torch.dtype = torch.bflo
     return Encoded(*sparse_low_rank_spec(left != 0, right != 0, dtype), parts)
 
 
-def sparse_low_rank_spec(
-    left: Tensor, right: Tensor, dtype: torch.dtype = torch.bfloat16
-) -> Spec:
+def sparse_low_rank_spec(left: Tensor, right: Tensor, dtype: torch.dtype = torch.bfloat16) -> Spec:
     """What `sparse_low_rank` says of factors with these masks, bool (r, out) and (r, in)."""
     meta: Meta = {"dtype": dtype_name(dtype), "rank": len(left)}
     for side, mask in (("left", left), ("right", right)):
