@@ -13,11 +13,12 @@ from cl_graft.bench.error import bench_error, tasks
 from cl_graft.bench.layer import bench_layer
 from cl_graft.bench.memory import bench_memory
 from cl_graft.bench.merge import bench_merge
+from cl_graft.bench.methods import bench_methods
 from cl_graft.bench.size import bytes_over_theory
 from cl_graft.errors import UnknownName
 from cl_graft.models.embedded import cache_root
 
-PARTS = ("error", "time", "memory", "merge", "bytes")
+PARTS = ("error", "time", "memory", "merge", "bytes", "methods")
 
 
 def bench_pack(
@@ -77,4 +78,5 @@ _MEASURES: dict[str, Callable[[Path | None], dict[str, Any]]] = {
     "memory": lambda data_dir: bench_memory(),
     "merge": _merge,
     "bytes": _bytes,
+    "methods": lambda data_dir: bench_methods(*tasks(None)[0], 0, cache_root(), data_dir),
 }
