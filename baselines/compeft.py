@@ -8,8 +8,7 @@ here they are a bitmap or gaps, whichever is shorter.
 
 import torch
 
-from cl_graft.budget import largest_within
-from cl_graft.errors import OverBudget
+from cl_graft.budget import largest_share
 from cl_graft.ranges import Part, Positive
 from cl_graft.skillpack.codecs import sparse_codebook, sparse_codebook_spec
 from cl_graft.strategy import compressor
@@ -31,15 +30,10 @@ def compeft(delta, context, *, density: Part | None = None, alpha: Positive | No
         return context.cost_of(specs)
 
     total = len(ternary.order)
-    most = largest_within(context.budget, cost, total, "one sign and its position")
-    counts = sorted({most, *(int(d * total) for d in DENSITIES if 1 <= int(d * total) < most)})
-    if density is not None:
-        counts = [max(1, int(density * total))]
-        if counts[0] > most:
-            raise OverBudget(
-                f"compeft.density={density} takes more than the budget {context.budget.text} allows; the largest that "
-                f"fits is {int(1e4 * most / total) / 1e4}."
-            )
+    one = "one sign and its position"
+    most = largest_share(context.budget, cost, total, one, density, "compeft.density")
+    tried = DENSITIES if density is None else ()
+    counts = [*(n for d in tried if 1 <= (n := int(d * total)) < most), most]
 
     def lost(count, alpha):
         return kept_loss(context, ternary.encoded(count, alpha))

@@ -2,15 +2,16 @@
 
 Each entry is dropped with probability p and else divided by 1 - p, so that the expected delta is the delta. Which are
 left follows from a seed (`seeded_sparse`): a kept entry costs its 16 bits and no position. The paper finds p from 0.9
-to 0.99 harmless for models of 7 B and more; here p is the least that the budget allows. Beyond 127/128 it is refused.
+to 0.99 harmless for models of 7 B and more; here p is the least that the budget allows, at most 127/128.
 """
 
 from math import prod
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from cl_graft.budget import largest_within
-from cl_graft.ranges import Rest
+from cl_graft.budget import largest_share
 from cl_graft.skillpack.codecs import seeded_sparse, seeded_sparse_spec
 from cl_graft.skillpack.codecs.seeded_sparse import LEAST, WHOLE, draws
 from cl_graft.strategy import compressor
@@ -18,13 +19,14 @@ from cl_graft.strategy import compressor
 # Rates in these parts: a seed's draws are counted once, in as many bins.
 PARTS = 1 << 16
 FIRST = LEAST * PARTS // WHOLE
+ONE = "one entry in 128, each with 16 bits"
 
 
-def foreseen(context, *, drop_rate: float | None) -> int:
+def foreseen(context, *, density: float | None) -> int:
     """The rate of what is kept, in 1/65536, by the numbers of entries that are to be expected."""
 
-    def cost(count):
-        rate = FIRST - 1 + count
+    def cost(rate):
+        rate = max(FIRST, rate)
         return context.cost_of(
             {
                 n: _spec(shape, round(rate / PARTS * prod(shape)), context.seed_of(n), rate)
@@ -32,34 +34,26 @@ def foreseen(context, *, drop_rate: float | None) -> int:
             }
         )
 
-    return _largest(context, cost, drop_rate)
+    return largest_share(context.budget, cost, PARTS, ONE, density, "dare.density")
 
 
 @compressor(keeps="per_task", check=foreseen)
-def dare(delta, context, *, drop_rate: Rest | None = None):
-    """drop_rate: p, up to 127/128; None takes the least that the budget allows."""
+def dare(delta, context, *, density: Annotated[float, Field(ge=FIRST / PARTS, le=1)] | None = None):
+    """density: share of the entries that is kept, 1 - p; None takes the largest that the budget holds."""
     seeds = {name: context.seed_of(name) for name in delta}
     counts = {name: _counts(seeds[name], x.numel()) for name, x in delta.items()}
 
-    def cost(count):
-        rate = FIRST - 1 + count
+    def cost(rate):
+        rate = max(FIRST, rate)
         return context.cost_of(
             {n: _spec(context.shapes[n], int(counts[n][rate - 1]), seeds[n], rate) for n in counts}
         )
 
-    rate = _largest(context, cost, drop_rate)
+    rate = largest_share(context.budget, cost, PARTS, ONE, density, "dare.density")
     return {
         name: seeded_sparse(x * (PARTS / rate), seeds[name], rate * (WHOLE // PARTS))
         for name, x in delta.items()
     }
-
-
-def _largest(context, cost, drop_rate):
-    given = None if drop_rate is None else max(1, round((1 - drop_rate) * PARTS) - FIRST + 1)
-    most = PARTS - FIRST + 1
-    one = "one entry in 128, each with 16 bits"
-    name = "dare's rate of kept entries, in 65536ths from 512 on,"
-    return FIRST - 1 + largest_within(context.budget, cost, most, one, given, name)
 
 
 def _counts(seed, numel):

@@ -1,11 +1,11 @@
 """Delta-CoMe: singular vectors in bands of falling precision, by GPTQ (Ping et al. 2024, arXiv 2406.08903).
 
 The released script's bands: the first 2 ranks at 8 bits, 32 at 3, the others at 2, in groups of 128 by act-order, with
-968 of the others for attention and 1,428 for the MLP of LLaMA-2 7B; here one scale on both numbers is lowered until the
-pack fits. `graftllm`, whose code is built on it, splits the ranks by shares, 2 % at 8 bits and 18 % at 4. What differs
-from the release: V and then U are quantised by the engine's solver, all bands of V in one solve, and U's groups go down
-the outputs, not along the ranks (`solver="auto-gptq"` has both as released); calibration is on the task's text, not C4;
-embeddings and head, which it keeps whole and does not count, are pruned as `graftllm` does.
+968 of the others for attention and 1,428 for the MLP of LLaMA-2 7B; here one scale on all ranks is lowered until the
+pack fits, the last ones first. `graftllm`, whose code is built on it, splits the ranks by shares, 2 % at 8 bits and
+18 % at 4. What differs from the release: V and then U are quantised by our solver, all bands of V in one solve,
+and U's groups go down the outputs, not along the ranks (`solver="auto-gptq"` has both as released); calibration is on
+the task's text, not C4; embeddings and head, which it keeps whole and does not count, are pruned as `graftllm` does.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from cl_graft.skillpack.compress.policy import Paper
 from cl_graft.strategy import compressor
 from cl_graft.strategy.graftllm import packed, policy_of, possible
 
-# ranks at 2 bits of LLaMA-2 7B's attention, whose matrices have 4,096
-WIDTH, ATTENTION, MLP = 4096, 968, 1428
+# ranks in all of LLaMA-2 7B's matrices, which have 4,096
+WIDTH, ATTENTION, MLP = 4096, 2 + 32 + 968, 2 + 32 + 1428
 
 
 @dataclass(frozen=True)

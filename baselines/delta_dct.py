@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cl_graft.budget import largest_within
+from cl_graft.budget import largest_share
 from cl_graft.ranges import Part
 from cl_graft.skillpack.codecs import dct_patches, dct_patches_spec, dense, dense_spec
 from cl_graft.skillpack.codecs.dct_patches import patches_in
@@ -28,10 +28,8 @@ def largest(context, *, patch: int, density: float | None) -> int:
     def cost(kept):
         return context.cost_of({n: _spec(s, patch, kept) for n, s in context.shapes.items()})
 
-    given = None if density is None else max(1, round(density * PARTS))
     one = "one patch in 4096 of every matrix"
-    name = "delta_dct's share of patches, in 4096ths,"
-    return largest_within(context.budget, cost, PARTS, one, given, name)
+    return largest_share(context.budget, cost, PARTS, one, density, "delta_dct.density")
 
 
 @compressor(keeps="per_task", check=largest)
