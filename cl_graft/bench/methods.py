@@ -57,7 +57,7 @@ def bench_methods(
     budgets: Sequence[str] = BUDGETS,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """For each method and budget: bytes, seconds, error and loss, on test examples that nothing was chosen on.
+    """Measure bytes, seconds, error and loss of each method at each budget, on test examples that nobody chose by.
 
     error: of the output of each decoder matrix against the delta's, relative, the mean over matrices; inputs are those
     of the tuned model. loss: of the answers' tokens under the base and the pack; `tuned_loss` and `base_loss` are those

@@ -67,7 +67,8 @@ class SparseLowRankCodec(Factored):
 
     def layout(self, shape: tuple[int, ...], meta: Meta) -> Layout:
         fields(meta, "dtype", "rank", "left", "right")
-        dtype, parts = dtype_of(meta), {}
+        dtype = dtype_of(meta)
+        parts: Layout = {}
         for side in _sides(shape, meta):
             kept, index = positions.layout(side.meta, math.prod(side.size))
             parts |= {side.name: (dtype, (kept,)), f"{side.name}_index": index}

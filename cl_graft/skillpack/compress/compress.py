@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -365,7 +366,7 @@ def _encoded(work: _Work, group: list[Piece], plan: Plan) -> list[Encoded]:
         items.append(
             Factored(work.delta(piece), factors, plan.counts[piece.name], piece.transposed)
         )
-    options = {
+    options: dict[str, Any] = {
         "group_size": work.policy.group_size,
         "damping": work.policy.damping,
         "act_order": work.policy.act_order,
