@@ -104,7 +104,7 @@ def largest_share(
     given: float | None,
     name: str,
 ) -> int:
-    """The same for a share that is counted in so many parts: of them all, `given` are asked for, or as many as fit.
+    """The largest share that the budget allows, counted in so many parts, or `given`, if that is possible.
 
     Returns parts, 1 or more. Raises OverBudget.
     """

@@ -37,7 +37,7 @@ def validation_loss(strategy: Strategy, packs: Sequence[SkillPack], task: Task) 
 
 @torch.no_grad()
 def kept_loss(context: Context, tensors: Mapping[str, Encoded]) -> float:
-    """The same loss under what a method would keep of the task just learned: the start plus these tensors.
+    """Loss on the validation of the task just learned under what a method would keep: the start plus these tensors.
 
     The model holds the same weights afterwards as before.
     """

@@ -120,7 +120,7 @@ def _signs(meta: Meta) -> list[int]:
 
 
 def _grids(shape: tuple[int, ...], meta: Meta) -> list[Grid]:
-    """Left (rank, out) and right (rank, in). Raises ValueError on nonsense."""
+    """Grids of left (rank, out) and right (rank, in). Raises ValueError on nonsense."""
     rows, cols = matrix(shape)
     rank, bits, left, right = wholes(meta["grid"], 4, "grid")
     return [

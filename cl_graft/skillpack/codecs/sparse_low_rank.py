@@ -99,7 +99,7 @@ class SparseLowRankCodec(Factored):
 
 
 def _sides(shape: tuple[int, ...], meta: Meta) -> list[_Side]:
-    """Left (rank, out) and right (rank, in). Raises ValueError on nonsense."""
+    """Both factors, left (rank, out) and right (rank, in). Raises ValueError on nonsense."""
     sizes, found = matrix(shape), []
     # a rank beyond both sizes is of no use, and costs nothing to claim
     rank = whole(meta["rank"], "rank", 0, max(sizes))
