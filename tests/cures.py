@@ -94,6 +94,7 @@ TESTED: dict[str, str] = {
     "cl_graft/store/record.py: give the folder that --out named.": "test_cures.py::test_the_folder_that_out_named",
     "cl_graft/store/record.py: run `cl-graft run` with --out {} first.": "test_cures.py::test_the_folder_that_out_named",
     "cl_graft/store/record.py: wait for it or choose another --out.": "test_cures.py::test_a_cell_that_another_process_computes",
+    "cl_graft/skillpack/compress/policy.py: add --method graftllm.": "skillpack/test_auto_gptq.py::test_a_pack_is_made_by_it",
     "cl_graft/strategy/storage.py: raise --budget or keep less.": "test_cures.py::test_a_larger_budget",
     "cl_graft/strategy/context.py: raise --budget or the method's compression.": "test_cures.py::test_a_larger_budget",
     "cl_graft/sweep_config.py: `cl-graft init` writes a file to begin with.": "test_cures.py::test_the_file_that_init_writes",
@@ -125,6 +126,8 @@ TESTED: dict[str, str] = {
 # {cure: why no test here runs it}
 OPEN: dict[str, str] = {
     "cl_graft/bench/peers.py: `pip install deltatensors=={}`.": "installs a package; where it is installed, tests/test_bench_deltas.py uses it.",
+    "cl_graft/skillpack/compress/auto_gptq.py: install auto-gptq 0.7.1 anew.": "installs a package; where it is installed, tests/skillpack/test_auto_gptq.py uses it.",
+    "cl_graft/skillpack/compress/auto_gptq.py: install it with `pip install --no-deps auto-gptq==0.7.1`.": "installs a package; where it is installed, tests/skillpack/test_auto_gptq.py uses it.",
     "cl_graft/cli/bench.py: run the same command in a checkout of the source, after `pip install --editable .` there.": "installs a package; the tests of `bench` run in such a checkout.",
     "cl_graft/evaluation/answers.py: install it with `pip install math-verify`.": "installs a package; where it is installed, tests/evaluation/test_answers.py uses it.",
     "cl_graft/experiment/executors/ray.py: `pip install cl-graft[ray]`.": "installs a package; where it is installed, tests/executors/test_ray.py uses it.",

@@ -15,6 +15,7 @@ from cl_graft.bench.error import bench_error, tasks
 from cl_graft.bench.layer import bench_layer
 from cl_graft.bench.memory import bench_memory
 from cl_graft.bench.merge import bench_merge
+from cl_graft.bench.methods import bench_methods
 from cl_graft.bench.peers import deltatensors_kl_ratio, peers
 from cl_graft.bench.previous import bytes_at_equal_error, error_over_previous, kl_over_previous
 from cl_graft.bench.size import bytes_over_theory
@@ -44,7 +45,7 @@ def bench_pack(
     for one that lacks what it compares with.
     """
     for part in parts:
-        if part not in (known := [*PARTS, *BESIDE, *ON_SMOLLM2]):
+        if part not in (known := [*PARTS, "methods", *BESIDE, *ON_SMOLLM2]):
             raise UnknownName("part of the benchmark", part, known)
         if part in BESIDE and previous is None:
             raise CLGraftError(
@@ -68,11 +69,16 @@ def _measures(
         "memory": bench_memory,
         "merge": _merge,
         "bytes": _bytes,
+        "methods": partial(_methods, data_dir),
         **{name: partial(part, data_dir, cells) for name, part in ON_SMOLLM2.items()},
     }
     if previous is not None:
         measures |= {n: partial(part, previous, data_dir, cells) for n, part in BESIDE.items()}
     return measures
+
+
+def _methods(data_dir: Path | None) -> dict[str, Any]:
+    return bench_methods(*tasks(None)[0], 0, cache_root(), data_dir)
 
 
 def _error(data_dir: Path | None) -> dict[str, Any]:

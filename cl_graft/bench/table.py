@@ -91,6 +91,25 @@ def _bytes_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [("bytes_over_theory", f"{part['bytes_over_theory']:.4f}", told)]
 
 
+def _methods_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The methods of each budget, the one of the least error first; those that were refused last."""
+    told = f"{part['delta']}, {part['matrices']} matrices"
+    rows = [("loss, tuned and base", f"{part['tuned_loss']:.3f}, {part['base_loss']:.3f}", told)]
+    order = [row["budget"] for row in part["rows"]]
+    for row in sorted(part["rows"], key=lambda r: (order.index(r["budget"]), r.get("error", 9e9))):
+        options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+        name = row["method"] + (f"({options})" if options else "")
+        value, about = "-", row.get("refused", "")
+        if "error" in row:
+            value = f"{row['error']:.3f}"
+            about = (
+                f"loss {row['loss']:.3f}, worst matrix {row['worst']:.2f}; {row['bytes']:,} bytes, "
+                f"{row['of_budget']:.0%} of the budget; {row['seconds']:.0f} s"
+            )
+        rows.append((f"error, {name}, {row['budget']}", value, about))
+    return rows
+
+
 def _ratio_rows(key: str, part: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The mean, and a row for each delta and budget."""
     about, value = part["conditions"], part[key]
@@ -151,6 +170,7 @@ _ROWS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str, str]]]] = {
     "memory": _memory_rows,
     "merge": _merge_rows,
     "bytes": _bytes_rows,
+    "methods": _methods_rows,
     **{
         key: partial(_ratio_rows, key)
         for key in ("error_over_previous", "bytes_at_equal_error", "kl_over_previous")

@@ -40,9 +40,9 @@ def bench_pack(
     only: Annotated[
         str,
         typer.Option(
-            help="Parts, comma-separated: error, time, memory, merge, bytes; beside --previous: error_over_previous, "
-            "bytes_at_equal_error, kl_over_previous; on SmolLM2, which `cl-graft models fetch` gets: peers, "
-            "deltatensors_kl_ratio."
+            help="Parts, comma-separated: error, time, memory, merge, bytes; methods, all of them on one delta; beside "
+            "--previous: error_over_previous, bytes_at_equal_error, kl_over_previous; on SmolLM2, which "
+            "`cl-graft models fetch` gets: peers, deltatensors_kl_ratio."
         ),
     ] = "error,time,memory,merge,bytes",
     previous: Annotated[

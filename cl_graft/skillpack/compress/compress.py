@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cl_graft.errors import OverBudget
 from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse, sparse_top
+from cl_graft.skillpack.compress import auto_gptq
 from cl_graft.skillpack.compress.calibrate import Moments
 from cl_graft.skillpack.compress.factorise import (
     Factored,
@@ -92,6 +94,7 @@ def compress(
 
     A tensor of which nothing is worth keeping is left out. Raises OverBudget.
     """
+    require_solver(policy, pieces)
     work = _Work(list(pieces), moments, policy, store, torch.device(device), progress)
     profiles = measure(work)
     fixed: dict[str, Spec] = {}
@@ -103,6 +106,12 @@ def compress(
     specs = fixed | tables
     specs |= _matrices(work, fitting(policy, matrices, specs, limit))
     return {piece.name: specs[piece.name] for piece in work.pieces if piece.name in specs}
+
+
+def require_solver(policy: Policy, pieces: Sequence[Piece]) -> None:
+    """Raise CLGraftError where the policy's solver is not installed, or not for these matrices."""
+    if policy.solver == "auto-gptq":
+        auto_gptq.require(p.name for p in pieces if p.kind == "matrix" and p.transposed)
 
 
 def fetch(store: WorkStore, name: str) -> Encoded:
@@ -235,12 +244,14 @@ def fitting(
 ) -> Plan:
     """The largest plan that, with what is fixed, fits the limit; a table's bytes are estimated."""
 
+    spec = spec_of if policy.solver == "cl-graft" else auto_gptq.spec_of
+
     def left(plan: Plan) -> int:
         specs, about = dict(fixed), 0
         for name, profile in profiles.items():
             if profile.kind == "matrix" and plan.counts[name]:
                 rows, cols = profile.shape
-                specs[name] = spec_of(plan.counts[name], (rows, cols), policy.group_size)
+                specs[name] = spec(plan.counts[name], (rows, cols), policy.group_size)
             elif profile.kind == "table":
                 least = plan.least.get(name)
                 kept = plan.top[name] if least is None else kept_above(profile.worth, least)
@@ -355,12 +366,17 @@ def _encoded(work: _Work, group: list[Piece], plan: Plan) -> list[Encoded]:
         items.append(
             Factored(work.delta(piece), factors, plan.counts[piece.name], piece.transposed)
         )
+    options: dict[str, Any] = {
+        "group_size": work.policy.group_size,
+        "damping": work.policy.damping,
+        "act_order": work.policy.act_order,
+    }
+    if work.policy.solver == "auto-gptq":
+        return auto_gptq.encode(items, work.hessian(group[0]), **options)
     return encode(
         items,
         work.hessian(group[0]),
-        group_size=work.policy.group_size,
-        damping=work.policy.damping,
-        act_order=work.policy.act_order,
+        **options,
         aware=work.policy.activation_aware,
         refit=work.policy.refit,
     )

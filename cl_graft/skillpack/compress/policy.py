@@ -11,7 +11,7 @@ import math
 import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ from cl_graft.skillpack.compress.factorise import Counts, allocate, rank_for_ene
 Kind = Literal["matrix", "table", "vector"]
 BINS = 4096  # of a table's histogram, over DECADES powers of ten of squared loss an entry is worth
 DECADES = (-40.0, 10.0)
+SOLVERS = ("cl-graft", "auto-gptq")
 ENTRY_BYTES = 2.5  # of a kept entry, its position included, when it is weighed against its worth
 
 
@@ -77,6 +78,7 @@ class Policy(ABC):
     refit: bool = True
 
     start: ClassVar[tuple[float, float]]  # the knob, from the largest pack to the smallest
+    solver: ClassVar[str] = "cl-graft"
 
     def __post_init__(self) -> None:
         _require(self.alpha is None or 0 <= self.alpha <= 1, "alpha", self.alpha, "0 to 1")
@@ -135,12 +137,14 @@ class Paper(Policy):
 
     split: {bits: share of the ranks} (released code: 20/180/800 of 1000 ranks at 8/4/2 bits). The paper does not
     give alpha, beta and rank: where they are None one scale for all three is lowered until the pack fits.
+    solver: what quantises the factors, ours or the class of auto-gptq 0.7.1 (auto_gptq.py).
     """
 
     split: Mapping[int, float] = field(default_factory=lambda: {8: 0.02, 4: 0.18, 2: 0.80})
     activation_aware: bool = False
     refit: bool = False
     act_order: bool = True
+    solver: str = "cl-graft"  # type: ignore[misc]
 
     start: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
@@ -150,6 +154,12 @@ class Paper(Policy):
         whole = abs(sum(split.values()) - 1) < 1e-6 and min(split.values(), default=-1) >= 0
         known = set(split) <= set(BITS)
         _require(whole and known, "split", self.split, f"shares of {BITS} bits that add up to 1")
+        _require(self.solver in SOLVERS, "solver", self.solver, " or ".join(SOLVERS))
+        if self.solver != "cl-graft":
+            plain = not (self.activation_aware or self.refit)
+            _require(
+                plain, "solver", self.solver, "cl-graft, or leave out activation_aware and refit"
+            )
         object.__setattr__(self, "split", split)
 
     def plan(self, profiles: Mapping[str, Profile], knob: float) -> Plan:
@@ -244,3 +254,14 @@ def read_policy(method: str, file: Path | None = None) -> Policy:
         return METHODS[method](**given)
     except (TypeError, ValueError) as error:
         raise BadPolicy(f"{file}: a value has the wrong type ({error}).") from error
+
+
+def solved_by(policy: Policy, solver: str) -> Policy:
+    """The policy with another solver. Raises UnknownName, and CLGraftError for a policy that has ours alone."""
+    if solver not in SOLVERS:
+        raise UnknownName("solver", solver, SOLVERS)
+    if solver == policy.solver or solver == "cl-graft":
+        return policy
+    if not isinstance(policy, Paper):
+        raise CLGraftError(f"the solver {solver} is the paper's; add --method graftllm.")
+    return replace(policy, solver=solver)
