@@ -94,3 +94,27 @@ def largest_within(
         f"{name}={given} takes {cost(given)} bytes and the budget {budget.text} allows {budget.bytes}; the largest "
         f"that fits is {count}."
     )
+
+
+def largest_share(
+    budget: Budget,
+    cost: Callable[[int], int],
+    parts: int,
+    one: str,
+    given: float | None,
+    name: str,
+) -> int:
+    """The largest share that the budget allows, counted in so many parts, or `given`, if that is possible.
+
+    Returns parts, 1 or more. Raises OverBudget.
+    """
+    if given is None:
+        return largest_within(budget, cost, parts, one)
+    wanted = max(1, round(given * parts))
+    if cost(wanted) <= budget.bytes:
+        return wanted
+    most = largest_within(budget, cost, wanted, one)
+    raise OverBudget(
+        f"{name}={given:g} takes {cost(wanted)} bytes and the budget {budget.text} allows {budget.bytes}; the largest "
+        f"that fits is {int(1e4 * most / parts) / 1e4:g}."
+    )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from cl_graft.bench.error import bench_error
 from cl_graft.bench.layer import bench_layer, relative
 from cl_graft.bench.lossless import bench_lossless
 from cl_graft.bench.merge import bench_merge
+from cl_graft.bench.methods import bench_methods, methods
 from cl_graft.bench.size import bytes_over_theory
 from cl_graft.bench.table import markdown, write
 from cl_graft.skillpack.codecs import dense, quantized_low_rank, sparse
@@ -70,6 +69,30 @@ def test_a_layer_is_compressed_by_both_at_the_same_bytes():
 def test_the_error_on_a_trained_delta(tiny_scenario, tmp_path):
     row = bench_error("nano-llama", tiny_scenario.tasks[0], 0, tmp_path)
     assert 0 < row["error"] < row["textbook_error"] < 1 and row["matrices"] == 14
+
+
+def test_methods_are_measured_within_the_same_budget_on_the_same_delta(tiny_scenario, tmp_path):
+    """An SVD that keeps all but nothing has no error left; less budget, more error; what does not fit says so."""
+    chosen = [("svd", {}), ("svd", {"rank": 24}), ("dare", {})]
+    found = bench_methods(
+        "nano-llama", tiny_scenario.tasks[0], 0, tmp_path, None, chosen, ["200%", "10%", "300B"]
+    )
+    whole, _, dare, small, refused, _, *none = found["rows"]
+    assert whole["error"] < 0.01 < small["error"] < 1 and small["bytes"] <= 12643
+    assert whole["loss"] == pytest.approx(found["tuned_loss"], rel=1e-3)
+    # 255 of 256 parts of a delta in 16 bit are all but the whole; the rest is scaled up
+    assert dare["error"] < 0.1 and dare["of_budget"] <= 1
+    assert "largest that fits" in refused["refused"]
+    assert all("raise it" in row["refused"] for row in none)
+    text = markdown({"methods": found})
+    assert "| error, svd, 10% | " in text and "| error, svd(rank=24), 10% | - | " in text
+
+
+def test_all_methods_of_a_delta_are_measured():
+    names = {name for name, _ in methods()}
+    assert {"bitdelta", "compeft", "dare", "delta_come", "delta_dct", "impart"} < names
+    assert {"loraquant", "ultradelta", "graftllm", "graftllm_adaptive", "magnitude"} < names
+    assert not names & {"individual", "sequential", "lora", "model_tailor", "ties"}
 
 
 def test_bytes_over_theory_by_hand(tmp_path):
@@ -129,13 +152,11 @@ def test_peak_memory_of_strategies_is_told_with_what_they_keep():
         assert whole < runs[name]["kept_mb"] < 1.2 * whole and peaks[name] > runs[name]["kept_mb"]
 
 
-def test_a_misspelt_part_is_answered_with_the_nearest():
-    words = [sys.executable, "-m", "cl_graft", "bench", "pack", "--only", "tyme"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "did you mean time" in done.stderr
-    words = [*words[:-1], "lossless", "--tuned", "somewhere"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "name the base and the tuned model" in done.stderr
+def test_a_misspelt_part_is_answered_with_the_nearest(call):
+    done = call("bench", "pack", "--only", "tyme")
+    assert done.code == 1 and "did you mean time" in done.err
+    done = call("bench", "pack", "--only", "lossless", "--tuned", "somewhere")
+    assert done.code == 1 and "name the base and the tuned model" in done.err
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from cl_graft.budget import Budget
 from cl_graft.cli.progress import interruptible
 from cl_graft.models.embedded import SPECS
 from cl_graft.models.load import load
+from cl_graft.models.published import PUBLISHED
 from tests.command import Call, Done, assert_refused
 
 SMALL = ["--set", "mini.steps=8", "--set", "mini.train_size=64", "--set", "mini.test_size=12"]
@@ -106,7 +107,7 @@ def test_list_shows_every_name_its_origin_and_a_line_on_it(call: Call) -> None:
         "scenarios": {n: f"scenarios/{n}.py" for n in plugins.names("scenario")},
         "strategies": {n: f"baselines/{n}.py" for n in plugins.names("strategy")}
         | {name: f"cl_graft/strategy/{name}.py" for name in ("graftllm", "graftllm_adaptive")},
-        "models": dict.fromkeys(SPECS, "embedded"),
+        "models": dict.fromkeys(SPECS, "embedded") | dict.fromkeys(PUBLISHED, "a"),
     }.items():
         done = call("list", kind)
         assert done.code == 0

@@ -11,6 +11,7 @@ import pytest
 from cl_graft import plugins
 from cl_graft.cli import complete
 from cl_graft.models.embedded import SPECS
+from cl_graft.models.published import PUBLISHED
 
 START = """
 import sys
@@ -60,7 +61,7 @@ def test_bash_is_offered_real_names_and_nothing_heavy_is_imported(
 def test_nothing_typed_is_answered_with_everything() -> None:
     assert [n for n, _ in complete.strategies("")] == plugins.names("strategy")
     assert [n for n, _ in complete.scenario("")] == plugins.names("scenario")
-    assert [n for n, _ in complete.models("")] == list(SPECS)
+    assert [n for n, _ in complete.models("")] == [*SPECS, *PUBLISHED]
     assert all(about for _, about in complete.strategies(""))
 
 

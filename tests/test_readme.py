@@ -30,9 +30,9 @@ def listing(containing: str) -> str:
 
 
 def test_the_baseline_listing_is_under_40_lines_and_runs_from_a_path(tmp_path):
-    text = listing("def bitdelta")
+    text = listing("def signs")
     assert len(text.strip().split("\n")) < 40
-    (tmp_path / "bitdelta.py").write_text(text)
+    (tmp_path / "signs.py").write_text(text)
     command = [
         sys.executable,
         "-m",
@@ -41,14 +41,14 @@ def test_the_baseline_listing_is_under_40_lines_and_runs_from_a_path(tmp_path):
         "--scenario",
         "mini",
         "--strategy",
-        "./bitdelta.py",
+        "./signs.py",
     ]
     command += [
         *SMALL,
         "--set",
         "mini.test_size=8",
         "--set",
-        "bitdelta.norms=false",
+        "signs.norms=false",
         "--allow-code-execution",
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -16,7 +16,11 @@ from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.stream import benchmark
 
 EVERY = plugins.names("strategy")
-QUICK = {"model_grafting": {"epochs": 2, "batches": 2, "rate": 1e8}}
+QUICK = {
+    "model_grafting": {"epochs": 2, "batches": 2, "rate": 1e8},
+    "bitdelta": {"steps": 3, "budget": "20%"},  # a sign for every entry, and the header
+    "compeft": {"alpha": 2.0},
+}
 
 
 def play(strategy, scenario, after=lambda: None):

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cl_graft.bench.cells import Cells
 from cl_graft.bench.disk import bench_disk
 from cl_graft.bench.error import bench_error, tasks
 from cl_graft.bench.layer import bench_layer
 from cl_graft.bench.lossless import Pairs, bench_lossless
 from cl_graft.bench.memory import bench_memory
 from cl_graft.bench.merge import bench_merge
+from cl_graft.bench.methods import bench_methods
+from cl_graft.bench.peers import deltatensors_kl_ratio, peers
+from cl_graft.bench.previous import bytes_at_equal_error, error_over_previous, kl_over_previous
 from cl_graft.bench.size import bytes_over_theory
-from cl_graft.errors import UnknownName
+from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.models.embedded import cache_root
 
 PARTS = ("error", "time", "memory", "disk", "merge", "bytes")  # measured unless others are named
+BESIDE = {  # an earlier commit of the engine
+    "error_over_previous": error_over_previous,
+    "bytes_at_equal_error": bytes_at_equal_error,
+    "kl_over_previous": kl_over_previous,
+}
+ON_SMOLLM2 = {"peers": peers, "deltatensors_kl_ratio": deltatensors_kl_ratio}
 
 
 def bench_pack(
@@ -32,18 +43,48 @@ def bench_pack(
 ) -> dict[str, Any]:
     """{part: figures with their conditions}, every comparison a ratio within this run.
 
-    pairs: (base, tuned), folders for `lossless`. previous: a checkout of an earlier commit, beside whose engine `time`
-    sets this one. Raises UnknownName for a part that does not exist.
+    pairs: (base, tuned), folders for `lossless`. previous: a checkout of an earlier commit, for `time`, which sets its
+    engine beside, and the parts that compare with it. Parts on real deltas keep every measured cell in the cache, and
+    go on from there. Raises UnknownName for a part that does not exist, CLGraftError for one that lacks what it
+    compares with.
     """
+    for part in parts:
+        if part not in (known := [*PARTS, "methods", "lossless", *BESIDE, *ON_SMOLLM2]):
+            raise UnknownName("part of the benchmark", part, known)
+        if part in BESIDE and previous is None:
+            raise CLGraftError(
+                f"{part} compares with an earlier commit; give a checkout of it with --previous FOLDER."
+            )
+    measures = _measures(data_dir, pairs, previous, Cells(cache_root() / "bench-pack", tell))
+    torch.set_num_threads(threads)
     figures: dict[str, Any] = {}
     for part in parts:
-        if part not in _MEASURES:
-            raise UnknownName("part of the benchmark", part, _MEASURES)
-    torch.set_num_threads(threads)
-    for part in parts:
         tell(part)
-        figures[part] = _MEASURES[part](data_dir, pairs, previous)
+        figures[part] = measures[part]()
     return figures
+
+
+def _measures(
+    data_dir: Path | None, pairs: Pairs, previous: Path | None, cells: Cells
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "error": partial(_error, data_dir),
+        "time": partial(bench_layer, previous=previous),
+        "memory": bench_memory,
+        "disk": bench_disk,
+        "merge": _merge,
+        "bytes": _bytes,
+        "lossless": partial(bench_lossless, pairs, data_dir),
+        "methods": partial(_methods, data_dir),
+        **{name: partial(part, data_dir, cells) for name, part in ON_SMOLLM2.items()},
+    }
+    if previous is not None:
+        measures |= {n: partial(part, previous, data_dir, cells) for n, part in BESIDE.items()}
+    return measures
+
+
+def _methods(data_dir: Path | None) -> dict[str, Any]:
+    return bench_methods(*tasks(None)[0], 0, cache_root(), data_dir)
 
 
 def _error(data_dir: Path | None) -> dict[str, Any]:
@@ -74,14 +115,3 @@ def _bytes() -> dict[str, Any]:
         write_random(here / "tuned", 1, seed=1)
         create(here / "base", here / "tuned", here / "pack.safetensors", budget="5%")
         return bytes_over_theory(here / "pack.safetensors")
-
-
-_MEASURES: dict[str, Callable[[Path | None, Pairs, Path | None], dict[str, Any]]] = {
-    "error": lambda data_dir, pairs, previous: _error(data_dir),
-    "time": lambda data_dir, pairs, previous: bench_layer(previous=previous),
-    "memory": lambda data_dir, pairs, previous: bench_memory(),
-    "disk": lambda data_dir, pairs, previous: bench_disk(),
-    "merge": lambda data_dir, pairs, previous: _merge(),
-    "bytes": lambda data_dir, pairs, previous: _bytes(),
-    "lossless": lambda data_dir, pairs, previous: bench_lossless(pairs, data_dir),
-}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def write(figures: dict[str, Any], folder: Path, commands: Sequence[str]) -> Non
     whole = {**figures, "commands": list(commands), "made_by": about}
     write_json(folder / "pack.json", whole)
     lines = [
-        "# The pack engine beside a textbook implementation of the paper's scheme",
+        "# The pack engine beside the paper's scheme, its own past, and others' methods",
         "",
         markdown(figures),
         "",
@@ -125,7 +126,80 @@ def _lossless_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-_ROWS = {
+def _methods_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The methods of each budget, the one of the least error first; those that were refused last."""
+    told = f"{part['delta']}, {part['matrices']} matrices"
+    rows = [("loss, tuned and base", f"{part['tuned_loss']:.3f}, {part['base_loss']:.3f}", told)]
+    order = [row["budget"] for row in part["rows"]]
+    for row in sorted(part["rows"], key=lambda r: (order.index(r["budget"]), r.get("error", 9e9))):
+        options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+        name = row["method"] + (f"({options})" if options else "")
+        value, about = "-", row.get("refused", "")
+        if "error" in row:
+            value = f"{row['error']:.3f}"
+            about = (
+                f"loss {row['loss']:.3f}, worst matrix {row['worst']:.2f}; {row['bytes']:,} bytes, "
+                f"{row['of_budget']:.0%} of the budget; {row['seconds']:.0f} s"
+            )
+        rows.append((f"error, {name}, {row['budget']}", value, about))
+    return rows
+
+
+def _ratio_rows(key: str, part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The mean, and a row for each delta and budget."""
+    about, value = part["conditions"], part[key]
+    told = "; ".join(f"{what}: {about[what]}" for what in ("how", "calibration", "held out"))
+    told += f"; engine {about['this']} over {about['previous']}"
+    rows = [(key, "none" if value is None else f"{value:.3f}", told)]
+    for row in part["rows"]:
+        ratio = row[key]
+        shown = "outside what was measured" if ratio is None else f"{ratio:.3f}"
+        rows.append((f"{key}, {row['delta']}, {row['budget']}", shown, _sides(key, row)))
+    return rows
+
+
+def _sides(key: str, row: dict[str, Any]) -> str:
+    if "this" not in row:
+        return f"at an error of {row['error']:.4f}"
+    what = "kl" if key == "kl_over_previous" else "error"
+    before, now = row["previous"], row["this"]
+    return (
+        f"{before[what]:.3g} -> {now[what]:.3g} in {before['bytes']:,} -> {now['bytes']:,} bytes, made in "
+        f"{before['make_seconds']:.0f} -> {now['make_seconds']:.0f} s, decoded in "
+        f"{before['apply_seconds']:.1f} -> {now['apply_seconds']:.1f} s"
+    )
+
+
+def _peer_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    told = [("peers", part["conditions"]["delta"], _told(part["conditions"], "delta"))]
+    return told + [
+        (f"{row['method']}, {row['bytes']:,} bytes", f"KL {row['kl']:.3g}", _figures(row))
+        for row in part["rows"]
+    ]
+
+
+def _deltatensors_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (
+            f"deltatensors_kl_ratio, {row['form']}",
+            f"{row['deltatensors_kl_ratio']:.3g}",
+            f"at {row['theirs']['bytes']:,} bytes: theirs KL {row['theirs']['kl']:.3g}, {_figures(row['theirs'])}; "
+            f"ours KL {row['this']['kl']:.3g}, {_figures(row['this'])}",
+        )
+        for row in part["rows"]
+    ]
+
+
+def _figures(row: dict[str, Any]) -> str:
+    applied = "" if row["apply_seconds"] is None else f", applied in {row['apply_seconds']:.1f} s"
+    return f"error {row['error']:.3f}, made in {row['make_seconds']:.0f} s{applied}"
+
+
+def _told(conditions: dict[str, Any], *without: str) -> str:
+    return "; ".join(f"{key}: {value}" for key, value in conditions.items() if key not in without)
+
+
+_ROWS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str, str]]]] = {
     "error": _error_rows,
     "time": _time_rows,
     "memory": _memory_rows,
@@ -133,4 +207,11 @@ _ROWS = {
     "merge": _merge_rows,
     "bytes": _bytes_rows,
     "lossless": _lossless_rows,
+    "methods": _methods_rows,
+    **{
+        key: partial(_ratio_rows, key)
+        for key in ("error_over_previous", "bytes_at_equal_error", "kl_over_previous")
+    },
+    "peers": _peer_rows,
+    "deltatensors_kl_ratio": _deltatensors_rows,
 }

@@ -12,7 +12,19 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from cl_graft.cli import bench, cache, doctor, list_, pack, plan, report, run, sweep, transfer
+from cl_graft.cli import (
+    bench,
+    cache,
+    doctor,
+    list_,
+    models,
+    pack,
+    plan,
+    report,
+    run,
+    sweep,
+    transfer,
+)
 from cl_graft.cli.options import spelled_out
 from cl_graft.errors import CLGraftError
 
@@ -27,6 +39,7 @@ COMMANDS: dict[str, typer.Typer | Callable[..., None]] = {
     "compare": report.compare,
     "list": list_.list_,
     "doctor": doctor.doctor,
+    "models": models.app,
     "pack": pack.app,
     "cache": cache.app,
     "transfer": transfer.app,

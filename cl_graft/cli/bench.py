@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cl_graft.cli.options import DataDir, names
+from cl_graft.cli.options import DataDir, integer, names
+from cl_graft.cli.progress import interruptible
 from cl_graft.cli.show import print_tables
 from cl_graft.errors import CLGraftError
 
@@ -40,7 +41,9 @@ def bench_pack(
     only: Annotated[
         str,
         typer.Option(
-            help="Parts, comma-separated: error, time, memory, disk, merge, bytes, lossless."
+            help="Parts, comma-separated: error, time, memory, disk, merge, bytes, lossless; methods, all of them on "
+            "one delta; beside --previous: error_over_previous, bytes_at_equal_error, kl_over_previous; on SmolLM2, "
+            "which `cl-graft models fetch` gets: peers, deltatensors_kl_ratio."
         ),
     ] = "error,time,memory,disk,merge,bytes",
     base: Annotated[
@@ -57,7 +60,10 @@ def bench_pack(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     to: Annotated[Path | None, typer.Option(help="Folder for the table, with provenance.")] = None,
 ) -> None:
-    """The pack engine beside a textbook implementation of the paper's scheme: ratios within one run."""
+    """The pack engine beside a textbook implementation of the paper's scheme, its own past, and others' methods.
+
+    Every comparison is a ratio within one run. Parts on real deltas go on where they were stopped.
+    """
     measure = _benchmark("pack")
     from cl_graft.bench.table import markdown, write
 
@@ -67,10 +73,32 @@ def bench_pack(
         )
     pairs = [(base, folder) for folder in tuned or ()]
     tell = partial(typer.echo, err=True)
-    figures = measure(names(only), data_dir, threads, tell, pairs, previous)
+    with interruptible():
+        figures = measure(names(only), data_dir, threads, tell, pairs, previous)
     typer.echo(json.dumps(figures, indent=1) if json_ else markdown(figures))
     if to is not None:
         write(figures, to, [shlex.join(["cl-graft", *sys.argv[1:]])])
+
+
+@app.command("deltas")
+def bench_deltas(
+    data_dir: DataDir = None,
+    steps: Annotated[str, typer.Option(help="Of training, comma-separated.")] = "12,300",
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Tune SmolLM2-135M on SST-2 for so many steps and keep what it becomes, for `bench pack`; goes on when stopped."""
+    measure = _benchmark("deltas")
+
+    counts = [integer(text, "--steps") for text in names(steps)]
+    found = measure(counts, data_dir, lambda what: typer.echo(what, err=True))
+    if json_:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for row in found:
+        typer.echo(
+            f"{row['tuned']}: {row['delta']}, loss {row['loss']:.3f}, {row['size']:.2e} of the base, "
+            f"{row['seconds']:.0f} s"
+        )
 
 
 @app.command("plan")

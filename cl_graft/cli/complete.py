@@ -28,8 +28,13 @@ def strategy(incomplete: str) -> Offered:
 
 
 def model(incomplete: str) -> Offered:
-    """Complete the name of one embedded model."""
+    """Complete the name of one embedded or published model."""
     return _fitting(incomplete, _models())
+
+
+def published(incomplete: str) -> Offered:
+    """Complete the name of one model that a command fetches."""
+    return _fitting(incomplete, _published())
 
 
 def scenarios(incomplete: str) -> Offered:
@@ -68,7 +73,13 @@ def _plugins(kind: str) -> Offered:
 def _models() -> Offered:
     from cl_graft.models.embedded import SPECS
 
-    return [(name, spec.about) for name, spec in SPECS.items()]
+    return [(name, spec.about) for name, spec in SPECS.items()] + _published()
+
+
+def _published() -> Offered:
+    from cl_graft.models.published import PUBLISHED
+
+    return [(name, entry.about) for name, entry in PUBLISHED.items()]
 
 
 def _fitting(incomplete: str, known: Iterable[tuple[str, str]]) -> Offered:

@@ -60,9 +60,12 @@ def _plugins(kind: str, which: list[str] | None) -> Iterator[tuple[str, str, str
 
 def _models() -> Iterator[tuple[str, str, str]]:
     from cl_graft.models.embedded import SPECS
+    from cl_graft.models.published import PUBLISHED, command
 
     for name, spec in SPECS.items():
         yield name, "embedded", spec.about
+    for name, entry in PUBLISHED.items():
+        yield name, "a registry", f"{entry.about}, {entry.licence}; by `{command(name)}`"
     yield "FOLDER", "a disk", "a Hugging Face causal LM on this machine"
     yield "owner/model", "the hub", "a Hugging Face causal LM on the hub"
 

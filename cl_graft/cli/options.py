@@ -178,7 +178,7 @@ def _read(name: str, field: FieldInfo, typed: Any) -> Any:
     kind, flag = field.annotation, _flag(name)
     if get_origin(kind) is list:
         parts = names(str(typed))
-        return [_integer(part, flag) for part in parts] if kind == list[int] else parts
+        return [integer(part, flag) for part in parts] if kind == list[int] else parts
     if get_origin(kind) is dict:
         return dict(_pair(text, flag) for text in typed)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -186,7 +186,8 @@ def _read(name: str, field: FieldInfo, typed: Any) -> Any:
     return typed
 
 
-def _integer(text: str, flag: str) -> int:
+def integer(text: str, flag: str) -> int:
+    """The integer that was typed for an option. Raises CLGraftError."""
     try:
         return int(text)
     except ValueError:

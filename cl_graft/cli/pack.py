@@ -60,6 +60,12 @@ def create(
     layout: Annotated[
         str | None, typer.Option(help="Of graftllm_adaptive's codes: small (default) or fast.")
     ] = None,
+    solver: Annotated[
+        str,
+        typer.Option(
+            help="cl-graft, or auto-gptq: the GPTQ class of auto-gptq 0.7.1, for --method graftllm."
+        ),
+    ] = "cl-graft",
     task: Annotated[str, typer.Option(help="Name of the skill, for the header.")] = "delta",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     lossless: Annotated[
@@ -74,13 +80,13 @@ def create(
     from cl_graft.cli.progress import bars, interruptible
     from cl_graft.skillpack.compress.create import Calibration
     from cl_graft.skillpack.compress.create import create as create_pack
-    from cl_graft.skillpack.compress.policy import read_policy
+    from cl_graft.skillpack.compress.policy import read_policy, solved_by
     from cl_graft.skillpack.compress.text import calibration_batches
     from cl_graft.skillpack.folders.checkpoint import Checkpoint
     from cl_graft.skillpack.folders.tuned import tuned_checkpoint
     from cl_graft.store.digests import peak_memory_mb
 
-    options = read_policy(method, policy, layout)
+    options = solved_by(read_policy(method, policy, layout), solver)
     if prefix not in ("tuned", "compressed"):
         raise UnknownName("prefix", prefix, ["tuned", "compressed"])
     text = None

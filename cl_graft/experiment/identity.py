@@ -13,7 +13,7 @@ from typing import Any
 from cl_graft import plugins
 from cl_graft.config import RunConfig
 from cl_graft.experiment.prepare import scenario_of
-from cl_graft.models import corpus, embedded
+from cl_graft.models import corpus, embedded, published
 from cl_graft.models.load import FILES
 from cl_graft.store.digests import data_fingerprint, digest
 from cl_graft.store.source_files import digest_of
@@ -50,6 +50,8 @@ def inputs(config: RunConfig) -> dict[str, Files]:
     if spec := embedded.SPECS.get(config.model):
         if spec.corpus == "data" and config.data_dir and config.data_dir.is_dir():
             digests["model"] = {"text to train the model on": digest(corpus.texts(config.data_dir))}
+    elif entry := published.PUBLISHED.get(config.model):
+        digests["model"] = {"GGUF that the model is made from": entry.sha256}
     elif (folder := Path(config.model)).is_dir():
         files = sorted({file for kind in FILES for file in folder.glob(kind)})
         digests["model"] = {str(file): digest_of(file) for file in files}

@@ -91,7 +91,10 @@ def _gguf(folder: Path) -> str | None:
     found = next(iter(sorted(folder.glob("*.gguf"))), None)
     if not found:
         return None
-    return f"{found} is for llama.cpp; give the Hugging Face folder that it was made from."
+    return (
+        f"{found} is for llama.cpp; give the Hugging Face folder that it was made from, or make one: "
+        f"`cl-graft models import {found} --out NEW`."
+    )
 
 
 def _bin(folder: Path) -> str | None:

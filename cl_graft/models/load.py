@@ -1,4 +1,4 @@
-"""Loading a model by the embedded model's name, a local folder, or a hub id. Remote code is never run."""
+"""Loading a model by an embedded or fetched one's name, a local folder, or a hub id. Remote code is never run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_graft.errors import CLGraftError, UnknownName, first_line
-from cl_graft.models import embedded
+from cl_graft.models import embedded, published
 from cl_graft.models.weights import CheckpointError, check_folder, weights
 
 if TYPE_CHECKING:
@@ -25,21 +25,31 @@ def locate(
 ) -> str:
     """The folder or hub id behind a model's name; an embedded model is trained now if need be. Raises as `check`."""
     check(name)
-    return str(embedded.obtain(name, data_dir, progress)) if name in embedded.SPECS else name
+    if name in embedded.SPECS:
+        return str(embedded.obtain(name, data_dir, progress))
+    return str(folder_of(name) or name)
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder of a model that is not embedded; None for a hub id. Raises NotFetched for one that is yet to be."""
+    if name in published.PUBLISHED:
+        return published.located(name)
+    return Path(name) if Path(name).is_dir() else None
 
 
 def check(name: str) -> None:
-    """Raises UnknownName for a name that is neither embedded, nor a folder, nor shaped like `owner/model`.
+    """Raises UnknownName for a name that is neither of a model here, nor a folder, nor shaped like `owner/model`.
 
-    Raises CLGraftError for a folder that is not there, CheckpointError for one that is no model's, is not whole, or can
-    be read in two ways. Nothing is asked of the hub.
+    Raises CLGraftError for a folder that is not there, NotFetched for a published model, CheckpointError for a folder
+    that is no model's, is not whole, or can be read in two ways. Nothing is asked of the hub.
     """
     if name in embedded.SPECS:
         return
-    if Path(name).is_dir():
-        check_folder(Path(name))
+    if folder := folder_of(name):
+        check_folder(folder)
     elif "/" not in name:
-        raise UnknownName("model", name, embedded.SPECS, "a model's folder or hub id")
+        known = [*embedded.SPECS, *published.PUBLISHED]
+        raise UnknownName("model", name, known, "a model's folder or hub id")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CLGraftError(
             f"there is no folder {name}; give a Hugging Face model folder, a hub id, or an embedded model's name."
@@ -53,7 +63,7 @@ def reach(name: str) -> None:
     A model whose configuration is in the cache is not asked for; the weights are loaded later.
     """
     check(name)
-    if name in embedded.SPECS or Path(name).is_dir():
+    if name in embedded.SPECS or folder_of(name):
         return
     from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
 
@@ -96,8 +106,8 @@ def without_weights(name: str, data_dir: Path | None = None) -> PreTrainedModel 
     check(name)
     if name in embedded.SPECS:
         return embedded.without_weights(name, data_dir)
-    if Path(name).is_dir():
-        return meta_model(name).model
+    if folder := folder_of(name):
+        return meta_model(folder).model
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=True)
     except Exception:  # of many kinds; `load` says what is wrong once it has asked the hub

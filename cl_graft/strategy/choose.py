@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from cl_graft.skillpack.codecs import Encoded, decode
 from cl_graft.skillpack.format.file import SkillPack
-from cl_graft.strategy.context import validation
+from cl_graft.strategy.context import Context, validation
 from cl_graft.task import Task
 
 if TYPE_CHECKING:
@@ -31,4 +32,25 @@ def validation_loss(strategy: Strategy, packs: Sequence[SkillPack], task: Task) 
     batches = validation(model, strategy.tokenizer, task, SIZE)
     losses = [model(**batch).loss.item() for batch in batches]
     model.train(training)
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def kept_loss(context: Context, tensors: Mapping[str, Encoded]) -> float:
+    """Loss on the validation of the task just learned under what a method would keep: the start plus these tensors.
+
+    The model holds the same weights afterwards as before.
+    """
+    model, held = context.model, {}
+    for name, parameter in model.named_parameters():
+        held[name] = parameter.detach().clone()
+        parameter.copy_(context.start[name])
+        if name in tensors:
+            parameter.add_(decode(tensors[name]).to(parameter))
+    training = model.training
+    model.eval()
+    losses = [model(**batch).loss.item() for batch in context.validation(SIZE)]
+    model.train(training)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(held[name])
     return sum(losses) / len(losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,6 +104,11 @@ class Context:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{parameter name: shape}; known before there are any weights."""
         return {name: tuple(weight.shape) for name, weight in self.start.items()}
+
+    def seed_of(self, name: str) -> int:
+        """48 bits of the run's seed and a parameter's name, for what is drawn at random parameter by parameter."""
+        drawn = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=6)
+        return int.from_bytes(drawn.digest(), "big")
 
     def require_fit(self, tensors: Mapping[str, Encoded]) -> None:
         """Raises OverBudget if the tensors cost more than the budget."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from cl_graft.ranges import Count, NotNegative, Part, Share
 from cl_graft.skillpack.codecs import Encoded, Spec, dense_spec
 from cl_graft.skillpack.compress.calibrate import stored_transposed
 from cl_graft.skillpack.compress.compress import compress
-from cl_graft.skillpack.compress.planned import fitting
+from cl_graft.skillpack.compress.planned import fitting, require_solver
 from cl_graft.skillpack.compress.policy import Paper, Policy, Profile
 from cl_graft.skillpack.compress.work import ByteLimit, Piece, fetch
 from cl_graft.skillpack.compress.work_store import Item
@@ -34,6 +34,7 @@ from cl_graft.strategy.forms import compressor
 
 def possible(context: Context, policy: Paper) -> None:
     """Refuse a policy of which what it must keep, whatever a task teaches, is over the budget. Raises OverBudget."""
+    require_solver(policy, pieces(context.model, {}, context.roles))
     if holds(context, policy):
         return
     # the nearest value, in parts of what the option counts in
@@ -103,10 +104,12 @@ def graftllm(
     activation_aware: bool = False,
     refit: bool = False,
     calibration_batches: Count = 8,
+    solver: Literal["cl-graft", "auto-gptq"] = "cl-graft",
 ) -> dict[str, Encoded]:
     """The paper's policy. alpha: share of embedding and head entries kept. beta: share of the energy that MLP ranks
     keep. rank: most ranks of an attention matrix. The paper gives none of the three: where they are None one scale for
     all is lowered until the pack fits. activation_aware, refit: parts of the adaptive policy, to see what each adds.
+    solver: what quantises the factors, ours or the GPTQ class of auto-gptq 0.7.1, which the released code is built on.
     """
     return packed(delta, context, Paper(**own_options(Paper, locals())), calibration_batches)
 

@@ -28,6 +28,7 @@ ORDER = list(DTYPES)
 MOST = 1 << 48
 # the others store matrices
 ANY_SHAPE = ("dense", "exact", "mask", "sparse", "sign_scale", "coded", "lossless")
+ANY_SHAPE += ("sparse_codebook", "seeded_sparse")
 MANTISSA = {"F32": 23, "BF16": 7, "F16": 10}
 STACKS = ("low_rank_stack",)  # of matrices
 JSON = ["config.json", "generation_config.json", "tokenizer_config.json"]
@@ -200,15 +201,54 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
         "sign_scale": set(),
         "mask": set(),
         "lossless": {"dtype", "bytes"} | ({"rows", "gap"} & set(meta)),
+        "sign_scales": {"axis"},
+        "sparse_codebook": {"bits", "kept"} | ({"gap"} & set(meta)),
+        "seeded_sparse": {"dtype", "kept", "seed", "rate"},
+        "sparse_low_rank": {"dtype", "rank", "left", "right"},
+        "sign_low_rank": {"grid", "signs"},
+        "quantized_product": {"groups"},
+        "dct_patches": {"patch", "bits"},
     }
     must(codec in wanted and set(meta) == wanted[codec], "codec or meta")
     must(len(shape) == (3 if codec in STACKS else 2) or codec in ANY_SHAPE, "no matrix")
     if codec in ("dense", "exact"):
         return {"values": (dtype, shape)}
     if codec == "sparse":
-        width, count = meta.get("gap", [1, numel])
-        index = stream_bytes(whole(count, 0, numel), whole(width, 1, 48))
+        index = index_bytes(meta.get("gap"), numel)
         return {"values": (dtype, [whole(meta["kept"], 0, numel)]), "index": ("U8", [index])}
+    if codec == "sparse_codebook":
+        bits, kept = whole(meta["bits"], 1, 8), whole(meta["kept"], 0, numel)
+        index = index_bytes(meta.get("gap"), numel)
+        codes = stream_bytes(kept, bits)
+        return {"levels": ("F32", [1 << bits]), "codes": ("U8", [codes]), "index": ("U8", [index])}
+    if codec == "seeded_sparse":
+        whole(meta["seed"])
+        mean = numel * whole(meta["rate"], 1 << 41) / (1 << 48)
+        kept = whole(meta["kept"], 0, numel)
+        must(abs(kept - mean) <= 8 * math.sqrt(mean) + 8, "kept")
+        return {"values": (dtype, [kept])}
+    if codec == "sign_scales":
+        scales = shape[whole(meta["axis"], 0, 1)]
+        return {"signs": ("U8", [stream_bytes(numel, 1)]), "scales": ("BF16", [scales])}
+    if codec == "sparse_low_rank":
+        parts = {}
+        rank = whole(meta["rank"], 0, max(shape))
+        for side, cols in zip(("left", "right"), shape, strict=True):
+            kept, *gap = meta[side]
+            must(len(gap) in (0, 2), "gap")
+            parts[side] = (dtype, [whole(kept, 0, rank * cols)])
+            parts[f"{side}_index"] = ("U8", [index_bytes(gap or None, rank * cols)])
+        return parts
+    if codec == "dct_patches":
+        side, kinds = whole(meta["patch"], 1, 256), meta["bits"]
+        patches = -(-shape[0] // side) * -(-shape[1] // side)
+        must(1 <= len(kinds) <= 8 and sum(whole(n) for _, n in kinds) == patches, "patches")
+        codes = [stream_bytes(n * side * side, whole(k, 0, 8)) for k, n in kinds]
+        return {
+            "kinds": ("U8", [stream_bytes(patches, kind_bits(kinds))]),
+            "codes": ("U8", [sum(codes)]),
+            "scales": ("BF16", [sum(n for k, n in kinds if k)]),
+        }
     if codec in ("low_rank", "low_rank_stack"):
         *stack, rows, cols = shape
         rank = whole(meta["rank"])
@@ -246,7 +286,13 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
     grids = grids_of(codec, shape, meta)
     codes = sum(1 + stream_bytes(r * c + r * -(-c // s), k) for r, c, k, s in grids)
     scales = sum(r * -(-c // s) for r, c, _, s in grids)
-    return {"codes": ("U8", [codes]), "scales": ("F16", [scales])}
+    parts = {"codes": ("U8", [codes]), "scales": ("F16", [scales])}
+    if codec == "sign_low_rank":
+        rank, *sizes = meta["signs"]
+        groups = [-(-n // whole(size, 1)) for n, size in zip(shape, sizes, strict=True)]
+        parts["signs"] = ("U8", [stream_bytes(whole(rank) * sum(shape), 1)])
+        parts["sizes"] = ("BF16", [rank * sum(groups)])
+    return parts
 
 
 def grids_of(codec: str, shape: list[int], meta: dict[str, Any]) -> list[tuple[int, ...]]:
@@ -255,12 +301,13 @@ def grids_of(codec: str, shape: list[int], meta: dict[str, Any]) -> list[tuple[i
     if codec == "quantized":
         grids = [(rows, cols, meta["bits"], meta["group_size"])]
     else:
-        must(len(meta["groups"]) <= 64, "rank groups")
-        grids = [
-            grid
-            for rank, bits, left, right in meta["groups"]
-            for grid in ((whole(rank), rows, bits, left), (whole(rank), cols, bits, right))
-        ]
+        groups = [meta["grid"]] if codec == "sign_low_rank" else meta["groups"]
+        must(len(groups) <= 64, "rank groups")
+        grids = []
+        for rank, bits, left, right in groups:
+            turned = codec == "quantized_product"
+            sizes = (rows, whole(rank)) if turned else (whole(rank), rows)
+            grids += [(*sizes, bits, left), (rank, cols, bits, right)]
     for _, _, bits, group in grids:
         must(type(bits) is int and bits in (2, 3, 4, 5, 6, 8), "bits")
         whole(group, 1)
@@ -296,12 +343,44 @@ def decode(codec: str, shape: list[int], meta: dict[str, Any], parts: dict[str, 
         return found.reshape(shape)
     if codec == "mask":
         return unpack(parts["bits"], numel, 1).astype("<f4").reshape(shape)
+    if codec == "sparse_codebook":
+        places = positions(parts["index"], meta.get("gap"), numel)
+        must(len(places) == meta["kept"], "kept")
+        flat = np.zeros(numel, np.float32)
+        flat[places] = parts["levels"][unpack(parts["codes"], meta["kept"], meta["bits"])]
+        return flat.reshape(shape)
+    if codec == "seeded_sparse":
+        places = seeded(meta["seed"], meta["rate"], numel)
+        must(len(places) == meta["kept"], "kept")
+        flat = np.zeros(numel, np.float32)
+        flat[places] = parts["values"]
+        return flat.reshape(shape)
+    if codec == "sign_scales":
+        signs = unpack(parts["signs"], numel, 1).astype(bool).reshape(shape)
+        scales = np.expand_dims(parts["scales"], 1 - meta["axis"])
+        return np.where(signs, scales, -scales)
+    if codec == "sparse_low_rank":
+        factors = []
+        for side, cols in zip(("left", "right"), shape, strict=True):
+            kept, *gap = meta[side]
+            places = positions(parts[f"{side}_index"], gap or None, meta["rank"] * cols)
+            must(len(places) == kept, "kept")
+            flat = np.zeros(meta["rank"] * cols, np.float32)
+            flat[places] = parts[side]
+            factors.append(flat.reshape(meta["rank"], cols))
+        return product(factors[0].T, factors[1], shape)
+    if codec == "dct_patches":
+        return patches(shape, meta, parts)
     if codec == "sign_scale":
         signs = unpack(parts["signs"], numel, 1).astype(bool)
         return np.where(signs, parts["scale"], -parts["scale"]).reshape(shape)
     grids = dequantized(parts["codes"], parts["scales"], grids_of(codec, shape, meta))
     if codec == "quantized":
         return grids[0]
+    if codec == "quantized_product":
+        grids[::2] = [left.T for left in grids[::2]]
+    if codec == "sign_low_rank":
+        grids += signed(parts["signs"], parts["sizes"], shape, meta["signs"])
     pairs = zip(grids[::2], grids[1::2], strict=True)
     return sum((product(left.T, right, shape) for left, right in pairs), np.zeros(shape, "f4"))
 
@@ -480,6 +559,57 @@ def tables_of(data: list[int]) -> list[tuple[int, tuple[int, list[int]]]]:
         tables.append((first, (token, np.cumsum([0, *shares]).tolist())))
         data = data[3 + count :]
     return tables
+
+
+def seeded(seed: int, rate: int, numel: int) -> Array:
+    """The positions that a seed keeps."""
+    x = np.arange(1, numel + 1, dtype="u8") * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return np.flatnonzero((x ^ x >> np.uint64(31)) >> np.uint64(16) < np.uint64(rate))
+
+
+def signed(signs: Array, sizes: Array, shape: list[int], said: list[int]) -> list[Array]:
+    """Factors (rank, out) and (rank, in) kept by signs."""
+    rank, *groups = said
+    bits, found = unpack(signs, rank * sum(shape), 1), []
+    for cols, group in zip(shape, groups, strict=True):
+        count = rank * -(-cols // group)
+        scale = sizes[:count].reshape(rank, -(-cols // group))[:, np.arange(cols) // group]
+        found.append(np.where(bits[: rank * cols].reshape(rank, cols) == 1, scale, -scale))
+        bits, sizes = bits[rank * cols :], sizes[count:]
+    return found
+
+
+def kind_bits(kinds: list[Any]) -> int:
+    return max(1, (len(kinds) - 1).bit_length())
+
+
+def patches(shape: list[int], meta: dict[str, Any], parts: dict[str, Array]) -> Array:
+    """The matrix of patches that are kept by their cosine transforms."""
+    side, said = meta["patch"], meta["bits"]
+    down, across = (-(-n // side) for n in shape)
+    kinds = unpack(parts["kinds"], down * across, kind_bits(said))
+    place = np.arange(side)
+    cosines = np.cos(np.pi / side * (place[None] + 0.5) * place[:, None]) * np.sqrt(2 / side)
+    cosines[0] = np.sqrt(1 / side)
+    found = np.zeros((down * across, side, side))
+    codes, scales = parts["codes"], parts["scales"]
+    for kind, (bits, count) in enumerate(said):
+        must(int((kinds == kind).sum()) == count, "patches of a kind")
+        if bits:
+            size = stream_bytes(count * side * side, bits)
+            steps = unpack(codes[:size], count * side * side, bits) - (2**bits - 1) / 2
+            found[kinds == kind] = scales[:count, None, None] * steps.reshape(-1, side, side)
+            codes, scales = codes[size:], scales[count:]
+    found = cosines.T @ found @ cosines
+    whole = found.reshape(down, across, side, side).swapaxes(1, 2)
+    return whole.reshape(down * side, across * side)[: shape[0], : shape[1]].astype("<f4")
+
+
+def index_bytes(gap: list[int] | None, numel: int) -> int:
+    width, count = gap or (1, numel)
+    return stream_bytes(whole(count, 0, numel), whole(width, 1, 48))
 
 
 def product(left: Array, right: Array, shape: list[int]) -> Array:

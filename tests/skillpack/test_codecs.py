@@ -48,6 +48,23 @@ def test_sizes_by_hand() -> None:
         codecs.mask(mask): 800,
         codecs.exact(x.double()): 8 * 6400,
         codecs.exact(torch.tensor(3)): 8,
+        codecs.quantized_product([(grid(100, 2, 2, 2, 0), pair[1])], (100, 64)): 1
+        + 75
+        + 1
+        + 33
+        + 2 * (100 + 2),
+        codecs.sign_scales(x, 0): 800 + 2 * 100,
+        codecs.sign_scales(x, 1): 800 + 2 * 64,
+        codecs.sparse_codebook(mask.byte(), mask, torch.arange(8.0)): 4 * 8 + 24 + 56,
+        codecs.sparse_low_rank(torch.eye(3, 64), torch.eye(3, 8)): 2 * (3 + 3) + 3 + 2,
+        codecs.sign_low_rank(pair, (x.T[:5], x[:5]), 50): 1
+        + 51
+        + 1
+        + 33
+        + 2 * (4 + 2)
+        + 103
+        + 2 * 5 * (2 + 2),
+        codecs.dct_patches(x, 16, [3, 0], [8, 20]): 4 + 8 * 256 * 3 // 8 + 2 * 8,
     }
     assert [codecs.payload_bytes(*e.spec) for e in sizes] == list(sizes.values())
 
@@ -147,6 +164,26 @@ def test_bad_arguments_are_refused() -> None:
         lambda: codecs.quantized_low_rank([(q, grid(2, 6, 4, 4, 0))], (6, 6)),
         lambda: codecs.quantized_low_rank([(q, grid(3, 6, 3, 4, 0))], (6, 6)),
         lambda: codecs.quantized_low_rank([(q, q)] * 65, (6, 6)),
+        lambda: codecs.quantized_product([(q, q)], (2, 6)),
+        lambda: codecs.quantized_product([(grid(6, 2, 4, 2, 0), q)], (6, 6)),
+        lambda: codecs.sign_scales(x, 2),
+        lambda: codecs.sign_scales(x[0], 0),
+        lambda: codecs.sign_scales(x, 0, torch.ones(6)),
+        lambda: codecs.sign_scales(x * math.inf, 0),
+        lambda: codecs.sparse_codebook(x.byte(), mask, torch.ones(2)),
+        lambda: codecs.sparse_codebook(x.byte(), mask.T, torch.ones(3)),
+        lambda: codecs.sparse_codebook(2 * x.byte(), mask.T, torch.ones(2)),
+        lambda: codecs.sparse_codebook(x.byte(), mask.T, torch.ones(2) * math.nan),
+        lambda: codecs.sparse_low_rank(x, x[:3]),
+        lambda: codecs.sparse_low_rank(x * math.nan, x),
+        lambda: codecs.sign_low_rank((q, q), (x, x.T), 4),
+        lambda: codecs.sign_low_rank((q, grid(2, 6, 4, 4, 0)), (x, x), 4),
+        lambda: codecs.seeded_sparse(x, -1, 1 << 48),
+        lambda: codecs.seeded_sparse(x, 1, 1 << 40),
+        lambda: codecs.seeded_sparse(x * math.nan, 1, 1 << 48),
+        lambda: codecs.dct_patches(x, 2, [2, 0], [3, 2]),
+        lambda: codecs.dct_patches(x, 2, [9], [6]),
+        lambda: codecs.dct_patches(x * math.nan, 2, [2], [6]),
     ):
         with pytest.raises(ValueError):
             encode()
@@ -196,6 +233,30 @@ SPECS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("coded", (2, 2), {"kept": 1, "columns": 0, "layout": "fast", "bytes": 0, "gap": None}),
     ("coded", (2, 2), {"kept": 1, "columns": 0, "layout": ["fast"], "bytes": 0}),
     ("sign_scale", (2, 2), {"scale": 1}),
+    ("sign_scales", (2, 2), {}),
+    ("sign_scales", (2, 2), {"axis": 2}),
+    ("sign_scales", (2, 2), {"axis": True}),
+    ("sign_scales", (2,), {"axis": 0}),
+    ("sparse_codebook", (2, 2), {"bits": 0, "kept": 1}),
+    ("sparse_codebook", (2, 2), {"bits": 9, "kept": 1}),
+    ("sparse_codebook", (2, 2), {"bits": 1, "kept": 5}),
+    ("seeded_sparse", (2, 2), {"dtype": "F32", "kept": 1, "seed": 1, "rate": (1 << 48) + 1}),
+    ("seeded_sparse", (2, 2), {"dtype": "F32", "kept": 1, "seed": 1, "rate": (1 << 41) - 1}),
+    ("seeded_sparse", (1 << 40,), {"dtype": "F32", "kept": 9, "seed": 1, "rate": 1 << 42}),
+    ("quantized_product", (2, 2), {"groups": [[1, 7, 4, 4]]}),
+    ("quantized_product", (2, 2), {"groups": [[0, 4, 4, 4]] * 65}),
+    ("sign_low_rank", (2, 2), {"grid": [1, 2, 4, 4], "signs": [1, 4]}),
+    ("sign_low_rank", (2, 2), {"grid": [1, 1, 4, 4], "signs": [1, 4, 4]}),
+    ("sign_low_rank", (2, 2), {"grid": [1, 2, 4, 4], "signs": [1, 0, 4]}),
+    ("sparse_low_rank", (2, 2), {"dtype": "F32", "rank": 3, "left": [0], "right": [0]}),
+    ("sparse_low_rank", (2, 2), {"dtype": "F32", "rank": 1, "left": [0, 1], "right": [0]}),
+    ("sparse_low_rank", (2, 2), {"dtype": "F32", "rank": 1, "left": [3], "right": [0]}),
+    ("dct_patches", (2, 2), {"patch": 2, "bits": [[1, 2]]}),
+    ("dct_patches", (2, 2), {"patch": 257, "bits": [[1, 1]]}),
+    ("dct_patches", (2, 2), {"patch": 0, "bits": [[1, 1]]}),
+    ("dct_patches", (2, 2), {"patch": 2, "bits": [[9, 1]]}),
+    ("dct_patches", (2, 2), {"patch": 2, "bits": []}),
+    ("dct_patches", (2, 2), {"patch": 2, "bits": [[0, 1]] + [[0, 0]] * 8}),
     ("mask", (2, 2), {"dtype": "U8"}),
     ("mask", (1 << 30, 1 << 30), {}),
     ("lossless", (2, 2), {"dtype": "F64", "bytes": [0, 0, 0]}),
@@ -231,7 +292,7 @@ def test_what_a_refusal_quotes_is_cut_short() -> None:
         assert len(str(error.value)) < 300
     with pytest.raises(UnknownCodec) as unknown:
         codecs.layout("zip" * 10**6, (2,), {})
-    assert len(str(unknown.value)) < 300
+    assert len(str(unknown.value)) < 100 + sum(len(f"{name}, ") for name in CODECS) + 100
 
 
 def one_of_each() -> dict[str, Encoded]:
@@ -252,6 +313,19 @@ def one_of_each() -> dict[str, Encoded]:
         "mask": codecs.mask(x > 0),
         "exact": codecs.exact(x.double()),
         "lossless": codecs.lossless(x, x.bfloat16()),
+        "quantized_product": codecs.quantized_product(
+            [(grid(6, 2, 3, 4, 0), grid(2, 7, 3, 4, 1))], (6, 7)
+        ),
+        "sign_scales": codecs.sign_scales(x, 1),
+        "sparse_codebook": codecs.sparse_codebook(
+            (x > 0).byte() * 2, torch.arange(42).view(6, 7) % 4 == 0, torch.arange(4) - 1.5
+        ),
+        "seeded_sparse": codecs.seeded_sparse(x, 5, 1 << 46),
+        "sparse_low_rank": codecs.sparse_low_rank(torch.eye(2, 6), x[:2]),
+        "sign_low_rank": codecs.sign_low_rank(
+            (grid(1, 6, 3, 4, 0), grid(1, 7, 3, 4, 1)), (x[:3, :6], x[:3]), 4
+        ),
+        "dct_patches": codecs.dct_patches(x, 3, [3, 1, 0], [1, 3, 2]),
     }
 
 
@@ -274,7 +348,20 @@ def test_parts_other_than_the_layouts_are_refused(codec: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "codec", ["sparse", "quantized", "quantized_low_rank", "sign_scale", "mask"]
+    "codec",
+    [
+        "sparse",
+        "quantized",
+        "quantized_low_rank",
+        "sign_scale",
+        "mask",
+        "quantized_product",
+        "sign_scales",
+        "sparse_codebook",
+        "sparse_low_rank",
+        "sign_low_rank",
+        "dct_patches",
+    ],
 )
 def test_a_stray_bit_after_packed_values_is_refused(codec: str) -> None:
     encoded = one_of_each()[codec]
@@ -310,6 +397,39 @@ def test_finite_finds_any_bad_value(bad: float) -> None:
                 part.view(-1)[-1] = old
 
 
+def test_the_positions_of_a_seed_are_those_of_splitmix64() -> None:
+    """The first numbers of seed 1234567, as Rosetta Code has them for every language."""
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    x = torch.arange(1.0, 6.0)
+    for rate in (1 << 46, 1 << 47, 3 << 46, 1 << 48):
+        kept = [n if drawn >> 16 < rate else 0 for n, drawn in enumerate(published, 1)]
+        assert codecs.decode(codecs.seeded_sparse(x, 1234567, rate)).tolist() == kept
+
+
+def test_a_seed_must_keep_as_many_as_there_are_values() -> None:
+    encoded = codecs.seeded_sparse(normal((40, 30), 0), 5, 1 << 46)
+    with pytest.raises(ValueError, match="the seed keeps"):
+        codecs.decode(dataclasses.replace(encoded, meta=encoded.meta | {"seed": 6}))
+
+
+def test_patches_come_back_at_the_edges_too_and_the_largest_have_the_most_bits() -> None:
+    x = normal((10, 13), 0)
+    x[4:8, 8:12] *= 50
+    encoded = codecs.dct_patches(x, 4, [8, 0], [1, 11])
+    found = codecs.decode(encoded)
+    assert (found[4:8, 8:12] - x[4:8, 8:12]).norm() < 0.02 * x[4:8, 8:12].norm()
+    found[4:8, 8:12] = 0
+    assert not found.any()
+    whole = codecs.decode(codecs.dct_patches(x, 4, [8], [12]))
+    assert (whole - x).norm() < 0.02 * x.norm()
+
+
 # bits of weights
 
 
@@ -328,6 +448,16 @@ STORED: dict[
     "exact": (64 * 42, 64 * 42),
     "mask": (0, 42),
     "lossless": (16 * 42, 8 * sum(one_of_each()["lossless"].meta["bytes"])),
+    "quantized_product": (3 * 2 * (6 + 7), 3 * (12 + 6 + 14 + 4) + 16 * (6 + 4)),
+    "sign_scales": (42, 42 + 16 * 7),
+    "sparse_codebook": (2 * 11, 32 * 4 + 2 * 11 + math.log2(math.comb(42, 11))),
+    "seeded_sparse": (16 * 12, 16 * 12),
+    "sparse_low_rank": (16 * (2 + 14), 16 * (2 + 14) + math.log2(math.comb(12, 2))),
+    "sign_low_rank": (
+        (3 + 3) * (6 + 7),
+        3 * (6 + 2 + 7 + 2) + 16 * 4 + 3 * (6 + 7) + 16 * 3 * (2 + 2),
+    ),
+    "dct_patches": (9 * (3 + 3), 9 * (3 + 3) + 16 * 4 + math.log2(60)),  # 6! / (1! 3! 2!) ways
 }
 
 

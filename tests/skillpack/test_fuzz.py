@@ -83,6 +83,15 @@ def tensors() -> dict[str, Encoded]:
         "bits": codecs.lossless(x, x.bfloat16()),
         "rows.bits": codecs.lossless(torch.where(wide, 1.0, 0.5).half(), torch.full((40, 30), 0.5)),
         "experts": codecs.low_rank_stack(x[:4, :3].reshape(2, 2, 3), x[:, :5].reshape(2, 3, 5)),
+        "rows.weight": codecs.sign_scales(x, 0),
+        "levels.weight": codecs.sparse_codebook((x > 0).byte(), x.abs() > 1, torch.ones(2)),
+        "drawn.weight": codecs.seeded_sparse(x, 5, 1 << 46),
+        "thin.weight": codecs.sparse_low_rank(x[:2, :6] * (x[:2, :6] > 0), x[:2]),
+        "signs.weight": codecs.sign_low_rank(pairs[1], (x[:3, :6], x[:3]), 4),
+        "product.weight": codecs.quantized_product(
+            [(round_to_nearest(x[:, :2], 3, 2), pairs[1][1])], (6, 8)
+        ),
+        "patches.weight": codecs.dct_patches(x, 3, [2, 0], [4, 2]),
     }
 
 
@@ -331,6 +340,23 @@ def strange_spec(shape: list[int], rng: random.Random) -> list[Any]:
             "dtype": rng.choice(["F32", "F16", "BF16"]),
             "bytes": [rng.choice(COUNTS), rng.choice(COUNTS), 4 * rng.choice(COUNTS)],
         },
+        "sign_scales": {"axis": rng.choice([0, 1, 2])},
+        "sparse_codebook": {"bits": rng.choice([1, 8, 9]), "kept": rng.choice(COUNTS)},
+        "seeded_sparse": {
+            "dtype": "F16",
+            "kept": rng.choice(COUNTS),
+            "seed": rng.choice(COUNTS),
+            "rate": rng.choice([1 << 41, 1 << 48]),
+        },
+        "sparse_low_rank": {
+            "dtype": "F16",
+            "rank": rng.choice(COUNTS),
+            "left": [rng.choice(COUNTS)],
+            "right": [0, rng.choice([1, 48]), rng.choice(COUNTS)],
+        },
+        "sign_low_rank": {"grid": group, "signs": [rng.choice(COUNTS), 1, 4]},
+        "quantized_product": {"groups": [group] * rng.choice([0, 1, 64])},
+        "dct_patches": {"patch": rng.choice([1, 256]), "bits": [[rng.choice([0, 8]), 1]]},
     }
     if rng.random() < 0.5:
         metas["lossless"] |= {"rows": rng.choice(COUNTS)}

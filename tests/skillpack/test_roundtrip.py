@@ -11,10 +11,12 @@ import math
 from fractions import Fraction
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.fft import idctn
 from torch import Tensor
 
 from cl_graft.skillpack import codecs
@@ -189,6 +191,16 @@ def reference(encoded: Encoded) -> list[Fraction]:
         for i, step, row in zip(alive, steps, matrix, strict=True):
             values |= {(i, j): row[j] * step * sizes[j] for j in range(n)}
         return list(values.values())
+    if encoded.codec == "seeded_sparse":
+        values = iter(floats(parts["values"], meta["dtype"]))
+        drawn = splitmix(meta["seed"], numel)
+        return [next(values) if z >> 16 < meta["rate"] else Fraction(0) for z in drawn]
+    if encoded.codec == "sparse_codebook":
+        levels, bits = floats(parts["levels"], "F32"), meta["bits"]
+        codes = packed(parts["codes"], meta["kept"], bits)
+        where = positions(parts["index"], meta.get("gap"), numel)
+        kept = {at: levels[code] for at, code in zip(where, codes, strict=True)}
+        return [kept.get(at, Fraction(0)) for at in range(numel)]
     rows, cols = encoded.shape
     if encoded.codec == "coded_low_rank":
         rank, scales = meta["rank"], floats(parts["scales"], "BF16")
@@ -207,17 +219,93 @@ def reference(encoded: Encoded) -> list[Fraction]:
             sum((left[i * rank + k] * right[k * cols + j] for k in range(rank)), Fraction(0))
             for i, j in places
         ]
+    if encoded.codec == "sign_scales":
+        signs, scales = packed(parts["signs"], numel, 1), floats(parts["scales"], "BF16")
+        pairs = zip(places, signs, strict=True)
+        return [scales[place[meta["axis"]]] * (1 if bit else -1) for place, bit in pairs]
+    if encoded.codec == "sparse_low_rank":
+        rank = meta["rank"]
+        left, right = (
+            spread(parts, meta, side, rank * n)
+            for side, n in zip(("left", "right"), (rows, cols), strict=True)
+        )
+        return product(left, right, rank, rows, cols)
+    if encoded.codec == "sign_low_rank":
+        return signed(parts, meta, rows, cols)
     codes, scales = parts["codes"], floats(parts["scales"], "F16")
     delta = dict.fromkeys(places, Fraction(0))
     if encoded.codec == "quantized":
         delta |= take_matrix(codes, scales, rows, cols, meta["bits"], meta["group_size"])
     for rank, width, left_size, right_size in meta.get("groups", []):
-        u = take_matrix(codes, scales, rank, rows, width, left_size)
+        if encoded.codec == "quantized_product":
+            turned = take_matrix(codes, scales, rows, rank, width, left_size)
+            u = {(k, i): value for (i, k), value in turned.items()}
+        else:
+            u = take_matrix(codes, scales, rank, rows, width, left_size)
         v = take_matrix(codes, scales, rank, cols, width, right_size)
         for (i, j), k in itertools.product(places, range(rank)):
             delta[i, j] += u[k, i] * v[k, j]
     assert not codes and not scales
     return [delta[place] for place in places]
+
+
+def splitmix(seed: int, count: int) -> list[int]:
+    """The first numbers of SplitMix64 from a seed, by its definition."""
+    found, wrap = [], 2**64 - 1
+    for _ in range(count):
+        seed = seed + 0x9E3779B97F4A7C15 & wrap
+        z = (seed ^ seed >> 30) * 0xBF58476D1CE4E5B9 & wrap
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & wrap
+        found.append(z ^ z >> 31)
+    return found
+
+
+def spread(parts: dict[str, Any], meta: dict[str, Any], side: str, numel: int) -> list[Fraction]:
+    """A sparse factor, row-major."""
+    where = positions(parts[f"{side}_index"], meta[side][1:] or None, numel)
+    kept = dict(zip(where, floats(parts[side], meta["dtype"]), strict=True))
+    return [kept.get(at, Fraction(0)) for at in range(numel)]
+
+
+def product(
+    left: list[Fraction], right: list[Fraction], rank: int, rows: int, cols: int
+) -> list[Fraction]:
+    """left.T @ right of factors (rank, rows) and (rank, cols)."""
+    return [
+        sum((left[k * rows + i] * right[k * cols + j] for k in range(rank)), Fraction(0))
+        for i, j in itertools.product(range(rows), range(cols))
+    ]
+
+
+def signed(parts: dict[str, Any], meta: dict[str, Any], rows: int, cols: int) -> list[Fraction]:
+    """The product of both pairs of factors of `sign_low_rank`."""
+    rank, bits, *sizes = meta["grid"]
+    codes, scales = parts["codes"], floats(parts["scales"], "F16")
+    high = [
+        take_matrix(codes, scales, rank, n, bits, size)
+        for n, size in zip((rows, cols), sizes, strict=True)
+    ]
+    lists = [
+        [found[k, i] for k in range(rank) for i in range(n)]
+        for found, n in zip(high, (rows, cols), strict=True)
+    ]
+    grid = product(lists[0], lists[1], rank, rows, cols)
+    low, *sizes = meta["signs"]
+    signs = packed(parts["signs"], low * (rows + cols), 1)
+    magnitudes, factors = floats(parts["sizes"], "BF16"), []
+    for n, size in zip((rows, cols), sizes, strict=True):
+        groups = math.ceil(n / size)
+        factors.append(
+            [
+                magnitudes[k * groups + i // size] * (1 if signs[k * n + i] else -1)
+                for k in range(low)
+                for i in range(n)
+            ]
+        )
+        signs, magnitudes = signs[low * n :], magnitudes[low * groups :]
+    assert not codes and not scales and not signs and not magnitudes
+    pairs = zip(grid, product(*factors, low, rows, cols), strict=True)
+    return [a + b for a, b in pairs]
 
 
 def agrees(encoded: Encoded, exact: bool = True) -> bool:
@@ -441,6 +529,109 @@ def test_mask(shape: tuple[int, ...], seed: int) -> None:
     x = normal(shape, seed) > 0
     encoded = codecs.mask(x)
     assert agrees(encoded) and torch.equal(codecs.decode(encoded), x.float())
+
+
+@few
+@given(shapes, st.integers(1, 8), seeds, st.floats(0, 1))
+def test_sparse_codebook(shape: tuple[int, ...], bits: int, seed: int, share: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=g)
+    mask, levels = torch.rand(shape, generator=g) < share, normal((2**bits,), seed)
+    encoded = codecs.sparse_codebook(codes, mask, levels)
+    assert agrees(encoded) and encoded.spec == codecs.sparse_codebook_spec(mask, bits)
+    assert torch.equal(codecs.decode(encoded), levels[codes.long()] * mask)
+
+
+@few
+@given(shapes, dtypes, st.integers(0, 1 << 48), st.integers(1 << 41, 1 << 48))
+def test_seeded_sparse(shape: tuple[int, ...], kept: torch.dtype, seed: int, rate: int) -> None:
+    x = normal(shape, 0)
+    encoded = codecs.seeded_sparse(x, seed, rate, kept)
+    assert agrees(encoded)
+    found = codecs.decode(encoded)
+    assert torch.equal(found[found != 0], x.to(kept).float()[found != 0])
+    if rate == 1 << 48:
+        assert encoded.meta["kept"] == x.numel()
+
+
+@few
+@given(matrices, st.integers(0, 1), dtypes, seeds)
+def test_sign_scales(shape: tuple[int, int], axis: int, source: torch.dtype, seed: int) -> None:
+    x = normal(shape, seed, source)
+    encoded = codecs.sign_scales(x, axis)
+    assert agrees(encoded) and encoded.spec == codecs.sign_scales_spec(shape, axis)
+    if x.numel():
+        wanted = x.float().abs().mean(1 - axis).bfloat16().float()
+        assert torch.equal(encoded.parts["scales"].float(), wanted)
+
+
+@few
+@given(matrices, st.integers(0, 4), dtypes, seeds, st.floats(0, 1))
+def test_sparse_low_rank(
+    shape: tuple[int, int], rank: int, kept: torch.dtype, seed: int, share: float
+) -> None:
+    rank, g = min(rank, max(shape)), torch.Generator().manual_seed(seed)
+    left, right = (
+        normal((rank, n), seed + n) * (torch.rand(rank, n, generator=g) < share) for n in shape
+    )
+    encoded = codecs.sparse_low_rank(left, right, kept)
+    assert agrees(encoded, exact=False)
+    assert encoded.spec == codecs.sparse_low_rank_spec(left != 0, right != 0, kept)
+
+
+@few
+@given(matrices, st.integers(0, 3), st.integers(0, 3), st.integers(1, 12), seeds)
+def test_sign_low_rank(shape: tuple[int, int], high: int, low: int, size: int, seed: int) -> None:
+    pair = tuple(grid(high, n, 2, size, seed + n) for n in shape)
+    factors = tuple(normal((low, n), seed + n) for n in shape)
+    encoded = codecs.sign_low_rank(pair, factors, size)
+    assert agrees(encoded, exact=False)
+    assert codecs.rank_of(encoded) == high + low
+
+
+@few
+@given(matrices, st.lists(rank_groups, max_size=3), seeds)
+def test_quantized_product(
+    shape: tuple[int, int], groups: list[tuple[int, int, int, int]], seed: int
+) -> None:
+    pairs = [
+        (grid(shape[0], rank, width, a, seed + i), grid(rank, shape[1], width, b, seed + 2 * i))
+        for i, (rank, width, a, b) in enumerate(groups)
+    ]
+    encoded = codecs.quantized_product(pairs, shape)
+    assert encoded.meta == {"groups": [list(group) for group in groups]}
+    assert agrees(encoded, exact=False)
+
+
+@few
+@given(filled, st.integers(1, 5), st.lists(st.integers(0, 8), min_size=1, max_size=4), seeds)
+def test_dct_patches(shape: tuple[int, int], side: int, bits: list[int], seed: int) -> None:
+    """Against SciPy's inverse transform of what the parts say, patch by patch."""
+    down, across = (math.ceil(n / side) for n in shape)
+    counts = [down * across // len(bits)] * len(bits)
+    counts[0] += down * across - sum(counts)
+    encoded = codecs.dct_patches(normal(shape, seed), side, bits, counts)
+    parts = {name: octets(part) for name, part in encoded.parts.items()}
+    kinds = packed(parts["kinds"], down * across, max(1, (len(bits) - 1).bit_length()))
+    codes, scales = parts["codes"], iter(floats(parts["scales"], "BF16"))
+    blocks = {}
+    for kind, width in enumerate(bits):
+        area, mine = side * side, [n for n, k in enumerate(kinds) if k == kind]
+        assert len(mine) == counts[kind]
+        used = math.ceil(len(mine) * area * width / 8)
+        steps = packed(codes[:used], len(mine) * area, width) if width else []
+        codes = codes[used:]
+        for n, patch in enumerate(mine):
+            scale = next(scales) if width else Fraction(0)
+            middle = Fraction(2**width - 1, 2)
+            values = [float(scale * (c - middle)) for c in steps[n * area : (n + 1) * area]]
+            blocks[patch] = np.array(values or [0.0] * area).reshape(side, side)
+    assert not codes and next(scales, None) is None
+    whole = np.block(
+        [[idctn(blocks[i * across + j], norm="ortho") for j in range(across)] for i in range(down)]
+    )
+    found = codecs.decode(encoded)
+    np.testing.assert_allclose(found.numpy(), whole[: shape[0], : shape[1]], atol=1e-6)
 
 
 @pytest.mark.parametrize("codec", ["dense", "sparse", "sign_scale"])

@@ -37,6 +37,7 @@ from cl_graft.skillpack.codecs.codec import (
 from cl_graft.skillpack.codecs.coded import coded
 from cl_graft.skillpack.codecs.coded_low_rank import coded_low_rank
 from cl_graft.skillpack.codecs.coded_rows import CodeLayout
+from cl_graft.skillpack.codecs.dct_patches import dct_patches, dct_patches_spec
 from cl_graft.skillpack.codecs.dense import dense, dense_spec
 from cl_graft.skillpack.codecs.encoded import (
     DTYPES,
@@ -62,8 +63,14 @@ from cl_graft.skillpack.codecs.quantized_low_rank import (
     quantized_low_rank,
     quantized_low_rank_spec,
 )
-from cl_graft.skillpack.codecs.sign_scale import sign_scale
+from cl_graft.skillpack.codecs.quantized_product import quantized_product, quantized_product_spec
+from cl_graft.skillpack.codecs.seeded_sparse import seeded_sparse, seeded_sparse_spec
+from cl_graft.skillpack.codecs.sign_low_rank import sign_low_rank, sign_low_rank_spec
+from cl_graft.skillpack.codecs.sign_scale import sign_scale, sign_scale_spec
+from cl_graft.skillpack.codecs.sign_scales import sign_scales, sign_scales_spec
 from cl_graft.skillpack.codecs.sparse import sparse, sparse_top
+from cl_graft.skillpack.codecs.sparse_codebook import sparse_codebook, sparse_codebook_spec
+from cl_graft.skillpack.codecs.sparse_low_rank import sparse_low_rank, sparse_low_rank_spec
 
 __all__ = [
     "CODECS",
@@ -90,6 +97,8 @@ __all__ = [
     "coded",
     "coded_low_rank",
     "codec_named",
+    "dct_patches",
+    "dct_patches_spec",
     "decode",
     "dense",
     "dense_spec",
@@ -114,13 +123,26 @@ __all__ = [
     "quantized",
     "quantized_low_rank",
     "quantized_low_rank_spec",
+    "quantized_product",
+    "quantized_product_spec",
     "rank_of",
     "register",
     "relaid",
     "restore",
     "rows",
+    "seeded_sparse",
+    "seeded_sparse_spec",
+    "sign_low_rank",
+    "sign_low_rank_spec",
     "sign_scale",
+    "sign_scale_spec",
+    "sign_scales",
+    "sign_scales_spec",
     "sparse",
+    "sparse_codebook",
+    "sparse_codebook_spec",
+    "sparse_low_rank",
+    "sparse_low_rank_spec",
     "sparse_top",
     "weight_bits",
 ]

@@ -92,7 +92,7 @@ class QuantizedLowRankCodec(Factored):
         for rank, bits, *sizes in encoded.meta["groups"]:
             for out, size in zip((left.T, right), sizes, strict=True):
                 grid = Grid(rank, out.shape[1], bits, size)
-                _fill(out[first : first + rank], codes[: grid.bytes], scales[: grid.scales], grid)
+                fill(out[first : first + rank], codes[: grid.bytes], scales[: grid.scales], grid)
                 codes, scales = codes[grid.bytes :], scales[grid.scales :]
             first += rank
 
@@ -114,7 +114,7 @@ def _grids(shape: tuple[int, ...], meta: Meta) -> list[Grid]:
     return each
 
 
-def _fill(out: Tensor, packed: Tensor, scales: Tensor, grid: Grid) -> None:
+def fill(out: Tensor, packed: Tensor, scales: Tensor, grid: Grid) -> None:
     """Write one matrix, a strip of rows at a time, with the operations of `Quantized.dequantize`."""
     stream, codes = packed[1:], grid.rows * grid.cols
     zero = packing.unpack_part(stream, codes, grid.scales, grid.bits).view(grid.groups).float()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_graft.skillpack.codecs import packing
 from cl_graft.skillpack.codecs.codec import Codec, register
-from cl_graft.skillpack.codecs.encoded import Encoded, Layout, Meta, fields, rounded
+from cl_graft.skillpack.codecs.encoded import Encoded, Layout, Meta, Spec, fields, rounded
 
 
 def sign_scale(x: Tensor, scale: float | None = None) -> Encoded:
@@ -26,7 +26,12 @@ def sign_scale(x: Tensor, scale: float | None = None) -> Encoded:
         scale = float(x.abs().double().mean()) if x.numel() else 0.0
     one = rounded(torch.tensor([scale], dtype=torch.float64), torch.float32, "the scale")
     parts = {"signs": packing.pack((x > 0).to(torch.uint8), 1), "scale": one}
-    return Encoded(SignScaleCodec.name, tuple(x.shape), {}, parts)
+    return Encoded(*sign_scale_spec(tuple(x.shape)), parts)
+
+
+def sign_scale_spec(shape: tuple[int, ...]) -> Spec:
+    """What `sign_scale` says of a tensor of this shape, before there is one."""
+    return SignScaleCodec.name, shape, {}
 
 
 @register

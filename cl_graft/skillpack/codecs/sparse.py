@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from cl_graft.skillpack.codecs import packing
+from cl_graft.skillpack.codecs import positions
 from cl_graft.skillpack.codecs.codec import Scattered, register
 from cl_graft.skillpack.codecs.encoded import (
     Encoded,
@@ -21,7 +21,6 @@ from cl_graft.skillpack.codecs.encoded import (
     dtype_of,
     fields,
     rounded,
-    whole,
 )
 
 
@@ -32,12 +31,9 @@ def sparse(x: Tensor, mask: Tensor, dtype: torch.dtype = torch.bfloat16) -> Enco
     """
     if mask.shape != x.shape or mask.dtype != torch.bool:
         raise ValueError(f"a mask for shape {tuple(x.shape)} is bool and of that shape.")
-    flat = mask.detach().cpu().reshape(-1)
-    positions = flat.nonzero().reshape(-1)
-    values = rounded(x.detach().cpu().reshape(-1)[positions], dtype, "the tensor")
-    gap, index = packing.pack_index(positions, flat.numel())
-    meta: Meta = {"dtype": dtype_name(dtype), "kept": positions.numel()}
-    meta |= {"gap": gap} if gap else {}
+    values = rounded(x.detach().cpu()[mask.detach().cpu()], dtype, "the tensor")
+    where, index = positions.store(mask)
+    meta: Meta = {"dtype": dtype_name(dtype), **where}
     return Encoded(SparseCodec.name, tuple(x.shape), meta, {"values": values, "index": index})
 
 
@@ -64,36 +60,25 @@ class SparseCodec(Scattered):
     name = "sparse"
 
     def layout(self, shape: tuple[int, ...], meta: Meta) -> Layout:
-        fields(meta, "dtype", "kept", *(["gap"] if "gap" in meta else []))
-        numel = math.prod(shape)
-        kept = whole(meta["kept"], "kept", 0, numel)
-        index = packing.packed_bytes(numel, 1)
-        if "gap" in meta:
-            index = packing.gap_bytes(meta["gap"], numel)
-        return {"values": (dtype_of(meta), (kept,)), "index": (torch.uint8, (index,))}
+        fields(meta, "dtype", *positions.names(meta))
+        kept, index = positions.layout(meta, math.prod(shape))
+        return {"values": (dtype_of(meta), (kept,)), "index": index}
 
     def check(self, encoded: Encoded) -> None:
         self.entries(encoded)
 
     def entries(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        numel = math.prod(encoded.shape)
-        positions = packing.unpack_index(encoded.parts["index"], encoded.meta.get("gap"), numel)
-        if positions.numel() != encoded.meta["kept"]:
-            raise ValueError(f"{positions.numel()} positions for {encoded.meta['kept']} values.")
-        return positions, encoded.parts["values"]
+        return positions.load(encoded), encoded.parts["values"]
 
     def decode(self, encoded: Encoded) -> Tensor:
-        positions, values = self.entries(encoded)
+        places, values = self.entries(encoded)
         x = torch.zeros(math.prod(encoded.shape))
-        x[positions] = values.float()
+        x[places] = values.float()
         return x.reshape(encoded.shape)
 
     def weight_bits(self, shape: tuple[int, ...], meta: Meta) -> int:
         return 16 * meta["kept"]
 
     def least_bits(self, shape: tuple[int, ...], meta: Meta) -> float:
-        """The values, and the logarithm of the number of ways to choose their positions: no index
-        can be shorter on average."""
-        numel, kept = math.prod(shape), meta["kept"]
-        ways = math.lgamma(numel + 1) - math.lgamma(kept + 1) - math.lgamma(numel - kept + 1)
-        return kept * 8 * dtype_of(meta).itemsize + ways / math.log(2)
+        kept = meta["kept"]
+        return kept * 8 * dtype_of(meta).itemsize + positions.least_bits(kept, math.prod(shape))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
 from cl_graft.errors import OverBudget
 from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse_top
+from cl_graft.skillpack.compress import auto_gptq
 from cl_graft.skillpack.compress.factorise import Factored, encode, spec_of
 from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.compress.policy import Paper, Plan, Profile, sparse_bytes
@@ -28,6 +30,7 @@ from cl_graft.skillpack.compress.work import (
 
 def planned(work: Work, policy: Paper) -> dict[str, Spec]:
     """Encode all pieces; results go into the work store. Raises OverBudget."""
+    require_solver(policy, work.pieces)
     profiles = _profiles(work)
     specs: dict[str, Spec] = {}
     for piece in work.pieces:
@@ -36,6 +39,12 @@ def planned(work: Work, policy: Paper) -> dict[str, Spec]:
     specs |= _tables(work, policy, profiles, specs)
     matrices = {name: p for name, p in profiles.items() if p.kind == "matrix"}
     return specs | _matrices(work, policy, fitting(policy, matrices, specs, work.limit))
+
+
+def require_solver(policy: Paper, pieces: Sequence[Piece]) -> None:
+    """Raise CLGraftError where the policy's solver is not installed, or not for these matrices."""
+    if policy.solver == "auto-gptq":
+        auto_gptq.require(p.name for p in pieces if p.kind == "matrix" and p.transposed)
 
 
 def _profiles(work: Work) -> dict[str, Profile]:
@@ -55,13 +64,14 @@ def fitting(
     policy: Paper, profiles: Mapping[str, Profile], fixed: Mapping[str, Spec], limit: ByteLimit
 ) -> Plan:
     """The largest plan that, with what is fixed, fits the limit; a table's bytes are estimated."""
+    spec = spec_of if policy.solver == "cl-graft" else auto_gptq.spec_of
 
     def left(plan: Plan) -> int:
         specs, about = dict(fixed), 0
         for name, profile in profiles.items():
             if profile.kind == "matrix" and plan.counts[name]:
                 rows, cols = profile.shape
-                specs[name] = spec_of(plan.counts[name], (rows, cols), policy.group_size)
+                specs[name] = spec(plan.counts[name], (rows, cols), policy.group_size)
             elif profile.kind == "table":
                 about += sparse_bytes(plan.top[name], prod(profile.shape))
         return limit.bytes - limit.cost(specs) - about
@@ -142,12 +152,17 @@ def _encoded(
         counts, delta = plan.counts[piece.name], work.delta(piece)
         found = work.directions.take(piece.name, delta, under, sum(counts.values()))
         items.append(Factored(delta, found, counts, piece.transposed))
+    options: dict[str, Any] = {
+        "group_size": policy.group_size,
+        "damping": policy.damping,
+        "act_order": policy.act_order,
+    }
+    if policy.solver == "auto-gptq":
+        return auto_gptq.encode(items, hessian, **options)
     return encode(
         items,
         hessian,
-        group_size=policy.group_size,
-        damping=policy.damping,
-        act_order=policy.act_order,
+        **options,
         aware=policy.activation_aware,
         refit=policy.refit,
     )

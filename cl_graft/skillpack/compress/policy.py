@@ -6,7 +6,7 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,7 @@ from cl_graft.skillpack.codecs.quant import BITS
 from cl_graft.skillpack.compress.factorise import Counts, damped, rank_for_energy
 
 Kind = Literal["matrix", "table", "vector"]
+SOLVERS = ("cl-graft", "auto-gptq")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Paper(Shared):
     that an MLP matrix's ranks keep. rank: most ranks of an attention matrix. The paper does not give the three: where
     they are None one scale for all is lowered until the pack fits. group_size: neighbours that share a scale and a
     zero. act_order: GPTQ takes the columns by falling diagonal of H. refit: least-squares refit of the left factors.
-    split: {bits: share of the ranks} (released code: 20/180/800 of 1000 ranks at 8/4/2 bits).
+    split: {bits: share of the ranks} (released code: 20/180/800 of 1000 ranks at 8/4/2 bits). solver: what quantises
+    the factors, ours or the class of auto-gptq 0.7.1 (auto_gptq.py).
     """
 
     alpha: float | None = None
@@ -108,6 +110,7 @@ class Paper(Shared):
     activation_aware: bool = False  # type: ignore[misc]
     refit: bool = False
     split: Mapping[int, float] = field(default_factory=lambda: {8: 0.02, 4: 0.18, 2: 0.80})
+    solver: str = "cl-graft"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +122,12 @@ class Paper(Shared):
         whole = abs(sum(split.values()) - 1) < 1e-6 and min(split.values(), default=-1) >= 0
         known = set(split) <= set(BITS)
         _require(whole and known, "split", self.split, f"shares of {BITS} bits that add up to 1")
+        _require(self.solver in SOLVERS, "solver", self.solver, " or ".join(SOLVERS))
+        if self.solver != "cl-graft":
+            plain = not (self.activation_aware or self.refit)
+            _require(
+                plain, "solver", self.solver, "cl-graft, or leave out activation_aware and refit"
+            )
         object.__setattr__(self, "split", split)
 
     def plan(self, profiles: Mapping[str, Profile], knob: float) -> Plan:
@@ -191,3 +200,14 @@ def read_policy(method: str, file: Path | None = None, layout: str | None = None
         return METHODS[method](**given)
     except (TypeError, ValueError) as error:
         raise BadPolicy(f"{file}: a value has the wrong type ({error}).") from error
+
+
+def solved_by(policy: Policy, solver: str) -> Policy:
+    """The policy with another solver. Raises UnknownName, and CLGraftError for a policy that has ours alone."""
+    if solver not in SOLVERS:
+        raise UnknownName("solver", solver, SOLVERS)
+    if solver == "cl-graft":
+        return policy
+    if not isinstance(policy, Paper):
+        raise CLGraftError(f"the solver {solver} is the paper's; add --method graftllm.")
+    return replace(policy, solver=solver)
