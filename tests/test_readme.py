@@ -86,7 +86,7 @@ def test_the_python_listing_has_ten_lines_at_most_and_runs(tmp_path):
 def test_every_command_line_of_the_readme_parses(line):
     """Options and commands exist: `--help` after the command is answered without an error."""
     words = line.split("#")[0].split()
-    command = words[1:3] if words[1] in ("pack", "cache", "transfer") else words[1:2]
+    command = words[1:3] if words[1] in ("pack", "cache", "transfer", "bench") else words[1:2]
     done = subprocess.run(
         [sys.executable, "-m", "cl_graft", *command, "--help"],
         capture_output=True,
