@@ -172,3 +172,21 @@ def test_a_kill_at_any_point_changes_no_byte_and_finished_work_is_not_done_again
     ]
     compress(watched, moments(), policy, within(int(0.12 * WHOLE)), whole)
     assert not touched
+
+
+@pytest.mark.parametrize("known", [moments(), Moments()], ids=["calibrated", "data-free"])
+def test_a_budget_beyond_all_use_keeps_what_there_is_and_hardly_more(known):
+    """Two ranks, as of an adapter, at as many bytes as nobody needs: the steps end where codes say everything."""
+    g = torch.Generator().manual_seed(2)
+    found = {
+        name: torch.randn(rows, 2, generator=g) @ torch.randn(2, cols, generator=g)
+        for name, ((rows, cols), _) in ((n, SHAPES[n]) for n in READS)
+    }
+    store = {}
+    specs = compress(pieces(found), known, Adaptive(), within(10**6), store)
+    for name, x in found.items():
+        assert specs[name][2]["rank"] in (
+            2,
+            3,
+        )  # the Gram matrix is float32, whose own noise may be a third
+        assert (decode(fetch(store, name)) - x).norm() < 0.01 * x.norm()
