@@ -276,8 +276,8 @@ def test_a_family_without_sdpa_is_loaded_too(family: str, tmp_path: Path) -> Non
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[family][0]()).eval()
     read, _ = load(str(saved(model, tmp_path / "model")))
-    plain = "llama" not in family
-    assert read.config._attn_implementation == ("eager" if plain else "sdpa")
+    known = type(model)._supports_sdpa  # of Gemma 2 before transformers 5.21
+    assert read.config._attn_implementation == ("sdpa" if known else "eager")
     rows = torch.tensor([[1, 5, 9]])
     with torch.no_grad():
         torch.testing.assert_close(read(rows).logits, model(rows).logits)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from cl_graft.bench.plan import MINI, TEXT, Case, compare, measured
@@ -63,8 +64,16 @@ def test_the_estimate_of_a_mixture_of_experts_is_what_the_allocator_sees():
     assert row["ratio"] == pytest.approx(1, abs=0.1)
 
 
+# before, OPT made its mask by a number that it read from the padding, which tensors without contents do not have
+TRACES_OPT = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_of_every_family_is_traced(family):
+    if "opt" in family and not TRACES_OPT:
+        with pytest.raises(CLGraftError, match="memory of SFT on a model of type 'opt' cannot be"):
+            estimate(FAMILIES[family][0](), replace(JOB, length=4))
+        return
     found = estimate(FAMILIES[family][0](), replace(JOB, length=4))
     assert found.activations > 0 and found.optimizer == 2 * found.gradients > 0
 
