@@ -65,15 +65,15 @@ def stochastic(x: Tensor, dtype: torch.dtype, seed: int, at: int | Tensor = 0) -
     return out.view(x.shape)
 
 
-def put(weight: Tensor, x: Tensor, seed: int, at: int | Tensor = 0) -> None:
-    """weight = x (float32, on its device), in place: rounded by `stochastic` where the dtype of weight is narrow."""
-    weight.copy_(stochastic(x, weight.dtype, seed, at) if weight.dtype in NARROW else x)
+def summed(x: Tensor, dtype: torch.dtype, seed: int, at: int | Tensor = 0) -> Tensor:
+    """A sum with a delta (float32 or float64) in `dtype`: by `stochastic` where that has 16 bits."""
+    return stochastic(x.float(), dtype, seed, at) if dtype in NARROW else x.to(dtype)
 
 
 def add(weight: Tensor, delta: Tensor, seed: int, at: int | Tensor = 0) -> None:
-    """weight += delta (float32, on its device), in place: `put` of their sum in float32, or in weight's wider dtype."""
+    """weight += delta (float32, on its device), in place: summed in float32, or in weight's wider dtype; `summed`."""
     if weight.dtype in NARROW:
-        put(weight, weight.float().add_(delta), seed, at)
+        weight.copy_(stochastic(weight.float().add_(delta), weight.dtype, seed, at))
     else:
         weight.add_(delta)
 
@@ -181,7 +181,7 @@ def _root(hessian: Tensor, damping: float) -> Tensor:
     """R (cols, cols), float32, upper triangular, R R^T = the Hessian + damping: sum_j |sum_(i<=j) D_i R_ij|^2 is the
     error of the outputs, so that a column can make up for all before it in its own term."""
     damped = hessian.to(torch.float64, copy=True)
-    mean = float(damped.diagonal().mean()) or 1.0
+    mean = float(damped.diagonal().abs().mean()) or 1.0
     damped.diagonal().add_(damping * mean)
     lower, failed = torch.linalg.cholesky_ex(damped.div_(mean).flip(0, 1))
     if failed or not lower.isfinite().all():

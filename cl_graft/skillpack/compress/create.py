@@ -35,6 +35,7 @@ from cl_graft.skillpack.folders.besides import joined, not_in_weights
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.skillpack.folders.pair import PairError, Pairing, add_rows, pair
 from cl_graft.skillpack.format.write import packed_size, write_pack
+from cl_graft.skillpack.rounding import seed_of, summed
 from cl_graft.version import __version__
 
 
@@ -231,7 +232,7 @@ def _compressed(pairing: Pairing, kept: set[str], store: Folder, name: str) -> T
     weight = decode(fetch(store, name)) if name in kept else torch.zeros(tuned.shape)
     if name in pairing.base.tensors:
         add_rows(weight, pairing.base.read(name))
-    return weight.to(tuned.dtype)
+    return summed(weight, tuned.dtype, seed_of([], name))
 
 
 def _check_disk(meta: MetaModel, folder: Path) -> None:
