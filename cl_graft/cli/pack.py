@@ -85,6 +85,8 @@ def create(
         )
     for note in created.notes:
         typer.echo(note)
+    if created.rounding:
+        print_rows(created.rounding, f"Rounding of the sums in {base}'s dtype")
     seconds = ", ".join(f"{kind} {value:.0f} s" for kind, value in created.seconds.items())
     typer.echo(
         f"{out}: {created.bytes:,} bytes of {created.limit:,} ({created.bytes / created.limit:.1%})."

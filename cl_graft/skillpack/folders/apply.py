@@ -163,7 +163,7 @@ def result(base: Checkpoint, pack: SkillPack, name: str, form: Form, record: Rec
         weight = rounded(summed(base, pack, name), dtype, form, record, name)
     if weight.is_floating_point() and not all_finite(weight):
         raise NonFinite(
-            f"tensor {name!r} overflows {dtype} under {pack.task!r}; use a wider dtype."
+            f"tensor {name!r} overflows {dtype} under {pack.task!r}; apply the pack with --dtype float32."
         )
     return weight
 
