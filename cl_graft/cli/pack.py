@@ -85,6 +85,8 @@ def create(
         )
     for note in created.notes:
         typer.echo(note)
+    if created.rounding:
+        print_rows(created.rounding, f"Rounding of the sums in {base}'s dtype")
     seconds = ", ".join(f"{kind} {value:.0f} s" for kind, value in created.seconds.items())
     typer.echo(
         f"{out}: {created.bytes:,} bytes of {created.limit:,} ({created.bytes / created.limit:.1%})."
@@ -192,12 +194,32 @@ def apply(
             "are taken instead of the base's."
         ),
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; none: the base's.")
+    ] = None,
+    rounding: Annotated[
+        str,
+        typer.Option(
+            help="Of sums with a delta in 16 bits: stochastic (the mean error is zero), nearest (loses small deltas), "
+            "or compensated (by what the layers compute on --calibration)."
+        ),
+    ] = "stochastic",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL of {text} or {prompt, completion} rows, for --rounding compensated."
+        ),
+    ] = None,
 ) -> None:
     """Write base + pack as a Hugging Face folder."""
+    from cl_graft.cli.form import calibrated, check_form
     from cl_graft.skillpack.folders.apply import apply_pack
 
+    asked = check_form(dtype, rounding, calibration)
     loaded, _ = _load(pack, base)
-    for note in apply_pack(base, loaded, out, tokenizer=tokenizer):
+    with calibrated(asked, calibration, base, loaded, out) as form:
+        notes = apply_pack(base, loaded, out, form=form, tokenizer=tokenizer)
+    for note in notes:
         typer.echo(note)
     typer.echo(f"{out}: {base} with task {loaded.task!r}.")
 

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -28,6 +28,7 @@ from cl_graft.models.roles import tied_head
 from cl_graft.skillpack.codecs import decode
 from cl_graft.skillpack.compress.calibrate import Batch, Moments
 from cl_graft.skillpack.compress.compress import ByteLimit, PackProgress, Piece, compress, fetch
+from cl_graft.skillpack.compress.dtype_cost import dtype_costs, told
 from cl_graft.skillpack.compress.policy import METHODS, Policy
 from cl_graft.skillpack.compress.stream import stream_moments
 from cl_graft.skillpack.compress.work_store import Folder, Item
@@ -35,6 +36,7 @@ from cl_graft.skillpack.folders.besides import joined, not_in_weights
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.skillpack.folders.pair import PairError, Pairing, add_rows, pair
 from cl_graft.skillpack.format.write import packed_size, write_pack
+from cl_graft.skillpack.rounding import seed_of, summed
 from cl_graft.version import __version__
 
 
@@ -54,12 +56,16 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Created:
-    """bytes: of the file. seconds: by kind of work, this run alone. notes: what a user should know."""
+    """bytes: of the file. seconds: by kind of work, this run alone. notes: what a user should know.
+
+    rounding: what the base's dtype costs the pack, rows by role (`DtypeCost.row`); none where it is no narrow one.
+    """
 
     bytes: int
     limit: int
     seconds: dict[str, float]
     notes: list[str]
+    rounding: list[dict[str, object]] = field(default_factory=list)
 
 
 def create(
@@ -128,10 +134,14 @@ def create(
                 pieces, renamed, policy, limit, store, device=device, progress=progress
             )
         weights = partial(_compressed, pairing, set(specs), store)
+    with _timed(seconds, "measure"):
+        kept = [(p.name, p.role, p.transposed) for p in pieces if p.name in specs]
+        costs = dtype_costs(before, kept, partial(fetch, store), renamed)
+        notes += [told(costs, before.dtype)] if costs else []
     with _timed(seconds, "write"):
         written = write_pack(out, specs, partial(fetch, store), **fields)
     shutil.rmtree(work, ignore_errors=True)
-    return Created(written, allowed.bytes, seconds, notes)
+    return Created(written, allowed.bytes, seconds, notes, [cost.row() for cost in costs])
 
 
 def _plain(policy: Policy) -> dict[str, Any]:
@@ -231,7 +241,7 @@ def _compressed(pairing: Pairing, kept: set[str], store: Folder, name: str) -> T
     weight = decode(fetch(store, name)) if name in kept else torch.zeros(tuned.shape)
     if name in pairing.base.tensors:
         add_rows(weight, pairing.base.read(name))
-    return weight.to(tuned.dtype)
+    return summed(weight, tuned.dtype, seed_of([], name))
 
 
 def _check_disk(meta: MetaModel, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Packs on checkpoint folders: base + pack as a new folder, and the check that a folder is just that.
 
-One tensor at a time, in the base's dtypes. `result` is the one place that says what base + pack is.
+One tensor at a time. `result` is the one place that says what base + pack is, form.py how it is rounded.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from cl_graft.skillpack.folders.checkpoint import (
     Specs,
     write_checkpoint,
 )
+from cl_graft.skillpack.folders.form import Form, Record, is_rounded, record_of, rounded
 from cl_graft.skillpack.folders.pair import (
     add_rows,
     all_finite,
@@ -32,6 +33,7 @@ from cl_graft.skillpack.format.errors import NonFinite, ShapeMismatch, SkillPack
 from cl_graft.skillpack.format.file import SkillPack
 
 Folder = str | os.PathLike[str]
+AS_BASE = Form()
 
 
 class NotGrafted(SkillPackError):
@@ -43,12 +45,15 @@ def apply_pack(
     pack: SkillPack,
     out_dir: Folder,
     *,
+    form: Form = AS_BASE,
     tokenizer: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[str]:
     """Write base + pack as a Hugging Face folder; returns a sentence for each thing adjusted.
 
-    Deltas are added in float32 and cast to the base's dtype. tokenizer: the folder from which the
+    Deltas are added in float32 and rounded as `form` says, by default stochastically to the base's dtype; tensors
+    without a delta stay as they are, or are rounded to nearest where the form has a narrower dtype. How it was done
+    is written to the folder's skillpack.json. tokenizer: the folder from which the
     tokenizer's files, chat template, end token and generation settings are taken; those, and all
     other files, are the base's otherwise. Raises WrongBase or ShapeMismatch before anything is
     written, NonFinite where a weight overflows its dtype, CheckpointError for the folders.
@@ -57,7 +62,9 @@ def apply_pack(
     check_base(base, pack)
     dropped = _dropped_head(base, pack)
     config, notes = _config(base, pack, dropped)
-    specs = _specs(base, pack, dropped)
+    if form.dtype is not None:
+        _set_dtype(config, str(form.dtype).removeprefix("torch."))
+    specs, record = _specs(base, pack, dropped, form), _record(pack, form)
     notes = [*base.notes, *notes]
     if tokenizer is not None:
         _take_ids(config, tokenizer, specs)
@@ -69,10 +76,11 @@ def apply_pack(
     write_checkpoint(
         out_dir,
         specs,
-        lambda name: result(base, pack, name),
+        lambda name: result(base, pack, name, form, record),
         base,
         config=config,
         tokenizer=tokenizer,
+        finish=record.write,
         max_shard_bytes=max_shard_bytes,
     )
     return notes
@@ -83,17 +91,31 @@ def remove_pack(
 ) -> int:
     """Check that a folder is base + pack bit for bit, and return how many tensors were compared.
 
-    Then, if `out_dir` is given, write the base's tensors there, bit for bit. Raises NotGrafted
-    naming the tensors that differ, and what `apply_pack` raises.
+    It may have any dtype, and be rounded in any way that its skillpack.json tells. Of tensors that calibration text
+    decided, the fingerprint is compared, and that each entry is a neighbour of its sum. Then, if `out_dir` is given,
+    write the base's tensors there, bit for bit. Raises NotGrafted naming the tensors that differ, and what `apply_pack`
+    raises.
     """
     base, grafted = Checkpoint(base_dir), Checkpoint(grafted_dir)
     check_base(base, pack)
-    specs = _specs(base, pack, _dropped_head(base, pack))
+    record = record_of(grafted.folder, pack)
+    form, dropped = Form(rounding=record.rounding), _dropped_head(base, pack)
+    specs = _specs(base, pack, dropped, form)
+    if any(n in specs and info.dtype != specs[n][0] for n, info in grafted.tensors.items()):
+        form = Form(grafted.dtype, record.rounding)
+        specs = _specs(base, pack, dropped, form)
     shapes = {name: (info.dtype, info.shape) for name, info in grafted.tensors.items()}
     differing = [name for name in specs if shapes.get(name) != specs[name]]
     differing += [name for name in shapes if name not in specs]
     for name in specs:
-        if name not in differing and not _identical(grafted.read(name), result(base, pack, name)):
+        if name in differing:
+            continue
+        found = grafted.read(name)
+        if name in record.fingerprints and name in pack.tensors:
+            same = is_rounded(found, summed(base, pack, name), record, name)
+        else:
+            same = _identical(found, result(base, pack, name, form, record))
+        if not same:
             differing.append(name)
     if differing:
         named = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
@@ -126,32 +148,50 @@ def check_base(base: Checkpoint, pack: SkillPack) -> None:
         )
 
 
-def result(base: Checkpoint, pack: SkillPack, name: str) -> Tensor:
-    """One tensor of base + pack, in the base's dtype; an added one in that of most of the base.
+def result(base: Checkpoint, pack: SkillPack, name: str, form: Form, record: Record) -> Tensor:
+    """One tensor of base + pack in the form's dtype; an added one in that of most of the base where it has none.
 
-    Of a tensor with another number of rows, rows that the base lacks count as zero there, and
-    surplus rows are cut. Raises NonFinite where the sum overflows the dtype.
+    record: has the seed, and takes what the form's calibration decided. Raises NonFinite where it overflows the dtype.
     """
+    before = base.dtype if name in pack.added else base.tensors[name].dtype
+    dtype = form.dtype_of(before)
     if name not in pack.tensors:
-        return base.read(name)
+        weight = base.read(name).to(dtype)
+        if dtype == before:
+            return weight
+    else:
+        weight = rounded(summed(base, pack, name), dtype, form, record, name)
+    if weight.is_floating_point() and not all_finite(weight):
+        raise NonFinite(
+            f"tensor {name!r} overflows {dtype} under {pack.task!r}; apply the pack with --dtype float32."
+        )
+    return weight
+
+
+def summed(base: Checkpoint, pack: SkillPack, name: str) -> Tensor:
+    """Base + delta of a tensor that the pack touches, float32, or float64 where the base is.
+
+    Of a tensor with another number of rows, rows that the base lacks count as zero there, and surplus rows are cut.
+    """
     weight = pack.delta(name)
-    dtype = base.dtype if name in pack.added else base.tensors[name].dtype
     if name not in pack.added:
         before = base.read(name)
         weight = weight.to(torch.promote_types(before.dtype, torch.float32))
         add_rows(weight, before)
-    weight = weight.to(dtype)
-    if not all_finite(weight):
-        raise NonFinite(f"tensor {name!r} overflows {dtype} under {pack.task!r}; use a wider base.")
     return weight
 
 
-def _specs(base: Checkpoint, pack: SkillPack, dropped: str | None) -> Specs:
+def _record(pack: SkillPack, form: Form) -> Record:
+    return Record(pack.task, pack.digest, pack.base, form.rounding)
+
+
+def _specs(base: Checkpoint, pack: SkillPack, dropped: str | None, form: Form) -> Specs:
     specs = {}
     for name, info in base.tensors.items():
         shape = pack.tensors[name].shape if name in pack.tensors else info.shape
-        specs[name] = (info.dtype, tuple(shape))
-    specs |= {name: (base.dtype, tuple(pack.tensors[name].shape)) for name in pack.added}
+        specs[name] = (form.dtype_of(info.dtype), tuple(shape))
+    added = form.dtype_of(base.dtype)
+    specs |= {name: (added, tuple(pack.tensors[name].shape)) for name in pack.added}
     specs.pop(dropped or "", None)
     return specs
 
@@ -204,6 +244,15 @@ def _set(config: dict[str, Any], key: str, value: object) -> None:
         text[key] = value
     if key in config or not (isinstance(text, dict) and key in text):
         config[key] = value
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Name a dtype wherever a config does, also within: transformers loads a model in it."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _set_dtype(value, dtype)
+        elif key in ("dtype", "torch_dtype") and value is not None:
+            config[key] = dtype
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:

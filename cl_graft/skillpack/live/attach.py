@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from cl_graft.skillpack import rounding
 from cl_graft.skillpack.codecs import Encoded, is_factored, is_scattered
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.skillpack.live.attachment_points import (
@@ -23,7 +24,7 @@ from cl_graft.skillpack.live.attachment_points import (
     find_attachment_points,
 )
 from cl_graft.skillpack.live.decode import Entries, Factors, entries, factors
-from cl_graft.skillpack.live.grafted import add, add_sparse, check_packs
+from cl_graft.skillpack.live.grafted import add, add_sparse, check_packs, seed_of
 
 Choice = tuple[int, ...]
 Choices = int | None | Choice | list[int | None | Choice]
@@ -212,14 +213,14 @@ class Attached:
         weight = self._parameters[name].detach().clone()
         held = self._held[packs[0]].get(name)
         if len(packs) == 1 and isinstance(held, Entries):
-            add_sparse(weight, *held)
+            add_sparse(weight, *held, seed_of([self.packs[packs[0]]], name))
         else:
             add(weight, name, [self.packs[k] for k in packs])
         return weight
 
     @torch.no_grad()
     def _looked_up(self, name: str, packs: list[int], ids: Tensor) -> Tensor:
-        """Rows `ids` of a table under these packs, summed in float32 and rounded once."""
+        """Rows `ids` of a table under these packs, summed in float32 and rounded as `Grafted` does."""
         base = self._parameters[name].detach()[ids]
         delta = torch.zeros(base.shape, device=base.device)
         for index in packs:
@@ -228,7 +229,10 @@ class Attached:
                 delta += self.packs[index].rows(name, ids.cpu()).to(base.device)
             else:
                 delta += held.rows(ids, base.shape[1])
-        return base.add_(delta)
+        cols = base.shape[1]
+        places = (ids * cols)[:, None] + torch.arange(cols, device=ids.device)
+        rounding.add(base, delta, seed_of([self.packs[k] for k in packs], name), places)
+        return base
 
 
 def _hold(encoded: Encoded, parameter: Tensor, multiplied: bool) -> Factors | Entries | None:

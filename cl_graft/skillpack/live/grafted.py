@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from cl_graft.skillpack import rounding
 from cl_graft.skillpack.codecs import is_factored, is_scattered
 from cl_graft.skillpack.format.file import (
     CorruptPack,
@@ -54,9 +55,11 @@ class Grafted:
         """Make `packs` the active ones; those active before are off.
 
         Weights are the untouched base plus `SkillPack.delta` of each pack in turn, summed in float32
-        and cast once, but where all deltas of a parameter are low-rank: see `add_low_rank`. The same
-        packs give the same bits every time. Raises WrongBase or ShapeMismatch before anything changes;
-        on any other error (NonFinite: a weight overflows) the model is the base again.
+        and rounded once, but where all deltas of a parameter are low-rank: see `add_low_rank`. In
+        bfloat16 and float16 they are rounded stochastically (rounding.py), seeded by the digests of
+        the packs that touch the parameter, in order: the same packs give the same bits every time.
+        Raises WrongBase or ShapeMismatch before anything changes; on any other error (NonFinite: a
+        weight overflows) the model is the base again.
         """
         packs = tuple(packs)
         if packs and [p.digest for p in packs] == [p.digest for p in self.active]:
@@ -102,7 +105,7 @@ class Grafted:
 
 
 def add(weight: Tensor, name: str, packs: Sequence[SkillPack]) -> None:
-    """weight, of the parameter `name`, += the sum of the packs' deltas, rounded once.
+    """weight, of the parameter `name`, += the sum of the packs' deltas, rounded once, by `rounding.add`.
 
     Raises CorruptPack where a tensor's parts do not fit its codec, NonFinite as `SkillPack.delta`.
     """
@@ -110,39 +113,53 @@ def add(weight: Tensor, name: str, packs: Sequence[SkillPack]) -> None:
     if packs and all(is_factored(pack.tensors[name]) for pack in packs):
         return add_low_rank(weight, name, packs)
     if len(packs) == 1 and is_scattered(packs[0].tensors[name]):
-        return add_sparse(weight, *_checked(entries, name, packs))
+        return add_sparse(weight, *_checked(entries, name, packs), seed_of(packs, name))
     delta = torch.zeros(weight.shape)
     for pack in packs:
         delta += pack.delta(name)
-    weight.add_(delta.to(weight.device))  # in the wider of both dtypes
+    seed, first = seed_of(packs, name), 0
+    rows, changes = torch.atleast_1d(weight), torch.atleast_1d(delta.to(weight.device))
+    for part, change in zip(rows.split(TILE), changes.split(TILE), strict=True):
+        rounding.add(part, change, seed, first)
+        first += part.numel()
+    return None
+
+
+def seed_of(packs: Sequence[SkillPack], name: str) -> int:
+    """The seed of a parameter's rounding under these packs, all of which touch it."""
+    return rounding.seed_of([pack.digest for pack in packs], name)
 
 
 def add_low_rank(weight: Tensor, name: str, packs: Sequence[SkillPack]) -> None:
     """weight (rows, cols) += left @ right of all packs, one product, at the speed of the hardware.
 
-    Where weight is bfloat16, so are the factors: each entry is rounded once (2**-8 of it at most), the
-    product is summed in float32 on top of the weight, and that is rounded once. An entry is then
-    within 2**-7 * sum_r |left| |right| of the reference before its own rounding; while deltas are
-    small beside the weights, this is far below that rounding. Other dtypes take float32 factors.
+    Where weight is bfloat16 and the CPU multiplies it, so are the factors and their product: each is rounded once
+    (2**-8 of it at most), and so a delta's entry is within 2**-7 * sum_r |left| |right| of the reference. The sum
+    with the weight is float32 and rounded as `rounding.add` does, which is many times as much. Other dtypes take
+    float32 factors and product.
     """
     narrow = weight.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
     left, right = _checked(lambda *parts: factors(parts, dtype), name, packs)
     left, right = left.to(weight.device), right.to(weight.device)
-    if narrow and weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        weight.addmm_(left, right)
-        return
-    left, right = left.float(), right.float()
-    room = right.new_empty(min(TILE, len(weight)), right.shape[1])
+    if not (
+        narrow and weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        left, right = left.float(), right.float()
+    room, seed = right.new_empty(min(TILE, len(weight)), right.shape[1]), seed_of(packs, name)
+    first = 0
     for part, factor in zip(weight.split(TILE), left.split(TILE), strict=True):
-        part.add_(torch.mm(factor, right, out=room[: len(part)]))
+        rounding.add(part, torch.mm(factor, right, out=room[: len(part)]), seed, first)
+        first += part.numel()
 
 
-def add_sparse(weight: Tensor, positions: Tensor, values: Tensor) -> None:
-    """weight += the values (kept,) at the positions (kept,), row-major; the others are not read."""
+def add_sparse(weight: Tensor, positions: Tensor, values: Tensor, seed: int) -> None:
+    """weight += the values (kept,) at the positions (kept,), row-major; the others are not read. seed: `seed_of`."""
     positions = positions.to(weight.device)
     flat = weight.view(-1)
-    flat[positions] = flat[positions].add_(values.to(weight.device).float())
+    there = flat[positions]
+    rounding.add(there, values.to(weight.device).float(), seed, positions)
+    flat[positions] = there
 
 
 def _checked(decode: Callable[..., Pair], name: str, packs: Sequence[SkillPack]) -> Pair:
