@@ -14,13 +14,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from hashlib import blake2b
+from importlib.util import find_spec
+from threading import Thread
 
+import numpy as np
 import torch
 from torch import Tensor
 
 NARROW = (torch.bfloat16, torch.float16)
 CHUNK = 1 << 15  # entries at a time on the CPU: what is held beside them stays in its cache
 GAMMA, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+COMPILED = find_spec("numba") is not None
+WORTH_COMPILING = 1 << 20  # entries: loading what is compiled takes as long as millions of them
 SMALLEST_NORMAL = 2.0**-14  # of float16
 
 
@@ -76,6 +81,63 @@ def add(weight: Tensor, delta: Tensor, seed: int, at: int | Tensor = 0) -> None:
         weight.copy_(stochastic(weight.float().add_(delta), weight.dtype, seed, at))
     else:
         weight.add_(delta)
+
+
+def total(base: Tensor, delta: Tensor, out: Tensor, seed: int, first: int = 0) -> bool:
+    """out = base + delta, rounded as `add` does; whether all of it is finite. On as many threads as torch has.
+
+    base, out: of one dtype; delta: of any; all of one shape and device. first: row-major position of the first entry in
+    the tensor that they are a part of. In one pass over memory where numba is installed and all are bfloat16.
+    """
+    if out.dtype not in NARROW or out.device.type != "cpu":
+        if out.dtype in NARROW:
+            out.copy_(stochastic(base.float().add_(delta), out.dtype, seed, first))
+        else:
+            torch.add(base, delta, out=out)
+        return all_finite(out)
+    flat = [x.detach().contiguous().view(-1) for x in (base, delta, out)]
+    narrow = all(x.dtype == torch.bfloat16 for x in flat) and first % 4 == 0
+    add_ = _add_compiled if narrow and out.numel() >= WORTH_COMPILING and COMPILED else _add_chunks
+    count, pieces = out.numel(), torch.get_num_threads() if out.numel() > 4 * CHUNK else 1
+    step = -(-count // (4 * pieces)) * 4
+    finite = [True] * pieces
+
+    def run(piece: int) -> None:
+        mine = [x[piece * step :][:step] for x in flat]
+        finite[piece] = add_(mine, seed, first + piece * step)
+
+    others = [Thread(target=run, args=(piece,)) for piece in range(1, pieces)]
+    for thread in others:
+        thread.start()
+    run(0)
+    for thread in others:
+        thread.join()
+    if not out.is_contiguous():
+        out.copy_(flat[2].view(out.shape))
+    return all(finite)
+
+
+def _add_chunks(flat: Sequence[Tensor], seed: int, first: int) -> bool:
+    base, delta, out = flat
+    finite = True
+    for start in range(0, len(out), CHUNK):
+        part = slice(start, start + CHUNK)
+        sums = base[part].float().add_(delta[part])
+        out[part] = stochastic(sums, out.dtype, seed, first + start)
+        finite = finite and all_finite(out[part])
+    return finite
+
+
+def _add_compiled(flat: Sequence[Tensor], seed: int, first: int) -> bool:
+    from cl_graft.skillpack import compiled
+
+    base, delta, out = (x.view(torch.uint16).numpy() for x in flat)
+    return compiled.add(base, delta, out, np.uint64(seed), np.uint64(first // 4)) < compiled.INFINITY
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: where one is, so is the sum, which takes one fast pass."""
+    return bool(torch.isfinite(x.sum()) or torch.isfinite(x).all())
 
 
 def neighbours(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

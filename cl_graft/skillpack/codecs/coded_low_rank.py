@@ -66,10 +66,11 @@ class CodedLowRankCodec(Factored, Relaid):
         return meta["rank"]
 
     def write_factors(self, encoded: Encoded, left: Tensor, right: Tensor) -> None:
-        """The scales go into the left factor: whole numbers up to 256 are exact in bfloat16, too."""
-        codes = _codes(encoded)
-        right.copy_(codes[0])
-        left.copy_(codes[1].T.float() * encoded.parts["scales"].float())
+        """The scales go into the smaller factor: the other holds whole numbers, up to 256 exact in bfloat16, too."""
+        scale, sizes = encoded.parts["scales"], _sizes(encoded.shape, encoded.meta)
+        rows, cols = encoded.shape
+        scales = [None, scale] if rows <= cols else [scale, None]
+        coded_rows.write_floats(encoded.parts, sizes, encoded.meta, scales, [right, left.T])
 
     def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
         right, left = _codes(encoded)
