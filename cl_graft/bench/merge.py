@@ -3,7 +3,7 @@
 The weights are those of one decoder layer: four 2048 x 2048 and three 2048 x 5632 matrices; of two such layers, 103 M
 parameters, where one pack is put in another's place. A pack holds `coded_low_rank`, its whole numbers of the spreads
 that a planner gives them (large ones for the first singular vectors, below two for most), its ranks chosen so that in
-its layout it is the given share of the weights' bytes in bfloat16. Random numbers: the time depends on their sizes only.
+its layout it is the given share of the weights' bytes in bfloat16. Random numbers: time depends on their sizes alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from cl_graft.skillpack.live.decode import factors
 from cl_graft.skillpack.live.grafted import Grafted
 
 SHAPES = ((2048, 2048),) * 4 + ((5632, 2048),) * 2 + ((2048, 5632),)
-SPREADS = {8.0: 0.1, 2.0: 0.3, 1.0: 0.6}  # share of the ranks at each standard deviation of their codes
+SPREADS = {
+    8.0: 0.1,
+    2.0: 0.3,
+    1.0: 0.6,
+}  # share of the ranks at each standard deviation of their codes
 TRIAL = 100  # ranks of which the bytes of one are told
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,7 +58,11 @@ def bench_merge(
     finally:
         torch.set_num_threads(before)
     numel = sum(p.numel() for p in model.parameters())
-    small = {"small_decode_s_per_100mb": 1e-3 * times["decode"] * 5e7 / numel} if layout == "small" else {}
+    small = (
+        {"small_decode_s_per_100mb": 1e-3 * times["decode"] * 5e7 / numel}
+        if layout == "small"
+        else {}
+    )
     return {
         "merge_over_product": times["merge"] / times["product"],
         "switch_over_merge": times["switch"] / times["merge"],
@@ -98,14 +106,18 @@ def _low_rank(
     """A random delta of about 5 % of the weights' size, in `share` of the matrix's bfloat16 bytes."""
     trial = _random(shape, TRIAL, layout, generator)
     of_rank = codecs.payload_bytes(*trial.spec) / TRIAL
-    return _random(shape, max(1, round(share * 2 * shape[0] * shape[1] / of_rank)), layout, generator)
+    return _random(
+        shape, max(1, round(share * 2 * shape[0] * shape[1] / of_rank)), layout, generator
+    )
 
 
 def _random(
     shape: tuple[int, int], rank: int, layout: CodeLayout, generator: torch.Generator
 ) -> Encoded:
     counts = [round(part * rank) for part in SPREADS.values()]
-    spreads = torch.tensor([s for s, n in zip(SPREADS, counts, strict=True) for _ in range(n)])[:rank]
+    spreads = torch.tensor([s for s, n in zip(SPREADS, counts, strict=True) for _ in range(n)])[
+        :rank
+    ]
     spreads = torch.cat([spreads, torch.ones(rank - len(spreads))])[:, None]
     left, right = (
         (torch.randn(rank, size, generator=generator) * spreads).round().to(torch.int16)

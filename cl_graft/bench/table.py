@@ -82,7 +82,9 @@ def _merge_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
         )
         if "small_decode_s_per_100mb" in run:
             name = "small_decode_s_per_100mb"
-            rows.append((name, f"{run[name]:.2f}", f"{told}; to factors, 100 MB of bfloat16 weights"))
+            rows.append(
+                (name, f"{run[name]:.2f}", f"{told}; to factors, 100 MB of bfloat16 weights")
+            )
             continue
         rows += [
             (name, f"{run[name]:.2f}", f"{told}; {run[of]:.0f} ms")

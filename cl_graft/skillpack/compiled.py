@@ -12,7 +12,7 @@ from numba import njit
 u16, u32, u64, f32 = np.uint16, np.uint32, np.uint64, np.float32
 # of SplitMix64
 GAMMA, FIRST, SECOND = u64(0x9E3779B97F4A7C15), u64(0xBF58476D1CE4E5B9), u64(0x94D049BB133111EB)
-INFINITY = u16(0x7F80)
+LARGEST = u32(0x7F7F0000)  # finite value of bfloat16
 
 
 @njit
@@ -29,37 +29,31 @@ def _wide(x):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _rounded(x, word, lane):  # type: ignore[no-untyped-def]
+def _rounded(bits, word, lane):  # type: ignore[no-untyped-def]
     chance = u32(u32(word >> u64(16 * lane)) & u32(0xFFFF))
-    bits = f32(x).view(u32)
-    size = u32(bits & u32(0x7FFFFFFF))
-    up = u32(bits + chance)
-    # beyond the largest finite value: to nearest; NaN stays NaN
-    nearest = u32(bits + u32(0x7FFF) + u32(u32(bits >> u32(16)) & u32(1)))
-    up = up if size <= u32(0x7F7F0000) else nearest
-    up = up if size <= u32(0x7F800000) else u32(0x7FC00000)
-    return u16(up >> u32(16))
+    return u16(u32(bits + chance) >> u32(16))
 
 
 @njit(nogil=True, cache=True)
 def add(base, delta, out, seed, first):  # type: ignore[no-untyped-def]
-    """out = base + delta, all bfloat16 as uint16 (n,); the largest magnitude of out, as its bits.
+    """out = base + delta, all bfloat16 as uint16 (n,); the largest magnitude of the sums, by the bits of a float32.
 
-    seed: uint64; first: number of the word of random bits that the first four entries take, uint64.
+    seed: uint64; first: number of the word of random bits that the first four entries take, uint64. Where the largest
+    is beyond LARGEST, out is not what it should be.
     """
-    largest = u16(0)
+    largest = u32(0)
     groups = len(out) // 4
     for group in range(groups):
         word = _word(seed, first + u64(group))
         for lane in range(4):
             i = 4 * group + lane
-            y = _rounded(f32(_wide(base[i]) + _wide(delta[i])), word, lane)
-            out[i] = y
-            largest = max(largest, u16(y & u16(0x7FFF)))
+            bits = f32(_wide(base[i]) + _wide(delta[i])).view(u32)
+            out[i] = _rounded(bits, word, lane)
+            largest = max(largest, u32(bits & u32(0x7FFFFFFF)))
     word = _word(seed, first + u64(groups))
     for lane in range(len(out) - 4 * groups):
         i = 4 * groups + lane
-        y = _rounded(f32(_wide(base[i]) + _wide(delta[i])), word, lane)
-        out[i] = y
-        largest = max(largest, u16(y & u16(0x7FFF)))
+        bits = f32(_wide(base[i]) + _wide(delta[i])).view(u32)
+        out[i] = _rounded(bits, word, lane)
+        largest = max(largest, u32(bits & u32(0x7FFFFFFF)))
     return largest

@@ -86,8 +86,9 @@ def add(weight: Tensor, delta: Tensor, seed: int, at: int | Tensor = 0) -> None:
 def total(base: Tensor, delta: Tensor, out: Tensor, seed: int, first: int = 0) -> bool:
     """out = base + delta, rounded as `add` does; whether all of it is finite. On as many threads as torch has.
 
-    base, out: of one dtype; delta: of any; all of one shape and device. first: row-major position of the first entry in
-    the tensor that they are a part of. In one pass over memory where numba is installed and all are bfloat16.
+    base, out: of one dtype, in memory of their own; delta: of any; all of one shape and device. first: row-major
+    position of the first entry in the tensor that they are a part of. In one pass over memory where numba is installed
+    and all are bfloat16.
     """
     if out.dtype not in NARROW or out.device.type != "cpu":
         if out.dtype in NARROW:
@@ -131,8 +132,10 @@ def _add_chunks(flat: Sequence[Tensor], seed: int, first: int) -> bool:
 def _add_compiled(flat: Sequence[Tensor], seed: int, first: int) -> bool:
     from cl_graft.skillpack import compiled
 
-    base, delta, out = (x.view(torch.uint16).numpy() for x in flat)
-    return compiled.add(base, delta, out, np.uint64(seed), np.uint64(first // 4)) < compiled.INFINITY
+    bits = [x.view(torch.uint16).numpy() for x in flat]
+    largest = compiled.add(*bits, np.uint64(seed), np.uint64(first // 4))
+    # what chance must not decide is rare, and decided anew
+    return largest <= compiled.LARGEST or _add_chunks(flat, seed, first)
 
 
 def all_finite(x: Tensor) -> bool:

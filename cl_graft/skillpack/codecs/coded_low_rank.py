@@ -34,7 +34,9 @@ def coded_low_rank(
     are rounded to bfloat16; shape: (out, in). Raises ValueError where they do not fit together.
     """
     if (left.shape, right.shape) != ((len(scales), shape[0]), (len(scales), shape[1])):
-        raise ValueError(f"factors {tuple(left.shape)} and {tuple(right.shape)} are not of {shape}.")
+        raise ValueError(
+            f"factors {tuple(left.shape)} and {tuple(right.shape)} are not of {shape}."
+        )
     parts, meta = coded_rows.write([right, left], layout)
     parts = {"scales": rounded(scales, torch.bfloat16, "a scale")} | parts
     return Encoded(CodedLowRankCodec.name, tuple(shape), {"rank": len(scales)} | meta, parts)

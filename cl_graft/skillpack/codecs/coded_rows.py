@@ -21,9 +21,7 @@ WIDTHS = (0, 2, 4, 8, 16)  # bits of a code in the layout "fast"
 Sizes = Sequence[tuple[int, int]]
 
 
-def write(
-    matrices: Sequence[Tensor], layout: CodeLayout
-) -> tuple[dict[str, Tensor], Meta]:
+def write(matrices: Sequence[Tensor], layout: CodeLayout) -> tuple[dict[str, Tensor], Meta]:
     """Parts `kinds` and `codes` of matrices of codes, int16 (rows, n) each, and what the meta says of them.
 
     Raises ValueError for a code beyond entropy.TOP.
@@ -43,7 +41,9 @@ def write(
 def layout_of(sizes: Sizes, meta: Meta) -> Layout:
     """The parts of matrices of these sizes. Raises ValueError on nonsense."""
     if meta["layout"] not in LAYOUTS:
-        raise ValueError(f"layout is {str(meta['layout'])[:40]!r}, not one of {', '.join(LAYOUTS)}.")
+        raise ValueError(
+            f"layout is {str(meta['layout'])[:40]!r}, not one of {', '.join(LAYOUTS)}."
+        )
     rows, codes = sum(size[0] for size in sizes), sum(size[0] * size[1] for size in sizes)
     # a code takes at most 24 bits, and the stack two words
     used = whole(meta["bytes"], "bytes", 0, 3 * codes + 8)

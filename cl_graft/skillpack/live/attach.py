@@ -212,7 +212,9 @@ class Attached:
         base = self._parameters[name].detach()
         weight, touching = torch.empty_like(base), [self.packs[k] for k in packs]
         changes = [
-            held if (held := self._held[k].get(name)) is not None else change(self.packs[k], name, base)
+            held
+            if (held := self._held[k].get(name)) is not None
+            else change(self.packs[k], name, base)
             for k in packs
         ]
         put(weight, base, changes, seed_of(touching, name))

@@ -19,7 +19,7 @@ from cl_graft.skillpack.format.file import (
 )
 from cl_graft.skillpack.live.decode import Entries, Factors, entries, factors, side_by_side
 
-TILE = 1 << 21  # entries of a product held at a time
+TILE = 1 << 24  # entries of a product held at a time
 
 
 class Grafted:
@@ -224,4 +224,3 @@ def check_packs(
                     f"tensor {name!r} of task {pack.task!r} has shape {shape}, but the "
                     f"model has {there}; load the base it was made on."
                 )
-
