@@ -48,6 +48,20 @@ def bench_rounding(data_dir: Path | None, samples: int = 128) -> dict[str, Any]:
     return {"deltas": [_delta(data_dir / "base", tuned, batches) for tuned in found]}
 
 
+def rounding_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of the benchmark's table."""
+    return [
+        (
+            f"lost, {found['delta']}, {row['how']}",
+            f"{row['lost']:.2g}",
+            f"KL {row['kl']:.3g} of {found['kl_base']:.3g} over {found['tokens']} tokens; {row['kept']:.1%} of the "
+            f"delta kept, which is {found['size']:.2g} of the weights",
+        )
+        for found in part["deltas"]
+        for row in found["rows"]
+    ]
+
+
 def _delta(base: Path, tuned: Path, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     pairing, parameters = pair(Checkpoint(base), Checkpoint(tuned)), dict(model.named_parameters())
