@@ -117,7 +117,7 @@ def _ways(measured: Moments) -> dict[str, Write]:
             hessian = measured.hessian(name)
             if hessian is None or hessian.ndim < 2 or before.ndim != 2:
                 return stochastic(before + change, dtype, seed(name))
-            return compensated(before + change, dtype, hessian)
+            return compensated(before + change, dtype, hessian, seed(name))
 
         return write
 

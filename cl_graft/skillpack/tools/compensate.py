@@ -51,7 +51,7 @@ def compensation(
 
         found = stream_moments(base, meta, batches, sink=keep, weights=read, progress=progress)
 
-        def rounded(name: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        def rounded(name: str, x: Tensor, dtype: torch.dtype, seed: int) -> Tensor | None:
             group = found.reads.get(meta.parameter_of(name) or "")
             if x.ndim != 2 or group is None or group not in store:
                 return None
@@ -59,7 +59,7 @@ def compensation(
             x = x.T if across else x
             if hessian.shape != (x.shape[1],) * 2:
                 return None
-            made = compensated(x, dtype, hessian)
+            made = compensated(x, dtype, hessian, seed)
             return made.T.contiguous() if across else made
 
         yield rounded
