@@ -129,7 +129,7 @@ def _to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
 def _to_float16(x: Tensor, bits: Tensor) -> Tensor:
     """As in bfloat16, of the 13 bits that float16 has less; below its normal numbers the spacing is that of the
     smallest ones, so entries are brought there by adding it and back again."""
-    shift = torch.where(x.abs() < SMALLEST_NORMAL, SMALLEST_NORMAL, 0.0).copysign_(x)
+    shift = (x.abs() < SMALLEST_NORMAL).to(x.dtype).mul_(SMALLEST_NORMAL).copysign_(x)
     whole = bits.bitwise_and_(0x1FFF).add_((x + shift).view(torch.int32)).bitwise_and_(~0x1FFF)
     return whole.view(torch.float32).sub_(shift).copysign_(x).to(torch.float16)
 
