@@ -107,7 +107,7 @@ def random_bits(count: int, seed: int, first: int, device: torch.device) -> Tens
 
 
 def random_bits_at(positions: Tensor, seed: int) -> Tensor:
-    """The same for positions (count,), int64, in any order."""
+    """16 random bits for each of the positions (count,), int64 and in any order: those of `random_bits`."""
     words = _splitmix(positions >> 2, seed)
     return (words >> 16 * (positions & 3)).bitwise_and_(0xFFFF).to(torch.int32)
 
@@ -127,8 +127,8 @@ def _to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def _to_float16(x: Tensor, bits: Tensor) -> Tensor:
-    """As in bfloat16, of the 13 bits that float16 has less; below its normal numbers the spacing is that of the
-    smallest ones, so entries are brought there by adding it and back again."""
+    """Round as to bfloat16, but by the 13 bits that float16 has less; below its normal numbers the spacing is that of
+    the smallest ones, so entries are brought there by adding it and back again."""
     shift = (x.abs() < SMALLEST_NORMAL).to(x.dtype).mul_(SMALLEST_NORMAL).copysign_(x)
     whole = bits.bitwise_and_(0x1FFF).add_((x + shift).view(torch.int32)).bitwise_and_(~0x1FFF)
     return whole.view(torch.float32).sub_(shift).copysign_(x).to(torch.float16)
