@@ -52,6 +52,7 @@ TESTED: dict[str, str] = {
     "cl_graft/store/record.py: choose another --out, or delete the folder to compute it anew.": "test_cures.py::test_another_out_or_a_deleted_folder",
     "cl_graft/skillpack/format/header.py: load the base in transformers, save it by save_pretrained(NEW, save_original_format=False), and give NEW.": "test_cli_pack.py::test_experts_that_a_folder_keeps_apart",
     "cl_graft/cli/pack.py: leave it out, or export --to peft.": "test_cures.py::test_a_rank_is_for_adapters",
+    "cl_graft/bench/rounding.py: give a --data-dir with the folder base, folders of models tuned from it, and text.jsonl.": "skillpack/test_rounding.py::test_the_benchmark_of_real_deltas",
     "cl_graft/cli/form.py: give both --rounding compensated and --calibration FILE, or neither.": "test_cli_form.py::test_compensated_rounding_by_calibration_text",
     "cl_graft/cli/run.py: `cl-graft sweep` runs several.": "test_cli_sweep.py::test_a_sweep_from_its_file_with_options_over_it",
     "cl_graft/cli/show.py: free space or copy the results elsewhere.": "test_cli.py::test_a_report_that_cannot_be_written",

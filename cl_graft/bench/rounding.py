@@ -23,9 +23,8 @@ from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.skillpack.folders.pair import pair
 from cl_graft.skillpack.rounding import compensated, seed_of, stochastic
 
-Write = Callable[
-    [str, Tensor, Tensor], Tensor
-]  # (parameter, base, delta) -> the sum as it was written
+# (parameter, base, delta) -> the sum as it was written
+Write = Callable[[str, Tensor, Tensor], Tensor]
 BF16, F16 = torch.bfloat16, torch.float16
 
 
@@ -33,9 +32,10 @@ def bench_rounding(data_dir: Path | None, samples: int = 128) -> dict[str, Any]:
     """{"deltas": figures of each tuned model}; for each way of writing it, a row.
 
     data_dir: holds the folder `base`, beside it folders of models tuned from it, and `text.jsonl`, rows of prompt and
-    completion, of which the first half of `samples` calibrates and the other half is answered. Of each row: kl, from
-    the tuned model's next-token distribution to that of the rounded one, mean over the completions' tokens; lost, kl
-    over that of the base; kept, the delta's projection on what was added, over the delta. Raises CLGraftError.
+    completion, of which one half of `samples` calibrates and the other half is answered. Of each row: kl, from the
+    tuned model's next-token distribution to that of the rounded one, mean over the completions' tokens, and on_prompts,
+    over the prompts'; lost and lost_on_prompts, these over those of the base; kept, the projection of what was added on
+    the delta, over the delta. Raises CLGraftError.
     """
     needed = data_dir / "text.jsonl" if data_dir else None
     if data_dir is None or needed is None or not needed.is_file():
@@ -48,6 +48,20 @@ def bench_rounding(data_dir: Path | None, samples: int = 128) -> dict[str, Any]:
     return {"deltas": [_delta(data_dir / "base", tuned, batches) for tuned in found]}
 
 
+def rounding_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of the benchmark's table."""
+    return [
+        (
+            f"lost, {found['delta']}, {row['how']}",
+            f"{row['lost']:.2g}",
+            f"KL {row['kl']:.3g} of {found['kl_base']:.3g} over {found['tokens']} tokens; {row['lost_on_prompts']:.2g} "
+            f"of it on prompts; {row['kept']:.1%} of the delta kept, which is {found['size']:.2g} of the weights",
+        )
+        for found in part["deltas"]
+        for row in found["rows"]
+    ]
+
+
 def _delta(base: Path, tuned: Path, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     pairing, parameters = pair(Checkpoint(base), Checkpoint(tuned)), dict(model.named_parameters())
@@ -58,36 +72,44 @@ def _delta(base: Path, tuned: Path, batches: list[dict[str, Tensor]]) -> dict[st
     delta = {name: pairing.delta(name) for name in start}
     text, asked = batches[::2], batches[1::2]  # sorted by length: halves of the same lengths
 
-    def answers(write: Write) -> tuple[Tensor, float, float]:
-        """Log-probabilities (tokens, vocabulary), the projection kept, and the seconds of writing."""
+    def answers(write: Write) -> tuple[list[Tensor], float, float]:
+        """Logits of each batch's tokens, the projection kept, and the seconds of writing."""
         begun = perf_counter()
         along = size = 0.0
         with torch.no_grad():
             for name, before in start.items():
                 parameters[name].copy_(write(name, before, delta[name]))
-                added = parameters[name].double() - before.double()
-                along += float((added * delta[name].double()).sum())
-                size += float(delta[name].double().square().sum())
+                added = parameters[name] - before
+                along += float((added * delta[name]).sum(dtype=torch.float64))
+                size += float(delta[name].square().sum(dtype=torch.float64))
         seconds = perf_counter() - begun
-        return _answers(model, asked), along / size, seconds
+        return [_logits(model, batch) for batch in asked], along / size, seconds
 
     truth, _, _ = answers(lambda name, before, change: before + change)
     measured = moments(model, text, gradients=False)
-    lost_all = _kl(truth, answers(lambda name, before, change: before)[0])
+    whole = _kl(truth, answers(lambda name, before, change: before)[0], asked)
     rows = []
     for how, write in _ways(measured).items():
         said, kept, seconds = answers(write)
-        kl = _kl(truth, said)
-        rows.append({"how": how, "kl": kl, "lost": kl / lost_all, "kept": kept, "seconds": seconds})
-    norm = {
-        k: sum(float(x.double().square().sum()) for x in t.values()) ** 0.5
-        for k, t in (("start", start), ("delta", delta))
-    }
+        kl, on_prompts = _kl(truth, said, asked)
+        rows.append(
+            {
+                "how": how,
+                "kl": kl,
+                "lost": kl / whole[0],
+                "on_prompts": on_prompts,
+                "lost_on_prompts": on_prompts / whole[1],
+                "kept": kept,
+                "seconds": seconds,
+            }
+        )
+    squares = [sum(float(x.double().square().sum()) for x in t.values()) for t in (delta, start)]
     return {
         "delta": tuned.name,
-        "size": norm["delta"] / norm["start"],
-        "kl_base": lost_all,
-        "tokens": len(truth),
+        "size": (squares[0] / squares[1]) ** 0.5,
+        "kl_base": whole[0],
+        "on_prompts_base": whole[1],
+        "tokens": sum(int(_asked(batch)[1].sum()) for batch in asked),
         "rows": rows,
     }
 
@@ -103,7 +125,7 @@ def _ways(measured: Moments) -> dict[str, Write]:
             hessian = measured.hessian(name)
             if hessian is None or hessian.ndim < 2 or before.ndim != 2:
                 return stochastic(before + change, dtype, seed(name))
-            return compensated(before + change, dtype, hessian)
+            return compensated(before + change, dtype, hessian, seed(name))
 
         return write
 
@@ -120,17 +142,28 @@ def _ways(measured: Moments) -> dict[str, Write]:
     }
 
 
-def _kl(truth: Tensor, said: Tensor) -> float:
-    return float((truth.exp() * (truth - said)).sum(1).mean())
+def _asked(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Positions that a token follows, bool (rows, length - 1), and of those, in order, whether it is a completion's."""
+    followed = batch["attention_mask"][:, 1:].bool()
+    return followed, (batch["labels"][:, 1:] != -100)[followed]
 
 
 @torch.no_grad()
-def _answers(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:
-    """Log-probabilities of the completions' tokens, float64 (tokens, vocabulary)."""
-    found = []
-    for batch in batches:
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        states = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-        logits = model.get_output_embeddings()(states[batch["labels"][:, 1:] != -100])
-        found.append(logits.double().log_softmax(-1))
-    return torch.cat(found)
+def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Float32 (tokens, vocabulary), of the positions that a token follows."""
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    states = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    return model.get_output_embeddings()(states[_asked(batch)[0]])
+
+
+def _kl(
+    truth: list[Tensor], said: list[Tensor], batches: list[dict[str, Tensor]]
+) -> tuple[float, float]:
+    """Mean over the completions' tokens, and over the prompts'."""
+    each, of_completion = [], []
+    for right, other, batch in zip(truth, said, batches, strict=True):
+        p, q = (x.double().log_softmax(-1) for x in (right, other))
+        each.append((p.exp() * (p - q)).sum(1))
+        of_completion.append(_asked(batch)[1])
+    kl, completion = torch.cat(each), torch.cat(of_completion)
+    return float(kl[completion].mean()), float(kl[~completion].mean())

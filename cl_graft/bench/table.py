@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cl_graft.bench.rounding import rounding_rows
 from cl_graft.store.digests import machine, versions
 from cl_graft.store.files import write_json, write_text
 
@@ -104,4 +105,5 @@ _ROWS = {
     "memory": _memory_rows,
     "merge": _merge_rows,
     "bytes": _bytes_rows,
+    "rounding": rounding_rows,
 }

@@ -37,7 +37,10 @@ def _benchmark(name: str) -> Callable[..., Any]:
 def bench_pack(
     data_dir: DataDir = None,
     only: Annotated[
-        str, typer.Option(help="Parts, comma-separated: error, time, memory, merge, bytes.")
+        str,
+        typer.Option(
+            help="Parts, comma-separated: error, time, memory, merge, bytes; rounding, of the models in --data-dir."
+        ),
     ] = "error,time,memory,merge,bytes",
     threads: Annotated[int, typer.Option(min=1, help="Of the computations.")] = 2,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,

@@ -172,7 +172,7 @@ def random_bits(count: int, seed: int, first: int, device: torch.device) -> Tens
 
 
 def random_bits_at(positions: Tensor, seed: int) -> Tensor:
-    """The same for positions (count,), int64, in any order."""
+    """16 random bits for each of the positions (count,), int64 and in any order: those of `random_bits`."""
     words = _splitmix(positions >> 2, seed)
     return (words >> 16 * (positions & 3)).bitwise_and_(0xFFFF).to(torch.int32)
 
@@ -192,9 +192,9 @@ def _to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def _to_float16(x: Tensor, bits: Tensor) -> Tensor:
-    """As in bfloat16, of the 13 bits that float16 has less; below its normal numbers the spacing is that of the
-    smallest ones, so entries are brought there by adding it and back again."""
-    shift = torch.where(x.abs() < SMALLEST_NORMAL, SMALLEST_NORMAL, 0.0).copysign_(x)
+    """Round as to bfloat16, but by the 13 bits that float16 has less; below its normal numbers the spacing is that of
+    the smallest ones, so entries are brought there by adding it and back again."""
+    shift = (x.abs() < SMALLEST_NORMAL).to(x.dtype).mul_(SMALLEST_NORMAL).copysign_(x)
     whole = bits.bitwise_and_(0x1FFF).add_((x + shift).view(torch.int32)).bitwise_and_(~0x1FFF)
     return whole.view(torch.float32).sub_(shift).copysign_(x).to(torch.float16)
 
@@ -207,18 +207,28 @@ def _signed(value: int) -> int:
 
 # under the second moments of what a layer reads
 
+REACH = 3  # spacings beyond its two neighbours that an entry goes to make up for others
+
 
 def compensated(
-    x: Tensor, dtype: torch.dtype, hessian: Tensor, *, damping: float = 0.01, block: int = 128
+    x: Tensor,
+    dtype: torch.dtype,
+    hessian: Tensor,
+    seed: int,
+    *,
+    damping: float = 0.1,
+    block: int = 128,
 ) -> Tensor:
     """Round a matrix so that its outputs change least: columns in turn, each making up for those before it.
 
-    GPTQ (Frantar et al. 2023, arXiv 2210.17323) on the grid of bfloat16 or float16, whose spacing is each entry's own.
-    Every entry becomes one of its own two neighbours, so that no weight strays however the inputs correlate.
+    GPTQ (Frantar et al. 2023, arXiv 2210.17323) on the grid of bfloat16 or float16, whose spacing is each entry's own,
+    with stochastic rounding (Chee et al. 2023, arXiv 2307.13304): no entry's error has a direction. Rounded to nearest,
+    the outputs' error would be smaller still, but all of it away from the delta, in every layer.
 
-    x: float32 (rows, cols), of a layer that computes x @ input. hessian: (cols, cols), X^T X / n of its inputs, of any
-    scale. damping: share of the mean diagonal added to it. Columns go by falling diagonal. Raises ValueError for
-    shapes that do not fit, and where the Hessian is not positive semi-definite.
+    x: float32 (rows, cols), finite, of a layer that computes x @ input. hessian: (cols, cols), X^T X / n of its inputs,
+    of any scale. damping: share of the mean diagonal added to it, and more where it takes more. Columns go by falling
+    diagonal. What the dtype holds stays as it is; see `in_reach` for the others. Raises ValueError for shapes that do
+    not fit, and where the Hessian is far from positive semi-definite.
     """
     if x.dtype != torch.float32 or dtype not in NARROW or hessian.shape != (x.shape[-1],) * 2:
         raise ValueError(
@@ -229,26 +239,38 @@ def compensated(
     root = _root(hessian[order][:, order], damping)
     columns = x.T[order]  # (cols, rows), so that a column is contiguous
     low, high = neighbours(columns, dtype)
-    values, missing, terms = high, torch.empty_like(columns), torch.zeros_like(columns)
+    room = (high - low).abs().mul_(REACH)
+    first, last = torch.minimum(low, high) - room, torch.maximum(low, high) + room
+    firsts = torch.arange(len(x), device=x.device) * x.shape[1]  # of each row
+    values, missing, terms = low, torch.empty_like(columns), torch.zeros_like(columns)
     for start in range(0, len(columns), block):
         inner, mine = root[start : start + block, start : start + block], missing[start:][:block]
         for i, j in enumerate(range(start, start + len(mine))):
             left = terms[j] + inner[:i, i] @ mine[:i] if i else terms[j]
             best = torch.add(columns[j], left, alpha=1 / float(inner[i, i]))
-            nearer = (best - low[j]).abs() <= (best - high[j]).abs()
-            values[j] = torch.where(nearer, low[j], high[j])
+            best = torch.minimum(torch.maximum(best, first[j]), last[j])
+            moved = stochastic(best, dtype, seed, firsts + order[j]).float()
+            values[j] = torch.where(room[j] > 0, moved, low[j])
             torch.sub(columns[j], values[j], out=mine[i])
         terms[start + block :].addmm_(root[start : start + block, start + block :].T, mine)
     return values[order.argsort()].T.contiguous().to(dtype)
 
 
+def in_reach(rounded: Tensor, x: Tensor) -> Tensor:
+    """Whether each entry is where `compensated` may have put that of x (float32): bool, of their shape."""
+    low, high = neighbours(x, rounded.dtype)
+    # the next of another exponent is up to a wider spacing beyond
+    return (rounded.float() - x).abs() <= (REACH + 3) * (high - low).abs()
+
+
 def _root(hessian: Tensor, damping: float) -> Tensor:
     """R (cols, cols), float32, upper triangular, R R^T = the Hessian + damping: sum_j |sum_(i<=j) D_i R_ij|^2 is the
     error of the outputs, so that a column can make up for all before it in its own term."""
-    damped = hessian.to(torch.float64, copy=True)
-    mean = float(damped.diagonal().abs().mean()) or 1.0
-    damped.diagonal().add_(damping * mean)
-    lower, failed = torch.linalg.cholesky_ex(damped.div_(mean).flip(0, 1))
-    if failed or not lower.isfinite().all():
-        raise ValueError("the second moments are not positive semi-definite; pass X^T X / n.")
-    return lower.flip(0, 1).float()
+    mean = float(hessian.diagonal().double().abs().mean()) or 1.0
+    for more in (1.0, 5.0):  # sums in float32 are a little off being positive semi-definite
+        damped = hessian.to(torch.float64, copy=True).div_(mean)
+        damped.diagonal().add_(more * damping)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed and lower.isfinite().all():
+            return lower.flip(0, 1).float()
+    raise ValueError("the second moments are far from positive semi-definite; pass X^T X / n.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cl_graft.skillpack.rounding import NARROW, random_bits, seed_of, stochastic
+from cl_graft.bench.pack import bench_pack
+from cl_graft.bench.table import markdown
+from cl_graft.errors import CLGraftError
+from cl_graft.skillpack.rounding import (
+    NARROW,
+    add,
+    neighbours,
+    random_bits,
+    random_bits_at,
+    seed_of,
+    stochastic,
+)
+from tests.model_folders import llama, saved, tuned
 
 CPU = torch.device("cpu")
 dtypes = st.sampled_from(NARROW)
@@ -161,6 +175,44 @@ def test_large_and_strided_tensors_are_rounded_in_row_major_order(dtype: torch.d
         torch.set_num_threads(threads)
 
 
+@given(st.lists(st.integers(0, 2**40), max_size=20), seeds)
+@settings(deadline=None, max_examples=50)
+def test_entries_at_any_places_have_the_bits_of_those_places(places: list[int], seed: int) -> None:
+    expected = [splitmix(seed, place) for place in places]
+    assert random_bits_at(torch.tensor(places, dtype=torch.int64), seed).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_part_of_a_sum_by_tile_or_by_places(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(40, 30, generator=generator).to(dtype)
+    delta = torch.randn(40, 30, generator=generator) * 1e-3
+    whole = stochastic(base.float() + delta, dtype, 3)
+    tiled, placed = base.clone(), base.clone()
+    add(tiled[25:], delta[25:], 3, 25 * 30)
+    assert torch.equal(tiled[25:], whole[25:]) and torch.equal(tiled[:25], base[:25])
+    some = torch.randperm(1200, generator=generator)[:100]
+    there = placed.view(-1)[some]
+    add(there, delta.view(-1)[some], 3, some)
+    assert torch.equal(there, whole.view(-1)[some])
+    wide = base.double()
+    add(wide, delta, 3)
+    assert torch.equal(wide, base.double() + delta)
+
+
+@given(patterns, dtypes)
+@settings(deadline=None, max_examples=100)
+def test_neighbours_are_next_to_each_other_and_around(bits: list[int], dtype: torch.dtype) -> None:
+    x = floats(bits)
+    x = x[x.abs() <= torch.finfo(dtype).max]
+    low, high = neighbours(x, dtype)
+    for side in (low, high):
+        assert torch.equal(side.to(dtype).float(), side)  # a value of the dtype
+    assert ((low.abs() <= x.abs()) & (x.abs() <= high.abs())).all()
+    steps = (high.to(dtype).view(torch.int16) - low.to(dtype).view(torch.int16)).int()
+    assert torch.equal(steps, (low != x).int())
+
+
 def test_seeds_tell_packs_their_order_and_tensors_apart() -> None:
     seeds = [seed_of(*of) for of in ((["a"], "w"), (["b"], "w"), (["a"], "v"), (["a", "b"], "w"))]
     seeds += [seed_of(["b", "a"], "w"), seed_of([], "w"), seed_of(["a", "w"], "")]
@@ -174,3 +226,28 @@ def test_another_dtype_is_refused() -> None:
     for x, dtype in ((torch.zeros(2), torch.float8_e5m2), (torch.zeros(2).half(), torch.bfloat16)):
         with pytest.raises(ValueError, match="pass float32 and a dtype of 16 bits"):
             stochastic(x, dtype, 0)
+
+
+def test_the_benchmark_of_real_deltas(tmp_path: Path) -> None:
+    """On a small one: the figures are there, and stochastic rounding keeps what nearest loses."""
+    with pytest.raises(CLGraftError, match="give a --data-dir with the folder base"):
+        bench_pack(["rounding"], tmp_path)
+    saved(llama(), tmp_path / "base")
+    saved(tuned(llama()), tmp_path / "tuned")
+    model = llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 3e-4 * (parameter.ndim == 2))
+    saved(model, tmp_path / "small")
+    rows = [{"prompt": word * 5, "completion": word} for word in "abcdefgh" * 4]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = bench_pack(["rounding"], tmp_path, threads=1)
+    small, large = figures["rounding"]["deltas"]
+    assert (small["delta"], large["delta"]) == ("small", "tuned")
+    assert small["size"] == pytest.approx(3e-4, rel=0.01) and small["tokens"] == 2 * 16
+    kept = {row["how"]: row["kept"] for row in small["rows"]}
+    assert kept["bfloat16, nearest"] < 0.1 and kept["difference of bfloat16 checkpoints"] < 0.1
+    for how in ("bfloat16, stochastic", "float16, stochastic", "attached, delta in bfloat16"):
+        assert kept[how] == pytest.approx(1, abs=0.2)
+    assert all(row["lost"] == row["kl"] / large["kl_base"] < 0.5 for row in large["rows"])
+    assert "| lost, small, bfloat16, nearest |" in markdown(figures)

@@ -198,7 +198,7 @@ def _calibrated(
     """Moments whose inputs lie in the work store; an earlier run's, if it got so far."""
     inputs = _Inputs(store)
     if "moments" not in store:
-        _check_disk(meta, store.path)
+        check_disk(meta, store.path)
         measured = stream_moments(
             pairing.tuned,
             meta,
@@ -244,7 +244,8 @@ def _compressed(pairing: Pairing, kept: set[str], store: Folder, name: str) -> T
     return summed(weight, tuned.dtype, seed_of([], name))
 
 
-def _check_disk(meta: MetaModel, folder: Path) -> None:
+def check_disk(meta: MetaModel, folder: Path) -> None:
+    """Raise CLGraftError where the second moments of all layers' inputs will not fit beside a folder."""
     widths = [p.shape[-1] for p in meta.model.parameters() if p.ndim == 2]
     needed, free = 4 * sum(w * w for w in widths) // 2, shutil.disk_usage(folder).free
     if free < needed:

@@ -92,7 +92,7 @@ def remove_pack(
     """Check that a folder is base + pack bit for bit, and return how many tensors were compared.
 
     It may have any dtype, and be rounded in any way that its skillpack.json tells. Of tensors that calibration text
-    decided, the fingerprint is compared, and that each entry is a neighbour of its sum. Then, if `out_dir` is given,
+    decided, the fingerprint is compared, and that each entry is near its sum. Then, if `out_dir` is given,
     write the base's tensors there, bit for bit. Raises NotGrafted naming the tensors that differ, and what `apply_pack`
     raises.
     """

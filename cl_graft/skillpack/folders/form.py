@@ -19,13 +19,13 @@ from torch import Tensor
 from cl_graft.models.weights import CheckpointError, read_json
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.format.fingerprint import fingerprint
-from cl_graft.skillpack.rounding import NARROW, neighbours, seed_of, summed
+from cl_graft.skillpack.rounding import NARROW, in_reach, seed_of, summed
 
 FILE = "skillpack.json"
 Rounding = Literal["nearest", "stochastic", "compensated"]
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-Compensate = Callable[[str, Tensor, torch.dtype], Tensor | None]
+Compensate = Callable[[str, Tensor, torch.dtype, int], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Form:
     """How sums of weights and deltas are written.
 
     dtype: of all floating tensors; None is each one's in the base. rounding: of what a pack touches, where that dtype
-    has 16 bits. compensate: with "compensated"; given a tensor's name, its float32 sum and a dtype, the rounded tensor,
-    or None where nothing is known of its inputs: those are rounded stochastically.
+    has 16 bits. compensate: with "compensated"; given a tensor's name, its float32 sum, a dtype and a seed, the rounded
+    tensor, or None where nothing is known of its inputs: those are rounded stochastically.
     """
 
     dtype: torch.dtype | None = None
     rounding: Rounding = "stochastic"
-    compensate: Compensate = lambda name, x, dtype: None
+    compensate: Compensate = lambda name, x, dtype, seed: None
 
     def dtype_of(self, before: torch.dtype) -> torch.dtype:
         """What a tensor of the base is written in."""
@@ -82,17 +82,17 @@ def rounded(x: Tensor, dtype: torch.dtype, form: Form, record: Record, name: str
     """The float32 or float64 sum of one tensor in `dtype`; what calibration decides is put down in the record."""
     if form.rounding == "nearest":
         return x.to(dtype)
+    seed = seed_of([record.pack], name)
     if form.rounding == "compensated" and dtype in NARROW:
-        made = form.compensate(name, x.float(), dtype)
+        made = form.compensate(name, x.float(), dtype, seed)
         if made is not None:
             record.fingerprints[name] = fingerprint([(name, made)])
             return made
-    return summed(x, dtype, seed_of([record.pack], name))
+    return summed(x, dtype, seed)
 
 
 def is_rounded(found: Tensor, x: Tensor, record: Record, name: str) -> bool:
-    """Whether a tensor that calibration decided is what was written, and each entry a neighbour of its sum."""
-    if fingerprint([(name, found)]) != record.fingerprints[name]:
+    """Whether a tensor that calibration decided is what was written, and could be of this sum."""
+    if found.dtype not in NARROW or fingerprint([(name, found)]) != record.fingerprints[name]:
         return False
-    low, high = neighbours(x.float(), found.dtype)
-    return bool(((found.float() == low) | (found.float() == high)).all())
+    return bool(in_reach(found, x.float()).all())

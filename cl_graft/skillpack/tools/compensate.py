@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cl_graft.models.meta_model import meta_model
 from cl_graft.skillpack.compress.calibrate import Batch
+from cl_graft.skillpack.compress.create import check_disk
 from cl_graft.skillpack.compress.stream import stream_moments
 from cl_graft.skillpack.compress.work_store import Folder, Item
 from cl_graft.skillpack.folders.apply import summed
@@ -35,7 +36,7 @@ def compensation(
     meanwhile, 4 bytes times the square of each layer's input width. progress: called with the fraction done.
 
     Tensors that multiply no measured input (embeddings, norms, biases, stacked experts) have no such rounding. Raises
-    as `stream_moments`.
+    CLGraftError where the disk has no room, and as `stream_moments`.
     """
     meta = meta_model(base.folder)
 
@@ -44,6 +45,7 @@ def compensation(
         return summed(base, pack, name) if same else base.read(name)
 
     with TemporaryDirectory(dir=beside, prefix=".moments-") as folder:
+        check_disk(meta, Path(folder))
         store = Folder(Path(folder))
 
         def keep(group: str, moments: Tensor) -> None:
@@ -51,7 +53,7 @@ def compensation(
 
         found = stream_moments(base, meta, batches, sink=keep, weights=read, progress=progress)
 
-        def rounded(name: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        def rounded(name: str, x: Tensor, dtype: torch.dtype, seed: int) -> Tensor | None:
             group = found.reads.get(meta.parameter_of(name) or "")
             if x.ndim != 2 or group is None or group not in store:
                 return None
@@ -59,7 +61,7 @@ def compensation(
             x = x.T if across else x
             if hessian.shape != (x.shape[1],) * 2:
                 return None
-            made = compensated(x, dtype, hessian)
+            made = compensated(x, dtype, hessian, seed)
             return made.T.contiguous() if across else made
 
         yield rounded
