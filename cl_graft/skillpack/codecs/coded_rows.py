@@ -132,6 +132,8 @@ def _runs(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> list[Runs]:
         if parts["kinds"].numel() and int(parts["kinds"].max()) >= entropy.CLASSES:
             raise ValueError(f"a row's class is not below {entropy.CLASSES}.")
         matrices = entropy.decode(parts["codes"], sizes, kinds, meta["top"])
+        if max((int(m.abs().max()) for m in matrices if m.numel()), default=0) != meta["top"]:
+            raise ValueError(f"no code has the magnitude {meta['top']} that the meta says.")
         return [[(torch.arange(len(m)), m)] for m in matrices]
     if not bool(torch.isin(parts["kinds"], torch.tensor(WIDTHS, dtype=torch.uint8)).all()):
         raise ValueError(f"a row's width is not one of {', '.join(map(str, WIDTHS))}.")
@@ -206,7 +208,7 @@ def _packed(codes: Tensor, widths: Tensor) -> Tensor:
 def unpacked(packed: Tensor, width: int) -> Tensor:
     """int16 or int8 (rows, n) of rows packed at one width, uint8 (rows, bytes), n being as many as fill the bytes."""
     if width == 16:
-        return packed.clone().view(torch.int16)  # which may begin at an odd byte
+        return packed.clone().view(torch.int16)  # views of wider numbers must begin on their size
     if width == 8:
         return packed.view(torch.int8)
     per, size = 8 // width, packed.shape[1]
