@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cl_graft.bench.merge import bench_merge
 from cl_graft.skillpack import codecs
-from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.codecs import CodeLayout, Encoded
 from cl_graft.skillpack.codecs.quant import round_to_nearest
 from cl_graft.skillpack.format.file import (
     CorruptPack,
@@ -359,9 +359,15 @@ def test_parts_that_fit_no_codec_are_refused_and_the_base_is_back() -> None:
         assert identical(model, before)
 
 
-def test_the_benchmark_runs_and_counts_the_packs_bytes() -> None:
+@pytest.mark.parametrize("layout", ["small", "fast"])
+def test_the_benchmark_runs_and_counts_the_packs_bytes(layout: CodeLayout) -> None:
     for dtype in ("float32", "bfloat16"):
-        found = bench_merge(0.1, dtype, shapes=((256, 384), (384, 256)), repeats=3)
+        shapes = ((256, 384), (384, 256))
+        found = bench_merge(0.1, dtype, shapes, repeats=3, threads=1, layout=layout)
         assert found["share"] == pytest.approx(0.1, rel=0.1) and found["dtype"] == dtype
-        assert found["merge_over_copy"] == pytest.approx(found["merge_ms"] / found["copy_ms"])
-        assert all(set(ranks) == {8, 4, 3, 2} for ranks in found["ranks"])
+        ratio = found["merge_ms"] / found["product_ms"]
+        assert found["merge_over_product"] == pytest.approx(ratio)
+        assert found["switch_over_merge"] == pytest.approx(found["switch_ms"] / found["merge_ms"])
+        assert len(found["ranks"]) == 2 and ("small_decode_s_per_100mb" in found) == (
+            layout == "small"
+        )

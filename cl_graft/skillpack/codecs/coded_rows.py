@@ -126,7 +126,7 @@ Runs = list[tuple[Tensor, Tensor]]
 
 
 def _runs(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> list[Runs]:
-    """Of each matrix: (where its rows of one kind of code are, int64; their codes, int8 or int16)."""
+    """Runs of each matrix: where its rows of one kind of code are, int64; their codes, int8 or int16."""
     kinds = parts["kinds"].split([size[0] for size in sizes])
     if meta["layout"] == "small":
         if parts["kinds"].numel() and int(parts["kinds"].max()) >= entropy.CLASSES:

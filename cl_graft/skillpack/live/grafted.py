@@ -19,7 +19,7 @@ from cl_graft.skillpack.format.file import (
 )
 from cl_graft.skillpack.live.decode import Entries, Factors, entries, factors, side_by_side
 
-TILE = 1 << 24  # entries of a product held at a time
+TILE = 1 << 22  # entries of a product held at a time: more take new pages from the system each time
 
 
 class Grafted:
