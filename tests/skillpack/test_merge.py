@@ -143,6 +143,24 @@ def test_weights_are_base_plus_deltas_whatever_the_codecs(dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [8 * COLS, 1 << 22])
+def test_low_rank_sums_are_rounded_by_chance_and_position(
+    dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product of ones, which every dtype holds, far below the spacing of a base of ones: what is kept is by chance."""
+    monkeypatch.setattr(grafted, "TILE", tile)
+    ones, weight = torch.ones(1, COLS).short(), torch.empty(COLS, COLS, dtype=dtype)
+    size = torch.finfo(dtype).eps / 8
+    encoded = codecs.coded_low_rank(ones, ones, torch.tensor([size]), (COLS, COLS))
+    pair = factors([encoded], torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    assert grafted.put(weight, torch.ones_like(weight), [pair], seed=3)
+    wanted = rounding.summed(torch.full((COLS, COLS), 1 + size), dtype, 3)
+    assert torch.equal(weight, wanted)
+    risen = float((weight > 1).float().mean())
+    assert risen == pytest.approx(0.125, abs=0.025) if dtype != torch.float32 else risen == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts_give_the_same_weights(dtype: torch.dtype) -> None:
     """Where rounding is by the pack's digest, which a layout is part of, under the same seed."""
     weights = []

@@ -170,7 +170,7 @@ def put_low_rank(weight: Tensor, base: Tensor, pair: Factors, seed: int) -> bool
     if left.dtype == torch.bfloat16 and not _multiplied(left):
         left, right = left.float(), right.float()
     step = max(4, TILE // max(1, len(right.T)) // 4 * 4)
-    wide = weight.dtype == right.dtype
+    wide = weight.dtype == right.dtype == torch.float32
     room = right.new_empty(0 if wide else min(step, len(weight)), right.shape[1])
     finite, first = True, 0
     tiles = [x.split(step) for x in (weight, base, left)]
