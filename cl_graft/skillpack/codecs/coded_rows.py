@@ -135,12 +135,13 @@ def _runs(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> list[Runs]:
         if max((int(m.abs().max()) for m in matrices if m.numel()), default=0) != meta["top"]:
             raise ValueError(f"no code has the magnitude {meta['top']} that the meta says.")
         return [[(torch.arange(len(m)), m)] for m in matrices]
-    if not bool(torch.isin(parts["kinds"], torch.tensor(WIDTHS, dtype=torch.uint8)).all()):
+    there = set(parts["kinds"].unique().tolist())
+    if not there <= set(WIDTHS):
         raise ValueError(f"a row's width is not one of {', '.join(map(str, WIDTHS))}.")
     rest, found = parts["codes"], list[Runs]()
     for (_, n), widths in zip(sizes, kinds, strict=True):
         found.append([])
-        for width in WIDTHS[1:]:
+        for width in sorted(there - {0}):
             where = (widths == width).nonzero().reshape(-1)
             used = len(where) * _row_bytes(n, width)
             if len(rest) < used:
