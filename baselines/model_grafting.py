@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cl_graft.ranges import Count, Positive
 from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.rounding import seed_of, summed
 from cl_graft.strategy import Context, compressor
 
 BIAS = 10.0
@@ -136,4 +137,5 @@ class Graft:
         with torch.no_grad():
             for name, delta in self.delta.items():
                 start = self.context.start[name]
-                self.parameters[name].copy_(start + mask[name] * delta)
+                weights, seed = start + mask[name] * delta, seed_of([], name)
+                self.parameters[name].copy_(summed(weights, start.dtype, seed))

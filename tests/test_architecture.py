@@ -18,6 +18,8 @@ FLOORS = [
 ]
 LEVEL = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = [
+    "compiled",
+    "rounding",
     "codecs",
     "format",
     "folders",

@@ -119,7 +119,8 @@ def test_the_table_has_a_row_for_every_figure(tmp_path):
         "merge": {"runs": [bench_merge(0.05, "float32", ((64, 64), (64, 128)), repeats=1)]},
     }
     text = markdown(found)
-    assert text.count("\n") == 4 and "merge_over_copy" in text and "time_ratio" in text
+    assert text.count("\n") == 5 and "time_ratio" in text
+    assert "merge_over_product" in text and "switch_over_merge" in text
     write(found, tmp_path / "out", ["cl-graft bench pack"])
     made = json.loads((tmp_path / "out" / "pack.json").read_text())
     assert made["made_by"]["torch"] == torch.__version__

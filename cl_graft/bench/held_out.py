@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -90,7 +90,7 @@ class HeldOut:
     @cached_property
     def wanted(self) -> list[Tensor]:
         """Log-probabilities of the tuned model, (tokens, vocabulary) a batch, over the first KL_ROWS test examples."""
-        return [_log_probabilities(self.tuned[0], batch) for batch in self._texts]
+        return [log_probabilities(self.tuned[0], batch) for batch in self._texts]
 
     @cached_property
     def _texts(self) -> list[dict[str, Tensor]]:
@@ -110,22 +110,24 @@ class HeldOut:
         for name, parameter in self._base.named_parameters():
             weight = start.read(name).float()
             parameter.copy_(weight + deltas[name] if name in deltas else weight)
-        whole = answers = 0.0
-        tokens = answered = 0
-        for batch, wanted in zip(self._texts, self.wanted, strict=True):
-            found = _log_probabilities(self._base, batch)
-            kl = (wanted.exp() * (wanted - found)).sum(-1).double()
-            is_answer = _predicts_answer(batch)
-            whole, tokens = whole + float(kl.sum()), tokens + len(kl)
-            answers, answered = (
-                answers + float(kl[is_answer].sum()),
-                answered + int(is_answer.sum()),
-            )
-        return {"kl": whole / tokens, "kl_answers": answers / answered}
+        found = (log_probabilities(self._base, batch) for batch in self._texts)
+        return divergence(self.wanted, found, self._texts)
+
+
+def divergence(
+    wanted: Iterable[Tensor], found: Iterable[Tensor], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """KL(wanted, found) of `log_probabilities`, nats a token: `kl` over all, `kl_answers` where an answer is predicted."""
+    each, of_answer = [], []
+    for right, other, batch in zip(wanted, found, batches, strict=True):
+        each.append((right.exp() * (right - other)).sum(-1).double())
+        of_answer.append(_predicts_answer(batch))
+    kl, answers = torch.cat(each), torch.cat(of_answer)
+    return {"kl": float(kl.mean()), "kl_answers": float(kl[answers].mean())}
 
 
 @torch.no_grad()
-def _log_probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def log_probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Log-probabilities after each token that is no padding, float32 (tokens, vocabulary)."""
     keep = batch["attention_mask"].bool()
     told = {key: batch[key] for key in ("input_ids", "attention_mask")}

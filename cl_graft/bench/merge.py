@@ -1,8 +1,9 @@
-"""How long merging one pack takes, beside copying the same weights: `python -m cl_graft.bench.merge`.
+"""How long merging one pack takes, beside the bare products of its factors: `python -m cl_graft.bench.merge`.
 
-The weights are those of one decoder layer: four 2048 x 2048 and three 2048 x 5632 matrices. The pack has
-quantised low-rank factors in groups of 8, 4, 3 and 2 bits, ranks chosen so that its file is the given
-share of the weights' bytes in bfloat16. Random numbers: the time does not depend on them.
+The weights are those of one decoder layer: four 2048 x 2048 and three 2048 x 5632 matrices; of two such layers, 103 M
+parameters, where one pack is put in another's place. A pack holds `coded_low_rank`, its whole numbers of the spreads
+that a planner gives them (large ones for the first singular vectors, below two for most), its ranks chosen so that in
+its layout it is the given share of the weights' bytes in bfloat16. Random numbers: time depends on their sizes alone.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_graft.skillpack import codecs
-from cl_graft.skillpack.codecs import Encoded
-from cl_graft.skillpack.codecs.quant import Quantized, groups_in
+from cl_graft.skillpack import codecs, rounding
+from cl_graft.skillpack.codecs import CodeLayout, Encoded
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.skillpack.live.decode import factors
 from cl_graft.skillpack.live.grafted import Grafted
 
 SHAPES = ((2048, 2048),) * 4 + ((5632, 2048),) * 2 + ((2048, 5632),)
-MIX = {8: 0.05, 4: 0.2, 3: 0.35, 2: 0.4}  # share of the ranks at each precision
-GROUP = 128
+SPREADS = {
+    8.0: 0.1,
+    2.0: 0.3,
+    1.0: 0.6,
+}  # share of the ranks at each standard deviation of their codes
+TRIAL = 100  # ranks of which the bytes of one are told
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -34,41 +38,47 @@ def bench_merge(
     dtype: str = "bfloat16",
     shapes: Sequence[tuple[int, int]] = SHAPES,
     repeats: int = 9,
-    threads: int = 1,
+    threads: int = 2,
+    layout: CodeLayout = "fast",
 ) -> dict[str, Any]:
-    """Medians in milliseconds of `repeats` interleaved runs, and their ratios to the copy.
+    """Medians in milliseconds of `repeats` interleaved runs, and their ratios.
 
-    copy: `copy_` into all weights. merge: `Grafted.activate([pack])` on the base, with the copies that
-    bring it back. switch: the same while another pack is active. unload. product: the bare matrix
-    products of decoded factors. decode: packed factors to matrices. share: pack bytes over the bytes of the
-    weights in bfloat16. Raises KeyError for a dtype other than float32 and bfloat16.
+    product: the bare matrix products of decoded factors. merge: `Grafted.activate([pack])` on the base, with the copies
+    that bring it back. switch: the same while another pack is active. copy: `copy_` into all weights. unload. decode:
+    packed factors to matrices. share: pack bytes over the bytes of the weights in bfloat16. small_decode_s_per_100mb:
+    seconds in which a pack in layout "small" is decoded to factors, for 100 MB of weights in bfloat16. Raises
+    KeyError for a dtype other than float32 and bfloat16.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         model = _layer(shapes, DTYPES[dtype])
-        packs = [_pack(model, share, seed) for seed in (0, 1)]
+        packs = [_pack(model, share, seed, layout) for seed in (0, 1)]
         times = _times(_actions(model, packs), repeats)
     finally:
         torch.set_num_threads(before)
     numel = sum(p.numel() for p in model.parameters())
-    ranks = [
-        {bits: rank for rank, bits, *_ in encoded.meta["groups"]}
-        for encoded in packs[0].tensors.values()
-    ]
-    over = {f"{name}_over_copy": ms / times["copy"] for name, ms in times.items() if name != "copy"}
+    small = (
+        {"small_decode_s_per_100mb": 1e-3 * times["decode"] * 5e7 / numel}
+        if layout == "small"
+        else {}
+    )
     return {
-        **over,
+        "merge_over_product": times["merge"] / times["product"],
+        "switch_over_merge": times["switch"] / times["merge"],
+        "merge_over_copy": times["merge"] / times["copy"],
+        **small,
         **{f"{name}_ms": ms for name, ms in times.items()},
         "share": packs[0].nbytes / (2 * numel),
         "pack_bytes": packs[0].nbytes,
         "parameters": numel,
         "dtype": dtype,
+        "layout": layout,
         "shapes": [list(shape) for shape in shapes],
-        "ranks": ranks,
-        "group_size": GROUP,
+        "ranks": [encoded.meta["rank"] for encoded in packs[0].tensors.values()],
         "threads": threads,
         "repeats": repeats,
+        "compiled": rounding.COMPILED,
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
@@ -80,35 +90,41 @@ def _layer(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> nn.Module:
     return nn.ParameterList([nn.Parameter(w.to(dtype), requires_grad=False) for w in weights])
 
 
-def _pack(model: nn.Module, share: float, seed: int) -> SkillPack:
+def _pack(model: nn.Module, share: float, seed: int, layout: CodeLayout) -> SkillPack:
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: _low_rank((p.shape[0], p.shape[1]), share, generator)
+        name: _low_rank((p.shape[0], p.shape[1]), share, layout, generator)
         for name, p in model.named_parameters()
     }
     base = fingerprint(model.named_parameters())
     return SkillPack(tensors, f"task {seed}", "bench", {}, base)
 
 
-def _low_rank(shape: tuple[int, int], share: float, generator: torch.Generator) -> Encoded:
+def _low_rank(
+    shape: tuple[int, int], share: float, layout: CodeLayout, generator: torch.Generator
+) -> Encoded:
     """A random delta of about 5 % of the weights' size, in `share` of the matrix's bfloat16 bytes."""
-    scales = sum(groups_in(size, GROUP) for size in shape)
-    of_rank = sum(part * (bits * sum(shape) + (16 + bits) * scales) for bits, part in MIX.items())
-    ranks = share * 16 * shape[0] * shape[1] / of_rank
-    pairs = []
-    for bits, part in MIX.items():
-        count = max(1, round(part * ranks))
-        left, right = (_random(count, size, bits, ranks, generator) for size in shape)
-        pairs.append((left, right))
-    return codecs.quantized_low_rank(pairs, shape)
+    trial = _random(shape, TRIAL, layout, generator)
+    of_rank = codecs.payload_bytes(*trial.spec) / TRIAL
+    return _random(
+        shape, max(1, round(share * 2 * shape[0] * shape[1] / of_rank)), layout, generator
+    )
 
 
-def _random(rows: int, cols: int, bits: int, ranks: float, generator: torch.Generator) -> Quantized:
-    groups = (rows, groups_in(cols, GROUP))
-    codes = torch.randint(0, 2**bits, (rows, cols), dtype=torch.uint8, generator=generator)
-    scale = (0.1 / ranks**0.5 / 2**bits) ** 0.5 * (1 + torch.rand(groups, generator=generator))
-    zero = torch.full(groups, 2 ** (bits - 1), dtype=torch.uint8)
-    return Quantized(codes, scale.half(), zero, bits, min(GROUP, cols))
+def _random(
+    shape: tuple[int, int], rank: int, layout: CodeLayout, generator: torch.Generator
+) -> Encoded:
+    counts = [round(part * rank) for part in SPREADS.values()]
+    spreads = torch.tensor([s for s, n in zip(SPREADS, counts, strict=True) for _ in range(n)])[
+        :rank
+    ]
+    spreads = torch.cat([spreads, torch.ones(rank - len(spreads))])[:, None]
+    left, right = (
+        (torch.randn(rank, size, generator=generator) * spreads).round().to(torch.int16)
+        for size in shape
+    )
+    scales = 0.001 / rank**0.5 / spreads.square().reshape(-1)
+    return codecs.coded_low_rank(left, right, scales, shape, layout)
 
 
 def _actions(model: nn.Module, packs: list[SkillPack]) -> dict[str, Callable[[], object]]:
@@ -150,4 +166,4 @@ def _times(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 if __name__ == "__main__":
     for dtype in DTYPES:
         for share in (0.05, 0.1):
-            print(json.dumps(bench_merge(share, dtype)))
+            print(json.dumps(bench_merge(share, dtype)), flush=True)

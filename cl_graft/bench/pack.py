@@ -16,10 +16,11 @@ from cl_graft.bench.error import bench_error, tasks
 from cl_graft.bench.layer import bench_layer
 from cl_graft.bench.lossless import Pairs, bench_lossless
 from cl_graft.bench.memory import bench_memory
-from cl_graft.bench.merge import bench_merge
+from cl_graft.bench.merge import SHAPES, bench_merge
 from cl_graft.bench.methods import bench_methods
 from cl_graft.bench.peers import deltatensors_kl_ratio, peers
 from cl_graft.bench.previous import bytes_at_equal_error, error_over_previous, kl_over_previous
+from cl_graft.bench.rounding import bf16_kl_share
 from cl_graft.bench.size import bytes_over_theory
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.models.embedded import cache_root
@@ -30,7 +31,11 @@ BESIDE = {  # an earlier commit of the engine
     "bytes_at_equal_error": bytes_at_equal_error,
     "kl_over_previous": kl_over_previous,
 }
-ON_SMOLLM2 = {"peers": peers, "deltatensors_kl_ratio": deltatensors_kl_ratio}
+ON_SMOLLM2 = {
+    "bf16_kl_share": bf16_kl_share,
+    "peers": peers,
+    "deltatensors_kl_ratio": deltatensors_kl_ratio,
+}
 
 
 def bench_pack(
@@ -102,7 +107,14 @@ def _error(data_dir: Path | None) -> dict[str, Any]:
 
 def _merge() -> dict[str, Any]:
     runs = [bench_merge(share, dtype) for dtype in ("bfloat16", "float32") for share in (0.05, 0.1)]
-    return {"merge_over_copy": min(run["merge_over_copy"] for run in runs), "runs": runs}
+    switches = [bench_merge(0.05, dtype, SHAPES * 2) for dtype in ("bfloat16", "float32")]
+    small = bench_merge(0.05, "bfloat16", layout="small", repeats=3)
+    return {
+        "merge_over_product": max(run["merge_over_product"] for run in runs),
+        "switch_over_merge": max(run["switch_over_merge"] for run in switches),
+        "small_decode_s_per_100mb": small["small_decode_s_per_100mb"],
+        "runs": [*runs, *switches, small],
+    }
 
 
 def _bytes() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cl_graft.bench.rounding import rounding_rows
 from cl_graft.store.digests import machine, versions
 from cl_graft.store.files import write_json, write_text
 
@@ -96,15 +97,23 @@ def _memory_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _merge_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
-    return [
-        (
-            "merge_over_copy",
-            f"{run['merge_over_copy']:.1f}",
-            f"{run['dtype']}, pack of {run['share']:.0%}; "
-            f"the bare matrix product alone {run['product_over_copy']:.1f}",
+    rows = []
+    for run in part["runs"]:
+        told = (
+            f"{run['dtype']}, pack of {run['share']:.0%} in layout {run['layout']}, {run['threads']} threads, "
+            f"{run['parameters'] / 1e6:.0f} M weights in {len(run['shapes'])} matrices"
         )
-        for run in part["runs"]
-    ]
+        if "small_decode_s_per_100mb" in run:
+            name = "small_decode_s_per_100mb"
+            rows.append(
+                (name, f"{run[name]:.2f}", f"{told}; to factors, 100 MB of bfloat16 weights")
+            )
+            continue
+        rows += [
+            (name, f"{run[name]:.2f}", f"{told}; {run[of]:.0f} ms")
+            for name, of in (("merge_over_product", "merge_ms"), ("switch_over_merge", "switch_ms"))
+        ]
+    return rows
 
 
 def _bytes_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -214,4 +223,5 @@ _ROWS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str, str]]]] = {
     },
     "peers": _peer_rows,
     "deltatensors_kl_ratio": _deltatensors_rows,
+    "bf16_kl_share": rounding_rows,
 }

@@ -110,6 +110,8 @@ def create(
         )
     for note in created.notes:
         typer.echo(note)
+    if created.rounding:
+        print_rows(created.rounding, f"Rounding of the sums in {base}'s dtype")
     seconds = ", ".join(f"{kind} {value:.0f} s" for kind, value in created.seconds.items())
     typer.echo(
         f"{out}: {created.bytes:,} bytes of {created.limit:,} ({created.bytes / created.limit:.1%})."
@@ -178,14 +180,14 @@ def verify(
     """Check everything about a pack: checksums, shapes, values, and its base if one is named."""
     loaded, checkpoint = load_pack(file, base)
     if checkpoint is not None:
-        from cl_graft.skillpack.folders.apply import check_base, result
+        from cl_graft.skillpack.folders.apply import check_base, delta
 
         check_base(checkpoint, loaded)
     if model is not None:
         check_model(file, model, data_dir)
     for name in loaded.tensors:
         if checkpoint is not None:
-            result(checkpoint, loaded, name)
+            delta(checkpoint, loaded, name)
         elif not loaded.lossless:
             loaded.delta(name)
     if loaded.lossless and checkpoint is None:
@@ -225,12 +227,36 @@ def diff(a: Path, b: Path, base: MaybeBase = None, json_: Json = False) -> None:
 
 
 @app.command()
-def apply(base: BaseDir, pack: PackFile, out: OutDir) -> None:
+def apply(
+    base: BaseDir,
+    pack: PackFile,
+    out: OutDir,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; none: the base's.")
+    ] = None,
+    rounding: Annotated[
+        str,
+        typer.Option(
+            help="Of sums with a delta in 16 bits: stochastic (the mean error is zero), nearest (loses small deltas), "
+            "or compensated (by what the layers compute on --calibration)."
+        ),
+    ] = "stochastic",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL of {text} or {prompt, completion} rows, for --rounding compensated."
+        ),
+    ] = None,
+) -> None:
     """Write base + pack as a Hugging Face folder."""
+    from cl_graft.cli.form import calibrated, check_form
     from cl_graft.skillpack.folders.apply import apply_pack
 
+    asked = check_form(dtype, rounding, calibration)
     loaded, _ = load_pack(pack, base)
-    for note in apply_pack(base, loaded, out):
+    with calibrated(asked, calibration, base, loaded, out) as form:
+        notes = apply_pack(base, loaded, out, form=form)
+    for note in notes:
         typer.echo(note)
     typer.echo(f"{out}: {base} with task {loaded.task!r}.")
 

@@ -30,6 +30,7 @@ from cl_graft.evaluation import generate
 from cl_graft.evaluation.scorers import base, described
 from cl_graft.models import pairs as own_pairs
 from cl_graft.models import text
+from cl_graft.skillpack import rounding
 from cl_graft.skillpack.folders.checkpoint import CheckpointError, new_folder
 from cl_graft.skillpack.format.file import fingerprint
 from cl_graft.store.digests import code_digest, digest, place, versions, vocabulary
@@ -338,16 +339,18 @@ def holding(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 
 @contextmanager
 def in_full_precision(model: nn.Module) -> Iterator[None]:
-    """Trainable parameters in float32 while they are trained: steps of 1e-6 are lost in bfloat16."""
+    """Trainable parameters in float32 while they are trained: steps of 1e-6 are lost in bfloat16, and would be when
+    they are back in it, were they not rounded stochastically, seeded by their names."""
     narrow = [
-        (p, p.dtype)
-        for p in model.parameters()
-        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+        (name, p, p.dtype)
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.dtype in rounding.NARROW
     ]
-    for parameter, _ in narrow:
+    for _, parameter, _ in narrow:
         parameter.data = parameter.data.float()
     try:
         yield
     finally:
-        for parameter, dtype in narrow:
-            parameter.data = parameter.data.to(dtype)
+        for name, parameter, dtype in narrow:
+            seed = rounding.seed_of([], name)
+            parameter.data = rounding.summed(parameter.data, dtype, seed)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cl_graft.bench.merge import bench_merge
 from cl_graft.skillpack import codecs
-from cl_graft.skillpack.codecs import Encoded
+from cl_graft.skillpack.codecs import CodeLayout, Encoded
 from cl_graft.skillpack.codecs.quant import round_to_nearest
 from cl_graft.skillpack.format.file import (
     CorruptPack,
@@ -25,6 +25,7 @@ from cl_graft.skillpack.format.file import (
 )
 from cl_graft.skillpack.live.decode import entries, factors
 from cl_graft.skillpack.live.grafted import Grafted
+from cl_graft.skillpack.rounding import seed_of, stochastic
 from tests.refusals import refusal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -59,6 +60,11 @@ def identical(model: nn.Module, weights: dict[str, Tensor]) -> bool:
     )
 
 
+def rounded(x: Tensor, dtype: torch.dtype, digests: list[str], name: str) -> Tensor:
+    """The sum of a base and its deltas as a model of that dtype holds it."""
+    return x if dtype == torch.float32 else stochastic(x, dtype, seed_of(digests, name))
+
+
 def pack_for(model: nn.Module, task: str, *names: str, seed: int = 0) -> SkillPack:
     """Random deltas, large enough to change a bfloat16 weight."""
     generator = torch.Generator().manual_seed(seed)
@@ -83,7 +89,8 @@ def test_activate_adds_the_deltas_in_float32_and_unload_brings_the_base_back(
     for name, parts in {Q: [a, b], NORM: [a], UP: [b]}.items():
         deltas = [pack.decode()[name] for pack in parts]
         total = deltas[0] + deltas[1] if len(deltas) == 2 else deltas[0]
-        expected[name] = (before[name].float() + total).to(dtype)
+        digests = [pack.digest for pack in parts]
+        expected[name] = rounded(before[name].float() + total, dtype, digests, name)
         assert not torch.equal(expected[name], before[name])
     assert identical(model, expected)
     assert grafted.active == (a, b)
@@ -199,17 +206,48 @@ def test_a_sum_that_overflows_leaves_the_base() -> None:
     assert grafted.active == ()
 
 
-def test_deltas_that_round_away_one_by_one_count_together() -> None:
-    """Summed in float32 before the cast: two halves of a bfloat16 step make a whole one."""
-    model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+def test_deltas_that_nearest_rounds_away_are_kept_on_the_mean_and_together() -> None:
+    """A quarter of a bfloat16 step makes a whole one in a quarter of the entries; four quarters do in each."""
+    model = nn.Linear(100, 100, bias=False, dtype=torch.bfloat16)
     nn.init.ones_(model.weight)
-    half = codecs.dense(torch.tensor([[math.ldexp(1.0, -8)]]), torch.float32)
-    pack = SkillPack({"weight": half}, "a", "test", {}, fingerprint(model.named_parameters()))
+    step = math.ldexp(1.0, -7)
+    quarter = codecs.dense(torch.full((100, 100), step / 4), torch.float32)
+    pack = SkillPack({"weight": quarter}, "a", "test", {}, fingerprint(model.named_parameters()))
     grafted = Grafted(model)
     grafted.activate([pack])
-    assert model.weight.item() == 1  # the nearest even
-    grafted.activate([pack, pack])
-    assert model.weight.item() == 1 + math.ldexp(1.0, -7)
+    assert set(model.weight.flatten().tolist()) == {1.0, 1 + step}
+    assert float((model.weight != 1).float().mean()) == pytest.approx(0.25, abs=0.02)  # 4.6 sigma
+    grafted.activate([pack] * 4)
+    assert (model.weight == 1 + step).all()
+    grafted.unload()
+    assert (model.weight == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_seed_is_that_of_the_packs_and_the_parameter(dtype: torch.dtype) -> None:
+    model = tiny(dtype)
+    a, b = pack_for(model, "a", Q, NORM, seed=1), pack_for(model, "b", Q, seed=1)
+    q = dict(model.named_parameters())[Q]
+    grafted = Grafted(model)
+    grafted.activate([a])
+    first = q.detach().clone()
+    grafted.activate([b])  # the same deltas, and other random numbers
+    assert not torch.equal(q, first)
+    grafted.activate([a, b])
+    both = q.detach().clone()
+    grafted.activate([b, a])
+    assert not torch.equal(q, both)
+    grafted.activate([a])
+    assert torch.equal(q, first)
+
+
+def test_scalars_are_parameters_too() -> None:
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.bfloat16))
+    delta = codecs.dense(torch.tensor(0.5), torch.float32)
+    pack = SkillPack({"scale": delta}, "a", "test", {}, fingerprint(model.named_parameters()))
+    Grafted(model).activate([pack])
+    assert model.scale.item() == 2.5
 
 
 def low_rank_pack(model: nn.Module, task: str, *names: str, seed: int = 0) -> SkillPack:
@@ -256,7 +294,8 @@ def test_low_rank_deltas_are_added_to_within_the_stated_tolerance(dtype: torch.d
     base = model.weight.detach().double()
     left, right = factors([pack.tensors["weight"] for pack in packs])
     exact = base + left.double() @ right.double()
-    reference = (base.float() + packs[0].delta("weight") + packs[1].delta("weight")).to(dtype)
+    sum32 = base.float() + packs[0].delta("weight") + packs[1].delta("weight")
+    reference = rounded(sum32, dtype, [pack.digest for pack in packs], "weight")
     Grafted(model).activate(packs)
     missed, allowed = (model.weight - exact).abs(), (reference - exact).abs()
     sizes = left.abs().double() @ right.abs().double()
@@ -293,7 +332,8 @@ def test_a_sparse_delta_changes_only_what_it_names(dtype: torch.dtype) -> None:
     encoded = codecs.sparse_top(torch.randn(2100, 200), 3000)
     pack = SkillPack({"weight": encoded}, "a", "test", {}, fingerprint(model.named_parameters()))
     Grafted(model).activate([pack])
-    assert torch.equal(model.weight, (before.float() + pack.delta("weight")).to(dtype))
+    wanted = rounded(before.float() + pack.delta("weight"), dtype, [pack.digest], "weight")
+    assert torch.equal(model.weight, wanted)
     assert int((model.weight != before).sum()) <= 3000
     ids = torch.tensor([2099, 0, 7, 7])
     assert torch.equal(entries(encoded).rows(ids, 200), pack.delta("weight")[ids])
@@ -319,9 +359,15 @@ def test_parts_that_fit_no_codec_are_refused_and_the_base_is_back() -> None:
         assert identical(model, before)
 
 
-def test_the_benchmark_runs_and_counts_the_packs_bytes() -> None:
+@pytest.mark.parametrize("layout", ["small", "fast"])
+def test_the_benchmark_runs_and_counts_the_packs_bytes(layout: CodeLayout) -> None:
     for dtype in ("float32", "bfloat16"):
-        found = bench_merge(0.1, dtype, shapes=((256, 384), (384, 256)), repeats=3)
+        shapes = ((256, 384), (384, 256))
+        found = bench_merge(0.1, dtype, shapes, repeats=3, threads=1, layout=layout)
         assert found["share"] == pytest.approx(0.1, rel=0.1) and found["dtype"] == dtype
-        assert found["merge_over_copy"] == pytest.approx(found["merge_ms"] / found["copy_ms"])
-        assert all(set(ranks) == {8, 4, 3, 2} for ranks in found["ranks"])
+        ratio = found["merge_ms"] / found["product_ms"]
+        assert found["merge_over_product"] == pytest.approx(ratio)
+        assert found["switch_over_merge"] == pytest.approx(found["switch_ms"] / found["merge_ms"])
+        assert len(found["ranks"]) == 2 and ("small_decode_s_per_100mb" in found) == (
+            layout == "small"
+        )

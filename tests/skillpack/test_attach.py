@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -122,6 +124,22 @@ def test_each_sample_of_a_mixed_batch_gets_what_its_packs_give_in_the_weights(
             assert (logits(model, ids)[row] - mixed[row]).abs().max() <= limit
             if entry is not None:
                 assert (expected[row] - base[row]).abs().max() > 10 * limit
+
+
+@pytest.mark.parametrize("codec", [codecs.sign_scale, codecs.dense])
+def test_rows_of_a_bfloat16_table_are_rounded_as_in_the_weights(codec: Any) -> None:
+    """Deltas far below the spacing: each entry's own random bits decide, wherever the row is looked up."""
+    model = nn.Sequential(nn.Embedding(40, 16)).bfloat16()
+    change = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)) * 1e-4
+    base = fingerprint(model.named_parameters())
+    pack = SkillPack({"0.weight": codec(change)}, "a", "test", {}, base)
+    ids, before = torch.tensor([[7, 0], [39, 7]]), model[0].weight.detach().clone()
+    example = {"input": torch.tensor([[1, 2], [3, 4], [5, 6]])}
+    with Attached(model, [pack], example) as attached:
+        attached.choose(0)
+        looked_up = model(ids)
+    Grafted(model).activate([pack])
+    assert torch.equal(looked_up, model(ids)) and not torch.equal(looked_up, before[ids])
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -78,7 +78,8 @@ class Factored(Codec):
     def write_factors(self, encoded: Encoded, left: Tensor, right: Tensor) -> None:
         """Fill left (rows, rank) and right (rank, cols), of any float dtype and any strides.
 
-        Every entry is computed in float32 and rounded once.
+        Every entry is computed in float32 and rounded once. The parts have passed the layout but not `check`:
+        ValueError on what `check` would refuse.
         """
 
 

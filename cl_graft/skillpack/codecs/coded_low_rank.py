@@ -46,9 +46,8 @@ def coded_low_rank(
         torch.zeros(1, n, dtype=torch.int16) if shift is None else shift.reshape(1, -1)
         for shift, n in zip(shifts, shape, strict=True)
     ]
-    if any(row.abs().max() > SHIFTED for row in rows if row.numel()):
-        raise ValueError(f"a shift is not from -{SHIFTED} to {SHIFTED}.")
-    parts, meta = coded_rows.write([rows[1], rows[0], right, left], layout)
+    rows = [_bounded(rows[1]), _bounded(rows[0])]
+    parts, meta = coded_rows.write([*rows, right, left], layout)
     parts = {"scales": rounded(scales, torch.bfloat16, "a scale")} | parts
     return Encoded(CodedLowRankCodec.name, tuple(shape), {"rank": len(scales)} | meta, parts)
 
@@ -79,10 +78,16 @@ class CodedLowRankCodec(Factored, Relaid):
         return meta["rank"]
 
     def write_factors(self, encoded: Encoded, left: Tensor, right: Tensor) -> None:
-        """The scales go into the left factor: whole numbers up to 256 are exact in bfloat16, too."""
-        left_codes, right_codes, scales, shifts = factors_of(encoded)
-        right.copy_(_shifted(right_codes, shifts[1]))
-        left.copy_(_shifted(left_codes, shifts[0]).T * scales.float())
+        """The scales go into the smaller factor: the other holds whole numbers times powers of two, up to 256 exact in
+        bfloat16, too."""
+        scale, (rows, cols) = encoded.parts["scales"], encoded.shape
+        scales = [None, None] + ([None, scale] if rows <= cols else [scale, None])
+        shifts = [torch.empty(1, cols), torch.empty(1, rows)]
+        sizes, outs = _sizes(encoded.shape, encoded.meta), [*shifts, right, left.T]
+        coded_rows.write_floats(encoded.parts, sizes, encoded.meta, scales, outs)
+        for factor, shift in zip(outs[2:], shifts, strict=True):
+            if shift.any():
+                factor.mul_(torch.exp2(-_bounded(shift)))
 
     def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
         left, right, scales, shifts = factors_of(encoded)
@@ -93,9 +98,14 @@ def factors_of(encoded: Encoded) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, 
     """What `coded_low_rank` was given: left, right, scales, shifts."""
     sizes = _sizes(encoded.shape, encoded.meta)
     of_right, of_left, right, left = coded_rows.read(encoded.parts, sizes, encoded.meta)
-    if any(shift.abs().max() > SHIFTED for shift in (of_right, of_left) if shift.numel()):
+    shifts = _bounded(of_left)[0], _bounded(of_right)[0]
+    return left, right, encoded.parts["scales"], shifts
+
+
+def _bounded(shifts: Tensor) -> Tensor:
+    if shifts.numel() and shifts.abs().max() > SHIFTED:
         raise ValueError(f"a shift is not from -{SHIFTED} to {SHIFTED}.")
-    return left, right, encoded.parts["scales"], (of_left[0], of_right[0])
+    return shifts
 
 
 def _shifted(codes: Tensor, shifts: Tensor) -> Tensor:

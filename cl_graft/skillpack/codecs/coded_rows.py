@@ -6,7 +6,7 @@ there is a byte a row: its class (entropy.py), or its width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -60,18 +60,57 @@ def fields_of(meta: Meta) -> list[str]:
 
 
 def read(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> list[Tensor]:
-    """The matrices of codes, int16. Raises ValueError where the parts hold too little or too much for them."""
-    kinds = parts["kinds"].split([size[0] for size in sizes])
-    if meta["layout"] == "small":
-        _check_classes(parts["kinds"])
-        matrices = entropy.decode(parts["codes"], sizes, kinds, meta["top"])
-        if max((int(m.abs().max()) for m in matrices if m.numel()), default=0) != meta["top"]:
-            raise ValueError(f"no code has the magnitude {meta['top']} that the meta says.")
-        return matrices
+    """The matrices of codes, int16. Raises ValueError where the parts hold too little or too much for them, or what
+    `check` refuses."""
     matrices = [torch.zeros(size, dtype=torch.int16) for size in sizes]
-    for codes, where, packed, width in _runs(parts["codes"], matrices, kinds):
-        codes[where] = unpacked(packed, codes.shape[1], width).to(torch.int16)
+    for matrix, runs in zip(matrices, _runs(parts, sizes, meta), strict=True):
+        for where, codes in runs:
+            matrix[where] = codes.to(torch.int16)
     return matrices
+
+
+def write_floats(
+    parts: dict[str, Tensor],
+    sizes: Sizes,
+    meta: Meta,
+    scales: Sequence[Tensor | None],
+    outs: Sequence[Tensor],
+) -> None:
+    """Fill matrices of a float dtype, of any strides, with their codes, each row times its scale, bfloat16 (rows,).
+
+    Every entry is computed in float32 and rounded once. Raises ValueError as `read` does.
+    """
+    for out, scale, runs in zip(outs, scales, _runs(parts, sizes, meta), strict=True):
+        whole_run = len(runs) == 1 and len(runs[0][0]) == len(out)
+        # runs are written one after the other and then gathered, which is quicker than to scatter them
+        room = out if whole_run else torch.empty(out.shape, dtype=out.dtype)
+        order, first = torch.full((len(out),), len(out) - 1), 0
+        for where, codes in runs:
+            rows = room[first : first + len(where)]
+            _fill(rows, codes, None if scale is None else scale[where], meta)
+            order[where] = torch.arange(first, first + len(where))
+            first += len(where)
+        if whole_run:
+            continue
+        # rows of zeros, which are in no run, are the last of the room
+        room[first:] = 0
+        if out.is_contiguous():
+            torch.index_select(room, 0, order, out=out)
+        else:
+            out.copy_(room[order])
+
+
+def _fill(rows: Tensor, codes: Tensor, scale: Tensor | None, meta: Meta) -> None:
+    """rows = codes, times scale where there is one: bfloat16 (rows,)."""
+    if scale is None:
+        rows.copy_(codes)
+        return
+    # whole numbers up to 256 are exact in every float dtype, and so is the scale but in float16
+    small = codes.dtype == torch.int8 or meta.get("top", entropy.TOP) <= 256
+    if rows.dtype == torch.float32 or (rows.dtype == torch.bfloat16 and small):
+        rows.copy_(codes).mul_(scale.to(rows.dtype)[:, None])
+    else:
+        torch.mul(codes, scale.float()[:, None], out=rows)
 
 
 def check(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> None:
@@ -81,15 +120,9 @@ def check(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> None:
     What an entropy-coded stream holds is found out when it is read.
     """
     if meta["layout"] == "small":
-        return _check_classes(parts["kinds"])
-    matrices = read(parts, sizes, meta)
-    kinds = parts["kinds"].split([size[0] for size in sizes])
-    if any(not torch.equal(_widths(m), w) for m, w in zip(matrices, kinds, strict=True)):
-        raise ValueError("a row is wider than its codes.")
-    again = [_packed(m, w) for m, w in zip(matrices, kinds, strict=True)]
-    if not torch.equal(torch.cat(again), parts["codes"]):
-        raise ValueError("a bit after the last code of a row is not zero.")
-    return None
+        _check_classes(parts["kinds"])
+    else:
+        _runs(parts, sizes, meta)
 
 
 def _check_classes(kinds: Tensor) -> None:
@@ -97,21 +130,45 @@ def _check_classes(kinds: Tensor) -> None:
         raise ValueError(f"a row's class is not below {entropy.CLASSES}.")
 
 
-def _runs(
-    rest: Tensor, matrices: Sequence[Tensor], kinds: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-    """(matrix, where its rows of one width are, their bytes (rows, bytes), the width), in the order of the file."""
-    for codes, widths in zip(matrices, kinds, strict=True):
-        for width in WIDTHS[1:]:
+Runs = list[tuple[Tensor, Tensor]]
+
+
+def _runs(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> list[Runs]:
+    """Runs of each matrix: where its rows of one kind of code are, int64; their codes, int8 or int16."""
+    kinds = parts["kinds"].split([size[0] for size in sizes])
+    if meta["layout"] == "small":
+        _check_classes(parts["kinds"])
+        matrices = entropy.decode(parts["codes"], sizes, kinds, meta["top"])
+        if max((int(m.abs().max()) for m in matrices if m.numel()), default=0) != meta["top"]:
+            raise ValueError(f"no code has the magnitude {meta['top']} that the meta says.")
+        return [[(torch.arange(len(m)), m)] for m in matrices]
+    there = set(parts["kinds"].unique().tolist())
+    if not there <= set(WIDTHS):
+        raise ValueError(f"a row's width is not one of {', '.join(map(str, WIDTHS))}.")
+    rest, found = parts["codes"], list[Runs]()
+    for (_, n), widths in zip(sizes, kinds, strict=True):
+        found.append([])
+        for width in sorted(there - {0}):
             where = (widths == width).nonzero().reshape(-1)
-            used = len(where) * _row_bytes(codes.shape[1], width)
+            used = len(where) * _row_bytes(n, width)
             if len(rest) < used:
                 raise ValueError("there are fewer bytes than the widths of the rows ask for.")
-            if used:
-                yield codes, where, rest[:used].view(len(where), -1), width
+            if len(where):
+                packed = rest[:used].view(len(where), _row_bytes(n, width))
+                found[-1].append((where, _checked(unpacked(packed, width), n, width)))
             rest = rest[used:]
     if len(rest):
         raise ValueError("there are more bytes than the widths of the rows ask for.")
+    return found
+
+
+def _checked(codes: Tensor, n: int, width: int) -> Tensor:
+    """The codes, of which n a row are meant, where they need this width."""
+    if codes.shape[1] > n and codes[:, n:].any():
+        raise ValueError("a bit after the last code of a row is set.")
+    if not (_widths(codes) == width).all():
+        raise ValueError("a row is wider than its codes.")
+    return codes[:, :n]
 
 
 def _widths(codes: Tensor) -> Tensor:
@@ -156,8 +213,8 @@ def _packed(codes: Tensor, widths: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def unpacked(packed: Tensor, n: int, width: int) -> Tensor:
-    """int16 or int8 (rows, n) of rows packed at one width, uint8 (rows, bytes)."""
+def unpacked(packed: Tensor, width: int) -> Tensor:
+    """int16 or int8 (rows, n) of rows packed at one width, uint8 (rows, bytes), n being as many as fill the bytes."""
     if width == 16:
         return packed.clone().view(torch.int16)  # views of wider numbers must begin on their size
     if width == 8:
@@ -166,7 +223,6 @@ def unpacked(packed: Tensor, n: int, width: int) -> Tensor:
     signed, codes = packed.view(torch.int8), torch.empty(len(packed), per * size, dtype=torch.int8)
     for i in range(per):
         # up to the sign bit and down again, which fills in the sign
-        torch.bitwise_left_shift(
-            signed, 8 - (i + 1) * width, out=codes[:, i * size : (i + 1) * size]
-        )
-    return codes.bitwise_right_shift_(8 - width)[:, :n]
+        part = codes[:, i * size : (i + 1) * size]
+        torch.bitwise_left_shift(signed, 8 - (i + 1) * width, out=part)
+    return codes.bitwise_right_shift_(8 - width)

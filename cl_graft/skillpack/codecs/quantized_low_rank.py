@@ -88,6 +88,7 @@ class QuantizedLowRankCodec(Factored):
         return sum(rank for rank, *_ in meta["groups"])
 
     def write_factors(self, encoded: Encoded, left: Tensor, right: Tensor) -> None:
+        self.check(encoded)
         codes, scales, first = encoded.parts["codes"], encoded.parts["scales"], 0
         for rank, bits, *sizes in encoded.meta["groups"]:
             for out, size in zip((left.T, right), sizes, strict=True):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -33,6 +33,7 @@ from cl_graft.skillpack.compress.directions import (
     directions_bytes,
     wanted_directions,
 )
+from cl_graft.skillpack.compress.dtype_cost import dtype_costs, told
 from cl_graft.skillpack.compress.policy import METHODS, Policy
 from cl_graft.skillpack.compress.work import ByteLimit, PackProgress, Piece, fetch
 from cl_graft.skillpack.compress.work_store import Folder
@@ -47,17 +48,22 @@ from cl_graft.skillpack.folders.pair import (
 )
 from cl_graft.skillpack.folders.tuned import tuned_checkpoint
 from cl_graft.skillpack.format.write import packed_size, write_pack
+from cl_graft.skillpack.rounding import seed_of, summed
 from cl_graft.version import __version__
 
 
 @dataclass(frozen=True)
 class Created:
-    """bytes: of the file. seconds: by kind of work, this run alone. notes: what a user should know."""
+    """bytes: of the file. seconds: by kind of work, this run alone. notes: what a user should know.
+
+    rounding: what the base's dtype costs the pack, rows by role (`DtypeCost.row`); none where it is no narrow one.
+    """
 
     bytes: int
     limit: int
     seconds: dict[str, float]
     notes: list[str]
+    rounding: list[dict[str, object]] = field(default_factory=list)
 
 
 def create(
@@ -127,10 +133,14 @@ def create(
                 pieces, moments, policy, limit, store, device=device, progress=progress
             )
         weights = partial(_compressed, pairing, set(specs), store)
+    with timed(seconds, "measure"):
+        kept = [(p.name, p.role, p.transposed) for p in pieces if p.name in specs]
+        costs = dtype_costs(before, kept, partial(fetch, store))
+        notes += [told(costs, before.dtype)] if costs else []
     with timed(seconds, "write"):
         written = write_pack(out, specs, partial(fetch, store), **fields)
     shutil.rmtree(work, ignore_errors=True)
-    return Created(written, allowed.bytes, seconds, notes)
+    return Created(written, allowed.bytes, seconds, notes, [cost.row() for cost in costs])
 
 
 def _plain(policy: Policy) -> dict[str, Any]:
@@ -195,7 +205,7 @@ def _compressed(pairing: Pairing, kept: set[str], store: Folder, name: str) -> T
     weight = decode(fetch(store, name)) if name in kept else torch.zeros(tuned.shape)
     if name in pairing.base.tensors:
         add_rows(weight, pairing.base.read(name))
-    return weight.to(tuned.dtype)
+    return summed(weight, tuned.dtype, seed_of([], name))
 
 
 def _work_folder(

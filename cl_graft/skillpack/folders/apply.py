@@ -1,6 +1,6 @@
 """Packs on checkpoint folders: base + pack as a new folder, and the check that a folder is just that.
 
-One tensor at a time, in the base's dtypes. `result` is the one place that says what base + pack is.
+One tensor at a time. `result` is the one place that says what base + pack is, form.py how it is rounded.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cl_graft.skillpack.folders.checkpoint import (
     Specs,
     write_checkpoint,
 )
+from cl_graft.skillpack.folders.form import Form, Record, is_rounded, record_of, rounded
 from cl_graft.skillpack.folders.pair import (
     add_rows,
     all_finite,
@@ -37,6 +38,7 @@ from cl_graft.skillpack.format.files import VOCABULARY, parse
 Folder = str | os.PathLike[str]
 # options of a lossless pack: tensors of the base that the tuned model lacks, and whether its head is tied
 ABSENT, TIES = "absent", "tie_word_embeddings"
+AS_BASE = Form()
 
 
 class NotGrafted(SkillPackError):
@@ -48,22 +50,31 @@ def apply_pack(
     pack: SkillPack,
     out_dir: Folder,
     *,
+    form: Form = AS_BASE,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[str]:
     """Write base + pack as a Hugging Face folder; returns a sentence for each thing adjusted.
 
-    Deltas are added in float32 and cast to the base's dtype; of a lossless pack every tensor is the
-    tuned one, bit for bit, in its own dtype. What else the pack holds (chat template, tokenizer,
-    settings) takes the place of the base's; all other files are the base's. Raises WrongBase or
-    ShapeMismatch before anything is written, NonFinite where a weight overflows its dtype,
-    CheckpointError for the folders.
+    Deltas are added in float32 and rounded as `form` says, by default stochastically to the base's dtype; tensors
+    without a delta stay as they are, or are rounded to nearest where the form has a narrower dtype. Of a lossless pack
+    every tensor is the tuned one, bit for bit, in its own dtype. How it was done is written to the folder's
+    skillpack.json. What else the pack holds (chat template, tokenizer, settings) takes the place of the base's; all
+    other files are the base's. Raises WrongBase or ShapeMismatch before anything is written, NonFinite where a weight
+    overflows its dtype, SkillPackError for a lossless pack in another dtype, CheckpointError for the folders.
     """
     base = Checkpoint(base_dir)
     check_base(base, pack)
+    if pack.lossless and form.dtype is not None:
+        raise SkillPackError(
+            f"the pack of task {pack.task!r} keeps the tuned tensors bit for bit, each in its own dtype; apply it "
+            "without --dtype."
+        )
     dropped = _dropped(base, pack)
-    specs = _specs(base, pack, dropped)
+    specs, record = _specs(base, pack, dropped, form), _record(pack, form)
     config, notes = _config(base, pack, dropped)
     notes += _kept_in(config, base, specs) if pack.lossless else []
+    if form.dtype is not None:
+        _set_dtype(config, str(form.dtype).removeprefix("torch."))
     notes = [*base.notes, *notes]
     files = {name: f.content() for name, f in pack.files.items() if name != "config.json"}
     if pack.files:
@@ -73,10 +84,11 @@ def apply_pack(
     write_checkpoint(
         out_dir,
         specs,
-        lambda name: result(base, pack, name),
+        lambda name: result(base, pack, name, form, record),
         base,
         config=config,
         files=files,
+        finish=record.write,
         max_shard_bytes=max_shard_bytes,
     )
     return notes
@@ -87,17 +99,31 @@ def remove_pack(
 ) -> int:
     """Check that a folder is base + pack bit for bit, and return how many tensors were compared.
 
-    Then, if `out_dir` is given, write the base's tensors there, bit for bit. Raises NotGrafted
-    naming the tensors that differ, and what `apply_pack` raises.
+    It may have any dtype, and be rounded in any way that its skillpack.json tells. Of tensors that calibration text
+    decided, the fingerprint is compared, and that each entry is near its sum. Then, if `out_dir` is given,
+    write the base's tensors there, bit for bit. Raises NotGrafted naming the tensors that differ, and what `apply_pack`
+    raises.
     """
     base, grafted = Checkpoint(base_dir), Checkpoint(grafted_dir)
     check_base(base, pack)
-    specs = _specs(base, pack, _dropped(base, pack))
+    record = record_of(grafted.folder, pack)
+    form, dropped = Form(rounding=record.rounding), _dropped(base, pack)
+    specs = _specs(base, pack, dropped, form)
+    if any(n in specs and info.dtype != specs[n][0] for n, info in grafted.tensors.items()):
+        form = Form(grafted.dtype, record.rounding)
+        specs = _specs(base, pack, dropped, form)
     shapes = {name: (info.dtype, info.shape) for name, info in grafted.tensors.items()}
     differing = [name for name in specs if shapes.get(name) != specs[name]]
     differing += [name for name in shapes if name not in specs]
     for name in specs:
-        if name not in differing and not identical(grafted.read(name), result(base, pack, name)):
+        if name in differing:
+            continue
+        found = grafted.read(name)
+        if name in record.fingerprints and name in pack.tensors:
+            same = is_rounded(found, summed(base, pack, name), record, name)
+        else:
+            same = identical(found, result(base, pack, name, form, record))
+        if not same:
             differing.append(name)
     if differing:
         named = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
@@ -130,45 +156,64 @@ def check_base(base: Checkpoint, pack: SkillPack) -> None:
         )
 
 
-def result(base: Checkpoint, pack: SkillPack, name: str) -> Tensor:
-    """One tensor of base + pack, in the base's dtype; an added one in that of most of the base; one that is
-    kept itself in its own.
+def result(base: Checkpoint, pack: SkillPack, name: str, form: Form, record: Record) -> Tensor:
+    """One tensor of base + pack in the form's dtype; an added one in that of most of the base where it has none; one
+    that is kept itself in its own.
 
-    Of a tensor with another number of rows, rows that the base lacks count as zero there, and
-    surplus rows are cut. Raises NonFinite where the sum overflows the dtype.
+    record: has the seed, and takes what the form's calibration decided. Raises NonFinite where it overflows the dtype.
     """
+    before = base.dtype if name in pack.added else base.tensors[name].dtype
+    dtype = form.dtype_of(before)
     if name not in pack.tensors:
-        return base.read(name)
-    if kept_dtype(pack.tensors[name]) is not None:
+        weight = base.read(name).to(dtype)
+        if dtype == before:
+            return weight
+    elif kept_dtype(pack.tensors[name]) is not None:
         return pack.tuned(name, None if name in pack.added else base.read(name))
+    else:
+        weight = rounded(summed(base, pack, name), dtype, form, record, name)
+    if weight.is_floating_point() and not all_finite(weight):
+        raise NonFinite(
+            f"tensor {name!r} overflows {dtype} under {pack.task!r}; apply the pack with --dtype float32."
+        )
+    return weight
+
+
+def summed(base: Checkpoint, pack: SkillPack, name: str) -> Tensor:
+    """Base + delta of a tensor that the pack touches, float32, or float64 where the base is.
+
+    Of a tensor with another number of rows, rows that the base lacks count as zero there, and surplus rows are cut.
+    """
     weight = pack.delta(name)
-    dtype = base.dtype if name in pack.added else base.tensors[name].dtype
     if name not in pack.added:
         before = base.read(name)
         weight = weight.to(torch.promote_types(before.dtype, torch.float32))
         add_rows(weight, before)
-    weight = weight.to(dtype)
-    if not all_finite(weight):
-        raise NonFinite(f"tensor {name!r} overflows {dtype} under {pack.task!r}; use a wider base.")
     return weight
 
 
 def delta(base: Checkpoint, pack: SkillPack, name: str) -> Tensor:
-    """What a pack adds to a tensor of the base, float32: `pack.delta`, or `result` minus the base's tensor."""
+    """What a pack adds to a tensor of the base, float32: `pack.delta`, or the tuned tensor minus the base's."""
     if kept_dtype(pack.tensors[name]) is None:
         return pack.delta(name)
-    weight = result(base, pack, name).float()
-    if name not in pack.added:
-        add_rows(weight, base.read(name), -1)
+    before = None if name in pack.added else base.read(name)
+    weight = pack.tuned(name, before).float()
+    if before is not None:
+        add_rows(weight, before, -1)
     return weight
 
 
-def _specs(base: Checkpoint, pack: SkillPack, dropped: Collection[str]) -> Specs:
+def _record(pack: SkillPack, form: Form) -> Record:
+    return Record(pack.task, pack.digest, pack.base, form.rounding)
+
+
+def _specs(base: Checkpoint, pack: SkillPack, dropped: Collection[str], form: Form) -> Specs:
     specs = {}
     for name, info in base.tensors.items():
         shape = pack.tensors[name].shape if name in pack.tensors else info.shape
-        specs[name] = (info.dtype, tuple(shape))
-    specs |= {name: (base.dtype, tuple(pack.tensors[name].shape)) for name in pack.added}
+        specs[name] = (form.dtype_of(info.dtype), tuple(shape))
+    added = form.dtype_of(base.dtype)
+    specs |= {name: (added, tuple(pack.tensors[name].shape)) for name in pack.added}
     for name, encoded in pack.tensors.items():
         specs[name] = (kept_dtype(encoded) or specs[name][0], specs[name][1])
     return {name: spec for name, spec in specs.items() if name not in dropped}
@@ -235,6 +280,15 @@ def _set(config: dict[str, Any], key: str, value: object) -> None:
         text[key] = value
     if key in config or not (isinstance(text, dict) and key in text):
         config[key] = value
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Name a dtype wherever a config does, also within: transformers loads a model in it."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _set_dtype(value, dtype)
+        elif key in ("dtype", "torch_dtype") and value is not None:
+            config[key] = dtype
 
 
 def _told(shape: tuple[int, ...] | None) -> str:

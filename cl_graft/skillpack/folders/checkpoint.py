@@ -149,6 +149,7 @@ def write_checkpoint(
     *,
     config: dict[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
+    finish: Callable[[Path], None] = lambda folder: None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model folder that transformers loads, asking `fetch` for one tensor after another.
@@ -156,8 +157,9 @@ def write_checkpoint(
     specs: {name: (dtype, shape)} in order; a shard takes as many as fit into `max_shard_bytes`, and
     at least one. like: its tokenizer and other files are copied, weights never. config: in place of
     like's config.json. files: {name: content} in place of like's; one without content is left out.
-    The folder appears whole or not at all. Raises CheckpointError where there is one with files in it
-    already, where the system refuses it, or for a tensor unlike its spec.
+    finish: called with the folder when its weights are written. The folder appears whole or not at all.
+    Raises CheckpointError where there is one with files in it already, where the system refuses it, or
+    for a tensor unlike its spec.
     """
     with new_folder(Path(folder)) as building:
         _copy_other_files(like.folder, building)
@@ -169,6 +171,7 @@ def write_checkpoint(
         if config is not None:
             (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         write_weights(building, specs, fetch, max_shard_bytes)
+        finish(building)
 
 
 def write_weights(

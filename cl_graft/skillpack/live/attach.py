@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from cl_graft.skillpack.codecs import Encoded, is_factored, is_scattered
+from cl_graft.skillpack import rounding
+from cl_graft.skillpack.codecs import is_factored, is_scattered
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.skillpack.live.attachment_points import (
     AttachError,
     AttachmentPoint,
     find_attachment_points,
 )
-from cl_graft.skillpack.live.decode import Entries, Factors, entries, factors
-from cl_graft.skillpack.live.grafted import add, add_sparse, check_deltas, check_packs
+from cl_graft.skillpack.live.decode import Entries, Factors
+from cl_graft.skillpack.live.grafted import change, check_deltas, check_packs, put, seed_of
 
 Choice = tuple[int, ...]
 Choices = int | None | Choice | list[int | None | Choice]
@@ -53,9 +54,8 @@ class Attached:
         check_deltas(self.packs)
         touched = {n: p for n, p in self._parameters.items() if any(n in q.tensors for q in packs)}
         points = find_attachment_points(model, touched, example) if touched else []
-        multiplied = {name for point in points for name in point.linear | point.rows}
         self._held = [
-            {n: h for n, e in q.tensors.items() if (h := _hold(e, touched[n], n in multiplied))}
+            {n: h for n in q.tensors if (h := _hold(q, n, touched[n])) is not None}
             for q in self.packs
         ]
         self._choices: tuple[Choice, ...] = ((),)
@@ -210,17 +210,20 @@ class Attached:
     @torch.no_grad()
     def _merged(self, name: str, packs: list[int]) -> Tensor:
         """The parameter under these packs, with the very bits that `Grafted` gives it."""
-        weight = self._parameters[name].detach().clone()
-        held = self._held[packs[0]].get(name)
-        if len(packs) == 1 and isinstance(held, Entries):
-            add_sparse(weight, *held)
-        else:
-            add(weight, name, [self.packs[k] for k in packs])
+        base = self._parameters[name].detach()
+        weight, touching = torch.empty_like(base), [self.packs[k] for k in packs]
+        changes = [
+            held
+            if (held := self._held[k].get(name)) is not None
+            else change(self.packs[k], name, base)
+            for k in packs
+        ]
+        put(weight, base, changes, seed_of(touching, name))
         return weight
 
     @torch.no_grad()
     def _looked_up(self, name: str, packs: list[int], ids: Tensor) -> Tensor:
-        """Rows `ids` of a table under these packs, summed in float32 and rounded once."""
+        """Rows `ids` of a table under these packs, summed in float32 and rounded as `Grafted` does."""
         base = self._parameters[name].detach()[ids]
         delta = torch.zeros(base.shape, device=base.device)
         for index in packs:
@@ -229,18 +232,19 @@ class Attached:
                 delta += self.packs[index].rows(name, ids.cpu()).to(base.device)
             else:
                 delta += held.rows(ids, base.shape[1])
-        return base.add_(delta)
+        cols = base.shape[1]
+        places = (ids * cols)[:, None] + torch.arange(cols, device=ids.device)
+        rounding.add(base, delta, seed_of([self.packs[k] for k in packs], name), places)
+        return base
 
 
-def _hold(encoded: Encoded, parameter: Tensor, multiplied: bool) -> Factors | Entries | None:
-    """What is worth keeping decoded of a delta: positions, and factors where they are multiplied by."""
-    if is_scattered(encoded):
-        return entries(encoded).to(parameter.device)
-    if multiplied and is_factored(encoded):
-        narrow = parameter.dtype == torch.bfloat16
-        dtype = torch.bfloat16 if narrow else torch.float32
-        return factors([encoded], dtype).to(parameter.device)
-    return None
+def _hold(pack: SkillPack, name: str, parameter: Tensor) -> Factors | Entries | None:
+    """What is worth keeping decoded of a delta: factors, and positions with their values."""
+    encoded = pack.tensors[name]
+    if not (is_factored(encoded) or is_scattered(encoded)):
+        return None
+    held = change(pack, name, parameter)
+    return held if isinstance(held, Factors | Entries) else None
 
 
 def _rows(choices: list[Choice]) -> dict[Choice, Any]:

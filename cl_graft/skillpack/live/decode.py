@@ -17,7 +17,7 @@ from cl_graft.skillpack.codecs import Encoded, Factored, Scattered
 
 
 class Factors(NamedTuple):
-    """A matrix as left @ right. left: (rows, r), right: (r, cols), contiguous, of one float dtype."""
+    """A matrix as left @ right, of one float dtype. left: (rows, r), a column after the other; right: (r, cols)."""
 
     left: Tensor
     right: Tensor
@@ -60,10 +60,11 @@ def factors(parts: Sequence[Encoded], dtype: torch.dtype = torch.float32) -> Fac
     float32, is rounded to, once. Raises ValueError as `codecs.check` does, and for another codec.
     """
     for encoded in parts:
-        codecs.check(encoded)
+        codecs.check_parts(encoded)
     (rows, cols), ranks = parts[0].shape, [codecs.rank_of(encoded) or 0 for encoded in parts]
     rank = sum(ranks)
-    left, right = torch.empty(rows, rank, dtype=dtype), torch.empty(rank, cols, dtype=dtype)
+    # codecs store the left factor by columns, and products read it in either order at one speed
+    left, right = torch.empty(rank, rows, dtype=dtype).T, torch.empty(rank, cols, dtype=dtype)
     first = 0
     for encoded, count in zip(parts, ranks, strict=True):
         mine = slice(first, first + count)
@@ -73,6 +74,13 @@ def factors(parts: Sequence[Encoded], dtype: torch.dtype = torch.float32) -> Fac
         codec.write_factors(encoded, left[:, mine], right[mine])
         first = mine.stop
     return Factors(left, right)
+
+
+def side_by_side(pairs: Sequence[Factors]) -> Factors:
+    """The factors of the sum of matrices."""
+    if len(pairs) == 1:
+        return pairs[0]
+    return Factors(torch.cat([p.left.T for p in pairs]).T, torch.cat([p.right for p in pairs]))
 
 
 def entries(encoded: Encoded) -> Entries:

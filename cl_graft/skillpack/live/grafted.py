@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from cl_graft.skillpack import rounding
 from cl_graft.skillpack.codecs import is_factored, is_scattered, kept_dtype
 from cl_graft.skillpack.format.file import (
     CorruptPack,
@@ -19,19 +19,18 @@ from cl_graft.skillpack.format.file import (
     WrongBase,
     fingerprint,
 )
-from cl_graft.skillpack.live.decode import entries, factors
+from cl_graft.skillpack.live.decode import Entries, Factors, entries, factors, side_by_side
 
-TILE = 2048  # rows of a product held in float32 at a time
-
-Pair = TypeVar("Pair", bound=tuple[Tensor, Tensor])
+TILE = 1 << 22  # entries of a product held at a time: more take new pages from the system each time
 
 
 class Grafted:
     """A base model with exactly the packs named: weights = base + the sum of their deltas.
 
     The model given is the base, and it is changed in place. Parameters go by the names of
-    `model.named_parameters()`, where tied ones appear once. Only parameters that a pack touches are
-    copied. Nothing else may write to the model's parameters while packs are active.
+    `model.named_parameters()`, where tied ones appear once. Only parameters that a pack has touched are
+    copied, into memory that is kept for the next packs. Nothing else may write to the model's parameters
+    while packs are active.
 
     base_weights: {name: the base's parameter}, if somebody holds them already: they are read and never written to, so
     that the base is held once.
@@ -42,6 +41,7 @@ class Grafted:
         self.active: tuple[SkillPack, ...] = ()
         self._held = base_weights
         self._pristine: dict[str, Tensor] = {}
+        self._rooms: dict[str, Tensor] = {}
         self._base: str | None = None
 
     @property
@@ -55,11 +55,13 @@ class Grafted:
     def activate(self, packs: Sequence[SkillPack]) -> None:
         """Make `packs` the active ones; those active before are off.
 
-        Weights are the untouched base plus `SkillPack.delta` of each pack in turn, summed in float32
-        and cast once, but where all deltas of a parameter are low-rank: see `add_low_rank`. The same
-        packs give the same bits every time. A lossless pack, which must be alone, gives the tuned weights'
-        own. Raises WrongBase, ShapeMismatch or NoDelta before anything changes;
-        on any other error (NonFinite: a weight overflows) the model is the base again.
+        Weights are the untouched base plus the packs' deltas, summed in float32 and rounded once: each
+        `SkillPack.delta`, but the product of its factors where it is low-rank (see `put_low_rank`). In
+        bfloat16 and float16 they are rounded stochastically (rounding.py), seeded by the digests of
+        the packs that touch the parameter, in order: the same packs give the same bits every time. A
+        lossless pack, which must be alone, gives the tuned weights' own. Raises WrongBase, ShapeMismatch
+        or NoDelta before anything changes; on any other error (NonFinite: a weight overflows) the model
+        is the base again.
         """
         packs = tuple(packs)
         if packs and [p.digest for p in packs] == [p.digest for p in self.active]:
@@ -87,17 +89,21 @@ class Grafted:
 
     @torch.no_grad()
     def _graft(self, name: str, parameter: Tensor, packs: tuple[SkillPack, ...]) -> None:
-        if name in self._pristine:
-            parameter.copy_(self._pristine[name])
-        else:
-            held = self._held[name] if self._held else parameter.detach().clone()
-            self._pristine[name] = held
-        add(parameter, name, packs)
-        if not _finite(parameter):
+        if name not in self._pristine:
+            self._pristine[name] = self._held[name] if self._held else self._copied(name, parameter)
+        packs = tuple(pack for pack in packs if name in pack.tensors)
+        if not _put(parameter, self._pristine[name], name, packs):
             tasks = ", ".join(repr(pack.task) for pack in packs)
             raise NonFinite(
                 f"parameter {name!r} overflows {parameter.dtype} under {tasks}; use fewer."
             )
+
+    def _copied(self, name: str, parameter: Tensor) -> Tensor:
+        """A copy of the base's parameter, in memory that has held one before if any has: new pages take longer."""
+        room = self._rooms.get(name)
+        if room is None or (room.dtype, room.device) != (parameter.dtype, parameter.device):
+            room = self._rooms[name] = torch.empty_like(parameter)
+        return room.copy_(parameter)
 
     @torch.no_grad()
     def _restore(self, name: str, parameter: Tensor) -> None:
@@ -105,60 +111,104 @@ class Grafted:
         del self._pristine[name]
 
 
-def add(weight: Tensor, name: str, packs: Sequence[SkillPack]) -> None:
-    """weight, of the parameter `name`, += the sum of the packs' deltas, rounded once; or the tuned weight that
-    the only pack keeps itself.
+def _put(weight: Tensor, base: Tensor, name: str, packs: Sequence[SkillPack]) -> bool:
+    """weight = base under these packs, all of which touch it; whether all of it is finite."""
+    if kept_dtype(packs[0].tensors[name]) is not None:  # of a lossless pack, which is alone
+        weight.copy_(packs[0].tuned(name, base))
+        return rounding.all_finite(weight)
+    changes = [change(pack, name, weight) for pack in packs]
+    return put(weight, base, changes, seed_of(packs, name))
 
-    Raises CorruptPack where a tensor's parts do not fit its codec, NonFinite as `SkillPack.delta`.
+
+Change = Factors | Entries | Tensor
+
+
+def change(pack: SkillPack, name: str, parameter: Tensor) -> Change:
+    """The delta of one parameter as it is best added: factors, entries, or all of it, float32; on its device.
+
+    The factors for a bfloat16 parameter are bfloat16 where they are multiplied as such. Raises CorruptPack where a
+    tensor's parts do not fit its codec, NonFinite as `SkillPack.delta`.
     """
-    packs = [pack for pack in packs if name in pack.tensors]
-    if len(packs) == 1 and kept_dtype(packs[0].tensors[name]) is not None:
-        weight.copy_(packs[0].tuned(name, weight))
-        return
-    if packs and all(is_factored(pack.tensors[name]) for pack in packs):
-        return add_low_rank(weight, name, packs)
-    if len(packs) == 1 and is_scattered(packs[0].tensors[name]):
-        return add_sparse(weight, *_checked(entries, name, packs))
-    delta = torch.zeros(weight.shape)
-    for pack in packs:
-        delta += pack.delta(name)
-    weight.add_(delta.to(weight.device))  # in the wider of both dtypes
-
-
-def add_low_rank(weight: Tensor, name: str, packs: Sequence[SkillPack]) -> None:
-    """weight (rows, cols) += left @ right of all packs, one product, at the speed of the hardware.
-
-    Where weight is bfloat16, so are the factors: each entry is rounded once (2**-8 of it at most), the
-    product is summed in float32 on top of the weight, and that is rounded once. An entry is then
-    within 2**-7 * sum_r |left| |right| of the reference before its own rounding; while deltas are
-    small beside the weights, this is far below that rounding. Other dtypes take float32 factors.
-    """
-    narrow = weight.dtype == torch.bfloat16
-    dtype = torch.bfloat16 if narrow else torch.float32
-    left, right = _checked(lambda *parts: factors(parts, dtype), name, packs)
-    left, right = left.to(weight.device), right.to(weight.device)
-    if narrow and weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        weight.addmm_(left, right)
-        return
-    left, right = left.float(), right.float()
-    room = right.new_empty(min(TILE, len(weight)), right.shape[1])
-    for part, factor in zip(weight.split(TILE), left.split(TILE), strict=True):
-        part.add_(torch.mm(factor, right, out=room[: len(part)]))
-
-
-def add_sparse(weight: Tensor, positions: Tensor, values: Tensor) -> None:
-    """weight += the values (kept,) at the positions (kept,), row-major; the others are not read."""
-    positions = positions.to(weight.device)
-    flat = weight.view(-1)
-    flat[positions] = flat[positions].add_(values.to(weight.device).float())
-
-
-def _checked(decode: Callable[..., Pair], name: str, packs: Sequence[SkillPack]) -> Pair:
+    encoded, device = pack.tensors[name], parameter.device
     try:
-        return decode(*(pack.tensors[name] for pack in packs))
+        if is_factored(encoded):
+            narrow = parameter.dtype == torch.bfloat16
+            return factors([encoded], torch.bfloat16 if narrow else torch.float32).to(device)
+        if is_scattered(encoded):
+            return entries(encoded).to(device)
     except ValueError as error:
-        tasks = ", ".join(repr(pack.task) for pack in packs)
-        raise CorruptPack(f"tensor {name!r} of task {tasks}: {error}") from error
+        raise CorruptPack(f"tensor {name!r} of task {pack.task!r}: {error}") from error
+    return pack.delta(name).to(device)
+
+
+def seed_of(packs: Sequence[SkillPack], name: str) -> int:
+    """The seed of a parameter's rounding under these packs, all of which touch it."""
+    return rounding.seed_of([pack.digest for pack in packs], name)
+
+
+def put(weight: Tensor, base: Tensor, changes: Sequence[Change], seed: int) -> bool:
+    """weight = base + the sum of the changes, rounded once; whether all of it is finite.
+
+    base: of weight's shape, and no part of its memory. seed: `seed_of`. Low-rank changes are one product: see
+    `put_low_rank`. A sum is float32, or of weight's wider dtype, and is rounded as `rounding.stochastic` does.
+    """
+    if (base.dtype, base.device) != (weight.dtype, weight.device):
+        base = base.to(weight.device, weight.dtype)
+    low = [each for each in changes if isinstance(each, Factors)]
+    if changes and len(low) == len(changes):
+        return put_low_rank(weight, base, side_by_side(low), seed)
+    if len(changes) == 1 and isinstance(changes[0], Entries):
+        return put_sparse(weight, base, changes[0], seed)
+    delta = torch.zeros(weight.shape, device=weight.device)
+    for each in changes:
+        if isinstance(each, Factors):
+            delta.addmm_(each.left.float(), each.right.float())
+        elif isinstance(each, Entries):
+            delta.view(-1)[each.positions] += each.values.float()
+        else:
+            delta += each
+    return rounding.total(base, delta, weight, seed)
+
+
+def put_low_rank(weight: Tensor, base: Tensor, pair: Factors, seed: int) -> bool:
+    """weight (rows, cols) = base + left @ right, at the speed of the product; whether all of it is finite.
+
+    Where the factors are bfloat16 and the CPU multiplies such, so is the product: each is rounded once (2**-8 of it at
+    most), and so a delta's entry is within 2**-7 * sum_r |left| |right| of the reference. The sum with the base is
+    rounded as `rounding.total` does, which is many times as much. Other factors and their product are float32, and
+    a float32 weight is what the product is summed up in: a rounding, 2**-24 of the weight, every few hundred ranks.
+    """
+    left, right = pair
+    if left.dtype == torch.bfloat16 and not _multiplied(left):
+        left, right = left.float(), right.float()
+    step = max(4, TILE // max(1, len(right.T)) // 4 * 4)
+    wide = weight.dtype == right.dtype == torch.float32
+    room = right.new_empty(0 if wide else min(step, len(weight)), right.shape[1])
+    finite, first = True, 0
+    tiles = [x.split(step) for x in (weight, base, left)]
+    for part, old, factor in zip(*tiles, strict=True):
+        if wide:
+            finite &= rounding.all_finite(part.copy_(old).addmm_(factor, right))
+        else:
+            product = torch.mm(factor, right, out=room[: len(part)])
+            finite &= rounding.total(old, product, part, seed, first)
+        first += part.numel()
+    return finite
+
+
+def put_sparse(weight: Tensor, base: Tensor, change: Entries, seed: int) -> bool:
+    """weight = base, and the values added at their positions; whether those are finite. The base is taken to be."""
+    weight.copy_(base)
+    flat = weight.view(-1)
+    there = flat[change.positions]
+    rounding.add(there, change.values.float(), seed, change.positions)
+    flat[change.positions] = there
+    return rounding.all_finite(there)
+
+
+def _multiplied(x: Tensor) -> bool:
+    """Whether the device multiplies bfloat16 matrices."""
+    return x.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def check_packs(
@@ -217,8 +267,3 @@ def check_deltas(packs: Sequence[SkillPack]) -> None:
                 f"the pack of task {pack.task!r} keeps tuned weights bit for bit and no delta that could be added to "
                 "others or attached; put it alone on its base by Grafted or by `cl-graft pack apply`."
             )
-
-
-def _finite(weight: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: where one is, so is the sum, which takes one fast pass."""
-    return bool(torch.isfinite(weight.sum()) or torch.isfinite(weight).all())
