@@ -139,7 +139,7 @@ OPEN: dict[str, str] = {
     "cl_graft/cli/bench.py: run the same command in a checkout of the source, after `pip install --editable .` there.": "installs a package; the tests of `bench` run in such a checkout.",
     "cl_graft/evaluation/answers.py: install it with `pip install math-verify`.": "installs a package; where it is installed, tests/evaluation/test_answers.py uses it.",
     "cl_graft/experiment/executors/ray.py: `pip install cl-graft[ray]`.": "installs a package; where it is installed, tests/executors/test_ray.py uses it.",
-    "cl_graft/models/from_gguf.py: `pip install cl-graft[models]`.": "installs a package; where it is installed, tests/models/test_from_gguf.py uses it.",
+    "cl_graft/models/from_gguf.py: `pip install cl-graft[gguf]`.": "installs a package; where it is installed, tests/models/test_from_gguf.py uses it.",
     "cl_graft/models/from_gguf.py: join them first with `llama-gguf-split --merge` of llama.cpp.": "a program of llama.cpp, which no package here has.",
     "cl_graft/plugins/find.py: install its package as files.": "installs a package; tests/test_sources.py reads such as are installed as files.",
     "cl_graft/skillpack/tools/gguf_adapter.py: export --to peft, and run llama.cpp's convert_lora_to_gguf.py on that.": "the second half is a program of llama.cpp; the first is run by skillpack/test_export.py::test_what_llama_cpp_does_not_take.",

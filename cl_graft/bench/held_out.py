@@ -117,7 +117,10 @@ class HeldOut:
 def divergence(
     wanted: Iterable[Tensor], found: Iterable[Tensor], batches: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, float]:
-    """KL(wanted, found) of `log_probabilities`, nats a token: `kl` over all, `kl_answers` where an answer is predicted."""
+    """KL(wanted, found), nats a token: `kl` over all tokens, `kl_answers` where an answer is predicted.
+
+    wanted, found: of each batch, what `log_probabilities` gives.
+    """
     each, of_answer = [], []
     for right, other, batch in zip(wanted, found, batches, strict=True):
         each.append((right.exp() * (right - other)).sum(-1).double())

@@ -78,7 +78,6 @@ def bench_merge(
         "ranks": [encoded.meta["rank"] for encoded in packs[0].tensors.values()],
         "threads": threads,
         "repeats": repeats,
-        "compiled": rounding.COMPILED,
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }

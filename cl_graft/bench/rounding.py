@@ -95,9 +95,9 @@ def _delta(text: HeldOut) -> dict[str, Any]:
     rows = []
     for how, write in _ways(measured).items():
         found = written(write)
-        lost = {"lost": found["kl"] / whole["kl"]}
-        lost["lost_answers"] = found["kl_answers"] / whole["kl_answers"]
-        rows.append({"how": how} | found | lost)
+        found["lost"] = found["kl"] / whole["kl"]
+        found["lost_answers"] = found["kl_answers"] / whole["kl_answers"]
+        rows.append({"how": how, **found})
     squares = [sum(float(x.double().square().sum()) for x in t.values()) for t in (delta, start)]
     size = (squares[0] / squares[1]) ** 0.5
     return {"delta": text.delta.name, "size": size, "base": whole, "rows": rows}

@@ -20,7 +20,7 @@ def import_(
         str, typer.Option(help="Of the dequantised weights: float32, bfloat16 or float16.")
     ] = "float32",
 ) -> None:
-    """Make a Hugging Face folder of a GGUF whose architecture transformers reads; needs `cl-graft[models]`."""
+    """Make a Hugging Face folder of a GGUF whose architecture transformers reads; needs `cl-graft[gguf]`."""
     from cl_graft.models.from_gguf import import_gguf
     from cl_graft.skillpack.format.fingerprint import fingerprint
 

@@ -123,9 +123,7 @@ def examine(file: Path) -> tuple[str, dict[str, int]]:
     from transformers.utils import is_gguf_available
 
     if not is_gguf_available():
-        raise CLGraftError(
-            "a GGUF is read by a package of its own; `pip install cl-graft[models]`."
-        )
+        raise CLGraftError("a GGUF is read by a package of its own; `pip install cl-graft[gguf]`.")
     from gguf import GGUFReader
 
     try:

@@ -1,6 +1,6 @@
 """What rounding.py does in a dozen passes over memory, in one: loops that numba compiles.
 
-The numbers are the same to the last bit. Imported only where numba is installed, and called for large tensors only:
+The numbers are the same to the last bit. Imported and called for large tensors only:
 compiling takes seconds, once on a machine, for numba keeps it beside this file or in the user's cache.
 """
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from hashlib import blake2b
-from importlib.util import find_spec
 from threading import Thread
 
 import numpy as np
@@ -25,7 +24,6 @@ NARROW = (torch.bfloat16, torch.float16)
 # entries at a time on the CPU: fewer take less time than the calls do, more fall out of its cache
 CHUNK = 1 << 17
 GAMMA, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-COMPILED = find_spec("numba") is not None
 WORTH_COMPILING = 1 << 20  # entries: loading what is compiled takes as long as millions of them
 SMALLEST_NORMAL = 2.0**-14  # of float16
 
@@ -88,8 +86,8 @@ def total(base: Tensor, delta: Tensor, out: Tensor, seed: int, first: int = 0) -
     """out = base + delta, rounded as `add` does; whether all of it is finite. On as many threads as torch has.
 
     base, out: of one dtype, in memory of their own; delta: of any; all of one shape and device. first: row-major
-    position of the first entry in the tensor that they are a part of. In one pass over memory where numba is installed
-    and all are bfloat16.
+    position of the first entry in the tensor that they are a part of. In one pass over memory where all are bfloat16
+    and many.
     """
     if out.dtype not in NARROW or out.device.type != "cpu":
         if out.dtype in NARROW:
@@ -99,7 +97,7 @@ def total(base: Tensor, delta: Tensor, out: Tensor, seed: int, first: int = 0) -
         return all_finite(out)
     flat = [x.detach().contiguous().view(-1) for x in (base, delta, out)]
     narrow = all(x.dtype == torch.bfloat16 for x in flat) and first % 4 == 0
-    add_ = _add_compiled if narrow and out.numel() >= WORTH_COMPILING and COMPILED else _add_chunks
+    add_ = _add_compiled if narrow and out.numel() >= WORTH_COMPILING else _add_chunks
     # torch's own operations have threads of their own
     pieces = torch.get_num_threads() if add_ is _add_compiled and out.numel() > CHUNK else 1
     count = out.numel()

@@ -168,5 +168,5 @@ def test_the_package_that_reads_them_is_named(
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     refused(
         lambda: import_gguf(tmp_path / "m.gguf", tmp_path / "out", fingerprint),
-        "`pip install cl-graft[models]`",
+        "`pip install cl-graft[gguf]`",
     )

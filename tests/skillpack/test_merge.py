@@ -235,7 +235,6 @@ def test_a_total_is_the_sum_rounded_by_position_on_any_threads(
 def test_the_compiled_loop_gives_the_same_bits(
     count: int, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("numba")
     monkeypatch.setattr(rounding, "WORTH_COMPILING", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     generator = torch.Generator().manual_seed(count)
