@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_graft.skillpack import codecs, rounding
+from cl_graft.skillpack import codecs
 from cl_graft.skillpack.codecs import CodeLayout, Encoded
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.skillpack.live.decode import factors
