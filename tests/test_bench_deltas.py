@@ -95,6 +95,7 @@ def test_kl_is_that_of_the_next_tokens(delta: Delta, text: HeldOut) -> None:
     assert text.kl({}) == found  # the base is as it was
 
 
+@pytest.mark.slow
 def test_an_engine_is_run_in_its_own_checkout(delta: Delta, text: HeldOut, tmp_path: Path) -> None:
     """Another checkout of this engine, which says by a file that it was run; the delta that comes back is the pack's."""
     other = tmp_path / "other"
