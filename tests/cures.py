@@ -47,6 +47,7 @@ def _text(node: ast.expr) -> str:
 # {cure: the test that runs it, below tests/}
 TESTED: dict[str, str] = {
     "cl_graft/cli/pack.py: name the base with --base.": "skillpack/test_lossless_folders.py::test_inspect_and_diff",
+    "cl_graft/skillpack/folders/apply.py: apply it without --dtype.": "skillpack/test_lossless_folders.py::test_the_commands",
     "cl_graft/skillpack/codecs/codec.py: put the pack, alone, on its base by Grafted or by `cl-graft pack apply`.": "skillpack/test_lossless_folders.py::test_the_commands",
     "cl_graft/skillpack/live/grafted.py: put it alone on its base by Grafted or by `cl-graft pack apply`.": "skillpack/test_lossless_folders.py::test_the_commands",
     "cl_graft/skillpack/folders/bits.py: save the model in one of these.": "skillpack/test_lossless_folders.py::test_any_two_dtypes",
@@ -58,7 +59,6 @@ TESTED: dict[str, str] = {
     "cl_graft/bench/pack.py: give a checkout of it with --previous FOLDER.": "test_bench_deltas.py::test_an_engine_is_run_in_its_own_checkout",
     "cl_graft/bench/engines.py: make one of the earlier commit by `git worktree add FOLDER COMMIT`.": "test_bench_deltas.py::test_an_engine_is_run_in_its_own_checkout",
     "cl_graft/cli/pack.py: leave it out, or export --to peft.": "test_cures.py::test_a_rank_is_for_adapters",
-    "cl_graft/bench/rounding.py: give a --data-dir with the folder base, folders of models tuned from it, and text.jsonl.": "skillpack/test_rounding.py::test_the_benchmark_of_real_deltas",
     "cl_graft/cli/form.py: give both --rounding compensated and --calibration FILE, or neither.": "test_cli_form.py::test_compensated_rounding_by_calibration_text",
     "cl_graft/cli/run.py: `cl-graft sweep` runs several.": "test_cli_sweep.py::test_a_sweep_from_its_file_with_options_over_it",
     "cl_graft/cli/show.py: free space or copy the results elsewhere.": "test_cli.py::test_a_report_that_cannot_be_written",

@@ -37,7 +37,7 @@ def test_the_wheel_has_the_plug_ins_and_no_benchmark(tmp_path: Path) -> None:
         file.relative_to(ROOT).as_posix()
         for folder in ("cl_graft", "scenarios", "baselines")
         for file in (ROOT / folder).rglob("*")
-        if file.is_file() and file.suffix != ".pyc"
+        if file.is_file() and "__pycache__" not in file.parts
     }
     bench = {name for name in there if name.startswith("cl_graft/bench/")}
     plugins = {name for name in there if not name.startswith("cl_graft/")}

@@ -58,7 +58,7 @@ def read(
     for name, part, dtype, shape in placed(parts, text["files"]):
         begin, place = place, place + size(dtype, shape)
         found[name, part] = data[begin:place]
-    must(place == end and len(sums) == 8 * len(tensors) + 16, "lengths")
+    must(place == end and len(sums) == 8 * len(tensors) + 32, "lengths")
     for name, said in text["files"].items():
         unpacked(name, *said, found[None, name])
     deltas = {}
@@ -71,17 +71,17 @@ def read(
             continue
         deltas[name] = decode(codec, shape, meta, values)
         must(bool(np.isfinite(deltas[name]).all()), f"{name} is not finite")
-    return text | {"digest": sums[-16:].hex()}, deltas
+    return text | {"base": sums[-32:-16].hex(), "digest": sums[-16:].hex()}, deltas
 
 
 def told(data: bytes) -> tuple[dict[str, Any], bytes, int, int]:
-    """(the text, the checksums with the digest, where the payload begins, where it ends)."""
+    """(the text, the digests, where the payload begins, where it ends)."""
     must(data[8 : 8 + len(MAGIC)] == MAGIC, "magic")
     start = 8 + int.from_bytes(data[:8], "little")
     must(start <= 8 + 512 and len(data) >= start, "length")
     try:
         entries = json.loads(data[8:start])
-        sizes = [entries[name]["shape"][0] for name in ("payload", "text", "checksums")]
+        sizes = [entries[name]["shape"][0] for name in ("payload", "text", "digests")]
         must(head(*map(whole, sizes)) == data[:start], "head")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise Refused(f"head: {error}") from error
@@ -92,7 +92,7 @@ def told(data: bytes) -> tuple[dict[str, Any], bytes, int, int]:
     must(blake(text + sums[:-16], 16) == sums[-16:].hex(), "digest")
     try:
         about = json.loads(text)
-        fields = ["version", "base", "task", "method", "options", "versions", "added", "grown"]
+        fields = ["version", "task", "method", "options", "versions", "added", "grown"]
         must(list(about) == [*fields, "files", "tensors"] and about["version"] == 3, "fields")
         check_sizes(about["files"])
         must(compact(ordered(about)).encode() == text, "order")
@@ -123,10 +123,10 @@ def must(right: bool, what: str) -> None:
 
 
 def head(*sizes: int) -> bytes:
-    """What stands before the payload of these bytes, its text and its checksums."""
+    """What stands before the payload of these bytes, its text and its digests."""
     entries: dict[str, Any] = {"__metadata__": {"skillpack": "3"}}
     end = 0
-    for name, length in zip(("payload", "text", "checksums"), sizes, strict=True):
+    for name, length in zip(("payload", "text", "digests"), sizes, strict=True):
         start, end = end, end + length
         entries[name] = {"dtype": "U8", "shape": [length], "data_offsets": [start, end]}
     data = compact(entries).encode()

@@ -96,7 +96,7 @@ def test_the_example_is_what_the_engine_writes(tmp_path: Path) -> None:
 def test_the_examples_bytes_are_read_as_the_page_says(tmp_path: Path) -> None:
     (tmp_path / "pack").write_bytes(bytes_of_the_page())
     text, deltas = read(tmp_path / "pack")
-    assert text.pop("digest") == example().digest
+    assert (text.pop("base"), text.pop("digest")) == (BASE, example().digest)
     compact = json.dumps(text, separators=(",", ":"), ensure_ascii=False)
     assert compact == block("pack text").strip()
     assert deltas["weight"].tolist() == described()["weight"]
@@ -307,8 +307,8 @@ def test_both_refuse_a_file_that_no_pack_may_hold(
         header.describe(about | {"added": [], "grown": {}, "files": {name: spec}}, {})
     )
     stored = header.packed(text)
-    head = header.head(len(content), len(stored), header.sums_bytes(0))
-    (tmp_path / "pack").write_bytes(head + content + stored + header.digest_of(text, b""))
+    head = header.head(len(content), len(stored), header.digests_bytes(0))
+    (tmp_path / "pack").write_bytes(head + content + stored + header.digests(text, b"", BASE))
     with pytest.raises(SkillPackError):
         SkillPack.load(tmp_path / "pack")
     with pytest.raises(Refused):

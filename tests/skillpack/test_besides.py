@@ -48,8 +48,8 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All that a model folder holds besides weights and config.json."""
-    kinds = (".safetensors", "config.json")
+    """All that a model folder holds besides weights, config.json and the record of how it was grafted."""
+    kinds = (".safetensors", "config.json", "skillpack.json")
     files = [f for f in folder.rglob("*") if f.is_file() and not f.name.endswith(kinds)]
     files += [f for f in folder.glob("*_config.json")]
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}

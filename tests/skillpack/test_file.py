@@ -158,6 +158,7 @@ def forge(path: Path, about: dict[str, Any], parts: dict[str, Tensor]) -> None:
     keys = sorted(parts, key=lambda key: (order.index(parts[key].dtype), key))
     payload, text = raw(*(parts[key] for key in keys)), compact(about).encode()
     sums = b"".join(checksum(name, said, parts) for name, said in tensors.items())
+    sums += bytes.fromhex(BASE)
     sums += hashlib.blake2b(text + sums, digest_size=16).digest()
     stored, version = zlib.compress(text, 9), about["version"]
     said = str(version) if type(version) is int else "3"
@@ -215,7 +216,7 @@ def test_any_names_and_options_round_trip_and_sizes_are_foretold(
     path = tmp_path_factory.getbasetemp() / "any.skillpack"
     pack = some_pack(tensors=tensors, task=task, options=options)
     specs = {name: encoded.spec for name, encoded in tensors.items()}
-    foretold = packed_size(specs, task=task, method="graft", options=options, base=BASE)
+    foretold = packed_size(specs, task=task, method="graft", options=options)
     assert foretold == pack.nbytes == pack.save(path) == path.stat().st_size
     assert same(pack, SkillPack.load(path))
 
@@ -225,7 +226,7 @@ def test_the_file_is_one_that_safetensors_reads(saved: Path) -> None:
     some_pack(tensors=some_tensors() | state).save(saved)
     with safe_open(saved, "pt") as file:
         assert file.metadata() == {"skillpack": "3"}
-        assert set(file.keys()) == {"payload", "text", "checksums"}
+        assert set(file.keys()) == {"payload", "text", "digests"}
         payload = file.get_tensor("payload").numpy().tobytes()
     assert raw(*read_parts(saved).values()) == payload
     assert sorted(read_parts(saved))[:3] == ["a.weight:index", "a.weight:values", "b.weight:left"]
@@ -268,7 +269,7 @@ def test_added_and_grown_tensors_are_kept_and_counted(tmp_path: Path) -> None:
     pack = some_pack(**lacking)
     assert pack.save(path) == pack.nbytes == path.stat().st_size > some_pack().nbytes
     specs = {name: encoded.spec for name, encoded in pack.tensors.items()}
-    about = {"task": "math", "method": "graft", "options": pack.options, "base": BASE}
+    about = {"task": "math", "method": "graft", "options": pack.options}
     assert packed_size(specs, **about, **lacking) == pack.nbytes
     loaded = SkillPack.load(path)
     assert loaded.added == ["a.weight", "e.weight"]
@@ -465,6 +466,12 @@ def test_options_that_json_does_not_keep_are_not_saved(tmp_path: Path, options: 
     refusal(SkillPackError, lambda: some_pack(options=options).save(tmp_path / "x"), "JSON")
 
 
+@pytest.mark.parametrize("base", ["", "0" * 31, "F" * 32, "the base"])
+def test_a_base_without_a_fingerprint_is_not_saved(tmp_path: Path, base: str) -> None:
+    refusal(SkillPackError, lambda: some_pack(base=base).save(tmp_path / "x"), "fingerprint")
+    assert not list(tmp_path.iterdir())
+
+
 def test_parts_that_do_not_fit_are_not_saved(tmp_path: Path) -> None:
     pack = some_pack()
     pack.tensors["e.weight"].parts["signs"] = torch.zeros(7, dtype=torch.uint8)
@@ -517,7 +524,8 @@ def edit(about: dict[str, Any], where: list[Any], value: Any) -> dict[str, Any]:
         (["version"], 4, UnsupportedVersion),
         (["version"], True, CorruptPack),
         (["version"], 1.0, CorruptPack),
-        (["base"], None, CorruptPack),
+        (["base"], BASE, CorruptPack),  # which is not told in the text
+        (["task"], None, CorruptPack),
         (["options"], [], CorruptPack),
         (["versions"], {"torch": 2}, CorruptPack),
         (["more"], 1, CorruptPack),
@@ -568,7 +576,7 @@ def test_one_pack_has_one_file(saved: Path) -> None:
     turned = edit(about, ["tensors"], dict(reversed(about["tensors"].items())))
     forge(saved, turned, parts)
     refusal(CorruptPack, lambda: SkillPack.load(saved), "header")
-    forge(saved, {"version": 3, "task": "math", **about}, parts)
+    forge(saved, {"version": 3, "method": "graft", **about}, parts)
     refusal(CorruptPack, lambda: SkillPack.load(saved), "header")
 
 
@@ -617,10 +625,10 @@ def test_a_header_that_claims_terabytes_is_refused_by_the_size_of_its_file(tmp_p
     about = {"base": BASE, "task": "", "method": "", "options": {}, "versions": {}, "files": {}}
     text = header.text_of(header.describe(about | {"added": [], "grown": {}}, specs))
     payload, stored = header.payload_bytes(header.table_of(specs)), header.packed(text)
-    path.write_bytes(header.head(payload, len(stored), header.sums_bytes(1)) + bytes(1000))
+    path.write_bytes(header.head(payload, len(stored), header.digests_bytes(1)) + bytes(1000))
     refusal(TruncatedPack, lambda: SkillPack.load(path), str(path))
-    tail = stored + bytes(8) + header.digest_of(text, bytes(8))
-    path.write_bytes(header.head(1000, len(stored), header.sums_bytes(1)) + bytes(1000) + tail)
+    tail = stored + header.digests(text, bytes(8), BASE)
+    path.write_bytes(header.head(1000, len(stored), header.digests_bytes(1)) + bytes(1000) + tail)
     refusal(CorruptPack, lambda: SkillPack.load(path), str(path))
 
 
@@ -635,14 +643,14 @@ def test_json_made_to_break_parsers_is_refused(saved: Path) -> None:
     whole = '{"version":' + "9" * 10_000 + "}"
     for text in ("[" * 100_000, whole, '{"version":1e999}', "{NaN}", many):
         for stored in (zlib.compress(text.encode(), 9), text.encode()):
-            head = header.head(0, len(stored), header.sums_bytes(0))
-            saved.write_bytes(head + stored + header.digest_of(text, b""))
+            head = header.head(0, len(stored), header.digests_bytes(0))
+            saved.write_bytes(head + stored + header.digests(text, b"", BASE))
             refusal(CorruptPack, lambda: SkillPack.load(saved), str(saved))
 
 
 def test_a_text_that_would_fill_the_memory_is_refused(saved: Path) -> None:
     stored = zlib.compress(bytes(1 << 30), 9)
-    saved.write_bytes(header.head(0, len(stored), header.sums_bytes(0)) + stored + bytes(16))
+    saved.write_bytes(header.head(0, len(stored), header.digests_bytes(0)) + stored + bytes(32))
     refusal(CorruptPack, lambda: SkillPack.load(saved), str(saved))
 
 

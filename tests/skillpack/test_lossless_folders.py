@@ -227,6 +227,8 @@ def pack(base: Path, after: Path, tmp_path: Path, call: Call) -> Path:
 
 def test_the_commands(pack: Path, base: Path, after: Path, tmp_path: Path, call: Call) -> None:
     on = ["--base", base, "--pack", pack]
+    done = call("apply", *on, "--out", tmp_path / "result", "--dtype", "float16")
+    assert_refused(done, "'math'", "each in its own dtype", "without --dtype")
     done = call("apply", *on, "--out", tmp_path / "result")
     assert done.code == 0
     weights = "model.safetensors"

@@ -165,7 +165,7 @@ def _runs(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> list[Runs]:
 def _checked(codes: Tensor, n: int, width: int) -> Tensor:
     """The codes, of which n a row are meant, where they need this width."""
     if codes.shape[1] > n and codes[:, n:].any():
-        raise ValueError("a bit after the last code of a row is set.")
+        raise ValueError("a bit after the last code of a row is not zero.")
     if not (_widths(codes) == width).all():
         raise ValueError("a row is wider than its codes.")
     return codes[:, :n]

@@ -113,7 +113,7 @@ class SkillPack:
         sums = b"".join(header.checksum(self.tensors[name]) for name in sorted(self.tensors))
         files = {name: file.spec for name, file in self.files.items()}
         about = header.describe({**self._fields, FILES: files}, self._specs)
-        return header.digest_of(header.text_of(about), sums).hex()
+        return header.digests(header.text_of(about), sums, self.base)[-DIGEST_BYTES:].hex()
 
     def delta(self, name: str) -> Tensor:
         """Tuned minus base of one tensor, float32, on the CPU.
@@ -209,19 +209,21 @@ def _read(
     if max(sizes[1:]) > MAX_TEXT:
         raise header.damage(path)
     file.seek(len(head) + sizes[0])
-    text, sums = header.unpacked(path, file.read(sizes[1])), file.read(sizes[2])
+    text, digests = header.unpacked(path, file.read(sizes[1])), file.read(sizes[2])
     about = header.parse(path, text)
     specs = header.read_tensors(path, about["tensors"])
     header.check_lacking(path, about, specs)
     about[FILES] = check_names(path, about[FILES])
     table = header.table_of(specs, about[FILES])
-    checksums, digest = sums[:-DIGEST_BYTES], sums[-DIGEST_BYTES:]
+    checksums = digests[: -2 * DIGEST_BYTES]
+    about["base"] = digests[-2 * DIGEST_BYTES : -DIGEST_BYTES].hex()
     try:
         same = header.text_of(header.describe(about, specs)) == text
     except (ValueError, RecursionError):
         same = False
-    whole = header.payload_bytes(table), header.sums_bytes(len(specs))
-    if not same or (sizes[0], sizes[2]) != whole or header.digest_of(text, checksums) != digest:
+    whole = header.payload_bytes(table), header.digests_bytes(len(specs))
+    same = same and (sizes[0], sizes[2]) == whole
+    if not same or header.digests(text, checksums, about["base"]) != digests:
         raise header.damage(path)
     header.check_base(path, about, specs, base, shapes)
     payload = bytearray(sizes[0])

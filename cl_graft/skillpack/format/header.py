@@ -1,11 +1,11 @@
 """What a SkillPack says of itself, what it may say, and where the bytes of each part lie.
 
 A file is a safetensors file of three entries: the payload, with all parts; the text, compact JSON under zlib; and the
-checksums of the tensors in their order, with a digest of text and checksums behind them. The text has the format
-version, fingerprint of the base, task, method, options, versions, the tensors that the base lacks (`added`) or has in
+digests: the checksums of the tensors in their order, the base's fingerprint, and a digest of text and all these. The
+text has the format version, task, method, options, versions, the tensors that the base lacks (`added`) or has in
 another number of rows (`grown`), the files beside them (files.py) as {name: [size, stored bytes, checksum]}, and the
 tensors as {name: [codec, shape, meta]}. Where parts lie follows from these, and an entry for each of them would take a
-fifth of a pack of half a megabyte. A file's size is known before its bytes are.
+fifth of a pack of half a megabyte. A file's size is known before its bytes and its base are.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ MAX_TEXT = 32 << 20  # bytes; a tensor takes some 120
 MAX_VALUES = 4 << 20  # in the JSON; a tensor takes some 10, and parsing them is what costs
 DIGEST_BYTES = 16
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
-FIELDS = {
-    "base": str,
+TEXT = {
     "task": str,
     "method": str,
     "options": dict,
@@ -51,6 +50,7 @@ FIELDS = {
     "grown": dict,
     FILES: dict,
 }
+FIELDS = ("base", *TEXT)
 AGAIN = "fetch or make the pack again."
 
 # What the base does not bound: elements of one added or grown tensor against the base's largest, of
@@ -107,14 +107,14 @@ def checksum(encoded: Encoded) -> bytes:
 
 
 def describe(fields: Mapping[str, Any], specs: Mapping[str, Spec]) -> dict[str, Any]:
-    """The JSON of the text, tensors in the order of their names. fields: one of each of `FIELDS`."""
+    """The JSON of the text, tensors in the order of their names. fields: one of each of `TEXT`, or more."""
     lacking = {
         "added": sorted(fields["added"]),
         "grown": {name: list(shape) for name, shape in sorted(fields["grown"].items())},
         FILES: {name: list(spec) for name, spec in sorted(fields[FILES].items())},
     }
     tensors = {name: [spec[0], list(spec[1]), spec[2]] for name, spec in specs.items()}
-    fields = {name: fields[name] for name in FIELDS}
+    fields = {name: fields[name] for name in TEXT}
     return {"version": FORMAT, **fields, **lacking, "tensors": dict(sorted(tensors.items()))}
 
 
@@ -123,9 +123,15 @@ def text_of(about: Mapping[str, Any]) -> str:
     return _compact(about)
 
 
-def digest_of(text: str, checksums: bytes) -> bytes:
-    """BLAKE2b, 16 bytes, of the text and the checksums of its tensors, in their order."""
-    return hashlib.blake2b(text.encode() + checksums, digest_size=DIGEST_BYTES).digest()
+def digests(text: str, checksums: bytes, base: str) -> bytes:
+    """The checksums of the text's tensors, in their order, the base, and BLAKE2b, 16 bytes, of the text and these.
+
+    Raises ValueError where the base is not given by 32 hexadecimal digits.
+    """
+    if not re.fullmatch(f"[0-9a-f]{{{2 * DIGEST_BYTES}}}", base):
+        raise ValueError(f"{base!r} is not 32 hexadecimal digits.")
+    told = checksums + bytes.fromhex(base)
+    return told + hashlib.blake2b(text.encode() + told, digest_size=DIGEST_BYTES).digest()
 
 
 def packed(text: str) -> bytes:
@@ -133,16 +139,16 @@ def packed(text: str) -> bytes:
     return zlib.compress(text.encode(), 9)
 
 
-def sums_bytes(tensors: int) -> int:
-    """Bytes of the checksums of so many tensors, and of the digest behind them."""
-    return tensors * CHECKSUM_BYTES + DIGEST_BYTES
+def digests_bytes(tensors: int) -> int:
+    """Bytes of the `digests` of so many tensors."""
+    return tensors * CHECKSUM_BYTES + 2 * DIGEST_BYTES
 
 
-def head(payload: int, text: int, sums: int) -> bytes:
-    """All bytes before the payload, from the bytes of payload, stored text, and checksums with digest."""
+def head(payload: int, text: int, digests: int) -> bytes:
+    """All bytes before the payload, from the bytes of payload, stored text and digests."""
     entries: dict[str, Any] = {"__metadata__": {"skillpack": str(FORMAT)}}
     end = 0
-    for name, size in (("payload", payload), ("text", text), ("checksums", sums)):
+    for name, size in (("payload", payload), ("text", text), ("digests", digests)):
         start, end = end, end + size
         entries[name] = {"dtype": "U8", "shape": [size], "data_offsets": [start, end]}
     data = _compact(entries).encode()
@@ -175,7 +181,7 @@ def _compact(value: object) -> str:
 
 
 def _well_typed(about: Mapping[str, Any]) -> bool:
-    types = {"version": int, **FIELDS, "tensors": dict}
+    types = {"version": int, **TEXT, "tensors": dict}
     return (
         list(about) == list(types)
         and all(isinstance(about[name], kind) for name, kind in types.items())
@@ -192,7 +198,7 @@ def damage(path: Path) -> CorruptPack:
 
 
 def sizes_of(path: Path, start: bytes) -> tuple[int, int, int]:
-    """The bytes of payload, text, and checksums with digest, by all that stands before them.
+    """The bytes of payload, text and digests, by all that stands before them.
 
     Raises CorruptPack, or UnsupportedVersion for a format other than this one.
     """

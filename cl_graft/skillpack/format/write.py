@@ -38,13 +38,13 @@ def packed_size(
     task: str,
     method: str,
     options: dict[str, Any],
-    base: str,
+    base: str = "",
     versions: dict[str, str] | None = None,
     added: Iterable[str] = (),
     grown: Shapes | None = None,
     files: Files | None = None,
 ) -> int:
-    """Exact bytes of a pack's file, from {name: (codec, shape, meta)} and no data.
+    """Exact bytes of a pack's file, from {name: (codec, shape, meta)} and no data, whatever its base.
 
     Raises ValueError for a spec that makes no sense,
     SkillPackError for what JSON does not keep.
@@ -52,7 +52,7 @@ def packed_size(
     fields = _fields(base, task, method, options, versions, added, grown, files)
     table = header.table_of(specs, fields[FILES])
     text = header.writable(header.describe(fields, specs))
-    sizes = header.payload_bytes(table), len(header.packed(text)), header.sums_bytes(len(specs))
+    sizes = header.payload_bytes(table), len(header.packed(text)), header.digests_bytes(len(specs))
     return len(header.head(*sizes)) + sum(sizes)
 
 
@@ -87,10 +87,16 @@ def write_pack(
     blank = header.describe(fields, specs)
     text = header.writable(blank)
     header.check_lacking(path, blank, specs)
+    try:
+        header.digests(text, b"", base)
+    except ValueError as error:
+        raise SkillPackError(
+            f"{path} needs the fingerprint of its base, and {error}; give that of `fingerprint`."
+        ) from None
     if not header.fits(text.encode()):
         raise SkillPackError(f"{path} needs {len(text)} bytes of header; store fewer tensors.")
     table, packed = header.table_of(specs, fields[FILES]), header.packed(text)
-    payload, tail = header.payload_bytes(table), header.sums_bytes(len(specs))
+    payload, tail = header.payload_bytes(table), header.digests_bytes(len(specs))
     head = header.head(payload, len(packed), tail)
     start = len(head)
     size = start + payload + len(packed) + tail
@@ -104,7 +110,7 @@ def write_pack(
         for row in rows[None]:
             write(raw((files or {})[row.part].part), start + row.start)
         sums = b"".join(checksums[name] for name in sorted(specs))
-        write(packed + sums + header.digest_of(text, sums), start + payload)
+        write(packed + header.digests(text, sums, base), start + payload)
         write(head, 0)
     return size
 
