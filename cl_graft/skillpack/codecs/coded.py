@@ -63,7 +63,7 @@ class CodedCodec(Scattered, Relaid):
             "steps": (torch.bfloat16, (kept,)),
             "columns": (torch.bfloat16, (n * whole(meta["columns"], "columns", 0, 1),)),
             "index": (torch.uint8, (index,)),
-        } | coded_rows.layout_of([(kept, n)], meta)
+        } | coded_rows.layout_of([(kept, n)], meta, rows * n == 0)
 
     def check(self, encoded: Encoded) -> None:
         _alive(encoded)
