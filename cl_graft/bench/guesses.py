@@ -1,7 +1,7 @@
 """What was guessed of `cl-graft bench pack --only anatomy`, before anything of it was measured.
 
-{figure: (12 steps, 300 steps)} of SmolLM2 on SST-2. Known beforehand, from docs/pack.md: 24.3 % of the values of 12 steps
-differ in bfloat16, and 27.1 % of the delta are kept by a difference of bfloat16 checkpoints.
+{figure: (12 steps, 300 steps)} of SmolLM2 on SST-2. Known beforehand, from docs/pack.md: 24.3 % of the values of 12
+steps differ in bfloat16, and 27.1 % of the delta are kept by a difference of bfloat16 checkpoints.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cl_graft.bench.anatomy import anatomy
 from cl_graft.bench.cells import Cells
 from cl_graft.bench.disk import bench_disk
 from cl_graft.bench.error import bench_error, tasks
@@ -32,6 +33,7 @@ BESIDE = {  # an earlier commit of the engine
     "kl_over_previous": kl_over_previous,
 }
 ON_SMOLLM2 = {
+    "anatomy": anatomy,
     "bf16_kl_share": bf16_kl_share,
     "peers": peers,
     "deltatensors_kl_ratio": deltatensors_kl_ratio,

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cl_graft.bench.anatomy import anatomy_rows
 from cl_graft.bench.rounding import rounding_rows
 from cl_graft.store.digests import machine, versions
 from cl_graft.store.files import write_json, write_text
@@ -224,4 +225,5 @@ _ROWS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str, str]]]] = {
     "peers": _peer_rows,
     "deltatensors_kl_ratio": _deltatensors_rows,
     "bf16_kl_share": rounding_rows,
+    "anatomy": anatomy_rows,
 }
