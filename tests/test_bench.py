@@ -14,9 +14,9 @@ from cl_graft.bench.layer import bench_layer, relative
 from cl_graft.bench.lossless import bench_lossless
 from cl_graft.bench.merge import bench_merge
 from cl_graft.bench.methods import bench_methods, methods
-from cl_graft.bench.size import bytes_over_theory
+from cl_graft.bench.size import bytes_over_entropy, bytes_over_theory
 from cl_graft.bench.table import markdown, write
-from cl_graft.skillpack.codecs import dense, quantized_low_rank, sparse
+from cl_graft.skillpack.codecs import coded_low_rank, dense, quantized_low_rank, sparse
 from cl_graft.skillpack.codecs.quant import round_to_nearest
 from cl_graft.skillpack.compress.gptq import gptq_many
 from cl_graft.skillpack.format.file import SkillPack
@@ -111,6 +111,19 @@ def test_bytes_over_theory_by_hand(tmp_path):
     found = bytes_over_theory(tmp_path / "p.safetensors")
     assert found["theory_bytes"] == round(theory)
     assert found["bytes_over_theory"] == pytest.approx(size / theory)
+
+
+def test_bytes_over_entropy_by_hand(tmp_path):
+    """16 numbers of a row, a half of them 1 and a half -1: 2 bytes; 8 that are all 3: none; a scale of 2 bytes each."""
+    left = torch.tensor([[1, -1] * 8]).short()
+    encoded = coded_low_rank(left, torch.full((1, 8), 3).short(), torch.ones(1), (16, 8))
+    kinds = encoded.parts["kinds"].tolist()
+    assert kinds[:2] == [0, 0] and kinds[2] != kinds[3]  # no shifts; rows of two classes
+    pack = SkillPack({"w": encoded}, task="t", method="m", options={}, base="0" * 32)
+    size = pack.save(tmp_path / "p.safetensors")
+    found = bytes_over_entropy(tmp_path / "p.safetensors")
+    assert found["entropy_bytes"] == 2 + 2
+    assert found["bytes_over_entropy"] == pytest.approx(size / 4)
 
 
 def test_the_table_has_a_row_for_every_figure(tmp_path):

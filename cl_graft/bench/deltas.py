@@ -26,7 +26,7 @@ from cl_graft.store.files import read_json, write_json
 from cl_graft.store.locks import locked
 from cl_graft.task import Example, Task
 from cl_graft.training import checkpoint
-from cl_graft.training.config import StageConfig, sft_job
+from cl_graft.training.config import StageConfig, order, sft_job
 from cl_graft.training.fit import LOG, fit
 from cl_graft.training.stages import Stages
 
@@ -42,7 +42,10 @@ MARKER = "delta.json"
 
 @dataclass(frozen=True)
 class Delta:
-    """Two model folders, and text of the task: training examples, of which the first calibrate, and test examples."""
+    """Two model folders, and text of the task: training examples, of which the first calibrate, and test examples.
+
+    seen: the examples that it was trained on, in their order.
+    """
 
     name: str
     base: Path
@@ -50,6 +53,7 @@ class Delta:
     train: Sequence[Example]
     test: Sequence[Example]
     max_length: int
+    seen: Sequence[Example] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -76,11 +80,13 @@ def embedded_deltas(data_dir: Path | None, seed: int = 0) -> Iterator[Delta]:
 def _embedded(name: str, task: Task, seed: int, data_dir: Path | None) -> Delta:
     torch.manual_seed(seed)
     model, tokenizer = load(name, data_dir)
-    tuned, _ = Stages(cache_root()).run(model, tokenizer, *sft_job(task, seed))
+    rows, job = sft_job(task, seed)
+    tuned, _ = Stages(cache_root()).run(model, tokenizer, rows, job)
+    seen = [task.train[i] for i in order(len(rows), job)]
     train = Random(seed).sample(list(task.train), CALIBRATION)
     base = Path(locate(name, data_dir))
     return Delta(
-        f"{name}, {task.name}", base, tuned, train, list(task.test), task.training.max_length
+        f"{name}, {task.name}", base, tuned, train, list(task.test), task.training.max_length, seen
     )
 
 
@@ -121,9 +127,9 @@ def smollm2_delta(
                 shutil.copy(work / LOG, building / LOG)
                 write_json(building / MARKER, {"job": asdict(job), "base": str(start)})
         shutil.rmtree(work, ignore_errors=True)
-    return Delta(
-        f"{Path(model_name).name}, SST-2 {steps} steps", base, target, train, test, job.max_length
-    )
+    seen = [train[i] for i in order(len(train), job)]
+    name = f"{Path(model_name).name}, SST-2 {steps} steps"
+    return Delta(name, base, target, train, test, job.max_length, seen)
 
 
 def bench_deltas(

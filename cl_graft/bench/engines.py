@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cl_graft.bench.deltas import CALIBRATION, Delta
+from cl_graft.bench.size import bytes_over_entropy
 from cl_graft.errors import CLGraftError
 from cl_graft.store.digests import digest
 
+HERE = Path(__file__).parents[2]
 DECODE = """
 import sys
 from time import process_time
@@ -41,17 +43,24 @@ print(seconds)
 class Made:
     """An approximation of a delta. bytes: on disk. make, apply: processor seconds, of which `apply` decodes all of it.
 
-    deltas: {tensor: float32}; what is not there is zero.
+    deltas: {tensor: float32}; what is not there is zero. entropy: bytes at the measured entropy of its whole numbers,
+    where this code reads the file.
     """
 
     bytes: int
     make: float
     apply: float | None
     deltas: dict[str, Tensor]
+    entropy: int | None = None
 
     @property
     def about(self) -> dict[str, Any]:
-        return {"bytes": self.bytes, "make_seconds": self.make, "apply_seconds": self.apply}
+        return {
+            "bytes": self.bytes,
+            "make_seconds": self.make,
+            "apply_seconds": self.apply,
+            "entropy_bytes": self.entropy,
+        }
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ class Engine:
             made,
             float(told.splitlines()[-1]),
             load_file(place / "deltas.safetensors"),
+            bytes_over_entropy(out)["entropy_bytes"] if self.folder == HERE else None,
         )
 
     def _run(self, *words: Any) -> str:
@@ -117,7 +127,7 @@ class Engine:
 
 def this_engine() -> Engine:
     """The engine of the checkout that this code runs in."""
-    return Engine("this", Path(__file__).parents[2])
+    return Engine("this", HERE)
 
 
 def _spent() -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cl_graft.bench.anatomy import anatomy
 from cl_graft.bench.cells import Cells
 from cl_graft.bench.disk import bench_disk
 from cl_graft.bench.error import bench_error, tasks
@@ -19,7 +20,12 @@ from cl_graft.bench.memory import bench_memory
 from cl_graft.bench.merge import SHAPES, bench_merge
 from cl_graft.bench.methods import bench_methods
 from cl_graft.bench.peers import deltatensors_kl_ratio, peers
-from cl_graft.bench.previous import bytes_at_equal_error, error_over_previous, kl_over_previous
+from cl_graft.bench.previous import (
+    bytes_at_equal_error,
+    coding,
+    error_over_previous,
+    kl_over_previous,
+)
 from cl_graft.bench.rounding import bf16_kl_share
 from cl_graft.bench.size import bytes_over_theory
 from cl_graft.errors import CLGraftError, UnknownName
@@ -32,7 +38,9 @@ BESIDE = {  # an earlier commit of the engine
     "kl_over_previous": kl_over_previous,
 }
 ON_SMOLLM2 = {
+    "anatomy": anatomy,
     "bf16_kl_share": bf16_kl_share,
+    "bytes_over_entropy": coding,
     "peers": peers,
     "deltatensors_kl_ratio": deltatensors_kl_ratio,
 }

@@ -72,6 +72,19 @@ def kl_over_previous(previous: Path, data_dir: Path | None, cells: Cells) -> dic
     }
 
 
+def coding(data_dir: Path | None, cells: Cells) -> dict[str, Any]:
+    """Bytes of SmolLM2's packs on disk over those at the measured entropy of their whole numbers, the most of all."""
+    text = HeldOut(smollm2_delta(STEPS, data_dir, cells.say))
+    rows = [{"budget": b} | engine_cell(this_engine(), text, b, cells) for b in SMOLLM2]
+    for row in rows:
+        row["bytes_over_entropy"] = row["bytes"] / row["entropy_bytes"]
+    return {
+        "bytes_over_entropy": max(row["bytes_over_entropy"] for row in rows),
+        "rows": rows,
+        "conditions": {"delta": text.delta.name, "layout": "small"},
+    }
+
+
 def interpolated(curve: Sequence[tuple[float, float]], error: float) -> float | None:
     """The bytes at which a curve of (error, bytes) has this error; None where no two points have it between them."""
     points = sorted(curve)

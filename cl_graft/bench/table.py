@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cl_graft.bench.anatomy import anatomy_rows
 from cl_graft.bench.rounding import rounding_rows
 from cl_graft.store.digests import machine, versions
 from cl_graft.store.files import write_json, write_text
@@ -199,6 +200,17 @@ def _deltatensors_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
+def _coding_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (
+            f"bytes_over_entropy, {part['conditions']['delta']}, {row['budget']}",
+            f"{row['bytes_over_entropy']:.4f}",
+            f"{row['bytes']:,} bytes, {row['entropy_bytes']:,} at the entropy of its codes",
+        )
+        for row in part["rows"]
+    ]
+
+
 def _figures(row: dict[str, Any]) -> str:
     applied = "" if row["apply_seconds"] is None else f", applied in {row['apply_seconds']:.1f} s"
     return f"error {row['error']:.3f}, made in {row['make_seconds']:.0f} s{applied}"
@@ -224,4 +236,6 @@ _ROWS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str, str]]]] = {
     "peers": _peer_rows,
     "deltatensors_kl_ratio": _deltatensors_rows,
     "bf16_kl_share": rounding_rows,
+    "bytes_over_entropy": _coding_rows,
+    "anatomy": anatomy_rows,
 }

@@ -290,7 +290,9 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
             "kinds": ("U8", [sum(rows for rows, _ in sizes)]),
             "codes": ("U8", [whole(meta["bytes"])]),
         }
-        must(meta["layout"] in ("small", "fast") and 0 <= whole(meta.get("top", 0)) <= 8191, "rows")
+        most = 3 * sum(rows * cols for rows, cols in sizes) + 8 if numel else 0
+        must(meta["layout"] in ("small", "fast") and whole(meta["bytes"]) <= most, "bytes of rows")
+        must(whole(meta.get("top", 0)) <= (8191 if numel else 0), "top")
         if codec == "coded_low_rank":
             return {"scales": ("BF16", [whole(meta["rank"], 0, min(shape))]), **codes}
         rows = shape[0] if len(shape) > 1 else 1
@@ -310,7 +312,7 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
             index = stream_bytes(whole(count, 0, rows), whole(width, 1, 48))
         must("rows" not in meta or whole(meta["rows"], 0, rows) >= 0, "rows")
         tables, low, words = map(whole, meta["bytes"])
-        must(words % 4 == 0, "words")
+        must(words % 4 == 0 and (numel > 0 or tables + low + words == 0), "words")
         return {"code": ("U8", [index + tables + low + words])}
     if codec == "sign_scale":
         return {"signs": ("U8", [stream_bytes(numel, 1)]), "scale": ("F32", [1])}
@@ -444,6 +446,7 @@ def rows_of_codes(
                 )
                 must(width == min(w for w in (0, 2, 4, 8, 16) if w >= bits[0]), "a wider row")
         must(not len(data), "bytes after the last row")
+        must(all(int(abs(m).max()) <= 8191 for m in found if m.size), "a code beyond 8191")
         return found
     words = parts["codes"].tobytes()
     stack = [int.from_bytes(words[i : i + 4], "little") for i in range(0, len(words), 4)]
@@ -481,7 +484,7 @@ def planar(data: Array, count: int, width: int) -> Array:
 
 @cache
 def frequencies(kind: int, top: int) -> list[int]:
-    must(1 <= kind <= 120, "class")
+    must(1 <= kind <= 120 and top > 0, "class")
     a, b = divmod(kind - 1, 40)
     m = 2.0 ** (b // 2 - 7) * (math.sqrt(2) if b % 2 else 1.0)
     q = (math.sqrt(1 + m * m) - 1) / m

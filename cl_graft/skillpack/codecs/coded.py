@@ -63,7 +63,7 @@ class CodedCodec(Scattered, Relaid):
             "steps": (torch.bfloat16, (kept,)),
             "columns": (torch.bfloat16, (n * whole(meta["columns"], "columns", 0, 1),)),
             "index": (torch.uint8, (index,)),
-        } | coded_rows.layout_of([(kept, n)], meta)
+        } | coded_rows.layout_of([(kept, n)], meta, rows * n == 0)
 
     def check(self, encoded: Encoded) -> None:
         _alive(encoded)
@@ -71,7 +71,7 @@ class CodedCodec(Scattered, Relaid):
         coded_rows.check(encoded.parts, [size], encoded.meta)
 
     def entries(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        alive, codes = _alive(encoded), _codes(encoded)
+        alive, codes = _alive(encoded), codes_of(encoded)
         row, column = codes.nonzero(as_tuple=True)
         sizes = encoded.parts["steps"].float()[row]
         if encoded.meta["columns"]:
@@ -84,17 +84,17 @@ class CodedCodec(Scattered, Relaid):
         sizes = encoded.parts["steps"].float()[:, None]
         if encoded.meta["columns"]:
             sizes = sizes * encoded.parts["columns"].float()
-        delta[_alive(encoded)] = _codes(encoded).float() * sizes
+        delta[_alive(encoded)] = codes_of(encoded).float() * sizes
         return delta.view(encoded.shape)
 
     def weight_bits(self, shape: tuple[int, ...], meta: Meta) -> int:
         return 8 * meta["bytes"]
 
     def codes(self, encoded: Encoded) -> list[Tensor]:
-        return [_codes(encoded)]
+        return [codes_of(encoded)]
 
     def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
-        parts, meta = coded_rows.write([_codes(encoded)], layout)
+        parts, meta = coded_rows.write([codes_of(encoded)], layout)
         kept = {name: encoded.parts[name] for name in ("steps", "columns", "index")}
         head = {
             name: encoded.meta[name] for name in ("kept", "columns", "gap") if name in encoded.meta
@@ -116,7 +116,7 @@ def _alive(encoded: Encoded) -> Tensor:
     return alive
 
 
-def _codes(encoded: Encoded) -> Tensor:
-    """Codes of the rows that are stored, int16 (kept, n)."""
+def codes_of(encoded: Encoded) -> Tensor:
+    """Codes of the rows that are stored, int16 (kept, n). Raises ValueError as `coded_rows.read` does."""
     size = encoded.meta["kept"], _rows(encoded.shape)[1]
     return coded_rows.read(encoded.parts, [size], encoded.meta)[0]

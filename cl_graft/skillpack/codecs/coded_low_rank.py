@@ -42,6 +42,8 @@ def coded_low_rank(
         raise ValueError(
             f"factors {tuple(left.shape)} and {tuple(right.shape)} are not of {shape}."
         )
+    if 0 in shape:  # none is read of a matrix without an element
+        shifts = None, None
     rows = [
         torch.zeros(1, n, dtype=torch.int16) if shift is None else shift.reshape(1, -1)
         for shift, n in zip(shifts, shape, strict=True)
@@ -60,12 +62,13 @@ class CodedLowRankCodec(Factored, Relaid):
         fields(meta, "rank", *coded_rows.fields_of(meta))
         # what is decoded is then never larger than the matrix by more than its factors can be
         rank = whole(meta["rank"], "rank", 0, min(matrix(shape)))
-        return {"scales": (torch.bfloat16, (rank,))} | coded_rows.layout_of(
-            _sizes(shape, meta), meta
-        )
+        rows = coded_rows.layout_of(_sizes(shape, meta), meta, 0 in shape)
+        return {"scales": (torch.bfloat16, (rank,))} | rows
 
     def check(self, encoded: Encoded) -> None:
-        coded_rows.check(encoded.parts, _sizes(encoded.shape, encoded.meta), encoded.meta)
+        sizes = _sizes(encoded.shape, encoded.meta)
+        for shifts in sum(coded_rows.check(encoded.parts, sizes, encoded.meta)[:2], []):
+            _bounded(shifts)
 
     def decode(self, encoded: Encoded) -> Tensor:
         left, right, scales, shifts = factors_of(encoded)
@@ -106,7 +109,8 @@ def factors_of(encoded: Encoded) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, 
 
 
 def _bounded(shifts: Tensor) -> Tensor:
-    if shifts.numel() and shifts.abs().max() > SHIFTED:
+    # no magnitudes, for the least of int8 has none
+    if shifts.numel() and not -SHIFTED <= int(shifts.min()) <= int(shifts.max()) <= SHIFTED:
         raise ValueError(f"a shift is not from -{SHIFTED} to {SHIFTED}.")
     return shifts
 

@@ -38,17 +38,17 @@ def write(matrices: Sequence[Tensor], layout: CodeLayout) -> tuple[dict[str, Ten
     return parts, {"layout": layout, "bytes": len(parts["codes"]), "top": top}
 
 
-def layout_of(sizes: Sizes, meta: Meta) -> Layout:
-    """The parts of matrices of these sizes. Raises ValueError on nonsense."""
+def layout_of(sizes: Sizes, meta: Meta, empty: bool) -> Layout:
+    """The parts of matrices of these sizes; empty: whether they stand for no element. Raises ValueError on nonsense."""
     if meta["layout"] not in LAYOUTS:
         raise ValueError(
             f"layout is {str(meta['layout'])[:40]!r}, not one of {', '.join(LAYOUTS)}."
         )
     rows, codes = sum(size[0] for size in sizes), sum(size[0] * size[1] for size in sizes)
-    # a code takes at most 24 bits, and the stack two words
-    used = whole(meta["bytes"], "bytes", 0, 3 * codes + 8)
+    # a code takes at most 24 bits, and the stack two words; what is never read must not be there
+    used = whole(meta["bytes"], "bytes", 0, 0 if empty else 3 * codes + 8)
     if meta["layout"] == "small":
-        whole(meta["top"], "top", 0, entropy.TOP)
+        whole(meta["top"], "top", 0, 0 if empty else entropy.TOP)
         if used % 4:
             raise ValueError(f"{used} bytes of coded words are no whole number of words.")
     return {"kinds": (torch.uint8, (rows,)), "codes": (torch.uint8, (used,))}
@@ -113,21 +113,23 @@ def _fill(rows: Tensor, codes: Tensor, scale: Tensor | None, meta: Meta) -> None
         torch.mul(codes, scale.float()[:, None], out=rows)
 
 
-def check(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> None:
+def check(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> list[list[Tensor]]:
     """Raise ValueError where a class is unknown, rows are not as narrow as they can be, or a bit is set after a row's
     last code.
 
-    What an entropy-coded stream holds is found out when it is read.
+    Returns the codes of each matrix as far as they were read, int8 or int16 (rows, n) each: what an entropy-coded
+    stream holds is found out when it is decoded.
     """
     if meta["layout"] == "small":
-        _check_classes(parts["kinds"])
-    else:
-        _runs(parts, sizes, meta)
+        _check_classes(parts["kinds"], meta["top"])
+        return [[] for _ in sizes]
+    return [[codes for _, codes in runs] for runs in _runs(parts, sizes, meta)]
 
 
-def _check_classes(kinds: Tensor) -> None:
-    if kinds.numel() and int(kinds.max()) >= entropy.CLASSES:
-        raise ValueError(f"a row's class is not below {entropy.CLASSES}.")
+def _check_classes(kinds: Tensor, top: int) -> None:
+    most = entropy.CLASSES if top else 1
+    if kinds.numel() and int(kinds.max()) >= most:
+        raise ValueError(f"a row's class is not below {most}, with codes up to {top}.")
 
 
 Runs = list[tuple[Tensor, Tensor]]
@@ -137,7 +139,7 @@ def _runs(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> list[Runs]:
     """Runs of each matrix: where its rows of one kind of code are, int64; their codes, int8 or int16."""
     kinds = parts["kinds"].split([size[0] for size in sizes])
     if meta["layout"] == "small":
-        _check_classes(parts["kinds"])
+        _check_classes(parts["kinds"], meta["top"])
         matrices = entropy.decode(parts["codes"], sizes, kinds, meta["top"])
         if max((int(m.abs().max()) for m in matrices if m.numel()), default=0) != meta["top"]:
             raise ValueError(f"no code has the magnitude {meta['top']} that the meta says.")
@@ -153,6 +155,8 @@ def _runs(parts: dict[str, Tensor], sizes: Sizes, meta: Meta) -> list[Runs]:
             used = len(where) * _row_bytes(n, width)
             if len(rest) < used:
                 raise ValueError("there are fewer bytes than the widths of the rows ask for.")
+            if len(where) and not n:
+                raise ValueError("a row is wider than its codes.")
             if len(where):
                 packed = rest[:used].view(len(where), _row_bytes(n, width))
                 found[-1].append((where, _checked(unpacked(packed, width), n, width)))
@@ -168,6 +172,10 @@ def _checked(codes: Tensor, n: int, width: int) -> Tensor:
         raise ValueError("a bit after the last code of a row is not zero.")
     if not (_widths(codes) == width).all():
         raise ValueError("a row is wider than its codes.")
+    if width == 16:
+        least, most = codes.aminmax()
+        if int(least) < -entropy.TOP or int(most) > entropy.TOP:
+            raise ValueError(f"a code is not from -{entropy.TOP} to {entropy.TOP}.")
     return codes[:, :n]
 
 
@@ -176,7 +184,8 @@ def _widths(codes: Tensor) -> Tensor:
     widths = torch.zeros(len(codes), dtype=torch.uint8)
     if not codes.numel():  # a row of nothing has no least code
         return widths
-    low, high = codes.amin(1).short(), codes.amax(1).short()  # 128 is no int8
+    # in 16 bits, for a bound of 128 wraps around in int8
+    low, high = codes.amin(1).short(), codes.amax(1).short()
     for below, width in zip(WIDTHS, WIDTHS[1:], strict=False):
         bound = 1 << (below - 1) if below else 0
         wider = (high >= bound) & (high > 0) | (low < -bound)

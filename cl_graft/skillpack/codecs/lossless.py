@@ -85,6 +85,8 @@ class LosslessCodec(Relative):
         sizes = wholes(meta["bytes"], 3, "bytes")
         if sizes[2] % 4:
             raise ValueError(f"{sizes[2]} bytes are no words of 4.")
+        if any(sizes) and not math.prod(shape):
+            raise ValueError(f"{sum(sizes)} bytes stand for no element.")
         return {"code": (torch.uint8, (index + sum(sizes),))}
 
     def check(self, encoded: Encoded) -> None:

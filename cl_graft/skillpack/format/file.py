@@ -210,20 +210,20 @@ def _read(
         raise header.damage(path)
     file.seek(len(head) + sizes[0])
     text, digests = header.unpacked(path, file.read(sizes[1])), file.read(sizes[2])
-    about = header.parse(path, text)
+    checksums, own = digests[: -2 * DIGEST_BYTES], digests[-2 * DIGEST_BYTES : -DIGEST_BYTES].hex()
+    if len(own) != 2 * DIGEST_BYTES or header.digests(text, checksums, own) != digests:
+        raise header.damage(path)
+    about = header.parse(path, text) | {"base": own}
     specs = header.read_tensors(path, about["tensors"])
     header.check_lacking(path, about, specs)
     about[FILES] = check_names(path, about[FILES])
     table = header.table_of(specs, about[FILES])
-    checksums = digests[: -2 * DIGEST_BYTES]
-    about["base"] = digests[-2 * DIGEST_BYTES : -DIGEST_BYTES].hex()
     try:
         same = header.text_of(header.describe(about, specs)) == text
     except (ValueError, RecursionError):
         same = False
     whole = header.payload_bytes(table), header.digests_bytes(len(specs))
-    same = same and (sizes[0], sizes[2]) == whole
-    if not same or header.digests(text, checksums, about["base"]) != digests:
+    if not same or (sizes[0], sizes[2]) != whole:
         raise header.damage(path)
     header.check_base(path, about, specs, base, shapes)
     payload = bytearray(sizes[0])

@@ -1,0 +1,1 @@
+"""Malformed packs: each is refused in a sentence, or it says just what its bytes say. `python -m tests.malformed`."""
