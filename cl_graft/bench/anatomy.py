@@ -17,6 +17,7 @@ from torch import Tensor
 from cl_graft.bench.bf16_training import RATE, train_in_bf16
 from cl_graft.bench.cells import Cells
 from cl_graft.bench.deltas import CALIBRATION, STEPS, Delta, embedded_deltas, smollm2_delta
+from cl_graft.bench.engines import this_engine
 from cl_graft.bench.guesses import GUESSES
 from cl_graft.bench.held_out import HeldOut
 from cl_graft.bench.statistics import (
@@ -93,7 +94,10 @@ def measured(delta: Delta, budgets: tuple[str, ...], cells: Cells, kept: int = 0
     found: Figures = {}
     for group, measure in groups.items():
         about = {"part": f"anatomy, {group}", "version": __version__, "delta": delta.name}
-        found |= cells.measured(about | {"delta_digest": delta.digest, "rows": LOSS_ROWS}, measure)
+        about |= {"delta_digest": delta.digest, "rows": LOSS_ROWS}
+        if group.startswith("codes"):
+            about["engine_digest"] = this_engine().digest
+        found |= cells.measured(about, measure)
     return found
 
 
