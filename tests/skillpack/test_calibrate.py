@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from cl_graft.skillpack.compress import calibrate
 from cl_graft.skillpack.compress.calibrate import (
-    Sums,
-    Text,
     linear_layers,
     moments,
     stored_transposed,
 )
+from cl_graft.skillpack.compress.sums import Sums, Text
 
 SPECIAL = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 

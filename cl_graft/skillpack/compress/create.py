@@ -35,7 +35,7 @@ from cl_graft.skillpack.compress.directions import (
 )
 from cl_graft.skillpack.compress.dtype_cost import dtype_costs, told
 from cl_graft.skillpack.compress.policy import METHODS, Policy
-from cl_graft.skillpack.compress.work import ByteLimit, PackProgress, Piece, fetch
+from cl_graft.skillpack.compress.work import ByteLimit, PackProgress, Piece, apart, fetch
 from cl_graft.skillpack.compress.work_store import Folder
 from cl_graft.skillpack.folders.besides import packed_files
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
@@ -133,6 +133,7 @@ def create(
                 pieces, moments, policy, limit, store, device=device, progress=progress
             )
         weights = partial(_compressed, pairing, set(specs), store)
+    notes += moments.notes if isinstance(moments, Calibrated) else []
     with timed(seconds, "measure"):
         kept = [(p.name, p.role, p.transposed) for p in pieces if p.name in specs]
         costs = dtype_costs(before, kept, partial(fetch, store))
@@ -168,6 +169,11 @@ def _pieces(pairing: Pairing, meta: MetaModel) -> list[Piece]:
             head=head.get(meta.parameter_of(change.source) or ""),
             whole=change.base_shape is None,
             present=meta.role_of(change.source) in ("embedding", "head"),
+            rows=meta.stacked_as(change.source) == "vectors",
+            matrix=partial(pairing.delta, change.name)
+            if meta.stacked_as(change.source) == "matrices"
+            else None,
+            expert=meta.expert_of(change.source),
         )
         for change in pairing.changes
     ]
@@ -182,9 +188,10 @@ def work_bytes(pieces: Sequence[Piece], policy: Policy, limit: int, rounds: int 
     Directions wait there until what is made of them takes their place, energies and diagonals stay. rounds: 2 for
     the prefix of the compressed model, whose first result stays until the second is whole.
     """
-    matrices = {piece.name: piece.shape for piece in pieces if piece.kind == "matrix"}
+    parts = apart(pieces, policy)
+    matrices = {piece.name: piece.shape for piece in parts if piece.kind == "matrix"}
     waiting = directions_bytes(matrices, wanted_directions(matrices, policy, limit))
-    small = sum(8 * sum(piece.shape) + ABOUT for piece in pieces)
+    small = sum(8 * sum(piece.shape) + ABOUT for piece in parts)
     return max(limit, sum(waiting.values())) + (rounds - 1) * limit + rounds * small
 
 
