@@ -83,6 +83,14 @@ def tensors() -> dict[str, Encoded]:
         "bits": codecs.lossless(x, x.bfloat16()),
         "rows.bits": codecs.lossless(torch.where(wide, 1.0, 0.5).half(), torch.full((40, 30), 0.5)),
         "experts": codecs.low_rank_stack(x[:4, :3].reshape(2, 2, 3), x[:, :5].reshape(2, 3, 5)),
+        **{
+            f"{layout}.experts": codecs.coded_low_rank_stack(
+                [codecs.coded_low_rank(codes[:3, :6], codes[:3], steps[:3], (6, 8)), None],
+                (2, 6, 8),
+                layout,
+            )
+            for layout in LAYOUTS
+        },
         "rows.weight": codecs.sign_scales(x, 0),
         "levels.weight": codecs.sparse_codebook((x > 0).byte(), x.abs() > 1, torch.ones(2)),
         "drawn.weight": codecs.seeded_sparse(x, 5, 1 << 46),
@@ -335,6 +343,7 @@ def strange_spec(shape: list[int], rng: random.Random) -> list[Any]:
         "sign_scale": {},
         "mask": {},
         "coded_low_rank": {"rank": rng.choice(COUNTS), **lies},
+        "coded_low_rank_stack": {"ranks": [rng.choice(COUNTS)] * rng.choice([0, 1, 6, 65]), **lies},
         "coded": {"kept": rng.choice(COUNTS), "columns": rng.choice([0, 1, 2]), **lies},
         "lossless": {
             "dtype": rng.choice(["F32", "F16", "BF16"]),
