@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from cl_graft.bench import deltas, peers, previous
+from cl_graft.bench import deltas, peers, previous, rounding
 from cl_graft.bench.cells import Cells
 from cl_graft.bench.deltas import Delta, smollm2_delta
 from cl_graft.bench.engines import Engine, Made, this_engine
@@ -95,6 +95,7 @@ def test_kl_is_that_of_the_next_tokens(delta: Delta, text: HeldOut) -> None:
     assert text.kl({}) == found  # the base is as it was
 
 
+@pytest.mark.slow
 def test_an_engine_is_run_in_its_own_checkout(delta: Delta, text: HeldOut, tmp_path: Path) -> None:
     """Another checkout of this engine, which says by a file that it was run; the delta that comes back is the pack's."""
     other = tmp_path / "other"
@@ -209,6 +210,35 @@ def test_the_peers_keep_what_their_papers_say(delta: Delta, text: HeldOut, tmp_p
     assert text.error(many.deltas) < text.error(few.deltas) < 1
     with pytest.raises(CLGraftError, match="no LoRA adapter of rank 1"):
         peers.lora(text, 100, tmp_path)
+
+
+def test_stochastic_rounding_keeps_what_nearest_loses(
+    delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a delta of 3e-4 of the weights, by what is kept of it; on a larger one, which changes the answers, by those."""
+    model = llama()
+    base = saved(model, tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 3e-4 * (parameter.ndim == 2))
+    small = Delta("small", base, saved(model, tmp_path / "small"), TEXT, TEXT[:12], 64)
+    monkeypatch.setattr(
+        rounding, "smollm2_delta", lambda steps, *given: small if steps == 12 else delta
+    )
+    figures = rounding.bf16_kl_share(None, Cells(tmp_path / "cells"))
+    found, large = figures["deltas"]
+    assert found["size"] == pytest.approx(3e-4, rel=0.01) and large["size"] > 0.01
+    rows = {row["how"]: row for row in found["rows"]}
+    kept = {how: row["kept"] for how, row in rows.items()}
+    assert kept["bfloat16, nearest"] < 0.1 and kept["difference of bfloat16 checkpoints"] < 0.1
+    for how in ("bfloat16, stochastic", "float16, stochastic", "attached, delta in bfloat16"):
+        assert kept[how] == pytest.approx(1, abs=0.2)
+    assert all(row["lost"] == row["kl"] / found["base"]["kl"] for row in rows.values())
+    lost = {row["how"]: row["lost"] for row in large["rows"]}
+    assert lost["attached, delta in bfloat16"] < 1e-3 > lost["float16, stochastic"]
+    both = [rows["bfloat16, stochastic"]["lost"], lost["bfloat16, stochastic"]]
+    assert figures["bf16_kl_share"]["lost"] == max(both)
+    assert "| KL lost, small, bfloat16, nearest |" in markdown({"bf16_kl_share": figures})
 
 
 def test_every_peer_is_beside_ours_at_its_bytes(

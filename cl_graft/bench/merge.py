@@ -103,11 +103,10 @@ def _low_rank(
     shape: tuple[int, int], share: float, layout: CodeLayout, generator: torch.Generator
 ) -> Encoded:
     """A random delta of about 5 % of the weights' size, in `share` of the matrix's bfloat16 bytes."""
-    trial = _random(shape, TRIAL, layout, generator)
-    of_rank = codecs.payload_bytes(*trial.spec) / TRIAL
-    return _random(
-        shape, max(1, round(share * 2 * shape[0] * shape[1] / of_rank)), layout, generator
-    )
+    ranks = min(TRIAL, *shape)
+    of_rank = codecs.payload_bytes(*_random(shape, ranks, layout, generator).spec) / ranks
+    wanted = round(share * 2 * shape[0] * shape[1] / of_rank)
+    return _random(shape, min(max(1, wanted), *shape), layout, generator)
 
 
 def _random(

@@ -76,20 +76,26 @@ def _delta(text: HeldOut) -> dict[str, Any]:
     start = {name: base.read(name).float().to(BF16).float() for name in changed}
     delta = {name: text.change(name) for name in changed}
     batches = list(text.batches(text.delta.test[:KL_ROWS]))
-    truth = [log_probabilities(text.tuned[0], batch) for batch in batches]
     parameters = dict(model.named_parameters())
 
     @torch.no_grad()
-    def written(write: Write) -> dict[str, float]:
+    def put(write: Write) -> float:
+        """Write all tensors; the share of the delta that is kept."""
         along = size = 0.0
         for name, before in start.items():
             parameters[name].copy_(write(name, before, delta[name]))
             added = parameters[name] - before
             along += float((added * delta[name]).sum(dtype=torch.float64))
             size += float(delta[name].square().sum(dtype=torch.float64))
-        found = divergence(truth, (log_probabilities(model, batch) for batch in batches), batches)
-        return found | {"kept": along / size}
+        return along / size
 
+    def written(write: Write) -> dict[str, float]:
+        kept = put(write)
+        found = divergence(truth, (log_probabilities(model, batch) for batch in batches), batches)
+        return found | {"kept": kept}
+
+    put(lambda name, before, change: before + change)
+    truth = [log_probabilities(model, batch) for batch in batches]
     measured = text.moments(text.delta.train[:CALIBRATION])
     whole = written(lambda name, before, change: before)
     rows = []

@@ -28,9 +28,9 @@ WORTH_COMPILING = 1 << 20  # entries: loading what is compiled takes as long as 
 SMALLEST_NORMAL = 2.0**-14  # of float16
 
 
-def seed_of(digests: Sequence[str], name: str) -> int:
-    """The seed, 64 bits, of a parameter under the sum of these packs, by their digests in order."""
-    text = json.dumps([*digests, name]).encode()
+def seed_of(packs: Sequence[str], name: str) -> int:
+    """The seed, 64 bits, of a parameter under packs: their base's fingerprint and their tasks, in order."""
+    text = json.dumps([*packs, name]).encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-MAGIC = b'{"__metadata__":{"skillpack":"{'
+MAGIC = b'{"__metadata__":{"skillpack":"'
 DTYPES = {
     "I64": ("<i8", 8),
     "F64": ("<f8", 8),
@@ -46,43 +46,72 @@ class Refused(Exception):
 def read(
     path: Path, base: dict[str, Array] | None = None
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """(the text of the header, {tensor: its delta in F32, or the bits of the tuned one}). base: values in F32."""
+    """(the text and the digest, {tensor: its delta in F32, or the bits of the tuned one}). base: values in F32."""
     data = path.read_bytes()
-    must(data[8 : 8 + len(MAGIC)] == MAGIC, "magic")
-    length = int.from_bytes(data[:8], "little")
-    must(len(MAGIC) < length <= (32 << 20) - 8 and len(data) >= 8 + length, "length")
-    must(sum(map(data[: 8 + length].count, (b"[", b"{", b","))) <= 4 << 20, "too many values")
-    header = data[8 : 8 + length]
+    text, sums, start, end = told(data)
+    tensors = text["tensors"]
     try:
-        text = json.loads(json.loads(header)["__metadata__"]["skillpack"])
-        fields = ["version", "base", "task", "method", "options", "versions", "added", "grown"]
-        must(
-            list(text) == [*fields, "files", "tensors", "digest"] and text["version"] == 3, "fields"
-        )
-        parts = {name: layout(*said[:3]) for name, said in text["tensors"].items()}
-        check_sizes(text["files"])
-        same = header == expected(text, parts)
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise Refused(f"header: {error}") from error
-    must(same, "header")
-    found, end = {}, 8 + length
+        parts = {name: layout(*said) for name, said in tensors.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise Refused(f"layout: {error}") from error
+    found, place = {}, start
     for name, part, dtype, shape in placed(parts, text["files"]):
-        start, end = end, end + size(dtype, shape)
-        found[name, part] = data[start:end]
-    must(end == len(data), "length of the file")
+        begin, place = place, place + size(dtype, shape)
+        found[name, part] = data[begin:place]
+    must(place == end and len(sums) == 8 * len(tensors) + 16, "lengths")
     for name, said in text["files"].items():
         unpacked(name, *said, found[None, name])
     deltas = {}
-    for name, (codec, shape, meta, checksum) in text["tensors"].items():
+    for i, (name, (codec, shape, meta)) in enumerate(tensors.items()):
         mine = {part: found[name, part] for part in parts[name]}
-        must(blake(b"".join(mine.values()), 8) == checksum, f"checksum of {name}")
+        must(blake(b"".join(mine.values()), 8) == sums[8 * i :][:8].hex(), f"checksum of {name}")
         values = {part: array(mine[part], *parts[name][part]) for part in mine}
         if codec == "lossless":
             deltas[name] = tuned(shape, meta, values["code"], (base or {}).get(name))
             continue
         deltas[name] = decode(codec, shape, meta, values)
         must(bool(np.isfinite(deltas[name]).all()), f"{name} is not finite")
-    return text, deltas
+    return text | {"digest": sums[-16:].hex()}, deltas
+
+
+def told(data: bytes) -> tuple[dict[str, Any], bytes, int, int]:
+    """(the text, the checksums with the digest, where the payload begins, where it ends)."""
+    must(data[8 : 8 + len(MAGIC)] == MAGIC, "magic")
+    start = 8 + int.from_bytes(data[:8], "little")
+    must(start <= 8 + 512 and len(data) >= start, "length")
+    try:
+        entries = json.loads(data[8:start])
+        sizes = [entries[name]["shape"][0] for name in ("payload", "text", "checksums")]
+        must(head(*map(whole, sizes)) == data[:start], "head")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Refused(f"head: {error}") from error
+    must(len(data) == start + sum(sizes) and max(sizes[1:]) <= 32 << 20, "length of the file")
+    end = start + sizes[0]
+    stored, sums = data[end : end + sizes[1]], data[end + sizes[1] :]
+    text = stated(stored)
+    must(blake(text + sums[:-16], 16) == sums[-16:].hex(), "digest")
+    try:
+        about = json.loads(text)
+        fields = ["version", "base", "task", "method", "options", "versions", "added", "grown"]
+        must(list(about) == [*fields, "files", "tensors"] and about["version"] == 3, "fields")
+        check_sizes(about["files"])
+        must(compact(ordered(about)).encode() == text, "order")
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise Refused(f"text: {error}") from error
+    return about, sums, start, end
+
+
+def stated(stored: bytes) -> bytes:
+    """The text, of what is stored."""
+    stream = zlib.decompressobj()
+    try:
+        text = stream.decompress(stored, (32 << 20) + 1)
+    except zlib.error as error:
+        raise Refused(f"text: {error}") from error
+    must(stream.eof and not stream.unused_data and stored[:2] == b"\x78\xda", "stream of the text")
+    must(len(text) <= 32 << 20, "length of the text")
+    must(sum(map(text.count, (b"[", b"{", b","))) <= 4 << 20, "too many values")
+    return text
 
 
 def must(right: bool, what: str) -> None:
@@ -93,20 +122,22 @@ def must(right: bool, what: str) -> None:
 # --- header ---
 
 
-def expected(text: dict[str, Any], parts: dict[str, Any]) -> bytes:
-    """The header that goes with a text."""
-    said = {**text, "added": sorted(text["added"]), "grown": dict(sorted(text["grown"].items()))}
-    said["files"] = dict(sorted(text["files"].items()))
-    said["tensors"] = dict(sorted(text["tensors"].items()))
-    digest = said.pop("digest")
-    must(blake(compact(said).encode(), 16) == digest, "digest")
-    header: dict[str, Any] = {"__metadata__": {"skillpack": compact({**said, "digest": digest})}}
+def head(*sizes: int) -> bytes:
+    """What stands before the payload of these bytes, its text and its checksums."""
+    entries: dict[str, Any] = {"__metadata__": {"skillpack": "3"}}
     end = 0
-    for name, part, dtype, shape in placed(parts, text["files"]):
-        start, end = end, end + size(dtype, shape)
-        header[key(name, part)] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    data = compact(header).encode()
-    return data + b" " * (-len(data) % 8)
+    for name, length in zip(("payload", "text", "checksums"), sizes, strict=True):
+        start, end = end, end + length
+        entries[name] = {"dtype": "U8", "shape": [length], "data_offsets": [start, end]}
+    data = compact(entries).encode()
+    data += b" " * (-len(data) % 8)
+    return len(data).to_bytes(8, "little") + data
+
+
+def ordered(text: dict[str, Any]) -> dict[str, Any]:
+    """A text in the order that it must have."""
+    said = {**text, "added": sorted(text["added"])}
+    return said | {name: dict(sorted(text[name].items())) for name in ("grown", "files", "tensors")}
 
 
 def compact(value: Any) -> str:

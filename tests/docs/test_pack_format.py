@@ -22,7 +22,7 @@ from cl_graft.skillpack.codecs.quant import BITS, Quantized
 from cl_graft.skillpack.format import file as engine
 from cl_graft.skillpack.format import header
 from cl_graft.skillpack.format.files import PackedFile
-from tests.docs.reader import Refused, fingerprint, read, unpacked
+from tests.docs.reader import Refused, fingerprint, read, told, unpacked
 from tests.skillpack.tensors import grid, normal
 
 PAGE = Path(__file__).parents[2] / "docs" / "pack-format.md"
@@ -79,16 +79,24 @@ def described() -> dict[str, Any]:
     }
 
 
+def bytes_of_the_page() -> bytes:
+    lines = block("pack bytes").splitlines()
+    return bytes.fromhex("".join(line.partition("  ")[2] for line in lines))
+
+
 def test_the_example_is_what_the_engine_writes(tmp_path: Path) -> None:
+    """But for how zlib puts the text, of which there are several."""
     example().save(tmp_path / "pack")
-    assert dump((tmp_path / "pack").read_bytes()) == block("pack bytes")
+    found, wanted = (tmp_path / "pack").read_bytes(), bytes_of_the_page()
+    (text, sums, start, end), page = told(found), told(wanted)
+    assert (text, sums) == page[:2] and found[start:end] == wanted[slice(*page[2:])]
+    assert dump(wanted) == block("pack bytes")
 
 
 def test_the_examples_bytes_are_read_as_the_page_says(tmp_path: Path) -> None:
-    lines = block("pack bytes").splitlines()
-    data = bytes.fromhex("".join(line.partition("  ")[2] for line in lines))
-    (tmp_path / "pack").write_bytes(data)
+    (tmp_path / "pack").write_bytes(bytes_of_the_page())
     text, deltas = read(tmp_path / "pack")
+    assert text.pop("digest") == example().digest
     compact = json.dumps(text, separators=(",", ":"), ensure_ascii=False)
     assert compact == block("pack text").strip()
     assert deltas["weight"].tolist() == described()["weight"]
@@ -249,11 +257,8 @@ def test_the_reader_agrees_with_the_engine(tmp_path: Path) -> None:
     assert text["options"] == options and text["digest"] == loaded.digest
     assert set(found) == set(wanted) == set(tensors)
     assert text["files"].keys() == contents.keys()
-    data = (tmp_path / "pack").read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
     for name, said in text["files"].items():
-        begin, end = json.loads(data[8:start])[f"files:{name}"]["data_offsets"]
-        assert unpacked(name, *said, data[start + begin : start + end]) == contents[name]
+        assert unpacked(name, *said, files[name].stored) == contents[name]
         assert loaded.files[name].content() == contents[name]
     for name, delta in wanted.items():
         assert found[name].dtype == np.float32 and found[name].shape == tuple(delta.shape)
@@ -307,8 +312,9 @@ def test_both_refuse_a_file_that_no_pack_may_hold(
     text = header.text_of(
         header.describe(about | {"added": [], "grown": {}, "files": {name: spec}}, {})
     )
-    head = header.encode(text, header.digest_of(text), header.table_of({}, {name: spec}))
-    (tmp_path / "pack").write_bytes(head + content)
+    stored = header.packed(text)
+    head = header.head(len(content), len(stored), header.sums_bytes(0))
+    (tmp_path / "pack").write_bytes(head + content + stored + header.digest_of(text, b""))
     with pytest.raises(SkillPackError):
         SkillPack.load(tmp_path / "pack")
     with pytest.raises(Refused):

@@ -60,9 +60,13 @@ def identical(model: nn.Module, weights: dict[str, Tensor]) -> bool:
     )
 
 
-def rounded(x: Tensor, dtype: torch.dtype, digests: list[str], name: str) -> Tensor:
+def rounded(x: Tensor, dtype: torch.dtype, packs: list[SkillPack], name: str) -> Tensor:
     """The sum of a base and its deltas as a model of that dtype holds it."""
-    return x if dtype == torch.float32 else stochastic(x, dtype, seed_of(digests, name))
+    return (
+        x
+        if dtype == torch.float32
+        else stochastic(x, dtype, seed_of([packs[0].base, *(p.task for p in packs)], name))
+    )
 
 
 def pack_for(model: nn.Module, task: str, *names: str, seed: int = 0) -> SkillPack:
@@ -89,8 +93,7 @@ def test_activate_adds_the_deltas_in_float32_and_unload_brings_the_base_back(
     for name, parts in {Q: [a, b], NORM: [a], UP: [b]}.items():
         deltas = [pack.decode()[name] for pack in parts]
         total = deltas[0] + deltas[1] if len(deltas) == 2 else deltas[0]
-        digests = [pack.digest for pack in parts]
-        expected[name] = rounded(before[name].float() + total, dtype, digests, name)
+        expected[name] = rounded(before[name].float() + total, dtype, parts, name)
         assert not torch.equal(expected[name], before[name])
     assert identical(model, expected)
     assert grafted.active == (a, b)
@@ -295,7 +298,7 @@ def test_low_rank_deltas_are_added_to_within_the_stated_tolerance(dtype: torch.d
     left, right = factors([pack.tensors["weight"] for pack in packs])
     exact = base + left.double() @ right.double()
     sum32 = base.float() + packs[0].delta("weight") + packs[1].delta("weight")
-    reference = rounded(sum32, dtype, [pack.digest for pack in packs], "weight")
+    reference = rounded(sum32, dtype, list(packs), "weight")
     Grafted(model).activate(packs)
     missed, allowed = (model.weight - exact).abs(), (reference - exact).abs()
     sizes = left.abs().double() @ right.abs().double()
@@ -332,7 +335,7 @@ def test_a_sparse_delta_changes_only_what_it_names(dtype: torch.dtype) -> None:
     encoded = codecs.sparse_top(torch.randn(2100, 200), 3000)
     pack = SkillPack({"weight": encoded}, "a", "test", {}, fingerprint(model.named_parameters()))
     Grafted(model).activate([pack])
-    wanted = rounded(before.float() + pack.delta("weight"), dtype, [pack.digest], "weight")
+    wanted = rounded(before.float() + pack.delta("weight"), dtype, [pack], "weight")
     assert torch.equal(model.weight, wanted)
     assert int((model.weight != before).sum()) <= 3000
     ids = torch.tensor([2099, 0, 7, 7])

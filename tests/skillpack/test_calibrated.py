@@ -14,8 +14,9 @@ from cl_graft.skillpack.compress import create as creating
 from cl_graft.skillpack.compress import directions
 from cl_graft.skillpack.compress.calibrate import Moments, moments
 from cl_graft.skillpack.compress.calibrated import Calibrated, Calibration
-from cl_graft.skillpack.compress.create import create, work_bytes
+from cl_graft.skillpack.compress.create import create, moments_bytes, work_bytes
 from cl_graft.skillpack.compress.policy import Adaptive
+from cl_graft.skillpack.compress.work import Piece
 from cl_graft.skillpack.compress.work_store import Folder
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.skillpack.folders.pair import pair
@@ -24,7 +25,7 @@ from tests.skillpack.test_create import BATCH, folders
 BATCHES = [BATCH, {name: x.flip(0) for name, x in BATCH.items()}]
 
 
-def calibrated(base: Path, after: Path, store: Any) -> Calibrated:
+def calibrated(base: Path, after: Path, store: Any, keep: bool = False) -> Calibrated:
     pairing, seconds = pair(Checkpoint(base), Checkpoint(after)), dict[str, float]()
     return Calibrated(
         pairing,
@@ -35,6 +36,7 @@ def calibrated(base: Path, after: Path, store: Any) -> Calibrated:
         "cpu",
         lambda what, done: None,
         seconds,
+        keep,
     )
 
 
@@ -81,6 +83,24 @@ def test_the_store_holds_nothing_square(known) -> None:
     largest = max(moment.numel() for moment in visited(streamed).values())
     assert largest == 48 * 48
     assert max(t.numel() for item in store.values() for t in item.tensors.values()) == 96
+
+
+def test_moments_that_are_kept_are_not_made_twice(known, monkeypatch: pytest.MonkeyPatch) -> None:
+    anew, _, _, (base, after) = known
+    store: dict[str, Any] = {}
+    kept = calibrated(base, after, store, keep=True)
+    first, later = visited(kept), calibrated(base, after, store, keep=True)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("all is known")
+
+    kept.stream = later.stream = never
+    for each in (kept, later):
+        again = visited(each)
+        assert again.keys() == first.keys()
+        assert all(torch.equal(again[group], moment) for group, moment in visited(anew).items())
+    some = [group for group in visited(kept) if "down" in group]
+    assert list(visited(later, lambda group: "down" in group)) == some and some
 
 
 def test_reads_are_known_when_a_group_is_visited(known) -> None:
@@ -160,6 +180,12 @@ def test_an_8b_llama_by_hand() -> None:
     assert counted(LLAMA_8B, 32, 4096, 128256, 0.01) == pytest.approx(32 * layer, rel=0.07)
     assert counted(LLAMA_8B, 32, 4096, 128256, 0.05) < 1.1e9
     assert work_bytes([], Adaptive(), 1000, rounds=2) == 2000
+    pieces = [
+        Piece("down", (4, 10), "mlp", torch.empty),
+        Piece("in", (10, 4), "mlp", torch.empty, transposed=True),
+    ]
+    more = work_bytes(pieces, Adaptive(), 1000, keep=True) - work_bytes(pieces, Adaptive(), 1000)
+    assert more == moments_bytes(pieces) == 2 * 4 * 10 * 10
 
 
 def test_a_full_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

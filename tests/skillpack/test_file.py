@@ -39,6 +39,7 @@ from cl_graft.skillpack.format.file import (
     packed_size,
 )
 from cl_graft.skillpack.format.files import PackedFile
+from tests.docs import reader
 from tests.refusals import refusal
 
 BASE = "0123456789abcdef" * 2
@@ -99,12 +100,30 @@ def compact(value: object) -> str:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["skillpack"])
+    """The text of a file."""
+    return json.loads(reader.stated(safetensors_load(path.read_bytes())["text"].numpy().tobytes()))
+
+
+def places(path: Path) -> dict[str, tuple[Any, list[int], int, int]]:
+    """{part: (dtype, shape, begin, end)} of a file, in the order of the payload."""
+    about, _, end, _ = reader.told(path.read_bytes())
+    parts = {name: reader.layout(*said) for name, said in about["tensors"].items()}
+    found = {}
+    for name, part, dtype, shape in reader.placed(parts, about["files"]):
+        start, end = end, end + reader.size(dtype, shape)
+        found[reader.key(name, part)] = codecs.STORABLE[dtype], shape, start, end
+    return found
 
 
 def read_parts(path: Path) -> dict[str, Tensor]:
-    return safetensors_load(path.read_bytes())
+    """{part: its tensor}."""
+    data = path.read_bytes()
+    return {
+        key: torch.frombuffer(bytearray(data[start:end]), dtype=dtype).view(shape)
+        if end > start
+        else torch.empty(shape, dtype=dtype)
+        for key, (dtype, shape, start, end) in places(path).items()
+    }
 
 
 PARTS = {
@@ -122,25 +141,32 @@ PARTS = {
 }
 
 
-def checked(name: str, said: Any, parts: dict[str, Tensor]) -> Any:
-    """A tensor's entry with the checksum that goes with its parts, if it is an entry at all."""
-    if not isinstance(said, list) or len(said) != 4 or said[0] not in PARTS:
-        return said
-    tensors = [parts[key] for part in PARTS[said[0]] if (key := f"{name}:{part}") in parts]
-    data = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors)
-    return [*said[:3], hashlib.blake2b(data, digest_size=8).hexdigest()]
+def raw(*parts: Tensor) -> bytes:
+    return b"".join(part.reshape(-1).view(torch.uint8).numpy().tobytes() for part in parts)
+
+
+def checksum(name: str, said: Any, parts: dict[str, Tensor]) -> bytes:
+    """That of a tensor's parts, if its entry is one at all."""
+    named = PARTS.get(said[0], ()) if isinstance(said, list) and said else ()
+    data = raw(*(parts[key] for part in named if (key := f"{name}:{part}") in parts))
+    return hashlib.blake2b(data, digest_size=8).digest()
 
 
 def forge(path: Path, about: dict[str, Any], parts: dict[str, Tensor]) -> None:
     """A file that says whatever its maker likes, its checksums and its digest valid."""
-    about = {name: value for name, value in about.items() if name != "digest"}
-    if isinstance(about["tensors"], dict):
-        tensors = {name: checked(name, said, parts) for name, said in about["tensors"].items()}
-        about["tensors"] = tensors
-    digest = hashlib.blake2b(compact(about).encode(), digest_size=16).hexdigest()
-    text = compact(about | {"digest": digest})
+    tensors = about["tensors"] if isinstance(about["tensors"], dict) else {}
+    order = list(codecs.STORABLE.values())
+    keys = sorted(parts, key=lambda key: (order.index(parts[key].dtype), key))
+    payload, text = raw(*(parts[key] for key in keys)), compact(about).encode()
+    sums = b"".join(checksum(name, said, parts) for name, said in tensors.items())
+    sums += hashlib.blake2b(text + sums, digest_size=16).digest()
+    stored, version = zlib.compress(text, 9), about["version"]
+    said = str(version) if type(version) is int else "3"
+    head = reader.head(len(payload), len(stored), len(sums)).replace(
+        b'"3"', f'"{said}"'.encode(), 1
+    )
     path.unlink(missing_ok=True)  # a new file is quicker than a truncated one
-    path.write_bytes(safetensors_save(parts, {"skillpack": text}))
+    path.write_bytes(head + payload + stored + sums)
 
 
 @pytest.fixture
@@ -190,17 +216,19 @@ def test_any_names_and_options_round_trip_and_sizes_are_foretold(
     path = tmp_path_factory.getbasetemp() / "any.skillpack"
     pack = some_pack(tensors=tensors, task=task, options=options)
     specs = {name: encoded.spec for name, encoded in tensors.items()}
-    foretold = packed_size(specs, task=task, method="graft", options=options)
+    foretold = packed_size(specs, task=task, method="graft", options=options, base=BASE)
     assert foretold == pack.nbytes == pack.save(path) == path.stat().st_size
     assert same(pack, SkillPack.load(path))
 
 
-def test_the_file_is_what_safetensors_would_write(saved: Path) -> None:
+def test_the_file_is_one_that_safetensors_reads(saved: Path) -> None:
     state = {f"state.{t}": codecs.exact(torch.ones(3, dtype=t)) for t in codecs.STORABLE.values()}
     some_pack(tensors=some_tensors() | state).save(saved)
     with safe_open(saved, "pt") as file:
-        metadata = file.metadata()
-    assert safetensors_save(read_parts(saved), metadata) == saved.read_bytes()
+        assert file.metadata() == {"skillpack": "3"}
+        assert set(file.keys()) == {"payload", "text", "checksums"}
+        payload = file.get_tensor("payload").numpy().tobytes()
+    assert raw(*read_parts(saved).values()) == payload
     assert sorted(read_parts(saved))[:3] == ["a.weight:index", "a.weight:values", "b.weight:left"]
     assert {part.dtype for part in read_parts(saved).values()} == set(codecs.STORABLE.values())
 
@@ -229,7 +257,7 @@ def test_per_tensor_overhead_is_small() -> None:
     one = codecs.quantized_low_rank([(grid(8, 64, 4), grid(8, 64, 4))] * 3, (64, 64))
     names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(30)]
     few, many = (some_pack(tensors=dict.fromkeys(names[:n], one)).nbytes for n in (10, 30))
-    assert (many - few) / 20 - codecs.payload_bytes(*one.spec) < 400
+    assert (many - few) / 20 - codecs.payload_bytes(*one.spec) < 40
 
 
 # tensors that the base lacks, or has in another number of rows
@@ -241,10 +269,8 @@ def test_added_and_grown_tensors_are_kept_and_counted(tmp_path: Path) -> None:
     pack = some_pack(**lacking)
     assert pack.save(path) == pack.nbytes == path.stat().st_size > some_pack().nbytes
     specs = {name: encoded.spec for name, encoded in pack.tensors.items()}
-    options = pack.options
-    assert (
-        packed_size(specs, task="math", method="graft", options=options, **lacking) == pack.nbytes
-    )
+    about = {"task": "math", "method": "graft", "options": pack.options, "base": BASE}
+    assert packed_size(specs, **about, **lacking) == pack.nbytes
     loaded = SkillPack.load(path)
     assert loaded.added == ["a.weight", "e.weight"]
     assert list(loaded.grown.items()) == [("b.weight", [9, 8]), ("c.weight", [5, 8])]
@@ -387,19 +413,16 @@ def test_all_files_together_are_bounded(saved: Path) -> None:
     forge(saved, about, parts)
     refusal(CorruptPack, lambda: SkillPack.load(saved), "bytes of all files")
     about["files"] = {f"additional_chat_templates/{n}.jinja": entry(b"") for n in range(65)}
-    forge(saved, about, read_parts(saved))
+    forge(saved, about, {})
     refusal(CorruptPack, lambda: SkillPack.load(saved), "files: 65")
 
 
 def test_a_file_with_damage_is_named(saved: Path) -> None:
     some_pack(files=FILES).save(saved)
     blob = saved.read_bytes()
-    start = 8 + int.from_bytes(blob[:8], "little")
-    where = json.loads(blob[8:start])["files:chat_template.jinja"]["data_offsets"]
-    for at in range(*where):
-        saved.write_bytes(
-            blob[: start + at] + bytes([blob[start + at] ^ 1]) + blob[start + at + 1 :]
-        )
+    *_, start, end = places(saved)["files:chat_template.jinja"]
+    for at in range(start, end):
+        saved.write_bytes(blob[:at] + bytes([blob[at] ^ 1]) + blob[at + 1 :])
         refusal(CorruptPack, lambda: SkillPack.load(saved), "'chat_template.jinja'", "checksum")
 
 
@@ -501,7 +524,7 @@ def edit(about: dict[str, Any], where: list[Any], value: Any) -> dict[str, Any]:
         (["more"], 1, CorruptPack),
         (["tensors"], [], CorruptPack),
         (["tensors", "a.weight"], ["dense", [6, 8]], CorruptPack),
-        (["tensors", "a.weight"], ["dense", [6, 8], {"dtype": "F32"}], CorruptPack),
+        (["tensors", "a.weight"], ["dense", [6, 8], {"dtype": "F32"}, ""], CorruptPack),
         (["tensors", "a.weight", 0], "zip", UnknownCodec),
         (["tensors", "a.weight", 0], "dense", CorruptPack),
         (["tensors", "a.weight", 1], [1 << 30, 1 << 30], CorruptPack),
@@ -581,13 +604,10 @@ def test_contents_are_refused_even_with_a_valid_digest(
     "key", sorted(f"{n}:{p}" for n, e in some_tensors().items() for p in e.parts)
 )
 def test_the_tensor_whose_bytes_are_damaged_is_named(saved: Path, key: str) -> None:
-    with safe_open(saved, "pt") as file:
-        empty = file.get_tensor(key).numel() == 0
     blob = saved.read_bytes()
-    length = 8 + int.from_bytes(blob[:8], "little")
-    start, end = json.loads(blob[8:length])[key]["data_offsets"]
-    assert (start == end) == empty
-    for at in range(length + start, length + end):
+    *_, start, end = places(saved)[key]
+    assert end - start == len(raw(some_tensors()[key.split(":")[0]].parts[key.split(":")[1]]))
+    for at in range(start, end):
         saved.write_bytes(blob[:at] + bytes([blob[at] ^ 16]) + blob[at + 1 :])
         refusal(CorruptPack, lambda: SkillPack.load(saved), f"'{key.split(':')[0]}'", "checksum")
 
@@ -597,18 +617,38 @@ def test_a_header_that_claims_terabytes_is_refused_by_the_size_of_its_file(tmp_p
     specs = {"w": ("dense", shape, {"dtype": "F32"})}
     about = {"base": BASE, "task": "", "method": "", "options": {}, "versions": {}, "files": {}}
     text = header.text_of(header.describe(about | {"added": [], "grown": {}}, specs))
-    head = header.encode(text, header.digest_of(text), header.table_of(specs))
-    path.write_bytes(head + bytes(1000))
+    payload, stored = header.payload_bytes(header.table_of(specs)), header.packed(text)
+    path.write_bytes(header.head(payload, len(stored), header.sums_bytes(1)) + bytes(1000))
     refusal(TruncatedPack, lambda: SkillPack.load(path), str(path))
+    tail = stored + bytes(8) + header.digest_of(text, bytes(8))
+    path.write_bytes(header.head(1000, len(stored), header.sums_bytes(1)) + bytes(1000) + tail)
+    refusal(CorruptPack, lambda: SkillPack.load(path), str(path))
 
 
-@pytest.mark.parametrize("length", [0, 31, (32 << 20) + 1, 1 << 40, (1 << 64) - 1])
+@pytest.mark.parametrize("length", [0, 29, 513, 1 << 40, (1 << 64) - 1])
 def test_a_mad_header_length_is_refused(saved: Path, length: int) -> None:
     saved.write_bytes(length.to_bytes(8, "little") + saved.read_bytes()[8:])
     refusal(CorruptPack, lambda: SkillPack.load(saved), str(length))
 
 
 def test_json_made_to_break_parsers_is_refused(saved: Path) -> None:
-    for inner in ("[" * 100_000, '{"version":' + "9" * 10_000 + "}", '{"version":1e999}', "{NaN}"):
-        saved.write_bytes(safetensors_save({}, {"skillpack": "{" + inner}))
-        refusal(CorruptPack, lambda: SkillPack.load(saved), str(saved))
+    many = "[" + "1," * (5 << 20) + "1]"
+    whole = '{"version":' + "9" * 10_000 + "}"
+    for text in ("[" * 100_000, whole, '{"version":1e999}', "{NaN}", many):
+        for stored in (zlib.compress(text.encode(), 9), text.encode()):
+            head = header.head(0, len(stored), header.sums_bytes(0))
+            saved.write_bytes(head + stored + header.digest_of(text, b""))
+            refusal(CorruptPack, lambda: SkillPack.load(saved), str(saved))
+
+
+def test_a_text_that_would_fill_the_memory_is_refused(saved: Path) -> None:
+    stored = zlib.compress(bytes(1 << 30), 9)
+    saved.write_bytes(header.head(0, len(stored), header.sums_bytes(0)) + stored + bytes(16))
+    refusal(CorruptPack, lambda: SkillPack.load(saved), str(saved))
+
+
+def test_a_file_of_an_earlier_format_is_told_as_such(saved: Path) -> None:
+    """Those had all that they said in the header."""
+    said = header.MAGIC + b'{\\"version\\":2}' + b" " * 999
+    saved.write_bytes((999).to_bytes(8, "little") + said)
+    refusal(UnsupportedVersion, lambda: SkillPack.load(saved), str(saved), "use the release")

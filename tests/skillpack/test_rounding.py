@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cl_graft.bench.pack import bench_pack
-from cl_graft.bench.table import markdown
-from cl_graft.errors import CLGraftError
 from cl_graft.skillpack.rounding import (
     NARROW,
     add,
@@ -24,7 +19,6 @@ from cl_graft.skillpack.rounding import (
     seed_of,
     stochastic,
 )
-from tests.model_folders import llama, saved, tuned
 
 CPU = torch.device("cpu")
 dtypes = st.sampled_from(NARROW)
@@ -226,28 +220,3 @@ def test_another_dtype_is_refused() -> None:
     for x, dtype in ((torch.zeros(2), torch.float8_e5m2), (torch.zeros(2).half(), torch.bfloat16)):
         with pytest.raises(ValueError, match="pass float32 and a dtype of 16 bits"):
             stochastic(x, dtype, 0)
-
-
-def test_the_benchmark_of_real_deltas(tmp_path: Path) -> None:
-    """On a small one: the figures are there, and stochastic rounding keeps what nearest loses."""
-    with pytest.raises(CLGraftError, match="give a --data-dir with the folder base"):
-        bench_pack(["rounding"], tmp_path)
-    saved(llama(), tmp_path / "base")
-    saved(tuned(llama()), tmp_path / "tuned")
-    model = llama()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + 3e-4 * (parameter.ndim == 2))
-    saved(model, tmp_path / "small")
-    rows = [{"prompt": word * 5, "completion": word} for word in "abcdefgh" * 4]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures = bench_pack(["rounding"], tmp_path, threads=1)
-    small, large = figures["rounding"]["deltas"]
-    assert (small["delta"], large["delta"]) == ("small", "tuned")
-    assert small["size"] == pytest.approx(3e-4, rel=0.01) and small["tokens"] == 2 * 16
-    kept = {row["how"]: row["kept"] for row in small["rows"]}
-    assert kept["bfloat16, nearest"] < 0.1 and kept["difference of bfloat16 checkpoints"] < 0.1
-    for how in ("bfloat16, stochastic", "float16, stochastic", "attached, delta in bfloat16"):
-        assert kept[how] == pytest.approx(1, abs=0.2)
-    assert all(row["lost"] == row["kl"] / large["kl_base"] < 0.5 for row in large["rows"])
-    assert "| lost, small, bfloat16, nearest |" in markdown(figures)

@@ -101,6 +101,10 @@ class Relaid(Codec):
     def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
         """Lay a tensor out so, bit for bit the same."""
 
+    @abstractmethod
+    def codes(self, encoded: Encoded) -> list[Tensor]:
+        """The whole numbers, int16 matrices, whose rows have the classes or widths `kinds` in the parts."""
+
 
 class Relative(Codec):
     """A codec of tensors as they are after tuning, bit for bit, beside the base's: without that there is nothing to

@@ -90,6 +90,9 @@ class CodedCodec(Scattered, Relaid):
     def weight_bits(self, shape: tuple[int, ...], meta: Meta) -> int:
         return 8 * meta["bytes"]
 
+    def codes(self, encoded: Encoded) -> list[Tensor]:
+        return [_codes(encoded)]
+
     def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
         parts, meta = coded_rows.write([_codes(encoded)], layout)
         kept = {name: encoded.parts[name] for name in ("steps", "columns", "index")}

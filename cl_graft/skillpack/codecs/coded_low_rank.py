@@ -88,6 +88,10 @@ class CodedLowRankCodec(Factored, Relaid):
             if shift.any():
                 factor.mul_(torch.exp2(-bounded(shift)))
 
+    def codes(self, encoded: Encoded) -> list[Tensor]:
+        sizes = _sizes(encoded.shape, encoded.meta)
+        return coded_rows.read(encoded.parts, sizes, encoded.meta)
+
     def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
         left, right, scales, shifts = factors_of(encoded)
         return coded_low_rank(left, right, scales, encoded.shape, layout, shifts)
@@ -95,8 +99,7 @@ class CodedLowRankCodec(Factored, Relaid):
 
 def factors_of(encoded: Encoded) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """What `coded_low_rank` was given: left, right, scales, shifts."""
-    sizes = _sizes(encoded.shape, encoded.meta)
-    of_right, of_left, right, left = coded_rows.read(encoded.parts, sizes, encoded.meta)
+    of_right, of_left, right, left = CodedLowRankCodec().codes(encoded)
     shifts = bounded(of_left)[0], bounded(of_right)[0]
     return left, right, encoded.parts["scales"], shifts
 

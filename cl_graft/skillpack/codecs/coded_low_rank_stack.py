@@ -68,9 +68,11 @@ class CodedLowRankStackCodec(Relaid):
     def weight_bits(self, shape: tuple[int, ...], meta: Meta) -> int:
         return 8 * meta["bytes"]
 
+    def codes(self, encoded: Encoded) -> list[Tensor]:
+        return coded_rows.read(encoded.parts, _sizes(encoded.shape, encoded.meta), encoded.meta)
+
     def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
-        sizes = _sizes(encoded.shape, encoded.meta)
-        parts, meta = coded_rows.write(coded_rows.read(encoded.parts, sizes, encoded.meta), layout)
+        parts, meta = coded_rows.write(self.codes(encoded), layout)
         parts = {"scales": encoded.parts["scales"]} | parts
         return Encoded(self.name, encoded.shape, {"ranks": encoded.meta["ranks"]} | meta, parts)
 
@@ -85,8 +87,8 @@ def matrices_of(encoded: Encoded) -> list[Encoded]:
 
 def _each(encoded: Encoded) -> list[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]]:
     """left, right, scales and shifts of each matrix, as `factors_of`."""
-    sizes, ranks = _sizes(encoded.shape, encoded.meta), encoded.meta["ranks"]
-    of_right, of_left, right, left = coded_rows.read(encoded.parts, sizes, encoded.meta)
+    of_right, of_left, right, left = CodedLowRankStackCodec().codes(encoded)
+    ranks = encoded.meta["ranks"]
     factors = (x.split(ranks) for x in (left, right, encoded.parts["scales"]))
     shifts = zip(bounded(of_left), bounded(of_right), strict=True)
     return list(zip(*factors, shifts, strict=True))

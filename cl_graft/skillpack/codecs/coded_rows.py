@@ -176,7 +176,7 @@ def _widths(codes: Tensor) -> Tensor:
     widths = torch.zeros(len(codes), dtype=torch.uint8)
     if not codes.numel():  # a row of nothing has no least code
         return widths
-    low, high = codes.amin(1), codes.amax(1)
+    low, high = codes.amin(1).short(), codes.amax(1).short()  # 128 is no int8
     for below, width in zip(WIDTHS, WIDTHS[1:], strict=False):
         bound = 1 << (below - 1) if below else 0
         wider = (high >= bound) & (high > 0) | (low < -bound)

@@ -1,4 +1,4 @@
-"""What the tuned model reads, of a checkpoint folder: made anew whenever it is asked for, and never stored whole."""
+"""What the tuned model reads, of a checkpoint folder: kept on disk while that is little, else made anew each time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Calibrated:
     """Moments by the names of the checkpoint's tensors; see `directions.Known`.
 
     Each visit loads and runs the model layer by layer, on the same text in the same order, so that moments have the
-    same bits every time. Gradients, diagonals and what reads what are small, and go into the work store.
+    same bits every time. Gradients, diagonals and what reads what are small, and go into the work store; so do the
+    moments themselves where `keep` says that they are, and then the model is run once.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Calibrated:
         device: str,
         progress: Callable[[str, float], None],
         seconds: dict[str, float],
+        keep: bool,
     ):
-        self.store, self.progress, self.seconds = store, progress, seconds
+        self.store, self.progress, self.seconds, self.keep = store, progress, seconds, keep
         self.batches, self.routed = calibration.batches, routed(meta.model)
+        self.parameters = [name for name, _ in meta.model.named_parameters()]
         self.stream = partial(stream_moments, pairing.tuned, meta, device=device, weights=weights)
         self.keys: dict[
             str, list[str]
@@ -73,8 +76,12 @@ class Calibrated:
 
     def visit(self, use: Use, wanted: Callable[[str], bool]) -> None:
         """Run the model for the groups that are wanted; a first time for all that it reads."""
-        if "visited" in self.store and not any(map(wanted, set(self.reads.values()))):
-            return
+        if "visited" in self.store:
+            groups = [group for group in self._groups() if wanted(group)]
+            if all(f"moment/{group}" in self.store for group in groups):
+                for group in groups:
+                    use(group, self.store[f"moment/{group}"].tensors["moment"])
+                return
         used = 0.0
 
         def reached(group: str, moment: Tensor, readers: list[str]) -> None:
@@ -84,6 +91,8 @@ class Calibrated:
             if f"diagonal/{group}" not in self.store:
                 about = {"readers": readers}
                 self.store[f"diagonal/{group}"] = Item({"mean": diagonal_of(moment)}, about)
+                if self.keep:
+                    self.store[f"moment/{group}"] = Item({"moment": moment}, {})
             use(group, moment)
             used += perf_counter() - begun
 
@@ -102,6 +111,11 @@ class Calibrated:
         """Mean square of each input: see Moments."""
         group = self.reads.get(name)
         return None if group is None else self.store[f"diagonal/{group}"].tensors["mean"]
+
+    def _groups(self) -> list[str]:
+        """All that was visited, by the order of the parameters that read it: the same in a run that goes on."""
+        first = [self.reads[name] for name in self.parameters if name in self.reads]
+        return list(dict.fromkeys([*first, *sorted(set(self.reads.values()))]))
 
     def _learn(self, group: str, readers: Sequence[str]) -> None:
         for parameter in readers:

@@ -2,7 +2,8 @@
 
 The order of work: pair the tensors; measure the gradients; load and run each decoder layer and measure its deltas on
 what it reads; share out the budget; load and run each layer again and encode its deltas; write. What is finished lies
-in a folder beside the pack until the pack is whole. Second moments are never stored: the second pass makes them again.
+in a folder beside the pack until the pack is whole. Second moments lie there only while all of them are little; those
+of a large model are made again by the second pass.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from cl_graft.skillpack.compress.directions import (
     wanted_directions,
 )
 from cl_graft.skillpack.compress.dtype_cost import dtype_costs, told
-from cl_graft.skillpack.compress.policy import METHODS, Policy
+from cl_graft.skillpack.compress.policy import METHODS, Adaptive, Policy
 from cl_graft.skillpack.compress.work import ByteLimit, PackProgress, Piece, apart, fetch
 from cl_graft.skillpack.compress.work_store import Folder
 from cl_graft.skillpack.folders.besides import packed_files
@@ -121,11 +122,12 @@ def create(
         store = Folder(work / str(number))
         moments: Known = Moments()
         pieces = _pieces(pairing, meta)
-        _check_disk(store.path, work_bytes(pieces, policy, allowed.bytes, rounds))
+        keep = calibration is not None and moments_bytes(pieces) <= MOMENTS_BYTES
+        _check_disk(store.path, work_bytes(pieces, policy, allowed.bytes, rounds, keep))
         if calibration:
             with timed(seconds, "calibrate"):
                 moments = Calibrated(
-                    pairing, meta, calibration, store, weights, device, progress, seconds
+                    pairing, meta, calibration, store, weights, device, progress, seconds, keep
                 )
                 notes += [meta.note] if meta.note and not number else []
         with timed(seconds, "compress"):
@@ -180,18 +182,30 @@ def _pieces(pairing: Pairing, meta: MetaModel) -> list[Piece]:
 
 
 ABOUT = 6000  # bytes of what is said of a tensor and its group in the work folder
+MOMENTS_BYTES = 600_000_000  # of second moments that are kept rather than made a second time
 
 
-def work_bytes(pieces: Sequence[Piece], policy: Policy, limit: int, rounds: int = 1) -> int:
+def moments_bytes(pieces: Sequence[Piece]) -> int:
+    """Bytes that the second moments of all matrices' inputs take at most: fewer where matrices read one input."""
+    parts = apart(pieces, Adaptive())
+    widths = [p.shape[0 if p.transposed else 1] for p in parts if p.kind == "matrix"]
+    return sum(4 * width**2 for width in widths)
+
+
+def work_bytes(
+    pieces: Sequence[Piece], policy: Policy, limit: int, rounds: int = 1, keep: bool = False
+) -> int:
     """Most bytes that lie in the work folder at one time, for a pack of `limit` bytes.
 
     Directions wait there until what is made of them takes their place, energies and diagonals stay. rounds: 2 for
-    the prefix of the compressed model, whose first result stays until the second is whole.
+    the prefix of the compressed model, whose first result stays until the second is whole. keep: whether second
+    moments stay, too.
     """
     parts = apart(pieces, policy)
     matrices = {piece.name: piece.shape for piece in parts if piece.kind == "matrix"}
     waiting = directions_bytes(matrices, wanted_directions(matrices, policy, limit))
     small = sum(8 * sum(piece.shape) + ABOUT for piece in parts)
+    small += moments_bytes(pieces) if keep else 0
     return max(limit, sum(waiting.values())) + (rounds - 1) * limit + rounds * small
 
 

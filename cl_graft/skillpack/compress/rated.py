@@ -181,6 +181,9 @@ class Control:
             step = self._better(pieces, step, low, high)
             if step < first / 8:  # filling up with the last bits of one group is waste
                 break
+        if self.left < 0 and high < math.inf:
+            found = self._encoded(todo, high, first)
+            self._note(pieces, found, high)
         self._finish(pieces, found)
 
     def _encoded(self, reads: Sequence[Read], step: float, first: float) -> dict[str, Encoded]:

@@ -1,8 +1,8 @@
 """How the weights of base + pack are written: in which dtype, rounded how; and the note of it beside them.
 
 A sum that was rounded cannot be checked by whoever does not know how. `skillpack.json` in a grafted folder says it: the
-pack's digest, which is the seed of stochastic rounding, and for tensors whose rounding depended on calibration text,
-which nobody may have any more, their fingerprints. A folder without it counts as rounded to nearest.
+pack's digest; base and task, which are the seed of stochastic rounding; and for tensors whose rounding depended on
+calibration text, which nobody may have any more, their fingerprints. A folder without it counts as rounded to nearest.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ class Form:
 
 @dataclass
 class Record:
-    """What `skillpack.json` says. pack: digest. fingerprints: of the tensors that calibration decided, each alone."""
+    """What `skillpack.json` says; base and task are the seed.
+
+    pack: digest. fingerprints: of the tensors that calibration decided, each alone.
+    """
 
     task: str
     pack: str
@@ -82,7 +85,7 @@ def rounded(x: Tensor, dtype: torch.dtype, form: Form, record: Record, name: str
     """The float32 or float64 sum of one tensor in `dtype`; what calibration decides is put down in the record."""
     if form.rounding == "nearest":
         return x.to(dtype)
-    seed = seed_of([record.pack], name)
+    seed = seed_of([record.base, record.task], name)
     if form.rounding == "compensated" and dtype in NARROW:
         made = form.compensate(name, x.float(), dtype, seed)
         if made is not None:

@@ -34,9 +34,24 @@ from cl_graft.skillpack.format.errors import (
     UnsupportedVersion,
     WrongBase,
 )
-from cl_graft.skillpack.format.files import FILES, PackedFile, check_file, check_names
+from cl_graft.skillpack.format.files import (
+    CHECKSUM_BYTES,
+    FILES,
+    PackedFile,
+    check_file,
+    check_names,
+)
 from cl_graft.skillpack.format.fingerprint import fingerprint
-from cl_graft.skillpack.format.header import AGAIN, FIELDS, FORMAT, MAGIC, MAX_HEADER, TableEntry
+from cl_graft.skillpack.format.header import (
+    AGAIN,
+    DIGEST_BYTES,
+    FIELDS,
+    FORMAT,
+    MAGIC,
+    MAX_HEAD,
+    MAX_TEXT,
+    TableEntry,
+)
 from cl_graft.skillpack.format.write import current_versions, packed_size, verify, write_pack
 
 __all__ = [
@@ -95,10 +110,10 @@ class SkillPack:
     def digest(self) -> str:
         """BLAKE2b (32 hex digits) of all that the file says: its header, and thereby the checksum
         (8 bytes) of every tensor. It tells damage from a whole file, not friend from foe."""
-        checksums = {name: header.checksum(encoded) for name, encoded in self.tensors.items()}
+        sums = b"".join(header.checksum(self.tensors[name]) for name in sorted(self.tensors))
         files = {name: file.spec for name, file in self.files.items()}
-        about = header.describe({**self._fields, FILES: files}, self._specs, checksums)
-        return header.digest_of(header.text_of(about))
+        about = header.describe({**self._fields, FILES: files}, self._specs)
+        return header.digest_of(header.text_of(about), sums).hex()
 
     def delta(self, name: str) -> Tensor:
         """Tuned minus base of one tensor, float32, on the CPU.
@@ -184,34 +199,41 @@ def _read(
     path: Path, file: BufferedReader, base: str | None, shapes: Mapping[str, tuple[int, ...]] | None
 ) -> SkillPack:
     size = os.fstat(file.fileno()).st_size
-    head = _read_header(path, file, size)
-    about, digest = header.parse(path, head)
-    specs, checksums = header.read_tensors(path, about["tensors"])
-    header.check_lacking(path, about, specs)
-    about[FILES] = check_names(path, about[FILES])
-    table = header.table_of(specs, about[FILES])
-    try:
-        text = header.text_of(header.describe(about, specs, checksums))
-        damaged = header.encode(text, digest, table) != head or header.digest_of(text) != digest
-    except (ValueError, RecursionError):
-        damaged = True
-    if damaged:
-        raise CorruptPack(f"the header of {path} is damaged; {AGAIN}")
-    wanted = len(head) + header.payload_bytes(table)
+    head = _read_head(path, file, size)
+    sizes = header.sizes_of(path, head)
+    wanted = len(head) + sum(sizes)
     if size < wanted:
         raise TruncatedPack(f"{path} has {size} of {wanted} bytes; {AGAIN}")
     if size > wanted:
         raise CorruptPack(f"{path} has {size - wanted} bytes too many; {AGAIN}")
+    if max(sizes[1:]) > MAX_TEXT:
+        raise header.damage(path)
+    file.seek(len(head) + sizes[0])
+    text, sums = header.unpacked(path, file.read(sizes[1])), file.read(sizes[2])
+    about = header.parse(path, text)
+    specs = header.read_tensors(path, about["tensors"])
+    header.check_lacking(path, about, specs)
+    about[FILES] = check_names(path, about[FILES])
+    table = header.table_of(specs, about[FILES])
+    checksums, digest = sums[:-DIGEST_BYTES], sums[-DIGEST_BYTES:]
+    try:
+        same = header.text_of(header.describe(about, specs)) == text
+    except (ValueError, RecursionError):
+        same = False
+    whole = header.payload_bytes(table), header.sums_bytes(len(specs))
+    if not same or (sizes[0], sizes[2]) != whole or header.digest_of(text, checksums) != digest:
+        raise header.damage(path)
     header.check_base(path, about, specs, base, shapes)
-    payload = bytearray(wanted - len(head))
+    payload = bytearray(sizes[0])
+    file.seek(len(head))
     if file.readinto(payload) != len(payload):
         raise TruncatedPack(f"{path} became shorter while it was read; {AGAIN}")
     parts: dict[str | None, dict[str, Tensor]] = {name: {} for name in (*specs, None)}
     for row in table:
         parts[row.tensor][row.part] = _view(payload, row)
     tensors = {name: Encoded(*specs[name], parts[name]) for name in specs}
-    for name, encoded in tensors.items():
-        if header.checksum(encoded) != checksums[name]:
+    for i, (name, encoded) in enumerate(tensors.items()):
+        if header.checksum(encoded) != checksums[i * CHECKSUM_BYTES :][:CHECKSUM_BYTES]:
             raise CorruptPack(f"{path}, tensor {name!r} does not match its checksum; {AGAIN}")
         verify(path, name, encoded)
     files = {
@@ -223,17 +245,20 @@ def _read(
     return SkillPack(tensors, **{**{name: about[name] for name in FIELDS}, FILES: files})
 
 
-def _read_header(path: Path, file: BufferedReader, size: int) -> bytes:
-    """Everything before the payload, length included, undigested."""
+def _read_head(path: Path, file: BufferedReader, size: int) -> bytes:
+    """Everything before the payload, length included; of a file of another format its beginning."""
     start = file.read(8 + len(MAGIC))
     if not (start[8:] + MAGIC[len(start[8:]) :]).startswith(MAGIC):
         raise NotASkillPack(f"{path} is not a SkillPack; give the path of a file that one saved.")
     length = int.from_bytes(start[:8], "little")
-    if len(start) == 8 + len(MAGIC) and not len(MAGIC) < length <= MAX_HEADER:
+    more = file.read(min(max(0, length - len(MAGIC)), MAX_HEAD))
+    if more[:1] == b"{":  # where formats before this one had all that they said
+        return start + more
+    if len(start) == 8 + len(MAGIC) and not len(MAGIC) < length <= MAX_HEAD:
         raise CorruptPack(f"{path} claims a header of {length} bytes; {AGAIN}")
     if len(start) < 8 + len(MAGIC) or size < 8 + length:
         raise TruncatedPack(f"{path} ends within its header; {AGAIN}")
-    return start + file.read(length - len(MAGIC))
+    return start + more
 
 
 def _view(payload: bytearray, row: TableEntry) -> Tensor:

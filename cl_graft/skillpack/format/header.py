@@ -1,11 +1,11 @@
-"""The header of a SkillPack: what it says, what it may say, and where the bytes of each part lie.
+"""What a SkillPack says of itself, what it may say, and where the bytes of each part lie.
 
-Parts are named `<tensor>:<part>`, or `files:<name>`. The metadata have one key, `skillpack`, with compact JSON:
-format version, fingerprint of the base, task, method, options, versions, the tensors that the base lacks (`added`) or
-has in another number of rows (`grown`), the files beside them (files.py) as {name: [size, stored bytes, checksum]},
-the tensors as {name: [codec, shape, meta, checksum]}, and a digest of all this. Everything else in the header follows
-from these, so it is written here rather than by a library: one pack has exactly one file, whose size is known before
-its bytes are, and a reader compares a header with what it must be instead of interpreting it.
+A file is a safetensors file of three entries: the payload, with all parts; the text, compact JSON under zlib; and the
+checksums of the tensors in their order, with a digest of text and checksums behind them. The text has the format
+version, fingerprint of the base, task, method, options, versions, the tensors that the base lacks (`added`) or has in
+another number of rows (`grown`), the files beside them (files.py) as {name: [size, stored bytes, checksum]}, and the
+tensors as {name: [codec, shape, meta]}. Where parts lie follows from these, and an entry for each of them would take a
+fifth of a pack of half a megabyte. A file's size is known before its bytes are.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,13 +35,12 @@ from cl_graft.skillpack.format.errors import (
 from cl_graft.skillpack.format.files import CHECKSUM_BYTES, FILES, FileSpec
 
 FORMAT = 3
-MAGIC = b'{"__metadata__":{"skillpack":"{'
-MAX_HEADER = 32 << 20  # bytes; a tensor takes some 450
-MAX_VALUES = 4 << 20  # in the JSON; a tensor takes some 45, and parsing them is what costs
+MAGIC = b'{"__metadata__":{"skillpack":"'
+MAX_HEAD = 512  # bytes
+MAX_TEXT = 32 << 20  # bytes; a tensor takes some 120
+MAX_VALUES = 4 << 20  # in the JSON; a tensor takes some 10, and parsing them is what costs
 DIGEST_BYTES = 16
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
-NO_DIGEST, NO_CHECKSUM = "0" * 2 * DIGEST_BYTES, "0" * 2 * CHECKSUM_BYTES
-NAMES = {dtype: name for name, dtype in STORABLE.items()}
 FIELDS = {
     "base": str,
     "task": str,
@@ -73,7 +73,7 @@ def table_of(
     specs: Mapping[str, Spec], files: Mapping[str, FileSpec] | None = None
 ) -> list[TableEntry]:
     """Every part in its place: widest dtype first, as safetensors orders them, then by key."""
-    order = list(NAMES)
+    order = list(STORABLE.values())
     parts: list[tuple[int, str, str | None, str, torch.dtype, tuple[int, ...]]] = [
         (order.index(dtype), f"{name}:{part}", name, part, dtype, shape)
         for name, spec in specs.items()
@@ -95,31 +95,25 @@ def payload_bytes(table: list[TableEntry]) -> int:
     return table[-1].end if table else 0
 
 
-def checksum(encoded: Encoded) -> str:
-    """BLAKE2b (16 hex digits) of the parts' bytes, in the order of the layout."""
+def checksum(encoded: Encoded) -> bytes:
+    """BLAKE2b, 8 bytes, of the parts' bytes, in the order of the layout."""
     digest = hashlib.blake2b(digest_size=CHECKSUM_BYTES)
     for part in codecs.layout(*encoded.spec):
         digest.update(raw(encoded.parts[part]))
-    return digest.hexdigest()
+    return digest.digest()
 
 
 # writing
 
 
-def describe(
-    fields: Mapping[str, Any], specs: Mapping[str, Spec], checksums: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """The JSON of the header, without its digest; tensors in the order of their names.
-
-    fields: one of each of `FIELDS`. Without checksums theirs are zeros, which are as long.
-    """
-    sums = dict.fromkeys(specs, NO_CHECKSUM) if checksums is None else checksums
+def describe(fields: Mapping[str, Any], specs: Mapping[str, Spec]) -> dict[str, Any]:
+    """The JSON of the text, tensors in the order of their names. fields: one of each of `FIELDS`."""
     lacking = {
         "added": sorted(fields["added"]),
         "grown": {name: list(shape) for name, shape in sorted(fields["grown"].items())},
         FILES: {name: list(spec) for name, spec in sorted(fields[FILES].items())},
     }
-    tensors = {name: [spec[0], list(spec[1]), spec[2], sums[name]] for name, spec in specs.items()}
+    tensors = {name: [spec[0], list(spec[1]), spec[2]] for name, spec in specs.items()}
     fields = {name: fields[name] for name in FIELDS}
     return {"version": FORMAT, **fields, **lacking, "tensors": dict(sorted(tensors.items()))}
 
@@ -129,20 +123,29 @@ def text_of(about: Mapping[str, Any]) -> str:
     return _compact(about)
 
 
-def digest_of(text: str) -> str:
-    """BLAKE2b (32 hex digits) of the JSON without its digest, hence of every tensor's checksum."""
-    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).hexdigest()
+def digest_of(text: str, checksums: bytes) -> bytes:
+    """BLAKE2b, 16 bytes, of the text and the checksums of its tensors, in their order."""
+    return hashlib.blake2b(text.encode() + checksums, digest_size=DIGEST_BYTES).digest()
 
 
-def encode(text: str, digest: str, table: list[TableEntry]) -> bytes:
-    """All bytes before the payload: the JSON, its digest, and where each part lies."""
-    metadata = f'{text[:-1]},"digest":{_compact(digest)}}}'
-    header: dict[str, Any] = {"__metadata__": {"skillpack": metadata}}
-    for row in table:
-        where = {"shape": list(row.shape), "data_offsets": [row.start, row.end]}
-        key = f"{FILES if row.tensor is None else row.tensor}:{row.part}"
-        header[key] = {"dtype": NAMES[row.dtype], **where}
-    data = _compact(header).encode()
+def packed(text: str) -> bytes:
+    """The text as it is stored."""
+    return zlib.compress(text.encode(), 9)
+
+
+def sums_bytes(tensors: int) -> int:
+    """Bytes of the checksums of so many tensors, and of the digest behind them."""
+    return tensors * CHECKSUM_BYTES + DIGEST_BYTES
+
+
+def head(payload: int, text: int, sums: int) -> bytes:
+    """All bytes before the payload, from the bytes of payload, stored text, and checksums with digest."""
+    entries: dict[str, Any] = {"__metadata__": {"skillpack": str(FORMAT)}}
+    end = 0
+    for name, size in (("payload", payload), ("text", text), ("checksums", sums)):
+        start, end = end, end + size
+        entries[name] = {"dtype": "U8", "shape": [size], "data_offsets": [start, end]}
+    data = _compact(entries).encode()
     data += b" " * (-len(data) % 8)
     return len(data).to_bytes(8, "little") + data
 
@@ -161,10 +164,10 @@ def writable(about: Mapping[str, Any]) -> str:
     )
 
 
-def fits(header: bytes) -> bool:
-    """Whether a reader takes a header of so many bytes and, before it parses them, values."""
-    values = sum(map(header.count, (b"[", b"{", b",")))
-    return len(header) <= MAX_HEADER and values <= MAX_VALUES
+def fits(text: bytes) -> bool:
+    """Whether a reader takes a text of so many bytes and, before it parses them, values."""
+    values = sum(map(text.count, (b"[", b"{", b",")))
+    return len(text) <= MAX_TEXT and values <= MAX_VALUES
 
 
 def _compact(value: object) -> str:
@@ -183,44 +186,65 @@ def _well_typed(about: Mapping[str, Any]) -> bool:
 # reading
 
 
-def parse(path: Path, header: bytes) -> tuple[dict[str, Any], str]:
-    """The JSON of a header, every field of the right type, and its digest apart.
+def damage(path: Path) -> CorruptPack:
+    """The error for a file that contradicts itself."""
+    return CorruptPack(f"the header of {path} is damaged; {AGAIN}")
 
-    Only the string in the metadata is parsed. Raises CorruptPack, or UnsupportedVersion for a
-    format other than this one.
+
+def sizes_of(path: Path, start: bytes) -> tuple[int, int, int]:
+    """The bytes of payload, text, and checksums with digest, by all that stands before them.
+
+    Raises CorruptPack, or UnsupportedVersion for a format other than this one.
     """
-    damage = CorruptPack(f"the header of {path} is damaged; {AGAIN}")
-    if not fits(header):
-        raise damage
-    try:
-        text, _ = json.JSONDecoder().raw_decode(header[8:].decode(), len(MAGIC) - 2)
-        about = json.loads(text)
-    except (ValueError, TypeError, RecursionError):
-        raise damage from None
-    if not isinstance(about, dict) or type(about.get("version")) is not int:
-        raise damage
-    if about["version"] != FORMAT:
+    said = start[8 + len(MAGIC) :]
+    version = re.match(rb"(\d{1,9})\"", said)
+    if said[:1] == b"{" or (version and int(version[1]) != FORMAT):
+        other = version[1].decode() if version else "1 or 2"
         raise UnsupportedVersion(
-            f"{path} has format {about['version']}, not {FORMAT}; use the release that wrote it."
+            f"{path} has format {other}, not {FORMAT}; use the release that wrote it."
         )
-    digest = about.pop("digest", None)
-    if not isinstance(digest, str) or not _well_typed(about):
-        raise damage
-    return about, digest
+    sizes = [int(size) for size in re.findall(rb'"shape":\[(\d{1,15})\]', said)]
+    if len(sizes) != 3 or head(*sizes) != start:
+        raise damage(path)
+    return sizes[0], sizes[1], sizes[2]
 
 
-def read_tensors(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, Spec], dict[str, str]]:
-    """({name: (codec, shape, meta)}, {name: checksum}) of tensors each of which has a layout."""
+def unpacked(path: Path, stored: bytes) -> str:
+    """The text, of what is stored. Raises CorruptPack where that is no text, or one that is too long."""
+    stream = zlib.decompressobj()
+    try:
+        text = stream.decompress(stored, MAX_TEXT + 1)
+        whole = stream.eof and not stream.unused_data and stored[:2] == b"\x78\xda"
+        if whole and fits(text):
+            return text.decode()
+    except (zlib.error, ValueError):
+        pass
+    raise damage(path)
+
+
+def parse(path: Path, text: str) -> dict[str, Any]:
+    """The JSON of a text, every field of the right type. Raises CorruptPack."""
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError):
+        raise damage(path) from None
+    if not isinstance(about, dict) or about.get("version") != FORMAT or not _well_typed(about):
+        raise damage(path)
+    return about
+
+
+def read_tensors(path: Path, tensors: dict[str, Any]) -> dict[str, Spec]:
+    """{name: (codec, shape, meta)} of tensors each of which has a layout. Raises CorruptPack, UnknownCodec."""
     specs: dict[str, Spec] = {}
-    checksums: dict[str, str] = {}
     for name, said in tensors.items():
-        what = f"{path}, tensor {name!r}"
-        if not isinstance(said, list) or [type(item) for item in said] != [str, list, dict, str]:
-            raise CorruptPack(f"{what} is not given by codec, shape, meta and checksum; {AGAIN}")
-        codec, shape, meta, checksums[name] = said
+        if not isinstance(said, list) or [type(item) for item in said] != [str, list, dict]:
+            raise CorruptPack(
+                f"{path}, tensor {name!r} is not given by codec, shape and meta; {AGAIN}"
+            )
+        codec, shape, meta = said
         specs[name] = codec, tuple(shape), meta
     check_specs(path, specs)
-    return specs, checksums
+    return specs
 
 
 def check_specs(path: Path, specs: Mapping[str, Spec]) -> None:

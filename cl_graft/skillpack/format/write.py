@@ -18,7 +18,7 @@ from cl_graft.skillpack.codecs.encoded import raw
 from cl_graft.skillpack.format import header
 from cl_graft.skillpack.format.errors import CorruptPack, NonFinite, SkillPackError
 from cl_graft.skillpack.format.files import FILES, Files, check_file, check_names
-from cl_graft.skillpack.format.header import FIELDS, NO_DIGEST, TableEntry
+from cl_graft.skillpack.format.header import FIELDS, TableEntry
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -38,7 +38,7 @@ def packed_size(
     task: str,
     method: str,
     options: dict[str, Any],
-    base: str = NO_DIGEST,
+    base: str,
     versions: dict[str, str] | None = None,
     added: Iterable[str] = (),
     grown: Shapes | None = None,
@@ -46,13 +46,14 @@ def packed_size(
 ) -> int:
     """Exact bytes of a pack's file, from {name: (codec, shape, meta)} and no data.
 
-    Every fingerprint is as long as the default. Raises ValueError for a spec that makes no sense,
+    Raises ValueError for a spec that makes no sense,
     SkillPackError for what JSON does not keep.
     """
     fields = _fields(base, task, method, options, versions, added, grown, files)
     table = header.table_of(specs, fields[FILES])
     text = header.writable(header.describe(fields, specs))
-    return len(header.encode(text, NO_DIGEST, table)) + header.payload_bytes(table)
+    sizes = header.payload_bytes(table), len(header.packed(text)), header.sums_bytes(len(specs))
+    return len(header.head(*sizes)) + sum(sizes)
 
 
 def write_pack(
@@ -86,12 +87,13 @@ def write_pack(
     blank = header.describe(fields, specs)
     text = header.writable(blank)
     header.check_lacking(path, blank, specs)
-    table = header.table_of(specs, fields[FILES])
-    head = header.encode(text, NO_DIGEST, table)
+    if not header.fits(text.encode()):
+        raise SkillPackError(f"{path} needs {len(text)} bytes of header; store fewer tensors.")
+    table, packed = header.table_of(specs, fields[FILES]), header.packed(text)
+    payload, tail = header.payload_bytes(table), header.sums_bytes(len(specs))
+    head = header.head(payload, len(packed), tail)
     start = len(head)
-    if not header.fits(head):
-        raise SkillPackError(f"{path} needs {start} bytes of header; store fewer tensors.")
-    size = start + header.payload_bytes(table)
+    size = start + payload + len(packed) + tail
     rows: dict[str | None, list[TableEntry]] = {name: [] for name in (*specs, None)}
     for row in table:
         rows[row.tensor].append(row)
@@ -101,8 +103,9 @@ def write_pack(
         }
         for row in rows[None]:
             write(raw((files or {})[row.part].part), start + row.start)
-        text = header.text_of(header.describe(fields, specs, checksums))
-        write(header.encode(text, header.digest_of(text), table), 0)
+        sums = b"".join(checksums[name] for name in sorted(specs))
+        write(packed + sums + header.digest_of(text, sums), start + payload)
+        write(head, 0)
     return size
 
 
@@ -130,7 +133,7 @@ def _store(
     rows: list[TableEntry],
     start: int,
     write: Write,
-) -> str:
+) -> bytes:
     """Fetch, verify and write one tensor; its checksum."""
     encoded = fetch(name)
     if encoded.spec != (spec[0], tuple(spec[1]), spec[2]):

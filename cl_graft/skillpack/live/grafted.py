@@ -57,11 +57,11 @@ class Grafted:
 
         Weights are the untouched base plus the packs' deltas, summed in float32 and rounded once: each
         `SkillPack.delta`, but the product of its factors where it is low-rank (see `put_low_rank`). In
-        bfloat16 and float16 they are rounded stochastically (rounding.py), seeded by the digests of
-        the packs that touch the parameter, in order: the same packs give the same bits every time. A
-        lossless pack, which must be alone, gives the tuned weights' own. Raises WrongBase, ShapeMismatch
-        or NoDelta before anything changes; on any other error (NonFinite: a weight overflows) the model
-        is the base again.
+        bfloat16 and float16 they are rounded stochastically (rounding.py), seeded by the base and by the
+        tasks of the packs that touch the parameter, in order: the same packs give the same bits every
+        time, in either layout. A lossless pack, which must be alone, gives the tuned weights' own. Raises
+        WrongBase, ShapeMismatch or NoDelta before anything changes; on any other error (NonFinite: a
+        weight overflows) the model is the base again.
         """
         packs = tuple(packs)
         if packs and [p.digest for p in packs] == [p.digest for p in self.active]:
@@ -143,7 +143,7 @@ def change(pack: SkillPack, name: str, parameter: Tensor) -> Change:
 
 def seed_of(packs: Sequence[SkillPack], name: str) -> int:
     """The seed of a parameter's rounding under these packs, all of which touch it."""
-    return rounding.seed_of([pack.digest for pack in packs], name)
+    return rounding.seed_of([packs[0].base, *(pack.task for pack in packs)], name)
 
 
 def put(weight: Tensor, base: Tensor, changes: Sequence[Change], seed: int) -> bool:
