@@ -82,7 +82,7 @@ def mixture(
     train: Sequence[Example],
     test: Sequence[Example],
 ) -> Delta:
-    """A mixture of random weights trained on `before`, and what `train` makes of it; both with their experts stacked."""
+    """A mixture of random weights trained on `before`, and what `train` makes of it; experts are stacked in both."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = load_tokenizer("mini-llama", str(locate("mini-llama")))

@@ -233,7 +233,7 @@ SPECS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("coded_low_rank_stack", (2, 2, 3), {"ranks": [1, 3], "layout": "fast", "bytes": 0}),
     ("coded_low_rank_stack", (2, 2, 3), {"ranks": [1, True], "layout": "fast", "bytes": 0}),
     ("coded_low_rank_stack", (2, 2, 3), {"ranks": 2, "layout": "fast", "bytes": 0}),
-    ("coded_low_rank_stack", (2, 2, 3), {"ranks": [0, 0], "layout": "fast", "bytes": 31}),
+    ("coded_low_rank_stack", (2, 2, 3), {"ranks": [0, 0], "layout": "fast", "bytes": 39}),
     ("coded", (2, 2), {"kept": 3, "columns": 0, "layout": "fast", "bytes": 0}),
     ("coded", (2, 2), {"kept": 1, "columns": 2, "layout": "fast", "bytes": 0}),
     ("coded", (2, 2), {"kept": 1, "columns": 0, "layout": "fast", "bytes": 0, "gap": None}),
