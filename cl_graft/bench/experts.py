@@ -22,6 +22,7 @@ from cl_graft.skillpack.compress.text import padded
 from cl_graft.task import Example
 
 BUDGET = "5%"
+TOKENIZER = "nano-llama"  # whose vocabulary is that of all tasks of mini
 SHAPE = {
     "hidden_size": 128,
     "num_hidden_layers": 2,
@@ -85,7 +86,7 @@ def mixture(
     """A mixture of random weights trained on `before`, and what `train` makes of it; experts are stacked in both."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = load_tokenizer("mini-llama", str(locate("mini-llama")))
+    tokenizer = load_tokenizer(TOKENIZER, locate(TOKENIZER))
     special = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("pad", "bos", "eos")}
     sizes = {"intermediate_size": 128, **SHAPE, **MIXTURES[kind], **special}
     config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes)
