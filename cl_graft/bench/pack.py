@@ -14,6 +14,7 @@ from cl_graft.bench.anatomy import anatomy
 from cl_graft.bench.cells import Cells
 from cl_graft.bench.disk import bench_disk
 from cl_graft.bench.error import bench_error, tasks
+from cl_graft.bench.experts import experts_over_previous
 from cl_graft.bench.layer import bench_layer
 from cl_graft.bench.lossless import Pairs, bench_lossless
 from cl_graft.bench.memory import bench_memory
@@ -37,6 +38,7 @@ BESIDE = {  # an earlier commit of the engine
     "bytes_at_equal_error": bytes_at_equal_error,
     "kl_over_previous": kl_over_previous,
 }
+EXPERTS = "experts_over_previous"  # likewise, on mixtures of its own
 ON_SMOLLM2 = {
     "anatomy": anatomy,
     "bf16_kl_share": bf16_kl_share,
@@ -62,9 +64,9 @@ def bench_pack(
     compares with.
     """
     for part in parts:
-        if part not in (known := [*PARTS, "methods", "lossless", *BESIDE, *ON_SMOLLM2]):
+        if part not in (known := [*PARTS, "methods", "lossless", *BESIDE, EXPERTS, *ON_SMOLLM2]):
             raise UnknownName("part of the benchmark", part, known)
-        if part in BESIDE and previous is None:
+        if part in (*BESIDE, EXPERTS) and previous is None:
             raise CLGraftError(
                 f"{part} compares with an earlier commit; give a checkout of it with --previous FOLDER."
             )
@@ -93,6 +95,7 @@ def _measures(
     }
     if previous is not None:
         measures |= {n: partial(part, previous, data_dir, cells) for n, part in BESIDE.items()}
+        measures[EXPERTS] = partial(experts_over_previous, previous, cells.say)
     return measures
 
 

@@ -231,7 +231,12 @@ _ROWS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str, str]]]] = {
     "methods": _methods_rows,
     **{
         key: partial(_ratio_rows, key)
-        for key in ("error_over_previous", "bytes_at_equal_error", "kl_over_previous")
+        for key in (
+            "error_over_previous",
+            "bytes_at_equal_error",
+            "kl_over_previous",
+            "experts_over_previous",
+        )
     },
     "peers": _peer_rows,
     "deltatensors_kl_ratio": _deltatensors_rows,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_graft.errors import CLGraftError, first_line
+from cl_graft.models.experts import Stacked, stacked
 from cl_graft.models.roles import Role, roles
 from cl_graft.models.weights import weights
 
@@ -72,6 +73,16 @@ class MetaModel:
         """Role of the parameter that a checkpoint's tensor is or is part of; other for what is none."""
         name = self.parameter_of(key)
         return "other" if name is None else self._roles[name]
+
+    def stacked_as(self, key: str) -> Stacked | None:
+        """What a checkpoint's tensor holds one of for each expert (models/experts.py); None where that is nothing."""
+        name, _ = self._found(key)
+        whole = name is not None and len(self.keys.get(key, ())) == len(self._shapes[name])
+        return self._stacked.get(name) if name is not None and whole else None
+
+    def expert_of(self, key: str) -> int | None:
+        """Which of a stack's matrices a checkpoint's tensor is, or is part of; None for what is in no stack."""
+        return self._experts.get(key)
 
     def is_transposed(self, key: str) -> bool:
         """Whether a checkpoint's tensor multiplies from the right: (in, out), or (experts, in, out)."""
@@ -137,6 +148,25 @@ class MetaModel:
     @cached_property
     def _transposed(self) -> frozenset[str]:
         return frozenset(_transposed(self.model))
+
+    @cached_property
+    def _stacked(self) -> dict[str, Stacked]:
+        return stacked(self.model)
+
+    @cached_property
+    def _experts(self) -> dict[str, int]:
+        """Key -> number, of tensors that transformers stacks, as many as the stack has matrices, in their order."""
+        found: dict[str, int] = {}
+        for name, source in self._sources.items():
+            kinds: dict[str, list[str]] = {}
+            for key, conversion in source.tensors:
+                kinds.setdefault(conversion.pattern, []).append(key)
+            if self._stacked.get(name) == "matrices":
+                for keys in kinds.values():
+                    one = all(len(self.keys[key]) == 2 for key in keys)
+                    if one and len(keys) == self._shapes[name][0]:
+                        found |= {key: i for i, key in enumerate(keys)}
+        return found
 
     @cached_property
     def _keys(self) -> dict[str, str]:

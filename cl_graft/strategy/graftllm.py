@@ -9,9 +9,9 @@ that is active. `graftllm_adaptive` is our own policy on the same engine (skillp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cl_graft.budget import largest
 from cl_graft.errors import OverBudget
+from cl_graft.models.experts import stacked
 from cl_graft.models.roles import tied_head
 from cl_graft.ranges import Count, NotNegative, Part, Share
 from cl_graft.skillpack.codecs import Encoded, Spec, dense_spec
@@ -133,7 +134,8 @@ def packed(
 
 def pieces(model: nn.Module, delta: Mapping[str, Tensor], roles: Mapping[str, str]) -> list[Piece]:
     """The delta of a model in memory, parameter by parameter."""
-    transposed, head = stored_transposed(model), tied_head(model)
+    transposed, head, stacks = stored_transposed(model), tied_head(model), stacked(model)
+    held = lru_cache(maxsize=1)(delta.__getitem__)  # a stack is read once for all its matrices
     return [
         Piece(
             name,
@@ -142,6 +144,12 @@ def pieces(model: nn.Module, delta: Mapping[str, Tensor], roles: Mapping[str, st
             partial(delta.__getitem__, name),
             transposed=name in transposed,
             head=head.get(name),
+            rows=stacks.get(name) == "vectors",
+            matrix=partial(_matrix, held, name) if stacks.get(name) == "matrices" else None,
         )
         for name, parameter in model.named_parameters()
     ]
+
+
+def _matrix(delta: Callable[[str], Tensor], name: str, number: int) -> Tensor:
+    return delta(name)[number]

@@ -30,7 +30,7 @@ MOST = 1 << 48
 ANY_SHAPE = ("dense", "exact", "mask", "sparse", "sign_scale", "coded", "lossless")
 ANY_SHAPE += ("sparse_codebook", "seeded_sparse")
 MANTISSA = {"F32": 23, "BF16": 7, "F16": 10}
-STACKS = ("low_rank_stack",)  # of matrices
+STACKS = ("low_rank_stack", "coded_low_rank_stack")  # of matrices
 JSON = ["config.json", "generation_config.json", "tokenizer_config.json"]
 JSON += ["special_tokens_map.json", "chat_template.json"]
 FILES = [*JSON, "chat_template.jinja", "tokenizer.json", "added_tokens.json", "vocab.json"]
@@ -222,6 +222,7 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
     wanted = {
         "coded": {"kept", "columns"} | ({"gap"} & set(meta)) | lies,
         "coded_low_rank": {"rank"} | lies,
+        "coded_low_rank_stack": {"ranks"} | lies,
         "dense": {"dtype"},
         "exact": {"dtype"},
         "sparse": {"dtype", "kept"} | ({"gap"} & set(meta)),
@@ -284,7 +285,7 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
         *stack, rows, cols = shape
         rank = whole(meta["rank"])
         return {"left": (dtype, [*stack, rows, rank]), "right": (dtype, [*stack, rank, cols])}
-    if codec in ("coded", "coded_low_rank"):
+    if codec in ("coded", "coded_low_rank", "coded_low_rank_stack"):
         sizes = coded_sizes(codec, shape, meta)
         codes = {
             "kinds": ("U8", [sum(rows for rows, _ in sizes)]),
@@ -295,6 +296,10 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
         must(whole(meta.get("top", 0)) <= (8191 if numel else 0), "top")
         if codec == "coded_low_rank":
             return {"scales": ("BF16", [whole(meta["rank"], 0, min(shape))]), **codes}
+        if codec == "coded_low_rank_stack":
+            ranks = [whole(rank, 0, min(shape[1:])) for rank in meta["ranks"]]
+            must(len(ranks) == shape[0], "ranks")
+            return {"scales": ("BF16", [sum(ranks)]), **codes}
         rows = shape[0] if len(shape) > 1 else 1
         width, count = meta.get("gap", [1, rows])
         index = stream_bytes(whole(count, 0, rows), whole(width, 1, 48))
@@ -365,6 +370,20 @@ def decode(codec: str, shape: list[int], meta: dict[str, Any], parts: dict[str, 
         must(all(abs(shift).max(initial=0) <= 30 for shift in found[:2]), "a shift")
         right, left = (x * 2.0**-shift for x, shift in zip(found[2:], found[:2], strict=True))
         return product((left.T * parts["scales"]).astype("<f4"), right.astype("<f4"), shape)
+    if codec == "coded_low_rank_stack":
+        found, ends = (
+            rows_of_codes(parts, coded_sizes(codec, shape, meta), meta),
+            np.cumsum(meta["ranks"]),
+        )
+        must(all(abs(shift).max(initial=0) <= 30 for shift in found[:2]), "a shift")
+        delta = np.zeros(shape, np.float32)
+        for i, (end, rank) in enumerate(zip(ends, meta["ranks"], strict=True)):
+            of_right, of_left = found[0][i], found[1][i]
+            right, left = found[2][end - rank : end], found[3][end - rank : end]
+            left = (left * 2.0**-of_left).T * parts["scales"][end - rank : end]
+            right = right * 2.0**-of_right
+            delta[i] = product(left.astype("<f4"), right.astype("<f4"), shape[1:])
+        return delta
     if codec == "coded":
         sizes = coded_sizes(codec, shape, meta)
         step = parts["steps"][:, None]
@@ -423,6 +442,10 @@ def coded_sizes(codec: str, shape: list[int], meta: dict[str, Any]) -> list[tupl
     if codec == "coded_low_rank":
         rows, cols = shape
         return [(1, cols), (1, rows), (meta["rank"], cols), (meta["rank"], rows)]
+    if codec == "coded_low_rank_stack":
+        stack, rows, cols = shape
+        ranks = sum(meta["ranks"])
+        return [(stack, cols), (stack, rows), (ranks, cols), (ranks, rows)]
     return [(meta["kept"], math.prod(shape[1:] if len(shape) > 1 else shape))]
 
 

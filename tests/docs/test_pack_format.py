@@ -157,6 +157,12 @@ def every_codec() -> dict[str, Encoded]:
         found[f"coded_low_rank {layout} none"] = codecs.coded_low_rank(
             empty, empty, torch.zeros(0), (4, 4), layout
         )
+        matrix = codecs.coded_low_rank(
+            codes((3, 5), 90), codes((3, 9), 90), normal((3,), 14), (5, 9)
+        )
+        found[f"coded_low_rank_stack {layout}"] = codecs.coded_low_rank_stack(
+            [matrix, None, matrix], (3, 5, 9), layout
+        )
         found[f"coded {layout} vector"] = codecs.coded(
             codes((1, 9), 50), torch.tensor([0.25]), (9,), layout
         )

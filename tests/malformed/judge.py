@@ -189,12 +189,10 @@ def assert_encoded_again(encoded: Encoded, base: Tensor | None) -> None:
         if encoded.codec == "coded":
             sizes = [(meta["kept"], torch.Size(shape[1:] if len(shape) > 1 else shape).numel())]
         else:
-            sizes = [
-                (1, shape[1]),
-                (1, shape[0]),
-                (meta["rank"], shape[1]),
-                (meta["rank"], shape[0]),
-            ]
+            *stack, left, right = shape
+            ranks = sum(meta.get("ranks", [])) + meta.get("rank", 0)
+            count = stack[0] if stack else 1
+            sizes = [(count, right), (count, left), (ranks, right), (ranks, left)]
         matrices = coded_rows.read(parts, sizes, meta)
         if meta["layout"] == "fast":
             again, said = coded_rows.write(matrices, "fast")

@@ -180,6 +180,18 @@ def _coded_low_rank(d: Draw) -> Encoded:
     )
 
 
+def _coded_low_rank_stack(d: Draw) -> Encoded:
+    stack, rows, cols = d.rng.choice([1, 2, 3]), d.size(), d.size()
+    matrices: list[Encoded | None] = []
+    for _ in range(stack):
+        rank = d.rng.randint(0, min(rows, cols))
+        codes = d.codes(rank, rows), d.codes(rank, cols)
+        shifts = [(4 * d.normal(n)).round().clamp(-SHIFTED, SHIFTED).short() for n in (rows, cols)]
+        made = codecs.coded_low_rank(*codes, d.normal(rank), (rows, cols), "fast", tuple(shifts))
+        matrices.append(made if d.rng.random() < 0.8 else None)
+    return codecs.coded_low_rank_stack(matrices, (stack, rows, cols), d.rng.choice(LAYOUTS))
+
+
 def _coded(d: Draw) -> Encoded:
     shape = d.shape()
     rows = shape[0] if len(shape) > 1 else 1
@@ -267,6 +279,7 @@ MAKERS: dict[str, Callable[[Draw], Encoded | tuple[Encoded, Tensor | None]]] = {
     "quantized_low_rank": lambda d: _product(d, codecs.quantized_low_rank, False),
     "quantized_product": lambda d: _product(d, codecs.quantized_product, True),
     "coded_low_rank": _coded_low_rank,
+    "coded_low_rank_stack": _coded_low_rank_stack,
     "coded": _coded,
     "lossless": _lossless,
     "sparse_low_rank": _sparse_low_rank,

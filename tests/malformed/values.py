@@ -106,6 +106,7 @@ def strange_spec(shape: list[int], rng: random.Random) -> list[Any]:
         "sign_scale": {},
         "mask": {},
         "coded_low_rank": {"rank": rng.choice(COUNTS), **lies},
+        "coded_low_rank_stack": {"ranks": [rng.choice(COUNTS)] * rng.choice([1, 2]), **lies},
         "coded": {"kept": rng.choice(COUNTS), "columns": rng.choice([0, 1, 2]), **lies},
         "lossless": {
             "dtype": rng.choice(["F32", "F16", "BF16"]),

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from cl_graft.skillpack.compress import calibrate
 from cl_graft.skillpack.compress.calibrate import (
-    Sums,
-    Text,
     linear_layers,
     moments,
     stored_transposed,
 )
+from cl_graft.skillpack.compress.sums import Sums, Text
 
 SPECIAL = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -201,49 +200,6 @@ def test_moments_are_symmetric_float32_and_cover_every_matrix() -> None:
             torch.testing.assert_close(inputs, inputs.T)
             assert torch.linalg.eigvalsh(inputs.double()).min() > -1e-4
             assert (outputs >= 0).all()
-
-
-def experts(kind: Any, **extra: Any) -> Any:
-    torch.manual_seed(0)
-    config = kind(
-        **SPECIAL,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=32,
-        **extra,
-    )
-    return hf.AutoModelForCausalLM.from_config(config)
-
-
-@pytest.mark.parametrize(
-    ("kind", "router", "extra"),
-    [(hf.MixtralConfig, "gate", {}), (hf.GptOssConfig, "router", {"head_dim": 4})],
-    ids=["mixtral", "gpt-oss"],
-)
-def test_stacked_experts_share_their_input_with_the_router(
-    kind: Any, router: str, extra: Any
-) -> None:
-    """Also where experts are square, so that shapes do not tell what reads from what writes."""
-    model = experts(kind, **extra)
-    read: list[Tensor] = []
-    mlp = model.model.layers[0].mlp
-    hook = mlp.register_forward_pre_hook(lambda m, args: read.append(args[0].detach()))
-    found = moments(model, BATCHES)
-    hook.remove()
-    masks = [b["attention_mask"].bool() for b in BATCHES]
-    wanted = mean_square([x[mask] for x, mask in zip(read, masks, strict=True)])
-    name = "model.layers.0.mlp"
-    up = found.hessian(f"{name}.experts.gate_up_proj")
-    torch.testing.assert_close(up, wanted, rtol=1e-4, atol=1e-6)
-    assert found.hessian(f"{name}.{router}.weight") is up
-    for unknown in ("experts.down_proj", "experts.down_proj_bias", "experts.gate_up_proj_bias"):
-        assert found.hessian(f"{name}.{unknown}") is None
-    assert f"{name}.experts.gate_up_proj" not in found.outputs
 
 
 def test_sums_are_float32_though_activations_are_not() -> None:

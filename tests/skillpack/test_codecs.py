@@ -228,6 +228,12 @@ SPECS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("coded_low_rank", (2, 2), {"rank": 1, "layout": "small", "bytes": 2, "top": 1}),
     ("coded_low_rank", (2, 2), {"rank": 1, "layout": "small", "bytes": 4, "top": 8192}),
     ("coded_low_rank", (2, 2), {"rank": 1, "layout": "fast", "bytes": 4, "top": 1}),
+    ("coded_low_rank_stack", (2, 2), {"ranks": [1, 1], "layout": "fast", "bytes": 0}),
+    ("coded_low_rank_stack", (2, 2, 3), {"ranks": [1], "layout": "fast", "bytes": 0}),
+    ("coded_low_rank_stack", (2, 2, 3), {"ranks": [1, 3], "layout": "fast", "bytes": 0}),
+    ("coded_low_rank_stack", (2, 2, 3), {"ranks": [1, True], "layout": "fast", "bytes": 0}),
+    ("coded_low_rank_stack", (2, 2, 3), {"ranks": 2, "layout": "fast", "bytes": 0}),
+    ("coded_low_rank_stack", (2, 2, 3), {"ranks": [0, 0], "layout": "fast", "bytes": 39}),
     ("coded", (2, 2), {"kept": 3, "columns": 0, "layout": "fast", "bytes": 0}),
     ("coded", (2, 2), {"kept": 1, "columns": 2, "layout": "fast", "bytes": 0}),
     ("coded", (2, 2), {"kept": 1, "columns": 0, "layout": "fast", "bytes": 0, "gap": None}),
@@ -308,6 +314,15 @@ def one_of_each() -> dict[str, Encoded]:
             [(grid(1, 6, 3, 4, 0), grid(1, 7, 3, 4, 1))], (6, 7)
         ),
         "coded_low_rank": codecs.coded_low_rank(codes[:3], codes[:3], x[0, :3], (7, 7), "fast"),
+        "coded_low_rank_stack": codecs.coded_low_rank_stack(
+            [
+                None,
+                codecs.coded_low_rank(codes[:2, :3], codes[:2], x[0, :2], (3, 7), "fast"),
+                *[None] * 4,
+            ],
+            (6, 3, 7),
+            "fast",
+        ),
         "coded": codecs.coded(codes, x[:, 0], (6, 7), "fast"),
         "sign_scale": codecs.sign_scale(x),
         "mask": codecs.mask(x > 0),
@@ -443,6 +458,7 @@ STORED: dict[
     "quantized": (3 * 42, 3 * (42 + 12) + 16 * 12),
     "quantized_low_rank": (3 * (6 + 7), 3 * (6 + 7 + 4) + 16 * 4),
     "coded_low_rank": (8 * 42, 8 * (42 + 6 + 8)),
+    "coded_low_rank_stack": (8 * 20, 8 * (20 + 4 + 16)),
     "coded": (8 * 42, 8 * (42 + 12 + 6 + 1)),
     "sign_scale": (42, 42),
     "exact": (64 * 42, 64 * 42),
@@ -563,3 +579,27 @@ def test_a_stack_is_a_product_for_each_of_its_matrices() -> None:
             codecs.low_rank_stack(left, wrong)
     with pytest.raises(ValueError, match="is not that of a stack of matrices"):
         codecs.layout("low_rank_stack", (5, 4), {"dtype": "BF16", "rank": 2})
+
+
+@pytest.mark.parametrize("layout", ["small", "fast"])
+def test_a_stack_of_coded_matrices_is_each_of_them_and_one_of_zeros_takes_two_bytes(
+    layout: codecs.CodeLayout,
+) -> None:
+    codes = (normal((4, 9), 3) * 30).short()
+    shift = torch.arange(-3, 4).short()
+    one = codecs.coded_low_rank(
+        codes[:2, :5], codes[:2, :7], normal((2,), 1), (5, 7), layout, (None, shift)
+    )
+    other = codecs.coded_low_rank(codes[:, :5], codes[:, :7], normal((4,), 2), (5, 7), layout)
+    stack = codecs.coded_low_rank_stack([one, None, other], (3, 5, 7), layout)
+    assert stack.meta["ranks"] == [2, 0, 4]
+    whole = codecs.decode(stack)
+    assert torch.equal(whole[0], codecs.decode(one)) and not whole[1].any()
+    assert torch.equal(whole[2], codecs.decode(other))
+    assert torch.equal(codecs.rows(stack, torch.tensor([2])), whole[2:])
+    assert not codecs.is_factored(stack) and codecs.layout_name(stack) == layout
+    less = codecs.coded_low_rank_stack([one, other], (2, 5, 7), layout)
+    assert codecs.payload_bytes(*stack.spec) == codecs.payload_bytes(*less.spec) + 2
+    for wrong in ([one, other], [one, None, stack]):
+        with pytest.raises(ValueError, match="are not a stack of"):
+            codecs.coded_low_rank_stack(wrong, (3, 5, 7), layout)

@@ -50,7 +50,8 @@ def test_layouts_convert_into_one_another_to_the_byte(count: int, top: int, seed
     left, right = rows((count, 50), top, seed), rows((count, 40), top, seed + 1)
     small = codecs.coded_low_rank(left, right, normal((count,), seed), (50, 40), "small")
     table = codecs.coded(left, normal((count,), seed), (count, 5, 10), "small", normal((50,), 1))
-    for first in (small, table):
+    stack = codecs.coded_low_rank_stack([None, small], (2, 50, 40), "small")
+    for first in (small, table, stack):
         fast = codecs.relaid(first, "fast")
         again = codecs.relaid(fast, "small")
         assert codecs.layout_name(fast) == "fast" and again.meta == first.meta

@@ -34,7 +34,16 @@ def deltas(seed=0):
 
 
 def pieces(found):
-    return [Piece(n, tuple(x.shape), SHAPES[n][1], x.clone) for n, x in found.items()]
+    return [
+        Piece(
+            n,
+            tuple(x.shape),
+            SHAPES[n][1],
+            x.clone,
+            matrix=(lambda i, x=x: x[i].clone()) if x.ndim == 3 else None,
+        )
+        for n, x in found.items()
+    ]
 
 
 def moments(gradients=True):
@@ -44,11 +53,13 @@ def moments(gradients=True):
         x = torch.randn(256, width, generator=g) * torch.logspace(0, -1, width)
         inputs[name] = x.T @ x / len(x)
     inputs["tokens"] = torch.rand(96, generator=g) / 96
-    reads = {**READS, "head.weight": "h", "embed.weight": "tokens"}
+    inputs["routed"] = torch.stack([n * inputs["x"] for n in (0.6, 0.3, 0.0, 0.1)])
+    reads = {**READS, "head.weight": "h", "embed.weight": "tokens", "experts": "routed"}
     outputs = {}
     if gradients:
         outputs = {n: torch.full((SHAPES[n][0][0],), 1e-3) for n in READS}
         outputs |= {"head.weight": torch.full((96,), 1e-4), "embed.weight": torch.full((32,), 1e-3)}
+        outputs["experts"] = torch.full((4, 16), 1e-3)
     return Moments(inputs, reads, outputs)
 
 
@@ -75,6 +86,7 @@ def test_the_budget_is_met_from_below(policy, known, share):
     if isinstance(policy, Adaptive):
         assert used >= (0.99 if policy.layout == "small" else 0.97) * limit
     assert list(specs) == [name for name in SHAPES if name in specs]  # in the order given
+    assert specs["experts"][0] == ("sparse" if policy == Paper() else "coded_low_rank_stack")
     assert specs["norm.weight"][0] == ("dense" if policy == Paper() else "coded")
 
 
@@ -90,7 +102,16 @@ def test_a_matrix_alone_meets_it_within_a_hundredth(share):
 
 def test_the_deltas_are_left_as_they_are():
     found, before = deltas(), deltas()
-    own = [Piece(n, tuple(x.shape), SHAPES[n][1], lambda x=x: x) for n, x in found.items()]
+    own = [
+        Piece(
+            n,
+            tuple(x.shape),
+            SHAPES[n][1],
+            lambda x=x: x,
+            matrix=x.__getitem__ if x.ndim == 3 else None,
+        )
+        for n, x in found.items()
+    ]
     for policy in (Adaptive(), Paper()):
         compress(own, moments(), policy, within(int(0.2 * WHOLE)), {})
     assert all(torch.equal(found[n], before[n]) for n in before)
@@ -155,7 +176,7 @@ class Mortal(dict):
 def test_a_kill_at_any_point_changes_no_byte_and_finished_work_is_not_done_again(policy):
     whole = Mortal(1000)
     specs = compress(pieces(deltas()), moments(), policy, within(int(0.12 * WHOLE)), whole)
-    for lives in range(whole.used):
+    for lives in [*range(0, whole.used, 2), whole.used - 1]:
         store = Mortal(lives)
         with pytest.raises(KeyboardInterrupt):
             compress(pieces(deltas()), moments(), policy, within(int(0.12 * WHOLE)), store)
@@ -167,7 +188,13 @@ def test_a_kill_at_any_point_changes_no_byte_and_finished_work_is_not_done_again
             assert all(torch.equal(one[part], other[part]) for part in one)
     touched = []
     watched = [
-        Piece(p.name, p.shape, p.role, lambda p=p: touched.append(p.name) or p.delta())
+        Piece(
+            p.name,
+            p.shape,
+            p.role,
+            lambda p=p: touched.append(p.name) or p.delta(),
+            matrix=p.matrix and (lambda i, p=p: touched.append(p.name) or p.matrix(i)),
+        )
         for p in pieces(deltas())
     ]
     compress(watched, moments(), policy, within(int(0.12 * WHOLE)), whole)

@@ -134,6 +134,7 @@ PARTS = {
     "quantized": ("codes", "scales"),
     "quantized_low_rank": ("codes", "scales"),
     "coded_low_rank": ("scales", "kinds", "codes"),
+    "coded_low_rank_stack": ("scales", "kinds", "codes"),
     "coded": ("steps", "columns", "index", "kinds", "codes"),
     "sign_scale": ("signs", "scale"),
     "exact": ("values",),

@@ -201,6 +201,20 @@ def reference(encoded: Encoded) -> list[Fraction]:
         where = positions(parts["index"], meta.get("gap"), numel)
         kept = {at: levels[code] for at, code in zip(where, codes, strict=True)}
         return [kept.get(at, Fraction(0)) for at in range(numel)]
+    if encoded.codec == "coded_low_rank_stack":
+        (stack, rows, cols), ranks = encoded.shape, meta["ranks"]
+        total, scales = sum(ranks), floats(parts["scales"], "BF16")
+        sizes = [(stack, cols), (stack, rows), (total, cols), (total, rows)]
+        across, down, right, left = coded_rows(parts, sizes, meta)
+        first = [sum(ranks[:e]) for e in range(stack + 1)]
+        return [
+            sum(
+                (scales[k] * left[k][i] * right[k][j] for k in range(first[e], first[e + 1])),
+                Fraction(0),
+            )
+            * Fraction(2) ** -(down[e][i] + across[e][j])
+            for e, i, j in itertools.product(range(stack), range(rows), range(cols))
+        ]
     rows, cols = encoded.shape
     if encoded.codec == "coded_low_rank":
         rank, scales = meta["rank"], floats(parts["scales"], "BF16")
@@ -491,6 +505,28 @@ def test_coded_low_rank(
     shifts = tuple(whole(1, n, 30, seed + n)[0] if shifted else None for n in shape)
     encoded = codecs.coded_low_rank(left, right, normal((rank,), seed), shape, layout, shifts)
     assert encoded.meta["rank"] == rank and codecs.layout_name(encoded) == layout
+    assert agrees(encoded, exact=False)
+
+
+@layouts
+@few
+@given(matrices, st.lists(st.integers(0, 3), min_size=1, max_size=3), tops, st.booleans(), seeds)
+def test_coded_low_rank_stack(
+    layout: codecs.CodeLayout,
+    shape: tuple[int, int],
+    ranks: list[int],
+    top: int,
+    shifted: bool,
+    seed: int,
+) -> None:
+    matrices, ranks = [], [min(rank, *shape) for rank in ranks]
+    for number, rank in enumerate(ranks):
+        left, right = (whole(rank, n, top, seed + number + n) for n in shape)
+        shifts = tuple(whole(1, n, 30, seed + n)[0] if shifted else None for n in shape)
+        scales = normal((rank,), seed)
+        matrices.append(codecs.coded_low_rank(left, right, scales, shape, layout, shifts))
+    encoded = codecs.coded_low_rank_stack(matrices, (len(ranks), *shape), layout)
+    assert encoded.meta["ranks"] == ranks and codecs.layout_name(encoded) == layout
     assert agrees(encoded, exact=False)
 
 

@@ -36,6 +36,7 @@ from cl_graft.skillpack.codecs.codec import (
 )
 from cl_graft.skillpack.codecs.coded import coded
 from cl_graft.skillpack.codecs.coded_low_rank import coded_low_rank
+from cl_graft.skillpack.codecs.coded_low_rank_stack import coded_low_rank_stack
 from cl_graft.skillpack.codecs.coded_rows import CodeLayout
 from cl_graft.skillpack.codecs.dct_patches import dct_patches, dct_patches_spec
 from cl_graft.skillpack.codecs.dense import dense, dense_spec
@@ -96,6 +97,7 @@ __all__ = [
     "check_shape",
     "coded",
     "coded_low_rank",
+    "coded_low_rank_stack",
     "codec_named",
     "dct_patches",
     "dct_patches_spec",

@@ -48,7 +48,7 @@ def coded_low_rank(
         torch.zeros(1, n, dtype=torch.int16) if shift is None else shift.reshape(1, -1)
         for shift, n in zip(shifts, shape, strict=True)
     ]
-    rows = [_bounded(rows[1]), _bounded(rows[0])]
+    rows = [bounded(rows[1]), bounded(rows[0])]
     parts, meta = coded_rows.write([*rows, right, left], layout)
     parts = {"scales": rounded(scales, torch.bfloat16, "a scale")} | parts
     return Encoded(CodedLowRankCodec.name, tuple(shape), {"rank": len(scales)} | meta, parts)
@@ -68,11 +68,10 @@ class CodedLowRankCodec(Factored, Relaid):
     def check(self, encoded: Encoded) -> None:
         sizes = _sizes(encoded.shape, encoded.meta)
         for shifts in sum(coded_rows.check(encoded.parts, sizes, encoded.meta)[:2], []):
-            _bounded(shifts)
+            bounded(shifts)
 
     def decode(self, encoded: Encoded) -> Tensor:
-        left, right, scales, shifts = factors_of(encoded)
-        return (_shifted(left, shifts[0]).T * scales.float()) @ _shifted(right, shifts[1])
+        return product(*factors_of(encoded))
 
     def weight_bits(self, shape: tuple[int, ...], meta: Meta) -> int:
         return 8 * meta["bytes"]
@@ -90,7 +89,7 @@ class CodedLowRankCodec(Factored, Relaid):
         coded_rows.write_floats(encoded.parts, sizes, encoded.meta, scales, outs)
         for factor, shift in zip(outs[2:], shifts, strict=True):
             if shift.any():
-                factor.mul_(torch.exp2(-_bounded(shift)))
+                factor.mul_(torch.exp2(-bounded(shift)))
 
     def codes(self, encoded: Encoded) -> list[Tensor]:
         sizes = _sizes(encoded.shape, encoded.meta)
@@ -104,11 +103,17 @@ class CodedLowRankCodec(Factored, Relaid):
 def factors_of(encoded: Encoded) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """What `coded_low_rank` was given: left, right, scales, shifts."""
     of_right, of_left, right, left = CodedLowRankCodec().codes(encoded)
-    shifts = _bounded(of_left)[0], _bounded(of_right)[0]
+    shifts = bounded(of_left)[0], bounded(of_right)[0]
     return left, right, encoded.parts["scales"], shifts
 
 
-def _bounded(shifts: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor, scales: Tensor, shifts: tuple[Tensor, Tensor]) -> Tensor:
+    """The matrix of these factors, float32 (out, in)."""
+    return (_shifted(left, shifts[0]).T * scales.float()) @ _shifted(right, shifts[1])
+
+
+def bounded(shifts: Tensor) -> Tensor:
+    """The shifts. Raises ValueError where one is out of range."""
     # no magnitudes, for the least of int8 has none
     if shifts.numel() and not -SHIFTED <= int(shifts.min()) <= int(shifts.max()) <= SHIFTED:
         raise ValueError(f"a shift is not from -{SHIFTED} to {SHIFTED}.")

@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from cl_graft.models.experts import routed, transposed_stacks
+from cl_graft.skillpack.compress.routed import experts_apart
+from cl_graft.skillpack.compress.sums import Sums, is_linear, mean, text_of
 
 Batch = Mapping[str, Tensor]
 Use = Callable[[str, Tensor], None]  # what is done with a group and its second moment
@@ -31,10 +34,13 @@ class Moments:
     """Per token of the calibration text, float32.
 
     inputs: by group, the name of the first module that reads a tensor; (in, in), X^T X / n, or for an
-    embedding (vocabulary,), how often each row is read. reads: parameter name -> its group; parameters that
+    embedding (vocabulary,), how often each row is read. A stack of experts' matrices is a group of its own,
+    (experts, in, in): for each expert the sum over the tokens routed to it, over n as all others. Their biases are
+    read as the rows of an embedding are, (experts,). reads: parameter name -> its group; parameters that
     read the same tensor share one. outputs: parameter name -> (out,), mean square of the loss's gradient
     with respect to each output, so that `outputs[name][i] * (squared error of output i)` is the squared
-    change of the loss to first order; {} where it was not measured.
+    change of the loss to first order; of a stack (experts, out), each over the tokens routed to it, and of one that
+    none reached the mean of the others; {} where it was not measured.
     """
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
@@ -42,7 +48,8 @@ class Moments:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def hessian(self, name: str) -> Tensor | None:
-        """Second moment (in, in) of a parameter's input; for an embedding its diagonal (vocabulary,). None: unknown."""
+        """Second moment (in, in) of a parameter's input; for an embedding its diagonal (vocabulary,), for a stack of
+        experts (experts, in, in). None: unknown."""
         group = self.reads.get(name)
         return None if group is None else self.inputs.get(group)
 
@@ -53,30 +60,28 @@ class Moments:
                 use(group, moment)
 
     def diagonal(self, name: str) -> Tensor | None:
-        """float32 (1, in), mean square of what a parameter reads; for an embedding (vocabulary, 1). None: unknown."""
+        """float32 (1, in), mean square of what a parameter reads; for an embedding (vocabulary, 1), for stacked experts
+        (experts, in). None: unknown."""
         moment = self.hessian(name)
         return None if moment is None else diagonal_of(moment)
 
 
 def diagonal_of(moment: Tensor) -> Tensor:
-    """(1, in) of a second moment (in, in); (vocabulary, 1) of how often rows are read."""
-    return moment.diagonal()[None].clone() if moment.ndim == 2 else moment[:, None]
+    """(1, in) of a second moment (in, in), (experts, in) of one each; (vocabulary, 1) of how often rows are read."""
+    if moment.ndim == 1:
+        return moment[:, None]
+    return moment.diagonal(dim1=-2, dim2=-1).reshape(-1, moment.shape[-1]).clone()
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of everything that multiplies its input by a matrix: nn.Linear and GPT-2's Conv1D."""
-    return {n: m for n, m in model.named_modules() if _is_linear(m)}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (nn.Linear, Conv1D))
+    return {n: m for n, m in model.named_modules() if is_linear(m)}
 
 
 def stored_transposed(model: nn.Module) -> set[str]:
-    """Parameter names of matrices stored (in, out), as Conv1D does."""
-    return {f"{n}.weight" for n, m in linear_layers(model).items() if not isinstance(m, nn.Linear)}
+    """Parameter names of matrices stored (in, out), as Conv1D does, and of stacks of such."""
+    linear = {n for n, m in linear_layers(model).items() if not isinstance(m, nn.Linear)}
+    return {f"{name}.weight" for name in linear} | transposed_stacks(model)
 
 
 def moments(
@@ -87,10 +92,9 @@ def moments(
 ) -> Moments:
     """One forward (and backward) of the model's own code a batch, each with input_ids, attention_mask, labels.
 
-    Padding is left out. The input of stacked experts is that of all tokens, wherever they are sent, and
-    serves the matrices that read it; for the others there is none. The model's parameters and their
-    gradients are left as they were found. Without gradients labels are not needed, nor is the head run.
-    wanted: the groups that are summed up.
+    Padding is left out. Stacked experts whose module is none of transformers' own kind (models/experts.py) have no
+    moments. The model's parameters and their gradients are left as they were found. Without gradients labels are not
+    needed, nor is the head run. wanted: the groups that are summed up.
     """
     sums, counted = Sums(wanted=wanted), 0
     was_training, learned = model.training, [p.requires_grad for p in model.parameters()]
@@ -107,7 +111,7 @@ def moments(
         model.train(was_training)
     n = max(1, counted)
     inputs = {name: mean(total, n) for name, total in sums.inputs.items()}
-    return Moments(inputs, sums.reads, {name: x.div_(n) for name, x in sums.outputs.items()})
+    return Moments(inputs, sums.reads, sums.mean_outputs(n))
 
 
 @torch.no_grad()
@@ -140,109 +144,27 @@ def _products(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_pays(model))
 
 
-# What hooks collect. Also for a model that is loaded layer by layer, see stream.py.
-
-
-class Text(NamedTuple):
-    """The text of a batch. keep: bool (sequences * length,), what is no padding; None where there is no padding."""
-
-    sequences: int
-    tokens: int
-    keep: Tensor | None
-
-
-def text_of(batch: Batch) -> Text:
-    keep = batch["attention_mask"].reshape(-1).bool()
-    tokens = int(keep.sum())
-    return Text(len(batch["input_ids"]), tokens, keep if tokens < len(keep) else None)
-
-
-@dataclass
-class Sums:
-    """Totals over the tokens seen so far; `inputs` and `reads` as in Moments. text: of the batch at hand."""
-
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    reads: dict[str, str] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    text: Text = Text(0, 0, None)
-    wanted: Callable[[str], bool] = lambda group: True  # whether a group is to be added up
-    _seen: Any = field(default_factory=WeakTensorKeyDictionary)  # tensor -> the group that it is
-
-    def read(self, name: str, module: nn.Module, x: Tensor) -> None:
-        own = _readers(module, x.shape[-1])
-        if not own:
-            return
-        group = self._seen.get(x)
-        if group is None:
-            group = self._seen[x] = name
-            if self.wanted(name):
-                self._add(name, module, x.detach())
-        self.reads |= {f"{name}.{parameter}": group for parameter in own}
-
-    def _add(self, name: str, module: nn.Module, x: Tensor) -> None:
-        if isinstance(module, nn.Embedding):
-            if len(x) == 1:  # positions, the same for every sequence of the batch
-                x = x.expand(self.text.sequences, -1)
-            counts = torch.bincount(self._kept(x.reshape(-1)), minlength=module.num_embeddings)
-            self.inputs[name] = (
-                self.inputs[name].add_(counts) if name in self.inputs else counts.float()
-            )
-        else:
-            rows = self._kept(x.reshape(-1, x.shape[-1]))
-            self.inputs[name] = _add_gram(self.inputs.get(name), rows)
-
-    def _kept(self, rows: Tensor) -> Tensor:
-        keep = self.text.keep
-        return rows if keep is None or len(rows) != len(keep) else rows[keep]
-
-    def wrote(self, name: str, gradient: Tensor) -> None:
-        squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square().sum(0)
-        self.outputs[name] = self.outputs[name].add_(squares) if name in self.outputs else squares
-
-
-STRIP = 512  # rows of X^T X that are multiplied at a time, from the diagonal to the right
-
-
-def mean(total: Tensor, count: int) -> Tensor:
-    """A group's total over so many tokens, in place; what a Gram matrix lacks left of its diagonal is filled in."""
-    if total.ndim == 2:
-        for start in range(0, len(total), STRIP):
-            stop = start + STRIP
-            total[stop:, start:stop] = total[start:stop, stop:].T
-    return total.div_(count)
-
-
-def _add_gram(total: Tensor | None, rows: Tensor) -> Tensor:
-    """total + rows^T rows, in place; float32 (in, in), for `mean` to complete: right of the diagonal's strips alone."""
-    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
-        gram = torch.mm(rows.T, rows, out_dtype=torch.float32)
-        return gram if total is None else total.add_(gram)
-    rows = rows.float()
-    width = rows.shape[1]
-    total = rows.new_zeros(width, width) if total is None else total
-    for start in range(0, width, STRIP):
-        stop = min(start + STRIP, width)
-        total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
-    return total
+# hooks that collect, also for a model that is loaded layer by layer, see stream.py
 
 
 @contextmanager
 def watched(model: nn.Module, sums: Sums, gradients: bool, inputs: bool = True) -> Iterator[None]:
     """Add the model's forward passes within to `sums`, and its backward passes where `gradients` is set."""
-    linear, hooks = linear_layers(model), []
+    linear, experts, hooks = linear_layers(model), routed(model), []
     tables = {n: m for n, m in model.named_modules() if _reads_tokens(m, model)}
-    stacks = {n: m for n, m in model.named_modules() if _owns_matrices(m)}
+    routers = {n: m for n, m in model.named_modules() if _owns_matrix(m) and n not in experts}
     try:
         if inputs:
             hooks += [
                 m.register_forward_pre_hook(_reading(n, sums), with_kwargs=True)
-                for n, m in (linear | tables | stacks).items()
+                for n, m in (linear | tables | routers).items()
             ]
         if gradients:
             hooks += [
                 m.register_forward_hook(_writing(n, sums)) for n, m in (linear | tables).items()
             ]
-        yield
+        with experts_apart(model, sums, inputs, gradients):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -291,25 +213,9 @@ def _reads_tokens(module: nn.Module, model: nn.Module) -> bool:
     return type(module) is nn.Embedding or module is model.get_input_embeddings()  # type: ignore[operator]
 
 
-def _owns_matrices(module: nn.Module) -> bool:
-    """Whether a module is no known layer and multiplies by parameters of its own: stacked experts, a router."""
-    if isinstance(module, (nn.Embedding, _ConvNd)) or _is_linear(module):
+def _owns_matrix(module: nn.Module) -> bool:
+    """Whether a module is no known layer and multiplies by parameters of its own: a router."""
+    if isinstance(module, (nn.Embedding, _ConvNd)) or is_linear(module):
         return False
-    own = any(p.ndim > 1 for p in module.parameters(recurse=False))
+    own = any(p.ndim == 2 for p in module.parameters(recurse=False))
     return own and not any(p.ndim > 1 for m in module.children() for p in m.parameters())
-
-
-def _readers(module: nn.Module, width: int) -> list[str]:
-    """A module's own parameters that multiply its input, of `width`.
-
-    Of stacked experts, (experts, out, in) or (experts, in, out), those that fit the input, but never the
-    last one: experts end by writing. Of other modules of their own kind a single (out, in).
-    """
-    if isinstance(module, nn.Embedding) or _is_linear(module):
-        return ["weight"]
-    own = [(n, p.shape) for n, p in module.named_parameters(recurse=False)]
-    stacks = [(n, s) for n, s in own if len(s) == 3]
-    if stacks:
-        return [n for n, s in stacks[: max(1, len(stacks) - 1)] if width in s[1:]]
-    matrices = [(n, s) for n, s in own if len(s) == 2]
-    return [n for n, s in matrices if s[1] == width] if len(matrices) == 1 else []

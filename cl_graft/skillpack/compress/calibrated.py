@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from cl_graft.models.experts import routed
 from cl_graft.models.meta_model import MetaModel, Read
 from cl_graft.skillpack.compress.calibrate import Batch, Use, diagonal_of
 from cl_graft.skillpack.compress.stream import stream_moments
@@ -53,16 +54,20 @@ class Calibrated:
         keep: bool,
     ):
         self.store, self.progress, self.seconds, self.keep = store, progress, seconds, keep
-        self.batches = calibration.batches
+        self.batches, self.routed = calibration.batches, routed(meta.model)
         self.parameters = [name for name, _ in meta.model.named_parameters()]
         self.stream = partial(stream_moments, pairing.tuned, meta, device=device, weights=weights)
         self.keys: dict[
             str, list[str]
         ] = {}  # parameter -> the tensors of the checkpoint that it is made of
+        self.experts: dict[str, int] = {}  # tensor -> the expert whose matrix it is
         for change in pairing.changes:
             name = meta.parameter_of(change.source)
-            if name is not None:
-                self.keys.setdefault(name, []).append(change.name)
+            if name is None or (meta.stacked_as(change.source) and meta.key_of(name) is None):
+                continue  # a stack that transformers turns round on loading reads nobody knows what
+            self.keys.setdefault(name, []).append(change.name)
+            if (expert := meta.expert_of(change.source)) is not None:
+                self.experts[change.name] = expert
         self.reads: dict[str, str] = {}
         for key in store:
             if key.startswith("diagonal/"):
@@ -127,14 +132,35 @@ class Calibrated:
         return self.store["gradients"].tensors
 
     def _by_key(self, outputs: Mapping[str, Tensor], meta: MetaModel) -> dict[str, Tensor]:
-        """Gradients by parameter and by the checkpoint's tensors, but for those that are a part of a parameter."""
-        named = {
-            key: outputs[name]
-            for name, keys in self.keys.items()
-            if name in outputs and meta.key_of(name) is not None
-            for key in keys
-        }
+        """Gradients by parameter and by the checkpoint's tensors, but for those that are a part of a parameter; of a
+        tensor of one expert those of all that its expert writes there."""
+        named = {}
+        for name, keys in self.keys.items():
+            for key in keys if name in outputs else ():
+                if key in self.experts:
+                    named[key] = outputs[name][self.experts[key]]
+                elif meta.key_of(name) is not None:
+                    named[key] = outputs[name]
         return {**outputs, **named}
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence about experts that no token of the text was routed to."""
+        idle = []
+        for key in sorted(self.store):
+            name = key.removeprefix("diagonal/")
+            if key != name and name in self.routed:
+                counts = self.store[key].tensors["mean"]
+                if none := int((counts == 0).sum()):
+                    idle.append(f"{none} of {len(counts)} in {name}")
+        return [_told(idle)] if idle else []
+
+
+def _told(idle: Sequence[str]) -> str:
+    return (
+        f"No token of the calibration text reached some experts ({', '.join(idle)}): they are factorised as without "
+        "calibration; give more text to calibrate on."
+    )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from cl_graft.skillpack.compress.directions import Known
 from cl_graft.skillpack.compress.planned import planned
 from cl_graft.skillpack.compress.policy import Adaptive, Policy
 from cl_graft.skillpack.compress.rated import rated
-from cl_graft.skillpack.compress.work import ByteLimit, PackProgress, Piece, Work
+from cl_graft.skillpack.compress.work import ByteLimit, PackProgress, Piece, Work, apart
 from cl_graft.skillpack.compress.work_store import WorkStore
 
 
@@ -34,6 +34,7 @@ def compress(
 
     A tensor of which nothing is worth keeping is left out. Raises OverBudget.
     """
-    work = Work(list(pieces), moments, policy, limit, store, torch.device(device), progress)
+    parts = apart(pieces, policy)
+    work = Work(parts, moments, policy, limit, store, torch.device(device), progress)
     specs = rated(work, policy) if isinstance(policy, Adaptive) else planned(work, policy)
-    return {piece.name: specs[piece.name] for piece in work.pieces if piece.name in specs}
+    return {piece.name: specs[piece.name] for piece in pieces if piece.name in specs}

@@ -35,8 +35,8 @@ from cl_graft.skillpack.compress.directions import (
     wanted_directions,
 )
 from cl_graft.skillpack.compress.dtype_cost import dtype_costs, told
-from cl_graft.skillpack.compress.policy import METHODS, Policy
-from cl_graft.skillpack.compress.work import ByteLimit, PackProgress, Piece, fetch
+from cl_graft.skillpack.compress.policy import METHODS, Adaptive, Policy
+from cl_graft.skillpack.compress.work import ByteLimit, PackProgress, Piece, apart, fetch
 from cl_graft.skillpack.compress.work_store import Folder
 from cl_graft.skillpack.folders.besides import packed_files
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
@@ -135,6 +135,7 @@ def create(
                 pieces, moments, policy, limit, store, device=device, progress=progress
             )
         weights = partial(_compressed, pairing, set(specs), store)
+    notes += moments.notes if isinstance(moments, Calibrated) else []
     with timed(seconds, "measure"):
         kept = [(p.name, p.role, p.transposed) for p in pieces if p.name in specs]
         costs = dtype_costs(before, kept, partial(fetch, store))
@@ -170,6 +171,11 @@ def _pieces(pairing: Pairing, meta: MetaModel) -> list[Piece]:
             head=head.get(meta.parameter_of(change.source) or ""),
             whole=change.base_shape is None,
             present=meta.role_of(change.source) in ("embedding", "head"),
+            rows=meta.stacked_as(change.source) == "vectors",
+            matrix=partial(pairing.delta, change.name)
+            if meta.stacked_as(change.source) == "matrices"
+            else None,
+            expert=meta.expert_of(change.source),
         )
         for change in pairing.changes
     ]
@@ -181,7 +187,8 @@ MOMENTS_BYTES = 600_000_000  # of second moments that are kept rather than made 
 
 def moments_bytes(pieces: Sequence[Piece]) -> int:
     """Bytes that the second moments of all matrices' inputs take at most: fewer where matrices read one input."""
-    widths = [p.shape[0 if p.transposed else 1] for p in pieces if p.kind == "matrix"]
+    parts = apart(pieces, Adaptive())
+    widths = [p.shape[0 if p.transposed else 1] for p in parts if p.kind == "matrix"]
     return sum(4 * width**2 for width in widths)
 
 
@@ -194,9 +201,10 @@ def work_bytes(
     the prefix of the compressed model, whose first result stays until the second is whole. keep: whether second
     moments stay, too.
     """
-    matrices = {piece.name: piece.shape for piece in pieces if piece.kind == "matrix"}
+    parts = apart(pieces, policy)
+    matrices = {piece.name: piece.shape for piece in parts if piece.kind == "matrix"}
     waiting = directions_bytes(matrices, wanted_directions(matrices, policy, limit))
-    small = sum(8 * sum(piece.shape) + ABOUT for piece in pieces)
+    small = sum(8 * sum(piece.shape) + ABOUT for piece in parts)
     small += moments_bytes(pieces) if keep else 0
     return max(limit, sum(waiting.values())) + (rounds - 1) * limit + rounds * small
 

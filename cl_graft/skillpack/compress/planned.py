@@ -19,6 +19,7 @@ from cl_graft.skillpack.compress.policy import Paper, Plan, Profile, sparse_byte
 from cl_graft.skillpack.compress.work import (
     ByteLimit,
     Piece,
+    Read,
     Work,
     fetch,
     kept,
@@ -124,14 +125,16 @@ def _pruned(piece: Piece, count: int) -> Encoded:
 def _matrices(work: Work, policy: Paper, plan: Plan) -> dict[str, Spec]:
     total, done = sum(prod(p.shape) for p in work.pieces if p.name in plan.counts) or 1, 0
 
-    def use(pieces: list[Piece], hessian: Tensor | None) -> None:
+    def use(reads: list[Read]) -> None:
         nonlocal done
-        chosen = [p for p in pieces if plan.counts.get(p.name)]
-        for piece, made in zip(chosen, _encoded(work, policy, chosen, plan, hessian), strict=True):
-            put(work.store, piece.name, made)
-        for piece in pieces:
-            work.directions.drop(piece.name)
-        done += sum(prod(p.shape) for p in pieces)
+        for pieces, hessian in reads:
+            chosen = [p for p in pieces if plan.counts.get(p.name)]
+            encoded = _encoded(work, policy, chosen, plan, hessian)
+            for piece, made in zip(chosen, encoded, strict=True):
+                put(work.store, piece.name, made)
+            for piece in pieces:
+                work.directions.drop(piece.name)
+            done += sum(prod(p.shape) for p in pieces)
         release()
         work.progress("compressing", done / total)
 

@@ -19,8 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cl_graft.skillpack.codecs import CodeLayout, Encoded, coded_low_rank
+from cl_graft.skillpack.codecs import (
+    CodeLayout,
+    Encoded,
+    Meta,
+    coded_low_rank,
+    coded_low_rank_stack,
+)
 from cl_graft.skillpack.codecs.coded_low_rank import SHIFTED, factors_of
+from cl_graft.skillpack.codecs.coded_low_rank_stack import matrices_of
 from cl_graft.skillpack.codecs.entropy import TOP
 from cl_graft.skillpack.compress.factorise import Spectrum
 from cl_graft.skillpack.compress.gptq import factorised
@@ -251,11 +258,21 @@ def _with_left(
     return coded_low_rank(left_codes, right_codes, scales, (rows, cols), layout, (None, of_columns))
 
 
-def trimmed(encoded: Encoded, ranks: int) -> Encoded:
-    """The first ranks of a `coded_low_rank` tensor."""
+def ranks_of(meta: Meta) -> int:
+    """All ranks of a tensor that was encoded from matrices; 0 of another."""
+    return sum(meta["ranks"]) if "ranks" in meta else meta.get("rank", 0)
+
+
+def trimmed(encoded: Encoded) -> Encoded:
+    """A tensor of matrices without the last sixteenth of the ranks of each."""
+    layout = encoded.meta["layout"]
+    if "ranks" in encoded.meta:
+        matrices = [trimmed(matrix) for matrix in matrices_of(encoded)]
+        return coded_low_rank_stack(matrices, encoded.shape, layout)
     left, right, scales, shifts = factors_of(encoded)
+    ranks = len(scales) - math.ceil(len(scales) / 16)
     parts = left[:ranks], right[:ranks], scales[:ranks]
-    return coded_low_rank(*parts, encoded.shape, encoded.meta["layout"], shifts)
+    return coded_low_rank(*parts, encoded.shape, layout, shifts)
 
 
 def rounded(x: Tensor, zone: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ made up for on the way, and the last tensors are encoded again until the file fi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from cl_graft.errors import OverBudget
-from cl_graft.skillpack.codecs import CodeLayout, Encoded, Meta, Spec, payload_bytes
+from cl_graft.skillpack.codecs import (
+    CodeLayout,
+    Encoded,
+    Meta,
+    Spec,
+    coded_low_rank_stack,
+    payload_bytes,
+)
 from cl_graft.skillpack.compress.factorise import Spectrum
 from cl_graft.skillpack.compress.gptq import factorised
 from cl_graft.skillpack.compress.memory import release
@@ -29,11 +36,14 @@ from cl_graft.skillpack.compress.rate import (
     encode_matrices,
     matrix_rate,
     ranks_at,
+    ranks_of,
     trimmed,
 )
 from cl_graft.skillpack.compress.tables import Table, encode_table, table_rate, vector_ways
 from cl_graft.skillpack.compress.work import (
     Piece,
+    Read,
+    Stack,
     Work,
     alike,
     fetch,
@@ -62,12 +72,12 @@ def rated(work: Work, policy: Adaptive) -> dict[str, Spec]:
     control.tables()
     total, done = sum(math.prod(p.shape) for p in work.pieces if p.kind == "matrix") or 1, 0
 
-    def use(pieces: list[Piece], hessian: Tensor | None) -> None:
+    def use(reads: list[Read]) -> None:
         nonlocal done
-        control.matrices([p for p in pieces if p.name in control.rates], hessian)
-        for piece in pieces:
+        control.matrices(reads)
+        for piece in (piece for read in reads for piece in read.pieces):
             work.directions.drop(piece.name)
-        done += sum(math.prod(p.shape) for p in pieces)
+            done += math.prod(piece.shape)
         release()
         work.progress("compressing", done / total)
 
@@ -80,7 +90,8 @@ def rated(work: Work, policy: Adaptive) -> dict[str, Spec]:
 class Control:
     """The step for what is left to do, from what was estimated of the others and what they then took.
 
-    kept: what is in the pack so far. steps: at which its matrices and tables were encoded.
+    kept: tensors that are in the pack so far. steps: at which matrices, those of stacks one by one, and tables were
+    encoded.
     """
 
     work: Work
@@ -97,8 +108,8 @@ class Control:
             about = store[f"step/{first}"].about
             for name in about["names"]:
                 self.steps[name] = about["step"]
-                if name in about["kept"]:
-                    self.kept[name] = fetch(store, name).spec
+            for name in about["kept"]:
+                self.kept[name] = fetch(store, name).spec
 
     @property
     def ahead(self) -> dict[str, Piece]:
@@ -150,41 +161,61 @@ class Control:
                 found[piece.name] = encoded
         self._note(tables, found, step)
 
-    def matrices(self, group: list[Piece], hessian: Tensor | None) -> None:
-        """Encode matrices that read one input; the last ones again and again, until the file fits."""
-        todo = [piece for piece in group if piece.name in self.ahead]
-        if not todo:
+    def matrices(self, reads: Sequence[Read]) -> None:
+        """Encode matrices at one step; the last ones again and again, until the file fits."""
+        ahead = self.ahead
+        todo = [Read([p for p in read.pieces if p.name in ahead], read.hessian) for read in reads]
+        todo = [read for read in todo if read.pieces]
+        pieces = [piece for read in todo for piece in read.pieces]
+        if not pieces:
             return
         step = first = self.step()
-        under = self.work.under(hessian)
-        items = self._weighted(todo, under, step)
-        last = len(todo) == len(self.ahead)
+        last = len(pieces) == len(ahead)
         low, high = 0.0, math.inf  # steps known to be too fine, and to fit
         for _ in range(TRIES if last else 1):
-            results = encode_matrices(items, under, step, self.layout)
-            names = [piece.name for piece in todo]
-            found = {n: e for n, e in zip(names, results, strict=True) if e is not None}
-            self._note(todo, found, step)
+            found = self._encoded(todo, step, first)
+            self._note(pieces, found, step)
             if not last or 0 <= self.left <= (1 - SHARE) * self.work.limit.bytes:
                 break
             low, high = (low, step) if self.left >= 0 else (step, high)
-            step = self._better(todo, step, low, high)
+            step = self._better(pieces, step, low, high)
             if step < first / 8:  # filling up with the last bits of one group is waste
                 break
-        self._finish(todo, found)
+        if self.left < 0 and high < math.inf:
+            found = self._encoded(todo, high, first)
+            self._note(pieces, found, high)
+        self._finish(pieces, found)
+
+    def _encoded(self, reads: Sequence[Read], step: float, first: float) -> dict[str, Encoded]:
+        """Tensors of what is kept of these matrices, input by input. first: the step that directions are found for."""
+        found: dict[str, Encoded] = {}
+        stacks: dict[Stack, dict[int | None, Encoded | None]] = {}
+        for pieces, hessian in reads:
+            under = self.work.under(hessian)
+            items = self._weighted(pieces, under, first)
+            made = encode_matrices(items, under, step, self.layout)
+            for piece, encoded in zip(pieces, made, strict=True):
+                if piece.stack:
+                    stacks.setdefault(piece.stack, {})[piece.expert] = encoded
+                elif encoded:
+                    found[piece.name] = encoded
+        for (name, shape), parts in stacks.items():
+            if any(parts.values()):
+                matrices = [parts.get(i) for i in range(shape[0])]
+                found[name] = coded_low_rank_stack(matrices, shape, self.layout)
+        return found
 
     def trim(self) -> None:
         """Drop the least ranks of the largest matrices, for as long as the file is too large. Raises OverBudget."""
         while self.left < 0:
-            names = [n for n, s in self.kept.items() if s[0] == "coded_low_rank" and s[2]["rank"]]
+            names = [n for n, (_, _, meta) in self.kept.items() if ranks_of(meta)]
             if not names:
                 limit = self.work.limit
                 raise OverBudget(
                     f"the budget {limit.text} ({limit.bytes} bytes) is too small; raise it."
                 )
             name = max(names, key=lambda n: self.kept[n][2]["bytes"])
-            ranks = self.kept[name][2]["rank"]
-            encoded = trimmed(fetch(self.work.store, name), ranks - math.ceil(ranks / 16))
+            encoded = trimmed(fetch(self.work.store, name))
             self.kept[name] = put(self.work.store, name, encoded)
 
     def step(self) -> float:
@@ -199,7 +230,7 @@ class Control:
 
     def _spare(self) -> int:
         """Bytes that are left for all that is left to do, beside what the header must say of it."""
-        bare = {name: _bare(piece, self.layout) for name, piece in self.ahead.items()}
+        bare = {piece.tensor: _bare(piece, self.layout) for piece in self.ahead.values()}
         return self.work.limit.bytes - self.work.limit.cost(self.kept | bare)
 
     @property
@@ -209,9 +240,8 @@ class Control:
     def _note(self, pieces: list[Piece], found: Mapping[str, Encoded], step: float) -> None:
         for piece in pieces:
             self.steps[piece.name] = step
-            self.kept.pop(piece.name, None)
-            if piece.name in found:
-                self.kept[piece.name] = found[piece.name].spec
+            self.kept.pop(piece.tensor, None)
+        self.kept |= {name: encoded.spec for name, encoded in found.items()}
 
     def _finish(self, pieces: list[Piece], found: Mapping[str, Encoded]) -> None:
         store = self.work.store
@@ -234,7 +264,7 @@ class Control:
 
     def _better(self, group: list[Piece], step: float, low: float, high: float) -> float:
         """A step at which a group takes nearly all that is left, between two that are known."""
-        took = sum(payload_bytes(*self.kept[p.name]) for p in group if p.name in self.kept)
+        took = self._took(group)
         about = Rate(torch.stack([self.rates[p.name].bytes for p in group]).sum(0), 0.0)
         room = took + self.left - 0.3 * (1 - SHARE) * self.work.limit.bytes
         better = about.step(max(0.0, room) / max(1, took) * about.at(step))
@@ -246,10 +276,14 @@ class Control:
 
     def _right(self, kind: str) -> float:
         """Factor by which the estimates of a kind were wrong so far."""
-        done = [n for n, p in self._pieces.items() if n in self.steps and p.kind == kind]
-        about = sum(self.rates[name].at(self.steps[name]) for name in done)
-        took = sum(payload_bytes(*self.kept[name]) for name in done if name in self.kept)
-        return min(4.0, max(0.25, took / about)) if about > 1000 else 1.0
+        done = [p for n, p in self._pieces.items() if n in self.steps and p.kind == kind]
+        about = sum(self.rates[p.name].at(self.steps[p.name]) for p in done)
+        return min(4.0, max(0.25, self._took(done) / about)) if about > 1000 else 1.0
+
+    def _took(self, pieces: Iterable[Piece]) -> int:
+        """Bytes of the tensors of these pieces, without what the header says of them."""
+        names = {piece.tensor for piece in pieces}
+        return sum(payload_bytes(*self.kept[name]) for name in names if name in self.kept)
 
 
 def measured(work: Work, layout: CodeLayout) -> dict[str, Rate]:
@@ -258,7 +292,7 @@ def measured(work: Work, layout: CodeLayout) -> dict[str, Rate]:
     last: tuple[Tensor | None, float] = None, 1.0
 
     def use(piece: Piece, found: Spectrum, delta: Tensor, under: Tensor | None) -> None:
-        slope = slope_of(work.moments, piece.name)
+        slope = slope_of(work.moments, piece)
         if slope is None:
             slope = alike(found.energy) if work.moments.reads else torch.ones(())
         nonlocal last
@@ -303,4 +337,10 @@ def _bare(piece: Piece, layout: CodeLayout) -> Spec:
     lies: Meta = {"layout": layout, "bytes": 0} | ({"top": 99} if layout == "small" else {})
     if piece.kind == "table":
         return "coded", piece.shape, {"kept": 0, "columns": 1, "gap": [1, 0], **lies}
+    if piece.stack:
+        return (
+            "coded_low_rank_stack",
+            piece.stack.shape,
+            {"ranks": [0] * piece.stack.shape[0], **lies},
+        )
     return "coded_low_rank", piece.shape, {"rank": 0, **lies}

@@ -21,23 +21,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from cl_graft.errors import CLGraftError
+from cl_graft.models.experts import routed
 from cl_graft.models.meta_model import MetaModel, Read
 from cl_graft.models.roles import decoder_layers
 from cl_graft.skillpack.compress.calibrate import (
     Batch,
     Moments,
-    Sums,
     backward,
     bfloat16_pays,
     forward,
     headless,
     linear_layers,
-    mean,
     moments,
-    text_of,
     watched,
 )
 from cl_graft.skillpack.compress.round_robin import RoundRobin
+from cl_graft.skillpack.compress.sums import Sums, mean, text_of
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 
 Sink = Callable[[str, Tensor, list[str]], None]  # a group, its moment, the parameters that read it
@@ -104,7 +103,7 @@ def _streamed(
             with watched(model, sums, True, inputs=False), _reloading(units, loader):
                 backward(model, batch)
     tokens = sum(text_of(batch).tokens for batch in labelled)
-    return Moments({}, sums.reads, {n: x.div_(max(1, tokens)) for n, x in sums.outputs.items()})
+    return Moments({}, sums.reads, sums.mean_outputs(max(1, tokens)))
 
 
 def _whole(
@@ -216,7 +215,8 @@ class _Loader:
     @cached_property
     def linear(self) -> set[int]:
         """The modules that multiply by a matrix, by their ids."""
-        return {id(module) for module in linear_layers(self.meta.model).values()}
+        model = self.meta.model
+        return {id(module) for module in (linear_layers(model) | routed(model)).values()}
 
     @contextmanager
     def ready(self, resident: Sequence[Slot]) -> Iterator[None]:
@@ -262,7 +262,7 @@ class _Loader:
             if isinstance(was, nn.Parameter):
                 wide = any(part in name.split(".") for part in strict)
                 dtype = torch.float32 if wide else _dtype(self.device)
-                if id(module) in rounded and tensor.ndim == 2:  # once, not for every product
+                if id(module) in rounded and tensor.ndim > 1:  # once, not for every product
                     dtype = torch.bfloat16
                 dtype = dtype if tensor.is_floating_point() else tensor.dtype
                 tensor = nn.Parameter(tensor.to(self.device, dtype), requires_grad=False)
@@ -313,7 +313,10 @@ def _inputs(
         sums.text = texts[steps.current]
         loader.hold(unit)
 
-    loader.left = lambda: finish([g for g in sums.inputs if g not in late])
+    def early(group: str) -> bool:  # a module's, or that of one of its parameters
+        return not {group, group.rpartition(".")[0]} & late
+
+    loader.left = lambda: finish([group for group in sums.inputs if early(group)])
     head = model.get_output_embeddings()  # type: ignore[operator]
     entered = [u for u in units if u.module is not head]
     hooks = [u.module.register_forward_pre_hook(partial(enter, u), prepend=True) for u in entered]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,19 +15,29 @@ from cl_graft.skillpack.codecs import Encoded, Spec
 from cl_graft.skillpack.compress.directions import Directions, Known
 from cl_graft.skillpack.compress.factorise import Spectrum
 from cl_graft.skillpack.compress.memory import release
-from cl_graft.skillpack.compress.policy import Kind, Policy
+from cl_graft.skillpack.compress.policy import Adaptive, Kind, Policy
 from cl_graft.skillpack.compress.work_store import Item, WorkStore
 
 PackProgress = Callable[[str, float], None]
 SMALLEST_SIDE = 4  # a matrix narrower than this has nothing to factorise
 
 
+class Stack(NamedTuple):
+    """A tensor of a pack that holds matrices of all experts of a layer, and its shape (experts, rows, cols)."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of a delta. delta: gives it, float32 and finite, when its turn comes; it is not written to.
+    """One tensor of a delta, or one matrix of a stack. delta: gives it, float32 and finite, when its turn comes; it is
+    not written to.
 
     transposed: a matrix stored (in, out). head: name of the head that this embedding also serves as.
     whole: entry by entry, as vectors are. present: in the pack even where nothing of it is worth keeping.
+    rows: a vector for each expert, no matrix. matrix: of a stack of matrices, gives one by its number. expert: which
+    of its layer's experts a matrix belongs to. stack: the tensor that it is in, where it is none by itself.
     """
 
     name: str
@@ -37,14 +48,51 @@ class Piece:
     head: str | None = None
     whole: bool = False
     present: bool = False
+    rows: bool = False
+    matrix: Callable[[int], Tensor] | None = None
+    expert: int | None = None
+    stack: Stack | None = None
 
     @property
     def kind(self) -> Kind:
         if len(self.shape) < 2 or self.whole:
             return "vector"
-        inner = self.role in ("attention", "mlp", "other")
+        inner = self.role in ("attention", "mlp", "other") and not self.rows
         matrix = inner and len(self.shape) == 2 and min(self.shape) >= SMALLEST_SIDE
         return "matrix" if matrix else "table"
+
+    @property
+    def tensor(self) -> str:
+        """The name of the tensor in the pack."""
+        return self.stack.name if self.stack else self.name
+
+
+def apart(pieces: Sequence[Piece], policy: Policy) -> list[Piece]:
+    """The pieces with every stack as its matrices, where the policy has them factorised one by one."""
+    if not isinstance(policy, Adaptive):
+        return list(pieces)
+    return [part for piece in pieces for part in (_matrices(piece) or [piece])]
+
+
+def _matrices(piece: Piece) -> list[Piece]:
+    """The matrices of a stack; none where it is no stack, or its matrices are too narrow."""
+    if piece.matrix is None or len(piece.shape) != 3:
+        return []
+    stack = Stack(piece.name, piece.shape)
+    parts = [
+        Piece(
+            f"{piece.name}[{i}]",
+            piece.shape[1:],
+            piece.role,
+            partial(piece.matrix, i),
+            piece.transposed,
+            whole=piece.whole,
+            expert=i,
+            stack=stack,
+        )
+        for i in range(piece.shape[0])
+    ]
+    return parts if all(part.kind == "matrix" for part in parts) else []
 
 
 @dataclass(frozen=True)
@@ -102,31 +150,73 @@ def put(store: WorkStore, name: str, encoded: Encoded) -> Spec:
     return encoded.spec
 
 
+class Read(NamedTuple):
+    """Matrices that read one input, and its second moment (in, in), float32; None where nothing is known of it."""
+
+    pieces: list[Piece]
+    hessian: Tensor | None
+
+
 def visit(
-    work: Work,
-    use: Callable[[list[Piece], Tensor | None], None],
-    wanted: Callable[[list[Piece]], bool],
+    work: Work, use: Callable[[list[Read]], None], wanted: Callable[[list[Piece]], bool]
 ) -> None:
-    """Call `use` with the matrices that read one input and their Hessian, group by group, in the order of the model;
-    then with each matrix of whose input nothing is known, and None. Groups that are not wanted are passed over."""
+    """Call `use` with the matrices that read one input and its moment, input by input, in the order of the model; then
+    with each matrix of whose input nothing is known. Matrices that are not wanted are passed over.
+
+    Those of a layer's experts come together, with a moment for each expert.
+    """
     reads, left = work.moments.reads, {p.name: p for p in work.pieces if p.kind == "matrix"}
 
-    def group(name: str) -> list[Piece]:
-        return [p for p in left.values() if reads.get(p.name) == name]
+    def groups() -> dict[str, list[Piece]]:
+        found: dict[str, list[Piece]] = {}
+        for piece in left.values():
+            found.setdefault(reads.get(piece.tensor, ""), []).append(piece)
+        return found
 
     def reached(name: str, moment: Tensor) -> None:
-        pieces = group(name)
-        if pieces and moment.ndim == 2:
-            use(pieces, moment.to(work.device, torch.float32))
-            for piece in pieces:
+        found = _reads(groups().get(name, []), moment, work.device)
+        if found:
+            use(found)
+        for read in found:
+            for piece in read.pieces:
                 del left[piece.name]
 
-    work.moments.visit(
-        reached, lambda name: name not in reads.values() or bool(wanted(group(name)))
-    )
+    # what an earlier visit has not seen is wanted: nobody knows yet who reads it
+    known = {name: bool(wanted(pieces)) for name, pieces in groups().items()}
+    known |= {name: False for name in set(reads.values()) - known.keys()}
+    work.moments.visit(reached, lambda name: known.get(name, True))
+    unknown: dict[str, list[Piece]] = {}
     for piece in left.values():
-        if wanted([piece]):
-            use([piece], None)
+        unknown.setdefault(piece.tensor, []).append(piece)
+    for pieces in unknown.values():
+        if wanted(pieces):
+            use([Read([piece], None) for piece in pieces])
+
+
+def _reads(pieces: list[Piece], moment: Tensor, device: torch.device) -> list[Read]:
+    """The pieces by what they read of a group's moment.
+
+    An expert that no token reached is taken to read all inputs alike, as much as the layer's experts do on average: its
+    directions are those of the plain SVD.
+    """
+    if moment.ndim == 1 or not pieces:
+        return []
+    if moment.ndim == 2:
+        return [Read(pieces, moment.to(device, torch.float32))]
+    size = moment.diagonal(dim1=1, dim2=2).mean()
+    found: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        width = piece.shape[0 if piece.transposed else 1]
+        if piece.expert is not None and width == moment.shape[-1]:
+            found.setdefault(piece.expert, []).append(piece)
+    return [
+        Read(mine, _of_expert(moment[number], size).to(device, torch.float32))
+        for number, mine in sorted(found.items())
+    ]
+
+
+def _of_expert(moment: Tensor, size: Tensor) -> Tensor:
+    return moment if moment.diagonal().any() else size * torch.eye(len(moment)).to(moment)
 
 
 def importance(piece: Piece, delta: Tensor, moments: Known) -> Callable[[slice], Tensor]:
@@ -145,7 +235,7 @@ def importance(piece: Piece, delta: Tensor, moments: Known) -> Callable[[slice],
     read, written = moments.diagonal(piece.name), moments.outputs.get(piece.name)
     if read is None or written is None or len(piece.shape) != 2:
         reads = torch.tensor(1.0) if read is None or len(read) > 1 else read.mean()
-        slope = slope_of(moments, piece.name)
+        slope = slope_of(moments, piece)
         scale = (reads.cpu() * (1.0 if slope is None else slope)).to(delta)
         return lambda rows: scale
     read, written = read.to(delta), written.to(delta)
@@ -164,13 +254,16 @@ def alike(energy: Tensor) -> Tensor:
     return (1 / energy.sum(dtype=torch.float64).clamp_min(1e-300)).to(energy)
 
 
-def slope_of(moments: Known, name: str) -> Tensor | None:
+def slope_of(moments: Known, piece: Piece) -> Tensor | None:
     """Mean squared gradient at a tensor's output, float64; of one that is not known, the average of all."""
     if not moments.outputs:
         return None
-    if name in moments.outputs:
-        return moments.outputs[name].double().mean().cpu()
-    return torch.stack([g.double().mean().cpu() for g in moments.outputs.values()]).mean()
+    known = moments.outputs.get(piece.tensor)
+    if known is None:
+        return torch.stack([g.double().mean().cpu() for g in moments.outputs.values()]).mean()
+    if known.ndim == 2 and piece.expert is not None:
+        known = known[piece.expert]
+    return known.double().mean().cpu()
 
 
 Measured = Callable[[Piece, Spectrum, Tensor, Tensor | None], None]
@@ -184,14 +277,15 @@ def measure(work: Work, known: Callable[[str], bool], use: Measured) -> None:
     matrices = [p for p in work.pieces if p.kind == "matrix"]
     total, done = sum(prod(p.shape) for p in matrices) or 1, 0
 
-    def group(pieces: list[Piece], hessian: Tensor | None) -> None:
+    def group(reads: list[Read]) -> None:
         nonlocal done
-        under = work.under(hessian)
-        for piece in pieces:
-            if not known(piece.name):
-                delta = work.delta(piece)
-                use(piece, work.directions.find(piece.name, delta, under), delta, under)
-        done += sum(prod(piece.shape) for piece in pieces)
+        for pieces, hessian in reads:
+            under = work.under(hessian)
+            for piece in pieces:
+                if not known(piece.name):
+                    delta = work.delta(piece)
+                    use(piece, work.directions.find(piece.name, delta, under), delta, under)
+            done += sum(prod(piece.shape) for piece in pieces)
         release()
         work.progress("measuring", done / total)
 

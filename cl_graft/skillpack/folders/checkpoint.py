@@ -101,11 +101,18 @@ class Checkpoint:
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
-    def read(self, name: str) -> Tensor:
-        """A copy of one tensor on the CPU, in its own dtype. Raises UnknownName, CheckpointError."""
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """A copy of one tensor on the CPU, in its own dtype; part: of its first index, that entry alone.
+
+        Raises UnknownName, CheckpointError.
+        """
         if name not in self.tensors:
             raise UnknownName(f"tensor in {self.folder}", name, self.tensors)
         info = self.tensors[name]
+        if part is not None:
+            shape = info.shape[1:]
+            start = info.start + part * math.prod(shape) * info.dtype.itemsize
+            info = info._replace(shape=shape, start=start)
         flat = torch.empty(math.prod(info.shape), dtype=info.dtype)
         room = flat.view(torch.uint8).numpy().data
         try:

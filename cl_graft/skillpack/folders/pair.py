@@ -67,8 +67,8 @@ class Pairing:
         both = [(c, c.base_shape) for c in self.changes if c.base_shape is not None]
         return {c.name: list(shape) for c, shape in both if shape != c.shape}
 
-    def delta(self, name: str) -> Tensor:
-        """Tuned minus base, float32, in the tuned shape.
+    def delta(self, name: str, part: int | None = None) -> Tensor:
+        """Tuned minus base, float32, in the tuned shape; part: of a stack of matrices, that one alone.
 
         Both are widened first: a difference taken in bfloat16 loses small updates. float64 is
         subtracted in float64. An adapter's is its own. Rows that the base lacks count as zero. Raises UnknownName.
@@ -78,11 +78,11 @@ class Pairing:
             raise UnknownName("changed tensor", name, changes)
         change = changes[name]
         if (own := self.tuned.own_delta(self.base, name)) is not None:
-            return own
-        tuned = _wide(self.tuned.read(change.source))
+            return own if part is None else own[part]
+        tuned = _wide(self.tuned.read(change.source, part))
         if change.base_shape is None:
             return tuned.float()
-        base = _wide(self.base.read(name))
+        base = _wide(self.base.read(name, part))
         exact = torch.promote_types(tuned.dtype, base.dtype)
         tuned, base = tuned.to(exact), base.to(exact)
         add_rows(tuned, base, -1)

@@ -77,11 +77,12 @@ class _Adapted(Checkpoint):
             "unmerged."
         ]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, part: int | None = None) -> Tensor:
         """The base's tensor, and where the adapter has it their sum in float32."""
         if name not in self._parts:
-            return self._base.read(name)
-        return self._base.read(name).float() + self._parts[name].delta()
+            return self._base.read(name, part)
+        whole = self._base.read(name).float() + self._parts[name].delta()
+        return whole if part is None else whole[part]
 
     def own_delta(self, base: Checkpoint, name: str) -> Tensor | None:
         """scale * B A, float32; None on another base."""
@@ -213,6 +214,7 @@ class _Dequantised(Checkpoint):
             f"{file}: the weights alone, dequantised; its tokenizer and settings are taken to be the base's."
         ]
 
-    def read(self, name: str) -> Tensor:
-        """A copy of a tensor."""
-        return self._held[name].clone()
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """A copy of a tensor, or of an entry of its first index."""
+        held = self._held[name]
+        return (held if part is None else held[part]).clone()

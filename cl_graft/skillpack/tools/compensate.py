@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cl_graft.errors import CLGraftError
+from cl_graft.models.experts import stacked
 from cl_graft.models.meta_model import MetaModel, meta_model
 from cl_graft.skillpack.compress.calibrate import Batch
 from cl_graft.skillpack.compress.stream import stream_moments
@@ -36,10 +37,11 @@ def compensation(
     batches: input_ids and attention_mask, (sequences, length) int64. beside: the moments lie in a folder there
     meanwhile, 4 bytes times the square of each layer's input width. progress: called with the fraction done.
 
-    Tensors that multiply no measured input (embeddings, norms, biases, stacked experts) have no such rounding. Raises
-    CLGraftError where the disk has no room, and as `stream_moments`.
+    Tensors that multiply no measured input (embeddings, norms, biases) have no such rounding, nor have experts, whose
+    moments would take as much as the model. Raises CLGraftError where the disk has no room, and as `stream_moments`.
     """
     meta = meta_model(base.folder)
+    experts = stacked(meta.model)
 
     def read(name: str) -> Tensor:
         same = name in pack.tensors and name not in pack.grown
@@ -52,7 +54,15 @@ def compensation(
         def keep(group: str, moments: Tensor, readers: list[str]) -> None:
             store[group] = Item({"moments": moments}, {})
 
-        found = stream_moments(base, meta, batches, sink=keep, weights=read, progress=progress)
+        found = stream_moments(
+            base,
+            meta,
+            batches,
+            sink=keep,
+            wanted=lambda group: group not in experts,
+            weights=read,
+            progress=progress,
+        )
 
         def rounded(name: str, x: Tensor, dtype: torch.dtype, seed: int) -> Tensor | None:
             group = found.reads.get(meta.parameter_of(name) or "")
