@@ -36,16 +36,17 @@ def compact(value: object) -> str:
 
 def sealed(text: str, checksums: bytes, base: str) -> bytes:
     """Digests that are right."""
-    told = checksums + bytes.fromhex(base)
-    data = text.encode("utf-8", "surrogatepass") + told
-    return told + hashlib.blake2b(data, digest_size=16).digest()
+    data, own = text.encode("utf-8", "surrogatepass"), bytes.fromhex(base)
+    said = hashlib.blake2b(zlib.compress(data, 9), digest_size=8).digest()
+    digest = hashlib.blake2b(data + checksums + own, digest_size=16).digest()
+    return checksums + said + own + digest
 
 
 def forge(
     donor: Donor, about: dict[str, Any], rng: random.Random, parts: Parts | None = None
 ) -> bytes:
     """A file that says `about`. parts: their bytes, by default the donor's; made to fit where they are of another size."""
-    about, payload, sums = copy.deepcopy(about), donor.payload, donor.digests[:-32]
+    about, payload, sums = copy.deepcopy(about), donor.payload, donor.digests[:-40]
     own = donor.parts if parts is None else parts
     with contextlib.suppress(SkillPackError, ValueError, TypeError, KeyError, AttributeError):
         specs = header.read_tensors(NOWHERE, about["tensors"])

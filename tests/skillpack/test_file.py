@@ -159,9 +159,9 @@ def forge(path: Path, about: dict[str, Any], parts: dict[str, Tensor]) -> None:
     keys = sorted(parts, key=lambda key: (order.index(parts[key].dtype), key))
     payload, text = raw(*(parts[key] for key in keys)), compact(about).encode()
     sums = b"".join(checksum(name, said, parts) for name, said in tensors.items())
-    sums += bytes.fromhex(BASE)
-    sums += hashlib.blake2b(text + sums, digest_size=16).digest()
     stored, version = zlib.compress(text, 9), about["version"]
+    digest = hashlib.blake2b(text + sums + bytes.fromhex(BASE), digest_size=16).digest()
+    sums += hashlib.blake2b(stored, digest_size=8).digest() + bytes.fromhex(BASE) + digest
     said = str(version) if type(version) is int else "3"
     head = reader.head(len(payload), len(stored), len(sums)).replace(
         b'"3"', f'"{said}"'.encode(), 1
@@ -628,7 +628,7 @@ def test_a_header_that_claims_terabytes_is_refused_by_the_size_of_its_file(tmp_p
     payload, stored = header.payload_bytes(header.table_of(specs)), header.packed(text)
     path.write_bytes(header.head(payload, len(stored), header.digests_bytes(1)) + bytes(1000))
     refusal(TruncatedPack, lambda: SkillPack.load(path), str(path))
-    tail = stored + header.digests(text, bytes(8), BASE)
+    tail = stored + header.digests(text, stored, bytes(8), BASE)
     path.write_bytes(header.head(1000, len(stored), header.digests_bytes(1)) + bytes(1000) + tail)
     refusal(CorruptPack, lambda: SkillPack.load(path), str(path))
 
@@ -645,13 +645,13 @@ def test_json_made_to_break_parsers_is_refused(saved: Path) -> None:
     for text in ("[" * 100_000, whole, '{"version":1e999}', "{NaN}", many):
         for stored in (zlib.compress(text.encode(), 9), text.encode()):
             head = header.head(0, len(stored), header.digests_bytes(0))
-            saved.write_bytes(head + stored + header.digests(text, b"", BASE))
+            saved.write_bytes(head + stored + header.digests(text, stored, b"", BASE))
             refusal(CorruptPack, lambda: SkillPack.load(saved), str(saved))
 
 
 def test_a_text_that_would_fill_the_memory_is_refused(saved: Path) -> None:
     stored = zlib.compress(bytes(1 << 30), 9)
-    saved.write_bytes(header.head(0, len(stored), header.digests_bytes(0)) + stored + bytes(32))
+    saved.write_bytes(header.head(0, len(stored), header.digests_bytes(0)) + stored + bytes(40))
     refusal(CorruptPack, lambda: SkillPack.load(saved), str(saved))
 
 

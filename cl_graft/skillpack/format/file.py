@@ -44,6 +44,7 @@ from cl_graft.skillpack.format.files import (
 from cl_graft.skillpack.format.fingerprint import fingerprint
 from cl_graft.skillpack.format.header import (
     AGAIN,
+    BESIDE_CHECKSUMS,
     DIGEST_BYTES,
     FIELDS,
     FORMAT,
@@ -113,7 +114,7 @@ class SkillPack:
         sums = b"".join(header.checksum(self.tensors[name]) for name in sorted(self.tensors))
         files = {name: file.spec for name, file in self.files.items()}
         about = header.describe({**self._fields, FILES: files}, self._specs)
-        return header.digests(header.text_of(about), sums, self.base)[-DIGEST_BYTES:].hex()
+        return header.digests(header.text_of(about), b"", sums, self.base)[-DIGEST_BYTES:].hex()
 
     def delta(self, name: str) -> Tensor:
         """Tuned minus base of one tensor, float32, on the CPU.
@@ -209,9 +210,10 @@ def _read(
     if max(sizes[1:]) > MAX_TEXT:
         raise header.damage(path)
     file.seek(len(head) + sizes[0])
-    text, digests = header.unpacked(path, file.read(sizes[1])), file.read(sizes[2])
-    checksums, own = digests[: -2 * DIGEST_BYTES], digests[-2 * DIGEST_BYTES : -DIGEST_BYTES].hex()
-    if len(own) != 2 * DIGEST_BYTES or header.digests(text, checksums, own) != digests:
+    stored, digests = file.read(sizes[1]), file.read(sizes[2])
+    text = header.unpacked(path, stored)
+    checksums, own = digests[:-BESIDE_CHECKSUMS], digests[-2 * DIGEST_BYTES : -DIGEST_BYTES].hex()
+    if len(digests) < BESIDE_CHECKSUMS or header.digests(text, stored, checksums, own) != digests:
         raise header.damage(path)
     about = header.parse(path, text) | {"base": own}
     specs = header.read_tensors(path, about["tensors"])

@@ -1,7 +1,7 @@
 """What a SkillPack says of itself, what it may say, and where the bytes of each part lie.
 
 A file is a safetensors file of three entries: the payload, with all parts; the text, compact JSON under zlib; and the
-digests: the checksums of the tensors in their order, the base's fingerprint, and a digest of text and all these. The
+digests: the checksums of the tensors in their order and of the text, the base's fingerprint, and a digest. The
 text has the format version, task, method, options, versions, the tensors that the base lacks (`added`) or has in
 another number of rows (`grown`), the files beside them (files.py) as {name: [size, stored bytes, checksum]}, and the
 tensors as {name: [codec, shape, meta]}. Where parts lie follows from these, and an entry for each of them would take a
@@ -40,6 +40,7 @@ MAX_HEAD = 512  # bytes
 MAX_TEXT = 32 << 20  # bytes; a tensor takes some 120
 MAX_VALUES = 4 << 20  # in the JSON; a tensor takes some 10, and parsing them is what costs
 DIGEST_BYTES = 16
+BESIDE_CHECKSUMS = CHECKSUM_BYTES + 2 * DIGEST_BYTES  # of what stands behind the tensors' checksums
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 TEXT = {
     "task": str,
@@ -123,15 +124,18 @@ def text_of(about: Mapping[str, Any]) -> str:
     return _compact(about)
 
 
-def digests(text: str, checksums: bytes, base: str) -> bytes:
-    """The checksums of the text's tensors, in their order, the base, and BLAKE2b, 16 bytes, of the text and these.
+def digests(text: str, stored: bytes, checksums: bytes, base: str) -> bytes:
+    """The checksums of the text's tensors, in their order, that of the text as it is stored, the base, and BLAKE2b, 16
+    bytes, of the text, the tensors' checksums and the base.
 
-    Raises ValueError where the base is not given by 32 hexadecimal digits.
+    So a byte that zlib passes over is not changed unseen, and the digest is the same whoever's zlib it was. Raises
+    ValueError where the base is not given by 32 hexadecimal digits.
     """
     if not re.fullmatch(f"[0-9a-f]{{{2 * DIGEST_BYTES}}}", base):
         raise ValueError(f"{base!r} is not 32 hexadecimal digits.")
-    told = checksums + bytes.fromhex(base)
-    return told + hashlib.blake2b(text.encode() + told, digest_size=DIGEST_BYTES).digest()
+    fingerprint, said = bytes.fromhex(base), hashlib.blake2b(stored, digest_size=CHECKSUM_BYTES)
+    digest = hashlib.blake2b(text.encode() + checksums + fingerprint, digest_size=DIGEST_BYTES)
+    return checksums + said.digest() + fingerprint + digest.digest()
 
 
 def packed(text: str) -> bytes:
@@ -141,7 +145,7 @@ def packed(text: str) -> bytes:
 
 def digests_bytes(tensors: int) -> int:
     """Bytes of the `digests` of so many tensors."""
-    return tensors * CHECKSUM_BYTES + 2 * DIGEST_BYTES
+    return tensors * CHECKSUM_BYTES + BESIDE_CHECKSUMS
 
 
 def head(payload: int, text: int, digests: int) -> bytes:

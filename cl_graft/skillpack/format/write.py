@@ -88,7 +88,7 @@ def write_pack(
     text = header.writable(blank)
     header.check_lacking(path, blank, specs)
     try:
-        header.digests(text, b"", base)
+        header.digests(text, b"", b"", base)
     except ValueError as error:
         raise SkillPackError(
             f"{path} needs the fingerprint of its base, and {error}; give that of `fingerprint`."
@@ -110,7 +110,7 @@ def write_pack(
         for row in rows[None]:
             write(raw((files or {})[row.part].part), start + row.start)
         sums = b"".join(checksums[name] for name in sorted(specs))
-        write(packed + header.digests(text, sums, base), start + payload)
+        write(packed + header.digests(text, packed, sums, base), start + payload)
         write(head, 0)
     return size
 
