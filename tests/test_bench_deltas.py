@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from cl_graft.bench import deltas, peers, previous, rounding
+from cl_graft.bench import deltas, experts, peers, previous, rounding
 from cl_graft.bench.cells import Cells
 from cl_graft.bench.deltas import Delta, smollm2_delta
 from cl_graft.bench.engines import Engine, Made, this_engine
@@ -338,6 +338,28 @@ def test_smollm2_is_tuned_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.M
     again = smollm2_delta(4, tmp_path / "data", seen.append, str(base), 2)
     assert [line.split(",")[0][-11:] for line in seen] == ["step 3 of 4", "step 4 of 4"]
     assert Checkpoint(again.tuned).fingerprint() == wanted
+
+
+def test_experts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines that keep a share of the delta of every expert but the first layer's: errors are what is left."""
+    small = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    kept = {"previous": 0.5, "this": 0.6}
+
+    def make(engine: Engine, delta: Delta, budget: str, place: Path) -> Made:
+        part = whole(delta, kept[engine.name])
+        return Made(1000, 1.0, 0.1, {n: x for n, x in part.items() if "layers.0.mlp" not in n})
+
+    monkeypatch.setattr(Engine, "make", make)
+    for name, value in (("BASE_STEPS", 1), ("STEPS", 2), ("SHAPE", experts.SHAPE | small)):
+        monkeypatch.setattr(experts, name, value)
+    for sizes in experts.MIXTURES.values():
+        monkeypatch.setitem(sizes, "intermediate_size", 24)
+    found = experts.experts_over_previous(ROOT, lambda text: None)
+    assert found["experts_over_previous"] == pytest.approx(0.7 / 0.75, rel=1e-3)
+    assert [row["delta"].split(",")[0] for row in found["rows"]] == list(experts.MIXTURES)
+    assert "| experts_over_previous, gpt_oss, 8 experts, 5% | 0.933 |" in markdown(
+        {"experts_over_previous": found}
+    )
 
 
 def test_what_a_part_needs_is_said_before_anything_is_measured(

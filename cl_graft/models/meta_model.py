@@ -76,9 +76,9 @@ class MetaModel:
 
     def stacked_as(self, key: str) -> Stacked | None:
         """What a checkpoint's tensor holds one of for each expert (models/experts.py); None where that is nothing."""
-        name, _ = self._found(key)
-        whole = name is not None and len(self.keys.get(key, ())) == len(self._shapes[name])
-        return self._stacked.get(name) if name is not None and whole else None
+        name = self.parameter_of(key) or ""
+        whole = name in self._stacked and len(self.keys[key]) == len(self._shapes[name])
+        return self._stacked[name] if whole else None
 
     def expert_of(self, key: str) -> int | None:
         """Which of a stack's matrices a checkpoint's tensor is, or is part of; None for what is in no stack."""
@@ -155,17 +155,18 @@ class MetaModel:
 
     @cached_property
     def _experts(self) -> dict[str, int]:
-        """Key -> number, of tensors that transformers stacks, as many as the stack has matrices, in their order."""
+        """Key -> number, of matrices that transformers stacks: as many of a kind as the stack has, in their order."""
         found: dict[str, int] = {}
-        for name, source in self._sources.items():
+        for name in self._sources.keys() & {
+            n for n, what in self._stacked.items() if what == "matrices"
+        }:
             kinds: dict[str, list[str]] = {}
-            for key, conversion in source.tensors:
-                kinds.setdefault(conversion.pattern, []).append(key)
-            if self._stacked.get(name) == "matrices":
-                for keys in kinds.values():
-                    one = all(len(self.keys[key]) == 2 for key in keys)
-                    if one and len(keys) == self._shapes[name][0]:
-                        found |= {key: i for i, key in enumerate(keys)}
+            for key, conversion in self._sources[name].tensors:
+                if len(self.keys[key]) == 2:
+                    kinds.setdefault(conversion.pattern, []).append(key)
+            for keys in kinds.values():
+                if len(keys) == self._shapes[name][0]:
+                    found |= {key: i for i, key in enumerate(keys)}
         return found
 
     @cached_property
