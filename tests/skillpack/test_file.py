@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -653,6 +654,25 @@ def test_a_text_that_would_fill_the_memory_is_refused(saved: Path) -> None:
     stored = zlib.compress(bytes(1 << 30), 9)
     saved.write_bytes(header.head(0, len(stored), header.digests_bytes(0)) + stored + bytes(40))
     refusal(CorruptPack, lambda: SkillPack.load(saved), str(saved))
+
+
+def test_a_bit_that_zlib_passes_over_is_not_changed_unseen(tmp_path: Path) -> None:
+    """Between the end of the last block and the checksum of the stream, where the block does not end with a byte."""
+    path, passed = tmp_path / "x", 0
+    for size in range(4):
+        some_pack(options={"x": "y" * size}).save(path)
+        blob = path.read_bytes()
+        _, text, digests = header.sizes_of(path, blob[: 8 + int.from_bytes(blob[:8], "little")])
+        end = len(blob) - digests
+        stored = blob[end - text : end]
+        for bit in range(8):
+            bad = bytearray(stored)
+            bad[-5] ^= 1 << bit
+            path.write_bytes(blob[: end - text] + bad + blob[end:])
+            refusal(CorruptPack, lambda: SkillPack.load(path), str(path))
+            with contextlib.suppress(zlib.error):
+                passed += zlib.decompress(bad) == zlib.decompress(stored)
+    assert passed
 
 
 def test_a_file_of_an_earlier_format_is_told_as_such(saved: Path) -> None:
