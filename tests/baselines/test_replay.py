@@ -52,7 +52,7 @@ def test_a_memory_read_back_goes_on_as_one_that_was_never_written(tmp_path):
         memory.see("sft", rows("ä", "b\n", "c", "d"))
         memory.see("dpo", [{"prompt": "p", "chosen": "y", "rejected": "n"}])
     file = tmp_path / "memory.safetensors"
-    SkillPack(stopped.tensors(), "t", "replay", {}, "base").save(file)
+    SkillPack(stopped.tensors(), "t", "replay", {}, "0" * 32).save(file)
     again = Memory(3, 7, SkillPack.load(file).tensors)
     assert again.kinds == whole.kinds
     for memory in (whole, again):

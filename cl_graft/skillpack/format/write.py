@@ -89,9 +89,9 @@ def write_pack(
     header.check_lacking(path, blank, specs)
     try:
         header.digests(text, b"", b"", base)
-    except ValueError as error:
+    except ValueError:
         raise SkillPackError(
-            f"{path} needs the fingerprint of its base, and {error}; give that of `fingerprint`."
+            f"{path} needs the fingerprint of its base, and {base!r} is none; give that of `fingerprint`."
         ) from None
     if not header.fits(text.encode()):
         raise SkillPackError(f"{path} needs {len(text)} bytes of header; store fewer tensors.")
