@@ -29,6 +29,8 @@ from cl_graft.skillpack.compress.work import ByteLimit, Piece, fetch, visit
 from cl_graft.skillpack.folders.apply import apply_pack, remove_pack
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.skillpack.format.file import SkillPack
+from cl_graft.skillpack.live.grafted import Grafted
+from cl_graft.skillpack.tools.convert import converted
 from cl_graft.strategy.graftllm import pieces
 from tests.skillpack.test_calibrated import calibrated
 
@@ -381,8 +383,12 @@ def test_a_pack_of_stacks_meets_its_budget_and_goes_on_and_off(kind: str, tmp_pa
     pack = SkillPack.load(out)
     for stack in ("gate_up_proj", "down_proj"):
         assert pack.tensors[f"{EXPERTS}.{stack}"].codec == "coded_low_rank_stack"
+    assert converted(converted(pack, "fast"), "small").digest == pack.digest
     apply_pack(base, pack, tmp_path / "applied")
     assert remove_pack(tmp_path / "applied", pack, base) > 0
+    live, there = (hf.AutoModelForCausalLM.from_pretrained(f) for f in (base, tmp_path / "applied"))
+    Grafted(live).activate([pack])
+    torch.testing.assert_close(live(**BATCHES[0]).logits, there(**BATCHES[0]).logits)
 
 
 @pytest.mark.parametrize("calibration", [None, Calibration(BATCHES[:1])], ids=["no text", "text"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cl_graft.bench import textbook
-from cl_graft.skillpack.codecs import decode, payload_bytes
+from cl_graft.skillpack.codecs import coded_low_rank_stack, decode, payload_bytes
 from cl_graft.skillpack.compress.factorise import spectrum
 from cl_graft.skillpack.compress.gptq import factorised
 from cl_graft.skillpack.compress.policy import Adaptive
@@ -137,6 +137,17 @@ def test_trimming_drops_the_last_ranks():
     first = spectrum(item.delta, under)
     cut = first.left(item.delta, under, ranks) @ first.right(item.delta, ranks)
     assert (decode(less) - cut).norm() < 0.1 * cut.norm()
+
+
+def test_trimming_a_stack_trims_each_of_its_matrices():
+    item, under, _ = weighted()
+    whole = encoded(item, under, 1e-3)
+    shape = (3, *whole.shape)
+    less = trimmed(coded_low_rank_stack([whole, None, trimmed(whole)], shape))
+    each = [trimmed(whole), None, trimmed(trimmed(whole))]
+    assert less.meta["ranks"] == [one.meta["rank"] if one else 0 for one in each]
+    for one, found in zip(each, decode(less), strict=True):
+        assert torch.equal(found, decode(one) if one else torch.zeros(whole.shape))
 
 
 def table(rows=200, n=32, seed=0):
