@@ -87,7 +87,7 @@ def matrices_of(encoded: Encoded) -> list[Encoded]:
 
 
 def _each(encoded: Encoded) -> list[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]]:
-    """left, right, scales and shifts of each matrix, as `factors_of`."""
+    """Read left, right, scales and shifts of each matrix, as `factors_of` does."""
     of_right, of_left, right, left = CodedLowRankStackCodec().codes(encoded)
     ranks = encoded.meta["ranks"]
     factors = (x.split(ranks) for x in (left, right, encoded.parts["scales"]))
