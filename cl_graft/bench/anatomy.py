@@ -97,8 +97,8 @@ def measured(delta: Delta, budgets: tuple[str, ...], cells: Cells, kept: int = 0
         groups["kept in bf16"] = partial(kept_in_bf16, parts, kept)
     found: Figures = {}
     for group, measure in groups.items():
-        about = {"part": f"anatomy, {group}", "version": __version__, "delta": delta.name}
-        about |= {"delta_digest": delta.digest, "rows": LOSS_ROWS}
+        about: dict[str, Any] = {"part": f"anatomy, {group}", "version": __version__}
+        about |= {"delta": delta.name, "delta_digest": delta.digest, "rows": LOSS_ROWS}
         if group.startswith("codes"):
             about["engine_digest"] = this_engine().digest
         found |= cells.measured(about, measure)
