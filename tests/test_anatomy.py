@@ -148,6 +148,15 @@ def test_energies_of_a_delta_by_role(delta: Delta) -> None:
     sizes = torch.tensor([float(d.numel()) for d in change.values()])
     zero = float((torch.stack(zeros) * sizes).sum() / sizes.sum())
     assert found["bf16 difference, entries that are zero"] == pytest.approx(zero, rel=1e-4)
+    grid = {n: before.read(n).bfloat16().float() for n in change}
+    sums = {n: (grid[n] + d).bfloat16().float() - grid[n] for n, d in change.items()}
+    along = sum(float((sums[n] * d).sum()) for n, d in change.items())
+    key = "bf16 difference from a bf16 base, projection on the delta"
+    assert found[key] == pytest.approx(along / total, rel=1e-4)
+    alike = [(before.read(n) == grid[n]).float().mean() for n in change]
+    assert found["values of the base that bf16 has"] == pytest.approx(
+        float((torch.stack(alike) * sizes).sum() / sizes.sum()), rel=1e-4
+    )
 
 
 def test_weights_in_bfloat16_that_are_too_large_never_move(delta: Delta) -> None:

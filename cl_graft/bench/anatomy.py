@@ -39,7 +39,8 @@ from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.version import __version__
 
 BUDGETS, EMBEDDED_BUDGETS = ("0.3%", "1%", "5%"), ("5%",)
-SHARES = {"top 1% of directions": 0.01, "top 10% of directions": 0.1}
+SHARES = {"first direction": 0.0, "top 1% of directions": 0.01, "top 10% of directions": 0.1}
+BOTH, ON_GRID = "bf16 difference, ", "bf16 difference from a bf16 base, "
 LOSS_ROWS = 32  # of the test set
 Figures = dict[str, float]
 
@@ -64,7 +65,8 @@ CONDITIONS = {
     "deltas": "AdamW in float32, 2e-5, batches of 8, loss on the label; differences of float32 folders",
     "directions": "of each matrix by its singular values, energies summed over the matrices of a role",
     "seen": "tokens of the prompts and answers that were trained on; the head is tied to the embedding",
-    "bf16 difference": "both folders rounded to bfloat16, then subtracted",
+    "bf16 difference": "both folders rounded to bfloat16, then subtracted; from a bf16 base: that is rounded first, "
+    "and the delta added to it, as where training begins with published weights",
     "kept in bf16": f"weights, gradients and states of AdamW in bfloat16, constant {RATE}, the same text",
     "KL": f"KL(tuned, tuned without the delta of a role) over KL(tuned, base), all tokens of {LOSS_ROWS} test prompts "
     "and answers, float32",
@@ -93,12 +95,8 @@ def measured(delta: Delta, budgets: tuple[str, ...], cells: Cells, kept: int = 0
         groups["kept in bf16"] = partial(kept_in_bf16, parts, kept)
     found: Figures = {}
     for group, measure in groups.items():
-        about: dict[str, Any] = {
-            "part": f"anatomy, {group}",
-            "version": __version__,
-            "delta": delta.name,
-        }
-        about |= {"delta_digest": delta.digest, "rows": LOSS_ROWS}
+        about: dict[str, Any] = {"part": f"anatomy, {group}", "version": __version__}
+        about |= {"delta": delta.name, "delta_digest": delta.digest, "rows": LOSS_ROWS}
         if group.startswith("codes"):
             about["engine_digest"] = this_engine().digest
         found |= cells.measured(about, measure)
@@ -132,28 +130,36 @@ def energies(parts: Parts) -> Figures:
     whole: dict[str, float] = defaultdict(float)
     of: dict[tuple[str, str], float] = defaultdict(float)
     tops: dict[tuple[str, str, str], float] = defaultdict(float)
-    beside, rows = Beside(), Figures()
+    beside = {kind: Beside() for kind in (BOTH, ON_GRID)}
+    kept, rows = Beside(), Figures()
     for _, role, before, after in parts.pairs():
-        delta, narrow = after - before, bf16_difference(before, after)
+        delta, start = after - before, before.bfloat16().float()
+        narrow = {
+            BOTH: bf16_difference(before, after),
+            ON_GRID: bf16_difference(start, start + delta),
+        }
         whole[role] += float(delta.double().square().sum())
-        beside.add(narrow, delta)
+        kept.add(start - before, before)
+        for kind, x in narrow.items():
+            beside[kind].add(x, delta)
         if delta.ndim != 2:
             continue
         if role == "embedding":
             rows = row_energies(delta, seen_tokens(parts.text))
-        for kind, x in (("", delta), ("bf16 difference, ", narrow)):
+        for kind, x in {"": delta, **narrow}.items():
             found = direction_energies(x)
             of[kind, role] += float(found.sum())
             for what, share in SHARES.items():
                 tops[kind, what, role] += leading(found, share)
     total = sum(whole.values())
     return {
+        "values of the base that bf16 has": kept.zero,
         **{f"share of the weights' delta, {role}": size / total for role, size in whole.items()},
         **{f"{k}{what}, {role}": top / of[k, role] for (k, what, role), top in tops.items()},
         **rows,
-        "bf16 difference, entries that are zero": beside.zero,
-        "bf16 difference, energy over the delta's": beside.energy,
-        "bf16 difference, projection on the delta": beside.projection,
+        **{f"{kind}entries that are zero": found.zero for kind, found in beside.items()},
+        **{f"{kind}energy over the delta's": found.energy for kind, found in beside.items()},
+        **{f"{kind}projection on the delta": found.projection for kind, found in beside.items()},
     }
 
 
