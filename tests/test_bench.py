@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from cl_graft.bench import textbook
+from cl_graft.bench import layer, textbook
 from cl_graft.bench.compose import TASKS, bench_compose
 from cl_graft.bench.error import bench_error
 from cl_graft.bench.layer import bench_layer, relative
@@ -111,6 +111,16 @@ def test_bytes_over_theory_by_hand(tmp_path):
     found = bytes_over_theory(tmp_path / "p.safetensors")
     assert found["theory_bytes"] == round(theory)
     assert found["bytes_over_theory"] == pytest.approx(size / theory)
+
+
+def test_the_time_of_a_layer_is_over_that_of_the_earlier_engine(monkeypatch, tmp_path):
+    runs = {
+        tmp_path: {"calibration": 6.0, "rest": 4.0, "error": 0.2},
+        layer.Path(layer.__file__).parents[2]: {"calibration": 2.0, "rest": 3.0, "error": 0.1},
+    }
+    monkeypatch.setattr(layer, "_engine", lambda folder, *sizes: runs[folder])
+    found = layer.over_previous(tmp_path, 1)
+    assert (found["layer_time_over_previous"], found["error_over_previous"]) == (0.5, 0.5)
 
 
 def test_bytes_over_entropy_by_hand(tmp_path):

@@ -129,7 +129,7 @@ def bench_layer(
 
 
 def over_previous(previous: Path, *sizes: int) -> dict[str, Any]:
-    """How many times as long an earlier engine takes for the layer, each in a process of its own, and both errors.
+    """Seconds for the layer over those of an earlier engine, each in a process of its own, and both errors.
 
     sizes: hidden, inner, samples, length, seed.
     """
@@ -137,7 +137,7 @@ def over_previous(previous: Path, *sizes: int) -> dict[str, Any]:
     earlier, now = (_engine(folder, *sizes) for folder in (previous, here))
     seconds = [run["calibration"] + run["rest"] for run in (earlier, now)]
     return {
-        "layer_time_over_previous": seconds[0] / seconds[1],
+        "layer_time_over_previous": seconds[1] / seconds[0],
         "error_over_previous": now["error"] / earlier["error"],
         "engines": {"previous": earlier, "now": now},
     }
