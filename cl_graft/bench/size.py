@@ -32,13 +32,13 @@ def bytes_over_entropy(path: Path) -> dict[str, Any]:
     tensor stores (scales, steps, positions) counts as it is; rows' classes, the coder's own loss, header and checksums
     count as nothing.
     """
-    pack = SkillPack.load(path)
-    rows = [row for encoded in pack.tensors.values() for row in rows_of_codes(encoded)]
-    bits, _ = bits_of_codes(rows)
-    for encoded in pack.tensors.values():
-        coded = CODED if rows_of_codes(encoded) else ()
-        others = [part for name, part in encoded.parts.items() if name not in coded]
-        bits += 8 * sum(part.numel() * part.element_size() for part in others)
+    rows, others = [], 0
+    for encoded in SkillPack.load(path).tensors.values():
+        found = rows_of_codes(encoded)
+        rows += found
+        kept = [part for name, part in encoded.parts.items() if not found or name not in CODED]
+        others += sum(part.numel() * part.element_size() for part in kept)
+    bits = bits_of_codes(rows)[0] + 8 * others
     stored = path.stat().st_size
     return {
         "bytes_over_entropy": 8 * stored / bits,

@@ -140,8 +140,13 @@ def _add_compiled(flat: Sequence[Tensor], seed: int, first: int) -> bool:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: where one is, so is the sum, which takes one fast pass."""
-    return bool(torch.isfinite(x.sum()) or torch.isfinite(x).all())
+    """Whether no entry is NaN or infinite: where one is, so is the sum, which takes one fast pass.
+
+    Without a temporary of the tensor's size.
+    """
+    if torch.isfinite(x.sum()):
+        return True
+    return all(bool(torch.isfinite(part).all()) for part in x.reshape(-1).split(CHUNK))
 
 
 def neighbours(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,6 @@ from cl_graft.skillpack.folders.checkpoint import (
 from cl_graft.skillpack.folders.form import Form, Record, is_rounded, record_of, rounded
 from cl_graft.skillpack.folders.pair import (
     add_rows,
-    all_finite,
     embedding_and_head,
     tied,
     tied_copy,
@@ -34,6 +33,7 @@ from cl_graft.skillpack.folders.pair import (
 from cl_graft.skillpack.format.errors import NonFinite, ShapeMismatch, SkillPackError, WrongBase
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.format.files import VOCABULARY, parse
+from cl_graft.skillpack.rounding import all_finite
 
 Folder = str | os.PathLike[str]
 # options of a lossless pack: tensors of the base that the tuned model lacks, and whether its head is tied

@@ -18,6 +18,7 @@ from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.models.meta_model import meta_model
 from cl_graft.skillpack.folders.checkpoint import Checkpoint, Info
 from cl_graft.skillpack.format.errors import NonFinite
+from cl_graft.skillpack.rounding import all_finite
 
 CHUNK = 1 << 22  # elements that are compared at a time
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
@@ -150,11 +151,6 @@ def tied_copy(checkpoint: Checkpoint) -> str | None:
 def tied(config: dict[str, Any]) -> bool | None:
     """Whether a config ties head and embedding; None where it does not say."""
     return config.get("tie_word_embeddings", _text(config).get("tie_word_embeddings"))
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN and no Inf; without a temporary of the tensor's size."""
-    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(CHUNK))
 
 
 # policies
