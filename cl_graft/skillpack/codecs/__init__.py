@@ -38,6 +38,7 @@ from cl_graft.skillpack.codecs.coded import coded
 from cl_graft.skillpack.codecs.coded_low_rank import coded_low_rank
 from cl_graft.skillpack.codecs.coded_low_rank_stack import coded_low_rank_stack
 from cl_graft.skillpack.codecs.coded_rows import CodeLayout
+from cl_graft.skillpack.codecs.coded_table import coded_table
 from cl_graft.skillpack.codecs.dct_patches import dct_patches, dct_patches_spec
 from cl_graft.skillpack.codecs.dense import dense, dense_spec
 from cl_graft.skillpack.codecs.encoded import (
@@ -98,6 +99,7 @@ __all__ = [
     "coded",
     "coded_low_rank",
     "coded_low_rank_stack",
+    "coded_table",
     "codec_named",
     "dct_patches",
     "dct_patches_spec",

@@ -75,14 +75,14 @@ def spectrum(delta: Tensor, hessian: Tensor | None, most: int | None = None) -> 
     rows, cols = delta.shape
     if rows <= cols:
         read = delta if hessian is None else delta @ hessian
-        energy, vectors = _leading(_symmetric(read, delta.T), most)
+        energy, vectors = leading(_symmetric(read, delta.T), most)
         return Spectrum(energy, vectors.contiguous(), True)
     gram = _symmetric(delta.T, delta)
     if hessian is None:
-        energy, vectors = _leading(gram, most)
+        energy, vectors = leading(gram, most)
         return Spectrum(energy, vectors.T.contiguous(), False)
     root = torch.linalg.cholesky(hessian)
-    energy, vectors = _leading(_symmetric(root.T, gram @ root), most)
+    energy, vectors = leading(_symmetric(root.T, gram @ root), most)
     right = torch.linalg.solve_triangular(root.T, vectors, upper=True).T
     return Spectrum(energy, right.contiguous(), False)
 
@@ -108,7 +108,7 @@ SETTLED = (
 PASSES = 6
 
 
-def _leading(gram: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
+def leading(gram: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
     """Eigenvalues, float64 (n,), falling, not below 0; the leading eigenvectors in the columns, float32.
 
     Block subspace iteration from random vectors (Halko, Martinsson and Tropp 2011, algorithm 4.4) where few are
@@ -131,7 +131,7 @@ def _leading(gram: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
         if captured - before <= SETTLED * (float(total) - captured) + 1e-6 * float(total):
             break
     else:
-        values, vectors = _leading(gram, None)
+        values, vectors = leading(gram, None)
         return values, vectors[:, :wanted]
     values, vectors = torch.linalg.eigh(basis.T @ reached)
     energy = values.flip(0)[:wanted].double().clamp_min(0.0)

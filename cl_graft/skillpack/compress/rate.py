@@ -13,6 +13,7 @@ be several octaves finer has it finer by whole octaves: else it would make all o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,31 +68,23 @@ class Rate:
         return 2.0 ** float(GRID[high] - (bytes - coarse) / (fine - coarse) / 4)
 
 
-def rate_of(
-    magnitudes: Tensor,
-    lengths: tuple[int, ...],
-    worth: Tensor,
-    row_bytes: float,
-    layout: CodeLayout,
-) -> Rate:
-    """The rate of rows. magnitudes: float64 (groups, rows), mean abs of a row's entries in the square root of the loss,
-    of rows of `lengths` entries; worth: float64 (rows,), the step below which a row is kept."""
+def rate_of(cost: Callable[[float], float], coarsest: float, largest: float) -> Rate:
+    """The rate of a tensor that takes `cost(step)` bytes, and none from the step `coarsest` on."""
     found = torch.zeros(len(GRID), dtype=torch.float64)
-    if not worth.numel() or not worth.max() > 0:
+    if not coarsest > 0:
         return Rate(found, 0.0)
-    first = int(((worth.max().log2() + 80) * 4).clamp(0, len(GRID) - 1)) + 1
-    bits = _bits_packed if layout == "fast" else bits_coded
+    first = int(min(max((math.log2(coarsest) + 80) * 4, 0), len(GRID) - 1)) + 1
     for i in range(min(first, len(GRID) - 1), max(-1, first - 4 * OCTAVES), -2):
-        step = 2.0 ** float(GRID[i])
-        alive = worth > step
-        codes = sum(
-            n * bits(row[alive] / step).sum() for n, row in zip(lengths, magnitudes, strict=True)
-        )
-        found[i] = codes / 8 + row_bytes * int(alive.sum())
+        found[i] = cost(2.0 ** float(GRID[i]))
         if i + 2 < len(GRID):
             found[i + 1] = (found[i] + found[i + 2]) / 2
     found[:i] = found[i]
-    return Rate(found, float(magnitudes.max()))
+    return Rate(found, largest)
+
+
+def bits_of(magnitude: Tensor, layout: CodeLayout) -> Tensor:
+    """Bits of a code of rows of this mean magnitude, float64."""
+    return _bits_packed(magnitude) if layout == "fast" else _bits_coded(magnitude)
 
 
 def _geometric(magnitude: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +95,7 @@ def _geometric(magnitude: Tensor) -> tuple[Tensor, Tensor]:
     return ((1 + mean * mean).sqrt() - 1) / mean.clamp_min(1e-30), mean
 
 
-def bits_coded(magnitude: Tensor) -> Tensor:
+def _bits_coded(magnitude: Tensor) -> Tensor:
     """Bits of a code under a geometric distribution."""
     q, mean = _geometric(magnitude)
     q = q.clamp(1e-30, 1 - 1e-12)
@@ -158,9 +151,16 @@ def matrix_rate(matrix: Weighted, hessian: Tensor | None, pivot: float, layout: 
     # ranks whose directions were not looked for are taken to be like the last of those that were
     more = known[:, -1:] * (energy[count:] / energy[count - 1].clamp_min(1e-300)).sqrt()
     magnitudes = torch.cat([known, more], 1)
-    rows, cols = matrix.delta.shape
-    worth = energy.sqrt() / (WORTH * min(rows, cols) ** 0.5)
-    return rate_of(magnitudes, (cols, rows), worth, RANK_BYTES, layout)
+    lengths = matrix.delta.shape[::-1]
+    worth = energy.sqrt() / (WORTH * min(lengths) ** 0.5)
+
+    def cost(step: float) -> float:
+        alive = worth > step
+        bits = [bits_of(row[alive] / step, layout).sum() for row in magnitudes]
+        codes = sum(n * float(each) for n, each in zip(lengths, bits, strict=True))
+        return codes / 8 + RANK_BYTES * int(alive.sum())
+
+    return rate_of(cost, float(worth.max()), float(magnitudes.max()))
 
 
 def _factors(matrix: Weighted, hessian: Tensor | None, count: int) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from cl_graft.skillpack.codecs import (
     coded_low_rank_stack,
     payload_bytes,
 )
+from cl_graft.skillpack.compress.directions import wanted_directions
 from cl_graft.skillpack.compress.factorise import Spectrum
 from cl_graft.skillpack.compress.gptq import factorised
 from cl_graft.skillpack.compress.memory import release
@@ -39,7 +40,14 @@ from cl_graft.skillpack.compress.rate import (
     ranks_of,
     trimmed,
 )
-from cl_graft.skillpack.compress.tables import Table, encode_table, table_rate, vector_ways
+from cl_graft.skillpack.compress.tables import (
+    Table,
+    encode_table,
+    table_directions,
+    table_of,
+    table_rate,
+    vector_ways,
+)
 from cl_graft.skillpack.compress.work import (
     Piece,
     Read,
@@ -149,15 +157,17 @@ class Control:
             before, step = step, self.step()
             if not self.ahead or abs(math.log2(step / before)) < 0.1:
                 break
-        while self._spare() < 0 and any(found[name].meta["kept"] for name in found):
+        while self._spare() < 0 and any(map(_says, found.values())):
             self._tables(tables, 1.25 * self.steps[tables[0].name], found)
         self._finish(tables, found)
 
     def _tables(self, tables: list[Piece], step: float, found: dict[str, Encoded]) -> None:
         for piece in tables:
-            encoded = encode_table(_table(self.work, piece), piece.shape, step, self.layout)
+            basis = self.work.store[f"rate/{piece.name}"].tensors["basis"].to(self.work.device)
+            table = _table(self.work, piece)
+            encoded = encode_table(table, basis, piece.shape, step, self.layout)
             found.pop(piece.name, None)
-            if encoded.meta["kept"] or piece.present:
+            if _says(encoded) or piece.present:
                 found[piece.name] = encoded
         self._note(tables, found, step)
 
@@ -208,7 +218,8 @@ class Control:
     def trim(self) -> None:
         """Drop the least ranks of the largest matrices, for as long as the file is too large. Raises OverBudget."""
         while self.left < 0:
-            names = [n for n, (_, _, meta) in self.kept.items() if ranks_of(meta)]
+            matrices = {piece.tensor for piece in self._pieces.values() if piece.kind == "matrix"}
+            names = [n for n in matrices & self.kept.keys() if ranks_of(self.kept[n][2])]
             if not names:
                 limit = self.work.limit
                 raise OverBudget(
@@ -304,12 +315,17 @@ def measured(work: Work, layout: CodeLayout) -> dict[str, Rate]:
         work.store[f"rate/{piece.name}"] = Item({"bytes": rate.bytes}, about)
 
     measure(work, lambda name: f"rate/{name}" in work.store, use)
+    shapes = {p.name: p.shape for p in work.pieces if p.kind != "vector" and len(p.shape) == 2}
+    wanted = wanted_directions(shapes, work.policy, work.limit.bytes)
     rates = {}
     for piece in work.pieces:
         key = f"rate/{piece.name}"
         if piece.kind == "table" and key not in work.store:
-            rate = table_rate(_table(work, piece), layout)
-            work.store[key] = Item({"bytes": rate.bytes}, {"largest": rate.largest})
+            table = _table(work, piece)
+            basis = table_directions(table, wanted.get(piece.name, 0))
+            rate = table_rate(table, basis, layout)
+            about = {"largest": rate.largest}
+            work.store[key] = Item({"bytes": rate.bytes, "basis": basis.cpu()}, about)
         if piece.kind != "vector":
             tensors, about = work.store[key]
             rates[piece.name] = Rate(tensors["bytes"], about["largest"])
@@ -329,13 +345,20 @@ def _table(work: Work, piece: Piece) -> Table:
         weights = weights.expand(delta[part].shape)
         rows[part] = weights.mean(1)
         columns += weights.sum(0)
-    return Table(delta, rows, columns / columns.mean().clamp_min(1e-30))
+    return table_of(delta, rows, columns / columns.mean().clamp_min(1e-30))
+
+
+def _says(encoded: Encoded) -> bool:
+    """Whether anything of a table is kept."""
+    return bool(encoded.meta["kept"] or encoded.meta.get("rank"))
 
 
 def _bare(piece: Piece, layout: CodeLayout) -> Spec:
     """What a header says at least of a tensor."""
     lies: Meta = {"layout": layout, "bytes": 0} | ({"top": 99} if layout == "small" else {})
     if piece.kind == "table":
+        if len(piece.shape) == 2:
+            return "coded_table", piece.shape, {"rank": 0, "kept": 0, "gap": [1, 0], **lies}
         return "coded", piece.shape, {"kept": 0, "columns": 1, "gap": [1, 0], **lies}
     if piece.stack:
         return (

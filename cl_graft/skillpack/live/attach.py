@@ -24,7 +24,7 @@ from cl_graft.skillpack.live.attachment_points import (
     find_attachment_points,
 )
 from cl_graft.skillpack.live.decode import Entries, Factors
-from cl_graft.skillpack.live.grafted import change, check_deltas, check_packs, put, seed_of
+from cl_graft.skillpack.live.grafted import Change, changes, check_deltas, check_packs, put, seed_of
 
 Choice = tuple[int, ...]
 Choices = int | None | Choice | list[int | None | Choice]
@@ -55,8 +55,7 @@ class Attached:
         touched = {n: p for n, p in self._parameters.items() if any(n in q.tensors for q in packs)}
         points = find_attachment_points(model, touched, example) if touched else []
         self._held = [
-            {n: h for n in q.tensors if (h := _hold(q, n, touched[n])) is not None}
-            for q in self.packs
+            {n: held for n in q.tensors if (held := _hold(q, n, touched[n]))} for q in self.packs
         ]
         self._choices: tuple[Choice, ...] = ((),)
         self._batch: int | None = None
@@ -144,8 +143,9 @@ class Attached:
         for choice, rows in _rows([added[c] for c in self._choices]).items():
             for index in choice:
                 for name in point.linear:
-                    delta = _product(args[0][rows], self._held[index][name], point.transposed)
-                    out[rows] += delta.to(out.dtype)
+                    for pair in self._held[index][name]:
+                        delta = _product(args[0][rows], pair, point.transposed)
+                        out[rows] += delta.to(out.dtype)
         return out
 
     def _of(self, choice: Choice, point: AttachmentPoint, light: bool) -> Choice:
@@ -156,7 +156,8 @@ class Attached:
         )
 
     def _added(self, index: int, name: str, point: AttachmentPoint) -> bool:
-        return name in point.linear and isinstance(self._held[index].get(name), Factors)
+        held = self._held[index].get(name, ())
+        return name in point.linear and bool(held) and all(isinstance(x, Factors) for x in held)
 
     def _apart(self, choices: list[Choice], run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """run(choice, ...) on the rows of each choice, the rows of what comes out back in place."""
@@ -212,13 +213,10 @@ class Attached:
         """The parameter under these packs, with the very bits that `Grafted` gives it."""
         base = self._parameters[name].detach()
         weight, touching = torch.empty_like(base), [self.packs[k] for k in packs]
-        changes = [
-            held
-            if (held := self._held[k].get(name)) is not None
-            else change(self.packs[k], name, base)
-            for k in packs
-        ]
-        put(weight, base, changes, seed_of(touching, name))
+        every: list[Change] = []
+        for k in packs:
+            every += self._held[k].get(name) or changes(self.packs[k], name, base)
+        put(weight, base, every, seed_of(touching, name))
         return weight
 
     @torch.no_grad()
@@ -228,23 +226,25 @@ class Attached:
         delta = torch.zeros(base.shape, device=base.device)
         for index in packs:
             held = self._held[index].get(name)
-            if held is None:
+            if not held:
                 delta += self.packs[index].rows(name, ids.cpu()).to(base.device)
-            else:
-                delta += held.rows(ids, base.shape[1])
+            for each in held or ():
+                delta += each.rows(ids, base.shape[1])
         cols = base.shape[1]
         places = (ids * cols)[:, None] + torch.arange(cols, device=ids.device)
         rounding.add(base, delta, seed_of([self.packs[k] for k in packs], name), places)
         return base
 
 
-def _hold(pack: SkillPack, name: str, parameter: Tensor) -> Factors | Entries | None:
+Held = list[Factors | Entries]
+
+
+def _hold(pack: SkillPack, name: str, parameter: Tensor) -> Held:
     """What is worth keeping decoded of a delta: factors, and positions with their values."""
     encoded = pack.tensors[name]
     if not (is_factored(encoded) or is_scattered(encoded)):
-        return None
-    held = change(pack, name, parameter)
-    return held if isinstance(held, Factors | Entries) else None
+        return []
+    return [x for x in changes(pack, name, parameter) if isinstance(x, Factors | Entries)]
 
 
 def _rows(choices: list[Choice]) -> dict[Choice, Any]:

@@ -116,29 +116,31 @@ def _put(weight: Tensor, base: Tensor, name: str, packs: Sequence[SkillPack]) ->
     if kept_dtype(packs[0].tensors[name]) is not None:  # of a lossless pack, which is alone
         weight.copy_(packs[0].tuned(name, base))
         return rounding.all_finite(weight)
-    changes = [change(pack, name, weight) for pack in packs]
-    return put(weight, base, changes, seed_of(packs, name))
+    every = [change for pack in packs for change in changes(pack, name, weight)]
+    return put(weight, base, every, seed_of(packs, name))
 
 
 Change = Factors | Entries | Tensor
 
 
-def change(pack: SkillPack, name: str, parameter: Tensor) -> Change:
-    """The delta of one parameter as it is best added: factors, entries, or all of it, float32; on its device.
+def changes(pack: SkillPack, name: str, parameter: Tensor) -> list[Change]:
+    """The delta of one parameter as it is best added: factors and entries, where it is stored as such, or all of it,
+    float32; on the parameter's device.
 
     The factors for a bfloat16 parameter are bfloat16 where they are multiplied as such. Raises CorruptPack where a
     tensor's parts do not fit its codec, NonFinite as `SkillPack.delta`.
     """
     encoded, device = pack.tensors[name], parameter.device
+    found: list[Change] = []
     try:
         if is_factored(encoded):
             narrow = parameter.dtype == torch.bfloat16
-            return factors([encoded], torch.bfloat16 if narrow else torch.float32).to(device)
+            found.append(factors([encoded], torch.bfloat16 if narrow else torch.float32))
         if is_scattered(encoded):
-            return entries(encoded).to(device)
+            found.append(entries(encoded))
     except ValueError as error:
         raise CorruptPack(f"tensor {name!r} of task {pack.task!r}: {error}") from error
-    return pack.delta(name).to(device)
+    return [each.to(device) for each in found or [pack.delta(name)]]
 
 
 def seed_of(packs: Sequence[SkillPack], name: str) -> int:
@@ -155,10 +157,11 @@ def put(weight: Tensor, base: Tensor, changes: Sequence[Change], seed: int) -> b
     if (base.dtype, base.device) != (weight.dtype, weight.device):
         base = base.to(weight.device, weight.dtype)
     low = [each for each in changes if isinstance(each, Factors)]
-    if changes and len(low) == len(changes):
-        return put_low_rank(weight, base, side_by_side(low), seed)
-    if len(changes) == 1 and isinstance(changes[0], Entries):
-        return put_sparse(weight, base, changes[0], seed)
+    sparse = [each for each in changes if isinstance(each, Entries)]
+    if low and len(low) + len(sparse) == len(changes):
+        return put_low_rank(weight, base, side_by_side(low), seed, sparse)
+    if len(changes) == len(sparse) == 1:
+        return put_sparse(weight, base, sparse[0], seed)
     delta = torch.zeros(weight.shape, device=weight.device)
     for each in changes:
         if isinstance(each, Factors):
@@ -170,8 +173,10 @@ def put(weight: Tensor, base: Tensor, changes: Sequence[Change], seed: int) -> b
     return rounding.total(base, delta, weight, seed)
 
 
-def put_low_rank(weight: Tensor, base: Tensor, pair: Factors, seed: int) -> bool:
-    """weight (rows, cols) = base + left @ right, at the speed of the product; whether all of it is finite.
+def put_low_rank(
+    weight: Tensor, base: Tensor, pair: Factors, seed: int, sparse: Sequence[Entries] = ()
+) -> bool:
+    """weight (rows, cols) = base + left @ right + entries, at the speed of the product; whether all of it is finite.
 
     Where the factors are bfloat16 and the CPU multiplies such, so is the product: each is rounded once (2**-8 of it at
     most), and so a delta's entry is within 2**-7 * sum_r |left| |right| of the reference. The sum with the base is
@@ -188,12 +193,25 @@ def put_low_rank(weight: Tensor, base: Tensor, pair: Factors, seed: int) -> bool
     tiles = [x.split(step) for x in (weight, base, left)]
     for part, old, factor in zip(*tiles, strict=True):
         if wide:
-            finite &= rounding.all_finite(part.copy_(old).addmm_(factor, right))
+            part.copy_(old).addmm_(factor, right)
+            _scatter(part, sparse, first)
+            finite &= rounding.all_finite(part)
         else:
             product = torch.mm(factor, right, out=room[: len(part)])
+            _scatter(product, sparse, first)
             finite &= rounding.total(old, product, part, seed, first)
         first += part.numel()
     return finite
+
+
+def _scatter(rows: Tensor, sparse: Sequence[Entries], first: int) -> None:
+    """Add entries to rows of a matrix, (n, cols). first: row-major position of the first."""
+    for positions, values in sparse:
+        ends = torch.tensor([first, first + rows.numel()], device=positions.device)
+        mine = slice(*torch.searchsorted(positions, ends).tolist())
+        at, cols = positions[mine] - first, rows.shape[1]
+        if len(at):
+            rows[at // cols, at % cols] += values[mine].to(rows.dtype)
 
 
 def put_sparse(weight: Tensor, base: Tensor, change: Entries, seed: int) -> bool:

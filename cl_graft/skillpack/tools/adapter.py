@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cl_graft.models.meta_model import MetaModel, meta_model
 from cl_graft.models.roles import UnclearRoles
-from cl_graft.skillpack.codecs import is_factored, rank_of
+from cl_graft.skillpack.codecs import is_factored, is_scattered, rank_of
 from cl_graft.skillpack.folders.apply import check_base
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.skillpack.format.errors import SkillPackError
@@ -95,7 +95,7 @@ class Adapter:
     def factors(self, module: Module) -> tuple[Factors, Exported]:
         """The factors of a module's delta, (out, in) whatever its kind, of `rank`; and its row."""
         encoded, delta = self.pack.tensors[module.tensor], self.pack.delta(module.tensor)
-        if is_factored(encoded):
+        if is_factored(encoded) and not is_scattered(encoded):
             pair: Factors = factors([encoded])
             pair = cut(*pair, module.rank) if pair[0].shape[1] > module.rank else pair
         else:
@@ -206,7 +206,7 @@ def _modules(
         return [], "an adapter cannot change the number of rows"
     if len(encoded.shape) == 1:
         return [], "a norm or bias is no matrix"
-    own = rank_of(encoded)
+    own = None if is_scattered(encoded) else rank_of(encoded)
     rank = max(1, min(min(encoded.shape, default=1) if own is None else own, most))
     kinds: dict[type[nn.Module], Kind] = {nn.Embedding: "embedding", Conv1D: "transposed"}
     kinds[nn.Linear] = "linear"
