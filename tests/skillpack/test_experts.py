@@ -24,7 +24,7 @@ from cl_graft.skillpack.compress.compress import compress
 from cl_graft.skillpack.compress.create import create
 from cl_graft.skillpack.compress.policy import Adaptive
 from cl_graft.skillpack.compress.stream import stream_moments
-from cl_graft.skillpack.compress.tables import Table, encode_table
+from cl_graft.skillpack.compress.tables import encode_table, table_directions, table_of
 from cl_graft.skillpack.compress.work import ByteLimit, Piece, fetch, visit
 from cl_graft.skillpack.folders.apply import apply_pack, remove_pack
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
@@ -308,9 +308,10 @@ def moved(model: Any, seed: int = 7) -> dict[str, Tensor]:
 def as_table(delta: Tensor, limit: int) -> Tensor:
     """The delta as the finest table of its rows within so many bytes."""
     rows = delta.reshape(-1, delta.shape[-1])
-    ones = Table(rows, torch.ones(len(rows)), torch.ones(rows.shape[1]))
+    ones = table_of(rows, torch.ones(len(rows)), torch.ones(rows.shape[1]))
+    none = table_directions(ones, 0)
     for step in torch.logspace(-4, 0, 80).tolist():
-        found = encode_table(ones, tuple(rows.shape), step, "small")
+        found = encode_table(ones, none, tuple(rows.shape), step, "small")
         if payload_bytes(*found.spec) <= limit:
             return decode(found).reshape(delta.shape)
     raise AssertionError("no step is coarse enough")

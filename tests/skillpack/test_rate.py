@@ -17,7 +17,13 @@ from cl_graft.skillpack.compress.rate import (
     matrix_rate,
     trimmed,
 )
-from cl_graft.skillpack.compress.tables import Table, encode_table, table_rate, vector_ways
+from cl_graft.skillpack.compress.tables import (
+    encode_table,
+    table_directions,
+    table_of,
+    table_rate,
+    vector_ways,
+)
 from tests.skillpack.test_factorise import moment, output_error, problem
 
 
@@ -151,31 +157,78 @@ def test_trimming_a_stack_trims_each_of_its_matrices():
 
 
 def table(rows=200, n=32, seed=0):
+    """A table, and what a squared unit of each entry costs."""
     g = torch.Generator().manual_seed(seed)
     delta = torch.randn(rows, n, generator=g) * 10 ** (2 * torch.rand(rows, 1, generator=g) - 3)
-    return Table(delta, torch.rand(rows, generator=g), 0.5 + torch.rand(n, generator=g))
+    weights = torch.rand(rows, generator=g) + 1e-3, 0.5 + torch.rand(n, generator=g)
+    return table_of(delta, *weights), weights[0][:, None] * weights[1]
+
+
+def table_at(found, step, most=0, layout="small"):
+    shape = tuple(found.delta.shape)
+    return encode_table(found, table_directions(found, most), shape, step, layout)
+
+
+def test_units_of_a_table_are_octaves_within_a_factor_of_two_of_its_weights():
+    found, weights = table()
+    unit = found.unit * torch.exp2((found.rows[:, None] + found.columns).float())
+    assert ((unit.square() / weights).log2().abs() <= 2.01).all()
+    parts = list(found.strips())
+    assert torch.equal(torch.cat([x for _, x in parts]), found.delta * unit)
 
 
 @pytest.mark.parametrize("step", [1e-3, 1e-2, 3e-2])
 def test_entries_of_a_table_are_as_near_as_their_weights_ask_for(step):
-    found = table()
-    delta = decode(encode_table(found, (200, 32), step, "small"))
-    missing = (found.delta - delta).square() * found.rows[:, None] * found.columns
+    found, weights = table()
+    delta = decode(table_at(found, step))
+    missing = (found.delta - delta).square() * weights
     kept = delta.any(1)
-    assert missing[kept].sqrt().max() < step  # half a step, a dead zone, and steps in bfloat16
-    lost, gained = (
-        missing[~kept].sum(1),
-        payload_bytes("coded", (200, 32), {"kept": 0, "columns": 0, "layout": "fast", "bytes": 0}),
-    )
-    assert (lost < 32 * step**2).all() and gained > 0
+    assert missing[kept].sqrt().max() < 2 * step  # half a step, a dead zone, and units in octaves
+    assert (missing[~kept].sum(1) < 32 * step**2).all()
 
 
-def test_a_table_s_bytes_are_about_what_was_foretold():
-    found = table()
-    rate = table_rate(found, "small")
+@pytest.mark.parametrize("layout", ["small", "fast"])
+def test_what_all_rows_of_a_table_share_is_kept_as_directions(layout):
+    """AdamW moves rows that were never read along a few directions: no entry of them is worth a byte by itself."""
+    g = torch.Generator().manual_seed(0)
+    shared = torch.randn(3000, 2, generator=g) @ torch.randn(2, 64, generator=g)
+    read = torch.zeros(3000, 1)
+    read[::500] = 30.0
+    delta = 0.1 * shared + read * torch.randn(3000, 64, generator=g)
+    found = table_of(delta, torch.ones(3000), torch.ones(64))
+    alone, both = table_at(found, 1.0, 0, layout), table_at(found, 1.0, 20, layout)
+    assert alone.meta["rank"] == 0 and 6 <= alone.meta["kept"] < 20
+    assert 2 <= both.meta["rank"] <= 8
+    assert payload_bytes(*both.spec) < 12_000  # of 384,000 in bfloat16
+    others = torch.ones(3000, dtype=torch.bool)
+    others[::500] = False
+    missed = (decode(both) - delta)[others]
+    assert (decode(alone) - delta)[others].norm() > 0.9 * delta[others].norm()
+    assert missed.norm() < 0.4 * delta[others].norm()
+    assert (decode(both) - delta)[::500].abs().max() < 2
+
+
+def test_codes_beyond_the_largest_coarsen_their_row_alone():
+    delta = torch.tensor([[1e6, 0.0], [3.0, 1.0], [0.0, 2.0]])
+    found = table_of(delta, torch.ones(3), torch.ones(2))
+    assert (decode(table_at(found, 1.0, 2))[1:] - delta[1:]).abs().max() <= 0.5
+    assert abs(float(decode(table_at(found, 1.0, 2))[0, 0]) - 1e6) < 1e6 / 4096
+
+
+@pytest.mark.parametrize("most", [0, 32])
+def test_a_table_s_bytes_are_about_what_was_foretold(most):
+    found, _ = table()
+    rate = table_rate(found, table_directions(found, most), "small")
     for step in (1e-3, 3e-3, 1e-2):
-        took = payload_bytes(*encode_table(found, (200, 32), step, "small").spec)
+        took = payload_bytes(*table_at(found, step, most).spec)
         assert 0.6 < took / rate.at(step) < 1.6
+
+
+def test_a_stack_is_a_table_of_rows_without_directions():
+    found, _ = table()
+    encoded = encode_table(found, table_directions(found, 8), (200, 4, 8), 1e-3, "small")
+    same = table_at(found, 1e-3, 0)
+    assert encoded.codec == "coded" and torch.equal(decode(encoded).view(200, 32), decode(same))
 
 
 def test_a_vector_is_near_and_half_as_large_as_in_sixteen_bits():

@@ -38,6 +38,18 @@ def write(matrices: Sequence[Tensor], layout: CodeLayout) -> tuple[dict[str, Ten
     return parts, {"layout": layout, "bytes": len(parts["codes"]), "top": top}
 
 
+def bits(codes: Tensor, layout: CodeLayout) -> Tensor:
+    """Bits that each row takes, float64 (rows,), without its byte. codes: int16 (rows, n)."""
+    if layout == "fast":
+        return (
+            8.0
+            * torch.tensor(
+                [_row_bytes(codes.shape[1], w) for w in _widths(codes).tolist()]
+            ).double()
+        )
+    return entropy.classes_of(codes, int(codes.abs().max()) if codes.numel() else 0)[1]
+
+
 def layout_of(sizes: Sizes, meta: Meta, empty: bool) -> Layout:
     """The parts of matrices of these sizes; empty: whether they stand for no element. Raises ValueError on nonsense."""
     if meta["layout"] not in LAYOUTS:

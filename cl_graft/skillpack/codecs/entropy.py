@@ -68,12 +68,13 @@ def _lengths(top: int) -> Tensor:
     return torch.from_numpy(24 - np.log2(np.stack(rows))).float()
 
 
-def classes_of(codes: Tensor, top: int) -> tuple[Tensor, float]:
-    """The class of each row that stores it shortest, and the bits of all. codes: int16 (rows, n).
+def classes_of(codes: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The class of each row that stores it shortest, and its bits. codes: int16 (rows, n).
 
-    Returns uint8 (rows,), 0 for rows of zeros.
+    Returns uint8 (rows,), 0 for rows of zeros; and float64 (rows,).
     """
-    kinds, bits = torch.zeros(len(codes), dtype=torch.uint8), 0.0
+    kinds = torch.zeros(len(codes), dtype=torch.uint8)
+    bits = torch.zeros(len(codes), dtype=torch.float64)
     if not codes.numel():
         return kinds, bits
     lengths = _lengths(top)
@@ -85,7 +86,7 @@ def classes_of(codes: Tensor, top: int) -> tuple[Tensor, float]:
         best = (counts @ lengths.T).min(1)
         alive = part.amax(1) > 0
         kinds[start : start + step] = torch.where(alive, best.indices + 1, 0).to(torch.uint8)
-        bits += float(best.values[alive].double().sum())
+        bits[start : start + step] = torch.where(alive, best.values, 0.0).double()
     return kinds, bits
 
 

@@ -37,7 +37,9 @@ BIT = 0.05  # of a step: how much further from its code a value may be for each 
 WORTH = 0.5  # of a step, the least root mean square of the shorter side's entries that a rank is kept for
 RANK_BYTES = 4.0  # of a rank, beside its codes
 LEFT_DAMPING = 1e-4
-FINEST = 1500.0  # about the root mean square of the largest rank's codes at most
+LARGEST = (
+    1500.0  # root mean square of a right factor's codes at most: what is larger has a coarser step
+)
 OUTLIER = 4.0  # times the usual pivot, from which a column has a finer step
 GRID = torch.arange(-320.0, 161.0) / 4  # log2 of steps at which bytes are told
 OCTAVES = 24  # below the step at which the first row is kept
@@ -176,12 +178,7 @@ def _factors(matrix: Weighted, hessian: Tensor | None, count: int) -> tuple[Tens
 def ranks_at(energy: Tensor, slope: float, shape: tuple[int, ...], step: float) -> int:
     """How many of a matrix's ranks (out, in) are worth keeping at a step. energy: float64 (r,), falling."""
     worth = (energy * slope).sqrt() / (WORTH * min(shape) ** 0.5)
-    return int((worth > max(step, finest(energy, slope, shape))).sum())
-
-
-def finest(energy: Tensor, slope: float, shape: tuple[int, ...]) -> float:
-    """Step below which codes of a matrix's largest rank would be too large to be said."""
-    return float((energy[:1] * slope / min(shape)).sqrt().sum()) / FINEST
+    return int((worth > step).sum())
 
 
 def encode_matrices(
@@ -194,23 +191,27 @@ def encode_matrices(
     Then, matrix by matrix, the left factor is solved anew by least squares against the delta, which takes up what
     became of the right one, and goes through a solve of its own under the second moment of what it reads.
     """
-    at_least = [finest(m.spectrum.energy, m.slope, tuple(m.delta.shape)) for m in matrices]
-    step, counts, rights = max([step, *at_least]), [], []
+    n = matrices[0].delta.shape[1]
+    shifts, unit = torch.zeros(n, dtype=torch.long, device=matrices[0].delta.device), 1.0
+    if under is not None:
+        root = factorised(under, 0.0, scaled=False)[1]
+        shifts, unit = column_shifts(root)
+    counts, rights, sizes = [], [], []
     for m in matrices:
         wanted = ranks_at(m.spectrum.energy, m.slope, tuple(m.delta.shape), step)
         counts.append(min(wanted, m.spectrum.directions))
         right, _ = _factors(m, under, counts[-1])
-        rights.append(right * (m.slope**0.5 / step))
+        right = right * (m.slope**0.5 / step)
+        # whole octaves, by which the left factor is then finer
+        rms = right.square().mean(1).sqrt() * unit
+        sizes.append(torch.exp2((rms / LARGEST).clamp_min(1.0).log2().ceil()))
+        rights.append(right / sizes[-1][:, None])
     stacked = torch.cat(rights)
     if not len(stacked):
         return [None] * len(matrices)
-    shifts, unit = torch.zeros(stacked.shape[1], dtype=torch.long), 1.0
-    if under is not None:
-        root = factorised(under, 0.0, scaled=False)[1]
-        shifts, unit = column_shifts(root)
     # no finer than its codes can say, with room for what other columns hand on
     most = (TOP / 2 / (stacked.abs().amax(0) * unit).clamp_min(1e-30)).log2().floor()
-    shifts = shifts.to(most.device).minimum(most.long()).clamp_min(-SHIFTED)
+    shifts = shifts.minimum(most.long()).clamp_min(-SHIFTED)
     fineness = torch.exp2(shifts.float())
     if under is None:
         stacked = stacked * fineness
@@ -218,10 +219,11 @@ def encode_matrices(
     else:
         codes = _solve_right(stacked * unit, root / unit, fineness)
     results: list[Encoded | None] = []
-    for m, mine in zip(matrices, codes.split(counts), strict=True):
-        mine = mine[mine.any(1)]
+    for m, mine, size in zip(matrices, codes.split(counts), sizes, strict=True):
+        some = mine.any(1)
+        mine, size = mine[some], size[some]
         results.append(
-            _with_left(m, mine, shifts, under, step, unit, layout) if len(mine) else None
+            _with_left(m, mine, size, shifts, under, step, unit, layout) if len(mine) else None
         )
     return results
 
@@ -229,15 +231,17 @@ def encode_matrices(
 def _with_left(
     m: Weighted,
     right: Tensor,
+    coarser: Tensor,
     shifts: Tensor,
     under: Tensor | None,
     step: float,
     unit: float,
     layout: CodeLayout,
 ) -> Encoded | None:
-    """Encode a matrix by the codes of its right factor, float32 (ranks, in), and the shifts of its columns (in,)."""
-    size = step / (m.slope**0.5 * unit)
-    read = right * (size * torch.exp2(-shifts.float()))
+    """Encode a matrix by the codes of its right factor, float32 (ranks, in), how many steps each rank's is, (ranks,),
+    and the shifts of its columns (in,)."""
+    size = coarser * (step / (m.slope**0.5 * unit))
+    read = right * size[:, None] * torch.exp2(-shifts.float())
     seen = read if under is None else read @ under
     moment = seen @ read.T
     moment = (moment.double() + moment.T.double()) / 2
@@ -303,10 +307,10 @@ def _solve_right(x: Tensor, root: Tensor, fineness: Tensor, block: int = 128) ->
 
 
 def _solve_left(
-    left: Tensor, moment: Tensor, step: float, size: float, block: int = 128
+    left: Tensor, moment: Tensor, step: float, size: Tensor, block: int = 128
 ) -> tuple[Tensor, Tensor]:
     """(codes, as floats (ranks, out); scales, float32 (ranks,)) of a left factor (ranks, out): left is near
-    codes * scales / size, and the scales are in bfloat16 already.
+    codes * scales / size, (ranks,), and the scales are in bfloat16 already.
 
     moment: float32 (ranks, ranks), of what it reads. Every rank has the step at which each loses the same, and the
     scale that fits its codes best.
@@ -327,7 +331,7 @@ def _solve_left(
             codes[j] = rounded(x, dead_zone(x.abs().mean()))
             squares = codes[j] @ codes[j]
             if squares > 0:
-                scales[j] = ((codes[j] @ wanted) * (size / squares)).bfloat16()
-            torch.sub(left[j], codes[j] * (scales[j] / size), out=missing[j])
+                scales[j] = ((codes[j] @ wanted) * (size[j] / squares)).bfloat16()
+            torch.sub(left[j], codes[j] * (scales[j] / size[j]), out=missing[j])
         terms[stop:].addmm_(root[start:stop, stop:].T, mine)
     return codes, scales

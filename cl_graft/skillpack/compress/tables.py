@@ -21,6 +21,7 @@ from cl_graft.skillpack.codecs import (
     Meta,
     Spec,
     coded,
+    coded_rows,
     coded_table,
     dense,
     dense_spec,
@@ -39,6 +40,7 @@ from cl_graft.skillpack.compress.rate import (
 )
 
 ROW_BYTES = 2.0  # of a row of its own codes, beside them
+OUTLIER = 8.0  # times the usual energy, from which a row has no say in the directions of all
 PRICE = 2 * BIT  # squared steps that a bit is worth
 STRIP = 1 << 22  # entries that are worked on at a time
 FINENESS = 24  # of norms and biases, whose share of the loss was below what could be measured
@@ -81,52 +83,105 @@ def table_of(delta: Tensor, rows: Tensor, columns: Tensor) -> Table:
 
 
 def table_directions(table: Table, most: int) -> Tensor:
-    """The directions in which rows of a table lie, those of most energy first: float32 (most, n), orthonormal."""
+    """The directions in which rows of a table lie, those of most energy first: float32 (most, n), orthonormal.
+
+    Rows of far more energy than others, as of tokens that are often read, lie wherever they do, and have no say.
+    """
     n = table.delta.shape[1]
-    gram = torch.zeros(n, n, device=table.delta.device)
-    for _, x in table.strips():
-        gram.addmm_(x.T, x)
+    if not most:
+        return table.delta.new_zeros(0, n)
+    gram, usual = table.delta.new_zeros(n, n), ~_outliers(_energies(table))
+    for part, x in table.strips():
+        mine = x[usual[part]]
+        gram.addmm_(mine.T, mine)
     return leading(gram, most)[1].T.contiguous()
+
+
+def _energies(table: Table) -> Tensor:
+    """float64 (rows,): the squared norm of each row."""
+    return torch.cat([x.square().sum(1) for _, x in table.strips()]).double()
+
+
+def _outliers(energies: Tensor) -> Tensor:
+    some = energies[energies > 0]
+    return energies > OUTLIER * some.median() if len(some) else energies > 0
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What can be told of the rows of a table before they are coded, whatever the step.
+
+    along: float32 (rows, ranks), their parts along the table's directions; energies: float64 (rows,); flat: mean
+    magnitude of a row's entries over the root of its energy, float64 (rows,); outliers: bool (rows,).
+    """
+
+    along: Tensor
+    energies: Tensor
+    flat: Tensor
+    outliers: Tensor
+    n: int
+
+    @classmethod
+    def of(cls, table: Table, basis: Tensor) -> Shares:
+        along = torch.cat([x @ basis.T for _, x in table.strips()])
+        size = torch.cat([x.abs().mean(1) for _, x in table.strips()]).double()
+        energies = _energies(table)
+        flat = size / energies.sqrt().clamp_min(1e-300)
+        return cls(along, energies, flat, _outliers(energies), table.delta.shape[1])
+
+    def at(self, step: float, layout: CodeLayout) -> tuple[Tensor, Tensor, float]:
+        """(directions that are worth their bytes, rows that are better told by codes of their own alone, about the
+        bytes of all): bool (ranks,) and (rows,)."""
+        rows = len(self.along)
+        along = self.along / step
+        squares, energies = along.square(), self.energies / step**2
+        usual = ~self.outliers
+        magnitude = along[usual].abs().sum(0).double() / max(1, int(usual.sum()))
+        right = self.n * bits_of(0.8 * (squares[usual].sum(0).double() / self.n).sqrt(), layout)
+        wanted = rows * bits_of(magnitude, layout) + right + 8 * RANK_BYTES
+        ranks = squares[usual].sum(0) > PRICE * wanted
+        along, squares, magnitude = along[:, ranks], squares[:, ranks], magnitude[ranks]
+        # a code of the geometric distribution of its direction
+        first, more = _code_bits(magnitude)
+        shared = float(first.sum()) + (along.abs() @ more.float()).double()
+        left = (energies - squares.sum(1).double()).clamp_min(0)
+        residual = self._own(left, layout)
+        better = left > PRICE * residual + _lost(left, self.n)
+        low = _lost(squares, 1).sum(1).double() + PRICE * shared
+        low += torch.where(better, _lost(left, self.n) + PRICE * residual, left)
+        own = self._own(energies, layout)
+        alone = _lost(energies, self.n) + PRICE * own < low
+        alone &= energies > PRICE * own
+        bits = shared[~alone].sum() + float((right[ranks] + 8 * RANK_BYTES).sum())
+        bits += own[alone].sum() + residual[better & ~alone].sum()
+        return ranks, alone, float(bits) / 8
+
+    def _own(self, energies: Tensor, layout: CodeLayout) -> Tensor:
+        """Bits of rows that are coded entry by entry, float64 (rows,)."""
+        return self.n * bits_of(self.flat * energies.sqrt(), layout) + 8 * ROW_BYTES
+
+
+def _lost(energy: Tensor, n: int) -> Tensor:
+    """About what is lost of n entries of this energy, in squared steps."""
+    return energy.clamp_max(n / 12)
+
+
+def _code_bits(magnitude: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits of a code 0, and for each unit more, where codes are geometric with this mean magnitude; float64."""
+    m = magnitude.clamp_min(1e-4)
+    q = ((1 + m * m).sqrt() - 1) / m
+    return -((1 - q) / (1 + q)).log2(), -q.log2()
 
 
 def table_rate(table: Table, basis: Tensor, layout: CodeLayout) -> Rate:
     """The rate of a table. basis: its directions, (ranks, n)."""
-    rows, n = table.delta.shape
-    along = torch.cat([x @ basis.T for _, x in table.strips()])
-    size = torch.cat([x.abs().mean(1) for _, x in table.strips()]).double()
-    whole = torch.cat([x.square().sum(1) for _, x in table.strips()]).double()
-    energy, magnitude = along.square().sum(0).double(), along.abs().mean(0).double()
-    flat = size / whole.sqrt().clamp_min(1e-300)  # of a row, whatever is left of it
-
-    def cost(step: float) -> float:
-        ranks = _worth(energy / step**2, magnitude / step, (rows, n), layout)
-        bits, left = 8 * RANK_BYTES * int(ranks.sum()), whole
-        if ranks.any():
-            bits += float(
-                _rank_bits(energy / step**2, magnitude / step, (rows, n), layout)[ranks].sum()
-            )
-            left = (whole - along[:, ranks].square().sum(1).double()).clamp_min(0)
-        own = n * bits_of(flat * left.sqrt() / step, layout) + 8 * ROW_BYTES
-        return (bits + float(own[left / step**2 > PRICE * own].sum())) / 8
-
-    coarsest = (
-        max(float(energy.amax().sqrt()), float(size.amax()) * (2.0 * n) ** 0.5) if rows * n else 0
-    )
-    return rate_of(cost, coarsest, float(size.amax()) if rows * n else 0.0)
-
-
-def _rank_bits(
-    energy: Tensor, magnitude: Tensor, shape: tuple[int, int], layout: CodeLayout
-) -> Tensor:
-    """Bits of each direction of a table; energy, magnitude: of what lies along it, in steps: float64 (ranks,)."""
-    rows, n = shape
-    right = bits_of(0.8 * (energy / n).sqrt(), layout)
-    return rows * bits_of(magnitude, layout) + n * right + 8 * RANK_BYTES
-
-
-def _worth(energy: Tensor, magnitude: Tensor, shape: tuple[int, int], layout: CodeLayout) -> Tensor:
-    """Which directions of a table are worth their bytes: bool (ranks,)."""
-    return energy > PRICE * _rank_bits(energy, magnitude, shape, layout)
+    if not table.delta.numel():
+        return rate_of(lambda step: 0.0, 0.0, 0.0)
+    shares = Shares.of(table, basis)
+    size = float((shares.flat * shares.energies.sqrt()).amax())
+    together = shares.along.square().sum(0).sum().double()
+    coarsest = max(float(together.sqrt()), float(shares.energies.amax().sqrt()))
+    return rate_of(lambda step: shares.at(step, layout)[2], coarsest, size)
 
 
 def encode_table(
@@ -136,22 +191,18 @@ def encode_table(
 
     basis: its directions, (ranks, n); of a tensor other than a matrix none are used. shape: of the tensor.
     """
-    step = float(torch.tensor(step / table.unit).bfloat16()) * table.unit
-    right, scales, kept = _directions(table, basis if len(shape) == 2 else basis[:0], step, layout)
-    along = (right.float() * scales[:, None]).double()
-    solve = torch.linalg.pinv(along).float() if len(along) else along.T.float()
-    lefts, finer, places, codes = [], [], [], []
+    unit = float(torch.tensor(step / table.unit).bfloat16())
+    step = unit * table.unit
+    basis = basis if len(shape) == 2 else basis[:0]
+    shares = Shares.of(table, basis)
+    ranks, alone, _ = shares.at(step, layout)
+    right, scales = _right(basis[ranks], shares.along[~alone][:, ranks] / step, unit)
+    left, coarser = _left(table, right * scales[:, None], alone, step)
+    worth = _paid(left, shares.along[:, ranks] / step, layout)
+    left, right, scales = left[:, worth], right[worth], scales[worth]
+    places, codes = [], []
     for part, x in table.strips():
-        x = x / step
-        left = x @ solve
-        # no finer than its codes can say
-        top = torch.cat([x, left], 1).abs().amax(1) / TOP
-        coarser = torch.exp2(top.clamp_min(1.0).log2().ceil())[:, None]
-        x, left = x / coarser, left / coarser
-        finer.append(table.rows[part] - coarser[:, 0].log2().long())
-        left = rounded(left, dead_zone(kept)) if len(along) else left
-        lefts.append(left.to(torch.int16))
-        x -= left @ along.float()
+        x = x / (step * coarser[part, None]) - left[part].float() @ (right * scales[:, None])
         magnitude = x.abs().mean(1)
         code = rounded(x, dead_zone(magnitude)[:, None])
         gain = (x.square() - (x - code).square()).sum(1)
@@ -159,43 +210,56 @@ def encode_table(
         mine = (gain > PRICE * bits).nonzero().reshape(-1)
         places.append(mine + part.start)
         codes.append(code[mine].to(torch.int16))
-    left, rows, alive, own = (torch.cat(each).cpu() for each in (lefts, finer, places, codes))
-    size = step / table.unit
+    alive, own = torch.cat(places).cpu(), torch.cat(codes).cpu()
+    shifts = table.rows.cpu() - coarser.log2().long().cpu()
     if len(shape) != 2:
-        whole = torch.zeros(len(rows), own.shape[1], dtype=torch.int16)
+        whole = torch.zeros(len(shifts), own.shape[1], dtype=torch.int16)
         whole[alive] = own
         columns = torch.exp2(-table.columns.cpu().float())
-        return coded(whole, size * torch.exp2(-rows.float()), shape, layout, columns)
-    some = left.any(0)
-    scales = torch.cat([size * scales.cpu()[some], torch.tensor([size])])
-    shifts = rows.to(torch.int16), table.columns.to(torch.int16).cpu()
-    factors = left.T[some].contiguous(), right.to(torch.int16).cpu()[some]
-    return coded_table(*factors, scales, shifts, (alive, own), layout)
+        return coded(whole, unit * torch.exp2(-shifts.float()), shape, layout, columns)
+    factors = left.T.contiguous().cpu(), right.to(torch.int16).cpu()
+    sizes = torch.cat([unit * scales.cpu(), torch.tensor([unit])])
+    octaves = shifts.to(torch.int16), table.columns.to(torch.int16).cpu()
+    return coded_table(*factors, sizes, octaves, (alive, own), layout)
 
 
-def _directions(
-    table: Table, basis: Tensor, step: float, layout: CodeLayout
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of the directions that are worth their bytes, as floats (ranks, n); their scales in steps, (ranks,), so
-    that they are bfloat16 in the file; the mean magnitude of what lies along each, in steps."""
-    rows, n = table.delta.shape
-    along = torch.zeros(2, len(basis), dtype=torch.float64, device=basis.device)
-    if len(basis):
-        for _, x in table.strips():
-            mine = (x @ basis.T) / step
-            along += torch.stack([mine.square().sum(0), mine.abs().sum(0)]).double()
-    energy, magnitude = along[0], along[1] / max(1, rows)
-    worth = _worth(energy, magnitude, (rows, n), layout)
-    basis, energy, magnitude = basis[worth], energy[worth], magnitude[worth]
-    # a unit of a direction's entry costs the energy along it; no finer than its codes can say
-    fineness = (
-        energy.sqrt().float().minimum(TOP / basis.abs().amax(1)) if len(basis) else basis[:, 0]
-    )
+def _right(basis: Tensor, along: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    """Codes of directions, as floats (ranks, n), and their scales in steps, (ranks,), that are bfloat16 in the file.
+
+    along: what lies along each, in steps, (rows, ranks): a unit of a direction's entry costs the energy of that.
+    """
+    if not len(basis):
+        return basis, basis.new_zeros(0)
+    # no finer than codes can say
+    fineness = along.square().sum(0).sqrt().minimum(TOP / basis.abs().amax(1)).clamp_min(1e-3)
     codes = (basis * fineness[:, None]).round_().clamp_(-TOP, TOP)
-    unit = step / table.unit
-    scales = (unit / fineness).bfloat16().float() / unit
-    some = codes.any(1)
-    return codes[some], scales[some], magnitude[some].float()
+    return codes, (unit / fineness).bfloat16().float() / unit
+
+
+def _left(table: Table, right: Tensor, alone: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """Codes of rows along directions (ranks, n), int16 (rows, ranks), none of those that stand alone; and by how much
+    the step of a row must be coarser, for its codes to be said: a power of two, (rows,)."""
+    solve = torch.linalg.pinv(right.double()).float()
+    codes, coarser = [], []
+    for part, x in table.strips():
+        x = x / step
+        along = (x @ solve) * ~alone[part, None]
+        top = torch.cat([x, along], 1).abs().amax(1) / TOP
+        coarser.append(torch.exp2(top.clamp_min(1.0).log2().ceil()))
+        codes.append(along / coarser[-1][:, None])
+    left = torch.cat(codes)
+    zone = dead_zone(
+        left[~alone].abs().mean(0) if not alone.all() else left.new_zeros(left.shape[1])
+    )
+    return rounded(left, zone).to(torch.int16), torch.cat(coarser)
+
+
+def _paid(left: Tensor, along: Tensor, layout: CodeLayout) -> Tensor:
+    """Which directions are worth what their codes take as they are: bool (ranks,). left: int16 (rows, ranks); along:
+    what they stand for, in steps."""
+    missed = torch.where(left == 0, along, along - left)
+    gain = (along.square() - missed.square()).sum(0)
+    return gain > PRICE * (coded_rows.bits(left.T.contiguous(), layout).to(gain) + 8 * RANK_BYTES)
 
 
 def vector_ways(delta: Tensor, layout: CodeLayout) -> tuple[Encoded, Encoded]:
