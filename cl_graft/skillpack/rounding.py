@@ -14,11 +14,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from hashlib import blake2b
-from threading import Thread
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cl_graft.skillpack.threads import in_threads
 
 NARROW = (torch.bfloat16, torch.float16)
 # entries at a time on the CPU: fewer take less time than the calls do, more fall out of its cache
@@ -98,22 +99,15 @@ def total(base: Tensor, delta: Tensor, out: Tensor, seed: int, first: int = 0) -
     flat = [x.detach().contiguous().view(-1) for x in (base, delta, out)]
     narrow = all(x.dtype == torch.bfloat16 for x in flat) and first % 4 == 0
     add_ = _add_compiled if narrow and out.numel() >= WORTH_COMPILING else _add_chunks
-    # torch's own operations have threads of their own
-    pieces = torch.get_num_threads() if add_ is _add_compiled and out.numel() > CHUNK else 1
-    count = out.numel()
-    step = -(-count // (4 * pieces)) * 4
-    finite = [True] * pieces
+    finite = []
 
-    def run(piece: int) -> None:
-        mine = [x[piece * step :][:step] for x in flat]
-        finite[piece] = add_(mine, seed, first + piece * step)
+    def run(part: slice) -> None:
+        finite.append(add_([x[part] for x in flat], seed, first + part.start))
 
-    others = [Thread(target=run, args=(piece,)) for piece in range(1, pieces)]
-    for thread in others:
-        thread.start()
-    run(0)
-    for thread in others:
-        thread.join()
+    if add_ is _add_compiled:
+        in_threads(run, out.numel(), 4, CHUNK)
+    else:  # torch's own operations have threads of their own
+        run(slice(0, out.numel()))
     if not out.is_contiguous():
         out.copy_(flat[2].view(out.shape))
     return all(finite)

@@ -214,7 +214,7 @@ def test_the_base_is_neither_copied_nor_decoded_in_full() -> None:
         if n in names
     }
     attached = Attached(model, [SkillPack(low, "low", "test", {}, pack.base)])
-    held = [tuple(t.shape) for pair in attached._held[0].values() for t in pair]
+    held = [tuple(t.shape) for pairs in attached._held[0].values() for pair in pairs for t in pair]
     assert len(held) == 2 * len(names) and all(2 in shape for shape in held)
 
 

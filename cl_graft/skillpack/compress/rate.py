@@ -32,14 +32,17 @@ from cl_graft.skillpack.codecs.coded_low_rank_stack import matrices_of
 from cl_graft.skillpack.codecs.entropy import TOP
 from cl_graft.skillpack.compress.factorise import Spectrum
 from cl_graft.skillpack.compress.gptq import factorised
+from cl_graft.skillpack.compress.solve import dead_zone, rounded, solve_left, solve_right
 
-BIT = 0.05  # of a step: how much further from its code a value may be for each bit that this saves
 WORTH = 0.5  # of a step, the least root mean square of the shorter side's entries that a rank is kept for
 RANK_BYTES = 4.0  # of a rank, beside its codes
-LEFT_DAMPING = 1e-4
 LARGEST = (
     1500.0  # root mean square of a right factor's codes at most: what is larger has a coarser step
 )
+NOISE = (
+    2.0**-23
+)  # of the energy of the largest rank: what a Gram matrix in float32 knows nothing of
+FINEST = 12e3  # of the largest rank's root mean square, the least step: what is finer drowns in that noise
 OUTLIER = 4.0  # times the usual pivot, from which a column has a finer step
 GRID = torch.arange(-320.0, 161.0) / 4  # log2 of steps at which bytes are told
 OCTAVES = 24  # below the step at which the first row is kept
@@ -110,13 +113,6 @@ def _bits_packed(magnitude: Tensor) -> Tensor:
     return 2.0 + 2 * (top > 1.5) + 4 * (top > 7.5) + 8 * (top > 127.5)
 
 
-def dead_zone(magnitude: Tensor) -> Tensor:
-    """How much less than a half rounds to the next code: BIT for each bit between neighbouring codes of a row."""
-    m = magnitude.clamp_min(1e-4)
-    q = ((1 + m * m).sqrt() - 1) / m
-    return (BIT * -q.log2()).clamp_(max=0.35)
-
-
 class Weighted(NamedTuple):
     """A matrix to be coded. delta: float32 (out, in); spectrum: under H; slope: what a squared unit of output costs."""
 
@@ -140,7 +136,7 @@ def column_shifts(root: Tensor) -> tuple[Tensor, float]:
 def matrix_rate(matrix: Weighted, hessian: Tensor | None, pivot: float, layout: CodeLayout) -> Rate:
     """The rate of a matrix's ranks. hessian: damped; pivot: the unit of its `column_shifts`, 1 without."""
     energy = matrix.spectrum.energy.cpu() * matrix.slope
-    count = min(matrix.spectrum.directions, int((energy > 1e-12 * energy[:1]).sum()))
+    count = min(matrix.spectrum.directions, int((energy > NOISE * energy[:1]).sum()))
     if not count:
         return Rate(torch.zeros(len(GRID), dtype=torch.float64), 0.0)
     right, left = _factors(matrix, hessian, count)
@@ -178,7 +174,13 @@ def _factors(matrix: Weighted, hessian: Tensor | None, count: int) -> tuple[Tens
 def ranks_at(energy: Tensor, slope: float, shape: tuple[int, ...], step: float) -> int:
     """How many of a matrix's ranks (out, in) are worth keeping at a step. energy: float64 (r,), falling."""
     worth = (energy * slope).sqrt() / (WORTH * min(shape) ** 0.5)
-    return int((worth > step).sum())
+    least = max(step, finest(energy, slope, shape))
+    return int(((worth > least) & (energy > NOISE * energy[:1])).sum())
+
+
+def finest(energy: Tensor, slope: float, shape: tuple[int, ...]) -> float:
+    """The least step that a matrix (out, in) has a use for."""
+    return float((energy[:1] * slope / min(shape)).sqrt().sum()) / FINEST
 
 
 def encode_matrices(
@@ -191,7 +193,8 @@ def encode_matrices(
     Then, matrix by matrix, the left factor is solved anew by least squares against the delta, which takes up what
     became of the right one, and goes through a solve of its own under the second moment of what it reads.
     """
-    n = matrices[0].delta.shape[1]
+    at_least = [finest(m.spectrum.energy, m.slope, tuple(m.delta.shape)) for m in matrices]
+    step, n = max([step, *at_least]), matrices[0].delta.shape[1]
     shifts, unit = torch.zeros(n, dtype=torch.long, device=matrices[0].delta.device), 1.0
     if under is not None:
         root = factorised(under, 0.0, scaled=False)[1]
@@ -217,7 +220,7 @@ def encode_matrices(
         stacked = stacked * fineness
         codes = rounded(stacked, dead_zone(stacked.abs().mean(1))[:, None])
     else:
-        codes = _solve_right(stacked * unit, root / unit, fineness)
+        codes = solve_right(stacked * unit, root / unit, fineness)
     results: list[Encoded | None] = []
     for m, mine, size in zip(matrices, codes.split(counts), sizes, strict=True):
         some = mine.any(1)
@@ -248,7 +251,7 @@ def _with_left(
     moment.diagonal().add_(1e-6 * moment.diagonal().mean().clamp_min(1e-300))
     chol = torch.linalg.cholesky(moment)
     left = torch.cholesky_solve((seen @ m.delta.T).double(), chol).float()
-    codes, scales = _solve_left(left, moment.float(), step / m.slope**0.5, size)
+    codes, scales = solve_left(left, moment.float(), step / m.slope**0.5, size)
     alive = codes.any(1)
     if not alive.any():
         return None
@@ -277,61 +280,3 @@ def trimmed(encoded: Encoded) -> Encoded:
     ranks = len(scales) - math.ceil(len(scales) / 16)
     parts = left[:ranks], right[:ranks], scales[:ranks]
     return coded_low_rank(*parts, encoded.shape, layout, shifts)
-
-
-def rounded(x: Tensor, zone: Tensor) -> Tensor:
-    """The codes of values in units of a step, as floats."""
-    return x.sign() * (x.abs() + (0.5 - zone)).floor_().clamp_(0, TOP)
-
-
-def _solve_right(x: Tensor, root: Tensor, fineness: Tensor, block: int = 128) -> Tensor:
-    """Codes, as floats (rows, n), of rows in units of the step, column after column (GPTQ, arXiv 2210.17323).
-
-    root: float32 (n, n), upper triangular, R R^T the second moment. fineness: float32 (n,), by how much the step of
-    each column is finer.
-    """
-    columns, zone = x.T.contiguous(), dead_zone(x.abs().mean(1))
-    codes, missing = torch.empty_like(columns), torch.empty_like(columns)
-    pivots, finer = root.diagonal().tolist(), fineness.tolist()
-    terms = torch.zeros_like(columns)
-    for start in range(0, len(columns), block):
-        stop = min(start + block, len(columns))
-        inner, mine = root[start:stop, start:stop].T.contiguous(), missing[start:stop]
-        for i, j in enumerate(range(start, stop)):
-            left = torch.addmv(terms[j], mine[:i].T, inner[i, :i]) if i else terms[j]
-            wanted = torch.add(columns[j], left, alpha=1 / pivots[j])
-            codes[j] = rounded(wanted.mul_(finer[j]), zone)
-            torch.sub(columns[j], codes[j], alpha=1 / finer[j], out=missing[j])
-        terms[stop:].addmm_(root[start:stop, stop:].T, mine)
-    return codes.T.contiguous()
-
-
-def _solve_left(
-    left: Tensor, moment: Tensor, step: float, size: Tensor, block: int = 128
-) -> tuple[Tensor, Tensor]:
-    """(codes, as floats (ranks, out); scales, float32 (ranks,)) of a left factor (ranks, out): left is near
-    codes * scales / size, (ranks,), and the scales are in bfloat16 already.
-
-    moment: float32 (ranks, ranks), of what it reads. Every rank has the step at which each loses the same, and the
-    scale that fits its codes best.
-    """
-    _, root = factorised(moment, LEFT_DAMPING, scaled=False)
-    pivots = root.diagonal().tolist()
-    codes, missing = torch.empty_like(left), torch.empty_like(left)
-    scales, terms = torch.zeros(len(left), device=left.device), torch.zeros_like(left)
-    for start in range(0, len(left), block):
-        stop = min(start + block, len(left))
-        inner, mine = root[start:stop, start:stop].T.contiguous(), missing[start:stop]
-        for i, j in enumerate(range(start, stop)):
-            fed = torch.addmv(terms[j], mine[:i].T, inner[i, :i]) if i else terms[j]
-            wanted = torch.add(left[j], fed, alpha=1 / pivots[j])
-            # no finer than its codes can say
-            grain = max(step / pivots[j], float(wanted.abs().amax()) / TOP)
-            x = wanted / grain
-            codes[j] = rounded(x, dead_zone(x.abs().mean()))
-            squares = codes[j] @ codes[j]
-            if squares > 0:
-                scales[j] = ((codes[j] @ wanted) * (size[j] / squares)).bfloat16()
-            torch.sub(left[j], codes[j] * (scales[j] / size[j]), out=missing[j])
-        terms[stop:].addmm_(root[start:stop, stop:].T, mine)
-    return codes, scales

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -24,28 +24,20 @@ from cl_graft.skillpack.codecs import (
     coded_low_rank_stack,
     payload_bytes,
 )
-from cl_graft.skillpack.compress.directions import wanted_directions
-from cl_graft.skillpack.compress.factorise import Spectrum
-from cl_graft.skillpack.compress.gptq import factorised
 from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.compress.policy import Adaptive
 from cl_graft.skillpack.compress.rate import (
     GRID,
     Rate,
     Weighted,
-    column_shifts,
     encode_matrices,
-    matrix_rate,
     ranks_at,
     ranks_of,
     trimmed,
 )
+from cl_graft.skillpack.compress.rates import rates_of, weighed
 from cl_graft.skillpack.compress.tables import (
-    Table,
     encode_table,
-    table_directions,
-    table_of,
-    table_rate,
     vector_ways,
 )
 from cl_graft.skillpack.compress.work import (
@@ -53,13 +45,9 @@ from cl_graft.skillpack.compress.work import (
     Read,
     Stack,
     Work,
-    alike,
     fetch,
-    importance,
     kept,
-    measure,
     put,
-    slope_of,
     visit,
 )
 from cl_graft.skillpack.compress.work_store import Item
@@ -67,6 +55,7 @@ from cl_graft.skillpack.compress.work_store import Item
 SHARE = 0.99  # of the budget that is used at least, where there is so much to store
 MARGIN = 0.002  # of the budget, kept back until the last tensors
 TRIES = 8  # of the last tensors, until the file fits
+EXACT = 16  # of the last pieces, for which the header is written to know its size
 ROUNDS = 3  # of the tables, until their step is that of the matrices
 
 
@@ -75,7 +64,7 @@ def rated(work: Work, policy: Adaptive) -> dict[str, Spec]:
 
     Raises OverBudget.
     """
-    control = Control(work, policy.layout, measured(work, policy.layout))
+    control = Control(work, policy.layout, rates_of(work, policy.layout))
     control.vectors()
     control.tables()
     total, done = sum(math.prod(p.shape) for p in work.pieces if p.kind == "matrix") or 1, 0
@@ -107,6 +96,10 @@ class Control:
     rates: Mapping[str, Rate]
     kept: dict[str, Spec] = field(default_factory=dict)
     steps: dict[str, float] = field(default_factory=dict)
+    _said: tuple[int, int] = (
+        0,
+        -1,
+    )  # bytes beside what tensors hold, and how many pieces were ahead then
 
     def __post_init__(self) -> None:
         store = self.work.store
@@ -164,7 +157,7 @@ class Control:
     def _tables(self, tables: list[Piece], step: float, found: dict[str, Encoded]) -> None:
         for piece in tables:
             basis = self.work.store[f"rate/{piece.name}"].tensors["basis"].to(self.work.device)
-            table = _table(self.work, piece)
+            table = weighed(self.work, piece)
             encoded = encode_table(table, basis, piece.shape, step, self.layout)
             found.pop(piece.name, None)
             if _says(encoded) or piece.present:
@@ -240,9 +233,24 @@ class Control:
         return Rate(wanted, 0.0).step(left)
 
     def _spare(self) -> int:
-        """Bytes that are left for all that is left to do, beside what the header must say of it."""
-        bare = {piece.tensor: _bare(piece, self.layout) for piece in self.ahead.values()}
-        return self.work.limit.bytes - self.work.limit.cost(self.kept | bare)
+        """Bytes that are left for all that is left to do, beside what the header says of it: as is likely, or for the
+        last pieces as it is so far. (The same after a kill: it depends on what is done alone.)"""
+        ahead = list(self.ahead.values())
+        held = sum(payload_bytes(*spec) for spec in self.kept.values())
+        said = self._header if len(ahead) > EXACT else self._around(self.kept | self._likely(ahead))
+        return self.work.limit.bytes - said - held
+
+    @cached_property
+    def _header(self) -> int:
+        """About the bytes of the file beside what tensors hold."""
+        vectors = {p.name: self.kept[p.name] for p in self.work.pieces if p.kind == "vector"}
+        return self._around(vectors | self._likely(self._pieces.values()))
+
+    def _around(self, specs: Mapping[str, Spec]) -> int:
+        return self.work.limit.cost(specs) - sum(payload_bytes(*x) for x in specs.values())
+
+    def _likely(self, pieces: Iterable[Piece]) -> dict[str, Spec]:
+        return {piece.tensor: _likely(piece, self.layout) for piece in pieces}
 
     @property
     def _pieces(self) -> dict[str, Piece]:
@@ -297,73 +305,23 @@ class Control:
         return sum(payload_bytes(*self.kept[name]) for name in names if name in self.kept)
 
 
-def measured(work: Work, layout: CodeLayout) -> dict[str, Rate]:
-    """What every matrix and table takes at each step, where it takes anything."""
-    # matrices that read one input come one after the other
-    last: tuple[Tensor | None, float] = None, 1.0
-
-    def use(piece: Piece, found: Spectrum, delta: Tensor, under: Tensor | None) -> None:
-        slope = slope_of(work.moments, piece)
-        if slope is None:
-            slope = alike(found.energy) if work.moments.reads else torch.ones(())
-        nonlocal last
-        if under is not last[0]:
-            unit = 1.0 if under is None else column_shifts(factorised(under, 0.0, False)[1])[1]
-            last = under, unit
-        rate = matrix_rate(Weighted(delta, found, float(slope)), under, last[1], layout)
-        about = {"largest": rate.largest, "slope": float(slope)}
-        work.store[f"rate/{piece.name}"] = Item({"bytes": rate.bytes}, about)
-
-    measure(work, lambda name: f"rate/{name}" in work.store, use)
-    shapes = {p.name: p.shape for p in work.pieces if p.kind != "vector" and len(p.shape) == 2}
-    wanted = wanted_directions(shapes, work.policy, work.limit.bytes)
-    rates = {}
-    for piece in work.pieces:
-        key = f"rate/{piece.name}"
-        if piece.kind == "table" and key not in work.store:
-            table = _table(work, piece)
-            basis = table_directions(table, wanted.get(piece.name, 0))
-            rate = table_rate(table, basis, layout)
-            about = {"largest": rate.largest}
-            work.store[key] = Item({"bytes": rate.bytes, "basis": basis.cpu()}, about)
-        if piece.kind != "vector":
-            tensors, about = work.store[key]
-            rates[piece.name] = Rate(tensors["bytes"], about["largest"])
-    return {name: rate for name, rate in rates.items() if rate.largest > 0}
-
-
-def _table(work: Work, piece: Piece) -> Table:
-    """A table with the weights of its entries as a product of rows' and columns'."""
-    whole = piece.delta().to(work.device, torch.float32)
-    delta = whole.reshape(len(whole), -1) if whole.ndim > 1 else whole[None]
-    weigh = importance(piece, whole, work.moments)
-    rows = torch.empty(len(delta), device=delta.device)
-    columns = torch.zeros(delta.shape[1], device=delta.device)
-    for start in range(0, len(delta), step := max(1, (1 << 22) // delta.shape[1])):
-        part = slice(start, start + step)
-        weights = weigh(part)
-        weights = weights.expand(delta[part].shape)
-        rows[part] = weights.mean(1)
-        columns += weights.sum(0)
-    return table_of(delta, rows, columns / columns.mean().clamp_min(1e-30))
-
-
 def _says(encoded: Encoded) -> bool:
     """Whether anything of a table is kept."""
     return bool(encoded.meta["kept"] or encoded.meta.get("rank"))
 
 
-def _bare(piece: Piece, layout: CodeLayout) -> Spec:
-    """What a header says at least of a tensor."""
-    lies: Meta = {"layout": layout, "bytes": 0} | ({"top": 99} if layout == "small" else {})
-    if piece.kind == "table":
-        if len(piece.shape) == 2:
-            return "coded_table", piece.shape, {"rank": 0, "kept": 0, "gap": [1, 0], **lies}
-        return "coded", piece.shape, {"kept": 0, "columns": 1, "gap": [1, 0], **lies}
+def _likely(piece: Piece, layout: CodeLayout) -> Spec:
+    """What a header may say of a tensor: its numbers have about as many digits as they will."""
+    shape = piece.stack.shape if piece.stack else piece.shape
+    rows, cols = shape[-2], shape[-1]
+    rank = min(99, rows, cols)
+    size = 4 * (rank * (rows + cols) // 16)
+    lies: Meta = {"layout": layout, "bytes": size} | ({"top": 999} if layout == "small" else {})
     if piece.stack:
-        return (
-            "coded_low_rank_stack",
-            piece.stack.shape,
-            {"ranks": [0] * piece.stack.shape[0], **lies},
-        )
-    return "coded_low_rank", piece.shape, {"rank": 0, **lies}
+        return "coded_low_rank_stack", shape, {"ranks": [rank] * shape[0], **lies}
+    if piece.kind == "matrix":
+        return "coded_low_rank", shape, {"rank": rank, **lies}
+    kept = {"kept": min(99, shape[0]), "gap": [1, 0]}
+    if len(shape) == 2:
+        return "coded_table", shape, {"rank": rank, **kept, **lies}
+    return "coded", shape, {**kept, "columns": 1, **lies}

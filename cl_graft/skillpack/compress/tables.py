@@ -29,15 +29,8 @@ from cl_graft.skillpack.codecs import (
 from cl_graft.skillpack.codecs.coded_low_rank import SHIFTED
 from cl_graft.skillpack.codecs.entropy import TOP
 from cl_graft.skillpack.compress.factorise import leading
-from cl_graft.skillpack.compress.rate import (
-    BIT,
-    RANK_BYTES,
-    Rate,
-    bits_of,
-    dead_zone,
-    rate_of,
-    rounded,
-)
+from cl_graft.skillpack.compress.rate import RANK_BYTES, Rate, bits_of, rate_of
+from cl_graft.skillpack.compress.solve import BIT, dead_zone, rounded
 
 ROW_BYTES = 2.0  # of a row of its own codes, beside them
 OUTLIER = 8.0  # times the usual energy, from which a row has no say in the directions of all
@@ -191,10 +184,11 @@ def encode_table(
 
     basis: its directions, (ranks, n); of a tensor other than a matrix none are used. shape: of the tensor.
     """
+    shares = Shares.of(table, basis if len(shape) == 2 else basis[:0])
+    basis = basis[: shares.along.shape[1]]
+    step = max(step, float(shares.energies.max().sqrt()) * 2.0**-23)  # the spacing of float32
     unit = float(torch.tensor(step / table.unit).bfloat16())
     step = unit * table.unit
-    basis = basis if len(shape) == 2 else basis[:0]
-    shares = Shares.of(table, basis)
     ranks, alone, _ = shares.at(step, layout)
     right, scales = _right(basis[ranks], shares.along[~alone][:, ranks] / step, unit)
     left, coarser = _left(table, right * scales[:, None], alone, step)
@@ -245,7 +239,8 @@ def _left(table: Table, right: Tensor, alone: Tensor, step: float) -> tuple[Tens
         x = x / step
         along = (x @ solve) * ~alone[part, None]
         top = torch.cat([x, along], 1).abs().amax(1) / TOP
-        coarser.append(torch.exp2(top.clamp_min(1.0).log2().ceil()))
+        octaves = top.clamp_min(1.0).log2().ceil().minimum(table.rows[part] + float(SHIFTED))
+        coarser.append(torch.exp2(octaves))
         codes.append(along / coarser[-1][:, None])
     left = torch.cat(codes)
     zone = dead_zone(

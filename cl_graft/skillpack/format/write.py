@@ -7,7 +7,7 @@ import errno
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ Shapes = Mapping[str, Sequence[int]]
 
 def current_versions() -> dict[str, str]:
     """Versions of what writes a pack; what is not installed as a distribution is left out."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    # once a process: each is parsed from a file that may be long
     versions = {}
     for name in ("torch", "safetensors", "cl-graft"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -50,9 +56,10 @@ def packed_size(
     SkillPackError for what JSON does not keep.
     """
     fields = _fields(base, task, method, options, versions, added, grown, files)
-    table = header.table_of(specs, fields[FILES])
+    payload = sum(codecs.payload_bytes(*spec) for spec in specs.values())
+    payload += sum(file.stored for file in fields[FILES].values())
     text = header.writable(header.describe(fields, specs))
-    sizes = header.payload_bytes(table), len(header.packed(text)), header.digests_bytes(len(specs))
+    sizes = payload, len(header.packed(text)), header.digests_bytes(len(specs))
     return len(header.head(*sizes)) + sum(sizes)
 
 

@@ -184,7 +184,7 @@ def put_low_rank(
     a float32 weight is what the product is summed up in: a rounding, 2**-24 of the weight, every few hundred ranks.
     """
     left, right = pair
-    if left.dtype == torch.bfloat16 and not _multiplied(left):
+    if left.dtype == torch.bfloat16 and (sparse or not _multiplied(left)):
         left, right = left.float(), right.float()
     step = max(4, TILE // max(1, len(right.T)) // 4 * 4)
     wide = weight.dtype == right.dtype == torch.float32
