@@ -96,10 +96,7 @@ class Control:
     rates: Mapping[str, Rate]
     kept: dict[str, Spec] = field(default_factory=dict)
     steps: dict[str, float] = field(default_factory=dict)
-    _said: tuple[int, int] = (
-        0,
-        -1,
-    )  # bytes beside what tensors hold, and how many pieces were ahead then
+    _sizes: dict[str, tuple[Spec, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         store = self.work.store
@@ -184,7 +181,7 @@ class Control:
             step = self._better(pieces, step, low, high)
             if step < first / 8:  # filling up with the last bits of one group is waste
                 break
-        if self.left < 0 and high < math.inf:
+        if high < math.inf and self.left < 0:
             found = self._encoded(todo, high, first)
             self._note(pieces, found, high)
         self._finish(pieces, found)
@@ -236,7 +233,7 @@ class Control:
         """Bytes that are left for all that is left to do, beside what the header says of it: as is likely, or for the
         last pieces as it is so far. (The same after a kill: it depends on what is done alone.)"""
         ahead = list(self.ahead.values())
-        held = sum(payload_bytes(*spec) for spec in self.kept.values())
+        held = self._payload(self.kept)
         said = self._header if len(ahead) > EXACT else self._around(self.kept | self._likely(ahead))
         return self.work.limit.bytes - said - held
 
@@ -247,7 +244,7 @@ class Control:
         return self._around(vectors | self._likely(self._pieces.values()))
 
     def _around(self, specs: Mapping[str, Spec]) -> int:
-        return self.work.limit.cost(specs) - sum(payload_bytes(*x) for x in specs.values())
+        return self.work.limit.cost(specs) - self._payload(specs)
 
     def _likely(self, pieces: Iterable[Piece]) -> dict[str, Spec]:
         return {piece.tensor: _likely(piece, self.layout) for piece in pieces}
@@ -302,7 +299,14 @@ class Control:
     def _took(self, pieces: Iterable[Piece]) -> int:
         """Bytes of the tensors of these pieces, without what the header says of them."""
         names = {piece.tensor for piece in pieces}
-        return sum(payload_bytes(*self.kept[name]) for name in names if name in self.kept)
+        return self._payload({name: self.kept[name] for name in names if name in self.kept})
+
+    def _payload(self, specs: Mapping[str, Spec]) -> int:
+        """Bytes of what tensors hold."""
+        for name, spec in specs.items():
+            if name not in self._sizes or self._sizes[name][0] is not spec:
+                self._sizes[name] = spec, payload_bytes(*spec)
+        return sum(self._sizes[name][1] for name in specs)
 
 
 def _says(encoded: Encoded) -> bool:

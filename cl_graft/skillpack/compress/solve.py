@@ -16,7 +16,7 @@ from cl_graft.skillpack.threads import in_threads
 BIT = 0.05  # of a step: how much further from its code a value may be for each bit that this saves
 LEFT_DAMPING = 1e-4
 BLOCK = 64  # columns, or ranks, that are solved one after the other before the rest hears of them
-WORTH_COMPILING = 1 << 16  # entries of a factor: loading what is compiled takes about a second
+WORTH_COMPILING = 1 << 14  # entries of a factor: loading what is compiled takes about a second
 ROWS = 1024  # of a block, from which a thread more gains
 
 
