@@ -10,7 +10,7 @@ from cl_graft.skillpack.codecs import decode, payload_bytes
 from cl_graft.skillpack.compress.calibrate import Moments
 from cl_graft.skillpack.compress.compress import compress
 from cl_graft.skillpack.compress.policy import Adaptive, Paper
-from cl_graft.skillpack.compress.work import ByteLimit, Piece, fetch
+from cl_graft.skillpack.compress.work import ByteLimit, Piece, fetch, foreseen
 
 SHAPES = {
     "embed.weight": ((96, 32), "embedding"),
@@ -217,3 +217,32 @@ def test_a_budget_beyond_all_use_keeps_what_there_is_and_hardly_more(known):
             3,
         )  # the Gram matrix is float32, whose own noise may be a third
         assert (decode(fetch(store, name)) - x).norm() < 0.01 * x.norm()
+
+
+def test_rows_that_were_not_read_are_foreseen_as_those_read_once():
+    """Counts 8, 1, 1 and two rows of none: a fifth of all reading is of rows read once, and so of the other two."""
+    few = torch.tensor([8.0, 1, 1, *[0] * 20])[:, None] / 10
+    found = foreseen(few)[:, 0]
+    assert torch.allclose(found, torch.tensor([0.64, 0.08, 0.08, *[0.01] * 20]))
+    # never more often than what was read once
+    two = foreseen(torch.tensor([8.0, 1, 1, 0, 0])[:, None] / 10)[:, 0]
+    assert torch.allclose(two, torch.tensor([8.0, 1, 1, 1, 1]) / 12)
+    alike = foreseen(torch.tensor([1.0, 1, 0, 0])[:, None] / 2)[:, 0]
+    assert torch.allclose(alike, torch.full((4,), 0.25))
+    assert torch.equal(foreseen(few[:3]), few[:3])
+    assert torch.equal(foreseen(0 * few), 0 * few)
+
+
+def test_a_row_that_calibration_did_not_read_is_kept_where_its_delta_is_large():
+    """Half of the tokens of other text are new to the calibration text: what is added to them counts, too."""
+    g = torch.Generator().manual_seed(4)
+    delta = 1e-3 * torch.randn(400, 16, generator=g)
+    delta[300:] *= 30
+    read = torch.zeros(400)
+    read[:40] = 1 / 40  # each once
+    known = Moments({"e": read}, {"e": "e"}, {"e": torch.ones(16)})
+    piece = Piece("e", (400, 16), "embedding", lambda: delta)
+    store = {}
+    compress([piece], known, Adaptive(), within(2000), store)
+    kept = decode(fetch(store, "e"))
+    assert (kept - delta).norm() < 0.5 * delta.norm()

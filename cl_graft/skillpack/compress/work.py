@@ -252,19 +252,20 @@ def importance(piece: Piece, delta: Tensor, moments: Known) -> Callable[[slice],
 
 
 def foreseen(frequencies: Tensor) -> Tensor:
-    """How often rows are read, those too that the calibration text did not read.
+    """How often rows are read by other text, those too that this text did not read.
 
-    Together they are read as often as those together that were read once, and each alike (Good 1953, due to Turing); so
-    much less often are the others. frequencies: (rows, 1), counts over their sum, where the least is one.
+    Rows that were not read are together read as often as those that were read once (Good 1953, after Turing), and each
+    alike; the others so much less often. frequencies: (rows, 1), counts over their sum, of which the least is one.
     """
     seen = frequencies > 0
     if seen.all() or not seen.any():
         return frequencies
-    once = frequencies[seen].min()
+    once, unread = frequencies[seen].min(), int((~seen).sum())
     missing = once * (frequencies[seen] < 1.5 * once).sum() / frequencies.sum()
-    if missing >= 1:  # nothing was read twice: nothing is known
-        return torch.full_like(frequencies, float(frequencies.mean()))
-    others = missing * frequencies.sum() / (~seen).sum()
+    # none of them more often than one that was read
+    share = once * unread / frequencies.sum()
+    missing = missing.minimum(share / (1 + share))
+    others = missing * frequencies.sum() / unread
     return torch.where(seen, frequencies * (1 - missing), others)
 
 
