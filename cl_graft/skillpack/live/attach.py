@@ -248,20 +248,27 @@ Held = list[Factors | Entries | Rows]
 
 
 def _hold(pack: SkillPack, name: str, parameter: Tensor, linear: bool) -> Held:
-    """What is worth keeping decoded of a delta: factors, and positions with their values; of a linear layer the rows
-    that have any, unless these are most of its rows: then they are merged as quickly, and take less memory so."""
+    """What is worth keeping decoded of a delta: factors, and positions with their values or the rows that have any."""
     encoded = pack.tensors[name]
     if not (is_factored(encoded) or is_scattered(encoded)):
         return []
     held: Held = []
     for each in changes(pack, name, parameter):
-        if isinstance(each, Entries) and linear:
-            cols = parameter.shape[1]
-            if is_factored(encoded) or 2 * len(each.touched(cols)) <= len(parameter):
-                narrow = parameter.dtype == torch.bfloat16
-                each = each.laid(cols, torch.bfloat16 if narrow else torch.float32)
-        held += [each] if isinstance(each, Factors | Entries | Rows) else []
+        if isinstance(each, Factors):
+            held.append(each)
+        elif isinstance(each, Entries):
+            held.append(_in_rows(each, parameter, is_factored(encoded)) if linear else each)
     return held
+
+
+def _in_rows(each: Entries, parameter: Tensor, beside_factors: bool) -> Entries | Rows:
+    """A linear layer's entries, in rows that its input is multiplied by; as they are where most of its rows have some
+    and no factors go with them: then they are merged as quickly, in less memory."""
+    cols = parameter.shape[1]
+    if beside_factors or 2 * len(each.touched(cols)) <= len(parameter):
+        narrow = parameter.dtype == torch.bfloat16
+        return each.laid(cols, torch.bfloat16 if narrow else torch.float32)
+    return each
 
 
 def _rows(choices: list[Choice]) -> dict[Choice, Any]:
