@@ -43,6 +43,12 @@ def encode(name: str, shape: tuple[int, ...]) -> codecs.Encoded:
         return codecs.low_rank(left * 0.1, right * 0.1)
     if "norm" in name:
         return codecs.dense(torch.randn(shape) * 0.1)
+    if "embed" in name:
+        rows, cols = shape
+        left, right, own = (torch.randint(-9, 10, (2, n)).short() for n in (rows, cols, cols))
+        shifts = torch.zeros(rows).short(), torch.zeros(cols).short()
+        scales = torch.full((3,), 1e-3)
+        return codecs.coded_table(left, right, scales, shifts, (torch.tensor([4, 7]), own))
     return codecs.sparse_top(torch.randn(shape) * 0.1, 50)
 
 
@@ -196,6 +202,7 @@ def test_export(pack: Path, base: Path, tmp_path: Path, call: Call) -> None:
         assert f"{out}: an adapter of rank 8 with 16 of 21 tensors, " in done.out
     done = call(*words, "--out", tmp_path / "rows", "--to", "token-rows", "--rank", "2")
     assert f"{tmp_path / 'rows'}: an adapter of rank 8 with 16 of 21 tensors, " in done.out
+    assert "7 of 48 rows, whole: those that change most" in done.out
     pytest.importorskip("gguf")
     done = call(*words, "--out", tmp_path / "a.gguf", "--to", "gguf", "--rank", "2")
     size = (tmp_path / "a.gguf").stat().st_size
@@ -314,6 +321,7 @@ def test_a_pack_goes_from_one_layout_to_the_other_and_back_to_the_byte(
         )
         assert line.split() == ["layout", file.stem]
         pack = SkillPack.load(file)
+        assert "coded_table" in {encoded.codec for encoded in pack.tensors.values()}
         norm = codecs.dense(pack.delta("model.norm.weight"))
         replace(pack, tensors={**pack.tensors, "model.norm.weight": norm}).save(file)
     for first, layout in ((small, "fast"), (fast, "small")):
@@ -332,7 +340,9 @@ def test_a_pack_goes_from_one_layout_to_the_other_and_back_to_the_byte(
 
 
 def test_layouts_that_cannot_be(pack: Path, base: Path, tmp_path: Path, call: Call) -> None:
-    out = tmp_path / "out.pack"
+    out, held = tmp_path / "out.pack", SkillPack.load(pack)
+    tensors = {n: e for n, e in held.tensors.items() if e.codec != "coded_table"}
+    replace(held, tensors=tensors).save(pack)
     convert = ["convert", pack, "--out", out, "--layout"]
     assert_refused(call(*convert, "tiny"), "no layout named 'tiny'", "small")
     assert_refused(call(*convert, "fast"), "no tensor", "graftllm_adaptive")

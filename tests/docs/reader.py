@@ -224,6 +224,7 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
         "coded": {"kept", "columns"} | ({"gap"} & set(meta)) | lies,
         "coded_low_rank": {"rank"} | lies,
         "coded_low_rank_stack": {"ranks"} | lies,
+        "coded_table": {"rank", "kept"} | ({"gap"} & set(meta)) | lies,
         "dense": {"dtype"},
         "exact": {"dtype"},
         "sparse": {"dtype", "kept"} | ({"gap"} & set(meta)),
@@ -286,7 +287,7 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
         *stack, rows, cols = shape
         rank = whole(meta["rank"])
         return {"left": (dtype, [*stack, rows, rank]), "right": (dtype, [*stack, rank, cols])}
-    if codec in ("coded", "coded_low_rank", "coded_low_rank_stack"):
+    if codec in ("coded", "coded_low_rank", "coded_low_rank_stack", "coded_table"):
         sizes = coded_sizes(codec, shape, meta)
         codes = {
             "kinds": ("U8", [sum(rows for rows, _ in sizes)]),
@@ -301,6 +302,11 @@ def layout(codec: str, shape: list[int], meta: dict[str, Any]) -> dict[str, tupl
             ranks = [whole(rank, 0, min(shape[1:])) for rank in meta["ranks"]]
             must(len(ranks) == shape[0], "ranks")
             return {"scales": ("BF16", [sum(ranks)]), **codes}
+        if codec == "coded_table":
+            scales = ("BF16", [whole(meta["rank"], 0, min(shape)) + 1])
+            whole(meta["kept"], 0, shape[0] if shape[1] else 0)
+            index = index_bytes(meta.get("gap"), shape[0])
+            return {"scales": scales, "index": ("U8", [index]), **codes}
         rows = shape[0] if len(shape) > 1 else 1
         width, count = meta.get("gap", [1, rows])
         index = stream_bytes(whole(count, 0, rows), whole(width, 1, 48))
@@ -385,6 +391,19 @@ def decode(codec: str, shape: list[int], meta: dict[str, Any], parts: dict[str, 
             right = right * 2.0**-of_right
             delta[i] = product(left.astype("<f4"), right.astype("<f4"), shape[1:])
         return delta
+    if codec == "coded_table":
+        of_cols, of_rows, right, left, own = rows_of_codes(
+            parts, coded_sizes(codec, shape, meta), meta
+        )
+        must(all(abs(shift).max(initial=0) <= 30 for shift in (of_cols, of_rows)), "a shift")
+        places = positions(parts["index"], meta.get("gap"), shape[0])
+        must(len(places) == meta["kept"] and bool(own.any(1).all()), "kept")
+        left = (left * 2.0**-of_rows).T * parts["scales"][:-1]
+        right = right * 2.0**-of_cols
+        delta = product(left.astype("<f4"), right.astype("<f4"), shape)
+        sizes = 2.0 ** -(of_rows[0, places][:, None] + of_cols)
+        delta[places] += own.astype("<f4") * parts["scales"][-1] * sizes.astype("<f4")
+        return delta
     if codec == "coded":
         sizes = coded_sizes(codec, shape, meta)
         step = parts["steps"][:, None]
@@ -443,6 +462,10 @@ def coded_sizes(codec: str, shape: list[int], meta: dict[str, Any]) -> list[tupl
     if codec == "coded_low_rank":
         rows, cols = shape
         return [(1, cols), (1, rows), (meta["rank"], cols), (meta["rank"], rows)]
+    if codec == "coded_table":
+        rows, cols = shape
+        rank = meta["rank"]
+        return [(1, cols), (1, rows), (rank, cols), (rank, rows), (meta["kept"], cols)]
     if codec == "coded_low_rank_stack":
         stack, rows, cols = shape
         ranks = sum(meta["ranks"])

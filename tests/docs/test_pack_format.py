@@ -29,6 +29,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "pack-format.md"
 BASE = bytes(range(16)).hex()
 SUMS = (
     "low_rank",
+    "coded_table",
     "quantized_low_rank",
     "quantized_product",
     "sign_low_rank",
@@ -152,6 +153,11 @@ def every_codec() -> dict[str, Encoded]:
             scales = normal((5,), 11)
             kind = f"coded_low_rank {layout} {top}"
             found[kind] = codecs.coded_low_rank(*rows, scales, (13, 9), layout)
+            shifts = codes((1, 13), 30)[0], codes((1, 9), 30)[0]
+            own = torch.arange(0, 13, 3), codes((5, 9), top) | 1
+            found[f"coded_table {layout} {top}"] = codecs.coded_table(
+                *rows, normal((6,), 15), shifts, own, layout
+            )
             found[f"coded {layout} {top}"] = codecs.coded(
                 codes((40, 7), top), normal((40,), 12), (40, 7), layout, columns=normal((7,), 13)
             )
@@ -159,6 +165,12 @@ def every_codec() -> dict[str, Encoded]:
         found[f"coded_low_rank {layout} none"] = codecs.coded_low_rank(
             empty, empty, torch.zeros(0), (4, 4), layout
         )
+        still = torch.zeros(300, dtype=torch.int16), torch.zeros(4, dtype=torch.int16)
+        none = torch.zeros(0, 300, dtype=torch.int16), empty, torch.zeros(1), still
+        own = torch.tensor([7, 250]), codes((2, 4), 9)
+        found[f"coded_table {layout} gaps"] = codecs.coded_table(*none, own, layout)
+        own = torch.zeros(0, dtype=torch.int64), empty
+        found[f"coded_table {layout} none"] = codecs.coded_table(*none, own, layout)
         matrix = codecs.coded_low_rank(
             codes((3, 5), 90), codes((3, 9), 90), normal((3,), 14), (5, 9)
         )

@@ -162,16 +162,16 @@ def assert_refused(encoded: Encoded) -> None:
 def assert_other_ways(encoded: Encoded, delta: Tensor) -> None:
     """Factors, entries, rows and the other layout give the same tensor."""
     codec, least = codecs.codec_named(encoded.codec), 1e-4 * float(delta.abs().max())
+    sparse = torch.zeros(delta.shape)
+    if isinstance(codec, Scattered):
+        places, values = live.entries(encoded)
+        sparse.view(-1)[places] = values.float()
+        assert isinstance(codec, Factored) or torch.equal(sparse, delta)
     if isinstance(codec, Factored):
         left, right = live.factors([encoded])
         if torch.isfinite(left).all() and torch.isfinite(right).all():
-            sizes = left.abs() @ right.abs()  # of the terms, which may cancel out
-            assert ((left @ right - delta).abs() <= 1e-4 * sizes + least).all()
-    if isinstance(codec, Scattered):
-        places, values = live.entries(encoded)
-        flat = torch.zeros(delta.numel())
-        flat[places] = values.float()
-        assert torch.equal(flat.view(delta.shape), delta)
+            sizes = left.abs() @ right.abs() + sparse.abs()  # of the terms, which may cancel out
+            assert ((left @ right + sparse - delta).abs() <= 1e-4 * sizes + least).all()
     if delta.ndim:
         ids = torch.tensor([len(delta) - 1, 0])
         assert torch.allclose(codecs.rows(encoded, ids), delta[ids], rtol=1e-4, atol=least)
@@ -193,6 +193,7 @@ def assert_encoded_again(encoded: Encoded, base: Tensor | None) -> None:
             ranks = sum(meta.get("ranks", [])) + meta.get("rank", 0)
             count = stack[0] if stack else 1
             sizes = [(count, right), (count, left), (ranks, right), (ranks, left)]
+            sizes += [(meta["kept"], right)] if "kept" in meta else []
         matrices = coded_rows.read(parts, sizes, meta)
         if meta["layout"] == "fast":
             again, said = coded_rows.write(matrices, "fast")
@@ -204,7 +205,7 @@ def assert_encoded_again(encoded: Encoded, base: Tensor | None) -> None:
         assert torch.equal(codes, parts["codes"]), "other bytes of the same codes"
     if "index" in parts:
         rows = torch.Size(shape).numel()
-        if encoded.codec == "coded":
+        if encoded.codec in ("coded", "coded_table"):
             rows = shape[0] if len(shape) > 1 else 1
         gap = meta.get("gap")
         places = packing.unpack_index(parts["index"], gap, rows)

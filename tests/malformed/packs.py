@@ -204,6 +204,21 @@ def _coded(d: Draw) -> Encoded:
     return codecs.coded(codes, steps, shape, d.rng.choice(LAYOUTS), columns)
 
 
+def _coded_table(d: Draw) -> Encoded:
+    rows, cols = d.size(), d.size()
+    rank, share = d.rng.randint(0, min(rows, cols)), d.rng.choice([-9, 0, 2])
+    shifts = [(4 * d.normal(n)).round().clamp(-SHIFTED, SHIFTED).short() for n in (rows, cols)]
+    own = d.codes(rows, cols) * (d.normal(rows, 1) > share)
+    return codecs.coded_table(
+        d.codes(rank, rows),
+        d.codes(rank, cols),
+        d.normal(rank + 1),
+        (shifts[0], shifts[1]),
+        (torch.arange(rows), own),
+        d.rng.choice(LAYOUTS),
+    )
+
+
 def _lossless(d: Draw) -> tuple[Encoded, Tensor | None]:
     """Beside what the base has: the same rows, fewer, more, or nothing."""
     x = 0.1 * d.normal(*d.shape())
@@ -280,6 +295,7 @@ MAKERS: dict[str, Callable[[Draw], Encoded | tuple[Encoded, Tensor | None]]] = {
     "quantized_product": lambda d: _product(d, codecs.quantized_product, True),
     "coded_low_rank": _coded_low_rank,
     "coded_low_rank_stack": _coded_low_rank_stack,
+    "coded_table": _coded_table,
     "coded": _coded,
     "lossless": _lossless,
     "sparse_low_rank": _sparse_low_rank,
@@ -292,7 +308,7 @@ MAKERS: dict[str, Callable[[Draw], Encoded | tuple[Encoded, Tensor | None]]] = {
     "mask": lambda d: codecs.mask(d.normal(*d.shape()) > 0),
 }
 # the codes of the engine's own packs get half of all tensors
-OFTEN = ("coded_low_rank", "coded", "lossless")
+OFTEN = ("coded_low_rank", "coded_table", "coded", "lossless")
 
 
 def tensor(rng: random.Random, codec: str) -> tuple[Encoded, Tensor | None]:

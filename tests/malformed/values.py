@@ -107,6 +107,7 @@ def strange_spec(shape: list[int], rng: random.Random) -> list[Any]:
         "mask": {},
         "coded_low_rank": {"rank": rng.choice(COUNTS), **lies},
         "coded_low_rank_stack": {"ranks": [rng.choice(COUNTS)] * rng.choice([1, 2]), **lies},
+        "coded_table": {"rank": rng.choice(COUNTS), "kept": rng.choice(COUNTS), **lies},
         "coded": {"kept": rng.choice(COUNTS), "columns": rng.choice([0, 1, 2]), **lies},
         "lossless": {
             "dtype": rng.choice(["F32", "F16", "BF16"]),
@@ -132,8 +133,10 @@ def strange_spec(shape: list[int], rng: random.Random) -> list[Any]:
     }
     if rng.random() < 0.5:
         metas["lossless"] |= {"rows": rng.choice(COUNTS)}
-    for codec in ("sparse", "coded"):
+    for codec in ("sparse", "coded", "coded_table"):
         gap = [rng.choice([1, 2, 9, 48, 49]), rng.choice(COUNTS)]
         metas[codec] |= rng.choice([{}, {"gap": gap}])
-    codec = rng.choice([*codecs.CODECS, "low_rank", "coded_low_rank", "coded", "lossless"])
+    codec = rng.choice(
+        [*codecs.CODECS, "low_rank", "coded_low_rank", "coded_table", "coded", "lossless"]
+    )
     return [codec, shape, metas[codec]]

@@ -22,6 +22,7 @@ from cl_graft.skillpack.codecs.quant import round_to_nearest
 from cl_graft.skillpack.format.file import ShapeMismatch, SkillPack, WrongBase, fingerprint
 from cl_graft.skillpack.live.attach import Attached, Choice
 from cl_graft.skillpack.live.attachment_points import AttachError, find_attachment_points
+from cl_graft.skillpack.live.decode import Entries
 from cl_graft.skillpack.live.grafted import Grafted
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -126,6 +127,75 @@ def test_each_sample_of_a_mixed_batch_gets_what_its_packs_give_in_the_weights(
                 assert (expected[row] - base[row]).abs().max() > 10 * limit
 
 
+def few_rows(shape: tuple[int, ...], task: int, layout: codecs.CodeLayout) -> Encoded:
+    """Factors and a quarter of the rows on their own; of the last task, those rows alone."""
+    generator = torch.Generator().manual_seed(task)
+    rows, cols = shape
+    rank, own = 3 * (task < 2), torch.arange(task, rows, 4)
+    codes = [(noise((n, m), generator) * 60).short() for n, m in ((rank, rows), (rank, cols))]
+    shifts = (torch.arange(rows) % 3).short() - 1, (torch.arange(cols) % 2).short()
+    own_codes = (noise((len(own), cols), generator) * 60).short()
+    if task == 2:
+        steps, whole = torch.full((rows,), 1e-2), torch.zeros(shape, dtype=torch.int16)
+        whole[own] = own_codes
+        return codecs.coded(whole, steps, shape, layout)
+    scales = torch.tensor([2e-3] * rank + [1e-2])
+    return codecs.coded_table(*codes, scales, shifts, (own, own_codes), layout)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
+def test_rows_of_a_weight_are_added_to_what_the_layer_gives(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tables, also as a tied head, of layers (out, in) and of GPT-2's (in, out): nothing is merged for a call."""
+    model = make(kind, dtype)
+    base, shapes = (
+        fingerprint(model.named_parameters()),
+        {n: tuple(p.shape) for n, p in model.named_parameters() if p.ndim == 2},
+    )
+    packs = [
+        SkillPack(
+            {n: few_rows(s, task, "fast" if task else "small") for n, s in shapes.items()},
+            f"task {task}", "test", {}, base,
+        )
+        for task in range(3)
+    ]  # fmt: skip
+    ids, plain, grafted = batch(len(MIXED)), logits(model, batch(len(MIXED))), Grafted(model)
+    expected = []
+    for row, entry in enumerate(MIXED):
+        grafted.activate(chosen(packs, entry))
+        expected.append(logits(model, ids)[row])
+    grafted.unload()
+    assert torch.equal(logits(model, ids), plain)
+    monkeypatch.setattr(Attached, "_merged", None)
+    with Attached(model, packs) as attached:
+        attached.choose(MIXED)
+        mixed = logits(model, ids)
+        for row, entry in enumerate(MIXED):
+            limit = TOLERANCE[dtype] * expected[row].abs().max()
+            assert (mixed[row] - expected[row]).abs().max() <= limit
+            attached.choose(entry)
+            assert (logits(model, ids)[row] - mixed[row]).abs().max() <= limit
+            if entry is not None:
+                assert (expected[row] - plain[row]).abs().max() > 10 * limit
+    assert torch.equal(logits(model, ids), plain)
+
+
+def test_rows_are_their_entries() -> None:
+    x = torch.zeros(6, 5)
+    x[1, 4], x[4], x[5, 0] = 2.0, torch.arange(1.0, 6), -3.0
+    places = x.view(-1).nonzero().view(-1)
+    entries = Entries(places, x.view(-1)[places])
+    assert entries.touched(5).tolist() == [1, 4, 5]
+    rows, ids = entries.laid(5, torch.float32), torch.tensor([5, 0, 4, 4, 3])
+    assert rows.ids.tolist() == [1, 4, 5] and torch.equal(rows.values, x[rows.ids])
+    assert torch.equal(rows.rows(ids, 5), x[ids]) and torch.equal(entries.rows(ids, 5), x[ids])
+    assert all(torch.equal(a, b) for a, b in zip(rows.entries(), entries, strict=True))
+    none = Entries(places[:0], x.view(-1)[:0]).laid(5, torch.float32)
+    assert none.values.shape == (0, 5) and not none.rows(ids, 5).any()
+
+
 @pytest.mark.parametrize("codec", [codecs.sign_scale, codecs.dense])
 def test_rows_of_a_bfloat16_table_are_rounded_as_in_the_weights(codec: Any) -> None:
     """Deltas far below the spacing: each entry's own random bits decide, wherever the row is looked up."""
@@ -214,7 +284,7 @@ def test_the_base_is_neither_copied_nor_decoded_in_full() -> None:
         if n in names
     }
     attached = Attached(model, [SkillPack(low, "low", "test", {}, pack.base)])
-    held = [tuple(t.shape) for pairs in attached._held[0].values() for pair in pairs for t in pair]
+    held = [tuple(t.shape) for (pair,) in attached._held[0].values() for t in pair]
     assert len(held) == 2 * len(names) and all(2 in shape for shape in held)
 
 

@@ -142,6 +142,7 @@ def test_bad_arguments_are_refused() -> None:
     x, q = torch.ones(4, 6), grid(2, 6, 3, 4, 0)
     mask = torch.ones(6, 4, dtype=torch.bool)
     bad_scale = dataclasses.replace(q, scale=q.scale * math.inf)
+    codecs.check(table([1, 2]))
     for encode in (
         lambda: codecs.dense(x, torch.float64),
         lambda: codecs.exact(x > 0),
@@ -181,12 +182,27 @@ def test_bad_arguments_are_refused() -> None:
         lambda: codecs.seeded_sparse(x, -1, 1 << 48),
         lambda: codecs.seeded_sparse(x, 1, 1 << 40),
         lambda: codecs.seeded_sparse(x * math.nan, 1, 1 << 48),
+        lambda: table([1, 1]),
+        lambda: table([3, 1]),
+        lambda: table([0, 4]),
+        lambda: table([1, 2], 31),
+        lambda: table([1, 2], 0, 1.0, 1.0),
+        lambda: table([1, 2], 0, math.nan),
         lambda: codecs.dct_patches(x, 2, [2, 0], [3, 2]),
         lambda: codecs.dct_patches(x, 2, [9], [6]),
         lambda: codecs.dct_patches(x * math.nan, 2, [2], [6]),
     ):
         with pytest.raises(ValueError):
             encode()
+
+
+def table(rows: list[int], shift: int = 0, *scales: float) -> Encoded:
+    """A table (4, 6) of a rank for each of the scales but the last, and two rows of their own codes."""
+    ones = torch.ones(8, 8, dtype=torch.int16)
+    shifts, own = (shift * ones[0, :4], ones[0, :6]), (torch.tensor(rows), ones[:2, :6])
+    return codecs.coded_table(
+        ones[:0, :4], ones[:0, :6], torch.tensor(scales or (1.0,)), shifts, own
+    )
 
 
 SPECS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
@@ -228,6 +244,14 @@ SPECS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("coded_low_rank", (2, 2), {"rank": 1, "layout": "small", "bytes": 2, "top": 1}),
     ("coded_low_rank", (2, 2), {"rank": 1, "layout": "small", "bytes": 4, "top": 8192}),
     ("coded_low_rank", (2, 2), {"rank": 1, "layout": "fast", "bytes": 4, "top": 1}),
+    ("coded_table", (2, 3), {"rank": 3, "kept": 0, "layout": "fast", "bytes": 0}),
+    ("coded_table", (2, 3), {"rank": 1, "kept": 3, "layout": "fast", "bytes": 0}),
+    ("coded_table", (2, 0), {"rank": 0, "kept": 1, "layout": "fast", "bytes": 0}),
+    ("coded_table", (2, 3), {"rank": 0, "kept": 1, "layout": "fast", "bytes": 33}),
+    ("coded_table", (2, 3), {"rank": 0, "kept": 1, "layout": "small", "bytes": 2, "top": 1}),
+    ("coded_table", (2, 3), {"rank": 0, "kept": 1, "layout": "fast", "bytes": 0, "gap": [1, 3]}),
+    ("coded_table", (2, 3), {"rank": 0, "layout": "fast", "bytes": 0}),
+    ("coded_table", (2, 3, 4), {"rank": 0, "kept": 1, "layout": "fast", "bytes": 0}),
     ("coded_low_rank_stack", (2, 2), {"ranks": [1, 1], "layout": "fast", "bytes": 0}),
     ("coded_low_rank_stack", (2, 2, 3), {"ranks": [1], "layout": "fast", "bytes": 0}),
     ("coded_low_rank_stack", (2, 2, 3), {"ranks": [1, 3], "layout": "fast", "bytes": 0}),
@@ -321,6 +345,14 @@ def one_of_each() -> dict[str, Encoded]:
                 *[None] * 4,
             ],
             (6, 3, 7),
+            "fast",
+        ),
+        "coded_table": codecs.coded_table(
+            codes[:3, :6],
+            codes[:3],
+            x[0, :4],
+            (codes[0, :6] // 9, codes[0] // 9),
+            (torch.tensor([1, 4]), codes[:2]),
             "fast",
         ),
         "coded": codecs.coded(codes, x[:, 0], (6, 7), "fast"),
@@ -459,6 +491,7 @@ STORED: dict[
     "quantized_low_rank": (3 * (6 + 7), 3 * (6 + 7 + 4) + 16 * 4),
     "coded_low_rank": (8 * 42, 8 * (42 + 6 + 8)),
     "coded_low_rank_stack": (8 * 20, 8 * (20 + 4 + 16)),
+    "coded_table": (8 * (4 + 3 + 21 + 18 + 14), 8 * (60 + 2 * 4 + 1 + 10)),
     "coded": (8 * 42, 8 * (42 + 12 + 6 + 1)),
     "sign_scale": (42, 42),
     "exact": (64 * 42, 64 * 42),

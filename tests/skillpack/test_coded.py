@@ -51,7 +51,10 @@ def test_layouts_convert_into_one_another_to_the_byte(count: int, top: int, seed
     small = codecs.coded_low_rank(left, right, normal((count,), seed), (50, 40), "small")
     table = codecs.coded(left, normal((count,), seed), (count, 5, 10), "small", normal((50,), 1))
     stack = codecs.coded_low_rank_stack([None, small], (2, 50, 40), "small")
-    for first in (small, table, stack):
+    shifts = rows((1, 50), 30, seed)[0], rows((1, 40), 30, seed)[0]
+    own = torch.arange(count) + 3, rows((count, 40), top, seed + 2)
+    sums = codecs.coded_table(left, right, normal((count + 1,), seed), shifts, own, "small")
+    for first in (small, table, stack, sums):
         fast = codecs.relaid(first, "fast")
         again = codecs.relaid(fast, "small")
         assert codecs.layout_name(fast) == "fast" and again.meta == first.meta
@@ -66,6 +69,81 @@ def test_the_delta_by_hand() -> None:
     assert codecs.decode(matrix).tolist() == [[0.5, -0.5], [0.0, 30.0], [-1.0, 1.0]]
     table = codecs.coded(left, torch.tensor([0.5, 2.0]), (2, 3), columns=torch.tensor([1.0, 2, 4]))
     assert codecs.decode(table).tolist() == [[0.5, 0.0, -4.0], [0.0, 12.0, 0.0]]
+
+
+LEFT = [[1, 0, -2, 0], [0, 3, 0, 0]]
+RIGHT = [[1, -1, 0], [0, 5, 4]]
+
+
+def a_table(own: dict[int, list[int]], layout: codecs.CodeLayout = "small") -> Encoded:
+    """Rank 2, scales 0.5 and 2, 0.25 for rows of their own; row 1 is half as fine, column 2 four times as fine."""
+    codes = torch.tensor(list(own.values()), dtype=torch.int16).view(-1, 3)
+    left, right, down, across = (
+        torch.tensor(x, dtype=torch.int16) for x in (LEFT, RIGHT, [0, -1, 0, 0], [0, 0, 2])
+    )
+    scales, alive = torch.tensor([0.5, 2.0, 0.25]), torch.tensor(list(own), dtype=torch.int64)
+    return codecs.coded_table(left, right, scales, (down, across), (alive, codes), layout)
+
+
+@pytest.mark.parametrize("layout", coded_rows.LAYOUTS)
+def test_a_table_by_hand(layout: codecs.CodeLayout) -> None:
+    shared = [[0.5, -0.5, 0.0], [0.0, 60.0, 12.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    assert codecs.decode(a_table({}, layout)).tolist() == shared
+    encoded = a_table({1: [-1, 0, 16], 3: [4, 1, -8]}, layout)
+    shared[1], shared[3] = [-0.5, 60.0, 14.0], [1.0, 0.25, -0.5]
+    assert codecs.decode(encoded).tolist() == shared
+    codec = codecs.codec_named("coded_table")
+    assert isinstance(codec, codecs.Scattered)
+    places, values = codec.entries(encoded)
+    assert places.tolist() == [3, 5, 9, 10, 11] and values.tolist() == [-0.5, 2, 1, 0.25, -0.5]
+
+
+@pytest.mark.parametrize("layout", coded_rows.LAYOUTS)
+def test_a_row_of_zeros_has_no_codes_of_its_own(layout: codecs.CodeLayout) -> None:
+    """So it is left out when it is written, and refused when it is read."""
+    encoded, row = a_table({1: [-1, 0, 16], 3: [4, 1, -8]}, layout), [4, 1, -8]
+    assert a_table({0: [0, 0, 0], 3: row}, layout).meta["kept"] == 1
+    sizes = [(1, 3), (1, 4), (2, 3), (2, 4), (2, 3)]
+    matrices = coded_rows.read(encoded.parts, sizes, encoded.meta)
+    matrices[-1][1] = 0
+    for kind in (0, 7):  # in a stream, zeros may be coded as any row is
+        if layout == "small":
+            kinds = [entropy.classes_of(m, 16)[0] for m in matrices]
+            kinds[-1][1] = kind
+            codes = entropy.encode(matrices, kinds, 16)
+            lies, meta = {"kinds": torch.cat(kinds), "codes": codes}, {"bytes": len(codes)}
+        else:
+            lies, meta = coded_rows.write(matrices, layout)
+        forged = dataclasses.replace(encoded, parts=encoded.parts | lies, meta=encoded.meta | meta)
+        with pytest.raises(ValueError, match="whose own codes are all zero"):
+            codecs.decode(forged)
+        if kind == 0 or layout == "fast":
+            with pytest.raises(ValueError, match="whose own codes are all zero"):
+                codecs.check(forged)
+
+
+@some
+@given(sizes, st.integers(0, 5), st.sampled_from([0, 1, 127]), st.integers(0, 1000))
+def test_a_table_is_its_factors_and_its_entries(
+    size: tuple[int, int], rank: int, top: int, seed: int
+) -> None:
+    """Of any shape, also without a row, a rank or a row of its own codes."""
+    rank, codec = min(rank, *size), codecs.codec_named("coded_table")
+    assert isinstance(codec, codecs.Factored) and isinstance(codec, codecs.Scattered)
+    shifts = rows((1, size[0]), 30, seed)[0], rows((1, size[1]), 30, seed + 1)[0]
+    matrices = [rows((rank, n), top, seed + n) for n in size]
+    own = torch.arange(0, size[0], 2), rows((-(-size[0] // 2), size[1]), top, seed + 2)
+    encoded = codecs.coded_table(*matrices, normal((rank + 1,), seed), shifts, own, "fast")
+    left, right = torch.empty(size[0], rank), torch.empty(rank, size[1])
+    if encoded.shape[0]:
+        codec.write_factors(encoded, left, right)
+        places, values = codec.entries(encoded)
+        assert (places.diff() > 0).all() and values.all()
+        found = (left.double() @ right.double()).view(-1).index_add_(0, places, values.double())
+        slack = 1e-6 * float((left.abs() @ right.abs()).max()) + 1e-30
+        wanted = codecs.decode(encoded).view(-1).double()
+        assert torch.allclose(found, wanted, rtol=1e-6, atol=slack)
+    assert codecs.decode(encoded).shape == size
 
 
 def test_a_factor_is_what_the_delta_is_the_product_of() -> None:

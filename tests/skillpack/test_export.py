@@ -199,6 +199,53 @@ def test_changed_rows_alone_are_written(base: Path, tmp_path: Path) -> None:
     assert torch.equal(found, (Checkpoint(base).read(EMBEDDING) + delta)[[3, 40]])
 
 
+def table(rows: int, cols: int, own: list[int]) -> Encoded:
+    """What all rows share, of rank 2, and some rows of their own."""
+    generator = torch.Generator().manual_seed(rows)
+    draw = lambda *size: torch.randint(-9, 10, size, generator=generator).short()  # noqa: E731
+    shifts = torch.zeros(rows).short(), torch.zeros(cols).short()
+    scales, alive = torch.tensor([1e-3, 2e-3, 0.1]), torch.tensor(own, dtype=torch.int64)
+    mine = alive, draw(len(own), cols)
+    return codecs.coded_table(draw(2, rows), draw(2, cols), scales, shifts, mine)
+
+
+@pytest.mark.parametrize("own", [[], [3, 40]])
+def test_of_a_table_that_changes_in_all_rows_those_that_change_most_are_written(
+    own: list[int], base: Path, tmp_path: Path
+) -> None:
+    """As many as have the numbers of two ranks, 2 (48 + 32) / 32, and of the rows of their own."""
+    pack = pack_for(base, {EMBEDDING: table(48, 32, own), Q: low(32, 32, 2)})
+    delta = pack.delta(EMBEDDING)
+    assert delta.any(1).all()
+    row, _ = peft(pack, base, tmp_path / "adapter", tables="rows")
+    most = sorted(range(48), key=lambda i: float(delta[i].norm()))[-5 - len(own) :]
+    assert config(tmp_path / "adapter")["trainable_token_indices"] == {
+        "model.embed_tokens": sorted(most)
+    }
+    assert row.note == f"{5 + len(own)} of 48 rows, whole: those that change most"
+    written = torch.zeros(48, 32)
+    written[most] = delta[most]
+    lost = float((delta - written).norm() / delta.norm())
+    assert row.error == pytest.approx(lost, rel=1e-5) and lost > 0.01
+    only = pack_for(base, {EMBEDDING: codecs.dense(written, torch.float32), Q: pack.tensors[Q]})
+    wanted = with_pack(base, only, [EMBEDDING, Q], tmp_path / "merged")
+    assert torch.allclose(with_adapter(base, tmp_path / "adapter"), wanted, atol=1e-5)
+
+
+def test_the_factors_of_a_table_have_a_rank_for_each_row_of_its_own(
+    base: Path, tmp_path: Path
+) -> None:
+    pack = pack_for(base, {EMBEDDING: table(48, 32, [3, 9, 40]), HEAD: table(48, 32, [])})
+    pack.tensors[Q] = low(32, 32, 2)
+    rows = peft(pack, base, tmp_path / "adapter", tables="lora")
+    assert [row.rank for row in rows] == [5, 2, 2]
+    assert all(row.error == pytest.approx(0, abs=1e-5) for row in rows)
+    wanted = with_pack(base, pack, list(pack.tensors), tmp_path / "merged")
+    assert torch.allclose(with_adapter(base, tmp_path / "adapter"), wanted, atol=1e-5)
+    cut_short = peft(pack, base, tmp_path / "less", rank=3, tables="lora")
+    assert cut_short[0].rank == 3 and cut_short[0].error > 0.01
+
+
 # --- one rank for all --------------------------------------------------------------------------
 
 
@@ -314,7 +361,7 @@ def rotated_back(rows: Tensor, heads: int) -> Tensor:
 def test_a_gguf_adapter_holds_the_deltas(base: Path, tmp_path: Path) -> None:
     """As llama.cpp reads it: y += alpha / r * lora_b lora_a x, the rows of q and k in its order."""
     pytest.importorskip("gguf")
-    pack = pack_for(base, mixed())
+    pack = pack_for(base, mixed() | {HEAD: table(48, 32, [4, 7])})
     rows = export_gguf(adapter_of(pack, base, tables="lora"), tmp_path / "a.gguf")
     assert kept(rows) == [*LINEAR, HEAD, EMBEDDING] and [
         f.name for f in tmp_path.iterdir() if f.is_file()

@@ -136,6 +136,7 @@ PARTS = {
     "quantized_low_rank": ("codes", "scales"),
     "coded_low_rank": ("scales", "kinds", "codes"),
     "coded_low_rank_stack": ("scales", "kinds", "codes"),
+    "coded_table": ("scales", "index", "kinds", "codes"),
     "coded": ("steps", "columns", "index", "kinds", "codes"),
     "sign_scale": ("signs", "scale"),
     "exact": ("values",),

@@ -144,13 +144,14 @@ def test_a_stream_under_a_top_of_0_is_refused_in_a_sentence(path: Path) -> None:
     assert not codecs.decode(Encoded("coded", (2, 3), meta, parts | {"kinds": 0 * kinds})).any()
 
 
-@pytest.mark.parametrize("codec", ["coded", "coded_low_rank", "lossless"])
+@pytest.mark.parametrize("codec", ["coded", "coded_low_rank", "coded_table", "lossless"])
 def test_a_tensor_without_an_element_has_no_stream(codec: str) -> None:
     """It would never be read, so that many files would say the same."""
     lies = {"layout": "small", "bytes": 0, "top": 0}
     metas = {
         "coded": {"kept": 0, "columns": 0, **lies},
         "coded_low_rank": {"rank": 0, **lies},
+        "coded_table": {"rank": 0, "kept": 0, **lies},
         "lossless": {"dtype": "F32", "bytes": [0, 0, 0]},
     }
     meta = metas[codec]

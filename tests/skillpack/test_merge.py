@@ -11,7 +11,7 @@ from cl_graft.skillpack.codecs import CodeLayout, Encoded
 from cl_graft.skillpack.format.file import NonFinite, SkillPack, fingerprint
 from cl_graft.skillpack.live import attach, grafted
 from cl_graft.skillpack.live.attach import Attached
-from cl_graft.skillpack.live.decode import factors
+from cl_graft.skillpack.live.decode import entries, factors
 from cl_graft.skillpack.live.grafted import Grafted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,12 +51,22 @@ def table(shape: tuple[int, int], seed: int, layout: CodeLayout = "small") -> En
     return codecs.coded(numbers(shape[0], shape[1], seed), steps, shape, layout)
 
 
+def summed(shape: tuple[int, int], seed: int, layout: CodeLayout = "small") -> Encoded:
+    """Factors, and every fifth row on its own, in codes of every width."""
+    left, right = numbers(RANK, shape[0], seed), numbers(RANK, shape[1], seed + 1)
+    sizes = torch.cat([1e-3 / SPREADS.clamp(min=1).square().repeat(2), torch.tensor([1e-3])])
+    shifts = torch.arange(shape[0]).short() % 3, torch.arange(shape[1]).short() % 5 - 2
+    own = torch.arange(2, shape[0], 5)
+    codes = numbers(len(own), shape[1], seed + 2)
+    return codecs.coded_table(left, right, sizes, shifts, (own, codes), layout)
+
+
 def pack_of(model: nn.Module, task: str, tensors: dict[str, Encoded]) -> SkillPack:
     return SkillPack(tensors, task, "test", {}, fingerprint(model.named_parameters()))
 
 
 def packs_of(model: nn.Module, layout: CodeLayout = "small") -> list[SkillPack]:
-    """The table by rows and the layer by factors; the layer alone; both by factors."""
+    """The table by rows and the layer by factors; the layer alone; both by factors; the table by both, alone."""
     large, square = (ROWS, COLS), (COLS, COLS)
     return [
         pack_of(
@@ -73,6 +83,7 @@ def packs_of(model: nn.Module, layout: CodeLayout = "small") -> list[SkillPack]:
                 "layer.weight": low_rank(square, 8, layout),
             },
         ),
+        pack_of(model, "d", {"table.weight": summed(large, 10, layout)}),
     ]
 
 
@@ -116,30 +127,37 @@ def test_a_switch_gives_the_bits_of_a_merge_and_the_base_comes_back(dtype: torch
         assert not same(model, before) and model.last.weight is model.table.weight
         live.unload()
         assert same(model, before)
-    for number in (0, 1, 2, 0, 2, 1):
+    for number in (0, 1, 2, 3, 0, 2, 3, 1):
         live.activate([packs[number]])
         assert same(model, alone[number])
         assert torch.equal(outside, model.table.weight.view(-1)), "an alias sees what is merged"
-    live.activate([packs[0], packs[2]])
-    both = snapshot(model)
-    live.activate([packs[1]])
-    live.activate([packs[0], packs[2]])
-    assert same(model, both)
+    for two in ([packs[0], packs[2]], packs[2:], [packs[0], packs[3]], [packs[3], packs[0]]):
+        live.activate(two)
+        both = snapshot(model)
+        live.activate([packs[1]])
+        live.activate(two)
+        assert same(model, both)
     live.unload()
     assert same(model, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_are_base_plus_deltas_whatever_the_codecs(dtype: torch.dtype) -> None:
-    """To one spacing of the dtype, and what bfloat16 factors lose: 2**-7 of the sum of magnitudes."""
+@pytest.mark.parametrize("chosen", [(0, 1, 2, 3), (3,), (0, 3), (2, 3)], ids=str)
+def test_weights_are_base_plus_deltas_whatever_the_codecs(
+    dtype: torch.dtype, chosen: tuple[int, ...]
+) -> None:
+    """To one spacing of the dtype, and what bfloat16 factors lose: 2**-7 of the sum of magnitudes, entries too."""
     model = Tied(dtype)
     before, packs = snapshot(model), packs_of(model)
+    packs = [packs[k] for k in chosen]
     Grafted(model).activate(packs)
     for name, parameter in model.named_parameters():
         mine = [pack.tensors[name] for pack in packs if name in pack.tensors]
         wanted = before[name].double() + sum(codecs.decode(e).double() for e in mine)
         pairs = [factors([e]) for e in mine if codecs.is_factored(e)]
         lost = 2.0**-7 * sum(p.left.abs() @ p.right.abs() for p in pairs)
+        for each in (entries(e) for e in mine if pairs and codecs.is_scattered(e)):
+            lost.view(-1)[each.positions] += 2.0**-7 * each.values.abs()
         spacing = torch.finfo(dtype).eps * wanted.abs() + torch.finfo(dtype).smallest_normal
         missed = (parameter.double() - wanted).abs()
         assert (missed <= 2 * spacing + (lost if dtype == torch.bfloat16 else 1e-6)).all()
@@ -182,7 +200,7 @@ def test_attached_packs_are_decoded_once(
     model = Tied(dtype)
     packs, ids = packs_of(model), torch.arange(6).reshape(3, 2)
     live, wanted = Grafted(model), []
-    choices: list[attach.Choice] = [(0,), (0, 2), (1, 2)]
+    choices: list[attach.Choice] = [(0,), (0, 2), (1, 2), (3,), (0, 3), (2, 3)]
     with torch.no_grad():
         for choice in choices:
             live.activate([packs[k] for k in choice])

@@ -225,6 +225,20 @@ def reference(encoded: Encoded) -> list[Fraction]:
             * Fraction(2) ** -(down[i] + across[j])
             for i, j in itertools.product(range(rows), range(cols))
         ]
+    if encoded.codec == "coded_table":
+        rank, (*scales, step) = meta["rank"], floats(parts["scales"], "BF16")
+        sizes = [(1, cols), (1, rows), (rank, cols), (rank, rows), (meta["kept"], cols)]
+        (across,), (down,), right, left, own = coded_rows(parts, sizes, meta)
+        where = positions(parts["index"], meta.get("gap"), rows)
+        added = dict(zip(where, own, strict=True))
+        return [
+            sum(
+                (scales[k] * left[k][i] * right[k][j] for k in range(rank)),
+                step * added[i][j] if i in added else Fraction(0),
+            )
+            * Fraction(2) ** -(down[i] + across[j])
+            for i, j in itertools.product(range(rows), range(cols))
+        ]
     places = list(itertools.product(range(rows), range(cols)))
     if encoded.codec == "low_rank":
         rank = meta["rank"]
@@ -505,6 +519,31 @@ def test_coded_low_rank(
     shifts = tuple(whole(1, n, 30, seed + n)[0] if shifted else None for n in shape)
     encoded = codecs.coded_low_rank(left, right, normal((rank,), seed), shape, layout, shifts)
     assert encoded.meta["rank"] == rank and codecs.layout_name(encoded) == layout
+    assert agrees(encoded, exact=False)
+
+
+@layouts
+@few
+@given(matrices, st.integers(0, 4), tops, st.booleans(), st.floats(0, 1), seeds)
+def test_coded_table(
+    layout: codecs.CodeLayout,
+    shape: tuple[int, int],
+    rank: int,
+    top: int,
+    shifted: bool,
+    share: float,
+    seed: int,
+) -> None:
+    rank = min(rank, *shape)
+    left, right = (whole(rank, n, top, seed + i) for i, n in enumerate(shape))
+    shifts = tuple(whole(1, n, 30 * shifted, seed + n)[0] for n in shape)
+    own = whole(*shape, top, seed + 2)
+    own *= torch.rand(shape[0], 1, generator=torch.Generator().manual_seed(seed)) < share
+    scales = normal((rank + 1,), seed)
+    rows = torch.arange(shape[0]), own
+    encoded = codecs.coded_table(left, right, scales, shifts, rows, layout)
+    assert encoded.meta["rank"] == rank and codecs.layout_name(encoded) == layout
+    assert encoded.meta["kept"] == int(own.any(1).sum())
     assert agrees(encoded, exact=False)
 
 

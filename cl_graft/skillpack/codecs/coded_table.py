@@ -3,7 +3,7 @@
 meta: rank, kept, perhaps gap (as of `sparse`, of the rows), and how the rows of codes lie (coded_rows.py); parts:
 scales (rank + 1,), the last that of the rows' own codes, index, kinds, codes. The rows are the shifts of the columns
 (1, cols) and of the rows (1, rows), then the right factor (rank, cols), the left one's transpose (rank, rows), and the
-rows' own codes (kept, cols).
+rows' own codes (kept, cols), none of which are all zeros.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from cl_graft.skillpack.codecs.encoded import (
     whole,
 )
 
+ZEROS = "a row is stored whose own codes are all zero."
+
 
 def coded_table(
     left: Tensor,
@@ -39,13 +41,18 @@ def coded_table(
 
     left: int16 (rank, rows); right: int16 (rank, cols); scales: (rank + 1,), rounded to bfloat16; shifts: of rows and
     of columns, int16 (rows,) and (cols,), -SHIFTED to SHIFTED (coded_low_rank.py); own: which rows, int64 (kept,),
-    increasing, and their codes, int16 (kept, cols). Raises ValueError where they do not fit together.
+    increasing, and their codes, int16 (kept, cols), of which rows of zeros are left out. Raises ValueError where they
+    do not fit together.
     """
     alive, codes = own
     rank, (rows, cols) = len(scales) - 1, (len(shift) for shift in shifts)
     given = [tuple(x.shape) for x in (left, right, codes)]
     if given != [(rank, rows), (rank, cols), (len(alive), cols)]:
         raise ValueError(f"factors and codes {given} are not of a rank {rank} and {(rows, cols)}.")
+    alive, codes = alive[codes.any(1)], codes[codes.any(1)]
+    ends = torch.cat([alive.new_tensor([-1]), alive, alive.new_tensor([rows])])
+    if not (ends.diff() > 0).all():
+        raise ValueError(f"rows of their own codes do not increase from 0 to {rows - 1}.")
     if not rows * cols:  # nothing is read of a table without an element
         shifts = 0 * shifts[0], 0 * shifts[1]
     gap, index = packing.pack_index(alive, rows)
@@ -66,7 +73,7 @@ class CodedTableCodec(Factored, Scattered, Relaid):
         rows, cols = matrix(shape)
         # what is decoded is then never larger than the table by more than its factors can be
         rank = whole(meta["rank"], "rank", 0, min(shape))
-        whole(meta["kept"], "kept", 0, rows)
+        whole(meta["kept"], "kept", 0, rows if cols else 0)
         index = packing.packed_bytes(rows, 1)
         if "gap" in meta:
             index = packing.gap_bytes(meta["gap"], rows)
@@ -80,6 +87,10 @@ class CodedTableCodec(Factored, Scattered, Relaid):
         sizes = _sizes(encoded.shape, encoded.meta)
         for shifts in sum(coded_rows.check(encoded.parts, sizes, encoded.meta)[:2], []):
             bounded(shifts)
+        # in a stream a row of another class may be one, too
+        kept = encoded.meta["kept"]
+        if kept and not encoded.parts["kinds"][-kept:].all():
+            raise ValueError(ZEROS)
 
     def decode(self, encoded: Encoded) -> Tensor:
         of_columns, of_rows, right, left, _ = self.codes(encoded)
@@ -111,7 +122,10 @@ class CodedTableCodec(Factored, Scattered, Relaid):
         return alive[row] * own.shape[1] + column, values
 
     def codes(self, encoded: Encoded) -> list[Tensor]:
-        return coded_rows.read(encoded.parts, _sizes(encoded.shape, encoded.meta), encoded.meta)
+        found = coded_rows.read(encoded.parts, _sizes(encoded.shape, encoded.meta), encoded.meta)
+        if not found[-1].any(1).all():
+            raise ValueError(ZEROS)
+        return found
 
     def relaid(self, encoded: Encoded, layout: CodeLayout) -> Encoded:
         parts, meta = coded_rows.write(self.codes(encoded), layout)

@@ -1,8 +1,9 @@
 """Packs beside a base model: its weights stay as they are, and each sample of a batch has its own packs.
 
 A low-rank delta of a linear layer is added to the layer's output, y += (x right^T) left^T (LoRA, Hu et
-al. 2022, unmerged). Every other delta is in the weights for as long as one call of a module takes, once
-for each distinct choice in the batch, on the rows of its samples. attachment_points.py says at which modules.
+al. 2022, unmerged), and so is one in a few rows of its weight, or the sum of both, as of a head. Every other
+delta is in the weights for as long as one call of a module takes, once for each distinct choice in the batch,
+on the rows of its samples. attachment_points.py says at which modules.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from cl_graft.skillpack.live.attachment_points import (
     AttachmentPoint,
     find_attachment_points,
 )
-from cl_graft.skillpack.live.decode import Entries, Factors
+from cl_graft.skillpack.live.decode import Entries, Factors, Rows
 from cl_graft.skillpack.live.grafted import Change, changes, check_deltas, check_packs, put, seed_of
 
 Choice = tuple[int, ...]
@@ -36,8 +37,9 @@ class Attached:
     packs: what `choose` numbers from 0. example: keyword arguments of one forward of several samples,
     for the trial run; by default three samples of two input_ids. Raises WrongBase or ShapeMismatch as
     `Grafted` does, NoDelta for a lossless pack, AttachError where samples cannot be told apart where a
-    parameter is read. Memory is that of the packs' factors, in the model's dtype (float32 for float16),
-    and of the other deltas as stored. Meanwhile nothing else may write to the parameters or replace a `forward`.
+    parameter is read. Memory is that of the packs' factors and of what is added in rows, in the model's
+    dtype (float32 for float16), and of the other deltas as stored. Meanwhile nothing else may write to the
+    parameters or replace a `forward`.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class Attached:
         check_deltas(self.packs)
         touched = {n: p for n, p in self._parameters.items() if any(n in q.tensors for q in packs)}
         points = find_attachment_points(model, touched, example) if touched else []
+        linear = {name for point in points for name in point.linear}
         self._held = [
-            {n: held for n in q.tensors if (held := _hold(q, n, touched[n]))} for q in self.packs
+            {n: held for n in q.tensors if (held := _hold(q, n, touched[n], n in linear))}
+            for q in self.packs
         ]
         self._choices: tuple[Choice, ...] = ((),)
         self._batch: int | None = None
@@ -141,11 +145,14 @@ class Attached:
         one = len(set(heavy)) == 1
         out = run(heavy[0], args, kwargs) if one else self._apart(heavy, run, args, kwargs)
         for choice, rows in _rows([added[c] for c in self._choices]).items():
+            if not choice:
+                continue
+            part = out[rows]
             for index in choice:
                 for name in point.linear:
-                    for pair in self._held[index][name]:
-                        delta = _product(args[0][rows], pair, point.transposed)
-                        out[rows] += delta.to(out.dtype)
+                    for each in self._held[index][name]:
+                        _add(part, args[0][rows], each, point.transposed)
+            out[rows] = part
         return out
 
     def _of(self, choice: Choice, point: AttachmentPoint, light: bool) -> Choice:
@@ -157,7 +164,7 @@ class Attached:
 
     def _added(self, index: int, name: str, point: AttachmentPoint) -> bool:
         held = self._held[index].get(name, ())
-        return name in point.linear and bool(held) and all(isinstance(x, Factors) for x in held)
+        return name in point.linear and bool(held) and not any(isinstance(x, Entries) for x in held)
 
     def _apart(self, choices: list[Choice], run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """run(choice, ...) on the rows of each choice, the rows of what comes out back in place."""
@@ -215,7 +222,8 @@ class Attached:
         weight, touching = torch.empty_like(base), [self.packs[k] for k in packs]
         every: list[Change] = []
         for k in packs:
-            every += self._held[k].get(name) or changes(self.packs[k], name, base)
+            held = self._held[k].get(name) or changes(self.packs[k], name, base)
+            every += [x.entries() if isinstance(x, Rows) else x for x in held]
         put(weight, base, every, seed_of(touching, name))
         return weight
 
@@ -236,15 +244,31 @@ class Attached:
         return base
 
 
-Held = list[Factors | Entries]
+Held = list[Factors | Entries | Rows]
 
 
-def _hold(pack: SkillPack, name: str, parameter: Tensor) -> Held:
-    """What is worth keeping decoded of a delta: factors, and positions with their values."""
+def _hold(pack: SkillPack, name: str, parameter: Tensor, linear: bool) -> Held:
+    """What is worth keeping decoded of a delta: factors, and positions with their values or the rows that have any."""
     encoded = pack.tensors[name]
     if not (is_factored(encoded) or is_scattered(encoded)):
         return []
-    return [x for x in changes(pack, name, parameter) if isinstance(x, Factors | Entries)]
+    held: Held = []
+    for each in changes(pack, name, parameter):
+        if isinstance(each, Factors):
+            held.append(each)
+        elif isinstance(each, Entries):
+            held.append(_in_rows(each, parameter, is_factored(encoded)) if linear else each)
+    return held
+
+
+def _in_rows(each: Entries, parameter: Tensor, beside_factors: bool) -> Entries | Rows:
+    """A linear layer's entries, in rows that its input is multiplied by; as they are where most of its rows have some
+    and no factors go with them: then they are merged as quickly, in less memory."""
+    cols = parameter.shape[1]
+    if beside_factors or 2 * len(each.touched(cols)) <= len(parameter):
+        narrow = parameter.dtype == torch.bfloat16
+        return each.laid(cols, torch.bfloat16 if narrow else torch.float32)
+    return each
 
 
 def _rows(choices: list[Choice]) -> dict[Choice, Any]:
@@ -254,6 +278,13 @@ def _rows(choices: list[Choice]) -> dict[Choice, Any]:
     return {c: [i for i, other in enumerate(choices) if other == c] for c in dict.fromkeys(choices)}
 
 
-def _product(x: Tensor, pair: Factors | Entries, transposed: bool) -> Tensor:
-    left, right = pair if transposed else (pair[1].T, pair[0].T)
-    return x.to(left.dtype) @ left @ right
+def _add(out: Tensor, x: Tensor, held: Factors | Entries | Rows, transposed: bool) -> None:
+    """out (..., out) += x (..., in) times the matrix that is held, or its transpose where it is (out, in)."""
+    x = x.to(held[1].dtype)
+    if isinstance(held, Rows) and not transposed:
+        out.index_add_(-1, held.ids, (x @ held.values.T).to(out.dtype))
+    elif isinstance(held, Rows):
+        out += (x[..., held.ids] @ held.values).to(out.dtype)
+    else:
+        left, right = held if transposed else (held[1].T, held[0].T)
+        out += (x @ left @ right).to(out.dtype)

@@ -52,6 +52,37 @@ class Entries(NamedTuple):
         dense[row, self.positions[entry] % cols] = self.values[entry].float()
         return dense
 
+    def touched(self, cols: int) -> Tensor:
+        """Rows of the matrix of `cols` columns that have an entry: int64, strictly increasing."""
+        return (self.positions // max(1, cols)).unique_consecutive()
+
+    def laid(self, cols: int, dtype: torch.dtype) -> Rows:
+        """The matrix of `cols` columns with these entries, rounded to `dtype`, as those rows of it that have one."""
+        ids, row = (self.positions // max(1, cols)).unique_consecutive(return_inverse=True)
+        dense = torch.zeros(len(ids), cols, dtype=dtype, device=ids.device)
+        dense[row, self.positions % max(1, cols)] = self.values.to(dtype)
+        return Rows(ids, dense)
+
+
+class Rows(NamedTuple):
+    """A matrix that is zero in all other rows. ids: int64 (k,), strictly increasing; values: (k, cols)."""
+
+    ids: Tensor
+    values: Tensor
+
+    def rows(self, ids: Tensor, cols: int) -> Tensor:
+        """Rows `ids` (n,) of the matrix: float32 (n, cols)."""
+        place = torch.searchsorted(self.ids, ids)
+        there = torch.cat([self.ids, self.ids.new_tensor([-1])])[place] == ids
+        dense = torch.zeros(len(ids), cols, device=ids.device)
+        dense[there] = self.values[place[there]].float()
+        return dense
+
+    def entries(self) -> Entries:
+        """The matrix as its entries."""
+        row, column = self.values.nonzero(as_tuple=True)
+        return Entries(self.ids[row] * self.values.shape[1] + column, self.values[row, column])
+
 
 def factors(parts: Sequence[Encoded], dtype: torch.dtype = torch.float32) -> Factors:
     """The factors of the sum of the deltas of `parts`, side by side: their rank is the sum of the ranks.

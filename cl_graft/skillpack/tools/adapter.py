@@ -1,10 +1,12 @@
 """A pack as the factors of a LoRA adapter: which tensors fit, at which rank, and what is lost.
 
 Of the layers that are linear in the model, low-rank codecs give their factors as they are; other codecs are cut to a
-rank by their best approximation. Embedding and head go along where that is asked for. Everything else of a pack has no
-place in an adapter and is told in the rows. LoRA: Hu et al. 2022. All modules have one rank, which engines have room
-for (those of vLLM's max_lora_rank but 1), filled up with zeros, and alpha is that rank, so that no reader needs to know
-patterns.
+rank by their best approximation. Embedding and head go along where that is asked for: as factors, or as rows. A
+table that is stored as factors changes in all rows, and all of them would be the table itself: those that change most
+are written, as many as are no more numbers than the factors (and the rows of their own beside them) are. Everything
+else of a pack has no place in an adapter and is told in the rows. LoRA: Hu et al. 2022. All modules have one rank,
+which engines have room for (those of vLLM's max_lora_rank but 1), filled up with zeros, and alpha is that rank, so that
+no reader needs to know patterns.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from torch import Tensor, nn
 
 from cl_graft.models.meta_model import MetaModel, meta_model
 from cl_graft.models.roles import UnclearRoles
-from cl_graft.skillpack.codecs import is_factored, is_scattered, rank_of
+from cl_graft.skillpack.codecs import Encoded, is_factored, is_scattered, rank_of
 from cl_graft.skillpack.folders.apply import check_base
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.skillpack.format.errors import SkillPackError
 from cl_graft.skillpack.format.file import SkillPack
-from cl_graft.skillpack.live.decode import factors
+from cl_graft.skillpack.live.decode import entries, factors
 from cl_graft.skillpack.live.grafted import check_deltas
 from cl_graft.skillpack.tools.low_rank import Factors, best_factors, cut, padded
 
@@ -109,6 +111,16 @@ class Adapter:
         left, right = padded(*pair, self.rank)
         return ((right.T, left.T) if module.kind != "linear" else (left, right)), row
 
+    def changed(self, module: Module) -> Tensor:
+        """Ids of the rows of a table that are written: int64, strictly increasing."""
+        encoded, delta = self.pack.tensors[module.tensor], self.pack.delta(module.tensor)
+        ids, stored = delta.any(1).nonzero().flatten(), ranks_and_rows(encoded)
+        if stored is None:
+            return ids
+        (rank, own), (rows, cols) = stored, encoded.shape
+        order = delta.square().sum(1)[ids].argsort(descending=True, stable=True)
+        return ids[order[: own + rank * (rows + cols) // max(1, cols)]].sort().values
+
     def row(
         self, name: str, delta: Tensor, lost: float, note: str = "", rank: int | None = None
     ) -> Exported:
@@ -168,6 +180,13 @@ def adapter_of(
     return Adapter(pack, base, meta, modules, one, rows, left_out, roles)
 
 
+def ranks_and_rows(encoded: Encoded) -> tuple[int, int] | None:
+    """Ranks of a tensor's factors, and how many rows have entries beside them; None where it has no factors."""
+    rank, both = rank_of(encoded), is_factored(encoded) and is_scattered(encoded)
+    rows = len(entries(encoded).touched(encoded.shape[1])) if both else 0
+    return None if rank is None else (rank, rows)
+
+
 def totals(rows: list[Exported]) -> list[Total]:
     """Sum up rows by role, and all of them."""
     groups = {role: [row for row in rows if row.role == role] for role in {r.role for r in rows}}
@@ -206,8 +225,9 @@ def _modules(
         return [], "an adapter cannot change the number of rows"
     if len(encoded.shape) == 1:
         return [], "a norm or bias is no matrix"
-    own = None if is_scattered(encoded) else rank_of(encoded)
-    rank = max(1, min(min(encoded.shape, default=1) if own is None else own, most))
+    stored = ranks_and_rows(encoded)  # a row of its own is a rank more
+    own = min(encoded.shape, default=1) if stored is None else sum(stored)
+    rank = max(1, min(own, most))
     kinds: dict[type[nn.Module], Kind] = {nn.Embedding: "embedding", Conv1D: "transposed"}
     kinds[nn.Linear] = "linear"
     found = []

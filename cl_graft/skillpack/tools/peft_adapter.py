@@ -1,6 +1,7 @@
 """A pack as an adapter folder: of PEFT, which vLLM, SGLang and llama.cpp's converter read, too, or of MLX.
 
-Changed rows of tables are written as PEFT's trainable tokens: indices, strictly increasing, and the new rows whole.
+Changed rows of tables are written as PEFT's trainable tokens: indices, strictly increasing, and the new rows whole;
+which rows, adapter.py says.
 vLLM takes them from its pull request 55796 on (https://github.com/vllm-project/vllm/pull/55796).
 """
 
@@ -27,7 +28,7 @@ def export_peft(adapter: Adapter, out_dir: str | os.PathLike[str]) -> list[Expor
     """
     rows: dict[str, Exported] = {}
     with new_folder(Path(out_dir)) as folder:
-        tokens = {module.name: _changed(adapter, module) for module in adapter.rows}
+        tokens = {module.name: adapter.changed(module) for module in adapter.rows}
         _write_json(folder, _peft_config(adapter, tokens))
         parts: dict[str, Part] = {}
         for module in adapter.modules:
@@ -85,11 +86,6 @@ def _peft_config(adapter: Adapter, tokens: dict[str, Tensor]) -> dict[str, Any]:
     return config | ({"trainable_token_indices": indices} if indices else {})
 
 
-def _changed(adapter: Adapter, module: Module) -> Tensor:
-    """Ids of the rows that a delta changes, strictly increasing, int64."""
-    return adapter.pack.delta(module.tensor).any(1).nonzero().flatten()
-
-
 def _write(
     path: Path,
     adapter: Adapter,
@@ -128,6 +124,10 @@ def _write(
 def _rows(adapter: Adapter, module: Module, ids: Tensor, rows: dict[str, Exported]) -> Tensor:
     """The new rows of a table, float32 (n, width)."""
     delta = adapter.pack.delta(module.tensor)
+    others = torch.ones(len(delta), dtype=torch.bool)
+    others[ids] = False
+    lost = float(delta[others].square().sum())
     note = f"{len(ids)} of {len(delta)} rows, whole"
-    rows[module.tensor] = adapter.row(module.tensor, delta, 0.0, note)
+    note += ": those that change most" if lost else ""
+    rows[module.tensor] = adapter.row(module.tensor, delta, lost, note)
     return adapter.base.read(module.tensor)[ids].float() + delta[ids]
