@@ -73,17 +73,17 @@ class Rate:
         return 2.0 ** float(GRID[high] - (bytes - coarse) / (fine - coarse) / 4)
 
 
-def rate_of(cost: Callable[[float], float], coarsest: float, largest: float) -> Rate:
-    """The rate of a tensor that takes `cost(step)` bytes, and none from the step `coarsest` on."""
+def rate_of(cost: Callable[[Tensor], Tensor], coarsest: float, largest: float) -> Rate:
+    """The rate of a tensor that takes `cost(steps)` bytes, and none from the step `coarsest` on; cost: float64 (n,) to
+    (n,)."""
     found = torch.zeros(len(GRID), dtype=torch.float64)
     if not coarsest > 0:
         return Rate(found, 0.0)
-    first = int(min(max((math.log2(coarsest) + 80) * 4, 0), len(GRID) - 1)) + 1
-    for i in range(min(first, len(GRID) - 1), max(-1, first - 4 * OCTAVES), -2):
-        found[i] = cost(2.0 ** float(GRID[i]))
-        if i + 2 < len(GRID):
-            found[i + 1] = (found[i] + found[i + 2]) / 2
-    found[:i] = found[i]
+    last = min(int(max((math.log2(coarsest) + 80) * 4, 0)) + 1, len(GRID) - 1)
+    first = last - 2 * min(last // 2, 2 * OCTAVES)
+    found[first : last + 1 : 2] = cost(torch.exp2(GRID[first : last + 1 : 2].double()))
+    found[first + 1 : last : 2] = (found[first:last:2] + found[first + 2 : last + 1 : 2]) / 2
+    found[:first] = found[first]
     return Rate(found, largest)
 
 
@@ -152,11 +152,11 @@ def matrix_rate(matrix: Weighted, hessian: Tensor | None, pivot: float, layout: 
     lengths = matrix.delta.shape[::-1]
     worth = energy.sqrt() / (WORTH * min(lengths) ** 0.5)
 
-    def cost(step: float) -> float:
-        alive = worth > step
-        bits = [bits_of(row[alive] / step, layout).sum() for row in magnitudes]
-        codes = sum(n * float(each) for n, each in zip(lengths, bits, strict=True))
-        return codes / 8 + RANK_BYTES * int(alive.sum())
+    def cost(steps: Tensor) -> Tensor:
+        alive, codes = worth > steps[:, None], torch.zeros_like(steps)
+        for n, row in zip(lengths, magnitudes, strict=True):
+            codes += n * (bits_of(row / steps[:, None], layout) * alive).sum(1)
+        return codes / 8 + RANK_BYTES * alive.sum(1)
 
     return rate_of(cost, float(worth.max()), float(magnitudes.max()))
 

@@ -169,12 +169,16 @@ def _code_bits(magnitude: Tensor) -> tuple[Tensor, Tensor]:
 def table_rate(table: Table, basis: Tensor, layout: CodeLayout) -> Rate:
     """The rate of a table. basis: its directions, (ranks, n)."""
     if not table.delta.numel():
-        return rate_of(lambda step: 0.0, 0.0, 0.0)
+        return rate_of(torch.zeros_like, 0.0, 0.0)
     shares = Shares.of(table, basis)
     size = float((shares.flat * shares.energies.sqrt()).amax())
     together = shares.along.square().sum(0).sum().double()
     coarsest = max(float(together.sqrt()), float(shares.energies.amax().sqrt()))
-    return rate_of(lambda step: shares.at(step, layout)[2], coarsest, size)
+
+    def cost(steps: Tensor) -> Tensor:
+        return steps.new_tensor([shares.at(step, layout)[2] for step in steps.tolist()])
+
+    return rate_of(cost, coarsest, size)
 
 
 def encode_table(

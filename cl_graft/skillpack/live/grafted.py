@@ -178,11 +178,11 @@ def put_low_rank(
 ) -> bool:
     """weight (rows, cols) = base + left @ right + entries, at the speed of the product; whether all of it is finite.
 
-    Where the factors are bfloat16 and the CPU multiplies such, so is the product: each is rounded once (2**-8 of it at
-    most), and so are the entries and what they are added to, and so a delta's entry is within 2**-7 * (sum_r |left|
-    |right| + |entry|) of the reference. The sum with the base is rounded as `rounding.total` does, which is many times
-    as much. Other factors and their product are float32, and a float32 weight is what the product is summed up in: a
-    rounding, 2**-24 of the weight, every few hundred ranks.
+    Where the factors are bfloat16, stand alone, and the CPU multiplies such, so is the product: each is rounded once
+    (2**-8 of it at most), and so a delta's entry is within 2**-7 * sum_r |left| |right| of the reference. The sum with
+    the base is rounded as `rounding.total` does, which is many times as much. Other factors and their product are
+    float32, and a float32 weight is what the product is summed up in: a rounding, 2**-24 of the weight, every few
+    hundred ranks.
     """
     left, right = pair
     if left.dtype == torch.bfloat16 and (sparse or not _multiplied(left)):
