@@ -84,7 +84,7 @@ def add(weight: Tensor, delta: Tensor, seed: int, at: int | Tensor = 0) -> None:
 
 
 def total(base: Tensor, delta: Tensor, out: Tensor, seed: int, first: int = 0) -> bool:
-    """out = base + delta, rounded as `add` does; whether all of it is finite. On as many threads as torch has.
+    """out = base + delta, rounded as `add` does; whether all of it is finite.
 
     base, out: of one dtype, in memory of their own; delta: of any; all of one shape and device. first: row-major
     position of the first entry in the tensor that they are a part of. In one pass over memory where all are bfloat16
