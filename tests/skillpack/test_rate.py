@@ -18,6 +18,7 @@ from cl_graft.skillpack.compress.rate import (
     trimmed,
 )
 from cl_graft.skillpack.compress.tables import (
+    Shares,
     encode_table,
     table_directions,
     table_of,
@@ -222,6 +223,16 @@ def test_a_table_s_bytes_are_about_what_was_foretold(most):
     for step in (1e-3, 3e-3, 1e-2):
         took = payload_bytes(*table_at(found, step, most).spec)
         assert 0.6 < took / rate.at(step) < 1.6
+
+
+def test_a_sample_of_rows_tells_what_all_would_take():
+    found, _ = table(rows=4000)
+    shares = Shares.of(found, table_directions(found, 8))
+    few = shares.sample(300)
+    assert len(few.energies) <= 600 and float(few.each.sum()) == pytest.approx(4000)
+    for step in (1e-3, 1e-2, 1e-1):
+        assert few.at(step, "small")[2] == pytest.approx(shares.at(step, "small")[2], rel=0.1)
+    assert len(shares.sample(5000).energies) == 4000
 
 
 def test_a_stack_is_a_table_of_rows_without_directions():

@@ -77,7 +77,8 @@ def classes_of(codes: Tensor, top: int) -> tuple[Tensor, Tensor]:
     bits = torch.zeros(len(codes), dtype=torch.float64)
     if not codes.numel():
         return kinds, bits
-    lengths = _lengths(top)
+    # a longer table's classes are about as long, and a few tables do for all
+    lengths = _lengths(min(TOP, (1 << top.bit_length()) - 1))[:, : top + 1]
     for start in range(0, len(codes), step := max(1, (1 << 22) // max(top + 1, codes.shape[1]))):
         part = codes[start : start + step].abs().long()
         counts = torch.zeros(len(part), top + 1).scatter_add_(

@@ -35,6 +35,7 @@ from cl_graft.skillpack.compress.solve import BIT, dead_zone, rounded
 ROW_BYTES = 2.0  # of a row of its own codes, beside them
 OUTLIER = 8.0  # times the usual energy, from which a row has no say in the directions of all
 PRICE = 2 * BIT  # squared steps that a bit is worth
+SAMPLE = 4096  # rows that what a table takes is estimated by
 STRIP = 1 << 22  # entries that are worked on at a time
 FINENESS = 24  # of norms and biases, whose share of the loss was below what could be measured
 
@@ -105,13 +106,15 @@ class Shares:
     """What can be told of the rows of a table before they are coded, whatever the step.
 
     along: float32 (rows, ranks), their parts along the table's directions; energies: float64 (rows,); flat: mean
-    magnitude of a row's entries over the root of its energy, float64 (rows,); outliers: bool (rows,).
+    magnitude of a row's entries over the root of its energy, float64 (rows,); outliers: bool (rows,); each: how many
+    rows each stands for, float64 (rows,).
     """
 
     along: Tensor
     energies: Tensor
     flat: Tensor
     outliers: Tensor
+    each: Tensor
     n: int
 
     @classmethod
@@ -120,34 +123,46 @@ class Shares:
         size = torch.cat([x.abs().mean(1) for _, x in table.strips()]).double()
         energies = _energies(table)
         flat = size / energies.sqrt().clamp_min(1e-300)
-        return cls(along, energies, flat, _outliers(energies), table.delta.shape[1])
+        each = torch.ones_like(energies)
+        return cls(along, energies, flat, _outliers(energies), each, table.delta.shape[1])
+
+    def sample(self, most: int = SAMPLE) -> Shares:
+        """At most so many of the outliers and of the other rows, evenly, each for as many as it stands for."""
+        picked, each = [], []
+        for kind in (self.outliers, ~self.outliers):
+            rows = kind.nonzero().reshape(-1)
+            mine = rows[:: max(1, -(-len(rows) // most))]
+            picked.append(mine)
+            each.append(torch.full_like(self.energies[mine], len(rows) / max(1, len(mine))))
+        rows = torch.cat(picked)
+        parts = self.along[rows], self.energies[rows], self.flat[rows], self.outliers[rows]
+        return Shares(*parts, torch.cat(each), self.n)
 
     def at(self, step: float, layout: CodeLayout) -> tuple[Tensor, Tensor, float]:
         """(directions that are worth their bytes, rows that are better told by codes of their own alone, about the
         bytes of all): bool (ranks,) and (rows,)."""
-        rows = len(self.along)
-        along = self.along / step
-        squares, energies = along.square(), self.energies / step**2
-        usual = ~self.outliers
-        magnitude = along[usual].abs().sum(0).double() / max(1, int(usual.sum()))
-        right = self.n * bits_of(0.8 * (squares[usual].sum(0).double() / self.n).sqrt(), layout)
-        wanted = rows * bits_of(magnitude, layout) + right + 8 * RANK_BYTES
-        ranks = squares[usual].sum(0) > PRICE * wanted
+        along, energies = (self.along / step).abs_(), self.energies / step**2
+        squares, usual = along.square(), torch.where(self.outliers, 0.0, self.each)
+        magnitude = (usual.float() @ along).double() / usual.sum().clamp_min(1.0)
+        energy = (usual.float() @ squares).double()
+        right = self.n * bits_of(0.8 * (energy / self.n).sqrt(), layout)
+        wanted = self.each.sum() * bits_of(magnitude, layout) + right + 8 * RANK_BYTES
+        ranks = energy > PRICE * wanted
         along, squares, magnitude = along[:, ranks], squares[:, ranks], magnitude[ranks]
         # a code of the geometric distribution of its direction
         first, more = _code_bits(magnitude)
-        shared = float(first.sum()) + (along.abs() @ more.float()).double()
+        shared = float(first.sum()) + (along @ more.float()).double()
         left = (energies - squares.sum(1).double()).clamp_min(0)
         residual = self._own(left, layout)
         better = left > PRICE * residual + _lost(left, self.n)
-        low = _lost(squares, 1).sum(1).double() + PRICE * shared
+        low = squares.clamp_max_(1 / 12).sum(1).double() + PRICE * shared
         low += torch.where(better, _lost(left, self.n) + PRICE * residual, left)
         own = self._own(energies, layout)
         alone = _lost(energies, self.n) + PRICE * own < low
         alone &= energies > PRICE * own
-        bits = shared[~alone].sum() + float((right[ranks] + 8 * RANK_BYTES).sum())
-        bits += own[alone].sum() + residual[better & ~alone].sum()
-        return ranks, alone, float(bits) / 8
+        bits = torch.where(alone, own, shared + torch.where(better, residual, 0.0))
+        rows = float(self.each @ bits) + float((right[ranks] + 8 * RANK_BYTES).sum())
+        return ranks, alone, rows / 8
 
     def _own(self, energies: Tensor, layout: CodeLayout) -> Tensor:
         """Bits of rows that are coded entry by entry, float64 (rows,)."""
@@ -171,12 +186,13 @@ def table_rate(table: Table, basis: Tensor, layout: CodeLayout) -> Rate:
     if not table.delta.numel():
         return rate_of(torch.zeros_like, 0.0, 0.0)
     shares = Shares.of(table, basis)
+    few = shares.sample()
     size = float((shares.flat * shares.energies.sqrt()).amax())
     together = shares.along.square().sum(0).sum().double()
     coarsest = max(float(together.sqrt()), float(shares.energies.amax().sqrt()))
 
     def cost(steps: Tensor) -> Tensor:
-        return steps.new_tensor([shares.at(step, layout)[2] for step in steps.tolist()])
+        return steps.new_tensor([few.at(step, layout)[2] for step in steps.tolist()])
 
     return rate_of(cost, coarsest, size)
 
