@@ -246,3 +246,17 @@ def test_a_row_that_calibration_did_not_read_is_kept_where_its_delta_is_large():
     compress([piece], known, Adaptive(), within(2000), store)
     kept = decode(fetch(store, "e"))
     assert (kept - delta).norm() < 0.5 * delta.norm()
+
+
+def test_rows_of_a_head_that_are_never_the_answer_keep_what_they_share():
+    """Tuning pushes all words down that it never wants to hear, along one direction: softmax feels them all."""
+    g = torch.Generator().manual_seed(5)
+    shared = torch.randn(1, 16, generator=g)
+    delta = 0.3 * shared.expand(400, 16) + 0.01 * torch.randn(400, 16, generator=g)
+    squares = torch.full((400,), 1e-12)
+    squares[:8] = 0.1  # of the words that were to be said
+    known = Moments({"x": torch.eye(16)}, {"h": "x"}, {"h": squares})
+    store = {}
+    compress([Piece("h", (400, 16), "head", lambda: delta)], known, Adaptive(), within(800), store)
+    kept = decode(fetch(store, "h"))
+    assert (kept - delta)[8:].norm() < 0.2 * delta[8:].norm()
