@@ -7,6 +7,7 @@ import torch
 
 from cl_graft.bench import textbook
 from cl_graft.skillpack.codecs import coded_low_rank_stack, decode, payload_bytes
+from cl_graft.skillpack.compress import solve
 from cl_graft.skillpack.compress.factorise import spectrum
 from cl_graft.skillpack.compress.gptq import factorised
 from cl_graft.skillpack.compress.policy import Adaptive
@@ -25,6 +26,7 @@ from cl_graft.skillpack.compress.tables import (
     table_rate,
     vector_ways,
 )
+from cl_graft.skillpack.threads import in_threads
 from tests.skillpack.test_factorise import moment, output_error, problem
 
 
@@ -207,6 +209,73 @@ def test_what_all_rows_of_a_table_share_is_kept_as_directions(layout):
     assert (decode(alone) - delta)[others].norm() > 0.9 * delta[others].norm()
     assert missed.norm() < 0.4 * delta[others].norm()
     assert (decode(both) - delta)[::500].abs().max() < 2
+
+
+@pytest.mark.parametrize("layout", ["small", "fast"])
+def test_few_rows_that_changed_need_no_directions(layout):
+    """As of an optimiser that moves what was read alone: foretold as they are, and nothing is said of the others."""
+    g = torch.Generator().manual_seed(3)
+    delta = torch.zeros(4000, 64)
+    delta[::100] = torch.randn(40, 64, generator=g)
+    found = table_of(delta, torch.ones(4000), torch.ones(64))
+    rate = table_rate(found, table_directions(found, 40), layout)
+    for step in (0.03, 0.1, 0.3):
+        encoded = table_at(found, step, 40, layout)
+        assert encoded.meta["rank"] == 0 and encoded.meta["kept"] == 40
+        about = payload_bytes(*encoded.spec) / rate.at(step)
+        assert (0.5 if layout == "fast" else 0.8) < about < 1.3
+
+
+def test_a_wide_table_has_the_directions_of_a_tall_one():
+    g = torch.Generator().manual_seed(6)
+    delta = torch.randn(20, 3, generator=g) @ torch.randn(3, 300, generator=g)
+    wide = table_directions(table_of(delta, torch.ones(20), torch.ones(300)), 3)
+    s = torch.linalg.svd(delta, full_matrices=False)[2][:3]
+    assert torch.allclose((wide @ s.T).abs(), torch.eye(3), atol=1e-3)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_compiled_solves_give_the_codes_of_torch(threads, monkeypatch):
+    """But for a sum in another order, which may tip a value that lies between two codes."""
+    g = torch.Generator().manual_seed(1)
+    inputs = torch.randn(600, 150, generator=g) * torch.logspace(0, -1, 150)
+    root = factorised(inputs.T @ inputs / 600, 0.01, scaled=False)[1]
+    x, fine = 3 * torch.randn(2100, 150, generator=g), torch.exp2(torch.arange(150) % 3.0)
+    left = torch.randn(90, 700, generator=g)
+    m = torch.randn(90, 90, generator=g)
+    moment, sizes = m @ m.T / 90 + torch.eye(90), 0.5 + torch.rand(90, generator=g)
+    found, before = [], torch.get_num_threads()
+    for least in (0, 1 << 60):
+        monkeypatch.setattr(solve, "WORTH_COMPILING", least)
+        torch.set_num_threads(threads if not least else 1)
+        try:
+            rights = solve.solve_right(x, root, fine)
+            found.append((rights, *solve.solve_left(left, moment, 0.1, sizes)))
+        finally:
+            torch.set_num_threads(before)
+    (right, codes, scales), (right_, codes_, scales_) = found
+    assert right.abs().mean() > 1 and codes.abs().mean() > 1
+    assert (right != right_).float().mean() < 0.01 and (right - right_).abs().max() <= 2
+    assert (codes != codes_).float().mean() < 0.01 and (codes - codes_).abs().max() <= 1
+    assert torch.allclose(scales, scales_, rtol=0.01)
+
+
+def test_every_thread_has_its_part(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    parts = []
+    in_threads(parts.append, 1001, multiple=4, least=100)
+    parts.sort(key=lambda part: part.start)
+    assert len(parts) == 4 and all(part.start % 4 == 0 for part in parts)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(1001))
+    few = []
+    in_threads(few.append, 50, least=100)
+    assert few == [slice(0, 50)]
+
+    def fails(part):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        in_threads(fails, 1000)
 
 
 def test_codes_beyond_the_largest_coarsen_their_row_alone():

@@ -69,7 +69,7 @@ def _lengths(top: int) -> Tensor:
 
 
 def classes_of(codes: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """The class of each row that stores it shortest, and its bits. codes: int16 (rows, n).
+    """The class of each row that stores it shortest, or nearly so, and about its bits. codes: int16 (rows, n).
 
     Returns uint8 (rows,), 0 for rows of zeros; and float64 (rows,).
     """

@@ -209,7 +209,7 @@ class Control:
         """Drop the least ranks of the largest matrices, for as long as the file is too large. Raises OverBudget."""
         while self.left < 0:
             matrices = {piece.tensor for piece in self._pieces.values() if piece.kind == "matrix"}
-            names = [n for n in matrices & self.kept.keys() if ranks_of(self.kept[n][2])]
+            names = [n for n in self.kept if n in matrices and ranks_of(self.kept[n][2])]
             if not names:
                 limit = self.work.limit
                 raise OverBudget(

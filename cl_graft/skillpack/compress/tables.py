@@ -84,7 +84,12 @@ def table_directions(table: Table, most: int) -> Tensor:
     n = table.delta.shape[1]
     if not most:
         return table.delta.new_zeros(0, n)
-    gram, usual = table.delta.new_zeros(n, n), ~_outliers(_energies(table))
+    usual = ~_outliers(_energies(table))
+    if len(usual) < n:  # by the smaller Gram matrix
+        x = torch.cat([x for _, x in table.strips()])[usual]
+        along = leading(x @ x.T, most)[1].T @ x
+        return along / along.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    gram = table.delta.new_zeros(n, n)
     for part, x in table.strips():
         mine = x[usual[part]]
         gram.addmm_(mine.T, mine)
@@ -155,11 +160,15 @@ class Shares:
         left = (energies - squares.sum(1).double()).clamp_min(0)
         residual = self._own(left, layout)
         better = left > PRICE * residual + _lost(left, self.n)
-        low = squares.clamp_max_(1 / 12).sum(1).double() + PRICE * shared
+        low = squares.clamp_max(1 / 12).sum(1).double() + PRICE * shared
         low += torch.where(better, _lost(left, self.n) + PRICE * residual, left)
         own = self._own(energies, layout)
         alone = _lost(energies, self.n) + PRICE * own < low
         alone &= energies > PRICE * own
+        # directions that rows which stand alone were the worth of are none
+        paid = ((self.each * ~alone).float() @ squares).double() > PRICE * wanted[ranks]
+        shared = float(first[paid].sum()) + (along[:, paid] @ more[paid].float()).double()
+        ranks[ranks.clone()] = paid
         bits = torch.where(alone, own, shared + torch.where(better, residual, 0.0))
         rows = float(self.each @ bits) + float((right[ranks] + 8 * RANK_BYTES).sum())
         return ranks, alone, rows / 8
@@ -212,7 +221,7 @@ def encode_table(
     ranks, alone, _ = shares.at(step, layout)
     right, scales = _right(basis[ranks], shares.along[~alone][:, ranks] / step, unit)
     left, coarser = _left(table, right * scales[:, None], alone, step)
-    worth = _paid(left, shares.along[:, ranks] / step, layout)
+    worth = _paid(left, shares.along[:, ranks] / (step * coarser[:, None]), coarser, layout)
     left, right, scales = left[:, worth], right[worth], scales[worth]
     places, codes = [], []
     for part, x in table.strips():
@@ -229,7 +238,7 @@ def encode_table(
     if len(shape) != 2:
         whole = torch.zeros(len(shifts), own.shape[1], dtype=torch.int16)
         whole[alive] = own
-        columns = torch.exp2(-table.columns.cpu().float())
+        columns = torch.exp2(-table.columns.cpu().float()) if table.columns.any() else None
         return coded(whole, unit * torch.exp2(-shifts.float()), shape, layout, columns)
     factors = left.T.contiguous().cpu(), right.to(torch.int16).cpu()
     sizes = torch.cat([unit * scales.cpu(), torch.tensor([unit])])
@@ -269,12 +278,13 @@ def _left(table: Table, right: Tensor, alone: Tensor, step: float) -> tuple[Tens
     return rounded(left, zone).to(torch.int16), torch.cat(coarser)
 
 
-def _paid(left: Tensor, along: Tensor, layout: CodeLayout) -> Tensor:
+def _paid(left: Tensor, along: Tensor, coarser: Tensor, layout: CodeLayout) -> Tensor:
     """Which directions are worth what their codes take as they are: bool (ranks,). left: int16 (rows, ranks); along:
-    what they stand for, in steps."""
+    what they stand for, in the steps of their rows, which are so much coarser, (rows,)."""
     missed = torch.where(left == 0, along, along - left)
-    gain = (along.square() - missed.square()).sum(0)
-    return gain > PRICE * (coded_rows.bits(left.T.contiguous(), layout).to(gain) + 8 * RANK_BYTES)
+    gain = coarser.square() @ (along.square() - missed.square())
+    bits = coded_rows.bits(left.T.contiguous().cpu(), layout).to(gain)
+    return gain > PRICE * (bits + 8 * RANK_BYTES)
 
 
 def vector_ways(delta: Tensor, layout: CodeLayout) -> tuple[Encoded, Encoded]:

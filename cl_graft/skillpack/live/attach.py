@@ -257,7 +257,7 @@ def _hold(pack: SkillPack, name: str, parameter: Tensor, linear: bool) -> Held:
         if isinstance(each, Factors):
             held.append(each)
         elif isinstance(each, Entries):
-            held.append(_in_rows(each, parameter, is_factored(encoded)) if linear else each)
+            held.append(_in_rows(each, parameter, bool(held)) if linear else each)
     return held
 
 
@@ -266,8 +266,7 @@ def _in_rows(each: Entries, parameter: Tensor, beside_factors: bool) -> Entries 
     and no factors go with them: then they are merged as quickly, in less memory."""
     cols = parameter.shape[1]
     if beside_factors or 2 * len(each.touched(cols)) <= len(parameter):
-        narrow = parameter.dtype == torch.bfloat16
-        return each.laid(cols, torch.bfloat16 if narrow else torch.float32)
+        return each.laid(cols, torch.float32)
     return each
 
 

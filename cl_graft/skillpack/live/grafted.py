@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_graft.skillpack import rounding
-from cl_graft.skillpack.codecs import is_factored, is_scattered, kept_dtype
+from cl_graft.skillpack.codecs import is_factored, is_scattered, kept_dtype, rank_of
 from cl_graft.skillpack.format.file import (
     CorruptPack,
     NoDelta,
@@ -133,7 +133,8 @@ def changes(pack: SkillPack, name: str, parameter: Tensor) -> list[Change]:
     encoded, device = pack.tensors[name], parameter.device
     found: list[Change] = []
     try:
-        if is_factored(encoded):
+        # without a rank there are entries alone
+        if is_factored(encoded) and (rank_of(encoded) or not is_scattered(encoded)):
             narrow = parameter.dtype == torch.bfloat16
             found.append(factors([encoded], torch.bfloat16 if narrow else torch.float32))
         if is_scattered(encoded):

@@ -226,7 +226,7 @@ def _modules(
     if len(encoded.shape) == 1:
         return [], "a norm or bias is no matrix"
     stored = ranks_and_rows(encoded)  # a row of its own is a rank more
-    own = min(encoded.shape, default=1) if stored is None else sum(stored)
+    own = min([*encoded.shape, *([] if stored is None else [sum(stored)])], default=1)
     rank = max(1, min(own, most))
     kinds: dict[type[nn.Module], Kind] = {nn.Embedding: "embedding", Conv1D: "transposed"}
     kinds[nn.Linear] = "linear"
