@@ -132,7 +132,7 @@ class Shares:
         return cls(along, energies, flat, _outliers(energies), each, table.delta.shape[1])
 
     def sample(self, most: int = SAMPLE) -> Shares:
-        """At most so many of the outliers and of the other rows, evenly, each for as many as it stands for."""
+        """Take at most so many of the outliers and of the other rows, evenly, each for as many as it stands for."""
         picked, each = [], []
         for kind in (self.outliers, ~self.outliers):
             rows = kind.nonzero().reshape(-1)
