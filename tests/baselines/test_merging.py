@@ -1,0 +1,113 @@
+"""Merging methods by hand: what each makes of a few small deltas, worked out entry by entry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cl_graft import plugins
+from cl_graft.stream import benchmark
+from tests.baselines.drawn import entries, learn
+
+
+def function(name: str) -> Any:
+    return plugins.load("strategy", name).function
+
+
+def drawn(tasks: int, *shape: int) -> list[Tensor]:
+    seed = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=seed).bfloat16().float() for _ in range(tasks)]
+
+
+# --- magmax ---
+
+DELTAS = [[4.0, 2.0, 1.0, -1.0], [0.5, -4.0, -1.0, 2.0], [-5.0, 3.0, 0.5, 0.0]]
+# of |1| and |-1| the later one
+LARGEST = [[4.0, 2.0, 1.0, -1.0], [4.0, -4.0, -1.0, 2.0], [-5.0, -4.0, -1.0, 2.0]]
+
+
+@pytest.mark.parametrize("convention", ["sequential", "independent"])
+def test_magmax_takes_of_each_entry_the_value_of_largest_magnitude(
+    convention: str, build: Any
+) -> None:
+    for tasks in (1, 2, 3):
+        learned = learn(build, "magmax", DELTAS[:tasks], convention=convention)
+        (answer,) = learned.compose(0)
+        scale = 0.5 if tasks > 1 else 1.0
+        assert entries(answer, 4) == [scale * x for x in LARGEST[tasks - 1]]
+        for name in learned.base:
+            values = torch.stack([pack.delta(name) for pack in learned.packs])
+            wanted = values.gather(0, values.abs().argmax(0, keepdim=True))[0]
+            assert torch.equal(answer.delta(name).abs(), scale * wanted.abs()), name
+
+
+def test_magmax_trains_on_from_the_last_tasks_weights_and_never_from_the_merged_ones(
+    build: Any, tiny_scenario: Any
+) -> None:
+    """Its packs are those of `sequential`, and of `individual` under the ablation's convention."""
+    for convention, other in (("sequential", "sequential"), ("independent", "individual")):
+        strategy, same = build("magmax", convention=convention), build(other)
+        same.stages = strategy.stages
+        for one in (strategy, same):
+            for experience in benchmark(tiny_scenario).train_stream:
+                one.train(experience, eval_streams=[])
+        for mine, theirs in zip(strategy.packs, same.packs, strict=True):
+            assert {n: x.tolist() for n, x in mine.decode().items()} == {
+                n: x.tolist() for n, x in theirs.decode().items()
+            }
+
+
+def test_sequential_magmax_keeps_two_deltas_however_many_tasks_there_are(build: Any) -> None:
+    for tasks in (2, 3):
+        learned = learn(build, "magmax", DELTAS[:tasks])
+        assert learned.alive == [learned.packs[-1], learned.shared["vector"]]
+    kept = learn(build, "magmax", DELTAS, convention="independent").alive
+    assert [pack.task for pack in kept] == ["task-0", "task-1", "task-2"]
+
+
+# --- sce ---
+
+
+def test_sce_selects_weighs_and_erases_as_worked_out_by_hand() -> None:
+    """Half of twelve entries: the variances of two tasks are a quarter of the squared differences below.
+
+    Selected are the six of difference 4 and more, in each of which one task alone has the sign of the sum.
+    """
+    first = torch.tensor([[4.0, -2.0, 1.0, 1.0], [4.0, 0.0, 1.0, 2.0], [-4.0, -1.0, 0.5, 0.0]])
+    second = torch.tensor([[-1.0, 2.0, 1.5, 1.0], [-4.0, 1.0, 2.0, 1.0], [0.0, 3.0, 0.5, 6.0]])
+    # differences: 5, 4, .5, 0; 8, 1, 1, 1; 4, 4, 0, 6. Sums: 3, 0 (positive); 0 (positive); -4, 2, 6
+    wanted = [[4.0, 2.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0], [-4.0, 3.0, 0.0, 6.0]]
+    for deltas in ([first, second], [second, first]):
+        assert function("sce")(deltas, density=0.5).tolist() == wanted
+    # of all entries the squares are 60.25 and 75.5; both tasks are positive where they have 1 and 1.5, and 2 and 1
+    both = function("sce")([first, second], density=1.0)
+    assert both[0, 2].item() == pytest.approx((60.25 * 1 + 75.5 * 1.5) / (60.25 + 75.5))
+    assert both[1, 3].item() == pytest.approx((60.25 * 2 + 75.5 * 1) / (60.25 + 75.5))
+    assert both[0, 3].item() == pytest.approx(1.0)
+
+
+def test_sce_of_three_tasks_is_its_definition_entry_by_entry() -> None:
+    deltas = drawn(3, 3, 4)
+    flat = [x.flatten().tolist() for x in deltas]
+    columns = list(zip(*flat, strict=True))
+    means = [sum(c) / 3 for c in columns]
+    variances = [sum((x - m) ** 2 for x in c) / 3 for c, m in zip(columns, means, strict=True)]
+    chosen = sorted(range(12), key=variances.__getitem__)[-3:]
+    shares = [sum(x[n] ** 2 for n in chosen) for x in flat]
+    shares = [x / sum(shares) for x in shares]
+    wanted = [0.0] * 12
+    for n in chosen:
+        kept = [(w, x) for w, x in zip(shares, columns[n], strict=True) if x * sum(columns[n]) > 0]
+        wanted[n] = sum(w * x for w, x in kept) / sum(w for w, _ in kept)
+    for order in ([0, 1, 2], [2, 0, 1]):
+        found = function("sce")([deltas[n] for n in order], density=0.25)
+        assert found.flatten().tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_sce_of_tasks_that_agree_is_their_delta() -> None:
+    (delta,) = drawn(1, 3, 4)
+    assert torch.allclose(function("sce")([delta] * 3, density=0.1), delta)
+    assert not function("sce")([torch.zeros(3, 4)] * 2, density=0.1).any()
