@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from cl_graft import plugins
+from cl_graft.skillpack.codecs import decode, dense
 from cl_graft.stream import benchmark
 from tests.baselines.drawn import entries, learn
+from tests.baselines.methods import module
 
 
 def function(name: str) -> Any:
@@ -111,3 +114,83 @@ def test_sce_of_tasks_that_agree_is_their_delta() -> None:
     (delta,) = drawn(1, 3, 4)
     assert torch.allclose(function("sce")([delta] * 3, density=0.1), delta)
     assert not function("sce")([torch.zeros(3, 4)] * 2, density=0.1).any()
+
+
+# --- pcb ---
+
+
+def balanced(deltas: list[list[float]], density: float) -> list[float]:
+    """PCB-Merging of whole task vectors as the paper's code has it, entry by entry."""
+    tasks, count = len(deltas), len(deltas[0])
+    clipped, weights = [], []
+    for mine in deltas:
+        sizes = sorted(map(abs, mine))
+        low, high = sizes[int(count * 1e-4)], sizes[int(count * (1 - 1e-4) - 1)]
+        held = [min(max(abs(x), low), high) for x in mine]
+        clipped.append([math.copysign(h, x) if x else 0.0 for h, x in zip(held, mine, strict=True)])
+        balance = [
+            math.exp(tasks * ((h - low) / (high - low)) ** 2)
+            * math.tanh(mine[n] * sum(other[n] for other in deltas))
+            for n, h in enumerate(held)
+        ]
+        least, most = sorted(balance)[int(count * (1 - density))], max(balance)
+        weights.append([max(0.0, b - least) / (most - least) for b in balance])
+    return [
+        sum(c[n] * w[n] for c, w in zip(clipped, weights, strict=True))
+        / max(sum(w[n] for w in weights), 1e-12)
+        for n in range(count)
+    ]
+
+
+def encoded(deltas: list[Tensor]) -> list[dict[str, Any]]:
+    """A delta of (4, 4) as two parameters, (3, 4) and (4,)."""
+    return [{"a": dense(x[:3].contiguous()), "b": dense(x[3])} for x in deltas]
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+def test_pcb_is_its_definition_over_all_parameters_together(tasks: int) -> None:
+    deltas = drawn(tasks, 4, 4)
+    wanted = balanced([x.flatten().tolist() for x in deltas], 0.4)
+    assert 0 < sum(x == 0 for x in wanted) < 14
+    for order in (deltas, deltas[::-1]):
+        found = dict(module("pcb").balanced(encoded(order), 0.4))
+        assert [x.shape for x in found.values()] == [(3, 4), (4,)]
+        flat = torch.cat([x.flatten() for x in found.values()])
+        assert flat.tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_pcb_by_hand() -> None:
+    """Twelve entries: the largest magnitude is clipped at the second largest, and one entry a task is not dropped.
+
+    The balance is largest where a task's own magnitude and the sum are: 9 there, which becomes 4. Where the tasks cancel
+    nothing stays, however large.
+    """
+    first = torch.tensor([[9.0, 4.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]]) / 8
+    second = torch.tensor([[1.0, -4.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, -9.0, 0.0]]) / 8
+    (_, found) = next(module("pcb").balanced([{"w": dense(first)}, {"w": dense(second)}], 2 / 12))
+    wanted = torch.zeros(3, 4)
+    wanted[0, 0], wanted[2, 2] = 0.5, -0.5
+    assert torch.equal(found, wanted)
+
+
+def test_pcb_goes_through_parameters_in_parts_and_counts_ranks_exactly(monkeypatch: Any) -> None:
+    pcb, deltas = module("pcb"), drawn(3, 40, 41)
+    whole = [dict(pcb.balanced([{"w": dense(x)} for x in deltas], 0.1))["w"]]
+    monkeypatch.setattr(pcb, "PART", 128)
+    whole.append(dict(pcb.balanced([{"w": dense(x)} for x in deltas], 0.1))["w"])
+    assert torch.allclose(*whole, atol=1e-6)
+    rows = torch.stack([x.flatten() for x in deltas])
+    rows[:, :300] = rows[:, :1]
+    found = pcb.ranked(lambda: iter(rows.split(128, 1)), [0, 7, 800, 1639])
+    assert torch.equal(found, rows.sort(1).values[:, [0, 7, 800, 1639]])
+
+
+@pytest.mark.parametrize("name", ["pcb"])
+def test_what_answers_is_the_shared_vector_scaled(name: str, build: Any) -> None:
+    learned = learn(build, name, DELTAS, scale=0.7)
+    (answer,) = learned.compose(0)
+    assert learned.alive == [*learned.packs, *learned.shared.values()]
+    for parameter, vector in learned.shared["vector"].tensors.items():
+        assert torch.equal(answer.delta(parameter), decode(vector) * 0.7), parameter
+    alone = learn(build, name, DELTAS[:1])
+    assert alone.compose(0) == alone.packs and not alone.shared
