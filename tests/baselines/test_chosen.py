@@ -14,7 +14,7 @@ from cl_graft.strategy.context import validation
 from tests.baselines.methods import learn
 
 
-@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "pcb"])
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "pcb", "knots"])
 def test_one_task_alone_is_itself(name: str, build: Any, tiny_scenario: Any) -> None:
     """Neither scaled nor trimmed: the model answers as the tuned one does."""
     strategy = learn(build(name), tiny_scenario, 1)
@@ -25,7 +25,7 @@ def test_one_task_alone_is_itself(name: str, build: Any, tiny_scenario: Any) -> 
         assert torch.equal(weight, tuned), parameter
 
 
-@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "pcb"])
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "pcb", "knots"])
 def test_the_scale_is_the_one_of_the_grid_under_which_both_tasks_lose_least(
     name: str, build: Any, tiny_scenario: Any
 ) -> None:

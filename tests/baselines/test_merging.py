@@ -185,7 +185,66 @@ def test_pcb_goes_through_parameters_in_parts_and_counts_ranks_exactly(monkeypat
     assert torch.equal(found, rows.sort(1).values[:, [0, 7, 800, 1639]])
 
 
-@pytest.mark.parametrize("name", ["pcb"])
+# --- knots ---
+
+
+def knotted(deltas: list[Tensor], density: float) -> dict[str, Tensor]:
+    """What the file makes of deltas of (4, 4), as two parameters."""
+    return dict(module("knots").tied(encoded(deltas), density))
+
+
+def test_knots_by_hand() -> None:
+    """Side by side the rows are orthogonal: the aligned parts are the rows themselves, but for their order and signs.
+
+    The last row has a length of 0, and its direction is left out: eight entries a task, of which a quarter is two.
+    """
+    first = torch.tensor([[3.0, 0.0, 0.0, 2.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    second = torch.tensor([[1.0, 0.0, -4.0, -1.0], [0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    whole = [[2.0, 0.0, -4.0, 2.0], [0.0, 1.5, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    quarter = [[3.0, 0.0, -4.0, 2.0], [0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    pair = [{"w": dense(first)}, {"w": dense(second)}]
+    for deltas in (pair, pair[::-1]):
+        for density, wanted in ((1.0, whole), (0.25, quarter)):
+            ((_, found),) = module("knots").tied(deltas, density)
+            assert torch.allclose(found, torch.tensor(wanted), atol=1e-6)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_knots_is_ties_of_the_aligned_parts_of_all_parameters_together(density: float) -> None:
+    """Aligned by the eigenvectors of the sum of D_t D_t^T, which are the left singular vectors of [D_1 | ... | D_T]."""
+    deltas = drawn(3, 4, 4)
+    matrices = [x[:3].double() for x in deltas]
+    _, basis = torch.linalg.eigh(sum(x @ x.T for x in matrices))
+    parts = torch.stack(
+        [torch.cat([basis.T @ x, y[3:]]) for x, y in zip(matrices, deltas, strict=True)]
+    )
+    least = parts.abs().flatten(1).sort(1).values[:, -int(16 * density)].view(3, 1, 1)
+    kept = parts.where(parts.abs() >= least * (1 - 1e-6), 0.0)
+    agrees = (kept * kept.sum(0)) > 0
+    merged = (kept * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+    for order in ([0, 1, 2], [1, 2, 0]):
+        found = knotted([deltas[n] for n in order], density)
+        assert torch.allclose(found["a"].double(), basis @ merged[:3], atol=1e-5)
+        assert torch.allclose(found["b"].double(), merged[3], atol=1e-5)
+
+
+def test_knots_of_one_task_or_of_tasks_that_agree_is_their_delta() -> None:
+    (delta,) = drawn(1, 4, 4)
+    for tasks in (1, 3):
+        found = knotted([delta] * tasks, 1.0)
+        assert torch.allclose(found["a"], delta[:3], atol=1e-5)
+        assert torch.equal(found["b"], delta[3])
+
+
+def test_knots_aligns_stacked_matrices_each_by_itself() -> None:
+    deltas = drawn(2, 2, 3, 4)
+    ((_, stacked),) = module("knots").tied([{"w": dense(x)} for x in deltas], 1.0)
+    for n in range(2):
+        ((_, one),) = module("knots").tied([{"w": dense(x[n].contiguous())} for x in deltas], 1.0)
+        assert torch.allclose(stacked[n], one, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["knots", "pcb"])
 def test_what_answers_is_the_shared_vector_scaled(name: str, build: Any) -> None:
     learned = learn(build, name, DELTAS, scale=0.7)
     (answer,) = learned.compose(0)
