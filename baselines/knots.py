@@ -111,7 +111,7 @@ def aligned(deltas: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
 
 
 def ties(parts: Tensor, least: Tensor) -> Tensor:
-    """Of each entry of `parts` (T, ...) the mean of those that have the sum's sign, of magnitudes from `least` on."""
+    """Mean of what agrees, of each entry of `parts` (T, ...): magnitudes from `least` on that have the sum's sign."""
     trimmed = parts.where(parts.abs() >= least, 0.0)
     agrees = (trimmed * trimmed.sum(0).sign()) > 0
     return (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1)

@@ -11,6 +11,9 @@ import torch
 from cl_graft.ranges import Part
 from cl_graft.strategy import merger
 
+# entries at a time, of which several copies are held
+PART = 1 << 20
+
 
 @merger
 def sce(deltas, *, density: Part = 0.1):
@@ -19,17 +22,25 @@ def sce(deltas, *, density: Part = 0.1):
     It is of all entries, and entries that tie with the last one are selected, too: where the tasks agree everywhere,
     all are. The result has no factor of its own, and no data are looked at. One task alone is itself.
     """
-    summed = sum(deltas)
-    # the variance, up to a factor: without a division it is 0 where tasks agree
-    varies = sum((x * len(deltas) - summed).square_() for x in deltas).flatten()
-    rank = max(1, int(density * varies.numel()))
-    selected = (varies >= varies.kthvalue(varies.numel() - rank + 1).values).view_as(summed)
-    positive = summed >= 0
-    total, weight = torch.zeros_like(summed), torch.zeros_like(summed)
+    merged = torch.empty_like(deltas[0])
+
+    def parts():
+        return zip(*(x.view(-1).split(PART) for x in (merged, *deltas)), strict=True)
+
+    for to, *some in parts():
+        # the variance, up to a factor: without a division it is 0 where tasks agree
+        summed = sum(some)
+        to.copy_(sum((x * len(some) - summed).square_() for x in some))
+    rank = max(1, int(density * merged.numel()))
+    least = merged.view(-1).kthvalue(merged.numel() - rank + 1).values
     # the share of all squares would divide sum and weight alike
-    for x in deltas:
-        square = (x * selected).square_().sum(dtype=torch.float64).item()
-        agrees = selected & torch.where(positive, x > 0, x < 0)
-        total.add_(x * agrees, alpha=square)
-        weight.add_(agrees, alpha=square)
-    return total / torch.where(weight > 0, weight, 1.0)
+    squares = torch.zeros(len(deltas), dtype=torch.float64)
+    for varies, *some in parts():
+        squares += (torch.stack(some).double() * (varies >= least)).square_().sum(1)
+    for to, *some in parts():
+        chosen = torch.stack(some) * (to >= least)
+        agrees = torch.where(chosen.sum(0) >= 0, chosen > 0, chosen < 0)
+        weights = agrees * squares.view(-1, 1)
+        weight = weights.sum(0)
+        to.copy_((weights * chosen).sum(0) / torch.where(weight > 0, weight, 1.0))
+    return merged

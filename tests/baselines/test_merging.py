@@ -110,6 +110,13 @@ def test_sce_of_three_tasks_is_its_definition_entry_by_entry() -> None:
         assert found.flatten().tolist() == pytest.approx(wanted, abs=1e-6)
 
 
+def test_sce_in_parts_is_sce_of_the_whole(monkeypatch: Any) -> None:
+    deltas = drawn(3, 37, 53)
+    whole = function("sce")(deltas, density=0.3)
+    monkeypatch.setattr(module("sce"), "PART", 128)
+    assert torch.allclose(function("sce")(deltas, density=0.3), whole)
+
+
 def test_sce_of_tasks_that_agree_is_their_delta() -> None:
     (delta,) = drawn(1, 3, 4)
     assert torch.allclose(function("sce")([delta] * 3, density=0.1), delta)
