@@ -33,8 +33,8 @@ class knots(Strategy):
     """density: share of each task's aligned entries kept by magnitude, over all parameters.
 
     1 is the released configuration for Llama-3-8B; its vision models have 0.2. Less than 1 takes three SVDs of each
-    matrix instead of one. scale: factor on the result; None chooses it among 0.1, 0.2, ..., 1.0, as the paper does, by
-    the loss on the validation data of all tasks seen, anew after each task. One task alone is itself.
+    matrix instead of one. scale: factor on the result; None chooses it among 0.1, 0.2, ..., 1.0, the released search,
+    by the loss on the validation data of all tasks seen, anew after each task. One task alone is itself.
     """
 
     keeps = "merged"

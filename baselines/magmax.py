@@ -4,8 +4,8 @@ Marczak et al. 2024: with D_t = the weights after task t minus the base, the bas
 of each entry by itself, the task of the largest |D_t|; of equals the later one, as in danielm1405/magmax
 (src/merging/task_vectors.py). `sequential`, the method: training goes on from the last task's weights, never from the
 merged ones, and D_t is what all tasks so far changed. So the newest delta and `vector`, the largest values so far, are
-all that is kept, both in bf16, however many tasks there are. `independent`, the paper's ablation: every task is trained
-from the base, and each delta is kept.
+all that is kept, both in bf16, however many tasks there are. `independent`, which the paper compares: every task is
+trained from the base, and each delta is kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cl_graft.task import Task
 class magmax(Strategy):
     """convention: sequential trains from the last task's weights, independent from the base.
 
-    scale: factor on the merged delta, the paper's 0.5 wherever it has several tasks. One task alone is itself.
+    scale: factor on the merged delta, the released code's 0.5 for every benchmark. One task alone is itself.
     """
 
     keeps = {"sequential": "latest", "independent": "merged"}

@@ -50,7 +50,7 @@ def test_magmax_takes_of_each_entry_the_value_of_largest_magnitude(
 def test_magmax_trains_on_from_the_last_tasks_weights_and_never_from_the_merged_ones(
     build: Any, tiny_scenario: Any
 ) -> None:
-    """Its packs are those of `sequential`, and of `individual` under the ablation's convention."""
+    """Its packs are those of `sequential`, and of `individual` under the other convention."""
     for convention, other in (("sequential", "sequential"), ("independent", "individual")):
         strategy, same = build("magmax", convention=convention), build(other)
         same.stages = strategy.stages
