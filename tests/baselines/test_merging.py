@@ -203,9 +203,9 @@ def knotted(deltas: list[Tensor], density: float) -> dict[str, Tensor]:
 def test_knots_by_hand() -> None:
     """Side by side the rows are orthogonal: the aligned parts are the rows themselves, but for their order and signs.
 
-    The last row has a length of 0, and its direction is left out: eight entries a task, of which a quarter is two.
+    The last row is shorter than 1e-5, and its direction left out: eight entries a task, of which a quarter is two.
     """
-    first = torch.tensor([[3.0, 0.0, 0.0, 2.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    first = torch.tensor([[3.0, 0.0, 0.0, 2.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 2.0**-17, 0.0]])
     second = torch.tensor([[1.0, 0.0, -4.0, -1.0], [0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     whole = [[2.0, 0.0, -4.0, 2.0], [0.0, 1.5, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     quarter = [[3.0, 0.0, -4.0, 2.0], [0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
@@ -214,6 +214,7 @@ def test_knots_by_hand() -> None:
         for density, wanted in ((1.0, whole), (0.25, quarter)):
             ((_, found),) = module("knots").tied(deltas, density)
             assert torch.allclose(found, torch.tensor(wanted), atol=1e-6)
+            assert found[2].abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5])
