@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from cl_graft.skillpack.codecs import original
+from cl_graft.skillpack.codecs import exact, original
 from cl_graft.strategy.choose import validation_loss
 from cl_graft.strategy.context import validation
 from tests.baselines.methods import learn
 
 
-@pytest.mark.parametrize("name", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "pcb", "knots"])
 def test_one_task_alone_is_itself(name: str, build: Any, tiny_scenario: Any) -> None:
     """Neither scaled nor trimmed: the model answers as the tuned one does."""
     strategy = learn(build(name), tiny_scenario, 1)
@@ -25,7 +25,7 @@ def test_one_task_alone_is_itself(name: str, build: Any, tiny_scenario: Any) -> 
         assert torch.equal(weight, tuned), parameter
 
 
-@pytest.mark.parametrize("name", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "pcb", "knots"])
 def test_the_scale_is_the_one_of_the_grid_under_which_both_tasks_lose_least(
     name: str, build: Any, tiny_scenario: Any
 ) -> None:
@@ -36,6 +36,8 @@ def test_the_scale_is_the_one_of_the_grid_under_which_both_tasks_lose_least(
     for scale in sys.modules[type(strategy).__module__].GRID:
         fixed = build(name, scale=scale)
         fixed.packs, fixed.grafted, fixed.model = strategy.packs, strategy.grafted, strategy.model
+        told = {"scale": exact(torch.tensor(scale, dtype=torch.float64))}
+        fixed.shared = strategy.shared | {"chosen": strategy._pack(tiny_scenario.tasks[0], told)}
         tasks = tiny_scenario.tasks
         losses[scale] = sum(validation_loss(fixed, fixed.compose(None), t) for t in tasks)
         if scale == chosen:

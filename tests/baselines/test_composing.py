@@ -22,6 +22,7 @@ FIXED: dict[str, dict[str, float]] = {
     "ties": {"scale": 1.0},
     "task_arithmetic": {"scale": 0.4},
     "emr": {},
+    "sce": {},
 }
 
 
@@ -70,7 +71,7 @@ def test_a_vector_and_its_masks_are_made_and_put_together_parameter_by_parameter
     assert 1 < live.peak <= 4
 
 
-@pytest.mark.parametrize("name", ["ties", "task_arithmetic"])
+@pytest.mark.parametrize("name", ["ties", "task_arithmetic", "sce"])
 def test_a_merged_delta_takes_its_parameters_deltas_and_a_few_more(name, build, monkeypatch):
     strategy = build(name, **FIXED[name])
     strategy.packs = [drawn(task) for task in range(TASKS)]
