@@ -68,8 +68,8 @@ def read(
         values = {part: array(mine[part], *parts[name][part]) for part in mine}
         if codec == "lossless":
             deltas[name] = tuned(shape, meta, values["code"], (base or {}).get(name))
-            continue
-        deltas[name] = decode(codec, shape, meta, values)
+        else:
+            deltas[name] = decode(codec, shape, meta, values)
         must(bool(np.isfinite(deltas[name]).all()), f"{name} is not finite")
     return text | {"base": sums[-32:-16].hex(), "digest": sums[-16:].hex()}, deltas
 

@@ -6,6 +6,7 @@ import json
 import random
 import zlib
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 from cl_graft.skillpack import codecs
@@ -78,7 +79,7 @@ def edited(about: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         elif pick < 0.5 and type(inner[last]) is int:
             inner[last] += rng.choice([-1, 1, 8, 1 << 40])
         else:
-            inner[last] = anything(rng)
+            inner[last] = deepcopy(anything(rng))  # which later edits may reach into
         if not about:
             break
     return about
