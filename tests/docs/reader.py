@@ -68,8 +68,9 @@ def read(
         values = {part: array(mine[part], *parts[name][part]) for part in mine}
         if codec == "lossless":
             deltas[name] = tuned(shape, meta, values["code"], (base or {}).get(name))
-        else:
-            deltas[name] = decode(codec, shape, meta, values)
+            must(all_finite(deltas[name], meta["dtype"]), f"{name} is not finite")
+            continue
+        deltas[name] = decode(codec, shape, meta, values)
         must(bool(np.isfinite(deltas[name]).all()), f"{name} is not finite")
     return text | {"base": sums[-32:-16].hex(), "digest": sums[-16:].hex()}, deltas
 
@@ -578,6 +579,12 @@ def tuned(shape: list[int], meta: dict[str, Any], code: Array, base: Array | Non
         after.append(place ^ top if place & top else place ^ ones)
     table[chosen] = np.array(after, found.dtype).reshape(table[chosen].shape)
     return found.reshape(shape)
+
+
+def all_finite(bits: Array, dtype: str) -> bool:
+    """Whether no exponent is all ones."""
+    ones = (1 << 8 * bits.itemsize - 1) - (1 << MANTISSA[dtype])
+    return bool(((bits & ones) != ones).all())
 
 
 def patterns(values: Array, dtype: str) -> Array:
