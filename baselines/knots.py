@@ -20,7 +20,7 @@ from cl_graft.ranges import Part, Positive
 from cl_graft.skillpack.codecs import decode, dense, exact, original
 from cl_graft.skillpack.live.composed import compose
 from cl_graft.strategy import Kept, Strategy
-from cl_graft.strategy.choose import validation_loss
+from cl_graft.strategy.choose import best_scale, scaled
 from cl_graft.strategy.context import Context
 from cl_graft.strategy.kept import Tensors
 from cl_graft.task import Task
@@ -53,23 +53,9 @@ class knots(Strategy):
             return Kept(own)
         merged = tied([*(pack.tensors for pack in self.packs), own], density)
         vector = {name: dense(delta) for name, delta in merged}
-        chosen = self._best(task, vector) if scale is None else scale
+        chosen = best_scale(self, task, vector, GRID) if scale is None else scale
         told = exact(torch.tensor(chosen, dtype=torch.float64))
         return Kept(own, {"vector": vector, "chosen": {"scale": told}})
-
-    def _best(self, task: Task, vector: Tensors) -> float:
-        """The scale under which the tasks seen lose least on their validation."""
-        self.restore_base()
-        pack = self._pack(task, vector)
-        seen = self.scenario.tasks[: len(self.packs) + 1]
-
-        def lost(x: float) -> float:
-            merged = [compose(scaled, [pack], pack.shapes, scale=x)]
-            return sum(validation_loss(self, merged, task) for task in seen)
-
-        best = min(GRID, key=lost)
-        self.grafted.unload()
-        return best
 
     # by the recipe alone, so that its stages are those of all methods that train from the base
     learn.pure = True
@@ -79,11 +65,6 @@ class knots(Strategy):
             return self.packs
         vector, chosen = self.shared["vector"], self.shared["chosen"].tensors["scale"]
         return [compose(scaled, [vector], vector.shapes, scale=original(chosen).item())]
-
-
-def scaled(name, vector, *, scale):
-    """The merged delta of a parameter."""
-    return vector.delta(name).mul_(scale)
 
 
 def tied(deltas: Sequence[Tensors], density: float) -> Iterator[tuple[str, Tensor]]:

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from cl_graft.skillpack.codecs import Encoded, decode
 from cl_graft.skillpack.format.file import SkillPack
+from cl_graft.skillpack.live.composed import compose
 from cl_graft.strategy.context import Context, validation
+from cl_graft.strategy.kept import Tensors
 from cl_graft.task import Task
 
 if TYPE_CHECKING:
@@ -33,6 +36,26 @@ def validation_loss(strategy: Strategy, packs: Sequence[SkillPack], task: Task) 
     losses = [model(**batch).loss.item() for batch in batches]
     model.train(training)
     return sum(losses) / len(losses)
+
+
+def best_scale(strategy: Strategy, task: Task, vector: Tensors, grid: Sequence[float]) -> float:
+    """The scale of a shared vector, made after `task`, under which the tasks seen lose least on their validation."""
+    strategy.restore_base()
+    pack = strategy._pack(task, vector)
+    seen = strategy.scenario.tasks[: len(strategy.packs) + 1]
+
+    def lost(x: float) -> float:
+        merged = [compose(scaled, [pack], pack.shapes, scale=x)]
+        return sum(validation_loss(strategy, merged, task) for task in seen)
+
+    best = min(grid, key=lost)
+    strategy.grafted.unload()
+    return best
+
+
+def scaled(name: str, vector: SkillPack, *, scale: float) -> Tensor:
+    """A parameter's delta times a scale, to `compose` a shared vector with."""
+    return vector.delta(name).mul_(scale)
 
 
 @torch.no_grad()

@@ -66,12 +66,12 @@ class CodedCodec(Scattered, Relaid):
         } | coded_rows.layout_of([(kept, n)], meta, rows * n == 0)
 
     def check(self, encoded: Encoded) -> None:
-        _alive(encoded)
+        alive_rows(encoded)
         size = encoded.meta["kept"], _rows(encoded.shape)[1]
         coded_rows.check(encoded.parts, [size], encoded.meta)
 
     def entries(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        alive, codes = _alive(encoded), codes_of(encoded)
+        alive, codes = alive_rows(encoded), codes_of(encoded)
         row, column = codes.nonzero(as_tuple=True)
         sizes = encoded.parts["steps"].float()[row]
         if encoded.meta["columns"]:
@@ -84,7 +84,7 @@ class CodedCodec(Scattered, Relaid):
         sizes = encoded.parts["steps"].float()[:, None]
         if encoded.meta["columns"]:
             sizes = sizes * encoded.parts["columns"].float()
-        delta[_alive(encoded)] = codes_of(encoded).float() * sizes
+        delta[alive_rows(encoded)] = codes_of(encoded).float() * sizes
         return delta.view(encoded.shape)
 
     def weight_bits(self, shape: tuple[int, ...], meta: Meta) -> int:
@@ -107,7 +107,7 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
-def _alive(encoded: Encoded) -> Tensor:
+def alive_rows(encoded: Encoded) -> Tensor:
     """The rows that are stored, int64. Raises ValueError on a bad index."""
     rows, kept = _rows(encoded.shape)[0], encoded.meta["kept"]
     alive = packing.unpack_index(encoded.parts["index"], encoded.meta.get("gap"), rows)

@@ -41,12 +41,8 @@ def write(matrices: Sequence[Tensor], layout: CodeLayout) -> tuple[dict[str, Ten
 def bits(codes: Tensor, layout: CodeLayout) -> Tensor:
     """Bits that each row takes, float64 (rows,), without its byte. codes: int16 (rows, n)."""
     if layout == "fast":
-        return (
-            8.0
-            * torch.tensor(
-                [_row_bytes(codes.shape[1], w) for w in _widths(codes).tolist()]
-            ).double()
-        )
+        sizes = [8 * _row_bytes(codes.shape[1], width) for width in _widths(codes).tolist()]
+        return torch.tensor(sizes, dtype=torch.float64)
     return entropy.classes_of(codes, int(codes.abs().max()) if codes.numel() else 0)[1]
 
 

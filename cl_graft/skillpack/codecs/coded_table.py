@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cl_graft.skillpack.codecs import coded_rows, packing
 from cl_graft.skillpack.codecs.codec import Factored, Relaid, Scattered, register
+from cl_graft.skillpack.codecs.coded import alive_rows
 from cl_graft.skillpack.codecs.coded_low_rank import bounded, product
 from cl_graft.skillpack.codecs.coded_rows import CodeLayout
 from cl_graft.skillpack.codecs.encoded import (
@@ -83,7 +84,7 @@ class CodedTableCodec(Factored, Scattered, Relaid):
         } | coded_rows.layout_of(_sizes(shape, meta), meta, 0 in shape)
 
     def check(self, encoded: Encoded) -> None:
-        _alive(encoded)
+        alive_rows(encoded)
         sizes = _sizes(encoded.shape, encoded.meta)
         for shifts in sum(coded_rows.check(encoded.parts, sizes, encoded.meta)[:2], []):
             bounded(shifts)
@@ -93,10 +94,11 @@ class CodedTableCodec(Factored, Scattered, Relaid):
             raise ValueError(ZEROS)
 
     def decode(self, encoded: Encoded) -> Tensor:
-        of_columns, of_rows, right, left, _ = self.codes(encoded)
+        found = self.codes(encoded)
+        of_columns, of_rows, right, left, _ = found
         shifts = bounded(of_rows)[0], bounded(of_columns)[0]
         delta = product(left, right, encoded.parts["scales"][:-1], shifts)
-        positions, values = self.entries(encoded)
+        positions, values = _entries(encoded, found)
         delta.view(-1)[positions] += values
         return delta
 
@@ -114,12 +116,7 @@ class CodedTableCodec(Factored, Scattered, Relaid):
         right.copy_(right_codes * scales * torch.exp2(-bounded(of_columns).float()))
 
     def entries(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        of_columns, of_rows, _, _, own = self.codes(encoded)
-        alive = _alive(encoded)
-        row, column = own.nonzero(as_tuple=True)
-        shift = bounded(of_rows)[0, alive[row]] + bounded(of_columns)[0, column]
-        values = own[row, column] * encoded.parts["scales"][-1].float() * torch.exp2(-shift.float())
-        return alive[row] * own.shape[1] + column, values
+        return _entries(encoded, self.codes(encoded))
 
     def codes(self, encoded: Encoded) -> list[Tensor]:
         found = coded_rows.read(encoded.parts, _sizes(encoded.shape, encoded.meta), encoded.meta)
@@ -134,13 +131,14 @@ class CodedTableCodec(Factored, Scattered, Relaid):
         return Encoded(self.name, encoded.shape, head | meta, kept | parts)
 
 
-def _alive(encoded: Encoded) -> Tensor:
-    """The rows that have codes of their own, int64. Raises ValueError on a bad index."""
-    rows, kept = encoded.shape[0], encoded.meta["kept"]
-    alive = packing.unpack_index(encoded.parts["index"], encoded.meta.get("gap"), rows)
-    if len(alive) != kept:
-        raise ValueError(f"{len(alive)} rows are named, and {kept} are stored.")
-    return alive
+def _entries(encoded: Encoded, found: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Positions and values of the rows' own codes. found: what `codes` gives."""
+    of_columns, of_rows, _, _, own = found
+    alive = alive_rows(encoded)
+    row, column = own.nonzero(as_tuple=True)
+    shift = bounded(of_rows)[0, alive[row]] + bounded(of_columns)[0, column]
+    values = own[row, column] * encoded.parts["scales"][-1].float() * torch.exp2(-shift.float())
+    return alive[row] * own.shape[1] + column, values
 
 
 def _sizes(shape: tuple[int, ...], meta: Meta) -> list[tuple[int, int]]:

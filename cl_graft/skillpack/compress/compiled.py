@@ -1,4 +1,4 @@
-"""What rate.py solves one column or rank after the other, as loops that numba compiles.
+"""What solve.py solves one column or rank after the other, as loops that numba compiles.
 
 Imported and called for matrices on the CPU that are large enough: compiling takes seconds, once on a machine, for numba
 keeps it beside this file or in the user's cache. Sums are in another order than torch's.

@@ -36,10 +36,7 @@ from cl_graft.skillpack.compress.rate import (
     trimmed,
 )
 from cl_graft.skillpack.compress.rates import rates_of, weighed
-from cl_graft.skillpack.compress.tables import (
-    encode_table,
-    vector_ways,
-)
+from cl_graft.skillpack.compress.tables import encode_table, vector_ways
 from cl_graft.skillpack.compress.work import (
     Piece,
     Read,

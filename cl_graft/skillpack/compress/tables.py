@@ -213,8 +213,8 @@ def encode_table(
 
     basis: its directions, (ranks, n); of a tensor other than a matrix none are used. shape: of the tensor.
     """
-    shares = Shares.of(table, basis if len(shape) == 2 else basis[:0])
-    basis = basis[: shares.along.shape[1]]
+    basis = basis if len(shape) == 2 else basis[:0]
+    shares = Shares.of(table, basis)
     step = max(step, float(shares.energies.max().sqrt()) * 2.0**-23)  # the spacing of float32
     unit = float(torch.tensor(step / table.unit).bfloat16())
     step = unit * table.unit
