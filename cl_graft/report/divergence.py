@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -150,6 +151,11 @@ def spearman(found: Sequence[Point], within: bool = False) -> Interval:
     is drawn with all its seeds and tasks, since these are no fresh evidence of an order among methods (Efron and
     Tibshirani 1993, chapter 13). NaN for fewer than LEAST points or labels, or where either is the same for all.
     """
+    return _spearman(tuple(found), within)
+
+
+@lru_cache(maxsize=64)  # tables and figures of one report ask for the same
+def _spearman(found: tuple[Point, ...], within: bool) -> Interval:
     by_label: dict[str, list[Point]] = {}
     for point in found:
         by_label.setdefault(point.label, []).append(point)
