@@ -20,6 +20,7 @@ from cl_graft.report.protocols import GIVEN, WHO, Cell
 from cl_graft.report.statistics import LEVEL, Interval
 from cl_graft.report.style import GREY, looks_of, roomy, styled, title_of, wrap
 from cl_graft.report.table import Table, show
+from cl_graft.report.tradeoff import log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -193,10 +194,12 @@ def _told(lines: Sequence[Line], what: str) -> str:
     for told in (False, True):
         some = [line for line in lines if (line.protocol == GIVEN) == told]
         found = points(some, what)
-        each = {name: spearman(found, w) for name, w in (("all tasks", False), ("a task", True))}
-        shown = [f"{_shown(r)} within {name}" for name, r in each.items() if not math.isnan(r.mean)]
+        if len({point.label for point in found}) < LEAST:  # no order among methods
+            continue
+        over = {"over all tasks": spearman(found), "within a task": spearman(found, within=True)}
+        shown = [f"{_shown(r)} {name}" for name, r in over.items() if not math.isnan(r.mean)]
         if shown:
-            count = f"{len(found)} points of {len({p.label for p in found})}"
+            count = f"{len(found)} points, {len({p.label for p in found})} rows"
             parts.append(f"{'told' if told else 'not told'} the task {', '.join(shown)} ({count})")
     if not parts:
         return ""
@@ -254,8 +257,9 @@ def _panel(ax: Axes, what: str, found: Sequence[Point], looks: Mapping[str, Any]
     least, most = min(p.kl for p in found), max(p.kl for p in found)
     if least > 0 and most > WIDE * least:
         ax.set_xscale("log")
+        log_ticks(ax)
     roomy(ax)
     ax.grid()
     ax.set_xlabel("KL(base || tuned) on the new task, nats a token")
-    since = "since they were learned" if what == EARLIER else "since the base"
-    ax.set_ylabel(f"what {what} lost {since}, points")
+    since = "since learned" if what == EARLIER else "since the base"
+    ax.set_ylabel(f"lost by {what} {since}, points")
