@@ -22,6 +22,7 @@ from cl_graft.report.statistics import Interval
 from cl_graft.report.style import DARK, MARKERS, looks_of
 from cl_graft.report.table import Table
 from cl_graft.report.tables import BYTES_NOTE, matrices, metrics
+from cl_graft.report.unlearning import unlearning
 
 CAPTIONS = {
     "heatmaps": "Forgetting matrices, all on one colour scale. Rows are experiences, columns tasks.",
@@ -129,7 +130,12 @@ def _group(
         "breakdown": rows.by_part(map(rows.by_task, ranked)),
         "costs": rows.by_part(map(rows.costs, ranked)),
         "routed": rows.by_part(rows.routing(s) for s in ranked if any(map(inferred, s.line.cells))),
-        "numbers": [*metrics(cells), *matrices(cells), *confusion_tables(cells)],
+        "numbers": [
+            *unlearning(cells),
+            *metrics(cells),
+            *matrices(cells),
+            *confusion_tables(cells),
+        ],
         "pages": {
             s.line.name: [(c["seed"], links[id(c)], _examples(c)) for c in s.line.cells]
             for s in ranked
