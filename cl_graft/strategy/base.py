@@ -181,9 +181,9 @@ class Strategy(Hooks):
         """
         return {}
 
-    def turn(self, task: Task, context: Context) -> Tensors | Kept:
-        """What is kept of a task's turn in the stream, in which it is learned, or an earlier one unlearned."""
-        return (self.unlearn if task.unlearns else self.learn)(task, context, **self.options)
+    def turn(self, task: Task) -> Callable[..., Tensors | Kept]:
+        """What makes the pack of a task's turn in the stream: `learn`, or `unlearn` of an earlier task."""
+        return self.unlearn if task.unlearns else self.learn
 
     def fine_tune(self, task: Task, context: Context, terms: Sequence[Term] = ()) -> Delta:
         """Full fine-tuning in place by the task's recipe; returns tuned minus `context.start`, float32.

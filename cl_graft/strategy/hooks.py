@@ -41,7 +41,7 @@ class Hooks(BaseTemplate):
         torch.manual_seed(self.seed + len(self.packs))
         whose = f"{type(self).__name__} in task {task.name!r}"
         with counted() as steps, watched(self.model, whose):
-            learned = self.turn(task, context)
+            learned = self.turn(task)(task, context, **self.options)
         # no stage: up to its last step, the method trained in a loop of its own
         if not self._training_wall:
             self._training_wall = (steps.last or perf_counter()) - begun
