@@ -178,6 +178,7 @@ class Settings(Frozen):
         examples=[{"regularisation": 0.01}],
         json_schema_extra={"when": {"task_ids": "inferred"}},
     )
+    engine: str = Field(default="hf", description="Answers at test: hf, vllm, or a server's URL.")
 
 
 class Whereabouts(Frozen):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+from cl_graft.evaluation.engine import Engine
 from cl_graft.evaluation.outcomes import Outcomes, Results
 from cl_graft.evaluation.scorers import Examinee, score
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
@@ -56,8 +58,11 @@ class Examiner:
     """The one place where a model is scored.
 
     seconds: spent on scoring. waiting_seconds: spent on waiting for another cell to score. measured: {key: outcomes} of
-    this run. recalled: keys of what another cell or experience measured, with the same weights.
+    this run. recalled: keys of what another cell or experience measured, with the same weights. engine: what answers
+    with the weights in the place of the model in this process, if anything does.
     """
+
+    engine: Engine | None = None
 
     def __init__(self, grafted: Grafted, tokenizer: Any, outcomes: Outcomes, allow_code: bool):
         self.grafted, self.tokenizer = grafted, tokenizer
@@ -94,13 +99,14 @@ class Examiner:
         if name not in self.measured:
             self.grafted.activate(group.packs)
             weights, begun = self.fingerprint(group.packs), perf_counter()
-            file = self.outcomes.file(weights, self.tokenizer, some)
+            engine = self.engine.told if self.engine else None
+            file = self.outcomes.file(weights, self.tokenizer, some, engine)
             with locked(file):
                 self.waiting_seconds += perf_counter() - begun
                 known = self.outcomes.recall(file, experience)
                 if known is None:
                     known = self._score(some), False
-                    self.outcomes.keep(file, some, known[0], weights, experience)
+                    self.outcomes.keep(file, some, known[0], weights, experience, engine)
             self.measured[name], elsewhere = known
             if elsewhere:
                 self.recalled.add(name)
@@ -118,8 +124,10 @@ class Examiner:
         begun = perf_counter()
         model: Any = self.grafted.model
         length, most = task.training.max_length, task.max_new_tokens
-        examinee = Examinee(model, self.tokenizer, most, length, self.allow_code)
-        outcomes = score(examinee, task.test, task.scorings)
+        serving = self.engine.serving(model, self.tokenizer) if self.engine else nullcontext()
+        with serving as served:
+            examinee = Examinee(model, self.tokenizer, most, length, self.allow_code, served=served)
+            outcomes = score(examinee, task.test, task.scorings)
         self.seconds += perf_counter() - begun
         return outcomes
 

@@ -9,6 +9,7 @@ from cl_graft import plugins
 from cl_graft.budget import Budget
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.evaluation.endpoint import engine_named
 from cl_graft.models import load
 from cl_graft.models.weights import is_bare
 from cl_graft.store.record import CellFolder
@@ -29,6 +30,7 @@ def check(cells: Iterable[RunConfig], bare: bool = False) -> None:
             raise CLGraftError(
                 f"seed {config.seed} is out of range; choose one from 0 to {2**31 - 1}."
             )
+        engine_named(config.engine)
     for scenario, strategy, router in {(c.scenario, c.strategy, _router(c)) for c in cells}:
         for kind, name in (("scenario", scenario), ("strategy", strategy), ("router", router)):
             if name:

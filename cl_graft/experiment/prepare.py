@@ -11,7 +11,8 @@ from cl_graft import plugins
 from cl_graft.budget import Budget
 from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
-from cl_graft.evaluation.scorers import require_consents, resolved
+from cl_graft.evaluation.endpoint import HERE, engine_named
+from cl_graft.evaluation.scorers import needs_of, require_consents, resolved
 from cl_graft.experiment import early
 from cl_graft.experiment.texts import check_texts
 from cl_graft.store.digests import digest
@@ -22,6 +23,7 @@ from cl_graft.task import Scenario
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from cl_graft.evaluation.engine import Engine
     from cl_graft.routing.base import Router
     from cl_graft.strategy.base import Strategy
 
@@ -37,6 +39,8 @@ def prepare(
     """
     early.check([config], bare)
     scenario = _scenario(config)
+    if not bare:
+        _engine(config, scenario)
     _launch(config.launch, scenario)
     return scenario, *_strategy(config)
 
@@ -61,6 +65,12 @@ def check_data(cells: Sequence[RunConfig]) -> dict[str, Scenario]:
         if (key := _data_of(config)) not in scenarios:
             scenarios[key] = _scenario(config)
             _launch(config.launch, scenarios[key])
+    asked = set()
+    for config in cells:
+        told = config.engine, (key := _data_of(config))
+        if told not in asked and not CellFolder(config.out / config.cell).complete:
+            _engine(config, scenarios[key])
+            asked.add(told)
     return scenarios
 
 
@@ -219,7 +229,24 @@ def strategy_of(
         router=router_of(config),
     )
     strategy.notes += told
+    strategy.examiner.engine = engine_of(config)
     return strategy
+
+
+def engine_of(config: RunConfig) -> Engine | None:
+    """What answers at test in the place of the model in this process, if anything does. Raises as `engine_named`."""
+    name = engine_named(config.engine)
+    if name == HERE:
+        return None
+    from cl_graft.evaluation.engine import Engine
+
+    return Engine(name, config.store)
+
+
+def _engine(config: RunConfig, scenario: Scenario) -> None:
+    """Raises CLGraftError where it cannot score the scenario's tasks, EndpointError where it is not there."""
+    if engine := engine_of(config):
+        engine.check(needs_of(scenario))
 
 
 def router_of(config: RunConfig) -> Router | None:

@@ -16,6 +16,8 @@ from cl_graft.task import Example, Scenario, Scoring, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from cl_graft.evaluation.engine import Served
+
 Needs = Literal["answers", "likelihoods", "model"]
 
 
@@ -38,6 +40,7 @@ class Examinee:
     max_length: int
     allow_code: bool = False
     given: Sequence[str] | None = None  # answers that exist already
+    served: Served | None = None  # who answers in the model's place
 
     def answers(self, examples: Sequence[Example]) -> Sequence[str]:
         from cl_graft.evaluation.generate import generate
@@ -45,11 +48,15 @@ class Examinee:
         if self.given is not None:
             return self.given
         prompts = [e.prompt for e in examples]
+        if self.served:
+            return self.served.answers(prompts, self.max_new_tokens)
         return generate(self.model, self.tokenizer, prompts, self.max_new_tokens)
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         from cl_graft.evaluation.generate import log_likelihoods
 
+        if self.served:
+            return self.served.likelihoods(pairs, self.max_length)
         return log_likelihoods(self.model, self.tokenizer, pairs, self.max_length)
 
     def choice_likelihoods(
@@ -57,6 +64,8 @@ class Examinee:
     ) -> list[list[float]]:
         from cl_graft.evaluation.generate import choice_likelihoods
 
+        if self.served:
+            return self.served.choice_likelihoods(prompts, choices, self.max_length)
         return choice_likelihoods(self.model, self.tokenizer, prompts, choices, self.max_length)
 
 
@@ -220,6 +229,13 @@ def require_consents(allowed: bool, tasks: Iterable[Task]) -> None:
     for task in tasks:
         if any(_found(scoring)[0].consent for scoring in task.scorings):
             require_consent(allowed, f"scoring task {task.name!r}")
+
+
+def needs_of(scenario: Scenario) -> list[tuple[str, Needs]]:
+    """Name and `needs` of each scorer of its tasks, once each."""
+    tasks = scenario.tasks + ((scenario.general,) if scenario.general else ())
+    scorers = [_found(scoring)[0] for task in tasks for scoring in task.scorings]
+    return list(dict.fromkeys((scorer.name, scorer.needs) for scorer in scorers))
 
 
 def judge_of(scoring: Scoring) -> Scoring | None:
