@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +19,8 @@ ENGINES = (HERE, "vllm")
 KEY = "CL_GRAFT_API_KEY"  # variable with the token that servers are shown
 REACH = 10.0  # seconds in which a server has to take a connection
 MOST = 1 << 26  # bytes of an answer
+WAITS = (1.0, 4.0, 16.0)  # seconds before a server that is too busy is asked again
+BUSY = (429, 502, 503, 504)
 SHOWN = 160  # characters of what a server says that an error repeats
 
 
@@ -88,6 +90,11 @@ class Endpoint:
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """What the server answers, an object. Raises EndpointError for anything else."""
         status, text = self._ask("POST", self.url + path, body)
+        for wait in WAITS:
+            if status not in BUSY:
+                break
+            sleep(wait)
+            status, text = self._ask("POST", self.url + path, body)
         if status != 200:
             said = " ".join(_said(text).split())[:SHOWN]
             raise EndpointError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from cl_graft.evaluation.engine import Engine
 from cl_graft.evaluation.outcomes import Outcomes, Results
-from cl_graft.evaluation.scorers import Examinee, score
+from cl_graft.evaluation.scorers import Examinee, compared, score
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.digests import digest
@@ -97,15 +97,17 @@ class Examiner:
             some = replace(task, test=tuple(task.test[i] for i in group.examples))
             name = (*name, digest(list(group.examples)))
         if name not in self.measured:
+            base = self._of_base(task, group, experience)
             self.grafted.activate(group.packs)
             weights, begun = self.fingerprint(group.packs), perf_counter()
             engine = self.engine.told if self.engine else None
-            file = self.outcomes.file(weights, self.tokenizer, some, engine)
+            beside = self.grafted.base if base is not None else ""
+            file = self.outcomes.file(weights, self.tokenizer, some, engine, beside)
             with locked(file):
                 self.waiting_seconds += perf_counter() - begun
                 known = self.outcomes.recall(file, experience)
                 if known is None:
-                    known = self._score(some), False
+                    known = self._score(some, base), False
                     self.outcomes.keep(file, some, known[0], weights, experience, engine)
             self.measured[name], elsewhere = known
             if elsewhere:
@@ -120,13 +122,30 @@ class Examiner:
             self._weights[name] = fingerprint(self.grafted.model.named_parameters())
         return self._weights[name]
 
-    def _score(self, task: Task) -> Results:
+    def _of_base(self, task: Task, group: Group, experience: int) -> list[str] | None:
+        """The base's answers to the group's examples, where a scorer compares with them; None for the base's own."""
+        label = compared(task)
+        if label is None or not group.packs:
+            return None
+        outcomes = self.measure(task, [Group([], range(len(task.test)))], experience)[label]
+        return [outcomes[i].answer for i in group.examples]
+
+    def _score(self, task: Task, base: list[str] | None) -> Results:
         begun = perf_counter()
         model: Any = self.grafted.model
         length, most = task.training.max_length, task.max_new_tokens
         serving = self.engine.serving(model, self.tokenizer) if self.engine else nullcontext()
         with serving as served:
-            examinee = Examinee(model, self.tokenizer, most, length, self.allow_code, served=served)
+            examinee = Examinee(
+                model,
+                self.tokenizer,
+                most,
+                length,
+                self.allow_code,
+                served=served,
+                base_answers=base,
+                folder=self.outcomes.folder,
+            )
             outcomes = score(examinee, task.test, task.scorings)
         self.seconds += perf_counter() - begun
         return outcomes

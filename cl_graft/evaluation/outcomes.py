@@ -67,10 +67,12 @@ class Outcomes:
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
         engine: Mapping[str, Any] | None = None,
+        base: str = "",
     ) -> Path:
         """Where the outcomes of these weights are kept: by all that determines them, code and versions included.
 
-        engine: what is known of what answered in the place of the model in this process.
+        engine: what is known of what answered in the place of the model in this process. base: fingerprint of the
+        weights whose answers these were compared with, if any were.
         """
         key = digest(
             weights,
@@ -82,6 +84,7 @@ class Outcomes:
             place(),
             versions(),
             *([engine, served_code()] if engine else []),
+            *([base] if base else []),
         )
         return self.folder / "evaluations" / f"{key}.jsonl"
 

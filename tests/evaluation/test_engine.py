@@ -274,12 +274,12 @@ def test_a_cell_by_a_server_that_goes_away_continues_where_it_was(
 
     def dies(path: str, body: dict[str, Any]) -> Any:
         left[0] -= path == "/v1/completions"
-        return models(path, body) if left[0] > 0 else 503
+        return models(path, body) if left[0] > 0 else 500
 
     with running(dies, **TEXT) as server:
         mine = [*sums, "--engine", server.url]
         failed = call("run", *mine)
-        assert "HTTP 503" in failed.reason and "same command again to continue" in failed.reason
+        assert "HTTP 500" in failed.reason and "same command again to continue" in failed.reason
         left[0], before = 10_000, len(server.asked)
         assert call("run", *mine).code == 0
         again = [body["prompt"] for path, body, _ in server.asked[before:] if "prompt" in body]
