@@ -178,6 +178,24 @@ class Settings(Frozen):
         examples=[{"regularisation": 0.01}],
         json_schema_extra={"when": {"task_ids": "inferred"}},
     )
+    router_top_k: int = Field(
+        default=1,
+        ge=1,
+        description="Packs that answer a prompt: the likeliest, as many as there are.",
+        json_schema_extra={"when": {"task_ids": "inferred"}},
+    )
+    router_combine: Literal["ensemble", "merge"] = Field(
+        default="ensemble",
+        description="How several packs answer: mean probabilities of a pass each, or one weighted merge.",
+        json_schema_extra={"when": {"task_ids": "inferred"}},
+    )
+    router_reject: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the tasks' own prompts that may go to the base, as out-of-stream ones do; 0: none.",
+        json_schema_extra={"when": {"task_ids": "inferred"}},
+    )
 
 
 class Whereabouts(Frozen):

@@ -95,6 +95,8 @@ OTHER = {  # a value that is not the default, where that cannot be told from the
     "task_ids": "inferred",
     "scoring": {"number.tolerance": 0.5},
     "router_options": {"regularisation": 0.5},
+    "router_combine": "merge",
+    "router_reject": 0.05,
     "launch": {"processes": 2},
     "wandb": "off",
     "track": ["csv"],

@@ -22,7 +22,7 @@ from cl_graft.task import Scenario
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cl_graft.routing.base import Router
+    from cl_graft.routing.base import BaseRouter
     from cl_graft.strategy.base import Strategy
 
 UNKNOWN = "0" * 32  # stands for the fingerprint of weights that are not there, and is as long
@@ -98,6 +98,7 @@ def _require_possible(config: RunConfig, scenario: Scenario, model: PreTrainedMo
         budget=Budget(config.budget, sum(p.numel() for p in model.parameters())),
         seed=config.seed,
         options=options,
+        router=router_of(config),
     )
     strategy.grafted._base = UNKNOWN
     strategy.require_possible()
@@ -222,13 +223,17 @@ def strategy_of(
     return strategy
 
 
-def router_of(config: RunConfig) -> Router | None:
+def router_of(config: RunConfig) -> BaseRouter | None:
     """What infers the task of a prompt; None where it is given. Raises UnknownName or CLGraftError, as `prepare`."""
     if config.task_ids == "given":
         return None
+    from cl_graft.routing.base import Selection
+
     name = config.short(config.router)
     kind = plugins.load("router", config.router)
-    return kind(**plugins.check_options("router", name, kind, config.router_options))
+    router = kind(**plugins.check_options("router", name, kind, config.router_options))
+    router.selection = Selection(config.router_top_k, config.router_combine, config.router_reject)
+    return router
 
 
 def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:

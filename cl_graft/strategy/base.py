@@ -35,11 +35,11 @@ from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
 from cl_graft.models.roles import ROLES, Role, untouched
-from cl_graft.routing.base import Router
-from cl_graft.skillpack.codecs.exact import exact, original
+from cl_graft.routing.base import BaseRouter, Choice
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.digests import digest
+from cl_graft.strategy import route
 from cl_graft.strategy.context import Context
 from cl_graft.strategy.hooks import Hooks
 from cl_graft.strategy.kept import ROUTER, Keeps, Kept, Tensors
@@ -112,7 +112,7 @@ class Strategy(Hooks):
         plugins: Sequence[Any] = (),
         stages: Stages | None = None,
         outcomes: Outcomes | None = None,
-        router: Router | None = None,
+        router: BaseRouter | None = None,
     ):
         check_plugins(plugins)
         self.keeps = self.keeps_by(options)
@@ -130,6 +130,7 @@ class Strategy(Hooks):
         )
         self.answered: dict[str, Answered] = {}
         self.features = Features(model, tokenizer)
+        self.thresholds: dict[str, Any] = {}  # of the router's scores, once it was asked
         self.progress: Callable[..., None] = lambda what, done, at="": None
         self._seconds: dict[str, float] = {"train": 0.0, "compress": 0.0}
         self.log = Log()
@@ -158,6 +159,8 @@ class Strategy(Hooks):
         context = self.context(longest)
         if self.budgeted:
             require_one_weight(context, self.base)
+            if self.router is not None:
+                route.require_fit(context, self.router)
         self.check(context, **self.options)
 
     @abstractmethod
@@ -268,38 +271,27 @@ class Strategy(Hooks):
         """The packs active when the next task's training starts."""
         return self.compose(None) if self.keeps in ("sum", "latest") else []
 
-    def route(self, prompts: Sequence[str], task: int | None) -> list[int | None]:
-        """The task that each prompt is answered as, None for the base: the one given, or what the router infers."""
+    def route(self, prompts: Sequence[str], task: int | None) -> list[Choice]:
+        """What answers each prompt: the task that is given, or what the router infers; before the first, the base."""
         if self.router is None or not self.packs:
             known = task is not None and task < len(self.packs)
-            return [task if known else None] * len(prompts)
-        return list(self.router.choose(self._router_state, self._features(prompts)))
+            return [Choice.of(task if known else None)] * len(prompts)
+        return route.choices(self, self.router, prompts)
 
     def groups(self, task: Task, number: int | None) -> list[Group]:
         """Who answers which of the task's test examples: packs, and the examples' indices, together all of them."""
-        chosen: dict[int | None, list[int]] = {}
+        chosen: dict[Choice, list[int]] = {}
         for index, choice in enumerate(self.route([e.prompt for e in task.test], number)):
             chosen.setdefault(choice, []).append(index)
-        return [Group(self.compose(choice), rows, choice) for choice, rows in chosen.items()]
-
-    @property
-    def _router_state(self) -> dict[str, torch.Tensor]:
-        kept = self.shared.get(ROUTER)
-        return {n: original(e) for n, e in kept.tensors.items()} if kept else {}
-
-    def _features(self, prompts: Sequence[str]) -> torch.Tensor:
-        self.grafted.unload()
-        return self.features(prompts)
+        return [route.group(self, choice, rows) for choice, rows in chosen.items()]
 
     def _learn_to_route(self, task: Task) -> None:
         """Update the router's state by the task's training prompts; nothing of earlier tasks is looked at."""
         if self.router is None:
             return
         begun = perf_counter()
-        prompts = self.router.sample([e.prompt for e in task.train], self.seed)
-        state = self.router.update(self._router_state, self._features(prompts), len(self.packs))
-        tensors = {name: exact(value) for name, value in state.items()}
-        self.shared[ROUTER] = self._pack(task, tensors, type(self.router).__name__)
+        if tensors := route.learned(self, self.router, task):
+            self.shared[ROUTER] = self._pack(task, tensors, type(self.router).__name__)
         self._seconds["compress"] += perf_counter() - begun
 
     # --- learning a task ---

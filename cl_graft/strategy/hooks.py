@@ -76,7 +76,8 @@ class Hooks(BaseTemplate):
         groups = self.groups(task, number)
         names = self.scenario.task_names if self.keeps == "per_task" else ()
         self.answered[task.name] = Answered(key(task, groups)[1:], groups, names)
-        outcomes = self.examiner.measure(task, groups, len(self.packs))
+        # general ability is measured with each task's packs on, too (experiment/general.py)
+        outcomes = self.examiner.measure(task, groups, len(self.packs), every=number is None)
         # within an evaluation the next task may be answered by the same weights
         if not self.current_eval_stream:
             self.grafted.unload()

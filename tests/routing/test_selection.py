@@ -1,0 +1,216 @@
+"""Several packs for a prompt, prompts that go to the base, and whose answers are taken from where."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from cl_graft import plugins
+from cl_graft.errors import CLGraftError
+from cl_graft.evaluation.examiner import Group
+from cl_graft.evaluation.generate import choice_likelihoods, generate, log_likelihoods
+from cl_graft.routing.base import Choice, Selection
+from cl_graft.skillpack.codecs import dense, low_rank
+from cl_graft.skillpack.format.file import SkillPack, fingerprint
+from cl_graft.skillpack.live.composed import blend
+from cl_graft.skillpack.live.ensemble import Ensemble
+from cl_graft.skillpack.live.grafted import Grafted
+from cl_graft.stream import benchmark
+from tests.routing.test_routers import built, router
+
+SCORES = torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.0, -9.0]])
+
+
+def test_the_likeliest_tasks_come_first_and_the_earliest_of_equals() -> None:
+    assert Selection().choose(SCORES) == [Choice((1,), (1.0,)), Choice((0,), (1.0,))]
+    assert Selection(top_k=2).choose(SCORES) == [
+        Choice((1, 2), (0.5, 0.5)),
+        Choice((0, 1), (0.5, 0.5)),
+    ]
+    every = Selection(top_k=9).choose(SCORES)[0]
+    assert every.tasks == (1, 2, 0) and sum(every.weights) == pytest.approx(1)
+
+
+def test_a_merge_is_weighted_by_a_softmax_in_tenths() -> None:
+    """exp(3), exp(1): 0.88 and 0.12; of scores 11 apart the second has nothing and is left out."""
+    merge = Selection(top_k=2, combine="merge")
+    assert merge.choose(SCORES)[0] == Choice((1, 2), (0.9, 0.1))
+    assert merge.choose(SCORES / 2, temperature=0.5)[0] == Choice((1, 2), (0.9, 0.1))
+    assert merge.choose(torch.tensor([[11.0, 0.0]])) == [Choice((0,), (1.0,))]
+    thirds = Selection(top_k=3, combine="merge").choose(torch.zeros(1, 3))[0]
+    assert thirds.weights == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+
+
+def test_below_the_quantile_of_the_tasks_own_prompts_the_base_answers() -> None:
+    own = torch.arange(101.0)[:, None] * torch.tensor([[1.0, 0.5]])
+    selection = Selection(reject=0.05)
+    at = selection.threshold(own)
+    assert at == 5.0
+    scores = torch.tensor([[4.9, 0.0], [0.0, 5.1]])
+    assert selection.choose(scores, 1.0, at) == [Choice(), Choice((1,), (1.0,))]
+
+
+# --- packs together ---
+
+
+def two_packs(model: Any) -> list[SkillPack]:
+    """Low-rank deltas and a dense norm, large enough to change answers."""
+    torch.manual_seed(0)
+    base, packs = fingerprint(model.named_parameters()), []
+    for number in range(2):
+        tensors = {}
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "proj" in name:
+                rows, columns = parameter.shape
+                left, right = torch.randn(rows, 2), torch.randn(2, columns)
+                tensors[name] = low_rank(0.1 * left, 0.1 * right)
+            elif parameter.ndim == 1:
+                tensors[name] = dense(0.1 * torch.randn(parameter.shape))
+        packs.append(SkillPack(tensors, f"task {number}", "test", {}, base))
+    return packs
+
+
+@torch.no_grad()
+def next_probabilities(model: Any, packs: list[SkillPack], ids: list[int]) -> torch.Tensor:
+    grafted = Grafted(model)
+    grafted.activate(packs)
+    logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+    grafted.unload()
+    return logits.softmax(-1)
+
+
+def test_an_ensemble_is_the_mean_of_its_members_probabilities(nano: Any) -> None:
+    """Likelihoods and greedy answers, against one pack at a time, a token at a time."""
+    model, tokenizer = nano
+    packs, pairs = two_packs(model), [("Q: Zoe has 5 bags", " 12"), ("def f(x):", " return x")]
+    before = fingerprint(model.named_parameters())
+    with Ensemble(model, [[pack] for pack in packs]):
+        told = log_likelihoods(model, tokenizer, pairs, 64)
+        chosen = choice_likelihoods(model, tokenizer, [pairs[0][0]], [" 12", " 7 9"], 64)[0]
+        said = generate(model, tokenizer, [pairs[0][0]], 6)
+    assert fingerprint(model.named_parameters()) == before and "forward" not in vars(model)
+
+    def mean(ids: list[int]) -> torch.Tensor:
+        return sum(next_probabilities(model, [pack], ids) for pack in packs) / 2
+
+    def by_hand(prompt: str, completion: str) -> float:
+        ids = tokenizer(prompt)["input_ids"]
+        tail = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        total = 0.0
+        for token in [*tail, tokenizer.eos_token_id]:
+            total += math.log(mean(ids)[token])
+            ids = [*ids, token]
+        return total
+
+    assert told == pytest.approx([by_hand(*pair) for pair in pairs], rel=1e-4)
+    assert chosen == pytest.approx([by_hand(pairs[0][0], c) for c in (" 12", " 7 9")], rel=1e-4)
+    ids = tokenizer(pairs[0][0])["input_ids"]
+    start = len(ids)
+    while len(ids) < start + 6 and ids[-1] != tokenizer.eos_token_id:
+        ids = [*ids, int(mean(ids).argmax())]
+    assert said == [tokenizer.decode(ids[start:], skip_special_tokens=True)]
+
+
+def test_an_ensemble_of_one_pack_twice_is_the_pack(nano: Any) -> None:
+    model, tokenizer = nano
+    pack, pairs = two_packs(model)[0], [("Q: Zoe has 5 bags", " 12")]
+    with Ensemble(model, [[pack], [pack]]):
+        twice = log_likelihoods(model, tokenizer, pairs, 64)
+    grafted = Grafted(model)
+    grafted.activate([pack])
+    assert twice == pytest.approx(log_likelihoods(model, tokenizer, pairs, 64), rel=1e-5)
+
+
+def test_a_blend_is_the_weighted_sum_of_deltas(nano: Any) -> None:
+    model, _ = nano
+    one, two = two_packs(model)
+    mixed = blend([[one], [two]], [0.75, 0.25])
+    name = next(iter(one.tensors))
+    torch.testing.assert_close(mixed.delta(name), 0.75 * one.delta(name) + 0.25 * two.delta(name))
+    assert mixed.digest != blend([[one], [two]], [0.25, 0.75]).digest
+
+
+# --- in a strategy ---
+
+
+def trained(nano: Any, scenario: Any, **more: Any) -> Any:
+    strategy = built(nano, scenario, **more)
+    for experience in benchmark(scenario).train_stream:
+        strategy.train(experience, eval_streams=[])
+    return strategy
+
+
+@pytest.mark.parametrize("combine", ["ensemble", "merge"])
+def test_two_packs_answer_where_two_are_asked_for(nano, tiny_scenario, combine) -> None:
+    """Every task's prompts, and what is recalled is what was measured; the base is the base again."""
+    made = router("centroids")
+    made.temperature, made.selection = 1.0, Selection(top_k=2, combine=combine)
+    strategy = trained(nano, tiny_scenario, router=made)
+    task = tiny_scenario.tasks[0]
+    outcomes = strategy.measure(task, 0)
+    assert len(outcomes[task.score]) == len(task.test)
+    told = strategy.answered[task.name]
+    assert told.counts == {"math": 16}, "the likeliest of the two"
+    assert all(bool(group.members) == (combine == "ensemble") for group in told.groups)
+    assert strategy.measure(task, 0) is outcomes
+    assert fingerprint(strategy.model.named_parameters()) == strategy.grafted.base
+
+
+def test_answers_are_taken_from_where_the_whole_task_is_answered_anyway(nano, tiny_scenario):
+    """15 of 16 examples by the task's own pack: of these nothing is computed once tasks were given."""
+    strategy = trained(nano, tiny_scenario)
+    task, scored = tiny_scenario.tasks[0], []
+    strategy.measure(task, 0)
+    strategy.measure(task, None)
+    examiner, plain = strategy.examiner, strategy.examiner._score
+    examiner._score = lambda some, members: (scored.append(len(some.test)), plain(some, members))[1]
+    own, other = ([pack] for pack in strategy.packs)
+    groups = [Group(own, range(13), 0), Group(other, [13], 1), Group([], [14, 15])]
+    mixed = examiner.measure(task, groups, 2)
+    assert scored == [1]
+    whole = [examiner.measured[(task.name, *names)] for names in ([own[0].digest], [])]
+    assert mixed[task.score][:13] == whole[0][task.score][:13]
+    assert mixed[task.score][14:] == whole[1][task.score][14:]
+
+
+def test_prompts_unlike_all_tasks_go_to_the_base(nano, tiny_scenario) -> None:
+    made = router("mahalanobis")
+    made.selection = Selection(reject=0.05)
+    strategy = trained(nano, tiny_scenario, router=made)
+    own = [e.prompt for task in tiny_scenario.tasks for e in task.validation]
+    kept = [bool(choice.tasks) for choice in strategy.route(own, None)]
+    assert sum(kept) / len(kept) == pytest.approx(0.95, abs=0.01), "as calibrated"
+    assert strategy.route(["zzz ### 999 !!! ((( " * 3], None) == [Choice()]
+    task = tiny_scenario.tasks[0]
+    strategy.measure(task, 0)
+    assert sum(strategy.answered[task.name].counts.values()) == len(task.test)
+
+
+def test_a_router_that_takes_all_of_the_budget_is_refused_before_anything_is_computed(call):
+    done = call(
+        "plan",
+        "--scenarios",
+        "mini",
+        "--strategies",
+        "magnitude",
+        "--models",
+        "nano-llama",
+        "--budgets",
+        "3%",
+        "--task-ids",
+        "inferred",
+    )
+    assert done.code and "the router 'ridge' keeps" in done.err and "centroids" in done.err
+
+
+@pytest.mark.parametrize("name", plugins.names("router"))
+def test_a_router_that_has_seen_no_task_says_so(nano, tiny_scenario, name) -> None:
+    strategy = built(nano, tiny_scenario, router=router(name), budget="100%")
+    assert strategy.route(["Q:"], 0) == [Choice()], "a method answers as the base"
+    from cl_graft.strategy.route import choices
+
+    with pytest.raises(CLGraftError, match=f"the router {name} has seen no task"):
+        choices(strategy, strategy.router, ["Q:"])
