@@ -1,7 +1,8 @@
 """AG News, Amazon, SST-2, DBpedia, MNLI: the text-classification stream of O-LoRA's benchmark (arXiv 2310.14152).
 
-The answer is the label of the task's label set that the model finds most likely. DBpedia comes as a test
-file only and is split here by a fixed seed.
+Yelp, which has Amazon's labels, is there to be named in `tasks`. The answer is the label of the task's label set that
+the model finds most likely. DBpedia comes as a test file only, Yelp as a training file, and each is split here by a
+fixed seed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ FOLDERS = {
     "sst2": "cl_benchmark/SC/SST-2",
     "dbpedia": "cl_benchmark/TC/dbpedia",
     "mnli": "cl_benchmark/NLI/MNLI",
+    "yelp": "cl_benchmark/SC/yelp",
 }
+# those that come as one file, and how many of its examples are to train on
+ONLY = {"dbpedia": ("test", 5000), "yelp": ("train", 4000)}
 
 CHARACTERS = 320
 NO_CONSENSUS = "-"  # MNLI's mark for pairs on which its annotators did not agree; left out
@@ -48,11 +52,13 @@ def text_classification(
         if name not in FOLDERS:
             raise UnknownName("text-classification task", name, FOLDERS)
         options = tuple(labels(data_dir, f"{FOLDERS[name]}/labels.json"))
-        test = read(data_dir, f"{FOLDERS[name]}/test.json", options)
-        if name == "dbpedia":
-            shuffled = sample(test, len(test), "dbpedia split")
-            train, test = shuffled[:5000], shuffled[5000:]
+        if name in ONLY:
+            file, count = ONLY[name]
+            whole = read(data_dir, f"{FOLDERS[name]}/{file}.json", options)
+            shuffled = sample(whole, len(whole), f"{name} split")
+            train, test = shuffled[:count], shuffled[count:]
         else:
+            test = read(data_dir, f"{FOLDERS[name]}/test.json", options)
             train = read(data_dir, f"{FOLDERS[name]}/train.json", options)
         return Task(
             name,

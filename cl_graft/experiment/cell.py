@@ -20,6 +20,7 @@ from cl_graft.evaluation.scores import by_metric, cells
 from cl_graft.experiment import general, identity
 from cl_graft.experiment.executors import CellProgress
 from cl_graft.experiment.outcomes import example_lines, restore
+from cl_graft.experiment.overhead import overhead
 from cl_graft.experiment.prepare import prepare, strategy_of
 from cl_graft.models import embedded
 from cl_graft.models.load import locate
@@ -277,6 +278,7 @@ def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], list[dic
         "general_active": {who: found.active for who, found in ability.items()},
         "identical": [name for name, packs in active.items() if (name, *packs) in known],
         "routing": {name: answered.counts for name, answered in strategy.answered.items()},
+        "overhead": overhead(strategy, strategy.results),
     }
     return scored, example_lines(outcomes, taken)
 

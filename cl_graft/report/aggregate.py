@@ -136,6 +136,10 @@ class Line:
         places = range(1, len(self.tasks) + 1)
         return [estimate([number(a[k]) if k < len(a) else math.nan for a in each]) for k in places]
 
+    def overhead(self) -> float:
+        """Forward passes at the end over those of one pack that is named, on average over seeds."""
+        return self.over_seeds(lambda c: number([None, *(c.get("overhead") or [])][-1]))[0]
+
     def kept_bytes(self) -> tuple[float, float]:
         """What is alive after the last task, and the largest pack that one task stored."""
         largest = self.over_seeds(lambda cell: max(packs(cell), default=math.nan))[0]
