@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,10 @@ from cl_graft import plugins
 from cl_graft.errors import CLGraftError
 from cl_graft.evaluation.examiner import Group
 from cl_graft.evaluation.generate import choice_likelihoods, generate, log_likelihoods
+from cl_graft.experiment.cell import run
+from cl_graft.models.load import load
+from cl_graft.report.protocols import protocol
+from cl_graft.report.tables import costs
 from cl_graft.routing.base import Choice, Selection
 from cl_graft.skillpack.codecs import dense, low_rank
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
@@ -19,7 +25,7 @@ from cl_graft.skillpack.live.composed import blend
 from cl_graft.skillpack.live.ensemble import Ensemble
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.stream import benchmark
-from tests.routing.test_routers import built, router
+from tests.routing.test_routers import built, config, router
 
 SCORES = torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.0, -9.0]])
 
@@ -214,3 +220,29 @@ def test_a_router_that_has_seen_no_task_says_so(nano, tiny_scenario, name) -> No
 
     with pytest.raises(CLGraftError, match=f"the router {name} has seen no task"):
         choices(strategy, strategy.router, ["Q:"])
+
+
+def test_forward_passes_are_told_as_the_papers_table_has_them(tmp_path: Path) -> None:
+    """Two members answer each prompt after one pass that routes it: 2 and one over the mean length of an answer."""
+    two = config(tmp_path, task_ids="inferred", router="centroids", router_top_k=2)
+    result = run(two)
+    assert result["overhead"][0] is None
+    folder = tmp_path / two.cell / "experiences"
+    _, tokenizer = load("nano-llama")
+
+    def lengths(experience: str, tasks: tuple[str, ...]) -> list[int]:
+        lines = map(json.loads, (folder / experience / "examples.jsonl").read_text().splitlines())
+        said = [x["answer"] for x in lines if x["task"] in tasks]
+        return [len(tokenizer(s, add_special_tokens=False)["input_ids"]) + 1 for s in said]
+
+    first, last = lengths("01", ("math",)), lengths("02", ("math", "cipher"))
+    assert result["overhead"][1] == pytest.approx(1 + len(first) / sum(first))
+    assert result["overhead"][2] == pytest.approx(2 + len(last) / sum(last))
+    (told,) = costs([result])
+    assert (
+        dict(zip(told.columns, told.rows[0], strict=True))["Passes"]
+        == f"{result['overhead'][2]:.2f}"
+    )
+    assert protocol(result) == "inferred (centroids, ensemble of 2)"
+    given = run(config(tmp_path))
+    assert given["overhead"] == [None] * 3 and "Passes" not in costs([given])[0].columns
