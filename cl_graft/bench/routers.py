@@ -268,8 +268,8 @@ def _untitled(task: Task) -> Task:
     def plain(examples: Sequence[Example]) -> tuple[Example, ...]:
         return tuple(replace(e, prompt=TITLE.sub("Text: ", e.prompt)) for e in examples)
 
-    parts = {"train": task.train, "test": task.test, "validation": task.validation}
-    return replace(task, **{name: plain(part) for name, part in parts.items()})
+    train, test, validation = map(plain, (task.train, task.test, task.validation))
+    return replace(task, train=train, test=test, validation=validation)
 
 
 def _scores(strategy: Any) -> list[list[list[float]]]:
@@ -286,7 +286,7 @@ def _scores(strategy: Any) -> list[list[list[float]]]:
 
 
 def _bytes(state: dict[str, torch.Tensor]) -> int:
-    """Of the file that holds a state."""
+    """Bytes of the file that holds a state."""
     specs = {name: exact_spec(tuple(x.shape), x.dtype) for name, x in state.items()}
     return packed_size(specs, task="", method="", options={}, base="0" * 32, versions={})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -130,7 +130,8 @@ class Examiner:
                 self.waiting_seconds += perf_counter() - begun
                 known = self.outcomes.recall(file, experience)
                 if known is None:
-                    known = self._score(some, group.members), False
+                    with self._together(group):
+                        known = self._score(some), False
                     self.outcomes.keep(file, some, known[0], weights, experience)
             self.measured[name], elsewhere = known
             if elsewhere:
@@ -146,13 +147,17 @@ class Examiner:
             self._weights[name] = fingerprint(self.grafted.model.named_parameters())
         return self._weights[name]
 
-    def _score(self, task: Task, members: Sequence[Sequence[SkillPack]]) -> Results:
+    def _together(self, group: Group) -> AbstractContextManager[Any]:
+        """The model as the group's ensemble, if it is one."""
+        model = self.grafted.model
+        return ensemble.Ensemble(model, group.members) if group.members else nullcontext()
+
+    def _score(self, task: Task) -> Results:
         begun = perf_counter()
         model: Any = self.grafted.model
         length, most = task.training.max_length, task.max_new_tokens
         examinee = Examinee(model, self.tokenizer, most, length, self.allow_code)
-        with ensemble.Ensemble(model, members) if members else nullcontext():
-            outcomes = score(examinee, task.test, task.scorings)
+        outcomes = score(examinee, task.test, task.scorings)
         self.seconds += perf_counter() - begun
         return outcomes
 
