@@ -26,11 +26,11 @@ from cl_graft.routing.base import BaseRouter, PackRouter, Selection, State, View
 from cl_graft.skillpack.codecs.exact import exact_spec
 from cl_graft.skillpack.format.file import SkillPack, packed_size
 from cl_graft.store.digests import machine, versions
-from cl_graft.store.files import write_json, write_text
+from cl_graft.store.files import read_json, write_json, write_text
 from cl_graft.task import Example, Task
 
 SHARES = (0.01, 0.05)  # of the tasks' own prompts, that a threshold may leave to the base
-TIMED = 50  # test prompts of each task whose routing is timed
+TIMED = 30  # test prompts of each task whose routing is timed
 TITLE = re.compile(r"^Title: .*? Text: ")
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
     ("ridge", {}),
@@ -40,6 +40,7 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [
     ("classifier", {}),
     ("arrow", {"spectrum": "top"}),
     ("arrow", {"spectrum": "full"}),
+    ("arrow", {"spectrum": "scaled"}),
     ("likelihood", {}),
 ]
 ABOUT = (
@@ -98,7 +99,7 @@ def bench_routers(
             for label, figures in _of_seed(STREAMS[name], seed, data_dir, cells, allow_code, bases):
                 found.setdefault(label, []).append(figures)
         rows += [
-            {"stream": name, "router": label, "seeds": len(each)} | _summary(each)
+            {"stream": name, "router": label, "seeds": len(each), "figures": _summary(each)}
             for label, each in found.items()
         ]
     return rows
@@ -108,27 +109,44 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A table a stream: a row a router, a column a figure, with its standard error over seeds."""
     parts = []
     for stream in dict.fromkeys(row["stream"] for row in rows):
-        mine = [row for row in rows if row["stream"] == stream]
-        columns = [name for name in mine[0] if isinstance(mine[0][name], list)]
+        mine = [
+            row["figures"] | {"seeds": [row["seeds"], None]}
+            for row in rows
+            if row["stream"] == stream
+        ]
+        columns = [*dict.fromkeys(name for figures in mine for name in figures)]
         lines = [["router", *columns], ["---", *["--:"] * len(columns)]]
-        lines += [[row["router"], *(_shown(n, *row[n]) for n in columns)] for row in mine]
+        for row, figures in zip((r for r in rows if r["stream"] == stream), mine, strict=True):
+            lines.append(
+                [row["router"], *(_shown(n, *figures.get(n, (None, None))) for n in columns)]
+            )
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         parts.append(f"## {stream}\n\n{table}\n")
     return "\n".join(parts)
 
 
 def write(rows: Sequence[dict[str, Any]], folder: Path, command: str) -> None:
-    """routers.md and routers.json in the folder, with the command, versions and machine that made them."""
-    about = {**versions(), **machine()}
-    write_json(folder / "routers.json", {"rows": rows, "command": command, "made_by": about})
-    told = "\n".join([f"    {command}", "", *(f"- {key}: {value}" for key, value in about.items())])
-    write_text(
-        folder / "routers.md", f"# Routers\n\n{ABOUT}\n\n{markdown(rows)}\nMade by\n\n{told}\n"
-    )
+    """Writes routers.md and routers.json: each stream's rows with the command, versions and machine that made them.
+
+    Streams that are in the folder and were not measured now stay as they are.
+    """
+    file, about = folder / "routers.json", {"command": command, **versions(), **machine()}
+    streams = read_json(file) if file.is_file() else {}
+    for row in rows:
+        mine = [other for other in rows if other["stream"] == row["stream"]]
+        streams[row["stream"]] = {"rows": mine, "made_by": about}
+    write_json(file, streams)
+    parts = [f"# Routers\n\n{ABOUT}\n"]
+    for name in sorted(streams, key=[*STREAMS].index):
+        told = "; ".join(f"{k}: {v}" for k, v in streams[name]["made_by"].items())
+        parts.append(f"{markdown(streams[name]['rows'])}\nMade by {told}.\n")
+    write_text(folder / "routers.md", "\n".join(parts))
 
 
-def _shown(name: str, value: float, error: float | None) -> str:
-    if name == "bytes":
+def _shown(name: str, value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    if name in ("bytes", "seeds"):
         return f"{value:,.0f}"
     scale, digits = (1, 2) if "time" in name or "points" in name else (100, 1)
     told = f"{scale * value:.{digits}f}"
@@ -136,10 +154,10 @@ def _shown(name: str, value: float, error: float | None) -> str:
 
 
 def _summary(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """{figure: [mean, standard error over seeds]}; None of a single seed has no error."""
+    """{figure: [mean, standard error over the seeds that have it]}; the error is None where there is but one."""
     told = {}
-    for name in each[0]:
-        values = [figures[name] for figures in each]
+    for name in dict.fromkeys(name for figures in each for name in figures):
+        values = [figures[name] for figures in each if name in figures]
         error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
         told[name] = [mean(values), error]
     return told

@@ -26,9 +26,10 @@ class arrow(PackRouter):
 
     temperature = 0.02
 
-    def __init__(self, *, spectrum: Literal["top", "full"] = "full"):
+    def __init__(self, *, spectrum: Literal["top", "full", "scaled"] = "top"):
         """spectrum: top, abs(x.v) of the first right singular vector, as Arrow; full, the norm of S V^T x, as SpectR,
-        over the mean norm of the tasks' deltas, so that layers weigh the same. x is brought to length 1."""
+        over the mean norm of the tasks' deltas, so that layers weigh the same; scaled, over each delta's own norm, so
+        that tasks do, too. x is brought to length 1."""
         self.spectrum = spectrum
         self._known: tuple[list[str], dict[str, list[Tensor]]] = [], {}
 
@@ -63,13 +64,16 @@ class arrow(PackRouter):
         return self._known[1]
 
     def _rows(self, deltas: Sequence[Tensor]) -> list[Tensor]:
-        """Of each delta (out, in): its first right singular vector, or S V^T over the deltas' mean norm."""
+        """Of each delta (out, in): its first right singular vector, or S V^T over a norm."""
         parts = [torch.linalg.svd(delta, full_matrices=False)[1:] for delta in deltas]
         if self.spectrum == "top":
             return [right[:1] * bool(size[0]) for size, right in parts]
-        norm = sum(size.norm() for size, _ in parts) / len(parts)
+        norms = torch.stack([size.norm() for size, _ in parts])
+        if self.spectrum == "full":
+            norms = norms.mean().expand(len(parts))
         kept = [size > NOTHING * size[0] for size, _ in parts]
-        return [(s[k, None] * r[k]) / norm for (s, r), k in zip(parts, kept, strict=True)]
+        rows = [size[k, None] * right[k] for (size, right), k in zip(parts, kept, strict=True)]
+        return [each / (norm or 1.0) for each, norm in zip(rows, norms, strict=True)]
 
 
 def _delta(packs: Sequence[SkillPack], name: str, layer: Any) -> Tensor:

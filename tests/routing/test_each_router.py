@@ -110,13 +110,15 @@ def test_arrow_is_the_mean_cosine_with_the_first_singular_vector(nano: Any) -> N
     torch.testing.assert_close(top, wanted, rtol=1e-3, atol=1e-4)
     full = router("arrow", spectrum="full").judge({}, PROMPTS, view(nano, [one, two]))
     torch.testing.assert_close(full, wanted * torch.tensor([0.5, 1.5]), rtol=1e-3, atol=1e-4)
+    scaled = router("arrow", spectrum="scaled").judge({}, PROMPTS, view(nano, [one, two]))
+    torch.testing.assert_close(scaled, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_layer_that_a_pack_does_not_touch_says_nothing_for_it(nano: Any) -> None:
     model, _ = nano
     names = [f"model.layers.{k}.self_attn.q_proj.weight" for k in (0, 1)]
     one, two = (rank_one(model, {name: 1.0}, k)[0] for k, name in enumerate(names))
-    for spectrum in ("top", "full"):
+    for spectrum in ("top", "full", "scaled"):
         found = router("arrow", spectrum=spectrum).judge({}, PROMPTS, view(nano, [one, two]))
         assert found.shape == (3, 2) and (found > 0).all() and (found < 1).all()
 
