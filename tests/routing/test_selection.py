@@ -12,7 +12,7 @@ import torch
 
 from cl_graft import plugins
 from cl_graft.errors import CLGraftError
-from cl_graft.evaluation.examiner import Group
+from cl_graft.evaluation.examiner import Examiner, Group
 from cl_graft.evaluation.generate import choice_likelihoods, generate, log_likelihoods
 from cl_graft.experiment.cell import run
 from cl_graft.models.load import load
@@ -246,3 +246,21 @@ def test_forward_passes_are_told_as_the_papers_table_has_them(tmp_path: Path) ->
     assert protocol(result) == "inferred (centroids, ensemble of 2)"
     given = run(config(tmp_path))
     assert given["overhead"] == [None] * 3 and "Passes" not in costs([given])[0].columns
+
+
+def test_both_protocols_together_answer_few_more_prompts_than_one(tmp_path, monkeypatch) -> None:
+    """Where packs are the same and routing is right, nearly all is recalled: at most 1.15 times the examples."""
+    scored: list[int] = []
+    plain = Examiner._score
+    monkeypatch.setattr(
+        Examiner, "_score", lambda self, task: (scored.append(len(task.test)), plain(self, task))[1]
+    )
+    given = config(tmp_path).model_copy(update={"strategy": "individual"})
+    run(given)
+    one = sum(scored)
+    routed = {"task_ids": "inferred", "router": "mahalanobis", "router_reject": 0.05}
+    result = run(given.model_copy(update=routed))
+    assert result["routing_accuracy"][-1] > 0.8
+    assert one <= sum(scored) <= 1.15 * one
+    again = run(given.model_copy(update=routed | {"router": "likelihood", "router_reject": 0.0}))
+    assert again["shared_bytes"] == {} and again["complete"]
