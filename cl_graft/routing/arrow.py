@@ -16,7 +16,6 @@ from torch.nn.functional import normalize
 
 from cl_graft.routing.base import PackRouter, State, View, require_seen
 from cl_graft.skillpack.compress.calibrate import linear_layers, stored_transposed
-from cl_graft.skillpack.format.file import SkillPack
 
 NOTHING = 1e-4  # singular values below that share of the largest are rounding
 
@@ -36,16 +35,15 @@ class arrow(PackRouter):
     @torch.no_grad()
     def judge(self, state: State, prompts: Sequence[str], view: View) -> Tensor:
         require_seen(self, view.packs)
-        directions, model = self._directions(view), view.grafted.model
+        directions, layers = self._directions(view), linear_layers(view.grafted.model)
         found = torch.zeros(len(prompts), len(view.packs))
-        layers = linear_layers(model)
         for chunk, ids, mask in view.batches(prompts):
             sums = found.new_zeros(len(chunk), len(view.packs), device=ids.device)
             with ExitStack() as hooks:
                 for name, rows in directions.items():
                     look = partial(_add, sums, mask, rows)
                     hooks.callback(layers[name].register_forward_pre_hook(look).remove)
-                model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
+                view.grafted.model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
             found[chunk] = (sums / mask.sum(1, keepdim=True) / max(1, len(directions))).cpu()
         return found
 
@@ -53,11 +51,10 @@ class arrow(PackRouter):
         """{linear layer: what its input is held against, float32 (directions, in) for each task}, while packs stay."""
         told = [pack.digest for packs in view.packs for pack in packs]
         if told != self._known[0]:
-            turned = stored_transposed(view.grafted.model)
-            every = {}
+            turned, every = stored_transposed(view.grafted.model), {}
             for name, module in linear_layers(view.grafted.model).items():
                 weight = f"{name}.weight"
-                deltas = [_delta(packs, weight, module) for packs in view.packs]
+                deltas = [view.delta(k, weight, module) for k in range(len(view.packs))]
                 if any(delta.any() for delta in deltas):
                     every[name] = self._rows([d.T if weight in turned else d for d in deltas])
             self._known = told, every
@@ -69,25 +66,14 @@ class arrow(PackRouter):
         if self.spectrum == "top":
             return [right[:1] * bool(size[0]) for size, right in parts]
         norms = torch.stack([size.norm() for size, _ in parts])
-        if self.spectrum == "full":
-            norms = norms.mean().expand(len(parts))
+        norms = norms.mean().expand(len(parts)) if self.spectrum == "full" else norms
         kept = [size > NOTHING * size[0] for size, _ in parts]
         rows = [size[k, None] * right[k] for (size, right), k in zip(parts, kept, strict=True)]
         return [each / (norm or 1.0) for each, norm in zip(rows, norms, strict=True)]
 
 
-def _delta(packs: Sequence[SkillPack], name: str, layer: Any) -> Tensor:
-    """The sum of the packs' deltas of a layer's weight, float32 in its shape."""
-    total = torch.zeros_like(layer.weight, dtype=torch.float32)
-    for pack in packs:
-        if name in pack.tensors:
-            total += pack.delta(name).to(total.device)
-    return total
-
-
 def _add(sums: Tensor, mask: Tensor, rows: list[Tensor], module: Any, given: Any) -> None:
     """Add to sums (prompts, tasks) the norm of each task's rows times the layer's input, over the prompt's tokens."""
-    if given[0].shape[:-1] != mask.shape:  # the head, of the last token alone, or an expert
-        return
-    x = normalize(given[0].float(), dim=-1) * mask[..., None]
-    sums += torch.stack([(x @ each.T).norm(dim=-1).sum(1) for each in rows], 1)
+    if given[0].shape[:-1] == mask.shape:  # not the head, of the last token alone, nor an expert
+        x = normalize(given[0].float(), dim=-1) * mask[..., None]
+        sums += torch.stack([(x @ each.T).norm(dim=-1).sum(1) for each in rows], 1)

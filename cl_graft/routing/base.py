@@ -94,6 +94,14 @@ class View:
             batch = padded([(rows[i], len(rows[i])) for i in chunk], self.tokenizer.pad_token_id)
             yield chunk, batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
+    def delta(self, task: int, name: str, layer: Any) -> Tensor:
+        """What the task's packs add to the layer's weight of that name, float32 in its shape."""
+        total = torch.zeros_like(layer.weight, dtype=torch.float32)
+        for pack in self.packs[task]:
+            if name in pack.tensors:
+                total += pack.delta(name).to(total.device)
+        return total
+
 
 class BaseRouter(ABC):
     """Infers the task of a prompt. Options are the keyword-only arguments of `__init__`.
