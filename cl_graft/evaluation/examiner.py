@@ -124,13 +124,13 @@ class Examiner:
             name = (*name, digest(list(group.examples)))
         if name not in self.measured:
             self.grafted.activate(group.packs)
-            weights, begun = self._fingerprint(group), perf_counter()
+            weights, begun = self.fingerprint(group), perf_counter()
             file = self.outcomes.file(weights, self.tokenizer, some)
             with locked(file):
                 self.waiting_seconds += perf_counter() - begun
                 known = self.outcomes.recall(file, experience)
                 if known is None:
-                    with self._together(group):
+                    with self.together(group):
                         known = self._score(some), False
                     self.outcomes.keep(file, some, known[0], weights, experience)
             self.measured[name], elsewhere = known
@@ -138,16 +138,18 @@ class Examiner:
                 self.recalled.add(name)
         return self.measured[name]
 
-    def _fingerprint(self, group: Group) -> str:
-        """Digest of the weights that answer, computed once; of an ensemble, of its packs and the code of it."""
-        name = tuple(group.names)
+    def fingerprint(self, group: Group) -> str:
+        """Digest of the weights that answer, computed once, for which they are put on; of an ensemble, of its packs and
+        the code of it."""
         if group.members:
             return digest(self.grafted.base, code_digest(ensemble, attach), group.names)
+        name = tuple(group.names)
         if name not in self._weights:
+            self.grafted.activate(group.packs)
             self._weights[name] = fingerprint(self.grafted.model.named_parameters())
         return self._weights[name]
 
-    def _together(self, group: Group) -> AbstractContextManager[Any]:
+    def together(self, group: Group) -> AbstractContextManager[Any]:
         """The model as the group's ensemble, if it is one."""
         model = self.grafted.model
         return ensemble.Ensemble(model, group.members) if group.members else nullcontext()
