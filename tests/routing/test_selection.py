@@ -12,10 +12,12 @@ import torch
 
 from cl_graft import plugins
 from cl_graft.errors import CLGraftError
+from cl_graft.evaluation.divergence import per_example
 from cl_graft.evaluation.examiner import Examiner, Group
 from cl_graft.evaluation.generate import choice_likelihoods, generate, log_likelihoods
 from cl_graft.experiment.cell import run
 from cl_graft.models.load import load
+from cl_graft.models.text import encode
 from cl_graft.report.protocols import protocol
 from cl_graft.report.tables import costs
 from cl_graft.routing.base import Choice, Selection
@@ -264,3 +266,22 @@ def test_both_protocols_together_answer_few_more_prompts_than_one(tmp_path, monk
     assert one <= sum(scored) <= 1.15 * one
     again = run(given.model_copy(update=routed | {"router": "likelihood", "router_reject": 0.0}))
     assert again["shared_bytes"] == {} and again["complete"]
+
+
+def test_an_ensemble_has_moved_from_the_base_as_its_mean_has(nano, tiny_scenario) -> None:
+    """KL(base || ensemble) of one answer's tokens, a token at a time."""
+    strategy = trained(nano, tiny_scenario)
+    model, tokenizer = nano
+    example = tiny_scenario.tasks[0].test[0]
+    group = Group((), [0], 0, [[pack] for pack in strategy.packs], of_one=False)
+    pair = (example.prompt, example.completion)
+    (found,) = per_example(strategy.examiner, [pair], group, 64)
+    strategy.restore_base()
+    head, tail = encode(tokenizer, *pair, 64)
+    wanted = 0.0
+    for count in range(len(tail)):
+        ids = head + tail[:count]
+        base = next_probabilities(model, [], ids).double()
+        mean = sum(next_probabilities(model, [p], ids).double() for p in strategy.packs) / 2
+        wanted += (base * (base / mean).log()).sum().item()
+    assert found.forward == pytest.approx(wanted, rel=1e-3) and wanted > 0
