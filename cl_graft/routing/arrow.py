@@ -61,7 +61,7 @@ class arrow(PackRouter):
         return self._known[1]
 
     def _rows(self, deltas: Sequence[Tensor]) -> list[Tensor]:
-        """Of each delta (out, in): its first right singular vector, or S V^T over a norm."""
+        """The first right singular vector of each delta (out, in), or S V^T over a norm."""
         parts = [torch.linalg.svd(delta, full_matrices=False)[1:] for delta in deltas]
         if self.spectrum == "top":
             return [right[:1] * bool(size[0]) for size, right in parts]

@@ -37,7 +37,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Selection:
-    """From scores to what answers.
+    """The way from scores to what answers.
 
     top_k: packs that answer a prompt. combine: as an ensemble, or as a merge. reject: the share of in-stream prompts
     that may be left to the base; 0 leaves none to it.
