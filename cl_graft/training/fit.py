@@ -73,6 +73,8 @@ def fit(
         report = _report(work, trainer, step, count, progress)
         if main:
             write_json(work / TOKENS, config.steps * count)
+        if last:
+            trainer.terms.load(last)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(report)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
