@@ -50,12 +50,14 @@ def answers(
     seed: int = 0,
     top_p: float = 1.0,
     top_k: int = 0,
+    special: bool = False,
 ) -> list[Answer]:
     """Answers in the order of the prompts; greedy unless a temperature is given.
 
     Prompts are batched by length and padded on the left. An answer ends at the tokenizer's end-of-sequence token or
     at one of the model's own (a chat model may end its turn by another). top_p: sample from the likeliest tokens
-    whose probabilities make up this share. top_k: or from so many, 0 for all.
+    whose probabilities make up this share. top_k: or from so many, 0 for all. special: leave
+    special tokens in the texts, as of a chat template, but what ends them.
     """
     model.eval()
     encoded = encode_prompts(tokenizer, prompts)
@@ -83,6 +85,7 @@ def answers(
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
         for i, row, text in zip(chunk, output.tolist(), texts, strict=True):
             tokens = next((k for k, token in enumerate(row) if token in ends), len(row))
+            text = tokenizer.decode(row[:tokens]) if special else text
             said[i] = Answer(text, tokens, tokens < len(row))
     return said
 
