@@ -457,6 +457,36 @@ def test_two_processes_under_zero_2_add_and_project_what_one_does(plugin, tmp_pa
     assert torch.equal(alone[frozen], start[frozen]) and not torch.equal(alone[NAME], start[NAME])
 
 
+OWN = """
+    def loss(model, batch, output, state):
+        state["slow"].lerp_(model.get_parameter("model.norm.weight").detach().float(), 0.5)
+        given = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+        pull = (model.get_parameter("model.norm.weight") - state["slow"]).square().sum()
+        return model(**given, use_cache=False).loss + pull
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_two_processes_under_zero_2_take_a_loss_with_a_pass_of_its_own(plugin, tmp_path):
+    """All answers are of one length, so that a mean over rows is the same in halves; and a state that moves."""
+    module = plugin("own", OWN)
+    job = SFT[0], replace(SFT[1], steps=6, batch=4)
+
+    def train(folder, launch):
+        model, tokenizer = load("nano-llama")
+        slow = {"slow": torch.zeros_like(weights(model)[NAME])}
+        terms = [Term.loss(module.loss, slow, moving=True)]
+        _, log = Stages(tmp_path / folder, launch).run(model, tokenizer, *job, terms=terms)
+        return weights(model), log.losses
+
+    alone, lines = train("one", Launch())
+    together, theirs = train("two", Launch(processes=2, zero=2, micro_batch=2))
+    for name in alone:
+        torch.testing.assert_close(together[name], alone[name], rtol=0, atol=1e-6)
+    assert [x["loss"] for x in theirs] == pytest.approx([x["loss"] for x in lines], rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["ewc", "agem", "lwf", "o_lora", "dft"])
 def test_a_method_with_terms_is_refused_under_zero_3_before_its_cell_begins(name, tmp_path, call):
     words = [
