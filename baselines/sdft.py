@@ -152,5 +152,5 @@ def _given(prompts: Tensor, said: Tensor, read: Tensor, pad: int) -> dict[str, A
 
 
 def _trimmed(prompts: Tensor) -> Tensor:
-    """Without what is before all of them."""
+    """Cut away what is before all of them."""
     return prompts[:, int((prompts < 0).all(0).sum()) :]
