@@ -59,7 +59,7 @@ for step in range(1, 21):
     if step in (1, 5, 20):
         print(f"adapter, step {step}: {share:.4f} of the student's delta, {due:.4f} are due")
     assert abs(share - due**2) < 1e-3, "another now"
-plain = SDFTConfig(output_dir="unused", report_to=[])
+plain = SDFTConfig(output_dir="unused", report_to=[], use_cpu=True, bf16=False)
 told = plain.distillation_alpha, plain.distillation_mode, plain.distillation_topk, plain.teacher_model_kind
 print(f"by default: alpha, mode, top k, teacher = {told}")
 assert told == (0.5, "topk_logits", 100, "base"), "another now"

@@ -31,6 +31,8 @@ def drawn(
 
     top_k: as of `answers` in evaluation/generate.py.
     """
+    if model.device.type == "meta":  # of a plan
+        return []
     asked = [list(prompts), max_new_tokens, seed, top_k]
     start, code = fingerprint(model.named_parameters()), code_digest(generate, text)
     key = digest(start, vocabulary(tokenizer), asked, place(), code, versions())
