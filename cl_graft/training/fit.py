@@ -26,7 +26,7 @@ from cl_graft.training.config import (
     save_steps,
 )
 from cl_graft.training.restored import as_it_was
-from cl_graft.training.term import Term
+from cl_graft.training.term import Term, load_moving
 from cl_graft.training.tokens import Tokens, lengths, tokens, tokens_of_a_step
 from cl_graft.training.trainer import dpo_class, sft_class
 
@@ -74,7 +74,7 @@ def fit(
         if main:
             write_json(work / TOKENS, config.steps * count)
         if last:
-            trainer.terms.load(last)
+            load_moving(trainer.terms.moving, last)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(report)
         trainer.train(resume_from_checkpoint=str(last) if last else None)

@@ -157,6 +157,29 @@ def check(kinds: Collection[str], launch: Launch, whose: str) -> None:
         )
 
 
+def replaced(terms: Sequence[Term]) -> bool:
+    """Whether one takes the place of SFT's loss. Raises CLGraftError where two would."""
+    losses = [term.name for term in terms if term.kind == "loss"]
+    if len(losses) > 1:
+        raise CLGraftError(
+            f"{losses[0]} and {losses[1]} would both take the place of the loss; make one of them a penalty."
+        )
+    return bool(losses)
+
+
+def save_moving(states: Sequence[Mapping[str, Tensor]], folder: Path) -> None:
+    """Write states that move into the folder of a step checkpoint."""
+    for number, state in enumerate(states):
+        save_state(state, folder / "terms" / str(number))
+
+
+def load_moving(states: Sequence[Mapping[str, Tensor]], folder: Path) -> None:
+    """Go on, in place, with the states that `save_moving` wrote."""
+    for number, state in enumerate(states):
+        for name, x in read_state(folder / "terms" / str(number)).items():
+            state[name].copy_(x)
+
+
 def save(terms: Sequence[Term], folder: Path) -> None:
     """Write terms.json, and a folder of safetensors for each state, into a new folder."""
     folder.mkdir(parents=True)

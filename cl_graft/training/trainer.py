@@ -13,10 +13,8 @@ from torch import Tensor
 
 from cl_graft.errors import CLGraftError, Diverged
 from cl_graft.training.loss import FEW, fused, plain, unfused
-from cl_graft.training.term import Term, read_state, save_state
+from cl_graft.training.term import Term, replaced, save_moving
 from cl_graft.training.tokens import ROWS
-
-TERMS = "terms"  # the folder of a step checkpoint
 
 
 class Terms:
@@ -32,12 +30,7 @@ class Terms:
         self.penalties = [(t, state) for t, state in pairs if t.kind != "project"]
         self.projections = [(t, state) for t, state in pairs if t.kind == "project"]
         self.logits = any(t.logits for t, _ in self.penalties)
-        losses = [t.name for t in terms if t.kind == "loss"]
-        if len(losses) > 1:
-            raise CLGraftError(
-                f"{losses[0]} and {losses[1]} would both take the place of the loss; make one of them a penalty."
-            )
-        self.instead = bool(losses)
+        self.instead = replaced(terms)
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
@@ -80,17 +73,6 @@ class Terms:
                         f"the gradient of {name} is not finite after the term {term.name} in step {step + 1}, "
                         "so the stage is not kept; mend the term or lower the learning rate."
                     )
-
-    def save(self, folder: Path) -> None:
-        """Write the states that move into a step checkpoint."""
-        for number, state in enumerate(self.moving):
-            save_state(state, folder / TERMS / str(number))
-
-    def load(self, folder: Path) -> None:
-        """Go on with the states of a step checkpoint."""
-        for number, state in enumerate(self.moving):
-            for name, x in read_state(folder / TERMS / str(number)).items():
-                state[name].copy_(x)
 
     def means(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """What each penalty came to on average since it was last asked, over all processes."""
@@ -180,7 +162,8 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             super()._save_checkpoint(model, trial)
             if self.accelerator.is_main_process:
-                self.terms.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                save_moving(self.terms.moving, folder)
 
         def _prepare_for_training(self, *given: Any, **named: Any) -> Any:
             """DeepSpeed's engine clips and steps at the end of its backward pass: what projects comes just before."""
