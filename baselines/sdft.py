@@ -41,8 +41,8 @@ class sdft(Strategy):
 
     The teacher's weights are a moving average of the student's over the steps of a task, from its start on, in float32;
     nothing of it is kept. A step costs the drawing of its answers and a pass of the teacher, and logits of both over
-    the answers' tokens. Prompts are cut at their start to what the model's positions leave. Of a base that makes nothing
-    of a demonstration there is nothing to learn: in the paper one of 3 B parameters gains less than by SFT.
+    the answers' tokens. Prompts are cut at their start to what the model's positions leave. A base that makes nothing
+    of a demonstration has nothing to teach: in the paper one of 3 B parameters gains less than by SFT.
     """
 
     keeps = "latest"
