@@ -4,7 +4,7 @@
 #
 # The factors are merged each by itself, each times the root of its weight, and their product has a term for every pair of
 # adapters. The guess from that: too much where adapters differ, by those cross terms, and right where they are equal.
-# Seen: of independent adapters the error is as large as the merge itself; of equal ones it is 100 % at two and 300 % at
+# Seen: of four independent adapters the error is 1.7 times their mean; of equal ones it is 100 % at two and 300 % at
 # four: (n / sqrt n)^2 = n. The more alike the adapters, the more the merge is a scale, which nobody chose. "cat" is exact.
 #
 # Installs pinned packages in a temporary folder and fails if the behaviour is another.
