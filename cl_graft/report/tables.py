@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cl_graft.matrix import METRICS, FloatArray
+from cl_graft.report import divergence
 from cl_graft.report.aggregate import (
     ABILITIES,
     ERRORS,
@@ -228,6 +229,7 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
             "matrices.csv": Table("", ("Matrix", *columns), tuple(joined)).csv(),
             "matrices.tex": "\n".join(table.latex() for table in tables),
             **_routing(members),
+            **divergence.files(members),
         }.items():
             written.append(write_atomic(Path(folder) / f"{slug}-{name}", text.encode()))
     return written + (all_cells(cells).write(Path(folder) / "cells-table") if cells else [])

@@ -82,6 +82,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "extra_matrices": {m: table(m, "value") for m in further},
         "general": [ability(r["general"], "score") for r in records],
         "general_packs": [[_value(r["general"], t) for t in tasks] for r in records],
+        "kl_to_base": [r.get("kl_to_base") for r in records if r["task"]],
         "pack_bytes": [r["pack_bytes"] for r in records if r["pack_bytes"] is not None],
         "shared_bytes": {name: kept["bytes"] for name, kept in last.get("shared", {}).items()},
         "alive_bytes": [r["alive_bytes"] for r in records if r["task"]],
