@@ -159,6 +159,7 @@ def _compute(
         "data": data_fingerprint(scenario),
         "conventions": conventions(scenario),
         "tasks": scenario.task_names,
+        "unlearns": {task.name: task.unlearns for task in scenario.tasks if task.unlearns},
         "budget_bytes": budget.bytes,
         "budgeted": strategy.budgeted,
         "base_bytes": budget.base_bytes,

@@ -24,6 +24,7 @@ from cl_graft.report.statistics import Interval
 from cl_graft.report.style import DARK, MARKERS, looks_of
 from cl_graft.report.table import Table
 from cl_graft.report.tables import BYTES_NOTE, matrices, metrics
+from cl_graft.report.unlearning import unlearning
 
 CAPTIONS = {
     "heatmaps": "Forgetting matrices, all on one colour scale. Rows are experiences, columns tasks.",
@@ -133,6 +134,7 @@ def _group(
         "costs": rows.by_part(map(rows.costs, ranked)),
         "routed": rows.by_part(rows.routing(s) for s in ranked if any(map(inferred, s.line.cells))),
         "numbers": [
+            *unlearning(cells),
             *metrics(cells),
             *kl_to_base(cells),
             *matrices(cells),
