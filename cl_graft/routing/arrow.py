@@ -1,4 +1,4 @@
-"""By the singular vectors of the packs' own deltas: Arrow (arXiv 2405.11157), and SpectR (arXiv 2504.03454).
+"""Singular vectors of the packs' own deltas as prototypes: Arrow (arXiv 2405.11157), and SpectR (arXiv 2504.03454).
 
 Both choose for every token and layer; here a prompt is answered as one task, so their scores are averaged.
 """
