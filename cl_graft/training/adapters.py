@@ -63,20 +63,54 @@ class Adapter:
 
     def factors(self) -> dict[str, Pair]:
         """{parameter: (left, right)}, float32: its delta, laid out as it is, is left @ right; B has the scale."""
-        pairs = {}
+        return self.laid_out(self.weights())
+
+    def load(self, tensors: Mapping[str, Encoded]) -> None:
+        """Start from these factors, as `factors` gave them, of the same rank."""
+        self.put(self.read(tensors))
+
+    def trained(self) -> dict[str, Tensor]:
+        """Copies of what is trained, by the names that the parameters have in `model`."""
+        named = self.model.named_parameters()
+        return {name: p.detach().clone() for name, p in named if p.requires_grad}
+
+    @torch.no_grad()
+    def train_on(self, trained: Mapping[str, Tensor]) -> None:
+        """Go on from what `trained` gave."""
+        for name, value in trained.items():
+            self.model.get_parameter(name).copy_(value)
+
+    def weights(self) -> dict[str, Pair]:
+        """{parameter: (A, B)}, float32, without the scale: (rank, in) and (out, rank); of stacked experts one each."""
+        return {
+            name: (down(module).detach().float().clone(), _up(module).detach().float().clone())
+            for name, module in adapted_layers(self.model).items()
+        }
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Pair]) -> None:
+        """Go on from these A and B, as `weights` gives them."""
         for name, module in adapted_layers(self.model).items():
-            up, low = self.scale * _up(module).detach().float(), down(module).detach().float()
+            low, up = weights[name]
+            down(module).copy_(low)
+            _up(module).copy_(up)
+
+    def laid_out(self, weights: Mapping[str, Pair]) -> dict[str, Pair]:
+        """`factors` of A and B."""
+        pairs = {}
+        for name, (low, up) in weights.items():
+            up = self.scale * up
             pairs[name] = (low.mT, up.mT) if name in self.transposed else (up, low)
         return pairs
 
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Encoded]) -> None:
-        """Start from these factors, as `factors` gave them, of the same rank."""
-        for name, module in adapted_layers(self.model).items():
-            left, right = tensors[name].parts["left"].float(), tensors[name].parts["right"].float()
+    def read(self, tensors: Mapping[str, Encoded]) -> dict[str, Pair]:
+        """A and B of factors that were stored, as `encoded` has it."""
+        weights = {}
+        for name, kept in tensors.items():
+            left, right = kept.parts["left"].float(), kept.parts["right"].float()
             up, low = (right.mT, left.mT) if name in self.transposed else (left, right)
-            _up(module).copy_(up / self.scale)
-            down(module).copy_(low)
+            weights[name] = (low, up / self.scale)
+        return weights
 
 
 def targets(model: Any) -> dict[str, nn.Module]:

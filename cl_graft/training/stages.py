@@ -1,6 +1,7 @@
 """Train once, graft many: a stage's outcome is a folder under the hash of everything that determines it.
 
-<cache>/stages/<key>/            the checkpoint (training/checkpoint.py), log.jsonl, and stage.json: what made it
+<cache>/stages/<key>/            the checkpoint (training/checkpoint.py), log.jsonl, states that terms changed, and
+                                 stage.json: what made it
 <cache>/stages/<key>.work/       step checkpoints of one that is not finished
 <cache>/pairs/<key>.jsonl        how many preference pairs a model sampled, then one a line
 
@@ -48,6 +49,7 @@ from cl_graft.store.locks import locked, use
 from cl_graft.store.mirror import Mirror
 from cl_graft.task import Pair, Preference, Task
 from cl_graft.training import (
+    acting,
     adapters,
     checkpoint,
     config,
@@ -169,6 +171,8 @@ class Stages:
     ) -> None:
         """Put the log beside the checkpoint, and last the marker that says what made them."""
         shutil.copy(work / fit.LOG, building / fit.LOG)
+        if (work / term.FOLLOWED).is_file():
+            shutil.copy(work / term.FOLLOWED, building / term.FOLLOWED)
         flush(building)
         about |= {
             "config": asdict(job),
@@ -299,7 +303,7 @@ def stage_key(
 
 def training_code() -> str:
     """Digest of the code that a stage's outcome depends on."""
-    return code_digest(fit, trainer, loss, term, tokens, config, adapters, text)
+    return code_digest(fit, trainer, loss, acting, term, tokens, config, adapters, text)
 
 
 @contextmanager

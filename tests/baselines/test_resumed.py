@@ -15,7 +15,17 @@ SMALL = {"steps": 6, "batch": 8, "train_size": 48, "test_size": 8, "tasks": "mat
 
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [("replay", {"size": 20}), ("agem", {"size": 20, "batch": 8}), ("ewc", {"samples": 4})],
+    [
+        ("replay", {"size": 20}),
+        ("replay", {"size": 20, "select": "surprise"}),
+        ("agem", {"size": 20, "batch": 8}),
+        ("gem", {"size": 4}),
+        ("ewc", {"samples": 4}),
+        ("osf", {}),
+        ("slao", {}),
+        ("i_lora", {"size": 20, "rank": 2}),
+        ("sure", {"size": 20, "rank": 2}),
+    ],
 )
 def test_a_cell_stopped_in_its_second_task_ends_with_the_same_numbers(strategy, options, tmp_path):
     def config(out):
