@@ -1,8 +1,8 @@
 """OSF: the top singular directions of every matrix are kept, the others trained (Nayak et al. 2025, arXiv 2504.07097).
 
 Before a task each matrix of the layers is decomposed anew, W = U S V^T, and of every gradient G the part within its
-first k directions is taken out: G - U_k U_k^T G V_k V_k^T (`paper`). PEFT's tuner, by the same authors, trains the parts
-of U, S and V beyond k and holds U and V apart from the first k, so nothing moves that has one of these on either side:
+first k directions is taken out: G - U_k U_k^T G V_k V_k^T (`paper`). PEFT's tuner, by the same authors, trains what is
+beyond k of U, S and V and holds U and V apart from the first k, so nothing moves that has one of these on either side:
 (I - U_k U_k^T) G (I - V_k V_k^T) (`peft`). AdamW, which the recipes use, scales what comes out entry by entry, so some
 of what is kept moves all the same, and with PEFT's tuner, too.
 

@@ -8,6 +8,7 @@ values and it names no alpha; here adapters are as for `lora`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import sqrt
 from typing import Any
 
@@ -15,10 +16,18 @@ import torch
 from torch import Tensor
 
 from cl_graft.ranges import Count, Positive, Rest
-from cl_graft.skillpack.codecs.exact import exact, original
+from cl_graft.skillpack.codecs import Spec
+from cl_graft.skillpack.codecs.exact import exact, exact_spec, original
 from cl_graft.strategy import Context, Kept, Strategy
 from cl_graft.task import Task
-from cl_graft.training.adapters import Adapter, encoded, faster, largest_rank, require_dropout
+from cl_graft.training.adapters import (
+    Adapter,
+    encoded,
+    faster,
+    largest_rank,
+    require_dropout,
+    transposed,
+)
 
 TUNED = (
     "tuned"  # the shared artefact: B as the last task has tuned it, bf16; its A is that of the pack
@@ -26,8 +35,7 @@ TUNED = (
 
 
 class slao(Strategy):
-    """rank: None takes the largest of which two adapters fit the budget, what answers and what is gone on from; 8 is
-    the published one. alpha_over_rank, dropout, learning_rate_scale: as for `lora`."""
+    """rank: None takes the largest of which the merged adapter and the tuned B fit the budget; 8 is the published one. alpha_over_rank, dropout, learning_rate_scale: as for `lora`."""
 
     keeps = "latest"
     touches = ("attention", "mlp", "other")
@@ -37,8 +45,17 @@ class slao(Strategy):
         self._rank(context, options["rank"])
 
     def _rank(self, context: Context, rank: int | None) -> int:
-        def cost(specs: Any) -> int:
-            return 2 * context.cost_of(specs)
+        sideways = transposed(self.model)
+
+        def cost(specs: Mapping[str, Spec]) -> int:
+            tuned = {
+                name: exact_spec(
+                    (*shape[:-2], shape[-1 if name in sideways else -2], meta["rank"]),
+                    torch.bfloat16,
+                )
+                for name, (_, shape, meta) in specs.items()
+            }
+            return context.cost_of(specs) + context.cost_of(tuned)
 
         return largest_rank(self.model, cost, context.budget, given=rank, name="slao.rank")
 

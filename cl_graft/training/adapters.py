@@ -44,7 +44,7 @@ class Adapter:
 
         require_adaptable(model)
         require_dropout(model, dropout)
-        self.scale, self.transposed = alpha_over_rank, _transposed(model)
+        self.scale, self.transposed = alpha_over_rank, transposed(model)
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha_over_rank * rank,  # type: ignore[arg-type]
@@ -187,7 +187,7 @@ def _up(module: Any) -> Tensor:
     return weight if experts == 1 else weight.view(len(weight), -1, experts).permute(2, 0, 1)
 
 
-def _transposed(model: Any) -> set[str]:
+def transposed(model: Any) -> set[str]:
     """Parameter names of matrices, and of stacks of such, stored (in, out)."""
     stacked = {
         n for n, p in mixtures(model).items() if p.ndim == 3 and _owner(model, n).is_transposed
@@ -244,12 +244,12 @@ def downs(model: Any, packs: Sequence[SkillPack]) -> dict[str, Tensor]:
 
     model: the plain one. packs: what `factors` gave, as `encoded`.
     """
-    transposed = _transposed(model)
+    sideways = transposed(model)
     stacked: dict[str, list[Tensor]] = {}
     for pack in packs:
         for name, kept in pack.tensors.items():
             left, right = kept.parts["left"].float(), kept.parts["right"].float()
-            stacked.setdefault(name, []).append(left.mT if name in transposed else right)
+            stacked.setdefault(name, []).append(left.mT if name in sideways else right)
     return {name: torch.cat(parts, -2) for name, parts in stacked.items()}
 
 

@@ -296,7 +296,8 @@ def stage_key(
     is the result.
     """
     parts = (start, vocabulary(tokenizer), list(rows), asdict(job), place())
-    added = [{"terms": [t.digest for t in terms], "origin": origin}] if terms or origin else []
+    told = [(t.digest, term.holder(terms, t)) for t in terms]
+    added = [{"terms": told, "origin": origin}] if terms or origin else []
     added += [{"frozen": [*frozen]}] if frozen else []
     return digest(*parts, *added, training_code(), versions())
 

@@ -288,6 +288,69 @@ def test_a_killed_stage_goes_on_with_its_terms(plugin, tmp_path):
     assert train("killed") == train("whole")
 
 
+def lag(model, state, step, *, part):
+    """The state goes a part of the way to the weights, and counts the steps."""
+    state[NAME].lerp_(model.get_parameter(NAME), part)
+    state["steps"].add_(1) if step == state["steps"] + 1 else state["steps"].fill_(-99)
+
+
+def look(model, batch, output, state):
+    return state[NAME].detach().sum() * 0 + state["steps"].float()
+
+
+def lagging(model):
+    state = {NAME: weights(model)[NAME] - 1, "steps": torch.zeros((), dtype=torch.int64)}
+    return [Term.penalty(look, state), Term.follow(lag, state, part=0.25)]
+
+
+def test_a_state_follows_the_weights_step_by_step_and_other_terms_see_it(tmp_path):
+    """By hand from the weights before each step, whatever the micro-batches; it ends in the stage's folder."""
+    model, tokenizer = load("nano-llama")
+    terms = [*lagging(model), Term.project(note)]
+    given = terms[0].state[NAME].clone()
+    job = SFT[0], replace(SFT[1], steps=4)
+    NOTED.clear()
+    stages = Stages(tmp_path, Launch(micro_batch=4))
+    folder, log = stages.run(model, tokenizer, *job, terms=terms)
+    seen = [*NOTED[1:], weights(model)[NAME]]
+    slow = given
+    for fast in seen:
+        slow = slow + 0.25 * (fast - slow)
+    ends = term.followed(terms, folder)
+    torch.testing.assert_close(ends[1].state[NAME], slow)
+    assert ends[0].state is ends[1].state and ends[1].state["steps"] == 4
+    assert ends[2] is terms[2] and torch.equal(terms[0].state[NAME], given)
+    assert [x["test_terms.look"] for x in log.losses] == [0, 1, 2, 3], "as it is before each step"
+
+
+NOTED: list[torch.Tensor] = []
+
+
+def note(model, gradients, state, step):
+    NOTED.append(weights(model)[NAME])
+
+
+def test_a_killed_stage_goes_on_with_what_follows_it(tmp_path):
+    def train(folder, kill=None):
+        model, tokenizer = load("nano-llama")
+
+        def progress(done, at):
+            if kill and done >= kill:
+                raise KeyboardInterrupt
+
+        job, terms = (SFT[0], replace(SFT[1], steps=8)), lagging(model)
+        stages = Stages(tmp_path / folder, Launch(save_steps=4))
+        stage, log = stages.run(model, tokenizer, *job, progress=progress, terms=terms)
+        ends = term.followed(terms, stage)[1].state
+        assert ends["steps"] == 8
+        return fingerprint(ends.items()), [x["test_terms.look"] for x in log.losses]
+
+    with pytest.raises(KeyboardInterrupt):
+        train("killed", kill=6 / 8)
+    assert train("killed") == train("whole")
+    assert train("whole") == train("whole"), "recalled"
+
+
 def test_what_is_saved_for_a_job_is_read_back(plugin, tmp_path):
     module = plugin()
     terms = (
@@ -298,6 +361,19 @@ def test_what_is_saved_for_a_job_is_read_back(plugin, tmp_path):
     read = term.load(tmp_path / "terms")
     assert [t.digest for t in read] == [t.digest for t in terms]
     assert [t.about for t in read] == [t.about for t in terms]
+
+
+def test_terms_that_share_a_state_share_it_in_a_job_and_are_told_from_those_that_do_not(tmp_path):
+    model, tokenizer = load("nano-llama")
+    shared, apart = lagging(model), [lagging(model)[0], lagging(model)[1]]
+    term.save([Term.project(note), *shared], tmp_path / "terms")
+    _, first, second = term.load(tmp_path / "terms")
+    assert first.state is second.state and fingerprint(first.state.items()) == fingerprint(
+        shared[0].state.items()
+    )
+    assert [t.digest for t in shared] == [t.digest for t in apart]
+    start = fingerprint(model.named_parameters())
+    assert stage_key(start, tokenizer, *SFT, shared) != stage_key(start, tokenizer, *SFT, apart)
 
 
 def exploding(model, batch, output, state):
