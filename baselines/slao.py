@@ -35,7 +35,8 @@ TUNED = (
 
 
 class slao(Strategy):
-    """rank: None takes the largest of which the merged adapter and the tuned B fit the budget; 8 is the published one. alpha_over_rank, dropout, learning_rate_scale: as for `lora`."""
+    """rank: None takes the largest of which the merged adapter and the tuned B fit the budget; 8 is the published one.
+    alpha_over_rank, dropout, learning_rate_scale: as for `lora`."""
 
     keeps = "latest"
     touches = ("attention", "mlp", "other")
@@ -70,9 +71,7 @@ class slao(Strategy):
         learning_rate_scale: Positive = 3.0,
     ) -> Kept:
         last, number = self.shared.get(TUNED), len(self.packs) + 1
-        rank = self._rank(context, rank)
-        if last:
-            rank = next(iter(last.tensors.values())).parts["values"].shape[-1]
+        rank = next(iter(last.tensors.values())).shape[-1] if last else self._rank(context, rank)
         self.restore_base()  # the adapter itself holds what was learned
         with Adapter(self.model, rank, alpha_over_rank, dropout) as adapter:
             before = adapter.read(self.packs[-1].tensors) if last else {}

@@ -467,7 +467,7 @@ def test_two_processes_under_zero_2_add_and_project_what_one_does(plugin, tmp_pa
     assert torch.equal(alone[frozen], start[frozen]) and not torch.equal(alone[NAME], start[NAME])
 
 
-@pytest.mark.parametrize("name", ["ewc", "agem", "lwf", "o_lora"])
+@pytest.mark.parametrize("name", ["ewc", "agem", "lwf", "o_lora", "osf", "sure"])
 def test_a_method_with_terms_is_refused_under_zero_3_before_its_cell_begins(name, tmp_path, call):
     words = [
         "run",
