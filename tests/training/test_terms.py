@@ -436,6 +436,9 @@ HALVES = """
         largest = max(gradients, key=lambda name: gradients[name].norm())
         gradients[largest].mul_(by)
         gradients["model.layers.0.self_attn.q_proj.weight"].zero_()
+
+    def follow(model, state, step):
+        state["anchor"].lerp_(model.get_parameter("model.norm.weight"), 0.25)
 """
 
 
@@ -449,15 +452,19 @@ def test_two_processes_under_zero_2_add_and_project_what_one_does(plugin, tmp_pa
     def train(folder, launch):
         model, tokenizer = load("nano-llama")
         start = weights(model)
+        state = {"anchor": start[NAME] - 1}
         terms = [
-            Term.penalty(module.penalty, {"anchor": start[NAME] - 1}, logits=True),
+            Term.penalty(module.penalty, state, logits=True),
             Term.project(module.project, by=0.5),
+            Term.follow(module.follow, state),
         ]
-        _, log = Stages(tmp_path / folder, launch).run(model, tokenizer, *job, terms=terms)
-        return start, weights(model), log.losses
+        stage, log = Stages(tmp_path / folder, launch).run(model, tokenizer, *job, terms=terms)
+        end = term.followed(terms, stage)[0].state["anchor"]
+        return start, {**weights(model), "anchor": end}, log.losses
 
     start, alone, lines = train("one", Launch())
     _, together, their_lines = train("two", Launch(processes=2, zero=2, micro_batch=1))
+    assert not torch.allclose(alone["anchor"], start[NAME] - 1, atol=0.1)
     for name in alone:
         torch.testing.assert_close(together[name], alone[name], rtol=0, atol=1e-6)
     for line, theirs in zip(lines, their_lines, strict=True):
