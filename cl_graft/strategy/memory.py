@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -134,7 +134,7 @@ def some(batch: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
 
 
 def gradients(
-    model: Any, batch: dict[str, Tensor], names: Iterable[str]
+    model: Any, batch: dict[str, Tensor], names: Collection[str]
 ) -> dict[str, Tensor | None]:
     """{name: gradient} of these parameters, of a batch's mean loss over its labels; None where there is no way to it.
 

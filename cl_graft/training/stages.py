@@ -1,7 +1,6 @@
 """Train once, graft many: a stage's outcome is a folder under the hash of everything that determines it.
 
-<cache>/stages/<key>/            the checkpoint (training/checkpoint.py), log.jsonl, states that terms changed, and
-                                 stage.json: what made it
+<cache>/stages/<key>/            the checkpoint (training/checkpoint.py), log.jsonl, and stage.json: what made it
 <cache>/stages/<key>.work/       step checkpoints of one that is not finished
 <cache>/pairs/<key>.jsonl        how many preference pairs a model sampled, then one a line
 
@@ -290,7 +289,7 @@ def stage_key(
 ) -> str:
     """Digest of start weights, vocabulary, rows, recipe with its seed, kind of device, code and library versions.
 
-    And of the terms, in their order, of the origin, and of the parameters that are frozen, where there are any.
+    And of the terms, in their order, and who shares a state, of the origin, and of the parameters that are frozen, where there are any.
 
     How many processes share the work is no part of it: the batch is the same, and so, but for the order of sums,
     is the result.
