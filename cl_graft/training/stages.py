@@ -289,7 +289,8 @@ def stage_key(
 ) -> str:
     """Digest of start weights, vocabulary, rows, recipe with its seed, kind of device, code and library versions.
 
-    And of the terms, in their order, and who shares a state, of the origin, and of the parameters that are frozen, where there are any.
+    And of the terms, in their order, with which of them share a state, of the origin, and of the parameters that are
+    frozen, where there are any.
 
     How many processes share the work is no part of it: the batch is the same, and so, but for the order of sums,
     is the result.
