@@ -273,6 +273,8 @@ class RunConfig(Whereabouts, Settings, Axes):
         """The strategy with the options that were set, and what else tells its cells apart, as tables show it."""
         more: dict[str, Any] = {}
         for name, value in self._set().items():
+            if name == "general":  # what is measured, not by what
+                continue
             several = value if isinstance(value, dict) else {"": value}
             more |= {f"{name}.{key}".rstrip("."): part for key, part in several.items()}
         return self._with_options(self.short(self.strategy), more)
@@ -280,7 +282,8 @@ class RunConfig(Whereabouts, Settings, Axes):
     @property
     def scenario_label(self) -> str:
         """The scenario with the options that were set."""
-        return self._with_options(self.short(self.scenario), {})
+        measured = {"general": ",".join(self.general)} if self.general else {}
+        return self._with_options(self.short(self.scenario), measured)
 
     def _with_options(self, name: str, more: dict[str, Any]) -> str:
         told = [*sorted(self.options.get(name, {}).items()), *sorted(more.items())]

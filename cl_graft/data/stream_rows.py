@@ -113,9 +113,9 @@ class Rows:
         return replace(self.said.training, **own)
 
     def _drawn(self, items: Sequence[T], part: str, seed: str) -> Sequence[T]:
-        """As many as the key or the option says, in an order that depends on the seed alone."""
+        """As many as the key or the option says, drawn by the seed; else all, as they stand."""
         size = self.chosen.get(f"{part}_size", getattr(self.keys, f"{part}_size"))
-        return sample(items, size or len(items), f"{seed}/{self.keys.name}")
+        return sample(items, size, f"{seed}/{self.keys.name}") if size else items
 
     def _set_aside(self, train: Sequence[Example]) -> list[Example]:
         """The examples of a share of the prompts, drawn by the task's name: the same for every seed."""

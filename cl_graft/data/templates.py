@@ -42,6 +42,8 @@ class Template:
             raise BadTemplate(
                 f"has braces that do not match ({error}); write a brace as {{{{ or }}}}"
             ) from None
+        # the parser ends a part at every brace that is doubled
+        self.written = "".join(before + ("\0" if name else "") for before, name in self.parts)
         self.columns = [name for _, name in self.parts if name]
 
     def text(self, row: Row) -> str:
@@ -67,13 +69,12 @@ class Template:
         return "".join(text for text, _ in self.parts[: place + 1]), after
 
     def _refuse_jinja(self, row: Row) -> None:
-        for text, _ in self.parts:
-            for name in JINJA.findall(text):
-                if name in row:
-                    raise Misread(
-                        f"has a column {name!r} that the template writes in doubled braces, as Jinja does; write "
-                        f"{{{name}}}."
-                    )
+        for name in JINJA.findall(self.written):
+            if name in row:
+                raise Misread(
+                    f"has a column {name!r} that the template writes in doubled braces, as Jinja does; write "
+                    f"{{{name}}}."
+                )
 
 
 def value(row: Row, name: str) -> Any:

@@ -7,6 +7,7 @@ an edited method, of other data or of other weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def sources(config: RunConfig, scorers: Iterable[str]) -> dict[str, Any]:
     files: dict[str, Any] = {kind: plugins.sources(kind, getattr(config, kind)) for kind in kinds}
     if config.general:
         files["general"] = {"lm-eval": harness.version()}
-        files["general"] |= {str(f): digest_of(f) for f in harness.files(",".join(config.general))}
+        files["general"] |= {
+            relpath(f): digest_of(f) for f in harness.files(",".join(config.general))
+        }
     return files | {"scorers": {name: plugins.sources("scorer", name) for name in scorers}}
 
 
