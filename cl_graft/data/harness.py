@@ -246,7 +246,12 @@ def _documents(name: str, suite: str, metric: str, task: Any) -> Iterator[Docume
 
 def _told(task: Any, doc: Any) -> tuple[str, str, tuple[str, ...]]:
     """Prompt, target and choices of a document, as texts."""
+    from lm_eval.api.task import ConfigurableTask
+
     text, target = task.doc_to_text(doc), task.doc_to_target(doc)
+    if isinstance(task, ConfigurableTask):  # what stands around them is rendered now, so that it is refused now
+        task.doc_to_prefix(doc)
+        task.resolve_field(doc, task.config.description)
     listed = getattr(task.config, "doc_to_choice", None) is not None
     choices = tuple(map(str, task.doc_to_choice(doc))) if listed else ()
     if not isinstance(text, str):  # a prompt for each choice

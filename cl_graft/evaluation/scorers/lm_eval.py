@@ -11,6 +11,7 @@ from cl_graft.data import harness
 from cl_graft.data.harness import Document
 from cl_graft.errors import CLGraftError, first_line
 from cl_graft.evaluation.scorers.base import Examinee, Scored, scorer
+from cl_graft.models.chat import DATE
 from cl_graft.ranges import Count
 from cl_graft.store.digests import code_digest, vocabulary
 from cl_graft.task import Example
@@ -49,7 +50,12 @@ def lm_eval(
     from lm_eval.models.huggingface import HFLM
 
     with harness.quiet(), _unchanged(examinee.tokenizer):
-        model = HFLM(examinee.model, tokenizer=examinee.tokenizer, batch_size=batch)
+        model = HFLM(
+            examinee.model,
+            tokenizer=examinee.tokenizer,
+            batch_size=batch,
+            chat_template_args={"date_string": DATE},
+        )
         scored: dict[int, Scored] = {}
         for kind in dict.fromkeys(map(_kind, examples)):
             members = [i for i, e in enumerate(examples) if _kind(e) == kind]
@@ -65,6 +71,7 @@ def _kind(document: Document) -> tuple[str, str, str]:
 def _scored(model: Any, documents: Sequence[Document], shots: int | None) -> list[Scored]:
     """Outcomes of documents of one task. Raises CLGraftError for a document that is another by now."""
     import torch
+    from jinja2 import TemplateError
 
     first = documents[0]
     made = next(
@@ -75,12 +82,12 @@ def _scored(model: Any, documents: Sequence[Document], shots: int | None) -> lis
     )
     metric, name = harness.read_as(made, first.metric)
     chat = any(document.prompt != document.asked for document in documents)
-    requests = _requests(model, made, first.named, shots, chat)
-    asked = [[copy(request) for request in requests[document.number]] for document in documents]
-    flat = [request for those in asked for request in those]
-    for request in flat:
-        request.resps, request.filtered_resps = [], {}
     try:
+        requests = _requests(model, made, first.named, shots, chat)
+        asked = [[copy(request) for request in requests[document.number]] for document in documents]
+        flat = [request for those in asked for request in those]
+        for request in flat:
+            request.resps, request.filtered_resps = [], {}
         with torch.random.fork_rng():
             torch.manual_seed(0)  # for a task that samples
             _answer(model, flat)
@@ -95,7 +102,7 @@ def _scored(model: Any, documents: Sequence[Document], shots: int | None) -> lis
             )
             for those in asked
         ]
-    except (AssertionError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (AssertionError, LookupError, TypeError, ValueError, TemplateError) as error:
         raise CLGraftError(
             f"lm-eval cannot score its task {made.task_name} ({type(error).__name__}: {first_line(error)}); choose a "
             "task that fits the model."
