@@ -237,8 +237,11 @@ def test_a_data_set_s_folder_by_its_splits_and_from_the_data_folder(
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / "data" / "set" / f"{split}.jsonl").write_text(lines)
     keys = {**SUMS, "train": None, "test": None, "dataset_path": "set", "test_split": "test"}
-    path = write({"tasks": [keys]})
-    (task,) = made(path, data_dir=tmp_path / "data").tasks
+    far = write({"tasks": [{**keys, "dataset_path": "./set"}]})
+    assert "give the folder that holds it with --data-dir" in one_sentence(
+        lambda: made(far), DataError
+    )
+    (task,) = made(far, data_dir=tmp_path / "data").tasks
     assert {e.prompt for e in task.test} == {f"{a} + 2 =" for a in range(3)}
 
 

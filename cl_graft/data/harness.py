@@ -249,7 +249,9 @@ def _told(task: Any, doc: Any) -> tuple[str, str, tuple[str, ...]]:
     from lm_eval.api.task import ConfigurableTask
 
     text, target = task.doc_to_text(doc), task.doc_to_target(doc)
-    if isinstance(task, ConfigurableTask):  # what stands around them is rendered now, so that it is refused now
+    if isinstance(
+        task, ConfigurableTask
+    ):  # what stands around them is rendered now, so that it is refused now
         task.doc_to_prefix(doc)
         task.resolve_field(doc, task.config.description)
     listed = getattr(task.config, "doc_to_choice", None) is not None

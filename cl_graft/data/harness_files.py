@@ -136,8 +136,8 @@ def _mapping(path: Path) -> dict[str, Any]:
     def refuse(loader: Any, tag: Any, node: Any) -> None:
         line = node.start_mark.line + 1
         raise CLGraftError(
-            f"{path}, line {line} has !{tag} {getattr(node, 'value', '')}, which runs code; write plain data, or "
-            "install the task as a package of yours and score it in a scenario in Python."
+            f"{path}, line {line} has !{tag} {getattr(node, 'value', '')}, which runs code; write plain data "
+            "there, or score by a scorer of your own."
         )
 
     Loader.add_multi_constructor("!", refuse)

@@ -113,7 +113,7 @@ class Rows:
         return replace(self.said.training, **own)
 
     def _drawn(self, items: Sequence[T], part: str, seed: str) -> Sequence[T]:
-        """As many as the key or the option says, drawn by the seed; else all, as they stand."""
+        """Draw as many as the key or the option says by the seed; without a size, all, as they stand."""
         size = self.chosen.get(f"{part}_size", getattr(self.keys, f"{part}_size"))
         return sample(items, size, f"{seed}/{self.keys.name}") if size else items
 

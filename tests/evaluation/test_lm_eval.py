@@ -324,9 +324,9 @@ def test_general_ability_and_a_task_s_score_in_a_cell(
     record = json.loads((place / "cell.json").read_text())
     version = f"lm-eval {harness.version()}"
     conventions = record["conventions"]
-    assert conventions["sums"]["lm_eval"] == f"{version}, larger 1.5"
+    assert conventions["sums"]["lm_eval"] == f"its own code, {version}, larger 1.5"
     general = conventions["written:digit+larger"]["lm_eval"]
-    assert general == f"{version}, written of no version, larger 1.5"
+    assert general == f"its own code, {version}, written of no version, larger 1.5"
     files = {"lm-eval", "written.yaml", "larger.yaml", "rows.jsonl", "shots.jsonl"}
     assert set(record["sources"]["general"]) == files
     assert set(record["sources"]["scenario"]) >= {"stream.yaml", "shots.jsonl", "larger.yaml"}

@@ -31,14 +31,14 @@ def _flaw(example: Example) -> str:
     needs="model",
     reads=("prompt",),
     flaw=_flaw,
-    convention="{made_by}",
+    convention="its own code, {made_by}",
     identity={"code": code_digest(harness)},
 )
 def lm_eval(
     examinee: Examinee,
     examples: Sequence[Document],
     *,
-    made_by: str = "",
+    made_by: str = "lm-eval",
     num_fewshot: int | None = None,
     batch: Count = 8,
 ) -> list[Scored]:
