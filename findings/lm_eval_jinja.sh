@@ -10,7 +10,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
-"$folder/env/bin/python" -m pip install --quiet --disable-pip-version-check jinja2==3.1.6 numpy requests typing_extensions
+"$folder/env/bin/python" -m pip install --quiet --disable-pip-version-check jinja2==3.1.6 numpy pyyaml requests typing_extensions
 "$folder/env/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps lm-eval==0.4.13
 cd "$folder"
 "$folder/env/bin/python" - <<'PYTHON'

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
@@ -248,6 +250,10 @@ def test_a_data_set_s_folder_by_its_splits_and_from_the_data_folder(
 # --- what is refused ---
 
 
+ALIASES = "\n".join(f"{b}: &{b} [{', '.join(9 * ['*' + a])}]" for a, b in pairwise("abcdefghij"))
+BOMB = f"defaults:\n  where:\n    a: &a [x]\n{indent(ALIASES, '    ')}\n  train_size: *j\ntasks: [{{name: t}}]"
+
+
 def changed(**keys: Any) -> dict[str, Any]:
     return {"tasks": [{k: v for k, v in {**SUMS, **keys}.items() if v is not None}]}
 
@@ -260,7 +266,12 @@ def changed(**keys: Any) -> dict[str, Any]:
         ({}, "stream.yaml has no tasks"),
         ({"tasks": []}, "give at least one"),
         ({"task": []}, "key of lm-evaluation-harness; write name"),
-        ({"tasks": [{}]}, "tasks[0] has no name"),
+        ({"tasks": [{}]}, "tasks[0] has the name None; write one of letters"),
+        (changed(name="../../up"), "tasks[0] has the name '../../up'"),
+        (changed(name="general:x"), "tasks[0] has the name"),
+        ("tasks: 2024-99-99", "is not YAML"),
+        ("[" * 5000, "is not YAML"),
+        (BOMB, "train_size is "),
         ({"tasks": [SUMS, SUMS]}, "each a name of its own"),
         (changed(promt="x"), "(stream.yaml: task 'sums') named 'promt'; did you mean prompt"),
         (changed(doc_to_text="{{a}}"), "write prompt here, whose columns stand in single braces"),

@@ -6,6 +6,7 @@ and renders its templates in a Jinja that runs what they say.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ INNER = {  # keys of what is inside a key, where not everything is data
         "repetition_penalty",
     ],
 }
+NAME = re.compile(r"\w[\w.-]*")  # of a task
 CODE = {  # keys that lm-eval knows and that stand for code
     "class": "it names a class of Python",
     "custom_dataset": "it names a function of Python",
@@ -92,9 +94,10 @@ def read(path: Path) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for _, keys in _parts(path, ()):
         merged |= keys
-    if not isinstance(merged.get("task"), str):
+    if not isinstance(name := merged.get("task"), str) or not NAME.fullmatch(name):
         raise CLGraftError(
-            f"{path} names no single task; give a file with `task: NAME`, and of a group each task's file."
+            f"{path} names no single task in letters, digits, '-', '_' and '.'; give a file with `task: NAME`, and "
+            "of a group each task's file."
         )
     return merged
 
@@ -147,7 +150,7 @@ def _mapping(path: Path) -> dict[str, Any]:
         raise CLGraftError(
             f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); give a task file of lm-eval."
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, of depth
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise CLGraftError(f"{path}{line} is not YAML ({problem or error}); mend it.") from error

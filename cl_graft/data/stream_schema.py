@@ -8,9 +8,11 @@ and it puts a blank that nobody wrote before the second; what is trained on here
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from reprlib import repr as shortened  # what aliases of YAML blow up is not written out
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,6 +31,7 @@ LM_EVAL = {  # keys of its files, and those that say the same here
     "metric_list": "score",
     "output_type": "score",
 }
+NAME = re.compile(r"\w[\w.-]*")  # of a task
 TEMPLATES = ("prompt", "completion", "setup", "suite", "chosen", "rejected")
 LISTS = ("choices", "tests")
 Said = TypeVar("Said", bound=BaseModel)
@@ -130,7 +133,7 @@ class TaskSaid:
         for entry in said if isinstance(said, list) else ():
             if not isinstance(entry, str):
                 raise self.fails(
-                    f"{key} has {entry!r}, which YAML does not read as text; write it in quotes."
+                    f"{key} has {shortened(entry)}, which YAML does not read as text; write it in quotes."
                 )
         texts = said if isinstance(said, list) else [said] if said is not None else []
         found = [template for text in texts if (template := self._template(key, text))]
@@ -148,8 +151,11 @@ def read(path: Path) -> tuple[StreamKeys, list[TaskSaid], TaskSaid | None]:
     tasks = []
     for number, said in enumerate(whole.tasks):
         name = said.get("name")
-        if not isinstance(name, str):
-            raise CLGraftError(f"{file}: tasks[{number}] has no name; write one, as `name: sums`.")
+        if not isinstance(name, str) or not NAME.fullmatch(name):  # packs' files are called by it
+            raise CLGraftError(
+                f"{file}: tasks[{number}] has the name {shortened(name)}; write one of letters, digits, '-', '_' and "
+                "'.', as `name: sums`."
+            )
         keys = {**whole.defaults, **said, "training": _joined(whole.defaults, said)}
         tasks.append(_task(keys, f"{file}: task {name!r}", True))
     general = whole.general
@@ -191,7 +197,9 @@ def checked(kind: type[Said], said: Mapping[str, Any], where: str, what: str) ->
             raise CLGraftError(f"{where} has no {place}; write a list of them.") from error
         place = str(first["loc"][0])  # of a union's members, the rest tells a user nothing
         told = first["msg"].removeprefix("Input should be ")
-        raise CLGraftError(f"{where}: {place} is {first['input']!r}; write {told}.") from error
+        raise CLGraftError(
+            f"{where}: {place} is {shortened(first['input'])}; write {told}."
+        ) from error
 
 
 def training(said: Mapping[str, Any], where: str) -> Training:
@@ -201,7 +209,7 @@ def training(said: Mapping[str, Any], where: str) -> Training:
         given["preference"] = _record(Preference, half, f"{where}.preference")
     elif half is not None:
         raise CLGraftError(
-            f"{where}.preference is {half!r}; write its settings, as {{beta: 0.1}}, or {{}}."
+            f"{where}.preference is {shortened(half)}; write its settings, as {{beta: 0.1}}, or {{}}."
         )
     return _record(Training, given, where)
 
@@ -236,7 +244,7 @@ def scoring(said: Any, where: str) -> Scoring:
         ((name, options),) = said.items()
     if not isinstance(name, str) or not isinstance(options, dict | None):
         raise CLGraftError(
-            f"{where}: the scorer {said!r} is neither a name nor one name with its options; write "
+            f"{where}: the scorer {shortened(said)} is neither a name nor one name with its options; write "
             "`score: {number: {tolerance: 0.01}}`."
         )
     if name.endswith(".py"):
@@ -256,7 +264,7 @@ def _mapping(path: Path) -> dict[str, Any]:
         raise CLGraftError(
             f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); give a stream's YAML file."
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, of depth
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise CLGraftError(f"{path}{line} is not YAML ({problem or error}); mend it.") from error

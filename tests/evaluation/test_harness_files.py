@@ -71,6 +71,8 @@ def test_a_file_with_what_it_includes(folder: Path) -> None:
         ("include: sums.yaml", "includes itself"),
         ("include: none.yaml", "none.yaml cannot be read"),
         ("task: [a, b]", "names no single task"),
+        ("task: ../up", "names no single task"),
+        ("metadata: 2024-99-99", "is not YAML"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -103,6 +105,12 @@ def test_what_is_no_data_is_refused_wherever_it_stands(
 )
 def test_tasks_as_a_command_line_names_them(said: str, told: list) -> None:
     assert list(harness.parts(said, Path("in"))) == told
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    message = one_sentence(lambda: harness.general(["hellaswag"]))
+    assert "run `pip install cl-graft[lm-eval]`" in message
 
 
 @pytest.mark.parametrize("said", ["a@", "a@0", "a@x", "a@-1"])
