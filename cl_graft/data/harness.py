@@ -153,6 +153,8 @@ def _of_package(name: str) -> dict[str, list[Any]]:
     index = _index()
     if name not in index.task_index:
         raise UnknownName("task of lm-eval", name, index.all_tasks, "a task's .yaml file")
+    if (index.task_index[name].cfg or {}).get("unsafe_code"):  # making it fetches a program already
+        raise _unsafe(name)
     _sandbox()
     with quiet(), _made(name):
         made = index._load_spec(name)
@@ -215,10 +217,7 @@ def _version(task: Any) -> str:
 def _documents(name: str, suite: str, metric: str, task: Any) -> Iterator[Document]:
     """The documents of one task. Raises CLGraftError where its scores cannot be taken one by one."""
     if getattr(task, "UNSAFE_CODE", False):
-        raise CLGraftError(
-            f"the task {task.task_name} of lm-eval runs programs that a model wrote, outside the sandbox; score them "
-            "by `tests` instead."
-        )
+        raise _unsafe(task.task_name)
     if getattr(task, "MULTIMODAL", False):
         raise CLGraftError(
             f"the task {task.task_name} of lm-eval is not of text alone; choose another."
@@ -242,6 +241,13 @@ def _documents(name: str, suite: str, metric: str, task: Any) -> Iterator[Docume
                 metric=metric,
                 asked=prompt,
             )
+
+
+def _unsafe(name: str) -> CLGraftError:
+    return CLGraftError(
+        f"the task {name} of lm-eval runs programs that a model wrote, outside the sandbox; choose another, and score "
+        "programs by `tests`."
+    )
 
 
 def _told(task: Any, doc: Any) -> tuple[str, str, tuple[str, ...]]:

@@ -254,6 +254,8 @@ def test_tasks_tags_and_groups_of_the_package(
     group = "group: all\ntask: [larger, spelled]\naggregate_metric_list: [{metric: acc, weight_by_size: %s}]\n"
     (folder / "all.yaml").write_text(group % "true")
     (folder / "even.yaml").write_text(group.replace("all", "even") % "false")
+    programs = CHOICE.replace("larger", "programs").replace("{metric: acc}", "{metric: code_eval}")
+    (folder / "programs.yaml").write_text(programs + "unsafe_code: true\n")
     monkeypatch.chdir(folder)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     monkeypatch.setattr(harness, "_index", lambda: manager)
@@ -268,6 +270,7 @@ def test_tasks_tags_and_groups_of_the_package(
         lambda: harness.measured_by("even")
     )
     assert "did you mean larger" in one_sentence(lambda: harness.measured_by("largr"))
+    assert "outside the sandbox" in one_sentence(lambda: harness.measured_by("programs"))
     harness._of_package.cache_clear()
 
 

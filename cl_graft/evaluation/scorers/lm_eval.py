@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from cl_graft.data import harness
 from cl_graft.data.harness import Document
@@ -39,7 +41,7 @@ def lm_eval(
     examples: Sequence[Document],
     *,
     made_by: str = "lm-eval",
-    num_fewshot: int | None = None,
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None,
     batch: Count = 8,
 ) -> list[Scored]:
     """made_by: the versions of lm-eval and of its tasks, for the record; told by what makes the documents. num_fewshot:
