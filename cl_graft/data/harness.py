@@ -107,16 +107,22 @@ def general(tasks: Sequence[str]) -> Task:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """lm-eval's log and its bars kept off the screen."""
+def no_log() -> Iterator[None]:
+    """Keep lm-eval's log off the screen, but for errors."""
     log = logging.getLogger("lm_eval")
     before = log.level
     log.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
         log.setLevel(before)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep its bars off the screen, too, for which all of stderr is kept off: for short."""
+    with no_log(), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def loaded(name: str) -> dict[str, list[Any]]:

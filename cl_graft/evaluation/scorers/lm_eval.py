@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from cl_graft.data import harness
+from cl_graft.data import harness, harness_files
 from cl_graft.data.harness import Document
 from cl_graft.errors import CLGraftError, first_line
 from cl_graft.evaluation.scorers.base import Examinee, Scored, scorer
@@ -34,7 +34,7 @@ def _flaw(example: Example) -> str:
     reads=("prompt",),
     flaw=_flaw,
     convention="its own code, {made_by}",
-    identity={"code": code_digest(harness)},
+    identity={"code": code_digest(harness, harness_files)},
 )
 def lm_eval(
     examinee: Examinee,
@@ -51,7 +51,7 @@ def lm_eval(
     """
     from lm_eval.models.huggingface import HFLM
 
-    with harness.quiet(), _unchanged(examinee.tokenizer):
+    with harness.no_log(), _unchanged(examinee.tokenizer):
         model = HFLM(
             examinee.model,
             tokenizer=examinee.tokenizer,
@@ -71,7 +71,7 @@ def _kind(document: Document) -> tuple[str, str, str]:
 
 
 def _scored(model: Any, documents: Sequence[Document], shots: int | None) -> list[Scored]:
-    """Outcomes of documents of one task. Raises CLGraftError for a document that is another by now."""
+    """Outcomes of documents of one task. Raises CLGraftError where lm-eval fails at it."""
     import torch
     from jinja2 import TemplateError
 
@@ -123,11 +123,12 @@ def _requests(
         task.set_config("num_fewshot", own if shots is None else shots)
         try:
             task.set_fewshot_seed(SEED)
-            task.build_all_requests(
-                apply_chat_template=chat,
-                fewshot_as_multiturn=chat,
-                chat_template=model.apply_chat_template if chat else None,
-            )
+            with harness.quiet():
+                task.build_all_requests(
+                    apply_chat_template=chat,
+                    fewshot_as_multiturn=chat,
+                    chat_template=model.apply_chat_template if chat else None,
+                )
         finally:
             task.set_config("num_fewshot", own)
         by_document: dict[int, list[Any]] = {}
@@ -141,7 +142,9 @@ def _answer(model: Any, requests: Sequence[Any]) -> None:
     """Let the model answer, kind by kind, each request as often as its task repeats it."""
     for kind in dict.fromkeys(request.request_type for request in requests):
         each = [r for r in requests if r.request_type == kind for _ in range(r.repeats)]
-        for request, response in zip(each, getattr(model, kind)(each), strict=True):
+        for request, response in zip(
+            each, getattr(model, kind)(each, disable_tqdm=True), strict=True
+        ):
             request.resps.append(response)
 
 
