@@ -227,7 +227,7 @@ def told_apart(cells: Sequence[Cell]) -> list[Cell]:
 
 def _tails(names: set[str]) -> dict[str, str]:
     """The shortest ends of these paths that differ; the paths where none do."""
-    parts = {name: Path(name.removesuffix(".py")).parts for name in names}
+    parts = {name: (Path(name).parent / RunConfig.short(name)).parts for name in names}
     for length in range(2, max(map(len, parts.values())) + 1):
         tails = {name: "/".join(those[-length:]) for name, those in parts.items()}
         if len(set(tails.values())) == len(names):

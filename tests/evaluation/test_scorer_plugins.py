@@ -125,6 +125,7 @@ def test_base_and_private_files_are_none() -> None:
     assert plugins.names("scorer") == [
         "choice",
         "exact",
+        "lm_eval",
         "math",
         "neg_bits_per_byte",
         "number",

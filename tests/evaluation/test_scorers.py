@@ -313,4 +313,4 @@ def test_what_needs_an_answer_is_declared() -> None:
     needs = {name: plugins.load("scorer", name).needs for name in plugins.names("scorer")}
     of_answers = {name for name, needed in needs.items() if needed == "answers"}
     assert of_answers == {"number", "number_lm_eval", "math", "exact", "tests"}
-    assert needs.keys() - of_answers == {"choice", "neg_bits_per_byte"}
+    assert needs.keys() - of_answers == {"choice", "lm_eval", "neg_bits_per_byte"}
