@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def report(folders: list[Path], target: Path) -> None:
     from cl_graft.cli.progress import interruptible
     from cl_graft.report import find, write
+    from cl_graft.report.orders import over_orders
     from cl_graft.report.overview import overview
     from cl_graft.report.significance import reader
     from cl_graft.report.tables import matrices, ranking
@@ -28,6 +29,7 @@ def report(folders: list[Path], target: Path) -> None:
             cells = [f.cell for f in known]
             tested, rankings = reader(), ranking(cells)
             several = [overview(known, tested)] if len(rankings) > 1 else []
+            several += over_orders(cells).values()
             print_tables([*matrices(cells), *several, *rankings])
             index = write(known, target, tested)
     except OSError as error:
