@@ -53,7 +53,7 @@ def _prompts(task: Task) -> list[str]:
 
 def _facts(task: Task, trained: list[str], by_prompt: dict[str, set[str]]) -> Facts:
     answers = Counter(example.completion.strip() for example in task.test)
-    common, count = answers.most_common(1)[0] if answers else ("", 0)
+    common, count = min(answers.items(), key=lambda a: (-a[1], a[0]), default=("", 0))
     of = [by_prompt.get(folded(example.prompt), set()) for example in task.test]
     return Facts(
         task.name,
