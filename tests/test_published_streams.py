@@ -315,11 +315,15 @@ def test_a_missing_folder_is_named_with_where_it_was_looked_for_and_the_hub(tmp_
         assert str(tmp_path) in said and all(word in said for word in told), said
 
 
-def test_without_a_folder_where_the_hub_has_none() -> None:
-    said = refusal(lambda: made("standard_cl", None, order="amazon"))
-    assert "amazon comes with CL_Benchmark" in said and "--data-dir" in said
-    said = refusal(lambda: made("trace", None))
-    assert "C-STANCE" in said and "--data-dir" in said
+def test_where_the_hub_has_none_a_folder_is_the_cure(data: Path) -> None:
+    for name, told, options in (
+        ("standard_cl", "amazon comes with CL_Benchmark", {"order": "amazon"}),
+        ("trace", "C-STANCE", {}),
+        ("text_classification", "CL_Benchmark", {"tasks": "sst2"}),
+    ):
+        said = refusal(lambda name=name, options=options: made(name, None, **options))
+        assert told in said and said.endswith("with --data-dir.")
+        assert made(name, data, **options).tasks[0].train
 
 
 def test_rows_without_their_columns_are_named(tmp_path: Path) -> None:
