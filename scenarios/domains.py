@@ -27,7 +27,7 @@ def domains(
     *,
     seed: int,
     data_dir: Path | None = None,
-    order: int | str = 1,
+    order: Count | str = 1,
     bio: str = "",
     finance: str = "",
     law: str = "",

@@ -38,7 +38,7 @@ def long_cl(
     *,
     seed: int,
     data_dir: Path | None = None,
-    order: int | str = 4,
+    order: Count | str = 4,
     prompts: Literal["plain", "o_lora"] = "plain",
     characters: Count | None = 320,
     train_size: Count = 2000,

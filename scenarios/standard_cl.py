@@ -32,7 +32,7 @@ def standard_cl(
     *,
     seed: int,
     data_dir: Path | None = None,
-    order: int | str = 1,
+    order: Count | str = 1,
     prompts: Literal["plain", "o_lora"] = "plain",
     characters: Count | None = 320,
     train_size: Count = 2000,

@@ -57,7 +57,7 @@ def superni(
     *,
     seed: int,
     data_dir: Path | None = None,
-    order: int | str = 1,
+    order: Count | str = 1,
     characters: Count | None = 320,
     train_size: Count = 1000,
     test_size: Count = 100,

@@ -35,7 +35,7 @@ def trace(
     *,
     seed: int,
     data_dir: Path | None = None,
-    order: int | str = 1,
+    order: Count | str = 1,
     train_size: Count = 500,
     test_size: Count = 100,
     epochs: Positive | None = None,
