@@ -4,7 +4,7 @@ The answer is the label of the task's label set that the model finds most likely
 
     cl-graft sweep --scenarios standard_cl --set 'standard_cl.order=[1,2,3]' --data-dir O-LoRA ...
 
-O-LoRA's own setting, whose prompts name task and data set, on all rows:
+O-LoRA's own setting, whose prompts name task and data set, on all rows (its learning rate stays as it is):
 
     --set standard_cl.prompts=o_lora --set standard_cl.characters=null --set standard_cl.max_length=512
     --set standard_cl.train_size=14000 --set standard_cl.test_size=7600 --set standard_cl.epochs=1

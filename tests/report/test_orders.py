@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from cl_graft.bench.report import make
+from cl_graft.report import find, page
 from cl_graft.report.orders import over_orders
 from cl_graft.report.overview import overview
 from cl_graft.report.tables import write_tables
@@ -87,3 +89,18 @@ def test_the_table_is_written_beside_the_others(tmp_path: Path) -> None:
 def test_a_report_of_one_order_has_no_such_file(tmp_path: Path, orders: tuple[int, ...]) -> None:
     write_tables([learned("lora", order, 0.5) for order in orders], tmp_path)
     assert len(list(tmp_path.glob("*-orders.csv"))) == len(orders) - 1
+
+
+def test_the_page_shows_it_below_the_overview(tmp_path: Path) -> None:
+    make(tmp_path, cells=2, examples=4, strategies=1, scenarios=2)
+    found = find([tmp_path])
+    for order, f in enumerate(found, 1):
+        f.cell["tasks"] = sorted(f.cell["tasks"], reverse=order == 2)
+        f.cell["scenario"] = f"drawn(order={order})"
+        f.cell["config"] |= {"scenario": "drawn", "options": {"drawn": {"order": order}}}
+    text = page.write(found, tmp_path / "report", right).read_text("utf-8")
+    shown = text.split('<section id="overview">')[1].split("</section>")[0]
+    assert "Over orders · drawn, 2 orders" in shown and shown.count("<table") == 2
+    assert "Order 1" in shown and "Order 2" in shown and "drawn-2-orders-orders.csv" in shown
+    text = page.write(found[:1], tmp_path / "one", right).read_text("utf-8")
+    assert "Over orders" not in text
