@@ -121,6 +121,8 @@ class Task:
     pairs: preference data made beforehand; without any, a recipe with a preference half samples from the model.
     validation: what methods choose their factors on, never trained on; `with_validation` says what there is without.
     notes: sentences on its data, such as how many rows were left out and why; `cl-graft validate` tells them.
+    unlearns: name of an earlier task of the stream that is to be forgotten in this one's turn; `train` is then what
+    must go, with its prompts and answers.
     """
 
     name: str
@@ -133,6 +135,7 @@ class Task:
     pairs: Sequence[Pair] = ()
     validation: Sequence[Example] = ()
     notes: tuple[str, ...] = ()
+    unlearns: str = ""
 
     def __post_init__(self) -> None:
         _require_made(f"task {self.name!r}: its training", self.training, Training)
@@ -231,6 +234,14 @@ class Scenario:
             raise CLGraftError(
                 f"scenario {self.name!r} needs at least one task and different names, not {names}."
             )
+        for number, task in enumerate(self.tasks):
+            if task.unlearns and task.unlearns not in [
+                t.name for t in self.tasks[:number] if not t.unlearns
+            ]:
+                raise CLGraftError(
+                    f"scenario {self.name!r}: task {task.name!r} unlearns {task.unlearns!r}, which no task before it "
+                    "teaches; name one that does."
+                )
         object.__setattr__(self, "tasks", tuple(task.with_validation() for task in self.tasks))
 
     @property

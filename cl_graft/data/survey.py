@@ -36,9 +36,9 @@ def survey(scenario: Scenario) -> list[Facts]:
     """Facts of each task, in their order, and of what is only measured."""
     trained = {task.name: [folded(prompt) for prompt in _prompts(task)] for task in scenario.tasks}
     by_prompt: dict[str, set[str]] = {}
-    for name, prompts in trained.items():
-        for prompt in prompts:
-            by_prompt.setdefault(prompt, set()).add(name)
+    for task in scenario.tasks:
+        for prompt in trained[task.name] if not task.unlearns else ():
+            by_prompt.setdefault(prompt, set()).add(task.name)
     tasks = scenario.tasks + ((scenario.general,) if scenario.general else ())
     return [_facts(task, trained.get(task.name, []), by_prompt) for task in tasks]
 
