@@ -16,7 +16,7 @@ class Facts:
     train, validation, test: examples; train counts preference pairs where there is nothing else. answers: different
     reference answers of the test. common, share: the most frequent of them, and its share of the test, which is what
     always giving it scores where an answer is right or wrong. repeated: training rows whose prompt was there before.
-    leaked, elsewhere: test prompts that this task, or another one, trains on.
+    leaked, elsewhere: test prompts that this task, or another one, trains on other than to forget them.
     """
 
     task: str
