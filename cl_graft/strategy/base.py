@@ -26,7 +26,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -52,7 +52,7 @@ from cl_graft.task import Pair, Preference, Scenario, Task
 from cl_graft.training.config import Row, StageConfig, at_step, jobs
 from cl_graft.training.delta import Delta
 from cl_graft.training.stages import Log, Stages, holding, in_full_precision
-from cl_graft.training.term import Term
+from cl_graft.training.term import Kind, Term
 from cl_graft.version import __version__
 
 
@@ -71,7 +71,7 @@ class Strategy(Hooks):
     keeps: Keeps | Mapping[str, Keeps] = "per_task"
     budgeted: ClassVar[bool] = True
     touches: ClassVar[Collection[Role]] = ROLES
-    terms: ClassVar[tuple[Literal["penalty", "project"], ...]] = ()
+    terms: ClassVar[tuple[Kind, ...]] = ()
     function: ClassVar[Callable[..., Any]]  # whose keyword-only arguments are the options
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
