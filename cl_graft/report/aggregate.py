@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from cl_graft.report.protocols import (
 )
 from cl_graft.report.table import UNMEASURED
 
+T = TypeVar("T")
 Estimate = tuple[float, float]  # a mean and its standard error; either may be NaN
 ERRORS = (
     "±: one standard error over what its column says: over seeds, for these test examples alone; or over the test "
@@ -268,7 +269,7 @@ def lines_of(cells: Sequence[Cell]) -> list[Line]:
     return sorted(lines, key=lambda line: PARTS.index(line.part))
 
 
-def slugged(grouped: Mapping[str, list[Cell]]) -> Iterator[tuple[str, list[Cell]]]:
+def slugged(grouped: Mapping[str, T]) -> Iterator[tuple[str, T]]:
     """The groups, each with a file name of its own in place of its title."""
     taken: set[str] = set()
     for title, members in grouped.items():
