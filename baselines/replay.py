@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
-from cl_graft.ranges import Count, Rest
+from cl_graft.ranges import Count, Rest, Strength
 from cl_graft.strategy import Context, Kept, Strategy
 from cl_graft.strategy.kept import Tensors
 from cl_graft.strategy.memory import MEMORY, Memory
@@ -24,7 +25,14 @@ class replay(Strategy):
     keeps = "latest"
     budgeted = False
 
-    def learn(self, task: Task, context: Context, *, size: Count = 500, share: Rest = 0.3) -> Kept:
+    def learn(
+        self,
+        task: Task,
+        context: Context,
+        *,
+        size: Count = 500,
+        share: Annotated[Rest, Strength(0.05, 0.1, 0.2, 0.3, 0.5)] = 0.3,
+    ) -> Kept:
         """size: rows of each reservoir; 500 is the middle one of Mammoth's 200, 500 and 5120.
 
         share: of a stage's rows that are old, to the nearest row, once there are any; a memory with fewer is gone

@@ -13,6 +13,7 @@ from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
 from cl_graft.evaluation.scorers import require_consents, resolved
 from cl_graft.experiment import early
+from cl_graft.experiment.rehearsal import rehearsal
 from cl_graft.experiment.texts import check_texts
 from cl_graft.store.digests import digest
 from cl_graft.store.mirror import mirror_of
@@ -143,7 +144,8 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
         from cl_graft.training import term
 
         term.check(strategy_class.terms, config.launch, f"the strategy {strategy_name!r}")
-    given = config.options.get(strategy_name, {})
+    tuned = config.tuned.options if config.tuned else {}
+    given = {**tuned, **config.options.get(strategy_name, {})}
     options = plugins.check_options("strategy", strategy_name, strategy_class, given)
     strategy_class.keeps_by(options)  # refuses a convention that there is none of
     return strategy_class, options
@@ -173,6 +175,8 @@ def scenario_of(config: RunConfig) -> Scenario:
             known = [name, config.short(config.strategy), *sorted(used)]
             raise UnknownName("scenario, strategy or scorer of this cell", owner, known)
     scenario = _trained_on(scenario, config.train_on)
+    if config.tuned and config.tuned.first:
+        scenario = rehearsal(scenario, config.tuned.first)
     check_texts(scenario)
     return scenario
 
@@ -219,6 +223,8 @@ def strategy_of(
         router=router_of(config),
     )
     strategy.notes += told
+    if config.tuned:
+        strategy.learning_rate_scale = config.tuned.learning_rate_scale
     return strategy
 
 

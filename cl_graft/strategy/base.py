@@ -70,6 +70,7 @@ class Strategy(Hooks):
     touches: ClassVar[Collection[Role]] = ROLES
     terms: ClassVar[tuple[Literal["penalty", "project"], ...]] = ()
     function: ClassVar[Callable[..., Any]]  # whose keyword-only arguments are the options
+    learning_rate_scale = 1.0  # times those of the recipes
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

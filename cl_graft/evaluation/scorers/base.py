@@ -215,6 +215,12 @@ def _refuse_flawed(task: Task) -> None:
                 )
 
 
+def can_score(scoring: Scoring, examples: Iterable[Example]) -> bool:
+    """Whether the scorer has what it needs of every example."""
+    scorer, _ = _found(scoring)
+    return not any(scorer.flaw(example) for example in examples)
+
+
 def require_consents(allowed: bool, tasks: Iterable[Task]) -> None:
     """Raise ConsentNeeded for the first task that a scorer which needs consent scores, unless it is given."""
     for task in tasks:
