@@ -96,8 +96,9 @@ def applied(config: RunConfig) -> RunConfig:
     for preset in read(file):
         if _fits(preset, config):
             return config.model_copy(update={"tuned": preset.tuned})
+    label = config.model_copy(update={"preset": None}).label
     raise CLGraftError(
-        f"no preset of {config.label} on {config.scenario_label} from {config.model} under {config.budget} is in "
+        f"no preset of {label} on {config.scenario_label} from {config.model} under {config.budget} is in "
         f"{file}; make one by `{command(config)}`, and give --preset FOLDER."
     )
 
