@@ -1,9 +1,9 @@
 """One tuning protocol for all strategies: as many trials each, of the learning rate and of the method's main strength.
 
 A trial is a cell: the strategy learns the first tasks of the stream and is scored on their validation after the last of
-them, test examples unseen. Two tasks are the fewest after which something can have been forgotten; on the first alone
-the best strength of a method against forgetting is none. Chaudhry et al. (2018, arXiv 1812.00420) tune on the first
-tasks, too, and then leave these out of the stream, which ours are too short for.
+them, test examples unseen. Two tasks are the fewest after which something can have been forgotten: on the first alone
+the strength of a method against forgetting does nothing, or only costs. Chaudhry et al. (2018, arXiv 1812.00420) tune
+on the first tasks, too, and then leave these out of the stream, which ours are too short for.
 """
 
 from __future__ import annotations
@@ -84,49 +84,27 @@ def _tuning(cell: RunConfig, trials: int, first: int, seed: int) -> Tuning:
 def design(
     default: Any, values: Sequence[float], trials: int, seed: int
 ) -> list[tuple[float, Any]]:
-    """Pairs of a learning rate's scale and a strength, each once: the defaults, then points spread over the grid.
+    """Pairs of a learning rate's scale and a strength, each once: the defaults, then the grid by knight's moves.
 
-    They are Halton's points in bases 2 and 3, shifted by the seed, and the same for all methods with as many values.
-    Without values of a strength the scales alone are tried, the nearest to 1 first: at most as many as there are.
+    Of any five moves each is to another rate, and to another strength, from a field that the seed says; the rates are
+    the same for all methods. Without values of a strength the scales alone are tried, the nearest to 1 first: at most
+    as many as there are.
     """
     if not values:
         by_distance = sorted(RATES, key=lambda rate: (abs(math.log2(rate)), rate))
         return [(rate, default) for rate in by_distance[:trials]]
-    known = {(1.0, default): None}
-    most = min(trials, len(RATES) * len(values) + (default not in values))
-    for rate, value in _spread(values, seed):
-        if len(known) >= most:
-            break
-        known[rate, value] = None
-    return list(known)
-
-
-def _spread(values: Sequence[float], seed: int) -> Iterator[tuple[float, float]]:
-    """Points of the grid, each a first time within a few hundred."""
     rng = Random(f"tune/{seed}")
-    shift = rng.random(), rng.random()
-    number = 0
-    while True:
-        number += 1
-        u, v = ((_inverse(number, base) + s) % 1 for base, s in zip((2, 3), shift, strict=True))
-        yield RATES[int(u * len(RATES))], values[int(v * len(values))]
-
-
-def _inverse(number: int, base: int) -> float:
-    """The digits of a number mirrored at the point (van der Corput)."""
-    value, part = 0.0, 1.0
-    while number:
-        number, digit = divmod(number, base)
-        part /= base
-        value += digit * part
-    return value
+    row, column = rng.randrange(len(RATES)), rng.randrange(len(values))
+    moves = [
+        (RATES[(row + 2 * i) % len(RATES)], values[(column + i + again) % len(values)])
+        for again in range(len(values))
+        for i in range(len(RATES))
+    ]
+    return list(dict.fromkeys([(1.0, default), *moves]))[:trials]
 
 
 def chosen(tuning: Tuning) -> Preset | None:
-    """The preset that the trials come to; None where one is unfinished and has not failed, or where all have failed.
-
-    The best has the highest score; among equals the fewest bits per byte, then the earliest trial.
-    """
+    """The preset that the trials come to; None where one is unfinished and has not failed, or where all have failed."""
     from cl_graft.experiment.cell import finished
 
     results = [finished(config) for config in tuning.trials]
@@ -135,7 +113,7 @@ def chosen(tuning: Tuning) -> Preset | None:
     if None in tried or not told:
         return None
     trials = [trial for trial in tried if trial]
-    best = max((t for t in trials if not t.failed), key=lambda t: (t.score, -(t.bits or 0.0)))
+    best = best_of(trials)
     cell, result = tuning.cell, told[0]
     name = cell.short(cell.strategy)
     return Preset(
@@ -149,7 +127,7 @@ def chosen(tuning: Tuning) -> Preset | None:
         seed=cell.seed,
         options=best.options,
         learning_rate_scale=best.learning_rate_scale,
-        edges=list(_edges(best, trials)),
+        edges=list(edges(best, trials)),
         trials=trials,
         about={
             "versions": versions(),
@@ -179,7 +157,13 @@ def _trial(config: RunConfig, result: dict[str, Any] | None) -> Trial | None:
     return Trial(**values, score=score, stderr=math.hypot(*errors) / tasks, bits=bits)
 
 
-def _edges(best: Trial, trials: Sequence[Trial]) -> Iterator[str]:
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """The one with the highest score; among equals the fewest bits per byte, then the earliest. Some have a score."""
+    ended = [trial for trial in trials if trial.score is not None]
+    return max(ended, key=lambda trial: (trial.score, -(trial.bits or 0.0)))
+
+
+def edges(best: Trial, trials: Sequence[Trial]) -> Iterator[str]:
     """Names of what is the smallest or the largest value that was tried of it."""
     for name, value in best.values.items():
         tried = {v for t in trials if isinstance(v := t.values[name], int | float)}

@@ -103,7 +103,9 @@ def _command(members: Sequence[Cell]) -> str:
     lists = [name for value in told.values() if isinstance(value, list) for name in value]
     if any("," in str(name) for name in lists):
         text = yaml.safe_dump(_with_options(told, members), sort_keys=False, allow_unicode=True)
-        return f"cat > sweep.yaml <<'END'\n{text}END\n{shlex.join([*words, 'sweep.yaml', *further])}"
+        return (
+            f"cat > sweep.yaml <<'END'\n{text}END\n{shlex.join([*words, 'sweep.yaml', *further])}"
+        )
     for name, value in told.items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, dict):

@@ -59,9 +59,10 @@ class Strategy(Hooks):
     A method says what it keeps in `learn`; its options are the keyword-only arguments of that function.
     terms: kinds of terms that it adds to training, so that a launch which cannot carry them is refused before anything
     starts. touches: roles of the parameters that it may change; the others are frozen while it tunes, whatever trains
-    it, and it may keep nothing of them. budgeted: False for references that are allowed any size. stages, outcomes:
-    where what was trained and measured is kept; without them, as long as the strategy lives. router: infers the task of
-    a prompt, which is else given.
+    it, and it may keep nothing of them. budgeted: False for references that are allowed any size. start: what a task's
+    training starts from, the base or the model so far, where that is not what `keeps` says. stages, outcomes: where
+    what was trained and measured is kept; without them, as long as the strategy lives. router: infers the task of a
+    prompt, which is else given.
     """
 
     PLUGIN_CLASS = SupervisedPlugin
@@ -69,6 +70,7 @@ class Strategy(Hooks):
     budgeted: ClassVar[bool] = True
     touches: ClassVar[Collection[Role]] = ROLES
     terms: ClassVar[tuple[Literal["penalty", "project"], ...]] = ()
+    start: ClassVar[Literal["base", "model"] | None] = None
     function: ClassVar[Callable[..., Any]]  # whose keyword-only arguments are the options
     learning_rate_scale = 1.0  # times those of the recipes
 
@@ -99,6 +101,11 @@ class Strategy(Hooks):
         if convention not in cls.keeps:
             raise UnknownName(f"convention of {cls.__name__}", str(convention), cls.keeps)
         return cls.keeps[convention]
+
+    @classmethod
+    def start_by(cls, keeps: Keeps) -> Literal["base", "model"]:
+        """What a task's training starts from, of a form that keeps its packs so."""
+        return cls.start or ("model" if keeps in ("sum", "latest") else "base")
 
     def __init__(
         self,
@@ -267,7 +274,7 @@ class Strategy(Hooks):
 
     def before_learning(self) -> Sequence[SkillPack]:
         """The packs active when the next task's training starts."""
-        return self.compose(None) if self.keeps in ("sum", "latest") else []
+        return self.compose(None) if self.start_by(self.keeps) == "model" else []
 
     def route(self, prompts: Sequence[str], task: int | None) -> list[int | None]:
         """The task that each prompt is answered as, None for the base: the one given, or what the router infers."""
