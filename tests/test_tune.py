@@ -271,11 +271,11 @@ def test_a_trial_that_fails_is_told_and_never_chosen(
     call: Call, here: list[str], tmp_path: Path
 ) -> None:
     file, out = picked(tmp_path), tmp_path / "out"
-    done = call(*words(out, str(file), trials=99))
+    done = call(*words(out, str(file), trials=6))
     assert done.code == 0 and "the loss is no number" in done.out
     preset = presets_of(out)["picky"]
     failed = {t["learning_rate_scale"] for t in preset["trials"] if t["failed"]}
-    assert (len(preset["trials"]), failed) == (10, {2.0, 4.0}), "mini trains at 2e-3"
+    assert (len(preset["trials"]), failed) == (6, {2.0, 4.0}), "mini trains at 2e-3"
     assert (preset["learning_rate_scale"], preset["options"]) == (1.0, {"force": 1.0})
     (tmp_path / "never").touch()
     done = call(*words(tmp_path / "other", str(file)))
@@ -310,10 +310,10 @@ def test_a_missing_preset_is_made_by_the_command_that_the_error_names(
 def test_an_option_that_is_given_is_not_tuned(call: Call, here: list[str], tmp_path: Path) -> None:
     file, out = picked(tmp_path), tmp_path / "out"
     both = ["--set", "picky.force=[1.0,2.0]"]
-    assert call(*words(out, str(file), trials=8), *both).code == 0
+    assert call(*words(out, str(file), trials=2), *both).code == 0
     held = json.loads((out / "mini__nano-llama.json").read_text())["presets"]
     assert [p["given"] for p in held] == [{"force": 1.0}, {"force": 2.0}]
-    assert {len(p["trials"]) for p in held} == {5} and held[0]["options"] == {}
+    assert [t["options"] for p in held for t in p["trials"]] == [{}] * 4
 
 
 def test_bad_words_are_refused(call: Call, tmp_path: Path) -> None:

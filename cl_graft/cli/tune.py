@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TuneFields(SweepFields):
-    """Those of a sweep that tuning does not decide itself."""
+    """What was given of the fields of a Sweep that tuning does not decide itself."""
 
     without = ("seeds", "task_ids", "router", "router_options", "preset", "out")
 

@@ -119,7 +119,7 @@ def _command(members: Sequence[Cell]) -> str:
 
 
 def _first(cell: Cell) -> int:
-    """Of a trial of `cl-graft tune`, how many tasks it learns; else 0."""
+    """Number of tasks that a trial of `cl-graft tune` learns; of any other cell 0."""
     return (cell["config"].get("tuned") or {}).get("first", 0)
 
 
