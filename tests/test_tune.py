@@ -247,19 +247,16 @@ def test_methods_are_tuned_alike_resumed_and_run_as_tuned(
     assert here[8:] == [lost] and (out / "mini__nano-llama.json").read_bytes() == before
 
     # what was chosen is what is run, and told
-    values = {"weight": found["ewc"]["options"]["weight"]}
-    flags = ["--scenarios", "mini", "--strategies", "ewc,graftllm", "--models", "nano-llama"]
-    flags += ["--preset", str(out), "--wandb", "off", "--out", str(tmp_path / "run"), *BRIEF]
-    assert call("sweep", *flags).code == 0
-    told = {c["strategy"]: c for c in map(collect, (tmp_path / "run").glob("mini__*"))}
-    assert told["ewc"]["label"] == "ewc(preset=tuning)"
-    assert told["ewc"]["options"] == {**plugins.options(plugins.load("strategy", "ewc")), **values}
-    rate = found["ewc"]["learning_rate_scale"]
-    assert told["ewc"]["config"]["tuned"]["learning_rate_scale"] == rate
-    text = (tmp_path / "run" / "report" / "provenance.md").read_text()
-    assert f"ewc(preset=tuning) · nano-llama · 10%: learning_rate_scale={rate}, weight=" in text
-    assert "2 trials of learning_rate_scale and weight, by the mean score on the validation" in text
-    assert_refused(call("sweep", *flags, "--budgets", "50%"), "no preset of graftllm")
+    flags = ["--model", "nano-llama", "--preset", str(out), "--out", str(tmp_path / "run"), *BRIEF]
+    one = ["run", "--scenario", "mini", "--wandb", "off", *flags, "--strategy"]
+    assert call(*one, "ewc").code == 0
+    (path,) = (tmp_path / "run").glob("mini__*")
+    told, chosen = collect(path), found["ewc"]
+    assert told["label"] == "ewc(preset=tuning)"
+    assert told["options"]["weight"] == chosen["options"]["weight"]
+    rate = told["config"]["tuned"]["learning_rate_scale"]
+    assert rate == chosen["learning_rate_scale"]
+    assert_refused(call(*one, "graftllm", "--budget", "50%"), "no preset of graftllm", "under 50%")
 
 
 def picked(tmp_path: Path) -> Path:
