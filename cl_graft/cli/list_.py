@@ -97,8 +97,8 @@ def list_(
         rows = list({"models": _models, "fields": _fields, "metrics": _metrics}[what]())
     widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
     for name, origin, about in rows:
-        start = f"{name:{widths[0]}}  " + (f"{origin:{widths[1]}}  " if widths[1] else "")
-        typer.echo(start + about)
+        line = f"{name:{widths[0]}}  " + (f"{origin:{widths[1]}}  " if widths[1] else "")
+        typer.echo(line + about)
         if verbose and what in KINDS:
             _options(KINDS[what], name)
 

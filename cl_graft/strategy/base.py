@@ -103,8 +103,8 @@ class Strategy(Hooks):
         return cls.keeps[convention]
 
     @classmethod
-    def start_by(cls, keeps: Keeps) -> Literal["base", "model"]:
-        """What a task's training starts from, of a form that keeps its packs so."""
+    def start_by(cls, keeps: Any) -> Literal["base", "model"]:
+        """What a task's training starts from, of a form that keeps its packs as `keeps`, one of Keeps."""
         return cls.start or ("model" if keeps in ("sum", "latest") else "base")
 
     def __init__(
