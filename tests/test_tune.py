@@ -85,16 +85,16 @@ def test_a_grid_of_two_is_tried_at_the_defaults_and_then_evenly() -> None:
     assert design(3.0, VALUES, 4, seed=0) == tried[:4], "a smaller budget is a part of a larger"
     assert design(3.0, VALUES, 8, seed=1) != tried == design(3.0, VALUES, 8, seed=0)
     whole = design(3.0, VALUES, 99, seed=0)
-    assert len(whole) == len(set(whole)) == 25
-    assert len(design(None, VALUES, 99, seed=0)) == 26, "a default that is none of the values"
-    assert len(design(None, VALUES[:2], 99, seed=0)) == 11
+    assert len(whole) == len(set(whole)) == 35
+    assert len(design(None, VALUES, 99, seed=0)) == 36, "a default that is none of the values"
+    assert len(design(None, VALUES[:2], 99, seed=0)) == 15
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_any_five_trials_have_every_rate_and_every_strength(seed: int) -> None:
-    tried = design(None, VALUES, 26, seed)[1:]
-    for start in range(0, 25, 5):
-        rates, values = zip(*tried[start : start + 5], strict=True)
+def test_eight_trials_have_every_rate_and_every_strength(seed: int) -> None:
+    tried = design(None, VALUES, 36, seed)[1:]
+    for start in range(0, 35, 7):
+        rates, values = zip(*tried[start : start + 7], strict=True)
         assert ({*rates}, {*values}) == ({*RATES}, {*VALUES})
 
 
@@ -104,7 +104,7 @@ def test_methods_share_their_rates() -> None:
 
 
 def test_without_a_strength_the_rates_alone_are_tried_the_nearest_first() -> None:
-    assert [rate for rate, _ in design(None, (), 8, 0)] == [1.0, 0.5, 2.0, 0.25, 4.0]
+    assert [rate for rate, _ in design(None, (), 8, 0)] == [1.0, 0.5, 2.0, 0.25, 4.0, 0.125, 0.0625]
     assert [rate for rate, _ in design(None, (), 3, 0)] == [1.0, 0.5, 2.0]
 
 
@@ -268,11 +268,11 @@ def test_a_trial_that_fails_is_told_and_never_chosen(
     call: Call, here: list[str], tmp_path: Path
 ) -> None:
     file, out = picked(tmp_path), tmp_path / "out"
-    done = call(*words(out, str(file), trials=6))
+    done = call(*words(out, str(file), trials=8))
     assert done.code == 0 and "the loss is no number" in done.out
     preset = presets_of(out)["picky"]
     failed = {t["learning_rate_scale"] for t in preset["trials"] if t["failed"]}
-    assert (len(preset["trials"]), failed) == (6, {2.0, 4.0}), "mini trains at 2e-3"
+    assert (len(preset["trials"]), failed) == (8, {2.0, 4.0}), "mini trains at 2e-3"
     assert (preset["learning_rate_scale"], preset["options"]) == (1.0, {"force": 1.0})
     (tmp_path / "never").touch()
     done = call(*words(tmp_path / "other", str(file)))

@@ -24,13 +24,8 @@ from cl_graft.store.digests import machine, package_digest, versions
 from cl_graft.store.record import CellFolder
 from cl_graft.sweep_config import Sweep
 
-RATES = (
-    0.25,
-    0.5,
-    1.0,
-    2.0,
-    4.0,
-)  # times a recipe's; few and alike, so that methods share trainings
+# Times a recipe's; few and alike, so that methods share trainings; mostly lower, for what forgets least lies there.
+RATES = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 RATE = "learning_rate_scale"
 
 
@@ -86,7 +81,7 @@ def design(
 ) -> list[tuple[float, Any]]:
     """Pairs of a learning rate's scale and a strength, each once: the defaults, then the grid by knight's moves.
 
-    Of any five moves each is to another rate, and to another strength, from a field that the seed says; the rates are
+    Moves go on by one strength and two rates from a field that the seed says, each seven through all rates, which are
     the same for all methods. Without values of a strength the scales alone are tried, the nearest to 1 first: at most
     as many as there are.
     """
