@@ -140,9 +140,7 @@ def command(config: RunConfig) -> str:
 def folder_of(name: str) -> Path:
     """The folder of a preset's files. Raises CLGraftError for a name that is neither `tuned` nor a folder."""
     if name == PUBLISHED:
-        installed = PACKAGE / PUBLISHED
-        beside = PACKAGE.parent / "results" / "published" / PUBLISHED
-        return installed if installed.is_dir() else beside
+        return PACKAGE / PUBLISHED
     if not Path(name).is_dir():
         raise CLGraftError(
             f"there is no preset {name!r}; give {PUBLISHED}, or the folder that --out of `cl-graft tune` named."
