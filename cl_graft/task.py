@@ -120,6 +120,8 @@ class Task:
     score: the primary scorer, by name or as a Scoring; `also`: further ones, each with a matrix of its own.
     pairs: preference data made beforehand; without any, a recipe with a preference half samples from the model.
     validation: what methods choose their factors on, never trained on; `with_validation` says what there is without.
+    unlearns: name of an earlier task of the stream that is to be forgotten in this one's turn; `train` is then what
+    must go, with its prompts and answers.
     """
 
     name: str
@@ -131,6 +133,7 @@ class Task:
     training: Training = field(default_factory=Training)
     pairs: Sequence[Pair] = ()
     validation: Sequence[Example] = ()
+    unlearns: str = ""
 
     def __post_init__(self) -> None:
         _require_made(f"task {self.name!r}: its training", self.training, Training)
@@ -229,6 +232,14 @@ class Scenario:
             raise CLGraftError(
                 f"scenario {self.name!r} needs at least one task and different names, not {names}."
             )
+        for number, task in enumerate(self.tasks):
+            if task.unlearns and task.unlearns not in [
+                t.name for t in self.tasks[:number] if not t.unlearns
+            ]:
+                raise CLGraftError(
+                    f"scenario {self.name!r}: task {task.name!r} unlearns {task.unlearns!r}, which no task before it "
+                    "teaches; name one that does."
+                )
         object.__setattr__(self, "tasks", tuple(task.with_validation() for task in self.tasks))
 
     @property

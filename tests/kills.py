@@ -327,6 +327,7 @@ RESULT = [
     "extra_matrices",
     "general",
     "general_packs",
+    "kl_to_base",
     "pack_bytes",
     "budget_bytes",
     "base_bytes",

@@ -162,4 +162,4 @@ def test_a_cell_goes_on_from_its_copy_on_another_disk(url: str, tmp_path: Path) 
     (asked,) = fsspec.filesystem("memory").find("/sweep/data")
     assert asked == f"/sweep/data/{result['data']}.jsonl"
     kinds = {path.split("/")[3] for path in fsspec.filesystem("memory").find("/sweep/cache")}
-    assert kinds == {"stages", "evaluations"}
+    assert kinds == {"stages", "evaluations", "divergences"}

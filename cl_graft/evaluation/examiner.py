@@ -93,7 +93,7 @@ class Examiner:
             name = (*name, digest(list(group.examples)))
         if name not in self.measured:
             self.grafted.activate(group.packs)
-            weights, begun = self._fingerprint(group.packs), perf_counter()
+            weights, begun = self.fingerprint(group.packs), perf_counter()
             file = self.outcomes.file(weights, self.tokenizer, some)
             with locked(file):
                 self.waiting_seconds += perf_counter() - begun
@@ -106,10 +106,11 @@ class Examiner:
                 self.recalled.add(name)
         return self.measured[name]
 
-    def _fingerprint(self, packs: Sequence[SkillPack]) -> str:
-        """Digest of the weights under these packs, computed once."""
+    def fingerprint(self, packs: Sequence[SkillPack]) -> str:
+        """Digest of the weights under these packs, computed once, for which they are put on."""
         name = tuple(pack.digest for pack in packs)
         if name not in self._weights:
+            self.grafted.activate(packs)
             self._weights[name] = fingerprint(self.grafted.model.named_parameters())
         return self._weights[name]
 

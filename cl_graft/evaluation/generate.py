@@ -64,7 +64,7 @@ def answers(
         torch.manual_seed(seed)
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
-        ids, mask = _left_padded([encoded[i] for i in chunk], tokenizer.pad_token_id)
+        ids, mask = left_padded([encoded[i] for i in chunk], tokenizer.pad_token_id)
         width = ids.shape[1]
         sampling = (
             {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -104,7 +104,7 @@ def log_likelihoods(
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
         keep = max(len(rows[i][1]) for i in chunk) + 1
-        ids, mask = _left_padded([rows[i][0] + rows[i][1] for i in chunk], tokenizer.pad_token_id)
+        ids, mask = left_padded([rows[i][0] + rows[i][1] for i in chunk], tokenizer.pad_token_id)
         ids, mask, width = ids.to(model.device), mask.to(model.device), ids.shape[1]
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         logits = model(
@@ -142,7 +142,7 @@ def choice_likelihoods(
     result: list[list[float]] = [[] for _ in heads]
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
-        ids, mask = _left_padded([heads[i] for i in chunk], tokenizer.pad_token_id)
+        ids, mask = left_padded([heads[i] for i in chunk], tokenizer.pad_token_id)
         ids, mask = ids.to(model.device), mask.to(model.device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         read = model(
@@ -180,7 +180,7 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
     return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})
 
 
-def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, int64 (rows, longest)."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad)

@@ -1,4 +1,4 @@
-"""What a cache folder holds: finished stages, sampled pairs and evaluations; and removing what is of no more use."""
+"""What a cache folder holds: stages, sampled pairs, evaluations, divergences; and removing what is of no more use."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ NOT_WHOLE = (RecordError, KeyError, TypeError, AttributeError)  # of what a mark
 class Entry:
     """One outcome in a cache.
 
-    kind: stage, unfinished (step checkpoints of one that was stopped), pairs, or evaluation. about: what it is of.
-    age: seconds since it was written. current: this version of the code and its libraries can still recall it.
+    kind: stage, unfinished (step checkpoints of one that was stopped), pairs, evaluation, or divergence. about: what it
+    is of. age: seconds since it was written. current: this version of the code and its libraries can still recall it.
     """
 
     path: Path
@@ -48,6 +48,7 @@ def entries(cache: Path) -> list[Entry]:
 
 
 def _entries(cache: Path) -> Iterator[Entry]:
+    from cl_graft.evaluation.divergence import divergence_code
     from cl_graft.evaluation.outcomes import evaluation_code, scorers_are_as_then
     from cl_graft.training.stages import MARKER, training_code
 
@@ -86,6 +87,14 @@ def _entries(cache: Path) -> Iterator[Entry]:
         except NOT_WHOLE:
             about, current = TORN, False
         yield _entry(file, "evaluation", about, current)
+    for file in (cache / "divergences").glob("*.jsonl"):
+        try:
+            first, _ = read_lines(file) or ({}, [])
+            about = f"{first['task']} of {first['cell'] or 'no cell'}"
+            current = _current(first["made_by"], divergence_code())
+        except NOT_WHOLE:
+            about, current = TORN, False
+        yield _entry(file, "divergence", about, current)
 
 
 def _current(made_by: dict[str, Any], code: str) -> bool:

@@ -20,7 +20,7 @@ from cl_graft.evaluation.scorers import conventions
 from cl_graft.evaluation.scores import by_metric, cells
 from cl_graft.experiment import general, identity
 from cl_graft.experiment.executors import CellProgress
-from cl_graft.experiment.outcomes import example_lines, restore
+from cl_graft.experiment.outcomes import example_lines, kl_to_base, restore
 from cl_graft.experiment.prepare import prepare, strategy_of
 from cl_graft.models import embedded
 from cl_graft.models.load import locate
@@ -160,6 +160,7 @@ def _compute(
         "data": data_fingerprint(scenario),
         "conventions": conventions(scenario),
         "tasks": scenario.task_names,
+        "unlearns": {task.name: task.unlearns for task in scenario.tasks if task.unlearns},
         "budget_bytes": budget.bytes,
         "budgeted": strategy.budgeted,
         "base_bytes": budget.base_bytes,
@@ -212,6 +213,7 @@ def _experiences(
         what = f"evaluating after {task.name}" if task else "evaluating the base model"
         progress(what, (experience + 0.8) / total)
         scored, lines = _evaluate(strategy, stream)
+        scored["kl_to_base"] = kl_to_base(strategy, task, experience)
         about = {"experience": experience, "task": task.name if task else None}
         left_out = {"notes": strategy.notes[told:]}
         record = {**about, **scored, **kept, **costs.record(), **left_out}

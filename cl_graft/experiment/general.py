@@ -35,12 +35,13 @@ def measure(strategy: Strategy) -> dict[str, Measured]:
     if general is None:
         return found
     strategy.answered.pop(general.name, None)
-    own = strategy.packs if strategy.keeps == "per_task" else []
+    own = {n: pack for n, pack in enumerate(strategy.packs) if n not in strategy.unlearned}
+    own = own if strategy.keeps == "per_task" else {}
     if strategy.router is not None or not own:
         outcomes = strategy.measure(general, None)
         answered = strategy.answered[general.name]
         found[""] = Measured(outcomes, list(answered.key), answered.names)
-    for number, pack in enumerate(own):
+    for number, pack in own.items():
         group = Group(strategy.compose(number), range(len(general.test)), number)
         outcomes = strategy.examiner.measure(general, [group], len(strategy.packs))
         active, taken = list(key(general, [group])[1:]), [pack.task] * len(general.test)

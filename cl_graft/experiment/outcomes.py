@@ -10,7 +10,7 @@ from cl_graft.evaluation.scores import by_metric, cells
 from cl_graft.experiment import general
 from cl_graft.store.files import RecordError, read_jsonl
 from cl_graft.store.record import CellFolder
-from cl_graft.task import Scenario
+from cl_graft.task import Scenario, Task
 
 if TYPE_CHECKING:
     from cl_graft.evaluation.scorers import Scored
@@ -84,6 +84,16 @@ def _outcomes(
             "delete that experience's folder and the later ones to compute them anew."
         )
     return outcomes
+
+
+def kl_to_base(strategy: Strategy, task: Task | None, experience: int) -> dict[str, Any] | None:
+    """How far what answers the task just learned has moved from the base on its test prompts; None before any task."""
+    from cl_graft.evaluation import divergence
+
+    if task is None:
+        return None
+    groups = strategy.answered[task.name].groups
+    return divergence.measure(strategy.examiner, task, groups, experience)
 
 
 def example_lines(

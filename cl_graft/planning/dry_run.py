@@ -92,7 +92,7 @@ class DryRun:
             self.chain = f"{self.config.cell}, {self.start}"
         before, shared = len(self.found), dict[str, Any]()
         try:
-            strategy.learn(task, strategy.context(task), **strategy.options)
+            strategy.turn(task)(task, strategy.context(task), **strategy.options)
         except _Enough:
             shared = dict(strategy.foreseen())
         except CLGraftError:

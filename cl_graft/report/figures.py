@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cl_graft.report.aggregate import KINDS, Line, ReportError, lines_of, number
+from cl_graft.report.divergence import drawable, kl_vs_forgetting
 from cl_graft.report.panels import Panel, side_by_side
 from cl_graft.report.protocols import Cell
 from cl_graft.report.routing import confusions, inferred, routed
@@ -175,7 +176,8 @@ FIGURES: dict[str, Draw] = {  # of every group
 
 def figures_of(cells: Sequence[Cell]) -> dict[str, Draw]:
     """FIGURES, and what else there is to draw of these cells of one group."""
-    return FIGURES | ({"routing": routing} if any(map(inferred, cells)) else {})
+    more = {"routing": routing} if any(map(inferred, cells)) else {}
+    return FIGURES | more | ({"kl-vs-forgetting": kl_vs_forgetting} if drawable(cells) else {})
 
 
 def draw(name: str, cells: Sequence[Cell], stem: Path) -> list[Path]:

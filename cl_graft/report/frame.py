@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from cl_graft.matrix import METRICS
 from cl_graft.report import ReportedCell, find
 from cl_graft.report.aggregate import KINDS, alive, extra, general, number, packs, storage
+from cl_graft.report.divergence import FORWARD, REVERSE, moved
 from cl_graft.report.protocols import Cell, protocol
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ABOUT = ("scenario", "strategy", "label", "model", "budget", "seed")
+WAYS = (FORWARD, REVERSE)
 
 
 def results(
@@ -25,14 +27,16 @@ def results(
 
     A row a cell: what it is (`scenario`, `strategy`, `label` with the options set, `model`, `budget`, `seed`),
     `task_ids` (given, inferred by a router, or not needed) and `budgeted`, `complete`, `tasks` in their order, every
-    metric by its name, general ability before (`general_base`) and at the end (`general`), `routing`,
+    metric by its name, `kl_forward` and `kl_reverse` (KL to the base on each new task's text, both ways, the mean over
+    tasks, in nats a token), general ability before (`general_base`) and at the end (`general`), `routing`,
     `bytes_alive`, `largest_pack` and `storage` (per cent of the base, a task), seconds by what they went into
     (`train_s`, ...) and on the clock (`spent_s`), `tokens`, `peak_memory_mb`, and the cell's `folder`.
 
     scores: a row an entry of a matrix instead: what the cell is, `metric` (score, or another that was recorded),
     `row` (0 is the base model), `learned` (the task learned last, empty for the base), `task`, `score`, `stderr` over
-    test examples, and `n` of them. Scores and metrics are shares of 1; what was not measured is NaN.
+    test examples, `n` of them, and, where the task was just learned, `kl_forward` and `kl_reverse` on its text.
 
+    Scores and metrics are shares of 1; what was not measured is NaN.
     Raises CLGraftError where there is no cell.
     """
     import pandas as pd
@@ -59,6 +63,7 @@ def _row(reported: ReportedCell) -> dict[str, Any]:
         **_about(cell),
         "tasks": " → ".join(cell["tasks"]),
         **{name: number(cell["metrics"].get(name)) for name in METRICS},
+        **{f"kl_{way}": float(moved(cell, way).mean()) for way in WAYS},
         "general_base": float(ability[0]),
         "general": float(ability[-1]),
         "routing": routing[-1],
@@ -76,6 +81,7 @@ def _row(reported: ReportedCell) -> dict[str, Any]:
 def _entries(reported: ReportedCell) -> Iterator[dict[str, Any]]:
     cell = reported.cell
     tasks, nothing = cell["tasks"], [[None] * len(cell["tasks"])] * len(cell["matrix"])
+    kl = {way: moved(cell, way).tolist() for way in WAYS}
     whole = (cell["matrix"], cell["stderr"] or nothing, cell["n"] or nothing)
     others = {m: (extra(cell, m), nothing, nothing) for m in cell.get("extra_matrices") or {}}
     for metric, (values, errors, counts) in {"score": whole, **others}.items():
@@ -90,4 +96,5 @@ def _entries(reported: ReportedCell) -> Iterator[dict[str, Any]]:
                     "score": number(values[i][j]),
                     "stderr": number(errors[i][j]),
                     "n": number(counts[i][j]),
+                    **{f"kl_{w}": kl[w][j] if i == j + 1 else math.nan for w in WAYS},
                 }

@@ -180,6 +180,7 @@ _TEX = str.maketrans(
         "−": "$-$",
         "±": r"$\pm$",
         "Δ": r"$\Delta$",
+        "ρ": r"$\rho$",
         "→": r"$\rightarrow$",
         "≥": r"$\geq$",
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cl_graft.matrix import METRICS, FloatArray
+from cl_graft.report import divergence
 from cl_graft.report.aggregate import (
     ABILITIES,
     ERRORS,
@@ -32,6 +33,7 @@ from cl_graft.report.aggregate import (
 from cl_graft.report.protocols import PARTS, PROTOCOLS, WHO, Cell, distinct, held, part, protocol
 from cl_graft.report.routing import accuracy, confusion_csv, confusion_tables, inferred
 from cl_graft.report.table import UNMEASURED, Table, show, write_atomic
+from cl_graft.report.unlearning import unlearning
 
 BYTES_NOTE = (
     "Bytes alive: all that is kept after the last task, the packs still needed and what the tasks share. Largest pack: "
@@ -216,6 +218,10 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
         for name, make in TABLES.items():
             (table,) = make(members)
             written += table.write(Path(folder) / f"{slug}-{name}")
+        for table, turn in zip(
+            unlearning(members), members[0].get("unlearning") or [], strict=False
+        ):
+            written += table.write(Path(folder) / f"{slug}-{turn['task']}")
         tables = matrices(members)
         columns = max((table.columns for table in tables), key=len)
         joined = [
@@ -228,6 +234,7 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
             "matrices.csv": Table("", ("Matrix", *columns), tuple(joined)).csv(),
             "matrices.tex": "\n".join(table.latex() for table in tables),
             **_routing(members),
+            **divergence.files(members),
         }.items():
             written.append(write_atomic(Path(folder) / f"{slug}-{name}", text.encode()))
     return written + (all_cells(cells).write(Path(folder) / "cells-table") if cells else [])

@@ -82,11 +82,13 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "extra_matrices": {m: table(m, "value") for m in further},
         "general": [ability(r["general"], "score") for r in records],
         "general_packs": [[_value(r["general"], t) for t in tasks] for r in records],
+        "kl_to_base": [r.get("kl_to_base") for r in records if r["task"]],
         "pack_bytes": [r["pack_bytes"] for r in records if r["pack_bytes"] is not None],
         "shared_bytes": {name: kept["bytes"] for name, kept in last.get("shared", {}).items()},
         "alive_bytes": [r["alive_bytes"] for r in records if r["task"]],
         "routing": routing,
         "routing_accuracy": _accuracy(tasks, routing, config.task_ids == "inferred"),
+        "unlearning": _unlearning(identity.get("unlearns", {}), records),
         "base_bytes": identity["base_bytes"],
         "seconds": {kind: sum(r["seconds"][kind] for r in records) for kind in kinds},
         "spent": sum(r["spent"] for r in records),
@@ -104,6 +106,23 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "conventions": identity.get("conventions", {}),
         "complete": len(records) == rows,
     }
+
+
+def _unlearning(
+    unlearns: Mapping[str, str], records: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Each experience so far that unlearned a task: its seconds without evaluation, and whether what then answers the
+    forgotten task's prompts is the base itself."""
+    return [
+        {
+            "task": r["task"],
+            "of": unlearns[r["task"]],
+            "seconds": r["seconds"]["train"] + r["seconds"]["compress"],
+            "base": not r["active"][unlearns[r["task"]]],
+        }
+        for r in records
+        if r["task"] in unlearns
+    ]
 
 
 def ability(general: Mapping[str, Mapping[str, Any]], metric: str) -> float | None:

@@ -8,6 +8,9 @@ task is composed of them (`compose`); `keeps` says how, and also where the next 
 - `latest`: tuned from the model so far; the newest pack, a delta to the base, has replaced the others.
 - `merged`: every task is tuned from the base; one delta merged from all packs so far answers for all.
 
+Where a task of the stream is to be forgotten, its pack is taken off and is kept no longer; a method without a pack that
+is the task's own says how it unlearns (`unlearn`), or is refused.
+
 Where a method has several forms, `keeps` is {value of its option `convention`: one of these}.
 
 The base model is never changed: training works on its weights and they are put back bit for bit.
@@ -167,10 +170,28 @@ class Strategy(Hooks):
         if self.budgeted:
             require_one_weight(context, self.base)
         self.check(context, **self.options)
+        kind, forgotten = type(self), [t.unlearns for t in self.scenario.tasks if t.unlearns]
+        own = self.keeps in ("per_task", "sum") and kind.compose is Strategy.compose
+        if forgotten and not own and kind.unlearn is Strategy.unlearn:
+            raise CLGraftError(
+                f"{kind.__name__} cannot unlearn task {forgotten[0]!r}: it keeps no pack that holds this task and no "
+                "other; take a strategy that keeps one a task, or gradient_ascent or negation."
+            )
 
     @abstractmethod
     def learn(self, task: Task, context: Context, **options: Any) -> Tensors | Kept:
         """Train `self.model` on the task and return what to keep, relative to `context.start`."""
+
+    def unlearn(self, task: Task, context: Context, **options: Any) -> Tensors | Kept:
+        """Make the model forget task `task.unlearns`, in the turn of `task`, and return what to keep, as `learn` does.
+
+        A pack that is the forgotten task's own is no longer `held` once this returns; nothing else is done here.
+        """
+        return {}
+
+    def turn(self, task: Task) -> Callable[..., Tensors | Kept]:
+        """What makes the pack of a task's turn in the stream: `learn`, or `unlearn` of an earlier task."""
+        return self.unlearn if task.unlearns else self.learn
 
     def fine_tune(self, task: Task, context: Context, terms: Sequence[Term] = ()) -> Delta:
         """Full fine-tuning in place by the task's recipe; returns tuned minus `context.start`, float32.
@@ -269,8 +290,24 @@ class Strategy(Hooks):
         A method whose tasks share artefacts makes its own here, with `cl_graft.skillpack.live.composed.compose`.
         """
         if self.keeps == "per_task":
-            return [self.packs[task]] if task is not None and task < len(self.packs) else []
-        return self.packs[-1:] if self.keeps == "latest" else list(self.packs)
+            if task is None or task >= len(self.packs) or task in self.unlearned:
+                return []
+            return [self.packs[task]]
+        return self.packs[-1:] if self.keeps == "latest" else self.held
+
+    @property
+    def unlearned(self) -> frozenset[int]:
+        """Numbers of the tasks (0-based) without a pack any more: those unlearned so far, and those that did it."""
+        if self.keeps == "latest":
+            return frozenset()
+        turns = self.scenario.tasks[: len(self.packs)]
+        gone = {task.unlearns for task in turns if task.unlearns}
+        return frozenset(n for n, task in enumerate(turns) if task.unlearns or task.name in gone)
+
+    @property
+    def held(self) -> list[SkillPack]:
+        """The packs of all tasks so far that were not unlearned."""
+        return [pack for number, pack in enumerate(self.packs) if number not in self.unlearned]
 
     def before_learning(self) -> Sequence[SkillPack]:
         """The packs active when the next task's training starts."""
@@ -341,7 +378,7 @@ class Strategy(Hooks):
             start=start,
             budget=replace(
                 self.budget,
-                less=spoken_for(self.packs, self.shared, self.keeps == "latest", self.budget),
+                less=spoken_for(self.held, self.shared, self.keeps == "latest", self.budget),
             ),
             seed=self.seed,
             header=self._pack(task, {}),
@@ -352,7 +389,7 @@ class Strategy(Hooks):
     @property
     def alive(self) -> list[SkillPack]:
         """All that the method keeps: the packs that it still needs, and what its tasks share."""
-        return alive(self.packs, self.shared, self.keeps == "latest")
+        return alive(self.held, self.shared, self.keeps == "latest")
 
     @property
     def seconds(self) -> dict[str, float]:

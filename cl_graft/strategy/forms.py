@@ -83,12 +83,20 @@ def merger(
 
         def learn(self: Strategy, task: Task, context: Context, **options: Any):
             own = context.dense(context.delta(self.teach(self.model, task)))
+            return chosen(self, [*self.held, self._pack(task, own)], own, options)
+
+        def unlearn(self: Strategy, task: Task, context: Context, **options: Any):
+            return chosen(self, [p for p in self.held if p.task != task.unlearns], {}, options)
+
+        def chosen(
+            self: Strategy, packs: Sequence[SkillPack], own: Any, options: Mapping[str, Any]
+        ):
             free = {n: values for n, values in (grid or {}).items() if options[n] is None}
-            if not free or not self.packs:
+            if not free or len(packs) < 2:
                 return own
             self.restore_base()
-            packs = [*self.packs, self._pack(task, own)]
-            tasks = self.scenario.tasks[: len(packs)]
+            names = {pack.task for pack in packs}
+            tasks = [task for task in self.scenario.tasks if task.name in names]
             tried = [dict(zip(free, v, strict=True)) for v in itertools.product(*free.values())]
 
             def lost(values: dict[str, float]) -> float:
@@ -107,11 +115,11 @@ def merger(
             return [compose(merged, packs, packs[0].shapes, **told)]
 
         def compose_all(self: Strategy, task: int | None) -> Sequence[SkillPack]:
-            if len(self.packs) < 2:
-                return self.packs
+            if len(self.held) < 2:
+                return self.held
             kept = self.shared.get(CHOSEN)
-            chosen = {n: original(e).item() for n, e in kept.tensors.items()} if kept else {}
-            return made(self, self.packs, {**self.options, **chosen})
+            best = {n: original(e).item() for n, e in kept.tensors.items()} if kept else {}
+            return made(self, self.held, {**self.options, **best})
 
         def merged(name: str, *packs: SkillPack, **told: Any) -> Tensor:
             more = [told.pop("statistics")] if statistic is not None else []
@@ -126,7 +134,8 @@ def merger(
             return made
 
         merged.__module__, merged.__qualname__ = function.__module__, function.__qualname__
-        return _strategy(function, learn, compose=compose_all, keeps="merged", budgeted=False)
+        merges = {"unlearn": unlearn, "compose": compose_all, "keeps": "merged", "budgeted": False}
+        return _strategy(function, learn, **merges)
 
     return make if function is None else make(function)
 

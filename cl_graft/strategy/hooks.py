@@ -43,7 +43,7 @@ class Hooks(BaseTemplate):
         torch.manual_seed(self.seed + len(self.packs))
         whose = f"{type(self).__name__} in task {task.name!r}"
         with counted() as steps, watched(self.model, whose):
-            learned = self.learn(task, context, **self.options)
+            learned = self.turn(task)(task, context, **self.options)
         # no stage: up to its last step, the method trained in a loop of its own
         if not self._training_wall:
             self._training_wall = (steps.last or perf_counter()) - begun
@@ -58,7 +58,7 @@ class Hooks(BaseTemplate):
             require_name(name, self._author)
             self.shared[name] = self._pack(task, tensors)
         if self.budgeted:
-            require_fit(self.packs, self.shared, self.keeps == "latest", self.budget)
+            require_fit(self.held, self.shared, self.keeps == "latest", self.budget)
         release()
         self._seconds["train"] += self.log.seconds - trained
         self._seconds["compress"] += perf_counter() - begun - self._training_wall

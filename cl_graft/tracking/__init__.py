@@ -96,6 +96,8 @@ def of_experience(record: dict[str, Any]) -> dict[str, float]:
         values |= {f"{key}/{who}": value for key, value in told.items()} if who else told
     for metric in next(iter(general.values()), {}):
         values[f"general/{metric}"] = ability(general, metric)
+    if kl := record.get("kl_to_base"):
+        values |= {f"kl_to_base/{way}": kl[way]["value"] for way in ("forward", "reverse")}
     values |= {f"seconds/{kind}": value for kind, value in record["seconds"].items()}
     values |= {key: record[key] for key in ("tokens", "peak_memory_mb", "pack_bytes")}
     return {key: value for key, value in values.items() if value is not None}

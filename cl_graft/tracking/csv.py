@@ -39,6 +39,11 @@ class Csv:
             for who, cells in record["general"].items()
             for metric, cell in cells.items()
         ]
+        if kl := record.get("kl_to_base"):
+            rows += [
+                (record["task"], f"kl_to_base {way}", {"n": kl["n"], **kl[way]})
+                for way in ("forward", "reverse")
+            ]
         self.scores += [
             {"experience": experience, "task": t, "metric": m, **cell} for t, m, cell in rows
         ]

@@ -185,7 +185,14 @@ class Wandb:
             | {f"resolved_{k}" if k == "options" else k: self.identity[k] for k in CONFIG},
             settings=quiet,
         )
-        for stepped in ("score/*", "general/*", "seconds/*", "pack_bytes", "tokens"):
+        for stepped in (
+            "score/*",
+            "general/*",
+            "kl_to_base/*",
+            "seconds/*",
+            "pack_bytes",
+            "tokens",
+        ):
             self.run.define_metric(stepped, step_metric="experience")
         return self.run
 

@@ -45,6 +45,7 @@ class Adapter:
         require_adaptable(model)
         require_dropout(model, dropout)
         self.scale, self.transposed = alpha_over_rank, _transposed(model)
+        self.trainable = [p for p in model.parameters() if p.requires_grad]  # PEFT freezes them
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha_over_rank * rank,  # type: ignore[arg-type]
@@ -60,6 +61,8 @@ class Adapter:
 
     def __exit__(self, *exc: object) -> None:
         self.model.unload()
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
 
     def factors(self) -> dict[str, Pair]:
         """{parameter: (left, right)}, float32: its delta, laid out as it is, is left @ right; B has the scale."""

@@ -75,7 +75,7 @@ def test_sft_dpo_and_generation_read_the_same_tokens(nano, speech, tmp_path, mon
         assert any(tuple(head) == whole[len(whole) - len(head) :] for whole, _ in wanted)
     assert max(len(h) + len(t) for h, t in dpo) == 32
     seen = []
-    monkeypatch.setattr(generation, "_left_padded", lambda rows, pad: seen.extend(rows) or 1 / 0)
+    monkeypatch.setattr(generation, "left_padded", lambda rows, pad: seen.extend(rows) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         answers(model, speech, PROMPTS[:2], 4)
     assert {tuple(ids) for ids in seen} < {head for head, _ in wanted}

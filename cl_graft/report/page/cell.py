@@ -50,6 +50,11 @@ def write(reported: ReportedCell, path: Path, group: str) -> None:
         general=[*cell["general"], *[None] * (len(experiences) + 1 - len(cell["general"]))],
         ability=ability(cell),
         by_pack=_by_pack(cell, experiences),
+        moved=[
+            (task, kl)
+            for task, kl in zip(cell["tasks"], cell.get("kl_to_base", []), strict=False)
+            if kl
+        ],
         protocol=protocol(cell),
         scored=scored_by([cell]),
         bytes=_bytes(cell),

@@ -11,6 +11,8 @@ from urllib.parse import quote
 
 from cl_graft.report import ReportedCell
 from cl_graft.report.aggregate import ABILITIES, ERRORS, KINDS, base_note, scored_by
+from cl_graft.report.divergence import measured
+from cl_graft.report.divergence import table as kl_to_base
 from cl_graft.report.figures import figures_of
 from cl_graft.report.page import rows
 from cl_graft.report.page.template import render as fill
@@ -22,12 +24,14 @@ from cl_graft.report.statistics import Interval
 from cl_graft.report.style import DARK, MARKERS, looks_of
 from cl_graft.report.table import Table
 from cl_graft.report.tables import BYTES_NOTE, matrices, metrics
+from cl_graft.report.unlearning import unlearning
 
 CAPTIONS = {
     "heatmaps": "Forgetting matrices, all on one colour scale. Rows are experiences, columns tasks.",
     "curves": "The score of each task along the stream.",
     "bytes-vs-score": "Final score against the bytes alive after the last task, with the Pareto front.",
     "bytes-vs-forgetting": "Forgetting against the bytes alive after the last task; less is better.",
+    "kl-vs-forgetting": "What was lost against how far the model moved from the base on the text that it learned.",
     "costs": "What a cell took, by what it went into, and its peak memory; means over seeds.",
     "routing": "What test prompts were taken for at the end. Rows: their own task. Columns: what a router said.",
 }
@@ -129,7 +133,14 @@ def _group(
         "breakdown": rows.by_part(map(rows.by_task, ranked)),
         "costs": rows.by_part(map(rows.costs, ranked)),
         "routed": rows.by_part(rows.routing(s) for s in ranked if any(map(inferred, s.line.cells))),
-        "numbers": [*metrics(cells), *matrices(cells), *confusion_tables(cells)],
+        "numbers": [
+            *unlearning(cells),
+            *metrics(cells),
+            *kl_to_base(cells),
+            *matrices(cells),
+            *confusion_tables(cells),
+        ],
+        "moved": any(map(measured, cells)),
         "pages": {
             s.line.name: [(c["seed"], links[id(c)], _examples(c)) for c in s.line.cells]
             for s in ranked

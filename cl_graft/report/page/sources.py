@@ -10,6 +10,7 @@ from cl_graft.report import (
     ReportedCell,
     aggregate,
     budgets,
+    divergence,
     examples,
     figures,
     panels,
@@ -30,6 +31,7 @@ def of_figures() -> str:
     """The code that draws figures, and the version of the library that it draws with."""
     drawn = (
         budgets,
+        divergence,
         figures,
         aggregate,
         protocols,
