@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from cl_graft import plugins
 from cl_graft.strategy import Strategy
 from cl_graft.strategy.facts import Form, facts
+from tests import strategies_table
 from tests.command import Call, assert_refused
 
-README = Path(__file__).parents[1] / "README.md"
 NAMES = plugins.names("strategy")
 
 
@@ -64,3 +62,13 @@ def test_a_table_of_strategies(call: Call) -> None:
     assert head == "| strategy | keeps | told the task | trained from | budget | source |"
     assert joint == "| `joint` | `latest` | no | base | none | – |"
     assert "| held | [2106.09685](https://arxiv.org/abs/2106.09685) |" in lora
+
+
+def test_the_readme_s_table_says_of_every_strategy_what_is_known_of_it() -> None:
+    """`make readme` fills it in."""
+    found = strategies_table.TABLE.search(strategies_table.README.read_text("utf-8"))
+    assert found, "its head has other columns"
+    said = strategies_table.rows(found[0])
+    assert sorted(name for row in said for name in strategies_table.names(row)) == NAMES
+    for row in said:
+        assert row == strategies_table.filled(row)
