@@ -35,8 +35,8 @@ class lwf(Strategy):
         alpha: Annotated[Rest, Strength(0.1, 0.3, 0.5, 0.7, 0.9)] = 0.5,
         temperature: Positive = 2.0,
     ) -> dict[str, Encoded]:
-        """alpha: the loss is that of (1 - alpha) CE + alpha KL, divided by 1 - alpha; .5 (EasyCL's) is the paper's
-        lambda_o = 1. temperature: the paper's and EasyCL's."""
+        """alpha: the loss is that of (1 - alpha) CE + alpha T^2 KL, divided by 1 - alpha; .5 is EasyCL's. The paper
+        has no T^2: its lambda_o = 1 is alpha = 1 / (1 + T^2), 0.2 at T = 2. temperature: the paper's and EasyCL's."""
         terms = []
         if self.packs:
             old = {name: p.detach().clone() for name, p in self.model.named_parameters()}

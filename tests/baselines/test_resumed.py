@@ -14,10 +14,18 @@ SMALL = {"steps": 6, "batch": 8, "train_size": 48, "test_size": 8, "tasks": "mat
 
 
 @pytest.mark.parametrize(
-    ("strategy", "options"),
-    [("replay", {"size": 20}), ("agem", {"size": 20, "batch": 8}), ("ewc", {"samples": 4})],
+    ("strategy", "options", "files"),
+    [
+        ("replay", {"size": 20}, 3),
+        ("agem", {"size": 20, "batch": 8}, 3),
+        ("ewc", {"samples": 4}, 3),
+        ("twin_merging", {}, 4),
+        ("consensus", {}, 4),
+    ],
 )
-def test_a_cell_stopped_in_its_second_task_ends_with_the_same_numbers(strategy, options, tmp_path):
+def test_a_cell_stopped_in_its_second_task_ends_with_the_same_numbers(
+    strategy, options, files, tmp_path
+):
     def config(out):
         return RunConfig(
             scenario="mini",
@@ -48,4 +56,4 @@ def test_a_cell_stopped_in_its_second_task_ends_with_the_same_numbers(strategy, 
     assert not (stopped.out / stopped.cell / "result.json").exists()
     cell.run(stopped)
     assert numbers(stopped) == numbers(whole)
-    assert len(numbers(whole)[0]) == 3, "two packs and what they share"
+    assert len(numbers(whole)[0]) == files, "two packs and what they share"
