@@ -199,6 +199,27 @@ def test_what_a_method_will_share_is_in_the_plan_of_its_next_task(tmp_path):
     assert with_it.device == plain.device + with_it.terms, "the rest is that of the same rows"
 
 
+def test_a_plan_draws_no_answers_and_counts_what_terms_hold(tmp_path, nano, monkeypatch):
+    """sdft's teacher and prompts, lamol's rows (of three int64 tensors) without those it will write; on meta, too."""
+    monkeypatch.setattr("cl_graft.evaluation.generate.answers", None)
+    names = ["dft", "sdft", "lamol"]
+    wanted = cells(tmp_path, names)
+    found = plan(wanted)
+    of = {c.strategy: [s for s in found.stages if c.cell in s.cells] for c in wanted}
+    assert all([s.rows for s in stages] == [48, 48] for stages in of.values())
+    held = {name: [s.memory.terms for s in stages] for name, stages in of.items()}
+    assert all(x > 0 and x % (4 * 4 * 8 * 224) == 0 for x in held["dft"]), "logits"
+    tokens = [x - 4 * 63_216 - 8 for x in held["sdft"]]
+    assert all(x > 0 and x % (4 * 48) == 0 for x in tokens)
+    assert all(x > 0 and x % (3 * 8 * 48) == 0 for x in held["lamol"])
+    nano[0].config.save_pretrained(tmp_path / "model")
+    nano[1].save_pretrained(tmp_path / "model")
+    bare = [c.model_copy(update={"model": str(tmp_path / "model")}) for c in wanted]
+    assert [(s.rows, s.memory) for s in plan(bare).stages] == [
+        (s.rows, s.memory) for s in found.stages
+    ]
+
+
 def test_a_planned_memory_holds_what_the_run_remembers(tmp_path):
     (wanted,) = cells(tmp_path, ["replay"])
     (_, before) = plan([wanted]).stages

@@ -164,6 +164,14 @@ class DryRun:
         self.exact = False
         return Sampled([Pair(e.prompt, e.completion, e.completion) for e in chosen], 0)
 
+    @property
+    def folder(self) -> Path:
+        return self.stages.folder
+
+    def recalled(self, file: Path, make: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What a method had drawn before, or nothing: a plan draws none."""
+        return self.stages.recalled(file, lambda: ({}, [])) if file.is_file() else ({}, [])
+
     def _by_recipe(self, task: Task) -> None:
         self.exact = False
         seed, half = self.strategy._stage_seed, task.training.preference

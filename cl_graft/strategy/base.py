@@ -52,7 +52,7 @@ from cl_graft.task import Pair, Preference, Scenario, Task
 from cl_graft.training.config import Row, StageConfig, at_step, jobs
 from cl_graft.training.delta import Delta
 from cl_graft.training.stages import Log, Stages, holding, in_full_precision
-from cl_graft.training.term import Term
+from cl_graft.training.term import Kind, Term
 from cl_graft.version import __version__
 
 
@@ -72,7 +72,7 @@ class Strategy(Hooks):
     keeps: Keeps | Mapping[str, Keeps] = "per_task"
     budgeted: ClassVar[bool] = True
     touches: ClassVar[Collection[Role]] = ROLES
-    terms: ClassVar[tuple[Literal["penalty", "project"], ...]] = ()
+    terms: ClassVar[tuple[Kind, ...]] = ()
     start: ClassVar[Literal["base", "model"] | None] = None
     function: ClassVar[Callable[..., Any]]  # whose keyword-only arguments are the options
     learning_rate_scale = 1.0  # times those of the recipes

@@ -26,7 +26,7 @@ from cl_graft.training.config import (
     save_steps,
 )
 from cl_graft.training.restored import as_it_was
-from cl_graft.training.term import Term
+from cl_graft.training.term import Term, load_moving
 from cl_graft.training.tokens import Tokens, lengths, tokens, tokens_of_a_step
 from cl_graft.training.trainer import dpo_class, sft_class
 
@@ -73,6 +73,8 @@ def fit(
         report = _report(work, trainer, step, count, progress)
         if main:
             write_json(work / TOKENS, config.steps * count)
+        if last:
+            load_moving(trainer.terms.moving, last)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(report)
         trainer.train(resume_from_checkpoint=str(last) if last else None)

@@ -3,6 +3,7 @@
 <cache>/stages/<key>/            the checkpoint (training/checkpoint.py), log.jsonl, and stage.json: what made it
 <cache>/stages/<key>.work/       step checkpoints of one that is not finished
 <cache>/pairs/<key>.jsonl        how many preference pairs a model sampled, then one a line
+<cache>/answers/<key>.jsonl      what it was asked for (training/drawn.py), then an answer a line
 
 Strategies that start a task from the same weights, with the same data, recipe and seed, share its training. A
 folder appears whole or not at all, and may be deleted at any time: what is missing is trained again.
@@ -14,7 +15,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MARKER = "stage.json"
+Lines = Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]]
 DISKS = {  # what disks say; memory, processes and sockets have words of their own
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
@@ -199,16 +201,25 @@ class Stages:
         """The model's own preference pairs for the task, sampled now or recalled."""
         start = fingerprint(model.named_parameters())
         file = self.pairs_file(start, tokenizer, task, half, seed)
+
+        def make() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            made = preferences.sampled(model, tokenizer, task, half, seed, allow_code)
+            return {"cut_off": made.cut_off}, [asdict(pair) for pair in made.pairs]
+
+        first, lines = self.recalled(file, make)
+        return preferences.Sampled([Pair(**line) for line in lines], first["cut_off"])
+
+    def recalled(self, file: Path, make: Lines) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What a file of the cache holds, its first line and the others; made and kept now where it is not there."""
         with locked(file, self.patient):
             self._fetch(file)
             if (known := read_lines(file)) is not None:
-                pairs = [Pair(**line) for line in known[1]]
-                return preferences.Sampled(pairs, known[0]["cut_off"])
-            made = preferences.sampled(model, tokenizer, task, half, seed, allow_code)
-            write_lines(file, {"cut_off": made.cut_off}, map(asdict, made.pairs))
+                return known[0], list(known[1])
+            first, lines = make()
+            write_lines(file, first, lines)
             if self.mirror:
                 self.mirror.push(file, self._name(file))
-            return made
+            return first, lines
 
     def _fetch(self, path: Path) -> None:
         """What another machine has made of it, or the rest of that; a folder without its marker is none."""

@@ -1,4 +1,4 @@
-"""Terms: what a method adds to a training job, a penalty on its loss or a change of its gradients.
+"""Terms: what a method adds to a training job: a penalty on its loss, another loss, or a change of its gradients.
 
 Plain data that decides the result: a function of a plug-in's file, options and tensors. It is digested for the
 stage's key, and written down for the processes of a launched job; nothing is pickled.
@@ -27,6 +27,7 @@ from cl_graft.store.digests import digest
 from cl_graft.store.files import read_json, write_json
 
 LIST = "terms.json"
+Kind = Literal["penalty", "loss", "project"]
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,30 @@ class Term:
     kind `penalty`: `function(model, batch, output, state, **options)` is added to the loss, a scalar tensor or
         {name: scalar tensor} whose sum is added; each value is a column of the log, `ewc` or `o_lora.orthogonal`.
         A value that needs no gradient (of `detach`) is a column alone, and no part of the loss.
+    kind `loss`: the same, in the place of the mean NLL of SFT's answer tokens; a stage has at most one. DPO's loss is
+        what it is. Without `logits` the trainer makes no forward pass of its own.
     kind `project`: `function(model, gradients, state, step, **options)` changes the gradients of a whole step in
         place, {parameter name: tensor}, before they are clipped; `step` counts from 0.
     state: tensors of any shape and dtype; the function gets them on the model's device. options: plain JSON.
-    logits: of a penalty, whether `output.logits`, (batch, length, vocabulary), is wanted. TRL's loss is computed
-        in chunks from the hidden states and makes none, so the head then runs unfused: these floats, and about
-        twice as many again for their gradient, are held in every micro-batch.
+    moving: whether the function changes its state in place, as an average of weights: copies of it then, which every
+        step checkpoint holds, so that a killed stage goes on with them.
+    logits: of a penalty or loss, whether `output.logits`, (batch, length, vocabulary), is wanted. TRL's loss is
+        computed in chunks from the hidden states and makes none, so the head then runs unfused: these floats, and
+        about twice as many again for their gradient, are held in every micro-batch.
 
     model: the plain module or PEFT model, whose parameters are named as in `gradients`. batch: input_ids,
     attention_mask and labels (-100 outside the answer), each int64 (batch, length); rows, int64 (batch,), which
-    rows of the stage these are; tokens, the answer tokens of a micro-batch, averaged over those of the step. A DPO
-    batch of n pairs has 2n rows, the chosen answers first, and what else TRL passes.
+    rows of the stage these are; tokens, the answer tokens of a micro-batch, averaged over those of the step; step,
+    an int from 0. A DPO batch of n pairs has 2n rows, the chosen answers first, and what else TRL passes.
     Raises CLGraftError for a function that cannot be found again, and for options that are no JSON.
     """
 
     function: Callable[..., Any]
-    kind: Literal["penalty", "project"]
+    kind: Kind
     state: Mapping[str, Tensor] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     logits: bool = False
+    moving: bool = False
 
     def __post_init__(self) -> None:
         named, module = self.function.__qualname__, getattr(self.function, "__globals__", {})
@@ -84,6 +90,18 @@ class Term:
     ) -> Term:
         """Make a term that is added to the loss."""
         return cls(function, "penalty", state or {}, options, logits)
+
+    @classmethod
+    def loss(
+        cls,
+        function: Callable[..., Any],
+        state: Mapping[str, Tensor] | None = None,
+        logits: bool = False,
+        moving: bool = False,
+        **options: Any,
+    ) -> Term:
+        """Make a term that takes the place of SFT's loss."""
+        return cls(function, "loss", state or {}, options, logits, moving)
 
     @classmethod
     def project(
@@ -139,11 +157,34 @@ def check(kinds: Collection[str], launch: Launch, whose: str) -> None:
         )
 
 
+def replaced(terms: Sequence[Term]) -> bool:
+    """Whether one takes the place of SFT's loss. Raises CLGraftError where two would."""
+    losses = [term.name for term in terms if term.kind == "loss"]
+    if len(losses) > 1:
+        raise CLGraftError(
+            f"{losses[0]} and {losses[1]} would both take the place of the loss; make one of them a penalty."
+        )
+    return bool(losses)
+
+
+def save_moving(states: Sequence[Mapping[str, Tensor]], folder: Path) -> None:
+    """Write states that move into the folder of a step checkpoint."""
+    for number, state in enumerate(states):
+        save_state(state, folder / "terms" / str(number))
+
+
+def load_moving(states: Sequence[Mapping[str, Tensor]], folder: Path) -> None:
+    """Go on, in place, with the states that `save_moving` wrote."""
+    for number, state in enumerate(states):
+        for name, x in read_state(folder / "terms" / str(number)).items():
+            state[name].copy_(x)
+
+
 def save(terms: Sequence[Term], folder: Path) -> None:
     """Write terms.json, and a folder of safetensors for each state, into a new folder."""
     folder.mkdir(parents=True)
     for number, term in enumerate(terms):
-        _save_state(term.state, folder / str(number))
+        save_state(term.state, folder / str(number))
     told = [
         {
             "module": term.function.__module__,
@@ -152,20 +193,23 @@ def save(terms: Sequence[Term], folder: Path) -> None:
             "kind": term.kind,
             "options": dict(term.options),
             "logits": term.logits,
+            "moving": term.moving,
         }
         for term in terms
     ]
     write_json(folder / LIST, told)
 
 
-def _save_state(state: Mapping[str, Tensor], folder: Path) -> None:
-    folder.mkdir()
+def save_state(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a folder of safetensors; empty for a state without tensors."""
+    folder.mkdir(parents=True)
     specs = {name: (x.dtype, tuple(x.shape)) for name, x in state.items()}
     if specs:
         write_weights(folder, specs, lambda name: state[name].detach().cpu().contiguous())
 
 
-def _read_state(folder: Path) -> dict[str, Tensor]:
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """Read what `save_state` wrote."""
     if not any(folder.iterdir()):
         return {}
     weights = Checkpoint(folder)
@@ -180,9 +224,10 @@ def load(folder: Path) -> tuple[Term, ...]:
             Term(
                 getattr(_module(Path(told["file"]), told["module"]), told["function"]),
                 told["kind"],
-                _read_state(folder / str(number)),
+                read_state(folder / str(number)),
                 told["options"],
                 told["logits"],
+                told["moving"],
             )
         )
     return tuple(terms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from cl_graft.errors import CLGraftError, Diverged
 from cl_graft.training.loss import FEW, fused, plain, unfused
-from cl_graft.training.term import Term
+from cl_graft.training.term import Term, replaced, save_moving
 from cl_graft.training.tokens import ROWS
 
 
@@ -20,16 +21,21 @@ class Terms:
     """The terms of a running stage: their states on the device, and what their penalties came to lately."""
 
     def __init__(self, terms: Sequence[Term], device: torch.device | str):
-        states = [{name: x.detach().to(device) for name, x in term.state.items()} for term in terms]
+        states = [
+            {name: x.detach().to(device, copy=term.moving) for name, x in term.state.items()}
+            for term in terms
+        ]
         pairs = list(zip(terms, states, strict=True))
-        self.penalties = [(t, state) for t, state in pairs if t.kind == "penalty"]
+        self.moving = [state for t, state in pairs if t.moving]
+        self.penalties = [(t, state) for t, state in pairs if t.kind != "project"]
         self.projections = [(t, state) for t, state in pairs if t.kind == "project"]
         self.logits = any(t.logits for t, _ in self.penalties)
+        self.instead = replaced(terms)
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
     def penalty(self, model: Any, batch: Mapping[str, Any], output: Any, step: int) -> Tensor:
-        """The sum of all penalties of a micro-batch; a value without a gradient pulls at nothing and is only logged.
+        """The sum of all penalties and of a loss, of a micro-batch; a value without a gradient is only logged.
 
         Raises Diverged for one that is no finite number.
         """
@@ -135,7 +141,7 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
             if self.terms.penalties:
                 batch["labels"] = batch["input_ids"].where(_answers(batch), -100)
                 batch[ROWS] = rows.repeat(len(batch["input_ids"]) // len(rows))
-                batch["tokens"] = self.tokens
+                batch["tokens"], batch["step"] = self.tokens, self.state.global_step
                 given = (self.accelerator.unwrap_model(model), batch, Output(logits))
                 loss = loss + self.terms.penalty(*given, self.state.global_step) / steps
             self.loss = self.loss + loss.detach()
@@ -152,6 +158,12 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
                 return outputs[-1]
 
             return super().compute_loss(forward, inputs), outputs[0].logits
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            super()._save_checkpoint(model, trial)
+            if self.accelerator.is_main_process:
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                save_moving(self.terms.moving, folder)
 
         def _prepare_for_training(self, *given: Any, **named: Any) -> Any:
             """DeepSpeed's engine clips and steps at the end of its backward pass: what projects comes just before."""
@@ -207,7 +219,9 @@ def dpo_class(base: type, indices: list[int], terms: Sequence[Term]) -> type:
     it ends in a space, and drops a pair in silence whose prompt fills `max_length`.
     """
 
-    class Paired(trainer_class(base, indices, terms)):  # type: ignore[misc]
+    left = [term for term in terms if term.kind != "loss"]  # which are of SFT
+
+    class Paired(trainer_class(base, indices, left)):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
@@ -232,13 +246,15 @@ def sft_class(base: type, indices: list[int], terms: Sequence[Term], examples: l
             self.sums: dict[str, Tensor] = {}
 
         def _loss(self, model: Any, inputs: Any, items: Any) -> tuple[Tensor, Tensor | None]:
-            labels = inputs.pop("labels")
+            labels, instead = inputs.pop("labels"), self.terms.instead
+            if instead and not self.terms.logits:
+                return torch.zeros((), device=labels.device), None
             inputs["use_cache"] = False
             if self.aux_loss_enabled:
                 inputs["output_router_logits"] = True
             if self.terms.logits or labels.numel() * self.vocabulary <= FEW:
                 output = model(**inputs)
-                told = plain(output.logits, labels)
+                told = plain(output.logits.detach() if instead else output.logits, labels)
             else:
                 output = model(**inputs, labels=labels, fused_lm_head=True)
                 told = fused(output)
@@ -247,6 +263,8 @@ def sft_class(base: type, indices: list[int], terms: Sequence[Term], examples: l
                 self.sums[name] = self.sums.get(name, 0) + value.detach()
             processes = self.accelerator.num_processes if items is not None else 1
             loss = told.nll / (told.answers if items is None else items).clamp(min=1) * processes
+            if instead:
+                loss = torch.zeros_like(loss)
             if self.aux_loss_enabled:
                 steps = self.current_gradient_accumulation_steps if items is not None else 1
                 loss = loss + self.router_aux_loss_coef * output.aux_loss / steps

@@ -21,6 +21,10 @@ SMALL = {"steps": 6, "batch": 8, "train_size": 48, "test_size": 8, "tasks": "mat
         ("ewc", {"samples": 4}, 3),
         ("twin_merging", {}, 4),
         ("consensus", {}, 4),
+        ("dft", {}, 2),
+        ("sdft", {"rate": 0.2}, 2),
+        ("lamol", {"gamma": 0.5}, 2),
+        ("lora_intruders", {"learning_rate_scale": 30.0}, 2),
     ],
 )
 def test_a_cell_stopped_in_its_second_task_ends_with_the_same_numbers(

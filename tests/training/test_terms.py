@@ -168,6 +168,70 @@ def test_a_projection_is_the_gradient_that_the_step_takes(run, plugin):
     assert log[0]["grad_norm"] == pytest.approx(state[NAME].norm().item()), "clipped after it"
 
 
+INSTEAD = """
+    def loss(model, batch, output, state, *, weight):
+        assert output.logits is None
+        named = dict(model.named_parameters())
+        return weight * sum(((named[n] - x) ** 2).sum() for n, x in state.items())
+"""
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_a_loss_takes_the_place_of_sfts_and_costs_no_forward_pass(run, plugin, micro):
+    """Its gradient 2 w (p - a) is the whole one, and it is the loss in the log; DPO's loss is what it was."""
+    state = {NAME: weights(load("nano-llama")[0])[NAME] - 1}
+    terms = [Term.loss(plugin("other", INSTEAD).loss, state, weight=0.5), Term.project(keep)]
+    GRADIENTS.clear()
+    _, _, (line,) = run(SFT, terms, micro_batch=micro)
+    (found,) = GRADIENTS
+    torch.testing.assert_close(found.pop(NAME), torch.ones_like(state[NAME]))
+    assert not any(x.any() for x in found.values()), "nothing of the NLL"
+    assert line["other"] == pytest.approx(0.5 * state[NAME].numel()) == line["loss"]
+    assert "entropy" not in line, "no logits were made"
+    ends = [run(DPO, given, micro_batch=micro) for given in (terms[:1], [])]
+    assert all(torch.equal(ends[0][1][n], x) for n, x in ends[1][1].items())
+    assert "other" not in ends[0][2][0]
+    with pytest.raises(CLGraftError, match="other and other would both take the place"):
+        run(SFT, terms[:1] * 2)
+
+
+MOVING = """
+    def loss(model, batch, output, state, *, rate):
+        p = model.get_parameter("model.norm.weight")
+        state["steps"].fill_(batch["step"] + 1)
+        state["slow"].lerp_(p.detach(), rate)
+        return {"pull": ((p - state["slow"]) ** 2).sum() + p.sum(), "steps": state["steps"].float()}
+"""
+
+
+def test_a_state_that_moves_is_in_the_step_checkpoints_and_not_in_the_term(plugin, tmp_path):
+    """An average of weights, of a run that was killed and of one that was not, with the same end bit for bit."""
+    zero = {
+        "slow": torch.zeros(weights(load("nano-llama")[0])[NAME].shape),
+        "steps": torch.tensor(0),
+    }
+
+    def train(folder, kill=None):
+        model, tokenizer = load("nano-llama")
+        terms = [Term.loss(plugin("slow", MOVING).loss, zero, moving=True, rate=0.1)]
+
+        def progress(done, at):
+            if kill and done >= kill:
+                raise KeyboardInterrupt
+
+        job = SFT[0], replace(SFT[1], steps=8)
+        stages = Stages(tmp_path / folder, Launch(save_steps=4))
+        _, log = stages.run(model, tokenizer, *job, progress=progress, terms=terms)
+        return fingerprint(model.named_parameters()), [x["slow.pull"] for x in log.losses]
+
+    with pytest.raises(KeyboardInterrupt):
+        train("killed", kill=6 / 8)
+    (kept,) = tmp_path.glob("killed/stages/*.work/checkpoint-4/terms/0")
+    assert term.read_state(kept)["steps"] == 4
+    assert train("killed") == train("whole")
+    assert not zero["slow"].any() and not zero["steps"], "as it was given"
+
+
 @pytest.mark.parametrize("job", [SFT, DPO], ids=["sft", "dpo"])
 def test_a_penalty_weighs_the_same_however_a_step_is_cut(run, job):
     """Whole, and as four micro-batches: the same gradient and the same values in the log."""
@@ -293,11 +357,13 @@ def test_what_is_saved_for_a_job_is_read_back(plugin, tmp_path):
     terms = (
         Term.penalty(module.penalty, {"a": torch.ones(2, 3).T, "b.c": torch.arange(4)}, weight=2),
         Term.project(module.project),
+        Term.loss(module.penalty, {"a": torch.ones(1)}, logits=True, moving=True, weight=1),
     )
     term.save(terms, tmp_path / "terms")
     read = term.load(tmp_path / "terms")
     assert [t.digest for t in read] == [t.digest for t in terms]
     assert [t.about for t in read] == [t.about for t in terms]
+    assert [(t.logits, t.moving) for t in read] == [(t.logits, t.moving) for t in terms]
 
 
 def exploding(model, batch, output, state):
@@ -391,7 +457,37 @@ def test_two_processes_under_zero_2_add_and_project_what_one_does(plugin, tmp_pa
     assert torch.equal(alone[frozen], start[frozen]) and not torch.equal(alone[NAME], start[NAME])
 
 
-@pytest.mark.parametrize("name", ["ewc", "agem", "lwf", "o_lora"])
+OWN = """
+    def loss(model, batch, output, state):
+        state["slow"].lerp_(model.get_parameter("model.norm.weight").detach().float(), 0.5)
+        given = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+        pull = (model.get_parameter("model.norm.weight") - state["slow"]).square().sum()
+        return model(**given, use_cache=False).loss + pull
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_two_processes_under_zero_2_take_a_loss_with_a_pass_of_its_own(plugin, tmp_path):
+    """All answers are of one length, so that a mean over rows is the same in halves; and a state that moves."""
+    module = plugin("own", OWN)
+    job = SFT[0], replace(SFT[1], steps=6, batch=4)
+
+    def train(folder, launch):
+        model, tokenizer = load("nano-llama")
+        slow = {"slow": torch.zeros_like(weights(model)[NAME])}
+        terms = [Term.loss(module.loss, slow, moving=True)]
+        _, log = Stages(tmp_path / folder, launch).run(model, tokenizer, *job, terms=terms)
+        return weights(model), log.losses
+
+    alone, lines = train("one", Launch())
+    together, theirs = train("two", Launch(processes=2, zero=2, micro_batch=2))
+    for name in alone:
+        torch.testing.assert_close(together[name], alone[name], rtol=0, atol=1e-6)
+    assert [x["loss"] for x in theirs] == pytest.approx([x["loss"] for x in lines], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ewc", "agem", "lwf", "o_lora", "dft"])
 def test_a_method_with_terms_is_refused_under_zero_3_before_its_cell_begins(name, tmp_path, call):
     words = [
         "run",
