@@ -46,7 +46,7 @@ class sdft(Strategy):
     """
 
     keeps = "latest"
-    terms = ("loss",)
+    terms = ("loss", "follow")
     budgeted = False
 
     def learn(
@@ -71,12 +71,14 @@ class sdft(Strategy):
         state = {
             "asked": _padded(encode_prompts(tokenizer, asked), room),
             "shown": _padded(encode_prompts(tokenizer, shown), room),
-            "steps": torch.zeros((), dtype=torch.int64),
             **{TEACHER + n: p.detach().to(torch.float32, copy=True) for n, p in weights},
         }
-        options = {"length": length, "rate": rate, "skip": skip, "pad": tokenizer.pad_token_id}
+        options = {"length": length, "skip": skip, "pad": tokenizer.pad_token_id}
         ends = endings(self.model, tokenizer)
-        terms = [Term.loss(loss, state, moving=True, ends=ends, **options)]
+        terms = [
+            Term.loss(loss, state, ends=ends, **options),
+            Term.follow(follow, state, rate=rate),
+        ]
         return context.dense(self.fine_tune(task, context, terms))
 
 
@@ -93,21 +95,16 @@ def loss(
     state: dict[str, Tensor],
     *,
     length: int,
-    rate: float,
     skip: int,
     pad: int,
     ends: list[int],
 ) -> Tensor:
     """The mean over rows of the mean KL(teacher || student) of an answer that the student draws, from token `skip` on.
 
-    state: asked and shown, the prompts of all rows of the stage for student and teacher, as `_padded` gives them; the
-    teacher's parameters, and the step that they are of.
+    state: asked and shown, the prompts of all rows of the stage for student and teacher, as `_padded` gives them; and
+    the teacher's parameters.
     """
     teacher = {n.removeprefix(TEACHER): x for n, x in state.items() if n.startswith(TEACHER)}
-    if state["steps"] < batch["step"]:
-        state["steps"].fill_(batch["step"])
-        for name, parameter in model.named_parameters():
-            teacher[name].lerp_(parameter.detach().to(teacher[name].dtype), rate)
     asked, shown = (_trimmed(state[which][batch["rows"]].long()) for which in ("asked", "shown"))
     training = model.training
     model.eval()  # neither answers nor what the teacher says of them are drawn with dropout
@@ -121,6 +118,12 @@ def loss(
     apart = torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
     counted = read & (torch.arange(said.shape[1], device=said.device) >= skip)
     return ((apart * counted).sum(1) / counted.sum(1).clamp(min=1)).mean()
+
+
+def follow(model: Any, state: dict[str, Tensor], step: int, *, rate: float) -> None:
+    """Teacher <- teacher + rate (student - teacher)."""
+    for name, parameter in model.named_parameters():
+        state[TEACHER + name].lerp_(parameter.to(state[TEACHER + name].dtype), rate)
 
 
 def drawn(

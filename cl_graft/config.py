@@ -27,6 +27,7 @@ from cl_graft.errors import UnknownName
 PLAIN = re.compile(r"[A-Za-z0-9.-]+(_[A-Za-z0-9.-]+)*")  # what a folder's name shows as it is
 # Told by every cell. A field that came later is told where it is set, so that the cells before it keep their names.
 FIRST = ("scenario", "strategy", "model", "seed", "budget", "options", "threads", "train_on")
+SOURCES = (".py", ".yaml", ".yml")  # what the file of a plug-in of the user's may be called
 HINT = 40  # characters of a folder's name that say of which options it is
 CELL = ("options", "tuned")  # fields of a cell that a sweep says in other ways
 SHOWN = ("scenario", "strategy", "model", "seed", "budget")  # each has a part of a cell's name
@@ -156,7 +157,7 @@ class Tuned(Frozen):
 class Axes(Frozen):
     """What decides a cell's result and is a list in a sweep, whose cells are all combinations."""
 
-    scenario: str = Field(description="Name, or path of a .py file.")
+    scenario: str = Field(description="Name, or path of a .py or .yaml file.")
     strategy: str = Field(description="Name, or path of a .py file.")
     model: str = Field(
         default="mini-llama", description="Embedded model's name, local folder, or hub id."
@@ -186,6 +187,12 @@ class Settings(Frozen):
         default={},
         description="SCORER.OPTION=VALUE, over the options that the scenario gives its scorers.",
         examples=[{"number.tolerance": 0.01}],
+    )
+    general: Annotated[list[str], BeforeValidator(listed)] = Field(
+        default=[],
+        title="task of lm-eval",
+        description="General ability by tasks of lm-eval: NAME or FILE.yaml, as hellaswag:acc_norm@200.",
+        examples=[["gsm8k", "hellaswag:acc_norm@200", "tasks/mine.yaml"]],
     )
     router: str = Field(
         default="ridge",
@@ -263,7 +270,7 @@ class RunConfig(Whereabouts, Settings, Axes):
     @staticmethod
     def short(name: str) -> str:
         """A plugin's name; for a plugin given as a file, the file's stem."""
-        return Path(name).stem if name.endswith(".py") else name
+        return Path(name).stem if name.endswith(SOURCES) else name
 
     def experiment(self) -> dict[str, Any]:
         """The fields that decide the result, as JSON holds them."""
@@ -294,6 +301,8 @@ class RunConfig(Whereabouts, Settings, Axes):
         """The strategy with the options that were set, and what else tells its cells apart, as tables show it."""
         more: dict[str, Any] = {}
         for name, value in self._set().items():
+            if name == "general":  # what is measured, not by what
+                continue
             value = Path(value).name if name == "preset" else value
             several = value if isinstance(value, dict) else {"": value}
             more |= {f"{name}.{key}".rstrip("."): part for key, part in several.items()}
@@ -304,7 +313,8 @@ class RunConfig(Whereabouts, Settings, Axes):
     @property
     def scenario_label(self) -> str:
         """The scenario with the options that were set; of a trial, what of it that is scored on."""
-        told = self._with_options(self.short(self.scenario), {})
+        measured = {"general": ",".join(self.general)} if self.general else {}
+        told = self._with_options(self.short(self.scenario), measured)
         first = self.tuned.first if self.tuned else 0
         return f"{told}, validation of the first {first}" if first else told
 

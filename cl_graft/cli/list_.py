@@ -53,7 +53,7 @@ def list_(
         typer.Argument(help=f"One of {', '.join(complete.LISTS)}.", autocompletion=complete.lists),
     ],
     which: Annotated[
-        list[str] | None, typer.Argument(help="Only these; paths of .py files, too.")
+        list[str] | None, typer.Argument(help="Only these; paths of files, too.")
     ] = None,
     verbose: Annotated[bool, typer.Option(help="Options and their defaults, too.")] = False,
     keeps: Annotated[
@@ -170,9 +170,10 @@ def _metrics() -> Iterator[tuple[str, str, str]]:
 
 def _options(kind: str, name: str) -> None:
     from cl_graft import plugins
+    from cl_graft.config import SOURCES
 
     plugin = plugins.load(kind, name)
-    short = plugin.__name__ if name.endswith(".py") else name
+    short = plugin.__name__ if name.endswith(SOURCES) else name
     for option, default in plugins.options(plugin).items():
         typer.echo(f"    --set {short}.{option}={json.dumps(default)}")
     if kind == "strategy":

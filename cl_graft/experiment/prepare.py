@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cl_graft import plugins
 from cl_graft.budget import Budget
 from cl_graft.config import Launch, RunConfig
+from cl_graft.data import harness
 from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
 from cl_graft.evaluation.scorers import require_consents, resolved
 from cl_graft.experiment import early
@@ -85,7 +86,8 @@ def check_methods(cells: Sequence[RunConfig], scenarios: Mapping[str, Scenario])
 def _data_of(config: RunConfig) -> str:
     """Digest of all that makes the cell's scenario what it is."""
     told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
-    chosen = [config.options.get(config.short(config.scenario)), config.scoring]
+    chosen: list[Any] = [config.options.get(config.short(config.scenario)), config.scoring]
+    chosen += [config.general, config.tuned.first if config.tuned else 0]
     return digest(*map(str, told), chosen, str(config.train_on))
 
 
@@ -163,6 +165,8 @@ def scenario_of(config: RunConfig) -> Scenario:
             f"{plugins.line_of(make, config.scenario)}: {name} is not a scenario: its function returns "
             f"{type(scenario).__name__}; return a cl_graft.task.Scenario."
         )
+    if config.general:
+        scenario = replace(scenario, general=harness.general(config.general))
     try:
         scenario, used = resolved(scenario, config.scenario, config.scorers)
     except UnknownName as error:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cl_graft import ranges
+from cl_graft.config import SOURCES
+from cl_graft.data.stream_schema import FILES
 from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
 from cl_graft.plugins.authors import line_of
 from cl_graft.plugins.find import file_of, load, names
@@ -54,6 +56,8 @@ def declared(kind: str, name: str) -> Callable[..., Any] | None:
     None where the source does not tell: options that are inherited, or whose defaults are no plain values.
     Raises UnknownName or CLGraftError as `load` does for a name or a file that there is none of.
     """
+    if name.endswith(FILES):
+        return load(kind, name)
     try:
         body = ast.parse(file_of(kind, name).read_bytes()).body
     except (OSError, SyntaxError, ValueError):
@@ -139,7 +143,7 @@ def choices(kind: str, name: str, chosen: Mapping[str, Any]) -> list[dict[str, A
 
     Raises UnknownName or CLGraftError as `load` and `check_options` do.
     """
-    if not name.endswith(".py") and name not in names(kind):
+    if not name.endswith(SOURCES) and name not in names(kind):
         raise UnknownName(kind, name, names(kind))
     if not chosen:  # without importing it
         return [{}]

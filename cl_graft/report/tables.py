@@ -30,6 +30,7 @@ from cl_graft.report.aggregate import (
     slugged,
     told_apart,
 )
+from cl_graft.report.orders import over_orders
 from cl_graft.report.protocols import PARTS, PROTOCOLS, WHO, Cell, distinct, held, part, protocol
 from cl_graft.report.routing import accuracy, confusion_csv, confusion_tables, inferred
 from cl_graft.report.table import UNMEASURED, Table, show, write_atomic
@@ -237,6 +238,8 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
             **divergence.files(members),
         }.items():
             written.append(write_atomic(Path(folder) / f"{slug}-{name}", text.encode()))
+    for name, over in slugged(over_orders(cells)):
+        written += over.write(Path(folder) / f"{name}-orders")
     return written + (all_cells(cells).write(Path(folder) / "cells-table") if cells else [])
 
 

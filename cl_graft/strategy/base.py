@@ -52,7 +52,7 @@ from cl_graft.task import Pair, Preference, Scenario, Task
 from cl_graft.training.config import Row, StageConfig, at_step, jobs
 from cl_graft.training.delta import Delta
 from cl_graft.training.stages import Log, Stages, holding, in_full_precision
-from cl_graft.training.term import Kind, Term
+from cl_graft.training.term import Kind, Term, followed
 from cl_graft.version import __version__
 
 
@@ -227,6 +227,7 @@ class Strategy(Hooks):
                     where = f"{job.kind.upper()} of task {task.name!r}"
                     raise Diverged(f"{where}: {error}") from error
                 self.log.add(log)
+                terms = followed(terms, folder)
                 at = at_step(job.steps, job.steps, log.losses[-1]["loss"] if log.losses else None)
                 self.progress(f"trained {task.name}", 1.0, at)
         self._training_wall += perf_counter() - begun

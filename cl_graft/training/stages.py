@@ -49,6 +49,7 @@ from cl_graft.store.locks import locked, use
 from cl_graft.store.mirror import Mirror
 from cl_graft.task import Pair, Preference, Task
 from cl_graft.training import (
+    acting,
     adapters,
     checkpoint,
     config,
@@ -171,6 +172,8 @@ class Stages:
     ) -> None:
         """Put the log beside the checkpoint, and last the marker that says what made them."""
         shutil.copy(work / fit.LOG, building / fit.LOG)
+        if (work / term.FOLLOWED).is_file():
+            shutil.copy(work / term.FOLLOWED, building / term.FOLLOWED)
         flush(building)
         about |= {
             "config": asdict(job),
@@ -297,20 +300,22 @@ def stage_key(
 ) -> str:
     """Digest of start weights, vocabulary, rows, recipe with its seed, kind of device, code and library versions.
 
-    And of the terms, in their order, of the origin, and of the parameters that are frozen, where there are any.
+    And of the terms, in their order, with which of them share a state, of the origin, and of the parameters that are
+    frozen, where there are any.
 
     How many processes share the work is no part of it: the batch is the same, and so, but for the order of sums,
     is the result.
     """
     parts = (start, vocabulary(tokenizer), list(rows), asdict(job), place())
-    added = [{"terms": [t.digest for t in terms], "origin": origin}] if terms or origin else []
+    told = [(t.digest, term.holder(terms, t)) for t in terms]
+    added = [{"terms": told, "origin": origin}] if terms or origin else []
     added += [{"frozen": [*frozen]}] if frozen else []
     return digest(*parts, *added, training_code(), versions())
 
 
 def training_code() -> str:
     """Digest of the code that a stage's outcome depends on."""
-    return code_digest(fit, trainer, loss, term, tokens, config, adapters, text)
+    return code_digest(fit, trainer, loss, acting, term, tokens, config, adapters, text)
 
 
 @contextmanager

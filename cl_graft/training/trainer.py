@@ -5,98 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cl_graft.errors import CLGraftError, Diverged
+from cl_graft.training.acting import Terms
 from cl_graft.training.loss import FEW, fused, plain, unfused
-from cl_graft.training.term import Term, replaced, save_moving
+from cl_graft.training.term import Term
 from cl_graft.training.tokens import ROWS
-
-
-class Terms:
-    """The terms of a running stage: their states on the device, and what their penalties came to lately."""
-
-    def __init__(self, terms: Sequence[Term], device: torch.device | str):
-        states = [
-            {name: x.detach().to(device, copy=term.moving) for name, x in term.state.items()}
-            for term in terms
-        ]
-        pairs = list(zip(terms, states, strict=True))
-        self.moving = [state for t, state in pairs if t.moving]
-        self.penalties = [(t, state) for t, state in pairs if t.kind != "project"]
-        self.projections = [(t, state) for t, state in pairs if t.kind == "project"]
-        self.logits = any(t.logits for t, _ in self.penalties)
-        self.instead = replaced(terms)
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-
-    def penalty(self, model: Any, batch: Mapping[str, Any], output: Any, step: int) -> Tensor:
-        """The sum of all penalties and of a loss, of a micro-batch; a value without a gradient is only logged.
-
-        Raises Diverged for one that is no finite number.
-        """
-        values: dict[str, Tensor] = {}
-        for term, state in self.penalties:
-            given = term.function(model, batch, output, state, **term.options)
-            for name, value in _named(term, given).items():
-                if name in values:
-                    raise CLGraftError(
-                        f"two terms are called {name!r}; name one of them otherwise."
-                    )
-                if not torch.isfinite(value):
-                    raise Diverged(
-                        f"the term {name} is {value.item()} in step {step + 1}, so the stage is not kept; "
-                        "lower its weight or the learning rate, or mend it."
-                    )
-                values[name] = value
-                self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        self.count += 1
-        return torch.stack([value.float() * value.requires_grad for value in values.values()]).sum()
-
-    def project(self, model: Any, gradients: dict[str, Tensor], step: int) -> None:
-        """Let each projection change the gradients. Raises Diverged if they are not finite then."""
-        given = dict(gradients)
-        for term, state in self.projections:
-            term.function(model, gradients, state, step, **term.options)
-            for name, gradient in given.items():
-                if gradients.get(name) is not gradient:
-                    raise CLGraftError(
-                        f"the term {term.name} has put another tensor in the place of the gradient of {name}; "
-                        "write into the one that is there, as by copy_."
-                    )
-                if not torch.isfinite(gradient).all():
-                    raise Diverged(
-                        f"the gradient of {name} is not finite after the term {term.name} in step {step + 1}, "
-                        "so the stage is not kept; mend the term or lower the learning rate."
-                    )
-
-    def means(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """What each penalty came to on average since it was last asked, over all processes."""
-        if not self.count:
-            return {}
-        mean = torch.stack(list(self.sums.values())) / self.count
-        averages = dict(zip(self.sums, gather(mean[None]).mean(0).tolist(), strict=True))
-        self.sums, self.count = {}, 0
-        return averages
-
-
-def _named(term: Term, given: Any) -> dict[str, Tensor]:
-    """{name in the log: scalar} of what a penalty gave."""
-    parts = (
-        {f"{term.name}.{k}": x for k, x in given.items()}
-        if isinstance(given, Mapping)
-        else {term.name: given}
-    )
-    for name, value in parts.items():
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise CLGraftError(
-                f"the term {name} gives {type(value).__name__}, not a tensor of one number; mend it."
-            )
-    return {name: value.squeeze() for name, value in parts.items()}
 
 
 class Output(NamedTuple):
@@ -141,7 +59,7 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
             if self.terms.penalties:
                 batch["labels"] = batch["input_ids"].where(_answers(batch), -100)
                 batch[ROWS] = rows.repeat(len(batch["input_ids"]) // len(rows))
-                batch["tokens"], batch["step"] = self.tokens, self.state.global_step
+                batch["tokens"] = self.tokens
                 given = (self.accelerator.unwrap_model(model), batch, Output(logits))
                 loss = loss + self.terms.penalty(*given, self.state.global_step) / steps
             self.loss = self.loss + loss.detach()
@@ -158,12 +76,6 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
                 return outputs[-1]
 
             return super().compute_loss(forward, inputs), outputs[0].logits
-
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            super()._save_checkpoint(model, trial)
-            if self.accelerator.is_main_process:
-                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-                save_moving(self.terms.moving, folder)
 
         def _prepare_for_training(self, *given: Any, **named: Any) -> Any:
             """DeepSpeed's engine clips and steps at the end of its backward pass: what projects comes just before."""
@@ -195,6 +107,12 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
                     "not kept; lower the learning rate."
                 )
             return norm
+
+        def follow(self) -> None:
+            """Tell the terms that the optimizer has stepped."""
+            if self.terms.followers:
+                inner = self.accelerator.unwrap_model(self.model)
+                self.terms.follow(inner, self.state.global_step)
 
         def _project(self) -> None:
             inner = self.accelerator.unwrap_model(self.model)

@@ -31,15 +31,14 @@ def given(nano):
     state = {
         "asked": padded(encode_prompts(tokenizer, PROMPTS), None),
         "shown": padded(encode_prompts(tokenizer, SHOWN), None),
-        "steps": torch.tensor(0),
     }
     state |= {f"teacher/{n}": 1.1 * p.detach().clone() for n, p in model.named_parameters()}
     ends, pad = endings(model, tokenizer), tokenizer.pad_token_id
 
-    def loss(rows=(0, 1, 2), step=0, rate=0.0, skip=0):
+    def loss(rows=(0, 1, 2), skip=0):
         torch.manual_seed(0)
-        batch = {"rows": torch.tensor(rows), "step": step}
-        how = {"length": LENGTH, "rate": rate, "skip": skip, "pad": pad, "ends": ends}
+        batch = {"rows": torch.tensor(rows)}
+        how = {"length": LENGTH, "skip": skip, "pad": pad, "ends": ends}
         return module("sdft").loss(model, batch, None, state, **how)
 
     return model, tokenizer, state, loss
@@ -127,17 +126,17 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(given):
     assert all(p.grad.abs().max() < 1e-5 for p in model.parameters())
 
 
-def test_the_teacher_follows_once_a_step_however_the_step_is_cut(given):
+@torch.no_grad()
+def test_the_teacher_follows_by_a_share_of_the_way_after_each_step(given):
     """From a and students b, then c: a + (b - a) / 10, then the tenth of the way from there to c."""
     model, _, state, loss = given
     name = "model.norm.weight"
     a = state[f"teacher/{name}"].clone()
-    loss(rows=(0,), step=0, rate=0.1)
-    assert torch.equal(state[f"teacher/{name}"], a), "before the first step nothing is new"
+    loss(rows=(0,))
+    assert torch.equal(state[f"teacher/{name}"], a), "a loss does not move it"
     for step, value in ((1, 2.0), (2, 5.0)):
-        model.get_parameter(name).data.fill_(value)
-        for rows in ((0,), (1, 2)):
-            loss(rows=rows, step=step, rate=0.1)
+        model.get_parameter(name).fill_(value)
+        module("sdft").follow(model, state, step, rate=0.1)
         a += (value - a) / 10
         torch.testing.assert_close(state[f"teacher/{name}"], a)
 
@@ -162,7 +161,7 @@ def test_a_killed_stage_draws_on_as_if_it_had_not_been(tmp_path, build, tiny_sce
 
     with pytest.raises(KeyboardInterrupt):
         train("killed", kill=3 / 6)
-    assert list(tmp_path.glob("killed/stages/*.work/checkpoint-*/terms/0"))
+    assert list(tmp_path.glob("killed/stages/*.work/checkpoint-*/followed.safetensors"))
     assert train("killed") == train("whole")
 
 
