@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from cl_graft.ranges import Count, Rest
+from cl_graft.ranges import Count, Rest, Strength
 from cl_graft.strategy import Context, Kept
 from cl_graft.strategy.memory import Reservoir, Surprising
 from cl_graft.strategy.replaying import Replaying
@@ -26,7 +26,7 @@ class replay(Replaying):
         context: Context,
         *,
         size: Count = 500,
-        share: Rest = 0.3,
+        share: Annotated[Rest, Strength(0.05, 0.1, 0.2, 0.3, 0.5)] = 0.3,
         select: Literal["reservoir", "surprise"] = "reservoir",
     ) -> Kept:
         """size: rows of each reservoir; 500 is the middle one of Mammoth's 200, 500 and 5120.

@@ -14,8 +14,9 @@ only a private part is held to a task's budget.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Annotated
 
-from cl_graft.ranges import Count, Positive
+from cl_graft.ranges import Count, Positive, Strength
 from cl_graft.skillpack.codecs import decode, dense
 from cl_graft.skillpack.live.composed import compose
 from cl_graft.strategy import Kept, Strategy
@@ -40,7 +41,12 @@ class twin_merging(Strategy):
         return largest_rank(replace(context, budget=self.budget), rank, "twin_merging.rank")
 
     def learn(
-        self, task: Task, context: Context, *, scale: Positive = 0.3, rank: Count | None = None
+        self,
+        task: Task,
+        context: Context,
+        *,
+        scale: Annotated[Positive, Strength(0.1, 0.2, 0.3, 0.5, 1.0)] = 0.3,
+        rank: Count | None = None,
     ) -> Kept:
         own = context.dense(self.fine_tune(task, context))
         if not self.packs:

@@ -46,6 +46,8 @@ def _text(node: ast.expr) -> str:
 
 # {cure: the test that runs it, below tests/}
 TESTED: dict[str, str] = {
+    "cl_graft/presets.py: give {}, or the folder that --out of `cl-graft tune` named.": "test_tune.py::test_a_missing_preset_is_made_by_the_command_that_the_error_names",
+    "cl_graft/presets.py: make one by `{}`, and give --preset FOLDER.": "test_tune.py::test_a_missing_preset_is_made_by_the_command_that_the_error_names",
     "cl_graft/cli/pack.py: name the base with --base.": "skillpack/test_lossless_folders.py::test_inspect_and_diff",
     "cl_graft/skillpack/folders/apply.py: apply it without --dtype.": "skillpack/test_lossless_folders.py::test_the_commands",
     "cl_graft/skillpack/codecs/codec.py: put the pack, alone, on its base by Grafted or by `cl-graft pack apply`.": "skillpack/test_lossless_folders.py::test_the_commands",

@@ -17,7 +17,7 @@ import cl_graft.tracking as tracking
 from cl_graft import cli
 from cl_graft.cli import complete
 from cl_graft.cli.options import sweep_from
-from cl_graft.config import Axes, RunConfig, Settings, Whereabouts, several
+from cl_graft.config import CELL, Axes, RunConfig, Settings, Whereabouts, several
 from cl_graft.errors import UnknownName
 from cl_graft.experiment.executors import local
 from cl_graft.matrix import METRICS, Metric, PerformanceMatrix
@@ -27,7 +27,7 @@ from tests.command import Call
 from tests.report.test_tables import cell
 
 ROOT = Path(__file__).parents[1]
-FIELDS = [name for name in RunConfig.model_fields if name != "options"]
+FIELDS = [name for name in RunConfig.model_fields if name not in CELL]
 SMALL: dict[str, Any] = {"scenarios": ["mini"], "strategies": ["graftllm"]}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from cl_graft import presets
 from cl_graft.config import RunConfig
 from cl_graft.errors import Refused
 from cl_graft.evaluation.scorers import conventions
@@ -60,7 +61,7 @@ def run(
     patient: wait for a stage that another cell trains; else Busy is raised.
     Raises CLGraftError in one sentence for whatever the user can mend.
     """
-    config = config or RunConfig(**fields)
+    config = presets.applied(config or RunConfig(**fields))
     folder = CellFolder(config.out / config.cell)
     mirror = mirror_of(config)
     if (result := finished(config)) is not None:

@@ -22,7 +22,7 @@ from cl_graft.store.source_files import digest_of
 from cl_graft.task import Scenario
 
 Files = dict[str, str]  # name -> digest
-DATA = ("scenario", "seed", "data_dir", "options", "scoring", "train_on", "general")
+DATA = ("scenario", "seed", "data_dir", "options", "scoring", "train_on", "general", "tuned")
 _data_sets: dict[str, str] = {}  # the cells of a sweep ask for the same again and again
 
 

@@ -14,6 +14,7 @@ from cl_graft.data import harness
 from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
 from cl_graft.evaluation.scorers import require_consents, resolved
 from cl_graft.experiment import early
+from cl_graft.experiment.rehearsal import rehearsal
 from cl_graft.experiment.texts import check_texts
 from cl_graft.store.digests import digest
 from cl_graft.store.mirror import mirror_of
@@ -86,7 +87,7 @@ def _data_of(config: RunConfig) -> str:
     """Digest of all that makes the cell's scenario what it is."""
     told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
     chosen: list[Any] = [config.options.get(config.short(config.scenario)), config.scoring]
-    chosen.append(config.general)
+    chosen += [config.general, config.tuned.first if config.tuned else 0]
     return digest(*map(str, told), chosen, str(config.train_on))
 
 
@@ -146,7 +147,8 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
         from cl_graft.training import term
 
         term.check(strategy_class.terms, config.launch, f"the strategy {strategy_name!r}")
-    given = config.options.get(strategy_name, {})
+    tuned = config.tuned.options if config.tuned else {}
+    given = {**tuned, **config.options.get(strategy_name, {})}
     options = plugins.check_options("strategy", strategy_name, strategy_class, given)
     strategy_class.keeps_by(options)  # refuses a convention that there is none of
     return strategy_class, options
@@ -178,6 +180,8 @@ def scenario_of(config: RunConfig) -> Scenario:
             known = [name, config.short(config.strategy), *sorted(used)]
             raise UnknownName("scenario, strategy or scorer of this cell", owner, known)
     scenario = _trained_on(scenario, config.train_on)
+    if config.tuned and config.tuned.first:
+        scenario = rehearsal(scenario, config.tuned.first)
     check_texts(scenario)
     return scenario
 
@@ -224,6 +228,8 @@ def strategy_of(
         router=router_of(config),
     )
     strategy.notes += told
+    if config.tuned:
+        strategy.learning_rate_scale = config.tuned.learning_rate_scale
     return strategy
 
 

@@ -85,6 +85,7 @@ class DryRun:
     def learn(self, task: Task) -> None:
         """Let the strategy learn the task as far as its last stage."""
         strategy, number = self.strategy, len(self.strategy.packs)
+        task = strategy.at_rate(task)
         self.task, self.start, self.chain = task, "base", ""
         if number and strategy.keeps in ("sum", "latest"):
             self.start, self.exact = f"after {strategy.packs[-1].task}", False

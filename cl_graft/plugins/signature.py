@@ -23,7 +23,7 @@ WORDS = {
     **{kind.__name__: kind for kind in (bool, int, float, str, list, dict, tuple, Path)},
     **{name: getattr(typing, name) for name in ("Annotated", "Any", "Literal")},
     **{name: getattr(ranges, name) for name in ("Count", "Field", "NotNegative", "Part")},
-    **{name: getattr(ranges, name) for name in ("Positive", "Rest", "Share")},
+    **{name: getattr(ranges, name) for name in ("Positive", "Rest", "Share", "Strength")},
     "Mapping": Mapping,
     "Sequence": Sequence,
 }
@@ -122,6 +122,20 @@ def check_options(kind: str, name: str, plugin: Any, chosen: Mapping[str, Any]) 
             raise UnknownName(f"option of {kind} {name}", option, known)
         require(f"{name}.{option}", value, types[option], known[option])
     return {**known, **chosen}
+
+
+def strength(plugin: Any) -> tuple[str, tuple[float, ...]] | None:
+    """The option that the plugin's signature marks as its main strength, and the values that tuning tries of it.
+
+    Raises AuthorMistake where it marks several.
+    """
+    marked = {o: v for o, kind in _types(plugin).items() if (v := ranges.strength_of(kind))}
+    if len(marked) > 1:
+        raise AuthorMistake(
+            f"{line_of(plugin, plugin.__name__)}: {plugin.__name__} marks {' and '.join(marked)} as its strength; "
+            "mark one of them."
+        )
+    return next(iter(marked.items()), None)
 
 
 def choices(kind: str, name: str, chosen: Mapping[str, Any]) -> list[dict[str, Any]]:

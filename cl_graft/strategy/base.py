@@ -26,7 +26,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -62,9 +62,10 @@ class Strategy(Hooks):
     A method says what it keeps in `learn`; its options are the keyword-only arguments of that function.
     terms: kinds of terms that it adds to training, so that a launch which cannot carry them is refused before anything
     starts. touches: roles of the parameters that it may change; the others are frozen while it tunes, whatever trains
-    it, and it may keep nothing of them. budgeted: False for references that are allowed any size. stages, outcomes:
-    where what was trained and measured is kept; without them, as long as the strategy lives. router: infers the task of
-    a prompt, which is else given.
+    it, and it may keep nothing of them. budgeted: False for references that are allowed any size. start: what a task's
+    training starts from, the base or the model so far, where that is not what `keeps` says. stages, outcomes: where
+    what was trained and measured is kept; without them, as long as the strategy lives. router: infers the task of a
+    prompt, which is else given.
     """
 
     PLUGIN_CLASS = SupervisedPlugin
@@ -72,7 +73,9 @@ class Strategy(Hooks):
     budgeted: ClassVar[bool] = True
     touches: ClassVar[Collection[Role]] = ROLES
     terms: ClassVar[tuple[Kind, ...]] = ()
+    start: ClassVar[Literal["base", "model"] | None] = None
     function: ClassVar[Callable[..., Any]]  # whose keyword-only arguments are the options
+    learning_rate_scale = 1.0  # times those of the recipes
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -101,6 +104,11 @@ class Strategy(Hooks):
         if convention not in cls.keeps:
             raise UnknownName(f"convention of {cls.__name__}", str(convention), cls.keeps)
         return cls.keeps[convention]
+
+    @classmethod
+    def start_by(cls, keeps: Any) -> Literal["base", "model"]:
+        """What a task's training starts from, of a form that keeps its packs as `keeps`, one of Keeps."""
+        return cls.start or ("model" if keeps in ("sum", "latest") else "base")
 
     def __init__(
         self,
@@ -307,7 +315,7 @@ class Strategy(Hooks):
 
     def before_learning(self) -> Sequence[SkillPack]:
         """The packs active when the next task's training starts."""
-        return self.compose(None) if self.keeps in ("sum", "latest") else []
+        return self.compose(None) if self.start_by(self.keeps) == "model" else []
 
     def route(self, prompts: Sequence[str], task: int | None) -> list[Choice]:
         """What answers each prompt: the task that is given, or what the router infers; before the first, the base."""

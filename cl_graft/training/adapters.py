@@ -257,7 +257,7 @@ def downs(model: Any, packs: Sequence[SkillPack]) -> dict[str, Tensor]:
 
 
 def faster(task: Task, scale: float) -> Task:
-    """The task with both halves of its recipe at a multiple of their learning rates: adapters need larger ones."""
+    """The task with both halves of its recipe at a multiple of their learning rates, as adapters need them."""
     recipe, half = task.training, task.training.preference
     if half:
         half = replace(half, learning_rate=half.learning_rate * scale)
