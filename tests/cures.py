@@ -110,6 +110,7 @@ TESTED: dict[str, str] = {
     "cl_graft/store/record.py: run `cl-graft run` with --out {} first.": "test_cures.py::test_the_folder_that_out_named",
     "cl_graft/store/record.py: wait for it or choose another --out.": "test_cures.py::test_a_cell_that_another_process_computes",
     "cl_graft/skillpack/compress/policy.py: add --method graftllm.": "skillpack/test_auto_gptq.py::test_a_pack_is_made_by_it",
+    "cl_graft/strategy/route.py: raise --budget, or choose a smaller --router (centroids keeps least).": "routing/test_selection.py::test_a_router_that_takes_all_of_the_budget_is_refused_before_anything_is_computed",
     "cl_graft/strategy/storage.py: raise --budget or keep less.": "test_cures.py::test_a_larger_budget",
     "cl_graft/strategy/context.py: raise --budget or the method's compression.": "test_cures.py::test_a_larger_budget",
     "cl_graft/sweep_config.py: `cl-graft init` writes a file to begin with.": "test_cures.py::test_the_file_that_init_writes",

@@ -120,7 +120,7 @@ def test_what_decides_the_result_is_in_its_name_and_identity_and_nothing_else_is
         assert (made.experiment() != plain.experiment()) is decides, name
         assert RunConfig(**made.experiment()).cell == made.cell
         if name in Settings.model_fields:
-            assert made.label != plain.label
+            assert (made.label, made.scenario_label) != (plain.label, plain.scenario_label)
     assert changed("router").cell != changed("task_ids").cell
 
 

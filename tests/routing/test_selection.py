@@ -198,20 +198,16 @@ def test_prompts_unlike_all_tasks_go_to_the_base(nano, tiny_scenario) -> None:
 
 
 def test_a_router_that_takes_all_of_the_budget_is_refused_before_anything_is_computed(call):
-    done = call(
-        "plan",
-        "--scenarios",
-        "mini",
-        "--strategies",
-        "magnitude",
-        "--models",
-        "nano-llama",
-        "--budgets",
-        "3%",
-        "--task-ids",
-        "inferred",
-    )
+    """And both cures of the sentence are ones."""
+    cell = {"scenarios": "mini", "strategies": "magnitude", "models": "nano-llama"}
+
+    def plan(budget, router):
+        words = {**cell, "budgets": budget, "task-ids": "inferred", "router": router}
+        return call("plan", *(word for k, v in words.items() for word in (f"--{k}", v)))
+
+    done = plan("3%", "ridge")
     assert done.code and "the router 'ridge' keeps" in done.err and "centroids" in done.err
+    assert not plan("30%", "ridge").code and not plan("3%", "centroids").code
 
 
 @pytest.mark.parametrize("name", plugins.names("router"))
