@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_graft.errors import CLGraftError
 from cl_graft.evaluation.endpoint import Endpoint, EndpointError
-from cl_graft.evaluation.generate import choice_rows, ends
+from cl_graft.evaluation.generate import choice_rows, endings
 from cl_graft.evaluation.vllm_server import vllm_server
 from cl_graft.models.text import encode, encode_prompts
 from cl_graft.store.digests import digest
@@ -115,7 +115,7 @@ class Engine:
                     server = vllm_server(folder) if starts else nullcontext(Endpoint(self.name))
                     with server as endpoint:
                         ids = self.told["software"] == VLLM
-                        yield Served(endpoint, folder, tokenizer, ends(model, tokenizer), ids)
+                        yield Served(endpoint, folder, tokenizer, endings(model, tokenizer), ids)
             finally:
                 shutil.rmtree(self._folder, ignore_errors=True)
                 if self.told["software"] == TRANSFORMERS:
@@ -128,7 +128,7 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     before = model.generation_config
     greedy = deepcopy(before)
     greedy.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-    greedy.eos_token_id = ends(model, tokenizer)
+    greedy.eos_token_id = endings(model, tokenizer)
     try:
         model.generation_config = greedy
         model.save_pretrained(folder)

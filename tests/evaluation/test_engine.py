@@ -307,6 +307,11 @@ def test_validate_refuses_an_engine_that_cannot_score_or_is_away(
 
     with running(Models(), **TEXT) as server:
         assert validate(server.url).code == 0
+        routed = ["--task-ids", "inferred", "--router-top-k", "2"]
+        both = call("validate", *routed, "--engine", server.url, str(file))
+        assert_refused(both, "an ensemble has one for each pack; use --router-combine merge")
+        routed += ["--router-combine", "merge"]
+        assert call("validate", *routed, "--engine", server.url, str(file)).code == 0
         (tmp_path / "sums.py").write_text(SUMS.replace("SCORE", "'neg_bits_per_byte'"))
         refused = validate(server.url)
         assert_refused(refused, "'neg_bits_per_byte' needs the likelihood", "use --engine hf")

@@ -124,12 +124,17 @@ def test_what_is_no_scorer_is_refused(tmp_path: Path, text: str) -> None:
 def test_base_and_private_files_are_none() -> None:
     assert plugins.names("scorer") == [
         "choice",
+        "edit_similarity",
         "exact",
+        "first_character",
         "judge",
+        "lm_eval",
         "math",
         "neg_bits_per_byte",
         "number",
         "number_lm_eval",
+        "rouge_l",
+        "sari",
         "tests",
     ]
     with pytest.raises(UnknownName):

@@ -45,11 +45,12 @@ def render(
     known: Mapping[str, Sequence[RankedLine]],
     budgets: Sequence[tuple[str, str]],
     overview: Table,
+    orders: Mapping[str, Table],
     bases: Mapping[str, Interval | None],
     pages: Mapping[Path, str],
 ) -> str:
-    """The page. titles: of the groups. budgets: slug and title of each figure over budgets. bases: by slug, the base
-    model's mean score. pages: of the cells, by their folders."""
+    """The page. titles: of the groups. budgets: slug and title of each figure over budgets. orders: tables, by slug.
+    bases: by slug, the base model's mean score. pages: of the cells, by their folders."""
     links = {path: quote(page) for path, page in pages.items()}
     reported = [f for those in members.values() for f in those]
     return fill(
@@ -69,6 +70,7 @@ def render(
         },
         budgets=budgets,
         overview=overview,
+        orders=orders,
         versions=_distinct(reported, "versions"),
         machines=_distinct(reported, "machine"),
         captions=CAPTIONS,
