@@ -13,8 +13,7 @@ folder=$(mktemp -d)
 trap 'kill "${serve:-0}" 2>/dev/null || true; rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
 python="$folder/env/bin/python"
-"$python" -m pip install --quiet --disable-pip-version-check "transformers[serving]==5.23.0" \
-  --extra-index-url https://download.pytorch.org/whl/cpu
+"$python" -m pip install --quiet --disable-pip-version-check torch==2.13.0 "transformers[serving]==5.23.0"
 export HF_HUB_OFFLINE=1 PORT=8917 FOLDER="$folder"
 "$folder/env/bin/transformers" serve --host 127.0.0.1 --port $PORT --device cpu >"$folder/log" 2>&1 &
 serve=$!

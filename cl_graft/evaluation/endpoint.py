@@ -120,6 +120,7 @@ class Endpoint:
     def _ask(self, method: str, url: str, body: Mapping[str, Any] | None) -> tuple[int, str]:
         """Status and text. Redirects are answers like others: nothing is fetched from where they lead."""
         import requests
+        from urllib3.exceptions import HTTPError, ReadTimeoutError
 
         begun, received = monotonic(), bytearray()
         try:
@@ -132,7 +133,8 @@ class Endpoint:
                 allow_redirects=False,
                 stream=True,
             ) as answer:
-                for part in answer.iter_content(1 << 16):
+                # what has arrived, so that a server which sends a byte now and then is noticed
+                while part := answer.raw.read1(1 << 16, decode_content=False):
                     received += part
                     if len(received) > MOST:
                         raise EndpointError(
@@ -141,12 +143,12 @@ class Endpoint:
                         )
                     if monotonic() - begun > self.seconds:
                         raise requests.Timeout
-        except requests.Timeout as error:
+        except (requests.Timeout, ReadTimeoutError) as error:
             raise EndpointError(
                 f"the server at {self.url} did not answer within {self.seconds:.0f} seconds; see whether it still "
                 "works, then run the same command again to continue."
             ) from error
-        except requests.RequestException as error:
+        except (requests.RequestException, HTTPError) as error:
             raise EndpointError(
                 f"the server at {self.url} cannot be reached ({type(error).__name__}: {first_line(error)[:SHOWN]}); "
                 "start it, or mend its address, then run the same command again to continue."
@@ -154,11 +156,12 @@ class Endpoint:
         return answer.status_code, received.decode(errors="replace")
 
     def _headers(self) -> dict[str, str]:
-        """The token, if there is one, for a server of this machine or one that nobody reads along with."""
+        """With the token, if there is one, for a server of this machine or one that nobody reads along with."""
         token = os.environ.get(KEY)
         parts = urlsplit(self.url)
         private = parts.scheme == "https" or _is_here(parts.hostname or "")
-        return {"Authorization": f"Bearer {token}"} if token and private else {}
+        plain = {"Accept-Encoding": "identity"}  # what unpacks to more than was sent is no answer
+        return plain | ({"Authorization": f"Bearer {token}"} if token and private else {})
 
 
 def _is_here(host: str) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -183,6 +186,28 @@ def test_a_server_that_is_late_or_endless_or_away(monkeypatch: pytest.MonkeyPatc
         Endpoint(server.url).post("/completions", {})
 
 
+def test_a_server_that_sends_a_byte_now_and_then() -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def trickle() -> None:
+        there, _ = listening.accept()
+        with there, suppress(OSError):
+            there.recv(1 << 16)
+            there.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(1000):
+                there.sendall(b" ")
+                time.sleep(0.05)
+
+    thread = Thread(target=trickle)
+    thread.start()
+    begun = time.monotonic()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+    with listening, pytest.raises(EndpointError, match="did not answer within"):
+        Endpoint(url, 0.4).post("/completions", {})
+    assert time.monotonic() - begun < 10
+    thread.join()
+
+
 def test_a_token_goes_to_servers_of_this_machine_or_over_tls_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -190,8 +215,9 @@ def test_a_token_goes_to_servers_of_this_machine_or_over_tls_alone(
     with running(lambda path, body: {}) as server:
         Endpoint(server.url).post("/completions", {})
         assert server.asked[0][2]["Authorization"] == "Bearer secret"
-    assert Endpoint("https://far.example/v1")._headers() and Endpoint("http://[::1]/v1")._headers()
-    assert not Endpoint("http://far.example/v1")._headers()
+    for url in ("https://far.example/v1", "http://[::1]/v1", "http://localhost:8/v1"):
+        assert "Authorization" in Endpoint(url)._headers()
+    assert "Authorization" not in Endpoint("http://far.example/v1")._headers()
 
 
 def test_what_is_an_engine() -> None:
@@ -361,8 +387,6 @@ def test_transformers_own_server_says_what_the_model_here_says(
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
