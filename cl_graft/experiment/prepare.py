@@ -12,8 +12,8 @@ from cl_graft.budget import Budget
 from cl_graft.config import Launch, RunConfig
 from cl_graft.data import harness
 from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
-from cl_graft.evaluation.endpoint import HERE, engine_named
-from cl_graft.evaluation.scorers import needs_of, require_consents, resolved
+from cl_graft.evaluation.endpoint import HERE, REACH, Endpoint, engine_named
+from cl_graft.evaluation.scorers import judges_of, needs_of, require_consents, resolved
 from cl_graft.experiment import early
 from cl_graft.experiment.rehearsal import rehearsal
 from cl_graft.experiment.texts import check_texts
@@ -42,7 +42,7 @@ def prepare(
     early.check([config], bare)
     scenario = _scenario(config)
     if not bare:
-        _engine(config, scenario)
+        _servers(config, scenario)
     _launch(config.launch, scenario)
     return scenario, *_strategy(config)
 
@@ -71,7 +71,7 @@ def check_data(cells: Sequence[RunConfig]) -> dict[str, Scenario]:
     for config in cells:
         told = config.engine, (key := _data_of(config))
         if told not in asked and not CellFolder(config.out / config.cell).complete:
-            _engine(config, scenarios[key])
+            _servers(config, scenarios[key])
             asked.add(told)
     return scenarios
 
@@ -254,10 +254,13 @@ def engine_of(config: RunConfig) -> Engine | None:
     return Engine(name, config.store)
 
 
-def _engine(config: RunConfig, scenario: Scenario) -> None:
-    """Raises CLGraftError where it cannot score the scenario's tasks, EndpointError where it is not there."""
+def _servers(config: RunConfig, scenario: Scenario) -> None:
+    """Raises CLGraftError where the engine cannot score the scenario's tasks, EndpointError where a server that is to
+    answer or to judge is not there."""
     if engine := engine_of(config):
         engine.check(needs_of(scenario))
+    for url in judges_of(scenario):
+        Endpoint(url, REACH).told("/v1/models")  # which costs nothing; what it says is no matter
 
 
 def router_of(config: RunConfig) -> BaseRouter | None:

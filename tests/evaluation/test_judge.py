@@ -286,7 +286,13 @@ def test_a_judge_in_a_cell(call: Callable[..., Any], tmp_path: Path) -> None:
     words += ["--model", "nano-llama", "--budget", "100%", "--out", str(tmp_path / "out")]
     assert "has nobody to judge; set judge.judge to" in call(*words).reason
     with running(says(longer)) as server:
-        words += ["--set", f"judge.judge={server.url}", "--set", "judge.model=j"]
+        nobody = [*words, "--set", f"judge.judge={server.url}"]
+        assert "names a server and no model; set judge.model" in call(*nobody).reason
+    words += ["--set", "judge.model=j"]
+    away = call(*words, "--set", f"judge.judge={server.url}").reason
+    assert "cannot be reached" in away and not (tmp_path / "out").exists()
+    with running(says(longer)) as server:
+        words += ["--set", f"judge.judge={server.url}"]
         assert call(*words).code == 0
     result = json.loads(next((tmp_path / "out").glob("*/result.json")).read_text())
     (row0, row1) = result["extra_matrices"]["judged"]

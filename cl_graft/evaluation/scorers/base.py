@@ -269,6 +269,13 @@ def needs_of(scenario: Scenario) -> list[tuple[str, Needs]]:
     return list(dict.fromkeys((scorer.name, scorer.needs) for scorer in scorers))
 
 
+def judges_of(scenario: Scenario) -> list[str]:
+    """Addresses of the servers that judge answers of its tasks, once each."""
+    tasks = scenario.tasks + ((scenario.general,) if scenario.general else ())
+    told = [described(s)["identity"].get("judge") for task in tasks for s in task.scorings]
+    return list(dict.fromkeys(w["url"] for w in told if isinstance(w, Mapping) and "url" in w))
+
+
 def judge_of(scoring: Scoring) -> Scoring | None:
     """The scoring that judges an answer in words: itself, or the one named in its place; None where there is none."""
     scorer, _ = _found(scoring)
