@@ -214,7 +214,7 @@ def test_a_plan_draws_no_answers_and_counts_what_terms_hold(tmp_path, nano, monk
     assert all([s.rows for s in stages] == [48, 48] for stages in of.values())
     held = {name: [s.memory.terms for s in stages] for name, stages in of.items()}
     assert all(x > 0 and x % (4 * 4 * 8 * 224) == 0 for x in held["dft"]), "logits"
-    tokens = [x - 4 * 63_216 - 8 for x in held["sdft"]]
+    tokens = [x - 4 * 63_216 for x in held["sdft"]]
     assert all(x > 0 and x % (4 * 48) == 0 for x in tokens)
     assert all(x > 0 and x % (3 * 8 * 48) == 0 for x in held["lamol"])
     nano[0].config.save_pretrained(tmp_path / "model")

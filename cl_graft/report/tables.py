@@ -32,6 +32,7 @@ from cl_graft.report.aggregate import (
 )
 from cl_graft.report.orders import over_orders
 from cl_graft.report.protocols import PARTS, PROTOCOLS, WHO, Cell, distinct, held, part, protocol
+from cl_graft.report.quoted import quoted
 from cl_graft.report.routing import accuracy, confusion_csv, confusion_tables, inferred
 from cl_graft.report.table import UNMEASURED, Table, show, write_atomic
 from cl_graft.report.unlearning import unlearning
@@ -229,6 +230,8 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
             unlearning(members), members[0].get("unlearning") or [], strict=False
         ):
             written += table.write(Path(folder) / f"{slug}-{turn['task']}")
+        for table in quoted(members):
+            written += table.write(Path(folder) / f"{slug}-quoted")
         tables = matrices(members)
         columns = max((table.columns for table in tables), key=len)
         joined = [

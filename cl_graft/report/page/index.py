@@ -18,6 +18,7 @@ from cl_graft.report.page import rows
 from cl_graft.report.page.template import render as fill
 from cl_graft.report.protocols import PROTOCOLS, Cell
 from cl_graft.report.provenance import commands
+from cl_graft.report.quoted import quoted
 from cl_graft.report.routing import ACCURACY_NOTE, confusion_tables, inferred
 from cl_graft.report.significance import NOTE, RankedLine
 from cl_graft.report.statistics import Interval
@@ -141,6 +142,7 @@ def _group(
             *kl_to_base(cells),
             *matrices(cells),
             *confusion_tables(cells),
+            *quoted(cells),
         ],
         "moved": any(map(measured, cells)),
         "pages": {
