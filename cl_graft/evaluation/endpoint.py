@@ -156,7 +156,7 @@ class Endpoint:
         return answer.status_code, received.decode(errors="replace")
 
     def _headers(self) -> dict[str, str]:
-        """With the token, if there is one, for a server of this machine or one that nobody reads along with."""
+        """Headers of a request: a token, if there is one, goes to this machine's servers and over https alone."""
         token = os.environ.get(KEY)
         parts = urlsplit(self.url)
         private = parts.scheme == "https" or _is_here(parts.hostname or "")
