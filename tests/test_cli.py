@@ -297,6 +297,8 @@ KEYS = {
         "routing",
         "routing_accuracy",
         "overhead",
+        "kl_to_base",
+        "unlearning",
         "budgeted",
         "notes",
     ),
@@ -332,7 +334,7 @@ def test_report_writes_tables_and_figures(finished: Finished, call: Call, tmp_pa
     written = {f.name: f for f in (tmp_path / "published").iterdir()}
     kinds = {".csv", ".html", ".json", ".md", ".png", ".svg", ".tex"}
     assert {f.suffix for f in written.values() if f.is_file()} == kinds
-    assert len({n.partition("pct-")[2] for n in written if n.endswith(".png")}) == 5
+    assert len({n.partition("pct-")[2] for n in written if n.endswith(".png")}) == 6
     assert str(written["index.html"]) in "".join(done.out.split())
     assert all(f.read_bytes().startswith(b"\x89PNG") for n, f in written.items() if n[-3:] == "png")
     (ranking,) = (f for n, f in written.items() if n.endswith("ranking.csv"))
