@@ -20,8 +20,8 @@ from cl_graft.transfer.fusion import itself, rows_of, sources, term, untaught
 
 
 class fusechat(Strategy):
-    """Of each source whose logits are stored beside a task's rows (`transfer build --logits 10`, then `--train-on`) a
-    student is trained from the base on these rows: the loss is (1 - weight) CE(answer) + weight CE(fused), where
+    """A student of each source whose logits are stored beside a task's rows (`transfer build --logits 10`, then
+    `--train-on`) is trained from the base on these rows: the loss is (1 - weight) CE(answer) + weight CE(fused), where
     `fused` is what the source or the base says, whichever finds the row's answer likelier.
 
     Vocabularies are mapped by how often tokens lie beside each other. The students of a task are merged by `sce`, and

@@ -110,7 +110,7 @@ class Aligner:
         self._costs: dict[str, np.ndarray] = {}
 
     def __call__(self, source: Sequence[int], target: Sequence[int]) -> list[list[int]]:
-        """For each token of `target` the places in `source` that it is laid beside, in order."""
+        """List the places in `source` that each token of `target` is laid beside, in order."""
         for token in source:
             if (text := self.source[token]) not in self._costs:
                 self._costs[text] = self._table.costs(text)

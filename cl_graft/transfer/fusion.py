@@ -211,7 +211,7 @@ def answers_of(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[list[int]
 
 
 def chosen(taught: Sequence[Taught]) -> list[int]:
-    """For each row the number of the teacher that finds its answer likeliest (MinCE); of equal ones the first."""
+    """Number, for each row, the teacher that finds its answer likeliest (MinCE); of equal ones the first."""
     every = zip(*(one.nll for one in taught), strict=True)
     return [min(range(len(taught)), key=nll.__getitem__) for nll in every]
 

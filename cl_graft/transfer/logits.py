@@ -113,16 +113,18 @@ def say(
 def write(path: Path, said: Said, source: str, asked: str) -> None:
     """Write the file whole or not at all. asked: a digest of what was asked of whom."""
     tensors = {name: getattr(said, name).contiguous() for name in TENSORS}
-    known = json.dumps({str(i): text for i, text in sorted(said.texts.items())})
-    write_bytes(path, save(tensors, {"source": source, "asked": asked, "texts": known}))
+    known = {str(i): text for i, text in sorted(said.texts.items())}
+    # one entry, since safetensors (0.8) writes several in another order each time
+    about = {"about": json.dumps({"source": source, "asked": asked, "texts": known})}
+    write_bytes(path, save(tensors, about))
 
 
 def asked_of(path: Path) -> str | None:
     """The digest that a file was written with; None where there is none, or none that can be read."""
     try:
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("asked")
-    except (OSError, SafetensorError):
+            return json.loads(file.metadata()["about"])["asked"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 
@@ -130,9 +132,9 @@ def read(path: Path) -> Said:
     """Read what `write` wrote. Raises RecordError for a file that is none."""
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata()
+            about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in TENSORS}
-        known = {int(i): text for i, text in json.loads(about["texts"]).items()}
+        known = {int(i): text for i, text in about["texts"].items()}
         return Said(**tensors, texts=known, source=about["source"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RecordError(

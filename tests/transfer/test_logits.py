@@ -76,9 +76,11 @@ def test_a_build_stores_them_for_every_source_and_goes_on_after_a_kill(
         assert len(said.nll) == len(train)
     told = read_logits(out)
     assert told and told.folder == out
-    files[1].unlink()
+    files[1].write_text("no tensors")
     with pytest.raises(RecordError, match="is not as the build left it"):
         read_logits(out)
+    with pytest.raises(RecordError, match="by `cl-graft transfer build --logits`"):
+        logits.read(files[1])
     stamp = files[0].stat().st_mtime_ns
     assert call(*words, "--logits", 4).code == 0
     assert {file: file.read_bytes() for file in files} == first and read_logits(out) == told
