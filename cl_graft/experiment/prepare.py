@@ -172,7 +172,7 @@ def scenario_of(config: RunConfig) -> Scenario:
         if owner not in used:
             known = [name, config.short(config.strategy), *sorted(used)]
             raise UnknownName("scenario, strategy or scorer of this cell", owner, known)
-    scenario = _trained_on(scenario, config.train_on)
+    scenario = _trained_on(scenario, config.trained_on)
     check_texts(scenario)
     return scenario
 
