@@ -13,7 +13,7 @@ from cl_graft.skillpack.compress.policy import Paper
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.composed import compose
 from cl_graft.strategy import Context, Strategy
-from cl_graft.strategy.graftllm import packed
+from cl_graft.strategy.graftllm import packed, possible
 from cl_graft.task import Task
 from cl_graft.training.delta import Delta
 from cl_graft.transfer.fusion import itself, rows_of, sources, term, untaught
@@ -37,6 +37,10 @@ class fusechat(Strategy):
         super().__init__(**given)
         # a reference of any size, or packs like others
         self.budgeted = self.options["pack"]
+
+    def check(self, context: Context, *, pack: bool, **options) -> None:
+        if pack:
+            possible(context, Paper())
 
     def learn(
         self,

@@ -8,7 +8,7 @@ from cl_graft.ranges import Rest
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.compress.policy import Paper
 from cl_graft.strategy import Context, Strategy
-from cl_graft.strategy.graftllm import packed
+from cl_graft.strategy.graftllm import packed, possible
 from cl_graft.task import Task
 from cl_graft.transfer.fusion import itself, rows_of, sources, term, untaught
 
@@ -31,6 +31,10 @@ class fusellm(Strategy):
         # a reference of any size, or a pack like others
         self.budgeted = self.options["pack"]
         self.taught = {}
+
+    def check(self, context: Context, *, pack: bool, **options) -> None:
+        if pack:
+            possible(context, Paper())
 
     def before_learning(self):
         return []

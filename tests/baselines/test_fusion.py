@@ -13,6 +13,7 @@ import torch
 
 from cl_graft import plugins
 from cl_graft.config import RunConfig
+from cl_graft.errors import OverBudget
 from cl_graft.experiment import cell
 from cl_graft.experiment.identity import inputs
 from cl_graft.models import embedded, mini_gpt2
@@ -128,6 +129,8 @@ def test_a_pack_in_place_of_the_whole_delta_keeps_the_budget(build, scenario, na
     learn(strategy, scenario)
     assert strategy.budgeted
     assert all(0 < pack.nbytes <= strategy.budget.bytes for pack in strategy.packs)
+    with pytest.raises(OverBudget, match="holds not even what the policy must keep"):
+        build(name, budget="5%", pack=True).require_possible()
 
 
 def test_dpo_follows_without_a_teacher(build, scenario):

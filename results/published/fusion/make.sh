@@ -6,7 +6,7 @@
 # and of what: ARRANGEMENTS, of `experts` (each task from the source that is good at it) and counts (of the SOURCES, so
 # many first ones, all for every task); KINDS, of `sft` and `dpo`, which is SFT, then DPO.
 set -euo pipefail
-work=${1:-results/fusion-study} published=$(dirname "$0")
+published=$(realpath "$(dirname "$0")") work=$(realpath -m "${1:-results/fusion-study}")
 read -ra seeds <<<"${SEEDS:-0 1 2 3 4}"
 limit=${LIMIT:-1500} steps=${STEPS:-160} test=${TEST:-200} target=${TARGET:-mini-llama} workers=${WORKERS:-2}
 arrangements=${ARRANGEMENTS:-experts 1 2 3 4} kinds=${KINDS:-sft dpo}
@@ -19,11 +19,13 @@ one=${BUDGET:-5} all=$((${BUDGET:-5} * ${#tasks[@]}))
 joined() { local IFS=,; echo "$*"; }
 
 for arrangement in $arrangements; do
+  mkdir -p "$work/$arrangement"
+  cd "$work/$arrangement" # so that tables say data/math-{seed}, and no more
   train=()
   for n in "${!tasks[@]}"; do
     from=("${experts[n]}")
     [[ $arrangement == experts ]] || from=("${sources[@]:0:arrangement}")
-    task=${tasks[n]} data=$work/data/$arrangement-${tasks[n]}
+    task=${tasks[n]} data=data/${tasks[n]}
     for seed in "${seeds[@]}"; do
       cl-graft transfer build "${from[@]/#/--source=}" --prompts "mini/$task" --task "mini/$task" --samples 4 \
         --temperature 1.5 --limit "$limit" --seed "$seed" --logits 10 --allow-code-execution --out "$data-$seed"
@@ -31,13 +33,13 @@ for arrangement in $arrangements; do
     train+=(--train-on "$task=$data-{seed}")
   done
   for kind in $kinds; do
-    out=$work/$arrangement-$kind dpo=$([[ $kind == dpo ]] && echo true || echo false)
+    dpo=$([[ $kind == dpo ]] && echo true || echo false)
     sweep() {
       cl-graft sweep --scenarios mini --models "$target" --seeds "$(joined "${seeds[@]}")" --workers "$workers" \
         --set mini.tasks='"'"$(joined "${tasks[@]}")"'"' --set mini.steps="$steps" --set mini.test_size="$test" \
         --set mini.learning_rate=1e-3 --set mini.dpo="$dpo" --set mini.dpo_learning_rate=1e-5 \
         --set mini.dpo_beta=1.0 --set mini.dpo_length_normalised=true \
-        --allow-code-execution --wandb off "${train[@]}" --out "$out" "$@"
+        --allow-code-execution --wandb off "${train[@]}" --out "$kind" "$@"
     }
     # explicit: a pack a task, the task told, and inferred by a router
     sweep --strategies graftllm_adaptive,graftllm --budgets "$one%" --task-ids given,inferred
@@ -46,9 +48,13 @@ for arrangement in $arrangements; do
     sweep --strategies fusellm --budgets "$all%" --set fusellm.pack=true
     # of any size
     sweep --strategies individual,joint,fusellm,fusechat,sce,ties
-    cl-graft report "$out"
-    for table in "$out"/report/*-ranking.md "$out"/report/*-budgets.md "$out/report/provenance.md"; do
-      [[ -e $table ]] && cp "$table" "$published/$arrangement-$kind-${table##*-}"
+    cl-graft report "$kind"
+    for table in "$kind"/report/{*-budgets.md,*-budgets.csv,overview.md,provenance.md}; do
+      cp "$table" "$published/$arrangement-$kind-${table##*[-/]}"
+    done
+    for table in "$kind"/report/*-ranking.md; do
+      budget=$(sed -n '1s/.*budget \([0-9.]*\)%.*/\1/p' "$table")
+      cp "$table" "$published/$arrangement-$kind-ranking-${budget}pct.md"
     done
   done
 done
