@@ -7,7 +7,7 @@ WORKERS ?= 0
 
 STRATEGIES = sequential,lora,model_grafting,model_tailor,svd_quant,graftllm,graftllm_adaptive,individual
 
-.PHONY: demo test test-fast check docs env oldest
+.PHONY: demo test test-fast check docs readme env oldest
 
 # The strategies on the embedded scenario. The model writes programs there, and they are run in the sandbox.
 demo: env
@@ -27,6 +27,10 @@ check: env
 # The documentation as a site, in build/site; nothing in it is fetched from elsewhere.
 docs: env
 	$(BIN)/python -m mkdocs build --strict
+
+# What is known of each strategy, into README's table of them.
+readme: env
+	$(BIN)/python -m tests.strategies_table
 
 env: $(VENV)/.complete
 

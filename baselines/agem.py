@@ -12,7 +12,7 @@ from torch import Tensor
 from cl_graft.ranges import Count
 from cl_graft.strategy import Context, Kept, Strategy
 from cl_graft.strategy.kept import Tensors
-from cl_graft.strategy.memory import MEMORY, Memory, some, tokens
+from cl_graft.strategy.memory import MEMORY, Memory, gradients, some, tokens
 from cl_graft.task import Task
 from cl_graft.training.config import sft_job
 from cl_graft.training.term import Term
@@ -49,7 +49,7 @@ class agem(Strategy):
 
 def project(
     model: Any,
-    gradients: dict[str, Tensor],
+    found: dict[str, Tensor],
     state: dict[str, Tensor],
     step: int,
     *,
@@ -59,12 +59,10 @@ def project(
     """Take from the gradients what points against the reference, in place. state: the memory's tokens."""
     everyone = range(len(state["input_ids"]))
     rows = Random(f"{seed}/{step}").sample(everyone, min(batch, len(everyone)))
-    parameters = dict(model.named_parameters())
-    loss = model(**some(state, rows), use_cache=False).loss
-    reference = torch.autograd.grad(loss, [parameters[n] for n in gradients], allow_unused=True)
+    reference = gradients(model, some(state, rows), found)
     pairs = [
         (g, r.to(g.dtype))
-        for g, r in zip(gradients.values(), reference, strict=True)
+        for g, r in zip(found.values(), reference.values(), strict=True)
         if r is not None
     ]
     inner = torch.stack([(g * r).sum() for g, r in pairs]).sum()

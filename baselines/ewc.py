@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from cl_graft.ranges import Count, NotNegative
+from cl_graft.ranges import Count, NotNegative, Strength
 from cl_graft.skillpack.codecs.exact import exact, original, unknown
 from cl_graft.strategy import Context, Kept, Strategy
 from cl_graft.strategy.fisher import fisher
@@ -36,7 +36,7 @@ class ewc(Strategy):
         task: Task,
         context: Context,
         *,
-        weight: NotNegative = 1e4,
+        weight: Annotated[NotNegative, Strength(1e2, 1e3, 1e4, 1e5, 1e6)] = 1e4,
         samples: Count = 100,
         variant: Literal["online", "separate"] = "online",
         gamma: NotNegative = 1.0,

@@ -22,7 +22,7 @@ class gradient_ascent(Strategy):
     """
 
     keeps = "latest"
-    terms = ("penalty",)
+    terms = ("loss",)
     budgeted = False
 
     def learn(
@@ -34,16 +34,16 @@ class gradient_ascent(Strategy):
     def unlearn(
         self, task: Task, context: Context, *, unlearning_rate_scale: float
     ) -> dict[str, Encoded]:
-        turned = [Term.penalty(penalty, logits=True)]
+        turned = [Term.loss(loss, logits=True)]
         return context.dense(self.fine_tune(faster(task, unlearning_rate_scale), context, turned))
 
     # by the recipe alone until something is unlearned, so that its stages are those of `sequential`
     learn.pure = True
 
 
-def penalty(model: Any, batch: dict[str, Tensor], output: Any, state: dict[str, Tensor]) -> Tensor:
-    """Minus twice the loss, mean over the answer tokens of a step: with the loss itself, minus the loss."""
+def loss(model: Any, batch: dict[str, Tensor], output: Any, state: dict[str, Tensor]) -> Tensor:
+    """Minus SFT's loss: the mean log-likelihood of the answer tokens of a step."""
     labels = batch["labels"][:, 1:]
     asked = labels != -100
     right = output.logits[:, :-1][asked].float().log_softmax(-1).gather(-1, labels[asked][:, None])
-    return 2 * right.sum() / batch["tokens"]
+    return right.sum() / batch["tokens"]

@@ -9,10 +9,12 @@ of attention and MLP apart. Values are in 16 bit, vectors are kept so as a whole
 what is left is left out.
 """
 
+from typing import Annotated
+
 import torch
 
 from cl_graft.budget import largest_within
-from cl_graft.ranges import NotNegative, Rest
+from cl_graft.ranges import NotNegative, Rest, Strength
 from cl_graft.skillpack.codecs import dense, dense_spec, sparse_low_rank, sparse_low_rank_spec
 from cl_graft.skillpack.compress.factorise import spectrum
 from cl_graft.skillpack.compress.singular import singular
@@ -36,7 +38,13 @@ def least(context):
 
 
 @compressor(keeps="per_task", check=least)
-def impart(delta, context, *, pruned: Rest = 0.8, exponent: NotNegative = 0.5):
+def impart(
+    delta,
+    context,
+    *,
+    pruned: Annotated[Rest, Strength(0.2, 0.4, 0.6, 0.8, 0.9)] = 0.8,
+    exponent: NotNegative = 0.5,
+):
     """pruned: share of the ranks that is dropped whatever the budget, as the paper's beta. exponent: the paper's C, of
     the singular value's share of the first.
     """

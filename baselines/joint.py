@@ -10,9 +10,7 @@ class joint(Strategy):
 
     keeps = "latest"
     budgeted = False
-
-    def before_learning(self):
-        return []
+    start = "base"
 
     def learn(self, task, context):
         seen = self.scenario.tasks[: len(self.packs) + 1]

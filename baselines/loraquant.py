@@ -8,10 +8,10 @@ the factors, which lower the quantised product's error before they are rounded, 
 bit.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from cl_graft.budget import largest_within
-from cl_graft.ranges import Count, Part
+from cl_graft.ranges import Count, Part, Strength
 from cl_graft.skillpack.codecs import dense, dense_spec, sign_low_rank, sign_low_rank_spec
 from cl_graft.skillpack.codecs.quant import round_to_nearest
 from cl_graft.skillpack.compress.factorise import rank_for_energy, spectrum
@@ -33,7 +33,7 @@ def loraquant(
     delta,
     context,
     *,
-    ratio: Part = 0.9,
+    ratio: Annotated[Part, Strength(0.5, 0.7, 0.8, 0.9, 0.95)] = 0.9,
     rank: Count | None = None,
     bits: Literal[2, 3] = 2,
     group_size: Count = 128,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from cl_graft.ranges import Positive, Rest
+from cl_graft.ranges import Positive, Rest, Strength
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.strategy import Context, Strategy
 from cl_graft.task import Task
@@ -28,10 +28,15 @@ class lwf(Strategy):
     budgeted = False
 
     def learn(
-        self, task: Task, context: Context, *, alpha: Rest = 0.5, temperature: Positive = 2.0
+        self,
+        task: Task,
+        context: Context,
+        *,
+        alpha: Annotated[Rest, Strength(0.1, 0.3, 0.5, 0.7, 0.9)] = 0.5,
+        temperature: Positive = 2.0,
     ) -> dict[str, Encoded]:
-        """alpha: the loss is that of (1 - alpha) CE + alpha KL, divided by 1 - alpha; .5 (EasyCL's) is the paper's
-        lambda_o = 1. temperature: the paper's and EasyCL's."""
+        """alpha: the loss is that of (1 - alpha) CE + alpha T^2 KL, divided by 1 - alpha; .5 is EasyCL's. The paper
+        has no T^2: its lambda_o = 1 is alpha = 1 / (1 + T^2), 0.2 at T = 2. temperature: the paper's and EasyCL's."""
         terms = []
         if self.packs:
             old = {name: p.detach().clone() for name, p in self.model.named_parameters()}

@@ -10,11 +10,11 @@ trained from the base, and each delta is kept.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
-from cl_graft.ranges import Positive
+from cl_graft.ranges import Positive, Strength
 from cl_graft.skillpack.codecs import decode, dense
 from cl_graft.skillpack.live.composed import compose
 from cl_graft.strategy import Kept, Strategy
@@ -37,7 +37,7 @@ class magmax(Strategy):
         context: Context,
         *,
         convention: Literal["sequential", "independent"] = "sequential",
-        scale: Positive = 0.5,
+        scale: Annotated[Positive, Strength(0.2, 0.35, 0.5, 0.7, 1.0)] = 0.5,
     ) -> Kept:
         own = context.dense(self.fine_tune(task, context))
         if self.keeps == "merged":

@@ -9,11 +9,11 @@ here a step is the same however it is cut.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from cl_graft.ranges import Count, NotNegative, Positive, Rest
+from cl_graft.ranges import Count, NotNegative, Positive, Rest, Strength
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.strategy import Strategy
 from cl_graft.strategy.context import Context
@@ -54,7 +54,7 @@ class o_lora(Strategy):
         task: Task,
         context: Context,
         *,
-        lambda_1: NotNegative = 0.5,
+        lambda_1: Annotated[NotNegative, Strength(0.02, 0.1, 0.5, 2.5, 12.5)] = 0.5,
         lambda_2: NotNegative = 0.0,
         rank: Count | None = None,
         alpha_over_rank: Positive = 4.0,

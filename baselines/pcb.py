@@ -12,11 +12,12 @@ The delta, unscaled, is the shared artefact `vector`, bf16, made anew after each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from cl_graft.ranges import Part, Positive
+from cl_graft.ranges import Part, Positive, Strength
 from cl_graft.skillpack.codecs import decode, dense, exact, original
 from cl_graft.skillpack.live.composed import compose
 from cl_graft.strategy import Kept, Strategy
@@ -51,7 +52,7 @@ class pcb(Strategy):
         task: Task,
         context: Context,
         *,
-        density: Part = 0.1,
+        density: Annotated[Part, Strength(0.02, 0.05, 0.1, 0.2, 0.5)] = 0.1,
         scale: Positive | None = None,
     ) -> Kept:
         own = context.dense(self.fine_tune(task, context))

@@ -6,9 +6,11 @@ erased, and those left are averaged by the coefficients. Nothing is known of oth
 sum of zero counts as positive; there the share selected is of the entries that vary at all.
 """
 
+from typing import Annotated
+
 import torch
 
-from cl_graft.ranges import Part
+from cl_graft.ranges import Part, Strength
 from cl_graft.strategy import merger
 
 # entries at a time, of which several copies are held
@@ -16,7 +18,7 @@ PART = 1 << 20
 
 
 @merger
-def sce(deltas, *, density: Part = 0.1):
+def sce(deltas, *, density: Annotated[Part, Strength(0.02, 0.05, 0.1, 0.2, 0.5)] = 0.1):
     """density: share of a parameter's entries that are selected; the paper's 10 %.
 
     It is of all entries, and entries that tie with the last one are selected, too: where the tasks agree everywhere,

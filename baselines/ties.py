@@ -1,8 +1,10 @@
 """TIES-merging: trim, elect a sign, average what agrees (Yadav et al. 2023, arXiv 2306.01708)."""
 
+from typing import Annotated
+
 import torch
 
-from cl_graft.ranges import Part, Positive
+from cl_graft.ranges import Part, Positive, Strength
 from cl_graft.strategy import merger
 
 # Entries at a time, of which several copies are held. A power of two: torch sums the last few columns of a tensor in
@@ -42,7 +44,13 @@ def _of_rank(counts, rank):
 
 
 @merger(statistic=threshold, grid={"scale": GRID})
-def ties(deltas, thresholds, *, density: Part = 0.2, scale: Positive | None = None):
+def ties(
+    deltas,
+    thresholds,
+    *,
+    density: Annotated[Part, Strength(0.05, 0.1, 0.2, 0.4, 0.8)] = 0.2,
+    scale: Positive | None = None,
+):
     """density: share of each task's entries kept by magnitude, over all tensors; the paper's 20 %.
 
     scale: factor on the result; None chooses it among 0.8, 0.9, ..., 2.5 by the loss on the validation data of all

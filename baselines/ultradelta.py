@@ -10,12 +10,12 @@ of their deltas over the task's own; tasks come one after another here, and of o
 the user.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from cl_graft.budget import largest_within
-from cl_graft.ranges import Positive, Share
+from cl_graft.ranges import Positive, Share, Strength
 from cl_graft.skillpack.codecs import sparse_codebook, sparse_codebook_spec
 from cl_graft.strategy import compressor
 
@@ -30,7 +30,7 @@ def ultradelta(
     *,
     bits: Literal[1, 2, 3, 4, 5, 6, 7, 8] = 4,
     step: Share = 0.01,
-    factor: Positive = 1.0,
+    factor: Annotated[Positive, Strength(0.5, 0.7, 1.0, 1.4, 2.0)] = 1.0,
 ):
     """bits: of a value. step: of the sparsity between thirds. factor: on all that is left, beside 1 / (1 - target)."""
     tensors = {n: Grouped(x, bits, context.seed_of(n)) for n, x in delta.items() if x.any()}

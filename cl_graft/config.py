@@ -27,7 +27,9 @@ from cl_graft.errors import UnknownName
 PLAIN = re.compile(r"[A-Za-z0-9.-]+(_[A-Za-z0-9.-]+)*")  # what a folder's name shows as it is
 # Told by every cell. A field that came later is told where it is set, so that the cells before it keep their names.
 FIRST = ("scenario", "strategy", "model", "seed", "budget", "options", "threads", "train_on")
+SOURCES = (".py", ".yaml", ".yml")  # what the file of a plug-in of the user's may be called
 HINT = 40  # characters of a folder's name that say of which options it is
+CELL = ("options", "tuned")  # fields of a cell that a sweep says in other ways
 SHOWN = ("scenario", "strategy", "model", "seed", "budget")  # each has a part of a cell's name
 
 
@@ -133,10 +135,29 @@ class Launch(Frozen):
     )
 
 
+class Tuned(Frozen):
+    """What a preset sets in a cell, or what a trial of `cl-graft tune` tries.
+
+    options: of the strategy, below those that were given. learning_rate_scale: times the learning rates of recipes.
+    protocol: of a preset, how the two were found. first: of a trial, how many tasks of the stream it learns, on whose
+    validation it is scored; 0 is no trial.
+    """
+
+    options: dict[str, Any] = {}
+    learning_rate_scale: float = Field(default=1.0, gt=0)
+    protocol: str = ""
+    first: int = Field(default=0, ge=0)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All that was tuned, by name."""
+        return {"learning_rate_scale": self.learning_rate_scale, **self.options}
+
+
 class Axes(Frozen):
     """What decides a cell's result and is a list in a sweep, whose cells are all combinations."""
 
-    scenario: str = Field(description="Name, or path of a .py file.")
+    scenario: str = Field(description="Name, or path of a .py or .yaml file.")
     strategy: str = Field(description="Name, or path of a .py file.")
     model: str = Field(
         default="mini-llama", description="Embedded model's name, local folder, or hub id."
@@ -167,6 +188,12 @@ class Settings(Frozen):
         description="SCORER.OPTION=VALUE, over the options that the scenario gives its scorers.",
         examples=[{"number.tolerance": 0.01}],
     )
+    general: Annotated[list[str], BeforeValidator(listed)] = Field(
+        default=[],
+        title="task of lm-eval",
+        description="General ability by tasks of lm-eval: NAME or FILE.yaml, as hellaswag:acc_norm@200.",
+        examples=[["gsm8k", "hellaswag:acc_norm@200", "tasks/mine.yaml"]],
+    )
     router: str = Field(
         default="ridge",
         description="Name, or path of a .py file, of what infers the task where task_ids is inferred.",
@@ -177,6 +204,30 @@ class Settings(Frozen):
         description="OPTION=VALUE of the router.",
         examples=[{"regularisation": 0.01}],
         json_schema_extra={"when": {"task_ids": "inferred"}},
+    )
+    router_top_k: int = Field(
+        default=1,
+        ge=1,
+        description="Packs that answer a prompt: the likeliest, as many as there are.",
+        json_schema_extra={"when": {"task_ids": "inferred"}},
+    )
+    router_combine: Literal["ensemble", "merge"] = Field(
+        default="ensemble",
+        description="How several packs answer: mean probabilities of a pass each, or one weighted merge.",
+        json_schema_extra={"when": {"task_ids": "inferred"}},
+    )
+    router_reject: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the tasks' own prompts that may go to the base, as out-of-stream ones do; 0: none.",
+        json_schema_extra={"when": {"task_ids": "inferred"}},
+    )
+
+    preset: str | None = Field(
+        default=None,
+        description="Options found by `cl-graft tune`: tuned, those published here, or the folder of yours.",
+        examples=["tuned"],
     )
 
 
@@ -223,10 +274,11 @@ class Whereabouts(Frozen):
 class RunConfig(Whereabouts, Settings, Axes):
     """One cell: scenario x strategy x model x seed x budget, with options.
 
-    options: {scenario or strategy name: {option: value}}.
+    options: {scenario or strategy name: {option: value}}. tuned: what the preset says of this cell.
     """
 
     options: dict[str, dict[str, Any]] = {}
+    tuned: Tuned | None = None
 
     @property
     def store(self) -> Path:
@@ -244,11 +296,12 @@ class RunConfig(Whereabouts, Settings, Axes):
     @staticmethod
     def short(name: str) -> str:
         """A plugin's name; for a plugin given as a file, the file's stem."""
-        return Path(name).stem if name.endswith(".py") else name
+        return Path(name).stem if name.endswith(SOURCES) else name
 
     def experiment(self) -> dict[str, Any]:
         """The fields that decide the result, as JSON holds them."""
-        return self.model_dump(mode="json", include={*FIRST, *self._set()})
+        tuned = {"tuned"} if self.tuned else set()
+        return self.model_dump(mode="json", include={*FIRST, *self._set(), *tuned})
 
     def _set(self) -> dict[str, Any]:
         """The fields that decide the result, differ from their defaults, and have no part of a cell's name."""
@@ -274,14 +327,22 @@ class RunConfig(Whereabouts, Settings, Axes):
         """The strategy with the options that were set, and what else tells its cells apart, as tables show it."""
         more: dict[str, Any] = {}
         for name, value in self._set().items():
+            if name == "general":  # what is measured, not by what
+                continue
+            value = Path(value).name if name == "preset" else value
             several = value if isinstance(value, dict) else {"": value}
             more |= {f"{name}.{key}".rstrip("."): part for key, part in several.items()}
+        if self.tuned and self.tuned.first:
+            more |= self.tuned.values
         return self._with_options(self.short(self.strategy), more)
 
     @property
     def scenario_label(self) -> str:
-        """The scenario with the options that were set."""
-        return self._with_options(self.short(self.scenario), {})
+        """The scenario with the options that were set; of a trial, what of it that is scored on."""
+        measured = {"general": ",".join(self.general)} if self.general else {}
+        told = self._with_options(self.short(self.scenario), measured)
+        first = self.tuned.first if self.tuned else 0
+        return f"{told}, validation of the first {first}" if first else told
 
     def _with_options(self, name: str, more: dict[str, Any]) -> str:
         told = [*sorted(self.options.get(name, {}).items()), *sorted(more.items())]
@@ -316,7 +377,8 @@ class RunConfig(Whereabouts, Settings, Axes):
 
     def _hints(self, options: dict[str, Any]) -> list[str]:
         """What a person reads of the digest in a folder's name: the strategy's options, as many as are short."""
-        told = [f"{k}-{v}" for k, v in sorted(options.items())]
+        trial = self.tuned.values if self.tuned and self.tuned.first else {}
+        told = [f"{k}-{v}" for k, v in sorted((options | trial).items())]
         told += [self.task_ids] if self.task_ids != "given" else []
         plain = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(told))[:HINT].strip("-.")
         return [plain] if plain else []

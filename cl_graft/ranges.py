@@ -12,6 +12,7 @@ import operator
 import types
 import typing
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache, reduce
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -27,7 +28,27 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(gt=0, le=1)]  # a share that is not nothing
 Rest = Annotated[float, Field(ge=0, lt=1)]  # a share that is not all, as dropout is
 
+
+@dataclass(frozen=True, init=False)
+class Strength:
+    """Annotation of the one option that a method's effect hangs on most: the values that tuning tries, in order.
+
+    `weight: Annotated[NotNegative, Strength(1e2, 1e3, 1e4)] = 1e3` says all that `cl-graft tune` needs to know.
+    """
+
+    values: tuple[float, ...]
+
+    def __init__(self, *values: float):
+        object.__setattr__(self, "values", values)
+
+
 BOUNDS = ("ge", "gt", "le", "lt")
+
+
+def strength_of(kind: Any) -> tuple[float, ...]:
+    """The values of a `Strength` in an annotation, or none."""
+    told = [known for part in _parts(kind, Annotated) for known in get_args(part)[1:]]
+    return next((known.values for known in told if isinstance(known, Strength)), ())
 
 
 def fits(value: Any, wanted: Any) -> bool:

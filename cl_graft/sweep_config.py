@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
-from cl_graft import plugins
+from cl_graft import plugins, presets
 from cl_graft.budget import Budget
 from cl_graft.config import (
     Axes,
@@ -103,7 +103,7 @@ class Sweep(Whereabouts, Settings, Lists):
     def cells(self) -> list[RunConfig]:
         """The cells, each once, in the order given, seeds outermost so that early results compare all strategies.
 
-        Raises CLGraftError for a budget that is none, and for a name or an option that there is none of.
+        Raises CLGraftError for a budget that is none, and for a name, an option or a preset that there is none of.
         """
         for text in self.budgets:  # costs less to check than options
             Budget(text, 10**9)
@@ -117,7 +117,7 @@ class Sweep(Whereabouts, Settings, Lists):
             for kind in PLUGINS:
                 values[kind], own = values[kind]
                 options |= _owned(values[kind], own)
-            config = RunConfig(**values, options=options, **shared)
+            config = presets.applied(RunConfig(**values, options=options, **shared))
             by_name.setdefault(config.cell, config)
         return list(by_name.values())
 

@@ -130,6 +130,7 @@ class Task:
     score: the primary scorer, by name or as a Scoring; `also`: further ones, each with a matrix of its own.
     pairs: preference data made beforehand; without any, a recipe with a preference half samples from the model.
     validation: what methods choose their factors on, never trained on; `with_validation` says what there is without.
+    notes: sentences on its data, such as how many rows were left out and why; `cl-graft validate` tells them.
     unlearns: name of an earlier task of the stream that is to be forgotten in this one's turn; `train` is then what
     must go, with its prompts and answers.
     logits: what methods that distil are taught by, where the training rows have it (`transfer build --logits`).
@@ -144,6 +145,7 @@ class Task:
     training: Training = field(default_factory=Training)
     pairs: Sequence[Pair] = ()
     validation: Sequence[Example] = ()
+    notes: tuple[str, ...] = ()
     unlearns: str = ""
     logits: Logits | None = None
 

@@ -1,28 +1,20 @@
 """AG News, Amazon, SST-2, DBpedia, MNLI: the text-classification stream of O-LoRA's benchmark (arXiv 2310.14152).
 
-The answer is the label of the task's label set that the model finds most likely. DBpedia comes as a test
-file only and is split here by a fixed seed.
+The answer is the label of the task's label set that the model finds most likely. DBpedia is split here by a fixed seed
+where it comes as a test file only. Yelp, which has Amazon's labels, may be named in `tasks`, too.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from cl_graft.data import DataError, labels, records, sample
+from cl_graft.data import DataError, classification
 from cl_graft.errors import UnknownName
 from cl_graft.ranges import Count, Positive
-from cl_graft.task import Example, Scenario, Task, Training
+from cl_graft.task import Scenario, Training
 
-FOLDERS = {
-    "agnews": "cl_benchmark/TC/agnews",
-    "amazon": "cl_benchmark/SC/amazon",
-    "sst2": "cl_benchmark/SC/SST-2",
-    "dbpedia": "cl_benchmark/TC/dbpedia",
-    "mnli": "cl_benchmark/NLI/MNLI",
-}
-
+TASKS = ("agnews", "amazon", "sst2", "dbpedia", "mnli", "yelp")
 CHARACTERS = 320
-NO_CONSENSUS = "-"  # MNLI's mark for pairs on which its annotators did not agree; left out
 
 
 def text_classification(
@@ -40,45 +32,24 @@ def text_classification(
     """Options: tasks and their order, sizes of the sets, the SFT recipe (its defaults suit the embedded `text-llama`).
     A text is cut after 320 characters.
     """
-    training = Training(
-        steps=steps, batch=batch, learning_rate=learning_rate, max_length=max_length
+    names = tasks.split(",")
+    for name in names:
+        if name not in TASKS:
+            raise UnknownName("text-classification task", name, TASKS)
+    if data_dir is None:
+        raise DataError(
+            "text_classification reads O-LoRA's CL_Benchmark; give the folder that holds it with --data-dir."
+        )
+    made = classification.tasks(
+        names,
+        seed=seed,
+        data_dir=data_dir,
+        train_size=train_size,
+        test_size=test_size,
+        training=Training(
+            steps=steps, batch=batch, learning_rate=learning_rate, max_length=max_length
+        ),
+        characters=CHARACTERS,
+        whole=False,
     )
-
-    def task(name: str) -> Task:
-        if name not in FOLDERS:
-            raise UnknownName("text-classification task", name, FOLDERS)
-        options = tuple(labels(data_dir, f"{FOLDERS[name]}/labels.json"))
-        test = read(data_dir, f"{FOLDERS[name]}/test.json", options)
-        if name == "dbpedia":
-            shuffled = sample(test, len(test), "dbpedia split")
-            train, test = shuffled[:5000], shuffled[5000:]
-        else:
-            train = read(data_dir, f"{FOLDERS[name]}/train.json", options)
-        return Task(
-            name,
-            sample(train, train_size, f"train/{seed}/{name}"),
-            sample(test, test_size, f"test/{name}"),
-            score="choice",
-            also=("neg_bits_per_byte",),
-            training=training,
-        )
-
-    return Scenario("text_classification", tuple(task(name) for name in tasks.split(",")))
-
-
-def read(data_dir: Path | None, name: str, options: tuple[str, ...]) -> list[Example]:
-    """The examples of a file, a text once: the first of those that are alike once they are cut."""
-    examples: dict[str, Example] = {}
-    for number, row in enumerate(records(data_dir, name, {"sentence": str, "label": str}), 1):
-        if row["label"] == NO_CONSENSUS:
-            continue
-        if row["label"] not in options:
-            raise DataError(
-                f"{data_dir}/{name}, record {number} has label {row['label']!r}, which labels.json does not list."
-            )
-        text = " ".join(row["sentence"].split())[:CHARACTERS]
-        example = Example(
-            f"{text}\nLabel:", f" {row['label']}", choices=tuple(f" {o}" for o in options)
-        )
-        examples.setdefault(example.prompt, example)
-    return list(examples.values())
+    return Scenario("text_classification", made)

@@ -46,6 +46,8 @@ def _text(node: ast.expr) -> str:
 
 # {cure: the test that runs it, below tests/}
 TESTED: dict[str, str] = {
+    "cl_graft/presets.py: give {}, or the folder that --out of `cl-graft tune` named.": "test_tune.py::test_a_missing_preset_is_made_by_the_command_that_the_error_names",
+    "cl_graft/presets.py: make one by `{}`, and give --preset FOLDER.": "test_tune.py::test_a_missing_preset_is_made_by_the_command_that_the_error_names",
     "cl_graft/cli/pack.py: name the base with --base.": "skillpack/test_lossless_folders.py::test_inspect_and_diff",
     "cl_graft/skillpack/folders/apply.py: apply it without --dtype.": "skillpack/test_lossless_folders.py::test_the_commands",
     "cl_graft/skillpack/codecs/codec.py: put the pack, alone, on its base by Grafted or by `cl-graft pack apply`.": "skillpack/test_lossless_folders.py::test_the_commands",
@@ -65,6 +67,11 @@ TESTED: dict[str, str] = {
     "cl_graft/cli/sweep.py: --out names no folder that a sweep was begun in.": "test_sweep_options.py::test_resume_takes_the_sweep_from_the_folder_of_its_results",
     "cl_graft/cli/sweep.py: give --out alone, or leave out --resume.": "test_sweep_options.py::test_resume_takes_the_sweep_from_the_folder_of_its_results",
     "cl_graft/data/hub.py: give the data set's hub id or a folder that `datasets` reads, and log in where it asks for that.": "test_cures.py::test_a_folder_that_datasets_reads",
+    "cl_graft/data/stream_rows.py: mend the path, or give the folder that holds it with --data-dir.": "test_stream_file.py::test_a_data_set_s_folder_by_its_splits_and_from_the_data_folder",
+    "cl_graft/data/adaptllm.py: make some by its raw2read.py and give their folder, or a data set with a column text, as domains.{}=PLACE.": "test_published_streams.py::test_domains_without_texts_are_told_why",
+    "cl_graft/data/answered.py: {} with --data-dir.": "test_published_streams.py::test_where_the_hub_has_none_a_folder_is_the_cure",
+    "cl_graft/data/classification_hub.py: {} {}, so give the folder that holds it with --data-dir.": "test_published_streams.py::test_where_the_hub_has_none_a_folder_is_the_cure",
+    "scenarios/text_classification.py: give the folder that holds it with --data-dir.": "test_published_streams.py::test_where_the_hub_has_none_a_folder_is_the_cure",
     "cl_graft/data/readers.py: give the folder that holds it with --data-dir.": "test_cures.py::test_a_data_set_in_its_folder",
     "cl_graft/data/readers.py: give the folder that holds {} with --data-dir.": "test_cures.py::test_a_data_set_in_its_folder",
     "cl_graft/evaluation/sandbox.py: if you accept that, pass --allow-code-execution or set {}=1.": "test_cli_sweep.py::test_validate_finds_what_would_stop_a_sweep",
@@ -103,6 +110,7 @@ TESTED: dict[str, str] = {
     "cl_graft/store/record.py: run `cl-graft run` with --out {} first.": "test_cures.py::test_the_folder_that_out_named",
     "cl_graft/store/record.py: wait for it or choose another --out.": "test_cures.py::test_a_cell_that_another_process_computes",
     "cl_graft/skillpack/compress/policy.py: add --method graftllm.": "skillpack/test_auto_gptq.py::test_a_pack_is_made_by_it",
+    "cl_graft/strategy/route.py: raise --budget, or choose a smaller --router (centroids keeps least).": "routing/test_selection.py::test_a_router_that_takes_all_of_the_budget_is_refused_before_anything_is_computed",
     "cl_graft/strategy/storage.py: raise --budget or keep less.": "test_cures.py::test_a_larger_budget",
     "cl_graft/strategy/context.py: raise --budget or the method's compression.": "test_cures.py::test_a_larger_budget",
     "cl_graft/sweep_config.py: `cl-graft init` writes a file to begin with.": "test_cures.py::test_the_file_that_init_writes",
@@ -139,6 +147,7 @@ OPEN: dict[str, str] = {
     "cl_graft/skillpack/compress/auto_gptq.py: install it with `pip install --no-deps auto-gptq==0.7.1`.": "installs a package; where it is installed, tests/skillpack/test_auto_gptq.py uses it.",
     "cl_graft/cli/bench.py: run the same command in a checkout of the source, after `pip install --editable .` there.": "installs a package; the tests of `bench` run in such a checkout.",
     "cl_graft/evaluation/answers.py: install it with `pip install math-verify`.": "installs a package; where it is installed, tests/evaluation/test_answers.py uses it.",
+    "cl_graft/data/harness.py: run `pip install cl-graft[lm-eval]`.": "installs a package; where it is installed, tests/evaluation/test_lm_eval.py uses it.",
     "cl_graft/experiment/executors/ray.py: `pip install cl-graft[ray]`.": "installs a package; where it is installed, tests/executors/test_ray.py uses it.",
     "cl_graft/models/from_gguf.py: `pip install cl-graft[gguf]`.": "installs a package; where it is installed, tests/models/test_from_gguf.py uses it.",
     "cl_graft/models/from_gguf.py: join them first with `llama-gguf-split --merge` of llama.cpp.": "a program of llama.cpp, which no package here has.",

@@ -17,7 +17,7 @@ import cl_graft.tracking as tracking
 from cl_graft import cli
 from cl_graft.cli import complete
 from cl_graft.cli.options import sweep_from
-from cl_graft.config import Axes, RunConfig, Settings, Whereabouts, several
+from cl_graft.config import CELL, Axes, RunConfig, Settings, Whereabouts, several
 from cl_graft.errors import UnknownName
 from cl_graft.experiment.executors import local
 from cl_graft.matrix import METRICS, Metric, PerformanceMatrix
@@ -27,7 +27,7 @@ from tests.command import Call
 from tests.report.test_tables import cell
 
 ROOT = Path(__file__).parents[1]
-FIELDS = [name for name in RunConfig.model_fields if name != "options"]
+FIELDS = [name for name in RunConfig.model_fields if name not in CELL]
 SMALL: dict[str, Any] = {"scenarios": ["mini"], "strategies": ["graftllm"]}
 
 
@@ -95,6 +95,8 @@ OTHER = {  # a value that is not the default, where that cannot be told from the
     "task_ids": "inferred",
     "scoring": {"number.tolerance": 0.5},
     "router_options": {"regularisation": 0.5},
+    "router_combine": "merge",
+    "router_reject": 0.05,
     "launch": {"processes": 2},
     "wandb": "off",
     "track": ["csv"],
@@ -118,7 +120,7 @@ def test_what_decides_the_result_is_in_its_name_and_identity_and_nothing_else_is
         assert (made.experiment() != plain.experiment()) is decides, name
         assert RunConfig(**made.experiment()).cell == made.cell
         if name in Settings.model_fields:
-            assert made.label != plain.label
+            assert (made.label, made.scenario_label) != (plain.label, plain.scenario_label)
     assert changed("router").cell != changed("task_ids").cell
 
 

@@ -291,7 +291,15 @@ def test_verify_a_pack_of_the_run(pack: Path, call: Call) -> None:
 KEYS = {
     *("scenario", "strategy", "label", "model", "seed", "budget", "tasks", "complete"),
     *("matrix", "n", "stderr", "metrics", "extra_matrices", "general", "general_packs"),
-    *("shared_bytes", "alive_bytes", "routing", "routing_accuracy", "budgeted", "notes"),
+    *(
+        "shared_bytes",
+        "alive_bytes",
+        "routing",
+        "routing_accuracy",
+        "overhead",
+        "budgeted",
+        "notes",
+    ),
     *("pack_bytes", "base_bytes", "budget_bytes", "seconds", "tokens", "peak_memory_mb"),
     *(
         "config",

@@ -41,7 +41,7 @@ def offered(*words: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (("cl-graft", "run", "--strategy", "gra"), ["graftllm", "graftllm_adaptive"]),
+        (("cl-graft", "run", "--strategy", "graf"), ["graftllm", "graftllm_adaptive"]),
         (("cl-graft", "sweep", "--strategies", "lora,ti"), ["lora,ties"]),
         (("cl-graft", "plan", "--scenarios", "math"), ["math_code", "math_then_code"]),
         (("cl-graft", "sweep", "--models", "nano"), ["nano-llama", "nano-gpt2"]),

@@ -72,7 +72,15 @@ def test_steps_that_no_optimizer_takes_are_training_too(tmp_path: Path, own_loop
 
 
 @pytest.mark.parametrize(
-    ("strategy", "shares"), [("replay", "memory"), ("agem", "memory"), ("ewc", ""), ("lwf", None)]
+    ("strategy", "shares"),
+    [
+        ("replay", "memory"),
+        ("agem", "memory"),
+        ("ewc", ""),
+        ("lwf", None),
+        ("slao", "tuned"),
+        ("sure", ""),
+    ],
 )
 def test_what_tasks_share_is_in_the_bytes_alive(
     tmp_path: Path, strategy: str, shares: str | None

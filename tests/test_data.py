@@ -143,8 +143,10 @@ def sst2(tmp_path: Path) -> Path:
     """A data folder with four records of one classification set."""
     folder = tmp_path / "cl_benchmark" / "SC" / "SST-2"
     folder.mkdir(parents=True)
-    rows = [{"sentence": f"text {i}", "label": "Good" if i % 2 else "Bad"} for i in range(4)]
     for name in ("train", "test"):
+        rows = [
+            {"sentence": f"{name} text {i}", "label": "Good" if i % 2 else "Bad"} for i in range(4)
+        ]
         (folder / f"{name}.json").write_text(json.dumps(rows))
     (folder / "labels.json").write_text('["Good", "Bad"]')
     return tmp_path

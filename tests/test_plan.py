@@ -176,7 +176,8 @@ def test_a_model_whose_weights_are_not_there_is_planned_from_its_configuration(t
 
 def test_what_a_method_will_share_is_in_the_plan_of_its_next_task(tmp_path):
     """Of 63,216 weights and 224 tokens: replay's rows, and what each method's terms hold on the device."""
-    wanted = cells(tmp_path, ["sequential", "replay", "ewc", "lwf", "agem"], dpo=True)
+    names = ["sequential", "replay", "ewc", "lwf", "agem", "gem", "i_lora"]
+    wanted = cells(tmp_path, names, dpo=True)
     found = plan(wanted)
     of = {c.strategy: [s for s in found.stages if c.cell in s.cells] for c in wanted}
     assert all([s.kind for s in stages] == ["sft", "dpo"] * 2 for stages in of.values())
@@ -195,8 +196,33 @@ def test_what_a_method_will_share_is_in_the_plan_of_its_next_task(tmp_path):
     )
     tokens = held["agem"][2] - 4 * 63_216
     assert tokens % (3 * 8 * 48) == 0 and held["agem"][:2] == [0, 0] and tokens > 0
+    tokens = held["gem"][2] - 4 * 63_216
+    assert tokens % (3 * 8 * 32) == 0 and held["gem"][:2] == [0, 0] and tokens > 0
+    assert len({*held["i_lora"]}) == 1 and held["i_lora"][0] == 4 * of["i_lora"][0].trained
+    assert [s.rows for s in of["i_lora"]] == [48, 48, 96, 96]
     plain, with_it = of["sequential"][2].memory, of["ewc"][2].memory
     assert with_it.device == plain.device + with_it.terms, "the rest is that of the same rows"
+
+
+def test_a_plan_draws_no_answers_and_counts_what_terms_hold(tmp_path, nano, monkeypatch):
+    """sdft's teacher and prompts, lamol's rows (of three int64 tensors) without those it will write; on meta, too."""
+    monkeypatch.setattr("cl_graft.evaluation.generate.answers", None)
+    names = ["dft", "sdft", "lamol"]
+    wanted = cells(tmp_path, names)
+    found = plan(wanted)
+    of = {c.strategy: [s for s in found.stages if c.cell in s.cells] for c in wanted}
+    assert all([s.rows for s in stages] == [48, 48] for stages in of.values())
+    held = {name: [s.memory.terms for s in stages] for name, stages in of.items()}
+    assert all(x > 0 and x % (4 * 4 * 8 * 224) == 0 for x in held["dft"]), "logits"
+    tokens = [x - 4 * 63_216 for x in held["sdft"]]
+    assert all(x > 0 and x % (4 * 48) == 0 for x in tokens)
+    assert all(x > 0 and x % (3 * 8 * 48) == 0 for x in held["lamol"])
+    nano[0].config.save_pretrained(tmp_path / "model")
+    nano[1].save_pretrained(tmp_path / "model")
+    bare = [c.model_copy(update={"model": str(tmp_path / "model")}) for c in wanted]
+    assert [(s.rows, s.memory) for s in plan(bare).stages] == [
+        (s.rows, s.memory) for s in found.stages
+    ]
 
 
 def test_a_planned_memory_holds_what_the_run_remembers(tmp_path):
@@ -219,13 +245,19 @@ def test_what_is_shared_is_planned_without_weights_too(tmp_path, nano):
     model.config.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
 
-    def seen(found):
-        return [(s.task, s.start, s.rows, s.memory) for s in found.stages]
+    def both(names):
+        given = cells(tmp_path, names)
+        bare = [c.model_copy(update={"model": str(tmp_path / "model")}) for c in given]
+        return plan(bare).stages, plan(given).stages
 
-    names = ["replay", "ewc", "lwf", "agem"]
-    given = cells(tmp_path, names)
-    bare = [c.model_copy(update={"model": str(tmp_path / "model")}) for c in given]
-    assert seen(plan(bare)) == seen(plan(given))
+    def seen(stages):
+        return [(s.task, s.start, s.rows, s.memory) for s in stages]
+
+    bare, given = both(["replay", "ewc", "lwf", "agem", "gem", "osf", "slao", "i_lora"])
+    assert seen(bare) == seen(given)
+    bare, given = both(["sure", {"replay": {"select": "surprise"}}])
+    told = [[(s.task, s.rows, s.trained, s.memory.terms) for s in found] for found in (bare, given)]
+    assert told[0] == told[1], "as many rows; which ones surprise is not known without weights"
 
 
 @pytest.mark.parametrize("family", ["gpt-oss", "mamba", "falcon-h1", "mixtral"])

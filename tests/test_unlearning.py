@@ -108,13 +108,13 @@ def test_a_method_that_cannot_tell_the_task_apart_is_refused_before_anything_is_
 
 
 def test_the_ascended_loss_is_minus_the_loss():
-    """Two answer tokens of probability 1/2 and 1/4: the loss is 3/2 ln 2, and the penalty minus twice that."""
+    """Two answer tokens of probability 1/2 and 1/4: SFT's loss is 3/2 ln 2."""
     logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(1, 3, 3).clone().requires_grad_()
     batch = {"labels": torch.tensor([[-100, 0, 2]]), "tokens": torch.tensor(2.0)}
-    found = module("gradient_ascent").penalty(None, batch, SimpleNamespace(logits=logits), {})
-    assert found.item() == pytest.approx(-2 * 1.5 * torch.tensor(2.0).log().item())
+    found = module("gradient_ascent").loss(None, batch, SimpleNamespace(logits=logits), {})
+    assert found.item() == pytest.approx(-1.5 * torch.tensor(2.0).log().item())
     loss = torch.nn.functional.cross_entropy(logits[0, :2], batch["labels"][0, 1:])
-    (rising,) = torch.autograd.grad(found + loss, logits, retain_graph=True)
+    (rising,) = torch.autograd.grad(found, logits, retain_graph=True)
     (falling,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(rising, -falling)
 

@@ -24,6 +24,7 @@ from cl_graft.cli import (
     run,
     sweep,
     transfer,
+    tune,
 )
 from cl_graft.cli.options import spelled_out
 from cl_graft.errors import CLGraftError
@@ -35,6 +36,7 @@ COMMANDS: dict[str, typer.Typer | Callable[..., None]] = {
     "status": sweep.status,
     "init": sweep.init,
     "plan": plan.plan,
+    "tune": tune.tune,
     "report": report.report,
     "compare": report.compare,
     "list": list_.list_,

@@ -16,7 +16,7 @@ import typer
 from cl_graft.cli.options import DataDir, integer, names
 from cl_graft.cli.progress import interruptible
 from cl_graft.cli.show import print_tables
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, UnknownName
 
 app = typer.Typer(help="Measure this machine and this code.", no_args_is_help=True)
 
@@ -134,6 +134,39 @@ def bench_routing(
             f"{told['grouped']:.2f} s, attached {told['attached']:.2f} s, "
             f"{told['attached_over_grouped']:.2f} times as long"
         )
+
+
+@app.command("routers")
+def bench_routers(
+    data_dir: DataDir = None,
+    only: Annotated[
+        str, typer.Option(help="Streams, separated by semicolons; by default all of them.")
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="Of the training prompts, comma-separated.")] = "0,1,2",
+    cells: Annotated[
+        Path | None,
+        typer.Option(help="Folder of results: packs of its graftllm cells are routed to, too."),
+    ] = None,
+    allow_code_execution: Annotated[
+        bool, typer.Option(help="Run programs that the model wrote, for the scores of packs.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    to: Annotated[Path | None, typer.Option(help="Folder for the table, with provenance.")] = None,
+) -> None:
+    """Routers beside each other: how often right, bytes, prompts of no task that go to the base, time."""
+    measure = _benchmark("routers")
+    from cl_graft.bench.routers import STREAMS, markdown, write
+
+    chosen = [name.strip() for name in only.split(";") if name.strip()] or list(STREAMS)
+    for name in chosen:
+        if name not in STREAMS:
+            raise UnknownName("stream of the benchmark", name, STREAMS)
+    drawn = [integer(text, "--seeds") for text in names(seeds)]
+    tell = partial(typer.echo, err=True)
+    rows = measure(chosen, drawn, data_dir, cells, allow_code_execution, tell)
+    typer.echo(json.dumps(rows, indent=1) if json_ else markdown(rows))
+    if to is not None:
+        write(rows, to, shlex.join(["cl-graft", *sys.argv[1:]]))
 
 
 @app.command("compose")

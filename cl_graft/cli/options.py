@@ -42,9 +42,16 @@ Set = Annotated[
 class RunFields(dict[str, Any]):
     """What was given of the fields of a RunConfig, under the names of a Sweep's."""
 
+    without = ()
+
 
 class SweepFields(dict[str, Any]):
-    """What was given of the fields of a Sweep."""
+    """What was given of the fields of a Sweep.
+
+    without: fields that a command does not take.
+    """
+
+    without: tuple[str, ...] = ()
 
 
 def spelled_out(command: Callable[..., None]) -> Callable[..., None]:
@@ -70,15 +77,15 @@ def spelled_out(command: Callable[..., None]) -> Callable[..., None]:
     return spelled
 
 
-def _options(kind: type) -> dict[str, inspect.Parameter]:
+def _options(kind: type[RunFields | SweepFields]) -> dict[str, inspect.Parameter]:
     """{field of a Sweep, or set_: the option that says it}"""
-    from cl_graft.config import Axes, RunConfig, several
+    from cl_graft.config import CELL, Axes, RunConfig, several
     from cl_graft.sweep_config import Sweep
 
     parameters = {}
     fields = RunConfig.model_fields if kind is RunFields else Sweep.model_fields
     for name, field in fields.items():
-        if name == "options":
+        if name in CELL or name in kind.without:
             continue
         key = several(name) if kind is RunFields and name in Axes.model_fields else name
         parameters[key] = _option(name, field, kind is RunFields and field.is_required())

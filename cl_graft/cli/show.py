@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from cl_graft.errors import CLGraftError
 
+if TYPE_CHECKING:
+    from cl_graft.task import Scenario
+
 
 def report(folders: list[Path], target: Path) -> None:
     from cl_graft.cli.progress import interruptible
     from cl_graft.report import find, write
+    from cl_graft.report.orders import over_orders
     from cl_graft.report.overview import overview
     from cl_graft.report.significance import reader
     from cl_graft.report.tables import matrices, ranking
@@ -24,6 +29,7 @@ def report(folders: list[Path], target: Path) -> None:
             cells = [f.cell for f in known]
             tested, rankings = reader(), ranking(cells)
             several = [overview(known, tested)] if len(rankings) > 1 else []
+            several += over_orders(cells).values()
             print_tables([*matrices(cells), *several, *rankings])
             index = write(known, target, tested)
     except OSError as error:
@@ -32,6 +38,23 @@ def report(folders: list[Path], target: Path) -> None:
         ) from error
     typer.echo(f"the page: {index}")
     typer.echo(f"tables (CSV, Markdown, LaTeX), figures (PNG, SVG) and provenance: {target}")
+
+
+def print_data(scenarios: Iterable[Scenario]) -> None:
+    """A table for each scenario of what its data hold, and notes; once for all orders and seeds of the same sizes."""
+    from cl_graft.data.survey import survey
+    from cl_graft.report.data import data_table
+
+    told: set[Any] = set()
+    for scenario in scenarios:
+        facts = survey(scenario)
+        key = scenario.name, frozenset((f.task, f.train, f.test) for f in facts)
+        if key not in told:
+            told.add(key)
+            print_tables([data_table(scenario.name, facts)])
+            for fact in facts:
+                for note in fact.notes:
+                    typer.echo(f"{scenario.name}, {fact.task}: {note}.")
 
 
 def print_finished(results: list[dict[str, Any]], out: Path) -> None:

@@ -106,12 +106,16 @@ def validate(
     given: SweepFields,
     file: Annotated[Path, typer.Argument(help="Sweep file; options go before it.")],
 ) -> None:
-    """Check all that a sweep file says, names, options and data included; nothing is started."""
-    from cl_graft.experiment.prepare import check, try_methods
+    """Check all that a sweep file says, names, options and data included, and tell what the data hold; nothing is
+    started."""
+    from cl_graft.cli.show import print_data
+    from cl_graft.experiment.prepare import check_data, check_methods, try_methods
 
     cells = cells_of(sweep_from(file, given))
-    check(cells)
+    scenarios = check_data(cells)
+    check_methods(cells, scenarios)
     try_methods(cells)
+    print_data(scenarios.values())
     for config in cells:
         typer.echo(config.cell)
     typer.echo(f"{file} is valid: {len(cells)} cells.")

@@ -33,9 +33,9 @@ def rows(
 ) -> list[T]:
     """What `adapt` makes of the rows, or of `size` of them drawn by the seed.
 
-    place: a hub id or a folder. columns: those that must be there. config: left out where the place has none of that
-    name. keep: which rows, by their first column. Raises DataError in one sentence: no such data, a column is
-    missing, no row is kept, or a row is not what `adapt` needs.
+    place: a hub id, a folder, or a file of JSON. columns: those that must be there. config: left out where the place
+    has none of that name. keep: which rows, by their first column. Raises DataError in one sentence: no such data,
+    a column is missing, no row is kept, or a row is not what `adapt` needs.
     """
     table = read(place, config, split)
     if missing := [column for column in columns if column not in table.column_names]:
@@ -96,12 +96,14 @@ class Lines:
 
 
 def read(place: str, config: str | None, split: str) -> Any:
-    """The split as a table of `datasets`, or as Lines where it is a folder of JSON files. Raises DataError."""
+    """The split as a table of `datasets`, or as Lines where it is a file or a folder of JSON. Raises DataError."""
     import datasets
 
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
+        if Path(place).is_file():
+            return Lines([Path(place)])
         if Path(place).is_dir():
             if config is not None:
                 names = datasets.get_dataset_config_names(place)

@@ -75,6 +75,24 @@ def labels(data_dir: Path | None, name: str) -> list[str]:
     return values
 
 
+def document(
+    data_dir: Path | None, name: str, fields: Mapping[str, type | tuple[type, ...]]
+) -> Any:
+    """A JSON object with these fields of these types. Raises DataError for anything else."""
+    path = _existing(data_dir, name)
+    try:
+        value = json.loads(_text(path))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); mend or replace the file.") from error
+    for field, wanted in fields.items():
+        found = value.get(field) if isinstance(value, dict) else None
+        if not isinstance(found, wanted):
+            raise DataError(
+                f"{path} should hold a JSON object with {_names(wanted)} in field {field!r}; mend or replace the file."
+            )
+    return value
+
+
 def _text(path: Path) -> str:
     opener = gzip.open if path.suffix == ".gz" else open
     try:

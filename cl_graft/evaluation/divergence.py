@@ -114,7 +114,7 @@ def _of_group(
     examiner: Examiner, task: Task, group: Group, examples: Sequence[Example], experience: int
 ) -> list[Moved]:
     """What `per_example` finds, recalled where it is in the cache."""
-    weights, outcomes = examiner.fingerprint(group.packs), examiner.outcomes
+    weights, outcomes = examiner.fingerprint(group), examiner.outcomes
     pairs = [(example.prompt, example.completion) for example in examples]
     key = digest(
         examiner.grafted.base,
@@ -169,12 +169,13 @@ def per_example(
         grafted.unload()
         before = [_logits(model, tokenizer, [rows[i] for i in batch]).cpu() for batch in part]
         grafted.activate(group.packs)
-        for batch, base in zip(part, before, strict=True):
-            now = _logits(model, tokenizer, [rows[i] for i in batch])
-            lengths = [len(rows[i][1]) for i in batch]
-            sums = [each.split(lengths) for each in both_ways(base, now)]
-            for i, forward, reverse in zip(batch, *sums, strict=True):
-                found[i] = Moved(forward.sum().item(), reverse.sum().item(), len(forward))
+        with examiner.together(group):
+            for batch, base in zip(part, before, strict=True):
+                now = _logits(model, tokenizer, [rows[i] for i in batch])
+                lengths = [len(rows[i][1]) for i in batch]
+                sums = [each.split(lengths) for each in both_ways(base, now)]
+                for i, forward, reverse in zip(batch, *sums, strict=True):
+                    found[i] = Moved(forward.sum().item(), reverse.sum().item(), len(forward))
     return [found[i] for i in range(len(rows))]
 
 

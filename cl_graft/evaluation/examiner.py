@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 from cl_graft.evaluation.outcomes import Outcomes, Results
 from cl_graft.evaluation.scorers import Examinee, score
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
+from cl_graft.skillpack.live import attach, ensemble
 from cl_graft.skillpack.live.grafted import Grafted
-from cl_graft.store.digests import digest
+from cl_graft.store.digests import code_digest, digest
 from cl_graft.store.locks import locked
 from cl_graft.task import Task
 
@@ -21,11 +23,24 @@ Key = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Group:
-    """Examples that the same packs answer: their indices, and the task (0-based) they are taken for; None, the base."""
+    """Examples that the same packs answer: their indices, and the task (0-based) they are taken for; None, the base.
+
+    members: of an ensemble, the packs of each, which answer in a pass of their own; `packs` is empty then. of_one:
+    whether the packs are those of one task, as they are where tasks are given.
+    """
 
     packs: Sequence[SkillPack]
     examples: Sequence[int]
     taken_for: int | None = None
+    members: Sequence[Sequence[SkillPack]] = ()
+    of_one: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        """What tells apart who answers: digests."""
+        if not self.members:
+            return [pack.digest for pack in self.packs]
+        return ["ensemble", *("+".join(pack.digest for pack in each) for each in self.members)]
 
 
 @dataclass(frozen=True)
@@ -67,23 +82,39 @@ class Examiner:
         self.seconds = self.waiting_seconds = 0.0
         self._weights: dict[Key, str] = {}
 
-    def measure(self, task: Task, groups: Sequence[Group], experience: int) -> Results:
+    def measure(
+        self, task: Task, groups: Sequence[Group], experience: int, every: bool = False
+    ) -> Results:
         """Outcomes of every metric, one a test example; groups are evaluated one after the other, packs merged.
 
-        Weights stay as the last group left them. experience: tasks learned so far, for the record.
+        Weights stay as the last group left them. experience: tasks learned so far, for the record. every: whether each
+        task's packs answer all of these examples anyway, as those of general ability.
         """
         whole = key(task, groups)
         if whole in self.measured:
             return self.measured[whole]
-        parts = [self._measured(task, group, len(groups) == 1, experience) for group in groups]
-        if len(groups) > 1:
-            places = [index for group in groups for index in group.examples]
-            order = sorted(range(len(places)), key=places.__getitem__)
-            joined = {m: [o for part in parts for o in part[m]] for m in task.metrics}
-            self.measured[whole] = {
-                m: [outcomes[k] for k in order] for m, outcomes in joined.items()
-            }
+        if len(groups) == 1:
+            return self._measured(task, groups[0], True, experience)
+        parts = [self._part(task, group, every, experience) for group in groups]
+        places = [index for group in groups for index in group.examples]
+        order = sorted(range(len(places)), key=places.__getitem__)
+        joined = {m: [o for part in parts for o in part[m]] for m in task.metrics}
+        self.measured[whole] = {m: [outcomes[k] for k in order] for m, outcomes in joined.items()}
         return self.measured[whole]
+
+    def _part(self, task: Task, group: Group, every: bool, experience: int) -> Results:
+        """Outcomes of a group's examples among others.
+
+        Where the same packs answer the whole task anyway, in this cell or where tasks are given, those answers are
+        taken: the base's, which is measured first, and those of the packs that most examples are taken for. That is
+        told by the group alone, and not by what happens to be known, so that outcomes are the same whoever came first.
+        """
+        all_of = range(len(task.test))
+        most = 2 * len(group.examples) >= len(all_of)
+        if group.of_one and (every or most or not group.packs):
+            answered = self._measured(task, replace(group, examples=all_of), True, experience)
+            return {m: [outcomes[i] for i in group.examples] for m, outcomes in answered.items()}
+        return self._measured(task, group, False, experience)
 
     def _measured(self, task: Task, group: Group, alone: bool, experience: int) -> Results:
         """Outcomes of a group's examples."""
@@ -93,26 +124,35 @@ class Examiner:
             name = (*name, digest(list(group.examples)))
         if name not in self.measured:
             self.grafted.activate(group.packs)
-            weights, begun = self.fingerprint(group.packs), perf_counter()
+            weights, begun = self.fingerprint(group), perf_counter()
             file = self.outcomes.file(weights, self.tokenizer, some)
             with locked(file):
                 self.waiting_seconds += perf_counter() - begun
                 known = self.outcomes.recall(file, experience)
                 if known is None:
-                    known = self._score(some), False
+                    with self.together(group):
+                        known = self._score(some), False
                     self.outcomes.keep(file, some, known[0], weights, experience)
             self.measured[name], elsewhere = known
             if elsewhere:
                 self.recalled.add(name)
         return self.measured[name]
 
-    def fingerprint(self, packs: Sequence[SkillPack]) -> str:
-        """Digest of the weights under these packs, computed once, for which they are put on."""
-        name = tuple(pack.digest for pack in packs)
+    def fingerprint(self, group: Group) -> str:
+        """Digest of the weights that answer, computed once, for which they are put on; of an ensemble, of its packs and
+        the code of it."""
+        if group.members:
+            return digest(self.grafted.base, code_digest(ensemble, attach), group.names)
+        name = tuple(group.names)
         if name not in self._weights:
-            self.grafted.activate(packs)
+            self.grafted.activate(group.packs)
             self._weights[name] = fingerprint(self.grafted.model.named_parameters())
         return self._weights[name]
+
+    def together(self, group: Group) -> AbstractContextManager[Any]:
+        """The model as the group's ensemble, if it is one."""
+        model = self.grafted.model
+        return ensemble.Ensemble(model, group.members) if group.members else nullcontext()
 
     def _score(self, task: Task) -> Results:
         begun = perf_counter()
@@ -127,6 +167,6 @@ class Examiner:
 def key(task: Task, groups: Sequence[Group]) -> Key:
     """What tells measurements of a run apart: the task, and the packs; where several answer, which example is whose."""
     if len(groups) == 1:
-        return task.name, *(pack.digest for pack in groups[0].packs)
-    told = [[[pack.digest for pack in group.packs], list(group.examples)] for group in groups]
+        return task.name, *groups[0].names
+    told = [[group.names, list(group.examples)] for group in groups]
     return task.name, "mixed", digest(told)

@@ -49,17 +49,20 @@ def answers(
     temperature: float | None = None,
     seed: int = 0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    special: bool = False,
 ) -> list[Answer]:
     """Answers in the order of the prompts; greedy unless a temperature is given.
 
     Prompts are batched by length and padded on the left. An answer ends at the tokenizer's end-of-sequence token or
     at one of the model's own (a chat model may end its turn by another). top_p: sample from the likeliest tokens
-    whose probabilities make up this share.
+    whose probabilities make up this share. top_k: or from so many, 0 for all. special: leave
+    special tokens in the texts, as of a chat template, but what ends them.
     """
     model.eval()
     encoded = encode_prompts(tokenizer, prompts)
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
-    said, ends = [Answer("", 0, False)] * len(prompts), _ends(model, tokenizer)
+    said, ends = [Answer("", 0, False)] * len(prompts), endings(model, tokenizer)
     if temperature is not None:
         torch.manual_seed(seed)
     for start in range(0, len(order), BATCH):
@@ -69,7 +72,7 @@ def answers(
         sampling = (
             {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
             if temperature is None
-            else {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+            else {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         )
         output = model.generate(
             input_ids=ids.to(model.device),
@@ -82,6 +85,7 @@ def answers(
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
         for i, row, text in zip(chunk, output.tolist(), texts, strict=True):
             tokens = next((k for k, token in enumerate(row) if token in ends), len(row))
+            text = tokenizer.decode(row[:tokens]) if special else text
             said[i] = Answer(text, tokens, tokens < len(row))
     return said
 
@@ -174,7 +178,8 @@ def choice_likelihoods(
     return result
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def endings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's end-of-sequence token and the model's own."""
     own = model.generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]
     return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})

@@ -1,4 +1,4 @@
-"""What a cache folder holds: stages, sampled pairs, evaluations, divergences; and removing what is of no more use."""
+"""What a cache folder holds: stages, pairs, answers, evaluations, divergences; and removing what is of no more use."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ NOT_WHOLE = (RecordError, KeyError, TypeError, AttributeError)  # of what a mark
 class Entry:
     """One outcome in a cache.
 
-    kind: stage, unfinished (step checkpoints of one that was stopped), pairs, evaluation, or divergence. about: what it
-    is of. age: seconds since it was written. current: this version of the code and its libraries can still recall it.
+    kind: stage, unfinished (step checkpoints of one that was stopped), pairs, answers, evaluation, or divergence.
+    about: what it is of. age: seconds since it was written. current: this version of the code and its libraries can
+    still recall it.
     """
 
     path: Path
@@ -67,14 +68,11 @@ def _entries(cache: Path) -> Iterator[Entry]:
             except NOT_WHOLE:
                 about, current = TORN, False
             yield _entry(folder, "stage", about, current)
-    for file in (cache / "pairs").glob("*.jsonl"):
-        evaluations = read_lines(file)
-        yield _entry(
-            file,
-            "pairs",
-            f"{len(evaluations[1])} pairs" if evaluations else TORN,
-            bool(evaluations),
-        )
+    for kind in ("pairs", "answers"):
+        for file in (cache / kind).glob("*.jsonl"):
+            made_of = read_lines(file)
+            about = f"{len(made_of[1])} {kind}" if made_of else TORN
+            yield _entry(file, kind, about, bool(made_of))
     for file in (cache / "evaluations").glob("*.jsonl"):
         if (evaluations := read_lines(file)) is None:
             yield _entry(file, "evaluation", TORN, False)

@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from cl_graft import presets
 from cl_graft.config import RunConfig
 from cl_graft.errors import Refused
 from cl_graft.evaluation.scorers import conventions
@@ -20,6 +21,7 @@ from cl_graft.evaluation.scores import by_metric, cells
 from cl_graft.experiment import general, identity
 from cl_graft.experiment.executors import CellProgress
 from cl_graft.experiment.outcomes import example_lines, kl_to_base, restore
+from cl_graft.experiment.overhead import overhead
 from cl_graft.experiment.prepare import prepare, strategy_of
 from cl_graft.models import embedded
 from cl_graft.models.load import locate
@@ -59,7 +61,7 @@ def run(
     patient: wait for a stage that another cell trains; else Busy is raised.
     Raises CLGraftError in one sentence for whatever the user can mend.
     """
-    config = config or RunConfig(**fields)
+    config = presets.applied(config or RunConfig(**fields))
     folder = CellFolder(config.out / config.cell)
     mirror = mirror_of(config)
     if (result := finished(config)) is not None:
@@ -279,6 +281,7 @@ def _evaluate(strategy: Strategy, stream: Any) -> tuple[dict[str, Any], list[dic
         "general_active": {who: found.active for who, found in ability.items()},
         "identical": [name for name, packs in active.items() if (name, *packs) in known],
         "routing": {name: answered.counts for name, answered in strategy.answered.items()},
+        "overhead": overhead(strategy, strategy.results),
     }
     return scored, example_lines(outcomes, taken)
 

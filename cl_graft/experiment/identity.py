@@ -7,11 +7,13 @@ an edited method, of other data or of other weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
 from cl_graft import plugins
 from cl_graft.config import RunConfig
+from cl_graft.data import harness
 from cl_graft.experiment.prepare import scenario_of
 from cl_graft.models import corpus, embedded, published
 from cl_graft.models.load import FILES
@@ -20,7 +22,7 @@ from cl_graft.store.source_files import digest_of
 from cl_graft.task import Scenario
 
 Files = dict[str, str]  # name -> digest
-DATA = ("scenario", "seed", "data_dir", "options", "scoring", "train_on")  # fields that decide it
+DATA = ("scenario", "seed", "data_dir", "options", "scoring", "train_on", "general", "tuned")
 _data_sets: dict[str, str] = {}  # the cells of a sweep ask for the same again and again
 
 
@@ -29,6 +31,11 @@ def sources(config: RunConfig, scorers: Iterable[str]) -> dict[str, Any]:
     from beside them."""
     kinds = ("scenario", "strategy", *(["router"] if config.task_ids == "inferred" else []))
     files: dict[str, Any] = {kind: plugins.sources(kind, getattr(config, kind)) for kind in kinds}
+    if config.general:
+        files["general"] = {"lm-eval": harness.version()}
+        files["general"] |= {
+            relpath(f): digest_of(f) for f in harness.files(",".join(config.general))
+        }
     return files | {"scorers": {name: plugins.sources("scorer", name) for name in scorers}}
 
 

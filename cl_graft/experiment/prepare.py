@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from cl_graft import plugins
 from cl_graft.budget import Budget
 from cl_graft.config import Launch, RunConfig
+from cl_graft.data import harness
 from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
 from cl_graft.evaluation.scorers import require_consents, resolved
 from cl_graft.experiment import early
+from cl_graft.experiment.rehearsal import rehearsal
 from cl_graft.experiment.texts import check_texts
 from cl_graft.store.digests import digest
 from cl_graft.store.mirror import mirror_of
@@ -22,7 +24,7 @@ from cl_graft.task import Scenario
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cl_graft.routing.base import Router
+    from cl_graft.routing.base import BaseRouter
     from cl_graft.strategy.base import Strategy
 
 UNKNOWN = "0" * 32  # stands for the fingerprint of weights that are not there, and is as long
@@ -84,7 +86,8 @@ def check_methods(cells: Sequence[RunConfig], scenarios: Mapping[str, Scenario])
 def _data_of(config: RunConfig) -> str:
     """Digest of all that makes the cell's scenario what it is."""
     told = (config.scenario, config.seed, config.data_dir, config.allow_code_execution)
-    chosen = [config.options.get(config.short(config.scenario)), config.scoring]
+    chosen: list[Any] = [config.options.get(config.short(config.scenario)), config.scoring]
+    chosen += [config.general, config.tuned.first if config.tuned else 0]
     return digest(*map(str, told), chosen, str(config.train_on))
 
 
@@ -98,6 +101,7 @@ def _require_possible(config: RunConfig, scenario: Scenario, model: PreTrainedMo
         budget=Budget(config.budget, sum(p.numel() for p in model.parameters())),
         seed=config.seed,
         options=options,
+        router=router_of(config),
     )
     strategy.grafted._base = UNKNOWN
     strategy.require_possible()
@@ -143,7 +147,8 @@ def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:
         from cl_graft.training import term
 
         term.check(strategy_class.terms, config.launch, f"the strategy {strategy_name!r}")
-    given = config.options.get(strategy_name, {})
+    tuned = config.tuned.options if config.tuned else {}
+    given = {**tuned, **config.options.get(strategy_name, {})}
     options = plugins.check_options("strategy", strategy_name, strategy_class, given)
     strategy_class.keeps_by(options)  # refuses a convention that there is none of
     return strategy_class, options
@@ -161,6 +166,8 @@ def scenario_of(config: RunConfig) -> Scenario:
             f"{plugins.line_of(make, config.scenario)}: {name} is not a scenario: its function returns "
             f"{type(scenario).__name__}; return a cl_graft.task.Scenario."
         )
+    if config.general:
+        scenario = replace(scenario, general=harness.general(config.general))
     try:
         scenario, used = resolved(scenario, config.scenario, config.scorers)
     except UnknownName as error:
@@ -173,6 +180,8 @@ def scenario_of(config: RunConfig) -> Scenario:
             known = [name, config.short(config.strategy), *sorted(used)]
             raise UnknownName("scenario, strategy or scorer of this cell", owner, known)
     scenario = _trained_on(scenario, config.trained_on)
+    if config.tuned and config.tuned.first:
+        scenario = rehearsal(scenario, config.tuned.first)
     check_texts(scenario)
     return scenario
 
@@ -219,16 +228,22 @@ def strategy_of(
         router=router_of(config),
     )
     strategy.notes += told
+    if config.tuned:
+        strategy.learning_rate_scale = config.tuned.learning_rate_scale
     return strategy
 
 
-def router_of(config: RunConfig) -> Router | None:
+def router_of(config: RunConfig) -> BaseRouter | None:
     """What infers the task of a prompt; None where it is given. Raises UnknownName or CLGraftError, as `prepare`."""
     if config.task_ids == "given":
         return None
+    from cl_graft.routing.base import Selection
+
     name = config.short(config.router)
     kind = plugins.load("router", config.router)
-    return kind(**plugins.check_options("router", name, kind, config.router_options))
+    router = kind(**plugins.check_options("router", name, kind, config.router_options))
+    router.selection = Selection(config.router_top_k, config.router_combine, config.router_reject)
+    return router
 
 
 def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:

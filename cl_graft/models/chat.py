@@ -52,6 +52,16 @@ def user_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, str
     return whole, whole.removeprefix(added)
 
 
+def added(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> str:
+    """The prompt with more text behind it: within the user's turn where the prompt is one that `render` made."""
+    if tokenizer.chat_template:
+        words = "words"
+        end = user_turn(tokenizer, words)[1].rpartition(words)[2]
+        if end and prompt.endswith(end):
+            return prompt.removesuffix(end) + text + end
+    return prompt + text
+
+
 def rendered(scenario: Scenario, tokenizer: PreTrainedTokenizerBase) -> Scenario:
     """The scenario with every prompt rendered, if it is one for chat; else as it is."""
     if not scenario.chat:

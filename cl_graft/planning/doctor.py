@@ -23,6 +23,7 @@ EXTRAS = {
     "deepspeed": "stages of several processes (--launch)",
     "ray": "sweeps on a cluster (executor: ray)",
     "vllm": "faster sampling (transfer build --backend vllm)",
+    "lm-eval": "tasks of lm-evaluation-harness (--general hellaswag)",
     "gguf": "adapters of llama.cpp (pack export --to gguf), and packs of GGUF models",
     "docs": "building the documentation (make docs)",
 }

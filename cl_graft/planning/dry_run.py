@@ -85,6 +85,7 @@ class DryRun:
     def learn(self, task: Task) -> None:
         """Let the strategy learn the task as far as its last stage."""
         strategy, number = self.strategy, len(self.strategy.packs)
+        task = strategy.at_rate(task)
         self.task, self.start, self.chain = task, "base", ""
         if number and strategy.keeps in ("sum", "latest"):
             self.start, self.exact = f"after {strategy.packs[-1].task}", False
@@ -162,6 +163,14 @@ class DryRun:
         chosen = list(task.train)[: half.prompts]
         self.exact = False
         return Sampled([Pair(e.prompt, e.completion, e.completion) for e in chosen], 0)
+
+    @property
+    def folder(self) -> Path:
+        return self.stages.folder
+
+    def recalled(self, file: Path, make: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What a method had drawn before, or nothing: a plan draws none."""
+        return self.stages.recalled(file, lambda: ({}, [])) if file.is_file() else ({}, [])
 
     def _by_recipe(self, task: Task) -> None:
         self.exact = False

@@ -139,13 +139,16 @@ def of_terms(terms: Sequence[Term], job: Job, trained: int, vocabulary: int) -> 
     """Bytes that a method's terms hold on a device: an upper bound, as other parts need not be at their most then.
 
     States as they are. Where logits are wanted, float32 ones three times over (values, their logarithms and
-    gradients) and those of another model. For a projection one more gradient, as A-GEM compares with, and the
-    one that ZeRO's shares are gathered into; not what such a gradient's own pass over other rows holds.
+    gradients) and those of another model. For a projection the gradients that it compares with, and the one that ZeRO's
+    shares are gathered into; not what such a gradient's own pass over other rows holds.
     """
-    states = sum(x.nbytes for term in terms for x in term.state.values())
+    states = sum(
+        x.nbytes for state in {id(t.state): t.state for t in terms}.values() for x in state.values()
+    )
     logits = 4 * 4 * job.sequences * job.length * vocabulary if any(t.logits for t in terms) else 0
-    projected = any(t.kind == "project" for t in terms)
-    return states + logits + (4 * trained * (2 if job.stage else 1) if projected else 0)
+    projections = [t.gradients for t in terms if t.kind == "project"]
+    held = max(projections) + (1 if job.stage else 0) if projections else 0
+    return states + logits + 4 * trained * held
 
 
 def _whole(job: Job, traced: Trace) -> Memory:

@@ -13,7 +13,14 @@ from cl_graft.plugins.find import (
     within,
 )
 from cl_graft.plugins.kinds import KINDS, Kind
-from cl_graft.plugins.signature import check_options, choices, declared, options, parse_set
+from cl_graft.plugins.signature import (
+    check_options,
+    choices,
+    declared,
+    options,
+    parse_set,
+    strength,
+)
 
 __all__ = [
     "KINDS",
@@ -37,5 +44,6 @@ __all__ = [
     "require_call",
     "sources",
     "sources_of",
+    "strength",
     "within",
 ]

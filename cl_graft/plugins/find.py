@@ -4,6 +4,7 @@ A plug-in is a Python file whose name is the plug-in's name and which defines th
 looks for: in `scenarios/`, a function of the file's name that returns a `Scenario`; in `baselines/`,
 a `Strategy` (a subclass, or a function made one by `@compressor` or `@merger`); in `cl_graft/routing/`,
 a `Router`. Its options and their defaults are the keyword-only arguments of its signature, its help is its docstring.
+A scenario may be a YAML file, too, which stands for such a function.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cl_graft.config import SOURCES
+from cl_graft.data import stream_file
+from cl_graft.data.stream_schema import FILES
 from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
 from cl_graft.plugins.authors import line_of, reason
 from cl_graft.plugins.kinds import KINDS, PACKAGE
@@ -36,6 +40,8 @@ def about(kind: str, name: str) -> str:
     place = _place(kind, name)
     if not place.file.is_file():
         return "(its file cannot be read without importing its package)"
+    if name.endswith(FILES):
+        return stream_file.about(place.file)
     text = ast.get_docstring(ast.parse(place.file.read_text(encoding="utf-8"))) or ""
     return text.split("\n", 1)[0]
 
@@ -83,6 +89,8 @@ class _Place:
     entry: metadata.EntryPoint | None = None
 
     def files(self) -> list[Path]:
+        if self.file.name.endswith(FILES):
+            return stream_file.files(self.file)
         return sorted(source_files.closure(self.file, self.roots, self._follows, self._package))
 
     @property
@@ -135,7 +143,7 @@ def _place(kind: str, name: str) -> _Place:
     known, name = KINDS[kind], _variant(kind, name)
     if known.host and ":" in name:
         return _place(known.host, name.rpartition(":")[0])
-    if name.endswith(".py"):
+    if name.endswith(SOURCES):
         return _user(_user_file(kind, name), name)
     if name in known.modules:
         file = f"{known.modules[name].replace('.', '/')}.py"
@@ -174,6 +182,8 @@ def load(kind: str, name: str) -> Any:
     if known.host and ":" in name:
         host, _, name = name.rpartition(":")
         return _object(_module(known.host, host), kind, name)
+    if name.endswith(FILES):
+        return stream_file.stream(_user_file(kind, name))
     if name.endswith(".py") or name in known.modules or known.file(name):
         return _object(_module(kind, name), kind, Path(name).stem if name.endswith(".py") else name)
     for entry in known.entries().select(name=name):
@@ -194,7 +204,7 @@ def within(kind: str, name: str, host: str) -> str:
     if name.endswith(".py"):
         beside = Path(host).parent / name
         return str(beside) if host.endswith(".py") and beside.is_file() else name
-    if ":" in name:
+    if ":" in name or host.endswith(FILES):
         return name
     module = _module(known.host, host)
     defined = getattr(module, name, None)
@@ -228,6 +238,10 @@ def _module(kind: str, name: str) -> ModuleType:
 
 def _user_file(kind: str, name: str) -> Path:
     path = Path(name)
+    if name.endswith(FILES) and kind != "scenario":
+        raise CLGraftError(
+            f"{name} is YAML, which can be a scenario alone; give the {kind} as a .py file."
+        )
     if not path.is_file():
         raise CLGraftError(f"there is no file {name}; give the path of a {kind} file.")
     return path

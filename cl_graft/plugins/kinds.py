@@ -45,7 +45,7 @@ def _is_scorer(loaded: Any, name: str, where: str | None) -> None:
 
 
 def _is_router(loaded: Any, name: str, where: str | None) -> None:
-    if not inspect.isclass(loaded) or inspect.isabstract(loaded) or not hasattr(loaded, "update"):
+    if not inspect.isclass(loaded) or inspect.isabstract(loaded) or not hasattr(loaded, "judge"):
         raise CLGraftError(
             f"{where}: {name!r} is no router; make it a subclass of cl_graft.routing.base.Router with `update` and "
             "`scores`."

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cl_graft import ranges
+from cl_graft.config import SOURCES
+from cl_graft.data.stream_schema import FILES
 from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
 from cl_graft.plugins.authors import line_of
 from cl_graft.plugins.find import file_of, load, names
@@ -21,7 +23,7 @@ WORDS = {
     **{kind.__name__: kind for kind in (bool, int, float, str, list, dict, tuple, Path)},
     **{name: getattr(typing, name) for name in ("Annotated", "Any", "Literal")},
     **{name: getattr(ranges, name) for name in ("Count", "Field", "NotNegative", "Part")},
-    **{name: getattr(ranges, name) for name in ("Positive", "Rest", "Share")},
+    **{name: getattr(ranges, name) for name in ("Positive", "Rest", "Share", "Strength")},
     "Mapping": Mapping,
     "Sequence": Sequence,
 }
@@ -54,6 +56,8 @@ def declared(kind: str, name: str) -> Callable[..., Any] | None:
     None where the source does not tell: options that are inherited, or whose defaults are no plain values.
     Raises UnknownName or CLGraftError as `load` does for a name or a file that there is none of.
     """
+    if name.endswith(FILES):
+        return load(kind, name)
     try:
         body = ast.parse(file_of(kind, name).read_bytes()).body
     except (OSError, SyntaxError, ValueError):
@@ -120,12 +124,26 @@ def check_options(kind: str, name: str, plugin: Any, chosen: Mapping[str, Any]) 
     return {**known, **chosen}
 
 
+def strength(plugin: Any) -> tuple[str, tuple[float, ...]] | None:
+    """The option that the plugin's signature marks as its main strength, and the values that tuning tries of it.
+
+    Raises AuthorMistake where it marks several.
+    """
+    marked = {o: v for o, kind in _types(plugin).items() if (v := ranges.strength_of(kind))}
+    if len(marked) > 1:
+        raise AuthorMistake(
+            f"{line_of(plugin, plugin.__name__)}: {plugin.__name__} marks {' and '.join(marked)} as its strength; "
+            "mark one of them."
+        )
+    return next(iter(marked.items()), None)
+
+
 def choices(kind: str, name: str, chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every combination of the options' values: a list, where the option's type takes none, is a grid.
 
     Raises UnknownName or CLGraftError as `load` and `check_options` do.
     """
-    if not name.endswith(".py") and name not in names(kind):
+    if not name.endswith(SOURCES) and name not in names(kind):
         raise UnknownName(kind, name, names(kind))
     if not chosen:  # without importing it
         return [{}]

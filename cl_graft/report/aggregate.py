@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from cl_graft.report.protocols import (
 )
 from cl_graft.report.table import UNMEASURED
 
+T = TypeVar("T")
 Estimate = tuple[float, float]  # a mean and its standard error; either may be NaN
 ERRORS = (
     "±: one standard error over what its column says: over seeds, for these test examples alone; or over the test "
@@ -136,6 +137,10 @@ class Line:
         places = range(1, len(self.tasks) + 1)
         return [estimate([number(a[k]) if k < len(a) else math.nan for a in each]) for k in places]
 
+    def overhead(self) -> float:
+        """Forward passes at the end over those of one pack that is named, on average over seeds."""
+        return self.over_seeds(lambda c: number([None, *(c.get("overhead") or [])][-1]))[0]
+
     def kept_bytes(self) -> tuple[float, float]:
         """What is alive after the last task, and the largest pack that one task stored."""
         largest = self.over_seeds(lambda cell: max(packs(cell), default=math.nan))[0]
@@ -227,7 +232,7 @@ def told_apart(cells: Sequence[Cell]) -> list[Cell]:
 
 def _tails(names: set[str]) -> dict[str, str]:
     """The shortest ends of these paths that differ; the paths where none do."""
-    parts = {name: Path(name.removesuffix(".py")).parts for name in names}
+    parts = {name: (Path(name).parent / RunConfig.short(name)).parts for name in names}
     for length in range(2, max(map(len, parts.values())) + 1):
         tails = {name: "/".join(those[-length:]) for name, those in parts.items()}
         if len(set(tails.values())) == len(names):
@@ -268,7 +273,7 @@ def lines_of(cells: Sequence[Cell]) -> list[Line]:
     return sorted(lines, key=lambda line: PARTS.index(line.part))
 
 
-def slugged(grouped: Mapping[str, list[Cell]]) -> Iterator[tuple[str, list[Cell]]]:
+def slugged(grouped: Mapping[str, T]) -> Iterator[tuple[str, T]]:
     """The groups, each with a file name of its own in place of its title."""
     taken: set[str] = set()
     for title, members in grouped.items():

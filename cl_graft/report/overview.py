@@ -54,7 +54,7 @@ def overview(reported: Sequence[ReportedCell], tested: Reader) -> Table:
     """A row for each strategy, in each part the best mean rank first; a column for each scenario, model and budget."""
     kept = {id(cell) for cell in distinct([f.cell for f in reported])}
     found = [f for f in reported if id(f.cell) in kept]
-    names = _names([f.cell for f in found])
+    names = names_of([f.cell for f in found])
     standings = standings_of(found, list(names), tested)
     columns = (*WHO, "Rank", "Cells ranked", *names.values(), "Interval over")
     rows, exact = (tuple(s.row(digits) for s in standings) for digits in (1, 4))
@@ -68,9 +68,9 @@ def standings_of(
     by_label: dict[tuple[str, str], Found] = {}
     for f in found:
         if f.cell["complete"]:
-            place = (_column(f.cell), tuple(f.cell["tasks"]), f.cell["seed"])
+            place = (column_of(f.cell), tuple(f.cell["tasks"]), f.cell["seed"])
             by_label.setdefault((part(f.cell), f.cell["label"]), {})[place] = f
-    orders = {c: {tuple(f.cell["tasks"]) for f in found if _column(f.cell) == c} for c in columns}
+    orders = {c: {tuple(f.cell["tasks"]) for f in found if column_of(f.cell) == c} for c in columns}
     standings = []
     for (where, label), cells in by_label.items():
         first = next(iter(cells.values())).cell
@@ -79,7 +79,7 @@ def standings_of(
         rivals = {name: those for (other, name), those in by_label.items() if other == where}
         standings.append(Standing(where, who, scores, *_rank(label, rivals)))
     standings.sort(key=_place)
-    base = [base_interval([f for f in found if _column(f.cell) == c], tested) for c in columns]
+    base = [base_interval([f for f in found if column_of(f.cell) == c], tested) for c in columns]
     return [Standing("", (BASE, UNMEASURED, UNMEASURED), base), *standings]
 
 
@@ -157,7 +157,8 @@ def _place(standing: Standing) -> tuple[int, float, float]:
     return PARTS.index(standing.part), rank, -float(np.mean(means)) if means else math.inf
 
 
-def _column(cell: Cell) -> Column:
+def column_of(cell: Cell) -> Column:
+    """The column of a cell: one for all orders of the same tasks."""
     return _scenario(cell), cell["model"], cell["budget"]
 
 
@@ -168,22 +169,25 @@ def _scenario(cell: Cell) -> str:
 
 
 def _unordered(cell: Cell) -> tuple[str, dict[str, Any]]:
-    """The scenario's name, and its options but for the order of its tasks."""
+    """The scenario's name, and its options but for the order of its tasks: `order`, or a list of them as it is."""
     config = cell.get("config", {})
     name = config.get("scenario", cell["scenario"])
     options = config.get("options", {}).get(RunConfig.short(name), {})
-    return name, {k: v for k, v in options.items() if not _is_order(v, cell["tasks"])}
+    unordered = {
+        k: v for k, v in options.items() if k != "order" and not _is_order(v, cell["tasks"])
+    }
+    return name, unordered
 
 
 def _is_order(value: Any, tasks: Sequence[str]) -> bool:
     return (value.split(",") if isinstance(value, str) else value) == list(tasks)
 
 
-def _names(cells: Sequence[Cell]) -> dict[Column, str]:
+def names_of(cells: Sequence[Cell]) -> dict[Column, str]:
     """What each column is called, by what tells it from the others; a scenario with its number of orders."""
     columns: dict[Column, list[Cell]] = {}
     for cell in cells:
-        columns.setdefault(_column(cell), []).append(cell)
+        columns.setdefault(column_of(cell), []).append(cell)
     several = [len({c[k] for c in columns}) > 1 for k in range(3)]
     named = {}
     for column, members in columns.items():

@@ -13,6 +13,7 @@ from cl_graft.report.table import UNMEASURED
 from cl_graft.store.digests import digest
 
 Cell = Mapping[str, Any]
+ROUTING = [name for name in RunConfig.model_fields if name.startswith("router")]
 GIVEN, NOT_NEEDED = "given", "not needed"  # of `protocol`
 PROTOCOLS = (
     "Task IDs: given where the method is told, at test, which task a prompt is of; inferred where a router tells it "
@@ -36,8 +37,13 @@ def protocol(cell: Cell) -> str:
     config = cell["config"]
     if config.get("task_ids", GIVEN) == GIVEN:
         return GIVEN
-    router = config.get("router", RunConfig.model_fields["router"].default)
-    return f"inferred ({RunConfig.short(router)})"
+    asked = {name: config.get(name, RunConfig.model_fields[name].default) for name in ROUTING}
+    how = [RunConfig.short(asked["router"])]
+    if (k := asked["router_top_k"]) > 1:
+        how.append(f"{asked['router_combine']} of {k}")
+    if asked["router_reject"]:
+        how.append(f"{asked['router_reject']:g} to the base")
+    return f"inferred ({', '.join(how)})"
 
 
 def part(cell: Cell) -> str:
@@ -69,5 +75,5 @@ def _nothing_to_infer(cell: Cell) -> bool:
 
 def _experiment(cell: Cell) -> str:
     """The cell's config but for routing, as text."""
-    routed = ("task_ids", "router", "router_options")
+    routed = ("task_ids", *ROUTING)
     return digest({k: v for k, v in cell.get("config", {}).items() if k not in routed})

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cl_graft.config import Axes, RunConfig, Settings, several
+from cl_graft.config import Axes, RunConfig, Settings, Tuned, several
 from cl_graft.report.aggregate import KINDS, groups, scored_by
 from cl_graft.report.protocols import Cell
 from cl_graft.store.files import write_text
@@ -36,7 +36,7 @@ def write_provenance(cells: Sequence[Cell], folder: Path) -> Path:
         f"- {model}: {base} ({count} cell{'s' * (count > 1)})"
         for (model, base), count in sorted(bases.items())
     ]
-    lines.append("")
+    lines += ["", "## Tuning", "", *tuning(cells), ""]
     scored = {title: scored_by(members).strip() for title, members in groups(cells).items()}
     lines += (
         ["## Scorers", "", *(f"- {t}: {s}" for t, s in scored.items() if s), ""]
@@ -63,15 +63,31 @@ def write_provenance(cells: Sequence[Cell], folder: Path) -> Path:
     return path
 
 
+def tuning(cells: Sequence[Cell]) -> list[str]:
+    """A line for every cell's preset: what it sets, and by which protocol that was found; and who was not tuned."""
+    found: dict[str, str] = {}
+    for cell in cells:
+        tuned = Tuned(**(cell["config"].get("tuned") or {}))
+        values = ", ".join(f"{name}={value}" for name, value in tuned.values.items())
+        name = f"{cell['scenario']} · {cell['label']} · {cell['model']} · {cell['budget']}"
+        if tuned.protocol:
+            found[name] = f"- {name}: {values}; {tuned.protocol}"
+    without = sorted({c["label"] for c in cells if not c["config"].get("tuned")})
+    told = f"- Not tuned, but for what their names say: {', '.join(without)}"
+    return [*found.values(), *([told] if without else [])]
+
+
 def commands(cells: Sequence[Cell]) -> list[str]:
-    """`cl-graft sweep` commands that make these cells anew; those that differ in strategy and seed alone share one.
+    """`cl-graft sweep` and `tune` commands that make these cells anew; those that differ in strategy and seed, or in
+    what is tuned, share one.
 
     Each for a shell, every word quoted that needs it; DATA stands for the folder of --data-dir. What options cannot
     say, the command says in a sweep file that it writes first.
     """
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        key = {k: v for k, v in cell["config"].items() if k not in ("strategy", "seed")}
+        key = {k: v for k, v in cell["config"].items() if k not in ("strategy", "seed", "tuned")}
+        key["first"] = _first(cell)
         groups.setdefault(json.dumps(key, sort_keys=True), []).append(cell)
     return [_command(members) for members in groups.values()]
 
@@ -79,12 +95,17 @@ def commands(cells: Sequence[Cell]) -> list[str]:
 def _command(members: Sequence[Cell]) -> str:
     further = ["--data-dir", "DATA"] if members[0]["reads_data_dir"] else []
     further.append("--allow-code-execution")
-    told = _fields(members)
+    told, words = _fields(members), ["cl-graft", "sweep"]
+    if first := _first(members[0]):
+        trials = max(Counter(m["config"]["strategy"] for m in members).values())
+        words = ["cl-graft", "tune", "--trials", str(trials), "--first", str(first)]
+        words += ["--seed", str(told.pop("seeds")[0])]
     lists = [name for value in told.values() if isinstance(value, list) for name in value]
     if any("," in str(name) for name in lists):
         text = yaml.safe_dump(_with_options(told, members), sort_keys=False, allow_unicode=True)
-        return f"cat > sweep.yaml <<'END'\n{text}END\n{shlex.join(['cl-graft', 'sweep', 'sweep.yaml', *further])}"
-    words = ["cl-graft", "sweep"]
+        return (
+            f"cat > sweep.yaml <<'END'\n{text}END\n{shlex.join([*words, 'sweep.yaml', *further])}"
+        )
     for name, value in told.items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, dict):
@@ -95,6 +116,11 @@ def _command(members: Sequence[Cell]) -> str:
         for option, value in sorted(options.items()):
             words += ["--set", f"{owner}.{option}={_value(value)}"]
     return shlex.join([*words, *further])
+
+
+def _first(cell: Cell) -> int:
+    """Number of tasks that a trial of `cl-graft tune` learns; of any other cell 0."""
+    return (cell["config"].get("tuned") or {}).get("first", 0)
 
 
 def _fields(members: Sequence[Cell]) -> dict[str, Any]:

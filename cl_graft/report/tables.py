@@ -30,7 +30,9 @@ from cl_graft.report.aggregate import (
     slugged,
     told_apart,
 )
+from cl_graft.report.orders import over_orders
 from cl_graft.report.protocols import PARTS, PROTOCOLS, WHO, Cell, distinct, held, part, protocol
+from cl_graft.report.quoted import quoted
 from cl_graft.report.routing import accuracy, confusion_csv, confusion_tables, inferred
 from cl_graft.report.table import UNMEASURED, Table, show, write_atomic
 from cl_graft.report.unlearning import unlearning
@@ -49,6 +51,10 @@ NOTE = (
 )
 SPARED = ("Task IDs", "Budget", "General of", "±", "Largest pack")
 BRIEF = "In per cent and bytes; ± is one standard error. The report's page has more columns, and says what each is."
+PASSES_NOTE = (
+    " Passes: forward passes of routing and answering the test examples of all tasks, over those of answering by one "
+    "pack that is named."
+)
 ROUTING_NOTE = (
     " Routing: per cent of the test examples of all tasks that were taken for the task they are of."
 )
@@ -167,11 +173,13 @@ def costs(cells: Sequence[Cell]) -> list[Table]:
     """What the cells of each group took: seconds by what they went into, tokens and memory, means over seeds."""
     tables = []
     for title, members in groups(cells).items():
-        lines = lines_of(members)
-        rows = tuple(map(_cost_row, lines))
+        lines, routed = lines_of(members), any(map(inferred, members))
+        rows = tuple(_cost_row(line, routed) for line in lines)
         columns = (*WHO, *(f"{kind.capitalize()} s" for kind in KINDS))
         columns += ("Total s", "Tokens", "Peak MiB", "Bytes alive", "Largest pack")
-        tables.append(Table(f"Costs: {title}", columns, rows, COST_NOTE, parts=_parts(lines)))
+        columns += ("Passes",) if routed else ()
+        note = COST_NOTE + (PASSES_NOTE if routed else "")
+        tables.append(Table(f"Costs: {title}", columns, rows, note, parts=_parts(lines)))
     return tables
 
 
@@ -222,6 +230,8 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
             unlearning(members), members[0].get("unlearning") or [], strict=False
         ):
             written += table.write(Path(folder) / f"{slug}-{turn['task']}")
+        for table in quoted(members):
+            written += table.write(Path(folder) / f"{slug}-quoted")
         tables = matrices(members)
         columns = max((table.columns for table in tables), key=len)
         joined = [
@@ -237,6 +247,8 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
             **divergence.files(members),
         }.items():
             written.append(write_atomic(Path(folder) / f"{slug}-{name}", text.encode()))
+    for name, over in slugged(over_orders(cells)):
+        written += over.write(Path(folder) / f"{name}-orders")
     return written + (all_cells(cells).write(Path(folder) / "cells-table") if cells else [])
 
 
@@ -259,12 +271,13 @@ def _share(mean: float, se: float, spec: str) -> str:
     return show(100.0 * mean, spec, 100.0 * se)
 
 
-def _cost_row(line: Line) -> tuple[str, ...]:
+def _cost_row(line: Line, routed: bool) -> tuple[str, ...]:
     seconds, rest = line.costs()
     return (
         *line.who,
         *(show(x, ",.1f") for x in seconds),
         *(show(x, ",.0f") for x in [*rest, *line.kept_bytes()]),
+        *([show(line.overhead(), ".2f")] if routed else []),
     )
 
 

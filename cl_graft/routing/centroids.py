@@ -13,6 +13,8 @@ from cl_graft.routing.base import Router, State
 class centroids(Router):
     """The task whose centroid has the largest cosine with the prompt's features."""
 
+    temperature = 0.05
+
     def __init__(self, *, per_task: Count = 8):
         """per_task: centroids of a task; fewer where it has fewer prompts."""
         self.per_task = per_task

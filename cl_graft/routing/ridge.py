@@ -12,6 +12,8 @@ from cl_graft.routing.base import Router, State
 class ridge(Router):
     """Least squares on one-hot tasks, each task of equal weight; a constant is among the features."""
 
+    temperature = 0.1
+
     def __init__(self, *, regularisation: Positive = 1e-3):
         """regularisation: added to the diagonal of X^T X, as a share of its mean."""
         self.regularisation = regularisation

@@ -88,6 +88,7 @@ def result_object(identity: dict[str, Any], records: Sequence[dict[str, Any]]) -
         "alive_bytes": [r["alive_bytes"] for r in records if r["task"]],
         "routing": routing,
         "routing_accuracy": _accuracy(tasks, routing, config.task_ids == "inferred"),
+        "overhead": [r.get("overhead") for r in records],
         "unlearning": _unlearning(identity.get("unlearns", {}), records),
         "base_bytes": identity["base_bytes"],
         "seconds": {kind: sum(r["seconds"][kind] for r in records) for kind in kinds},

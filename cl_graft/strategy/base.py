@@ -38,11 +38,11 @@ from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
 from cl_graft.models.roles import ROLES, Role, untouched
-from cl_graft.routing.base import Router
-from cl_graft.skillpack.codecs.exact import exact, original
+from cl_graft.routing.base import BaseRouter, Choice
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.digests import digest
+from cl_graft.strategy import route
 from cl_graft.strategy.context import Context
 from cl_graft.strategy.hooks import Hooks
 from cl_graft.strategy.kept import ROUTER, Keeps, Kept, Tensors
@@ -52,7 +52,7 @@ from cl_graft.task import Pair, Preference, Scenario, Task
 from cl_graft.training.config import Row, StageConfig, at_step, jobs
 from cl_graft.training.delta import Delta
 from cl_graft.training.stages import Log, Stages, holding, in_full_precision
-from cl_graft.training.term import Term
+from cl_graft.training.term import Kind, Term, followed
 from cl_graft.version import __version__
 
 
@@ -62,17 +62,20 @@ class Strategy(Hooks):
     A method says what it keeps in `learn`; its options are the keyword-only arguments of that function.
     terms: kinds of terms that it adds to training, so that a launch which cannot carry them is refused before anything
     starts. touches: roles of the parameters that it may change; the others are frozen while it tunes, whatever trains
-    it, and it may keep nothing of them. budgeted: False for references that are allowed any size. stages, outcomes:
-    where what was trained and measured is kept; without them, as long as the strategy lives. router: infers the task of
-    a prompt, which is else given.
+    it, and it may keep nothing of them. budgeted: False for references that are allowed any size. start: what a task's
+    training starts from, the base or the model so far, where that is not what `keeps` says. stages, outcomes: where
+    what was trained and measured is kept; without them, as long as the strategy lives. router: infers the task of a
+    prompt, which is else given.
     """
 
     PLUGIN_CLASS = SupervisedPlugin
     keeps: Keeps | Mapping[str, Keeps] = "per_task"
     budgeted: ClassVar[bool] = True
     touches: ClassVar[Collection[Role]] = ROLES
-    terms: ClassVar[tuple[Literal["penalty", "project"], ...]] = ()
+    terms: ClassVar[tuple[Kind, ...]] = ()
+    start: ClassVar[Literal["base", "model"] | None] = None
     function: ClassVar[Callable[..., Any]]  # whose keyword-only arguments are the options
+    learning_rate_scale = 1.0  # times those of the recipes
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -102,6 +105,11 @@ class Strategy(Hooks):
             raise UnknownName(f"convention of {cls.__name__}", str(convention), cls.keeps)
         return cls.keeps[convention]
 
+    @classmethod
+    def start_by(cls, keeps: Any) -> Literal["base", "model"]:
+        """What a task's training starts from, of a form that keeps its packs as `keeps`, one of Keeps."""
+        return cls.start or ("model" if keeps in ("sum", "latest") else "base")
+
     def __init__(
         self,
         *,
@@ -115,7 +123,7 @@ class Strategy(Hooks):
         plugins: Sequence[Any] = (),
         stages: Stages | None = None,
         outcomes: Outcomes | None = None,
-        router: Router | None = None,
+        router: BaseRouter | None = None,
     ):
         check_plugins(plugins)
         self.keeps = self.keeps_by(options)
@@ -133,6 +141,7 @@ class Strategy(Hooks):
         )
         self.answered: dict[str, Answered] = {}
         self.features = Features(model, tokenizer)
+        self.thresholds: dict[str, Any] = {}  # of the router's scores, once it was asked
         self.progress: Callable[..., None] = lambda what, done, at="": None
         self._seconds: dict[str, float] = {"train": 0.0, "compress": 0.0}
         self.log = Log()
@@ -161,6 +170,8 @@ class Strategy(Hooks):
         context = self.context(longest)
         if self.budgeted:
             require_one_weight(context, self.base)
+            if self.router is not None:
+                route.require_fit(context, self.router)
         self.check(context, **self.options)
         kind, forgotten = type(self), [t.unlearns for t in self.scenario.tasks if t.unlearns]
         own = self.keeps in ("per_task", "sum") and kind.compose is Strategy.compose
@@ -219,6 +230,7 @@ class Strategy(Hooks):
                     where = f"{job.kind.upper()} of task {task.name!r}"
                     raise Diverged(f"{where}: {error}") from error
                 self.log.add(log)
+                terms = followed(terms, folder)
                 at = at_step(job.steps, job.steps, log.losses[-1]["loss"] if log.losses else None)
                 self.progress(f"trained {task.name}", 1.0, at)
         self._training_wall += perf_counter() - begun
@@ -303,40 +315,29 @@ class Strategy(Hooks):
 
     def before_learning(self) -> Sequence[SkillPack]:
         """The packs active when the next task's training starts."""
-        return self.compose(None) if self.keeps in ("sum", "latest") else []
+        return self.compose(None) if self.start_by(self.keeps) == "model" else []
 
-    def route(self, prompts: Sequence[str], task: int | None) -> list[int | None]:
-        """The task that each prompt is answered as, None for the base: the one given, or what the router infers."""
+    def route(self, prompts: Sequence[str], task: int | None) -> list[Choice]:
+        """What answers each prompt: the task that is given, or what the router infers; before the first, the base."""
         if self.router is None or not self.packs:
             known = task is not None and task < len(self.packs)
-            return [task if known else None] * len(prompts)
-        return list(self.router.choose(self._router_state, self._features(prompts)))
+            return [Choice.of(task if known else None)] * len(prompts)
+        return route.choices(self, self.router, prompts)
 
     def groups(self, task: Task, number: int | None) -> list[Group]:
         """Who answers which of the task's test examples: packs, and the examples' indices, together all of them."""
-        chosen: dict[int | None, list[int]] = {}
+        chosen: dict[Choice, list[int]] = {}
         for index, choice in enumerate(self.route([e.prompt for e in task.test], number)):
             chosen.setdefault(choice, []).append(index)
-        return [Group(self.compose(choice), rows, choice) for choice, rows in chosen.items()]
-
-    @property
-    def _router_state(self) -> dict[str, torch.Tensor]:
-        kept = self.shared.get(ROUTER)
-        return {n: original(e) for n, e in kept.tensors.items()} if kept else {}
-
-    def _features(self, prompts: Sequence[str]) -> torch.Tensor:
-        self.grafted.unload()
-        return self.features(prompts)
+        return [route.group(self, choice, rows) for choice, rows in chosen.items()]
 
     def _learn_to_route(self, task: Task) -> None:
         """Update the router's state by the task's training prompts; nothing of earlier tasks is looked at."""
         if self.router is None:
             return
         begun = perf_counter()
-        prompts = self.router.sample([e.prompt for e in task.train], self.seed)
-        state = self.router.update(self._router_state, self._features(prompts), len(self.packs))
-        tensors = {name: exact(value) for name, value in state.items()}
-        self.shared[ROUTER] = self._pack(task, tensors, type(self.router).__name__)
+        if tensors := route.learned(self, self.router, task):
+            self.shared[ROUTER] = self._pack(task, tensors, type(self.router).__name__)
         self._seconds["compress"] += perf_counter() - begun
 
     # --- learning a task ---

@@ -16,6 +16,7 @@ from cl_graft.strategy.kept import as_kept, finite_only, require_name, require_t
 from cl_graft.strategy.storage import require_fit
 from cl_graft.stream import BaseTemplate, drawn
 from cl_graft.task import Task
+from cl_graft.training.adapters import faster
 from cl_graft.training.own_loop import counted
 from cl_graft.training.stages import Log
 
@@ -35,6 +36,7 @@ class Hooks(BaseTemplate):
         if self.dataloader is not None:
             torch.manual_seed(self._stage_seed)
             task = replace(task, train=drawn(self.dataloader))
+        task = self.at_rate(task)
         self._learn_to_route(task)
         context = self.context(task)
         begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
@@ -62,6 +64,11 @@ class Hooks(BaseTemplate):
         self._seconds["compress"] += perf_counter() - begun - self._training_wall
         self.clock.train_iterations += task.training.steps
 
+    def at_rate(self, task: Task) -> Task:
+        """The task with its recipe at the learning rates that this strategy was tuned to."""
+        scale = self.learning_rate_scale
+        return task if scale == 1 else faster(task, scale)
+
     def _eval_exp(self, **kwargs: Any) -> None:
         number = self.experience.current_experience
         task = self.scenario.tasks[number]
@@ -76,7 +83,8 @@ class Hooks(BaseTemplate):
         groups = self.groups(task, number)
         names = self.scenario.task_names if self.keeps == "per_task" else ()
         self.answered[task.name] = Answered(key(task, groups)[1:], groups, names)
-        outcomes = self.examiner.measure(task, groups, len(self.packs))
+        # general ability is measured with each task's packs on, too (experiment/general.py)
+        outcomes = self.examiner.measure(task, groups, len(self.packs), every=number is None)
         # within an evaluation the next task may be answered by the same weights
         if not self.current_eval_stream:
             self.grafted.unload()

@@ -44,7 +44,7 @@ class Adapter:
 
         require_adaptable(model)
         require_dropout(model, dropout)
-        self.scale, self.transposed = alpha_over_rank, _transposed(model)
+        self.scale, self.transposed = alpha_over_rank, transposed(model)
         self.trainable = [p for p in model.parameters() if p.requires_grad]  # PEFT freezes them
         config = LoraConfig(
             r=rank,
@@ -66,20 +66,54 @@ class Adapter:
 
     def factors(self) -> dict[str, Pair]:
         """{parameter: (left, right)}, float32: its delta, laid out as it is, is left @ right; B has the scale."""
-        pairs = {}
+        return self.laid_out(self.weights())
+
+    def load(self, tensors: Mapping[str, Encoded]) -> None:
+        """Start from these factors, as `factors` gave them, of the same rank."""
+        self.put(self.read(tensors))
+
+    def trained(self) -> dict[str, Tensor]:
+        """Copies of what is trained, by the names that the parameters have in `model`."""
+        named = self.model.named_parameters()
+        return {name: p.detach().clone() for name, p in named if p.requires_grad}
+
+    @torch.no_grad()
+    def train_on(self, trained: Mapping[str, Tensor]) -> None:
+        """Go on from what `trained` gave."""
+        for name, value in trained.items():
+            self.model.get_parameter(name).copy_(value)
+
+    def weights(self) -> dict[str, Pair]:
+        """{parameter: (A, B)}, float32, without the scale: (rank, in) and (out, rank); of stacked experts one each."""
+        return {
+            name: (down(module).detach().float().clone(), _up(module).detach().float().clone())
+            for name, module in adapted_layers(self.model).items()
+        }
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Pair]) -> None:
+        """Go on from these A and B, as `weights` gives them."""
         for name, module in adapted_layers(self.model).items():
-            up, low = self.scale * _up(module).detach().float(), down(module).detach().float()
+            low, up = weights[name]
+            down(module).copy_(low)
+            _up(module).copy_(up)
+
+    def laid_out(self, weights: Mapping[str, Pair]) -> dict[str, Pair]:
+        """`factors` of A and B."""
+        pairs = {}
+        for name, (low, up) in weights.items():
+            up = self.scale * up
             pairs[name] = (low.mT, up.mT) if name in self.transposed else (up, low)
         return pairs
 
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Encoded]) -> None:
-        """Start from these factors, as `factors` gave them, of the same rank."""
-        for name, module in adapted_layers(self.model).items():
-            left, right = tensors[name].parts["left"].float(), tensors[name].parts["right"].float()
+    def read(self, tensors: Mapping[str, Encoded]) -> dict[str, Pair]:
+        """A and B of factors that were stored, as `encoded` has it."""
+        weights = {}
+        for name, kept in tensors.items():
+            left, right = kept.parts["left"].float(), kept.parts["right"].float()
             up, low = (right.mT, left.mT) if name in self.transposed else (left, right)
-            _up(module).copy_(up / self.scale)
-            down(module).copy_(low)
+            weights[name] = (low, up / self.scale)
+        return weights
 
 
 def targets(model: Any) -> dict[str, nn.Module]:
@@ -156,7 +190,7 @@ def _up(module: Any) -> Tensor:
     return weight if experts == 1 else weight.view(len(weight), -1, experts).permute(2, 0, 1)
 
 
-def _transposed(model: Any) -> set[str]:
+def transposed(model: Any) -> set[str]:
     """Parameter names of matrices, and of stacks of such, stored (in, out)."""
     stacked = {
         n for n, p in mixtures(model).items() if p.ndim == 3 and _owner(model, n).is_transposed
@@ -213,17 +247,17 @@ def downs(model: Any, packs: Sequence[SkillPack]) -> dict[str, Tensor]:
 
     model: the plain one. packs: what `factors` gave, as `encoded`.
     """
-    transposed = _transposed(model)
+    sideways = transposed(model)
     stacked: dict[str, list[Tensor]] = {}
     for pack in packs:
         for name, kept in pack.tensors.items():
             left, right = kept.parts["left"].float(), kept.parts["right"].float()
-            stacked.setdefault(name, []).append(left.mT if name in transposed else right)
+            stacked.setdefault(name, []).append(left.mT if name in sideways else right)
     return {name: torch.cat(parts, -2) for name, parts in stacked.items()}
 
 
 def faster(task: Task, scale: float) -> Task:
-    """The task with both halves of its recipe at a multiple of their learning rates: adapters need larger ones."""
+    """The task with both halves of its recipe at a multiple of their learning rates, as adapters need them."""
     recipe, half = task.training, task.training.preference
     if half:
         half = replace(half, learning_rate=half.learning_rate * scale)

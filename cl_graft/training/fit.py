@@ -26,7 +26,7 @@ from cl_graft.training.config import (
     save_steps,
 )
 from cl_graft.training.restored import as_it_was
-from cl_graft.training.term import Term
+from cl_graft.training.term import FOLLOWED, Term
 from cl_graft.training.tokens import Tokens, lengths, tokens, tokens_of_a_step
 from cl_graft.training.trainer import dpo_class, sft_class
 
@@ -56,7 +56,8 @@ def fit(
     """Train in place, from the last whole checkpoint in `work` if there is one; returns TRL's trainer.
 
     `work`/log.jsonl has a line for every twentieth of the job: loss terms, learning rate, gradient norm, tokens a
-    second, peak memory; `work`/tokens.json is the tokens of the whole job. The loss is taken over answers only.
+    second, peak memory; `work`/tokens.json is the tokens of the whole job, `work`/followed.safetensors what terms keep
+    of its weights. The loss is taken over answers only.
     `deepspeed`: its JSON, in a job of several processes. `terms`: what a method adds; the loss in the log is with them.
     rows: texts, or a data set on disk of the tokens that training/tokens.py makes of them. What TRL changes of the
     model besides its weights is put back. Raises Diverged where loss or gradients are no finite numbers.
@@ -75,7 +76,11 @@ def fit(
             write_json(work / TOKENS, config.steps * count)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(report)
+        if last:
+            trainer.terms.restore(last / FOLLOWED)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if main:
+            trainer.terms.save(work / FOLLOWED)
     trainer.model.zero_grad(set_to_none=True)
     return trainer
 
@@ -231,6 +236,7 @@ def _report(work: Path, trainer: Any, step: int, tokens: float, progress: Progre
             self.begun, self.last = time.perf_counter(), (time.perf_counter(), state.global_step)
 
         def on_step_end(self, args, state, control, **kwargs):
+            trainer.follow()
             if state.global_step == state.max_steps:
                 control.should_save = False  # the stage itself is saved next
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -258,6 +264,7 @@ def _report(work: Path, trainer: Any, step: int, tokens: float, progress: Progre
             trainer.accelerator.wait_for_everyone()  # each process writes its share
             if main:
                 saved = work / f"checkpoint-{state.global_step}"
+                trainer.terms.save(saved / FOLLOWED)
                 flush(saved)
                 (saved / WHOLE).touch()
                 for folder in work.glob("checkpoint-*"):

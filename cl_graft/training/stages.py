@@ -3,6 +3,7 @@
 <cache>/stages/<key>/            the checkpoint (training/checkpoint.py), log.jsonl, and stage.json: what made it
 <cache>/stages/<key>.work/       step checkpoints of one that is not finished
 <cache>/pairs/<key>.jsonl        how many preference pairs a model sampled, then one a line
+<cache>/answers/<key>.jsonl      what it was asked for (training/drawn.py), then an answer a line
 
 Strategies that start a task from the same weights, with the same data, recipe and seed, share its training. A
 folder appears whole or not at all, and may be deleted at any time: what is missing is trained again.
@@ -14,7 +15,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,6 +49,7 @@ from cl_graft.store.locks import locked, use
 from cl_graft.store.mirror import Mirror
 from cl_graft.task import Pair, Preference, Task
 from cl_graft.training import (
+    acting,
     adapters,
     checkpoint,
     config,
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MARKER = "stage.json"
+Lines = Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]]
 DISKS = {  # what disks say; memory, processes and sockets have words of their own
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
@@ -169,6 +172,8 @@ class Stages:
     ) -> None:
         """Put the log beside the checkpoint, and last the marker that says what made them."""
         shutil.copy(work / fit.LOG, building / fit.LOG)
+        if (work / term.FOLLOWED).is_file():
+            shutil.copy(work / term.FOLLOWED, building / term.FOLLOWED)
         flush(building)
         about |= {
             "config": asdict(job),
@@ -199,16 +204,25 @@ class Stages:
         """The model's own preference pairs for the task, sampled now or recalled."""
         start = fingerprint(model.named_parameters())
         file = self.pairs_file(start, tokenizer, task, half, seed)
+
+        def make() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            made = preferences.sampled(model, tokenizer, task, half, seed, allow_code)
+            return {"cut_off": made.cut_off}, [asdict(pair) for pair in made.pairs]
+
+        first, lines = self.recalled(file, make)
+        return preferences.Sampled([Pair(**line) for line in lines], first["cut_off"])
+
+    def recalled(self, file: Path, make: Lines) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What a file of the cache holds, its first line and the others; made and kept now where it is not there."""
         with locked(file, self.patient):
             self._fetch(file)
             if (known := read_lines(file)) is not None:
-                pairs = [Pair(**line) for line in known[1]]
-                return preferences.Sampled(pairs, known[0]["cut_off"])
-            made = preferences.sampled(model, tokenizer, task, half, seed, allow_code)
-            write_lines(file, {"cut_off": made.cut_off}, map(asdict, made.pairs))
+                return known[0], list(known[1])
+            first, lines = make()
+            write_lines(file, first, lines)
             if self.mirror:
                 self.mirror.push(file, self._name(file))
-            return made
+            return first, lines
 
     def _fetch(self, path: Path) -> None:
         """What another machine has made of it, or the rest of that; a folder without its marker is none."""
@@ -286,20 +300,22 @@ def stage_key(
 ) -> str:
     """Digest of start weights, vocabulary, rows, recipe with its seed, kind of device, code and library versions.
 
-    And of the terms, in their order, of the origin, and of the parameters that are frozen, where there are any.
+    And of the terms, in their order, with which of them share a state, of the origin, and of the parameters that are
+    frozen, where there are any.
 
     How many processes share the work is no part of it: the batch is the same, and so, but for the order of sums,
     is the result.
     """
     parts = (start, vocabulary(tokenizer), list(rows), asdict(job), place())
-    added = [{"terms": [t.digest for t in terms], "origin": origin}] if terms or origin else []
+    told = [(t.digest, term.holder(terms, t)) for t in terms]
+    added = [{"terms": told, "origin": origin}] if terms or origin else []
     added += [{"frozen": [*frozen]}] if frozen else []
     return digest(*parts, *added, training_code(), versions())
 
 
 def training_code() -> str:
     """Digest of the code that a stage's outcome depends on."""
-    return code_digest(fit, trainer, loss, term, tokens, config, adapters, text)
+    return code_digest(fit, trainer, loss, acting, term, tokens, config, adapters, text)
 
 
 @contextmanager

@@ -11,86 +11,10 @@ import torch
 from torch import Tensor
 
 from cl_graft.errors import CLGraftError, Diverged
+from cl_graft.training.acting import Terms
 from cl_graft.training.loss import FEW, fused, plain, unfused
 from cl_graft.training.term import Term
 from cl_graft.training.tokens import ROWS
-
-
-class Terms:
-    """The terms of a running stage: their states on the device, and what their penalties came to lately."""
-
-    def __init__(self, terms: Sequence[Term], device: torch.device | str):
-        states = [{name: x.detach().to(device) for name, x in term.state.items()} for term in terms]
-        pairs = list(zip(terms, states, strict=True))
-        self.penalties = [(t, state) for t, state in pairs if t.kind == "penalty"]
-        self.projections = [(t, state) for t, state in pairs if t.kind == "project"]
-        self.logits = any(t.logits for t, _ in self.penalties)
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-
-    def penalty(self, model: Any, batch: Mapping[str, Any], output: Any, step: int) -> Tensor:
-        """The sum of all penalties of a micro-batch; a value without a gradient pulls at nothing and is only logged.
-
-        Raises Diverged for one that is no finite number.
-        """
-        values: dict[str, Tensor] = {}
-        for term, state in self.penalties:
-            given = term.function(model, batch, output, state, **term.options)
-            for name, value in _named(term, given).items():
-                if name in values:
-                    raise CLGraftError(
-                        f"two terms are called {name!r}; name one of them otherwise."
-                    )
-                if not torch.isfinite(value):
-                    raise Diverged(
-                        f"the term {name} is {value.item()} in step {step + 1}, so the stage is not kept; "
-                        "lower its weight or the learning rate, or mend it."
-                    )
-                values[name] = value
-                self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        self.count += 1
-        return torch.stack([value.float() * value.requires_grad for value in values.values()]).sum()
-
-    def project(self, model: Any, gradients: dict[str, Tensor], step: int) -> None:
-        """Let each projection change the gradients. Raises Diverged if they are not finite then."""
-        given = dict(gradients)
-        for term, state in self.projections:
-            term.function(model, gradients, state, step, **term.options)
-            for name, gradient in given.items():
-                if gradients.get(name) is not gradient:
-                    raise CLGraftError(
-                        f"the term {term.name} has put another tensor in the place of the gradient of {name}; "
-                        "write into the one that is there, as by copy_."
-                    )
-                if not torch.isfinite(gradient).all():
-                    raise Diverged(
-                        f"the gradient of {name} is not finite after the term {term.name} in step {step + 1}, "
-                        "so the stage is not kept; mend the term or lower the learning rate."
-                    )
-
-    def means(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """What each penalty came to on average since it was last asked, over all processes."""
-        if not self.count:
-            return {}
-        mean = torch.stack(list(self.sums.values())) / self.count
-        averages = dict(zip(self.sums, gather(mean[None]).mean(0).tolist(), strict=True))
-        self.sums, self.count = {}, 0
-        return averages
-
-
-def _named(term: Term, given: Any) -> dict[str, Tensor]:
-    """{name in the log: scalar} of what a penalty gave."""
-    parts = (
-        {f"{term.name}.{k}": x for k, x in given.items()}
-        if isinstance(given, Mapping)
-        else {term.name: given}
-    )
-    for name, value in parts.items():
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise CLGraftError(
-                f"the term {name} gives {type(value).__name__}, not a tensor of one number; mend it."
-            )
-    return {name: value.squeeze() for name, value in parts.items()}
 
 
 class Output(NamedTuple):
@@ -184,6 +108,12 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
                 )
             return norm
 
+        def follow(self) -> None:
+            """Tell the terms that the optimizer has stepped."""
+            if self.terms.followers:
+                inner = self.accelerator.unwrap_model(self.model)
+                self.terms.follow(inner, self.state.global_step)
+
         def _project(self) -> None:
             inner = self.accelerator.unwrap_model(self.model)
             with _gradients(inner, self.is_deepspeed_enabled) as gradients:
@@ -207,7 +137,9 @@ def dpo_class(base: type, indices: list[int], terms: Sequence[Term]) -> type:
     it ends in a space, and drops a pair in silence whose prompt fills `max_length`.
     """
 
-    class Paired(trainer_class(base, indices, terms)):  # type: ignore[misc]
+    left = [term for term in terms if term.kind != "loss"]  # which are of SFT
+
+    class Paired(trainer_class(base, indices, left)):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
@@ -232,13 +164,15 @@ def sft_class(base: type, indices: list[int], terms: Sequence[Term], examples: l
             self.sums: dict[str, Tensor] = {}
 
         def _loss(self, model: Any, inputs: Any, items: Any) -> tuple[Tensor, Tensor | None]:
-            labels = inputs.pop("labels")
+            labels, instead = inputs.pop("labels"), self.terms.instead
+            if instead and not self.terms.logits:
+                return torch.zeros((), device=labels.device), None
             inputs["use_cache"] = False
             if self.aux_loss_enabled:
                 inputs["output_router_logits"] = True
             if self.terms.logits or labels.numel() * self.vocabulary <= FEW:
                 output = model(**inputs)
-                told = plain(output.logits, labels)
+                told = plain(output.logits.detach() if instead else output.logits, labels)
             else:
                 output = model(**inputs, labels=labels, fused_lm_head=True)
                 told = fused(output)
@@ -247,6 +181,8 @@ def sft_class(base: type, indices: list[int], terms: Sequence[Term], examples: l
                 self.sums[name] = self.sums.get(name, 0) + value.detach()
             processes = self.accelerator.num_processes if items is not None else 1
             loss = told.nll / (told.answers if items is None else items).clamp(min=1) * processes
+            if instead:
+                loss = torch.zeros_like(loss)
             if self.aux_loss_enabled:
                 steps = self.current_gradient_accumulation_steps if items is not None else 1
                 loss = loss + self.router_aux_loss_coef * output.aux_loss / steps

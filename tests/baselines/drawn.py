@@ -27,13 +27,21 @@ def learn(
     They are the first entries of NAME, whose others are 0; those of all other parameters are random, in bf16, or 0
     if it is `alone`.
     """
-    tasks = tuple(Task(f"task-{n}", ROWS, ROWS, "exact") for n in range(len(deltas)))
-    scenario = Scenario("drawn", tasks)
+    return taught(build, name, lambda base: [_whole(base, d, alone) for d in deltas], **options)
+
+
+def taught(
+    build: Callable[..., Any],
+    name: str,
+    given: Callable[[dict[str, Tensor]], Sequence[dict[str, Tensor]]],
+    **options: Any,
+) -> Any:
+    """The strategy after tasks `task-0`, `task-1`, ... with the deltas that `given` makes of the base's weights."""
+    base = {n: p.detach() for n, p in build(name, **options).model.named_parameters()}
+    deltas = {f"task-{n}": delta for n, delta in enumerate(given(base))}
+    scenario = Scenario("drawn", tuple(Task(task, ROWS, ROWS, "exact") for task in deltas))
     strategy = build(name, scenario=scenario, **options)
-    given = {
-        task.name: _whole(strategy.base, d, alone) for task, d in zip(tasks, deltas, strict=True)
-    }
-    strategy.fine_tune = lambda task, context: given[task.name]
+    strategy.fine_tune = lambda task, context: deltas[task.name]
     for experience in benchmark(scenario).train_stream:
         strategy.train(experience, eval_streams=[])
     return strategy

@@ -15,6 +15,7 @@ from cl_graft.budget import Budget
 from cl_graft.errors import CLGraftError
 from cl_graft.plugins import check_options, load
 from cl_graft.skillpack.codecs import decode
+from cl_graft.stream import benchmark
 from cl_graft.training.adapters import (
     Adapter,
     adapted_layers,
@@ -152,8 +153,35 @@ def test_o_lora_holds_every_expert_apart_from_its_own_past(qwen, tiny_scenario) 
     assert found["orthogonal"].item() == pytest.approx(wanted, rel=1e-4)
 
 
+def test_adapters_that_go_on_from_the_last_task_do_so_expert_by_expert(qwen, tiny_scenario) -> None:
+    """Nothing is learned in the second task, so slao's merge and start are told from its first B alone."""
+    strategy = qwen("slao", rank=2, learning_rate_scale=1e-12)
+    asked = spied(strategy)
+    warm = learn(qwen("slao", rank=2), tiny_scenario, 1)
+    strategy.packs, strategy.shared = list(warm.packs), dict(warm.shared)
+    strategy.train(benchmark(tiny_scenario).train_stream[1], eval_streams=[])
+    assert len(asked) == 1
+    orthonormal = module("slao").orthonormal
+    with Adapter(strategy.model, 2, 2.0, 0.0) as adapter:
+        first, second = (adapter.read(pack.tensors) for pack in strategy.packs)
+        for name, (a, b) in second.items():
+            torch.testing.assert_close(a, orthonormal(first[name][0]), atol=0.01, rtol=0.01)
+            torch.testing.assert_close(b, first[name][1], atol=0.01, rtol=0.01)
+    codecs = {e.codec for e in strategy.packs[1].tensors.values()}
+    assert codecs == {"low_rank", "low_rank_stack"}
+
+
+def test_osf_keeps_directions_of_every_expert_and_router(qwen) -> None:
+    model = qwen("osf").model
+    state = module("osf").directions(model, 0.5)
+    for name, weight in mixtures(model).items():
+        k = min(weight.shape[-2:]) // 2
+        assert state[f"left/{name}"].shape == (*weight.shape[:-1], k)
+        assert state[f"right/{name}"].shape == (*weight.shape[:-2], k, weight.shape[-1])
+
+
 def test_dropout_on_stacked_experts_is_refused_before_training(qwen) -> None:
-    for name in ("lora", "o_lora"):
+    for name in ("lora", "o_lora", "slao", "i_lora", "sure"):
         with pytest.raises(CLGraftError, match=rf"{name}\.dropout=0.1 cannot be had on Qwen3Moe"):
             qwen(name, dropout=0.1).require_possible()
         qwen(name, dropout=0.0).require_possible()

@@ -9,7 +9,7 @@ import pytest
 
 from cl_graft.errors import CLGraftError
 from cl_graft.skillpack.format.file import SkillPack
-from cl_graft.strategy.memory import MEMORY, Memory, Reservoir
+from cl_graft.strategy.memory import MEMORY, Memory, Reservoir, draw
 from cl_graft.task import Pair, Preference
 from tests.baselines.methods import learn, spied
 
@@ -40,10 +40,11 @@ def test_a_stream_that_fits_is_kept_whole_and_drawn_evenly():
     reservoir = Reservoir(5)
     reservoir.see(rows(*"abc"), 0)
     assert reservoir.rows == rows(*"abc")
-    drawn = Counter(r["prompt"] for r in reservoir.draw(7, 1))
+    drawn = Counter(r["prompt"] for r in draw(reservoir.rows, 7, 1))
     assert sorted(drawn.values()) == [2, 2, 3]
-    assert reservoir.draw(7, 1) == reservoir.draw(7, 1) != reservoir.draw(7, 2)
-    assert Reservoir(5).draw(7, 1) == []
+    again, other = draw(reservoir.rows, 7, 1), draw(reservoir.rows, 7, 2)
+    assert draw(reservoir.rows, 7, 1) == again != other
+    assert draw([], 7, 1) == []
 
 
 def test_a_memory_read_back_goes_on_as_one_that_was_never_written(tmp_path):

@@ -14,10 +14,27 @@ SMALL = {"steps": 6, "batch": 8, "train_size": 48, "test_size": 8, "tasks": "mat
 
 
 @pytest.mark.parametrize(
-    ("strategy", "options"),
-    [("replay", {"size": 20}), ("agem", {"size": 20, "batch": 8}), ("ewc", {"samples": 4})],
+    ("strategy", "options", "shared"),
+    [
+        ("replay", {"size": 20}, 1),
+        ("agem", {"size": 20, "batch": 8}, 1),
+        ("gem", {"size": 4}, 1),
+        ("ewc", {"samples": 4}, 1),
+        ("osf", {}, 0),
+        ("slao", {}, 1),
+        ("i_lora", {"size": 20, "rank": 2}, 2),
+        ("sure", {"size": 20, "rank": 2}, 2),
+        ("twin_merging", {}, 2),
+        ("consensus", {}, 2),
+        ("dft", {}, 0),
+        ("sdft", {"rate": 0.2}, 0),
+        ("lamol", {"gamma": 0.5}, 0),
+        ("lora_intruders", {"learning_rate_scale": 30.0}, 0),
+    ],
 )
-def test_a_cell_stopped_in_its_second_task_ends_with_the_same_numbers(strategy, options, tmp_path):
+def test_a_cell_stopped_in_its_second_task_ends_with_the_same_numbers(
+    strategy, options, shared, tmp_path
+):
     def config(out):
         return RunConfig(
             scenario="mini",
@@ -48,4 +65,4 @@ def test_a_cell_stopped_in_its_second_task_ends_with_the_same_numbers(strategy, 
     assert not (stopped.out / stopped.cell / "result.json").exists()
     cell.run(stopped)
     assert numbers(stopped) == numbers(whole)
-    assert len(numbers(whole)[0]) == 3, "two packs and what they share"
+    assert len(numbers(whole)[0]) == 2 + shared, "two packs and what they share"

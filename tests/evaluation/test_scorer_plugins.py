@@ -124,11 +124,16 @@ def test_what_is_no_scorer_is_refused(tmp_path: Path, text: str) -> None:
 def test_base_and_private_files_are_none() -> None:
     assert plugins.names("scorer") == [
         "choice",
+        "edit_similarity",
         "exact",
+        "first_character",
+        "lm_eval",
         "math",
         "neg_bits_per_byte",
         "number",
         "number_lm_eval",
+        "rouge_l",
+        "sari",
         "tests",
     ]
     with pytest.raises(UnknownName):

@@ -168,6 +168,33 @@ def test_a_projection_is_the_gradient_that_the_step_takes(run, plugin):
     assert log[0]["grad_norm"] == pytest.approx(state[NAME].norm().item()), "clipped after it"
 
 
+INSTEAD = """
+    def loss(model, batch, output, state, *, weight):
+        assert output.logits is None
+        named = dict(model.named_parameters())
+        return weight * sum(((named[n] - x) ** 2).sum() for n, x in state.items())
+"""
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_a_loss_takes_the_place_of_sfts_and_costs_no_forward_pass(run, plugin, micro):
+    """Its gradient 2 w (p - a) is the whole one, and it is the loss in the log; DPO's loss is what it was."""
+    state = {NAME: weights(load("nano-llama")[0])[NAME] - 1}
+    terms = [Term.loss(plugin("other", INSTEAD).loss, state, weight=0.5), Term.project(keep)]
+    GRADIENTS.clear()
+    _, _, (line,) = run(SFT, terms, micro_batch=micro)
+    (found,) = GRADIENTS
+    torch.testing.assert_close(found.pop(NAME), torch.ones_like(state[NAME]))
+    assert not any(x.any() for x in found.values()), "nothing of the NLL"
+    assert line["other"] == pytest.approx(0.5 * state[NAME].numel()) == line["loss"]
+    assert "entropy" not in line, "no logits were made"
+    ends = [run(DPO, given, micro_batch=micro) for given in (terms[:1], [])]
+    assert all(torch.equal(ends[0][1][n], x) for n, x in ends[1][1].items())
+    assert "other" not in ends[0][2][0]
+    with pytest.raises(CLGraftError, match="other and other would both take the place"):
+        run(SFT, terms[:1] * 2)
+
+
 @pytest.mark.parametrize("job", [SFT, DPO], ids=["sft", "dpo"])
 def test_a_penalty_weighs_the_same_however_a_step_is_cut(run, job):
     """Whole, and as four micro-batches: the same gradient and the same values in the log."""
@@ -288,16 +315,94 @@ def test_a_killed_stage_goes_on_with_its_terms(plugin, tmp_path):
     assert train("killed") == train("whole")
 
 
+def lag(model, state, step, *, part):
+    """The state goes a part of the way to the weights, and counts the steps."""
+    state[NAME].lerp_(model.get_parameter(NAME), part)
+    state["steps"].add_(1) if step == state["steps"] + 1 else state["steps"].fill_(-99)
+
+
+def look(model, batch, output, state):
+    return state[NAME].detach().sum() * 0 + state["steps"].float()
+
+
+def lagging(model):
+    state = {NAME: weights(model)[NAME] - 1, "steps": torch.zeros((), dtype=torch.int64)}
+    return [Term.penalty(look, state), Term.follow(lag, state, part=0.25)]
+
+
+def test_a_state_follows_the_weights_step_by_step_and_other_terms_see_it(tmp_path):
+    """By hand from the weights before each step, whatever the micro-batches; it ends in the stage's folder."""
+    model, tokenizer = load("nano-llama")
+    terms = [*lagging(model), Term.project(note)]
+    given = terms[0].state[NAME].clone()
+    job = SFT[0], replace(SFT[1], steps=4)
+    NOTED.clear()
+    stages = Stages(tmp_path, Launch(micro_batch=4))
+    folder, log = stages.run(model, tokenizer, *job, terms=terms)
+    seen = [*NOTED[1:], weights(model)[NAME]]
+    slow = given
+    for fast in seen:
+        slow = slow + 0.25 * (fast - slow)
+    ends = term.followed(terms, folder)
+    torch.testing.assert_close(ends[1].state[NAME], slow)
+    assert ends[0].state is ends[1].state and ends[1].state["steps"] == 4
+    assert ends[2] is terms[2] and torch.equal(terms[0].state[NAME], given)
+    assert [x["test_terms.look"] for x in log.losses] == [0, 1, 2, 3], "as it is before each step"
+
+
+NOTED: list[torch.Tensor] = []
+
+
+def note(model, gradients, state, step):
+    NOTED.append(weights(model)[NAME])
+
+
+def test_a_killed_stage_goes_on_with_what_follows_it(tmp_path):
+    def train(folder, kill=None):
+        model, tokenizer = load("nano-llama")
+
+        def progress(done, at):
+            if kill and done >= kill:
+                raise KeyboardInterrupt
+
+        job, terms = (SFT[0], replace(SFT[1], steps=8)), lagging(model)
+        stages = Stages(tmp_path / folder, Launch(save_steps=4))
+        stage, log = stages.run(model, tokenizer, *job, progress=progress, terms=terms)
+        ends = term.followed(terms, stage)[1].state
+        assert ends["steps"] == 8
+        return fingerprint(ends.items()), [x["test_terms.look"] for x in log.losses]
+
+    with pytest.raises(KeyboardInterrupt):
+        train("killed", kill=6 / 8)
+    assert train("killed") == train("whole")
+    assert train("whole") == train("whole"), "recalled"
+
+
 def test_what_is_saved_for_a_job_is_read_back(plugin, tmp_path):
     module = plugin()
     terms = (
         Term.penalty(module.penalty, {"a": torch.ones(2, 3).T, "b.c": torch.arange(4)}, weight=2),
         Term.project(module.project),
+        Term.loss(module.penalty, {"a": torch.ones(1)}, logits=True, weight=1),
     )
     term.save(terms, tmp_path / "terms")
     read = term.load(tmp_path / "terms")
     assert [t.digest for t in read] == [t.digest for t in terms]
     assert [t.about for t in read] == [t.about for t in terms]
+    assert [t.logits for t in read] == [False, False, True]
+
+
+def test_terms_that_share_a_state_share_it_in_a_job_and_are_told_from_those_that_do_not(tmp_path):
+    model, tokenizer = load("nano-llama")
+    shared, apart = lagging(model), [lagging(model)[0], lagging(model)[1]]
+    term.save([Term.project(note), *shared], tmp_path / "terms")
+    _, first, second = term.load(tmp_path / "terms")
+    assert first.state is second.state and fingerprint(first.state.items()) == fingerprint(
+        shared[0].state.items()
+    )
+    assert [t.digest for t in shared] == [t.digest for t in apart]
+    start = fingerprint(model.named_parameters())
+    assert stage_key(start, tokenizer, *SFT, shared) != stage_key(start, tokenizer, *SFT, apart)
 
 
 def exploding(model, batch, output, state):
@@ -360,6 +465,9 @@ HALVES = """
         largest = max(gradients, key=lambda name: gradients[name].norm())
         gradients[largest].mul_(by)
         gradients["model.layers.0.self_attn.q_proj.weight"].zero_()
+
+    def follow(model, state, step):
+        state["anchor"].lerp_(model.get_parameter("model.norm.weight"), 0.25)
 """
 
 
@@ -373,15 +481,19 @@ def test_two_processes_under_zero_2_add_and_project_what_one_does(plugin, tmp_pa
     def train(folder, launch):
         model, tokenizer = load("nano-llama")
         start = weights(model)
+        state = {"anchor": start[NAME] - 1}
         terms = [
-            Term.penalty(module.penalty, {"anchor": start[NAME] - 1}, logits=True),
+            Term.penalty(module.penalty, state, logits=True),
             Term.project(module.project, by=0.5),
+            Term.follow(module.follow, state),
         ]
-        _, log = Stages(tmp_path / folder, launch).run(model, tokenizer, *job, terms=terms)
-        return start, weights(model), log.losses
+        stage, log = Stages(tmp_path / folder, launch).run(model, tokenizer, *job, terms=terms)
+        end = term.followed(terms, stage)[0].state["anchor"]
+        return start, {**weights(model), "anchor": end}, log.losses
 
     start, alone, lines = train("one", Launch())
     _, together, their_lines = train("two", Launch(processes=2, zero=2, micro_batch=1))
+    assert not torch.allclose(alone["anchor"], start[NAME] - 1, atol=0.1)
     for name in alone:
         torch.testing.assert_close(together[name], alone[name], rtol=0, atol=1e-6)
     for line, theirs in zip(lines, their_lines, strict=True):
@@ -391,7 +503,36 @@ def test_two_processes_under_zero_2_add_and_project_what_one_does(plugin, tmp_pa
     assert torch.equal(alone[frozen], start[frozen]) and not torch.equal(alone[NAME], start[NAME])
 
 
-@pytest.mark.parametrize("name", ["ewc", "agem", "lwf", "o_lora"])
+OWN = """
+    def loss(model, batch, output, state):
+        given = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+        pull = (model.get_parameter("model.norm.weight") - state["anchor"]).square().sum()
+        return model(**given, use_cache=False).loss + pull
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_two_processes_under_zero_2_take_a_loss_with_a_pass_of_its_own(plugin, tmp_path):
+    """All answers are of one length, so that a mean over rows is the same in halves."""
+    module = plugin("own", OWN)
+    job = SFT[0], replace(SFT[1], steps=6, batch=4)
+
+    def train(folder, launch):
+        model, tokenizer = load("nano-llama")
+        anchor = {"anchor": torch.zeros_like(weights(model)[NAME])}
+        terms = [Term.loss(module.loss, anchor)]
+        _, log = Stages(tmp_path / folder, launch).run(model, tokenizer, *job, terms=terms)
+        return weights(model), log.losses
+
+    alone, lines = train("one", Launch())
+    together, theirs = train("two", Launch(processes=2, zero=2, micro_batch=2))
+    for name in alone:
+        torch.testing.assert_close(together[name], alone[name], rtol=0, atol=1e-6)
+    assert [x["loss"] for x in theirs] == pytest.approx([x["loss"] for x in lines], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ewc", "agem", "lwf", "o_lora", "osf", "sure", "dft"])
 def test_a_method_with_terms_is_refused_under_zero_3_before_its_cell_begins(name, tmp_path, call):
     words = [
         "run",

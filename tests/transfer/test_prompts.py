@@ -164,6 +164,6 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_says_how_to_judge(write: Write) -> None:
     with pytest.raises(
-        DataError, match="give --task .*exact, math, .*number.* or a --reward-model"
+        DataError, match="give --task .*exact, .*math, .*number.* or a --reward-model"
     ):
         read(write([{"prompt": "a"}]))

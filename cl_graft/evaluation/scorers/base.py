@@ -215,6 +215,15 @@ def _refuse_flawed(task: Task) -> None:
                 )
 
 
+def can_score(scoring: Scoring, examples: Iterable[Example]) -> bool:
+    """Whether the scorer has what it needs of every example."""
+    scorer, _ = _found(scoring)
+    return all(
+        all(getattr(example, field) for field in scorer.reads) and not scorer.flaw(example)
+        for example in examples
+    )
+
+
 def require_consents(allowed: bool, tasks: Iterable[Task]) -> None:
     """Raise ConsentNeeded for the first task that a scorer which needs consent scores, unless it is given."""
     for task in tasks:

@@ -15,6 +15,7 @@ from pathlib import Path
 from cl_graft.report import ReportedCell, budgets
 from cl_graft.report.aggregate import groups, slugged
 from cl_graft.report.figures import draw, figures_of
+from cl_graft.report.orders import over_orders
 from cl_graft.report.overview import base_interval, overview
 from cl_graft.report.page import cell, index, names, sources
 from cl_graft.report.page.work import SMALL, Work
@@ -62,7 +63,8 @@ def write(reported: Sequence[ReportedCell], folder: Path, tested: Reader | None 
         shown = [
             (f"{slug}-budgets", f"{c[0]['scenario']} · {c[0]['model']}") for slug, c in several
         ]
-        text = index.render(members, list(titled), known, shown, over_all, bases, pages)
+        orders = dict(slugged(over_orders([f.cell for f in reported])))
+        text = index.render(members, list(titled), known, shown, over_all, orders, bases, pages)
     written = write_atomic(folder / "index.html", text.encode())
     making.keep()
     for left in making.before.keys() - making.made.keys():

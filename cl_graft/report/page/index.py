@@ -18,6 +18,7 @@ from cl_graft.report.page import rows
 from cl_graft.report.page.template import render as fill
 from cl_graft.report.protocols import PROTOCOLS, Cell
 from cl_graft.report.provenance import commands
+from cl_graft.report.quoted import quoted
 from cl_graft.report.routing import ACCURACY_NOTE, confusion_tables, inferred
 from cl_graft.report.significance import NOTE, RankedLine
 from cl_graft.report.statistics import Interval
@@ -45,11 +46,12 @@ def render(
     known: Mapping[str, Sequence[RankedLine]],
     budgets: Sequence[tuple[str, str]],
     overview: Table,
+    orders: Mapping[str, Table],
     bases: Mapping[str, Interval | None],
     pages: Mapping[Path, str],
 ) -> str:
-    """The page. titles: of the groups. budgets: slug and title of each figure over budgets. bases: by slug, the base
-    model's mean score. pages: of the cells, by their folders."""
+    """The page. titles: of the groups. budgets: slug and title of each figure over budgets. orders: tables, by slug.
+    bases: by slug, the base model's mean score. pages: of the cells, by their folders."""
     links = {path: quote(page) for path, page in pages.items()}
     reported = [f for those in members.values() for f in those]
     return fill(
@@ -69,6 +71,7 @@ def render(
         },
         budgets=budgets,
         overview=overview,
+        orders=orders,
         versions=_distinct(reported, "versions"),
         machines=_distinct(reported, "machine"),
         captions=CAPTIONS,
@@ -139,6 +142,7 @@ def _group(
             *kl_to_base(cells),
             *matrices(cells),
             *confusion_tables(cells),
+            *quoted(cells),
         ],
         "moved": any(map(measured, cells)),
         "pages": {

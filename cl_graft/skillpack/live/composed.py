@@ -105,3 +105,20 @@ def compose(
         sizes=dict(names),
         made_of=blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest(),
     )
+
+
+def blend(members: Sequence[Sequence[SkillPack]], weights: Sequence[float]) -> Composed:
+    """The pack whose delta is the weighted sum of the members', each of which is the sum of its packs'."""
+    packs = [pack for member in members for pack in member]
+    shares = [w for w, member in zip(weights, members, strict=True) for _ in member]
+    names = {name: shape for pack in packs for name, shape in pack.shapes.items()}
+    return compose(_weighted, packs, names, weights=shares)
+
+
+def _weighted(name: str, *packs: SkillPack, weights: Sequence[float]) -> Tensor:
+    """The weighted sum of the packs' deltas of a parameter; of packs that do not touch it, nothing."""
+    pairs = [(w, pack) for w, pack in zip(weights, packs, strict=True) if name in pack.tensors]
+    total = torch.zeros(pairs[0][1].shapes[name])
+    for weight, pack in pairs:
+        total.add_(pack.delta(name), alpha=weight)
+    return total
