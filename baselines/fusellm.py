@@ -25,6 +25,7 @@ class fusellm(Strategy):
     keeps = "latest"
     terms = ("penalty",)
     budgeted = False
+    start = "base"
 
     def __init__(self, **given):
         super().__init__(**given)
@@ -35,9 +36,6 @@ class fusellm(Strategy):
     def check(self, context: Context, *, pack: bool, **options) -> None:
         if pack:
             possible(context, Paper())
-
-    def before_learning(self):
-        return []
 
     def learn(
         self, task: Task, context: Context, *, weight: Rest = 0.1, pack: bool = False
