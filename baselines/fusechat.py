@@ -72,6 +72,9 @@ class fusechat(Strategy):
         shapes = self.held[0].shapes
         return [compose(across, self.held, shapes, density=self.options["density"])]
 
+    # what it does to training are terms, which are in a stage's key: with a pack or without, it is the same stage
+    learn.pure = True
+
 
 def sce(deltas: Sequence[Tensor], density: float) -> Tensor:
     """Merge a parameter's deltas as the strategy `sce` does; one alone is itself."""

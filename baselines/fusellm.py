@@ -68,3 +68,6 @@ class fusellm(Strategy):
             self.taught[task.name] = rows_of([own, *others])
             self.notes += [untaught(task)] if not others else []
         return self.taught[task.name]
+
+    # what it does to training are terms, which are in a stage's key: with a pack or without, it is the same stage
+    learn.pure = True

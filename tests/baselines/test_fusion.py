@@ -133,7 +133,7 @@ def test_rows_without_logits_are_taught_by_the_base_with_a_note(build, tiny_scen
 def test_a_pack_in_place_of_the_whole_delta_keeps_the_budget(build, scenario, name):
     strategy = build(name, scenario=scenario, budget="40%", pack=True)
     learn(strategy, scenario)
-    assert strategy.budgeted
+    assert strategy.budgeted and strategy.origin == build(name, scenario=scenario).origin
     assert all(0 < pack.nbytes <= strategy.budget.bytes for pack in strategy.packs)
     with pytest.raises(OverBudget, match="holds not even what the policy must keep"):
         build(name, budget="1000B", pack=True).require_possible()

@@ -8,7 +8,7 @@
 set -euo pipefail
 published=$(realpath "$(dirname "$0")") work=$(realpath -m "${1:-results/fusion-study}")
 read -ra seeds <<<"${SEEDS:-0 1 2 3 4}"
-limit=${LIMIT:-1500} steps=${STEPS:-160} test=${TEST:-200} target=${TARGET:-mini-llama} workers=${WORKERS:-2}
+limit=${LIMIT:-600} steps=${STEPS:-120} test=${TEST:-200} target=${TARGET:-mini-llama} workers=${WORKERS:-2}
 arrangements=${ARRANGEMENTS:-experts 1 2 3 4} kinds=${KINDS:-sft dpo}
 read -ra sources <<<"${SOURCES:-mini-gpt2 mini-neox mini-opt mini-qwen2}"
 read -ra tasks <<<"${TASKS:-math code cipher}"
@@ -39,7 +39,7 @@ for arrangement in $arrangements; do
         --set mini.tasks='"'"$(joined "${tasks[@]}")"'"' --set mini.steps="$steps" --set mini.test_size="$test" \
         --set mini.learning_rate=1e-3 --set mini.dpo="$dpo" --set mini.dpo_learning_rate=1e-5 \
         --set mini.dpo_beta=1.0 --set mini.dpo_length_normalised=true \
-        --allow-code-execution --wandb off "${train[@]}" --out "$kind" "$@"
+        --allow-code-execution --wandb off "${train[@]}" --out "$kind" --cache cache "$@"
     }
     # explicit: a pack a task, the task told, and inferred by a router
     sweep --strategies graftllm_adaptive,graftllm --budgets "$one%" --task-ids given,inferred
