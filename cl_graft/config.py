@@ -224,6 +224,7 @@ class Settings(Frozen):
         json_schema_extra={"when": {"task_ids": "inferred"}},
     )
 
+    engine: str = Field(default="hf", description="Answers at test: hf, vllm, or a server's URL.")
     preset: str | None = Field(
         default=None,
         description="Options found by `cl-graft tune`: tuned, those published here, or the folder of yours.",

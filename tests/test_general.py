@@ -55,9 +55,9 @@ def told(out: Path, scored: list[tuple[str, int]]) -> dict[str, Any]:
     """A method that is told the task."""
     scores = Examiner._score
 
-    def counted(self: Examiner, task: Task) -> Any:
+    def counted(self: Examiner, task: Task, *base: Any) -> Any:
         scored.append((task.name, len(task.test)))
-        return scores(self, task)
+        return scores(self, task, *base)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Examiner, "_score", counted)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+from cl_graft.evaluation.engine import Engine
 from cl_graft.evaluation.outcomes import Outcomes, Results
-from cl_graft.evaluation.scorers import Examinee, score
+from cl_graft.evaluation.scorers import Examinee, compared, score
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.skillpack.live import attach, ensemble
 from cl_graft.skillpack.live.grafted import Grafted
@@ -71,8 +72,11 @@ class Examiner:
     """The one place where a model is scored.
 
     seconds: spent on scoring. waiting_seconds: spent on waiting for another cell to score. measured: {key: outcomes} of
-    this run. recalled: keys of what another cell or experience measured, with the same weights.
+    this run. recalled: keys of what another cell or experience measured, with the same weights. engine: what answers
+    with the weights in the place of the model in this process, if anything does.
     """
+
+    engine: Engine | None = None
 
     def __init__(self, grafted: Grafted, tokenizer: Any, outcomes: Outcomes, allow_code: bool):
         self.grafted, self.tokenizer = grafted, tokenizer
@@ -123,16 +127,19 @@ class Examiner:
             some = replace(task, test=tuple(task.test[i] for i in group.examples))
             name = (*name, digest(list(group.examples)))
         if name not in self.measured:
+            base = self._of_base(task, group, experience)
             self.grafted.activate(group.packs)
             weights, begun = self.fingerprint(group), perf_counter()
-            file = self.outcomes.file(weights, self.tokenizer, some)
+            engine = self.engine.told if self.engine else None
+            beside = self.grafted.base if base is not None else ""
+            file = self.outcomes.file(weights, self.tokenizer, some, engine, beside)
             with locked(file):
                 self.waiting_seconds += perf_counter() - begun
                 known = self.outcomes.recall(file, experience)
                 if known is None:
                     with self.together(group):
-                        known = self._score(some), False
-                    self.outcomes.keep(file, some, known[0], weights, experience)
+                        known = self._score(some, base), False
+                    self.outcomes.keep(file, some, known[0], weights, experience, engine)
             self.measured[name], elsewhere = known
             if elsewhere:
                 self.recalled.add(name)
@@ -154,12 +161,31 @@ class Examiner:
         model = self.grafted.model
         return ensemble.Ensemble(model, group.members) if group.members else nullcontext()
 
-    def _score(self, task: Task) -> Results:
+    def _of_base(self, task: Task, group: Group, experience: int) -> list[str] | None:
+        """The base's answers to the group's examples, where a scorer compares with them; None for the base's own."""
+        label = compared(task)
+        if label is None or not group.names:
+            return None
+        outcomes = self.measure(task, [Group([], range(len(task.test)))], experience)[label]
+        return [outcomes[i].answer for i in group.examples]
+
+    def _score(self, task: Task, base: list[str] | None) -> Results:
         begun = perf_counter()
         model: Any = self.grafted.model
         length, most = task.training.max_length, task.max_new_tokens
-        examinee = Examinee(model, self.tokenizer, most, length, self.allow_code)
-        outcomes = score(examinee, task.test, task.scorings)
+        serving = self.engine.serving(model, self.tokenizer) if self.engine else nullcontext()
+        with serving as served:
+            examinee = Examinee(
+                model,
+                self.tokenizer,
+                most,
+                length,
+                self.allow_code,
+                served=served,
+                base_answers=base,
+                folder=self.outcomes.folder,
+            )
+            outcomes = score(examinee, task.test, task.scorings)
         self.seconds += perf_counter() - begun
         return outcomes
 

@@ -62,7 +62,7 @@ def answers(
     model.eval()
     encoded = encode_prompts(tokenizer, prompts)
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
-    said, ends = [Answer("", 0, False)] * len(prompts), endings(model, tokenizer)
+    said, stops = [Answer("", 0, False)] * len(prompts), endings(model, tokenizer)
     if temperature is not None:
         torch.manual_seed(seed)
     for start in range(0, len(order), BATCH):
@@ -79,12 +79,12 @@ def answers(
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=ends,
+            eos_token_id=stops,
             **sampling,
         )[:, width:]
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
         for i, row, text in zip(chunk, output.tolist(), texts, strict=True):
-            tokens = next((k for k, token in enumerate(row) if token in ends), len(row))
+            tokens = next((k for k, token in enumerate(row) if token in stops), len(row))
             text = tokenizer.decode(row[:tokens]) if special else text
             said[i] = Answer(text, tokens, tokens < len(row))
     return said
@@ -135,13 +135,7 @@ def choice_likelihoods(
     choice within `max_length` tokens loses its start, the same for all choices.
     """
     model.eval()
-    tails = [
-        tokenizer(c, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        for c in choices
-    ]
-    tails = [tail[: max(1, max_length - 1)] for tail in tails]
-    room = max(1, max_length - max(map(len, tails)))
-    heads = [ids[-room:] for ids in encode_prompts(tokenizer, prompts)]
+    heads, tails = choice_rows(tokenizer, prompts, choices, max_length)
     order = sorted(range(len(heads)), key=lambda i: (len(heads[i]), i))
     result: list[list[float]] = [[] for _ in heads]
     for start in range(0, len(order), BATCH):
@@ -176,6 +170,22 @@ def choice_likelihoods(
             for row, i in enumerate(chunk):
                 result[i].append(scores[row].item())
     return result
+
+
+def choice_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    choices: Sequence[str],
+    max_length: int,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the prompts and of the choices, closed by end-of-sequence, as `choice_likelihoods` reads them."""
+    tails = [
+        tokenizer(c, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        for c in choices
+    ]
+    tails = [tail[: max(1, max_length - 1)] for tail in tails]
+    room = max(1, max_length - max(map(len, tails)))
+    return [ids[-room:] for ids in encode_prompts(tokenizer, prompts)], tails
 
 
 def endings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

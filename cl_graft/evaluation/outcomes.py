@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_graft.errors import CLGraftError
-from cl_graft.evaluation import generate
+from cl_graft.evaluation import endpoint, generate, vllm_server
+from cl_graft.evaluation import engine as engine_module
 from cl_graft.evaluation.scorers import Scored, base, described
 from cl_graft.models import text
 from cl_graft.store.digests import code_digest, digest, place, versions, vocabulary
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 def evaluation_code() -> str:
     """Digest of the code that outcomes depend on, whatever the scorer."""
     return code_digest(generate, base, text)
+
+
+def served_code() -> str:
+    """Digest of the code that asks servers."""
+    return code_digest(engine_module, endpoint, vllm_server)
 
 
 def scored_by(task: Task) -> dict[str, dict[str, Any]]:
@@ -55,8 +61,19 @@ class Outcomes:
     cell: str = ""
     mirror: Mirror | None = None
 
-    def file(self, weights: str, tokenizer: PreTrainedTokenizerBase, task: Task) -> Path:
-        """Where the outcomes of these weights are kept: by all that determines them, code and versions included."""
+    def file(
+        self,
+        weights: str,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        engine: Mapping[str, Any] | None = None,
+        base: str = "",
+    ) -> Path:
+        """Where the outcomes of these weights are kept: by all that determines them, code and versions included.
+
+        engine: what is known of what answered in the place of the model in this process. base: fingerprint of the
+        weights whose answers these were compared with, if any were.
+        """
         key = digest(
             weights,
             vocabulary(tokenizer),
@@ -66,6 +83,8 @@ class Outcomes:
             evaluation_code(),
             place(),
             versions(),
+            *([engine, served_code()] if engine else []),
+            *([base] if base else []),
         )
         return self.folder / "evaluations" / f"{key}.jsonl"
 
@@ -82,7 +101,15 @@ class Outcomes:
             kept.setdefault(line["metric"], []).append(scored)
         return kept, (first["cell"], first["experience"]) != (self.cell, experience)
 
-    def keep(self, file: Path, task: Task, results: Results, weights: str, experience: int) -> None:
+    def keep(
+        self,
+        file: Path,
+        task: Task,
+        results: Results,
+        weights: str,
+        experience: int,
+        engine: Mapping[str, Any] | None = None,
+    ) -> None:
         about: dict[str, Any] = {
             "cell": self.cell,
             "experience": experience,
@@ -90,6 +117,7 @@ class Outcomes:
             "weights": weights,
             "scorers": scored_by(task),
             "made_by": {"code": evaluation_code(), **versions()},
+            **({"engine": engine} if engine else {}),
         }
         lines = (
             {"metric": metric, "index": i, **asdict(scored)}

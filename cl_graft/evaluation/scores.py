@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cl_graft.evaluation.win_rate import at_equal_length
 from cl_graft.matrix import mean_stderr
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def cells(metrics: Mapping[str, Sequence[Scored]], suites: Sequence[str]) -> dic
     """{metric: cell} of one task: the first metric is called `score`, the further ones by their own names.
 
     suites: the suite of each example. A task of several is scored by the mean of their means; what each came to by
-    the first metric is there under the suite's name, too. Raises ValueError for other than one outcome an example.
+    the first metric is there under the suite's name, too. What a judge preferred has a column more, the win rate at
+    equal length. Raises ValueError for other than one outcome an example.
     """
     by_column: dict[str, Cell] = {}
     for number, (metric, outcomes) in enumerate(metrics.items()):
@@ -42,6 +44,9 @@ def cells(metrics: Mapping[str, Sequence[Scored]], suites: Sequence[str]) -> dic
         by_column[metric if number else "score"] = _mean_of(list(parts.values()))
         if not number and len(parts) > 1:
             by_column |= parts
+        if (controlled := at_equal_length(outcomes)) is not None:
+            told = {"value": controlled, "n": len(outcomes), "stderr": None}
+            by_column[f"{metric} at equal length"] = told
     return by_column
 
 

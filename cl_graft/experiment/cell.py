@@ -165,6 +165,7 @@ def _compute(
         "budget_bytes": budget.bytes,
         "budgeted": strategy.budgeted,
         "base_bytes": budget.base_bytes,
+        **({"engine": strategy.examiner.engine.told} if strategy.examiner.engine else {}),
     }
     folder.begin(json.loads(json.dumps(about)))
     folder.mark("running")

@@ -9,6 +9,7 @@ from cl_graft import plugins
 from cl_graft.budget import Budget
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.evaluation.endpoint import HERE, engine_named
 from cl_graft.models import load
 from cl_graft.models.weights import is_bare
 from cl_graft.store.record import CellFolder
@@ -28,6 +29,12 @@ def check(cells: Iterable[RunConfig], bare: bool = False) -> None:
         if not 0 <= config.seed < 2**31:
             raise CLGraftError(
                 f"seed {config.seed} is out of range; choose one from 0 to {2**31 - 1}."
+            )
+        together = _router(config) and config.router_top_k > 1
+        if engine_named(config.engine) != HERE and together and config.router_combine == "ensemble":
+            raise CLGraftError(
+                f"engine {config.engine} holds one set of weights, and an ensemble has one for each pack; use "
+                "--router-combine merge, or --engine hf."
             )
     for scenario, strategy, router in {(c.scenario, c.strategy, _router(c)) for c in cells}:
         for kind, name in (("scenario", scenario), ("strategy", strategy), ("router", router)):

@@ -12,7 +12,8 @@ from cl_graft.budget import Budget
 from cl_graft.config import Launch, RunConfig
 from cl_graft.data import harness
 from cl_graft.errors import AuthorMistake, CLGraftError, UnknownName
-from cl_graft.evaluation.scorers import require_consents, resolved
+from cl_graft.evaluation.endpoint import HERE, REACH, Endpoint, engine_named
+from cl_graft.evaluation.scorers import judges_of, needs_of, require_consents, resolved
 from cl_graft.experiment import early
 from cl_graft.experiment.rehearsal import rehearsal
 from cl_graft.experiment.texts import check_texts
@@ -24,6 +25,7 @@ from cl_graft.task import Scenario
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from cl_graft.evaluation.engine import Engine
     from cl_graft.routing.base import BaseRouter
     from cl_graft.strategy.base import Strategy
 
@@ -39,6 +41,8 @@ def prepare(
     """
     early.check([config], bare)
     scenario = _scenario(config)
+    if not bare:
+        _servers(config, scenario)
     _launch(config.launch, scenario)
     return scenario, *_strategy(config)
 
@@ -63,6 +67,12 @@ def check_data(cells: Sequence[RunConfig]) -> dict[str, Scenario]:
         if (key := _data_of(config)) not in scenarios:
             scenarios[key] = _scenario(config)
             _launch(config.launch, scenarios[key])
+    asked = set()
+    for config in cells:
+        told = config.engine, (key := _data_of(config))
+        if told not in asked and not CellFolder(config.out / config.cell).complete:
+            _servers(config, scenarios[key])
+            asked.add(told)
     return scenarios
 
 
@@ -228,9 +238,29 @@ def strategy_of(
         router=router_of(config),
     )
     strategy.notes += told
+    strategy.examiner.engine = engine_of(config)
     if config.tuned:
         strategy.learning_rate_scale = config.tuned.learning_rate_scale
     return strategy
+
+
+def engine_of(config: RunConfig) -> Engine | None:
+    """What answers at test in the place of the model in this process, if anything does. Raises as `engine_named`."""
+    name = engine_named(config.engine)
+    if name == HERE:
+        return None
+    from cl_graft.evaluation.engine import Engine
+
+    return Engine(name, config.store)
+
+
+def _servers(config: RunConfig, scenario: Scenario) -> None:
+    """Raises CLGraftError where the engine cannot score the scenario's tasks, EndpointError where a server that is to
+    answer or to judge is not there."""
+    if engine := engine_of(config):
+        engine.check(needs_of(scenario))
+    for url in judges_of(scenario):
+        Endpoint(url, REACH).told("/v1/models")  # which costs nothing; what it says is no matter
 
 
 def router_of(config: RunConfig) -> BaseRouter | None:

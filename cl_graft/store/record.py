@@ -25,7 +25,7 @@ from cl_graft.store.files import LEFT, DiskRefused, RecordError, read_json, writ
 from cl_graft.store.locks import Busy, file_lock, held
 
 FORMAT = 4
-CHECKED = ("config", "options", "sources", "inputs", "base", "data")  # of an identity
+CHECKED = ("config", "options", "sources", "inputs", "base", "data", "engine")  # of an identity
 State = Literal["waiting", "running", "done", "failed"]
 PATIENCE = (
     0.5  # seconds that a cell's lock is waited for: a sweep holds it while it marks what waits

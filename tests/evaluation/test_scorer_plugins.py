@@ -127,6 +127,7 @@ def test_base_and_private_files_are_none() -> None:
         "edit_similarity",
         "exact",
         "first_character",
+        "judge",
         "lm_eval",
         "math",
         "neg_bits_per_byte",
@@ -223,7 +224,8 @@ def test_one_number_is_a_reference_in_any_spelling(completion: str) -> None:
 
 def test_every_scorer_of_ours_says_what_its_figures_are_to_be_compared_with() -> None:
     for name in plugins.names("scorer"):
-        assert described(Scoring(name))["convention"], name
+        options = {"judge": "nano-llama"} if name == "judge" else {}
+        assert described(Scoring(name, options))["convention"], name
     tasks = (Task("t", [], [], "number", also=("number:lm-eval",)), Task("u", [], [], "exact"))
     assert conventions(Scenario("s", tasks)) == {
         "t": {

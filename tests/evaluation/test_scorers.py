@@ -314,4 +314,5 @@ def test_what_needs_an_answer_is_declared() -> None:
     of_answers = {name for name, needed in needs.items() if needed == "answers"}
     of_texts = {"rouge_l", "edit_similarity", "sari", "first_character"}
     assert of_answers == {"number", "number_lm_eval", "math", "exact", "tests", *of_texts}
-    assert needs.keys() - of_answers == {"choice", "lm_eval", "neg_bits_per_byte"}
+    assert needs.keys() - of_answers == {"choice", "lm_eval", "neg_bits_per_byte", "judge"}
+    assert needs["judge"] == "base"  # the model's answers, beside the base's

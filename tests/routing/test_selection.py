@@ -174,7 +174,10 @@ def test_answers_are_taken_from_where_the_whole_task_is_answered_anyway(nano, ti
     strategy.measure(task, 0)
     strategy.measure(task, None)
     examiner, plain = strategy.examiner, strategy.examiner._score
-    examiner._score = lambda some: (scored.append(len(some.test)), plain(some))[1]
+    examiner._score = lambda some, *base: (
+        scored.append(len(some.test)),
+        plain(some, *base),
+    )[1]
     own, other = ([pack] for pack in strategy.packs)
     groups = [Group(own, range(13), 0), Group(other, [13], 1), Group([], [14, 15])]
     mixed = examiner.measure(task, groups, 2)
@@ -251,7 +254,9 @@ def test_both_protocols_together_answer_few_more_prompts_than_one(tmp_path, monk
     scored: list[int] = []
     plain = Examiner._score
     monkeypatch.setattr(
-        Examiner, "_score", lambda self, task: (scored.append(len(task.test)), plain(self, task))[1]
+        Examiner,
+        "_score",
+        lambda self, task, *base: (scored.append(len(task.test)), plain(self, task, *base))[1],
     )
     given = config(tmp_path).model_copy(update={"strategy": "individual"})
     run(given)

@@ -14,9 +14,13 @@ from cl_graft.evaluation.sandbox import require_consent
 from cl_graft.task import Example, Scenario, Scoring, Task
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Needs = Literal["answers", "likelihoods", "model"]
+    from cl_graft.evaluation.engine import Served
+
+Needs = Literal["answers", "likelihoods", "model", "base"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,11 @@ class Scored:
 
 @dataclass
 class Examinee:
-    """A model under test. Answers are generated once and shared by every scorer of the same examples."""
+    """A model under test. Answers are generated once and shared by every scorer of the same examples.
+
+    base_answers: the base's, where the model is not the base itself and a scorer needs them. folder: of what scorers
+    were told by others than the model, kept for other cells.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -38,6 +46,9 @@ class Examinee:
     max_length: int
     allow_code: bool = False
     given: Sequence[str] | None = None  # answers that exist already
+    served: Served | None = None  # who answers in the model's place
+    base_answers: Sequence[str] | None = None
+    folder: Path | None = None
 
     def answers(self, examples: Sequence[Example]) -> Sequence[str]:
         from cl_graft.evaluation.generate import generate
@@ -45,11 +56,15 @@ class Examinee:
         if self.given is not None:
             return self.given
         prompts = [e.prompt for e in examples]
+        if self.served:
+            return self.served.answers(prompts, self.max_new_tokens)
         return generate(self.model, self.tokenizer, prompts, self.max_new_tokens)
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         from cl_graft.evaluation.generate import log_likelihoods
 
+        if self.served:
+            return self.served.likelihoods(pairs, self.max_length)
         return log_likelihoods(self.model, self.tokenizer, pairs, self.max_length)
 
     def choice_likelihoods(
@@ -57,6 +72,8 @@ class Examinee:
     ) -> list[list[float]]:
         from cl_graft.evaluation.generate import choice_likelihoods
 
+        if self.served:
+            return self.served.choice_likelihoods(prompts, choices, self.max_length)
         return choice_likelihoods(self.model, self.tokenizer, prompts, choices, self.max_length)
 
 
@@ -67,11 +84,13 @@ class Scorer:
     needs: what it is given. "answers": `function(example, answer, *, options)` returns one score; with `together` it
     is given the sequences of all examples and answers, and returns as many scores. "likelihoods" or "model":
     `function(examinee, examples, *, options)` returns a score an example; it asks only for likelihoods, or else uses
-    the model as it likes, and no answer is generated for it. A score is a number or a Scored.
+    the model as it likes, and no answer is generated for it. "base": the same, and it asks for the model's answers and
+    compares them with the base's. A score is a number or a Scored.
     consent: it runs code that a model wrote, so the user has to allow it. reads: the fields of an example that it
     cannot do without. flaw: why an example cannot be scored, in a few words, or "". sampled: the scorer that judges
-    an answer in words in its place. identity: plain data besides its files on which its scores depend. convention:
-    what figures by it are to be compared with, in a few words; `{option}` in it stands for an option's value.
+    an answer in words in its place. identity: plain data besides its files on which its scores depend, or a function
+    that tells it of the options, and raises CLGraftError where they do not go together. convention: what figures by it
+    are to be compared with, in a few words; `{option}` in it stands for an option's value.
     """
 
     function: Callable[..., Any]
@@ -81,7 +100,9 @@ class Scorer:
     reads: tuple[str, ...] = ("completion",)
     flaw: Callable[[Example], str] = lambda example: ""
     sampled: str | None = None
-    identity: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(
+        default_factory=dict
+    )
     convention: str = ""
 
     def __post_init__(self) -> None:
@@ -99,6 +120,8 @@ class Scorer:
         if self.consent:
             require_consent(examinee.allow_code, f"the scorer {self.name!r}")
         answers: Sequence[str] = [""] * len(examples)
+        if self.needs == "base":
+            answers = examinee.answers(examples)
         if self.needs != "answers":
             values = self.function(examinee, examples, **options)
         else:
@@ -147,7 +170,7 @@ def score(
     """
     scorings = [Scoring.of(metric) for metric in metrics]
     scorers = {scoring.label: _found(scoring) for scoring in scorings}
-    if any(scorer.needs == "answers" for scorer, _ in scorers.values()):
+    if any(scorer.needs in ("answers", "base") for scorer, _ in scorers.values()):
         examinee = replace(examinee, given=examinee.answers(examples))
     return {
         label: scorer.score(examinee, examples, **options)
@@ -170,7 +193,9 @@ def described(scoring: Scoring) -> dict[str, Any]:
         "scorer": scorer.name,
         "convention": scorer.convention.format_map(options),
         "options": options,
-        "identity": dict(scorer.identity),
+        "identity": dict(
+            scorer.identity(options) if callable(scorer.identity) else scorer.identity
+        ),
         "sources": plugins.sources("scorer", scoring.name),
     }
 
@@ -191,7 +216,7 @@ def resolved(
         short = _found(named)[0].name
         used.add(short)
         chosen = replace(named, options={**scoring.options, **options.get(short, {})})
-        _found(chosen)
+        described(chosen)
         return chosen.name if chosen == Scoring.of(chosen.name) else chosen
 
     def scored(task: Task) -> Task:
@@ -229,6 +254,26 @@ def require_consents(allowed: bool, tasks: Iterable[Task]) -> None:
     for task in tasks:
         if any(_found(scoring)[0].consent for scoring in task.scorings):
             require_consent(allowed, f"scoring task {task.name!r}")
+
+
+def compared(task: Task) -> str | None:
+    """The label of the task's first scorer that compares answers with the base's; None where none does."""
+    found = (s.label for s in task.scorings if _found(s)[0].needs == "base")
+    return next(found, None)
+
+
+def needs_of(scenario: Scenario) -> list[tuple[str, Needs]]:
+    """Name and `needs` of each scorer of its tasks, once each."""
+    tasks = scenario.tasks + ((scenario.general,) if scenario.general else ())
+    scorers = [_found(scoring)[0] for task in tasks for scoring in task.scorings]
+    return list(dict.fromkeys((scorer.name, scorer.needs) for scorer in scorers))
+
+
+def judges_of(scenario: Scenario) -> list[str]:
+    """Addresses of the servers that judge answers of its tasks, once each."""
+    tasks = scenario.tasks + ((scenario.general,) if scenario.general else ())
+    told = [described(s)["identity"].get("judge") for task in tasks for s in task.scorings]
+    return list(dict.fromkeys(w["url"] for w in told if isinstance(w, Mapping) and "url" in w))
 
 
 def judge_of(scoring: Scoring) -> Scoring | None:
