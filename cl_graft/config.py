@@ -180,7 +180,7 @@ class Settings(Frozen):
     )
     train_on: dict[str, Path] = Field(
         default={},
-        description="TASK=FOLDER that `cl-graft transfer build` made, for its training data.",
+        description="TASK=FOLDER that `cl-graft transfer build` made, for its training data; {seed} is the cell's.",
         examples=[{"math": "data/math"}],
     )
     scoring: Annotated[dict[str, Any], BeforeValidator(_values)] = Field(
@@ -285,6 +285,14 @@ class RunConfig(Whereabouts, Settings, Axes):
     def store(self) -> Path:
         """Where finished training stages and evaluations are kept for other cells: `cache`, or a folder of `out`."""
         return self.cache or self.out / "cache"
+
+    @property
+    def trained_on(self) -> dict[str, Path]:
+        """{task: folder} of `train_on`, with the cell's seed in the place of `{seed}`."""
+        told = {task: str(folder) for task, folder in self.train_on.items()}
+        return {
+            task: Path(folder.replace("{seed}", str(self.seed))) for task, folder in told.items()
+        }
 
     @staticmethod
     def short(name: str) -> str:

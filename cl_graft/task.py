@@ -24,6 +24,7 @@ class Example:
     choices: the label set, for answers chosen by likelihood.
     suite: the benchmark that a test example belongs to. A task tested on several is scored by the mean of
     their means, and each has a matrix of its own, too.
+    row: which row of the folder of the task's `logits` it is, 0-based.
     """
 
     prompt: str
@@ -32,6 +33,7 @@ class Example:
     choices: tuple[str, ...] = ()
     setup: str = ""
     suite: str = ""
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,14 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Logits:
+    """What other models say of a task's training rows: the folder of the files, and a digest of all they hold."""
+
+    folder: Path
+    digest: str
+
+
+@dataclass(frozen=True)
 class Task:
     """What is learned and how it is scored.
 
@@ -123,6 +133,7 @@ class Task:
     notes: sentences on its data, such as how many rows were left out and why; `cl-graft validate` tells them.
     unlearns: name of an earlier task of the stream that is to be forgotten in this one's turn; `train` is then what
     must go, with its prompts and answers.
+    logits: what methods that distil are taught by, where the training rows have it (`transfer build --logits`).
     """
 
     name: str
@@ -136,6 +147,7 @@ class Task:
     validation: Sequence[Example] = ()
     notes: tuple[str, ...] = ()
     unlearns: str = ""
+    logits: Logits | None = None
 
     def __post_init__(self) -> None:
         _require_made(f"task {self.name!r}: its training", self.training, Training)

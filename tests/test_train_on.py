@@ -9,6 +9,7 @@ import pytest
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.experiment import cell
+from cl_graft.experiment.identity import inputs
 from cl_graft.experiment.prepare import prepare
 from cl_graft.task import Example, Pair
 from cl_graft.transfer import folder
@@ -113,3 +114,12 @@ def test_a_folder_that_holds_test_prompts_is_refused(tmp_path):
     pair = {"prompt": asked[0].prompt, "chosen": "#### 1", "rejected": "#### 0"}
     with pytest.raises(CLGraftError, match="on 1 of its own test prompts; build it again"):
         prepare(config(tmp_path, {"math": built(tmp_path / "dpo", dpo=[*DPO, pair])}, dpo=True))
+
+
+def test_each_seed_may_have_a_folder_of_its_own_and_one_name_in_tables(tmp_path):
+    built(tmp_path / "m-0")
+    built(tmp_path / "m-1", sft=SFT[:4])
+    cells = [config(tmp_path, {"math": tmp_path / "m-{seed}"}, seed=seed) for seed in (0, 1)]
+    assert [len(prepare(one)[0].tasks[0].train) for one in cells] == [8, 4]
+    assert inputs(cells[0])["data"] != inputs(cells[1])["data"]
+    assert cells[0].label == cells[1].label and cells[0].cell != cells[1].cell

@@ -45,6 +45,9 @@ def build(
     max_gap: Annotated[
         float | None, typer.Option(min=0.0, help="Greatest gap of rewards in a pair.")
     ] = None,
+    logits: Annotated[
+        int, typer.Option(min=0, help="Likeliest tokens of each source stored for the SFT rows.")
+    ] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="First so many prompts only.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling and of the scenario's data.")] = 0,
     data_dir: Annotated[
@@ -89,6 +92,7 @@ def build(
         max_new_tokens=max_new_tokens,
         min_gap=min_gap,
         max_gap=max_gap,
+        logits=logits,
         seed=seed,
         limit=limit,
         backend=backend,  # type: ignore[arg-type]

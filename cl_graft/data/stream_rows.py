@@ -151,7 +151,8 @@ class Rows:
                 f"has the completion {texts['completion']!r}, which is none of its choices "
                 f"{', '.join(map(repr, choices))[:200]}; write both alike, with their blanks."
             )
-        return Example(**{"completion": "", **texts}, choices=choices, tests=tests)
+        given: dict[str, Any] = {"completion": "", **texts}
+        return Example(**given, choices=choices, tests=tests)
 
     def _pairs(self, tested: set[str]) -> list[Pair]:
         if not (self.keys.pairs or self.keys.pairs_split):

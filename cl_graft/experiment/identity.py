@@ -51,7 +51,7 @@ def inputs(config: RunConfig) -> dict[str, Files]:
     What is not on this machine is left out. Raises CLGraftError where the data cannot be read.
     """
     digests: dict[str, Files] = {}
-    folders = [f for f in (config.data_dir, *config.train_on.values()) if f and f.is_dir()]
+    folders = [f for f in (config.data_dir, *config.trained_on.values()) if f and f.is_dir()]
     if folders:
         digests["data"] = {"data set": _data_set(config, folders)}
     if spec := embedded.SPECS.get(config.model):

@@ -189,7 +189,7 @@ def scenario_of(config: RunConfig) -> Scenario:
         if owner not in used:
             known = [name, config.short(config.strategy), *sorted(used)]
             raise UnknownName("scenario, strategy or scorer of this cell", owner, known)
-    scenario = _trained_on(scenario, config.train_on)
+    scenario = _trained_on(scenario, config.trained_on)
     if config.tuned and config.tuned.first:
         scenario = rehearsal(scenario, config.tuned.first)
     check_texts(scenario)
@@ -281,7 +281,7 @@ def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
 
     Their validation stays the scenario's, and what the folders hold on its prompts is left out.
     """
-    from cl_graft.transfer.read import read_examples, read_pairs
+    from cl_graft.transfer.read import read_examples, read_logits, read_pairs
 
     for name in folders:
         if name not in scenario.task_names:
@@ -290,7 +290,8 @@ def _trained_on(scenario: Scenario, folders: Mapping[str, Path]) -> Scenario:
     for task in scenario.tasks:
         if task.name in folders:
             folder = folders[task.name]
-            task = replace(task, train=read_examples(folder), pairs=read_pairs(folder))
+            train, pairs = read_examples(folder), read_pairs(folder)
+            task = replace(task, train=train, pairs=pairs, logits=read_logits(folder))
             trained = {e.prompt for e in task.train} | {pair.prompt for pair in task.pairs}
             if tested := sum(example.prompt in trained for example in task.test):
                 raise CLGraftError(

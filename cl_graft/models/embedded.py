@@ -20,7 +20,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from cl_graft.errors import CLGraftError
-from cl_graft.models import corpus, mini_gpt2, toy_language
+from cl_graft.models import corpus, mini_gpt2, mini_sources, toy_language
 from cl_graft.models.recipe import ModelRecipe
 from cl_graft.models.vocabulary import SPECIAL, wrapped
 
@@ -59,6 +59,36 @@ SPECS = {
         1500,
         3e-3,
         family="gpt2",
+    ),
+    "mini-neox": ModelRecipe(
+        "0.9 M parameters, good at math: a source to transfer from",
+        128,
+        4,
+        4,
+        512,
+        1000,
+        3e-3,
+        family="gpt-neox",
+    ),
+    "mini-opt": ModelRecipe(
+        "0.7 M parameters, good at code: a source to transfer from",
+        128,
+        3,
+        4,
+        512,
+        500,
+        3e-3,
+        family="opt",
+    ),
+    "mini-qwen2": ModelRecipe(
+        "0.9 M parameters, good at the cipher: a source to transfer from",
+        128,
+        4,
+        4,
+        384,
+        600,
+        3e-3,
+        family="qwen2",
     ),
     "nano-gpt2": ModelRecipe(
         "a source of the same kind, for tests in seconds", 48, 2, 2, 96, 60, 5e-3, family="gpt2"
@@ -137,6 +167,8 @@ def _kind(spec: ModelRecipe, texts: list[str]) -> tuple[PreTrainedTokenizerBase,
     """The tokenizer of an embedded model, and what makes it with random weights."""
     if spec.family == "gpt2":
         return mini_gpt2.tokenizer(), mini_gpt2.new_gpt2
+    if family := mini_sources.FAMILIES.get(spec.family):
+        return family.tokenizer(), family.new
     return corpus.tokenizer(texts) if texts else toy_tokenizer(), new_llama
 
 
@@ -164,6 +196,8 @@ def batches_of(spec: ModelRecipe, texts: list[str]) -> Pairs:
     """
     if spec.family == "gpt2":
         return mini_gpt2.batches(spec.batch, spec.seed)
+    if family := mini_sources.FAMILIES.get(spec.family):
+        return family.batches(spec.batch, spec.seed)
     return corpus.batches(texts, spec.batch, spec.seed) if texts else toy_batches(spec)
 
 

@@ -6,7 +6,7 @@ what moves between them can only move as text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -26,9 +26,16 @@ MIXTURE = (
 
 
 def batches(size: int, seed: int) -> Iterator[list[tuple[str, str]]]:
-    """Endless batches of (prompt, answer): every batch holds the tasks in the same shares."""
+    """Endless batches of (prompt, answer) of its mixture."""
+    return mixed(MIXTURE, size, seed)
+
+
+def mixed(
+    mixture: Sequence[tuple[toy_language.Source, int]], size: int, seed: int
+) -> Iterator[list[tuple[str, str]]]:
+    """Endless batches of (prompt, answer): every batch holds the sources in the same shares."""
     rng = Random(seed)
-    sources = [source for source, share in MIXTURE for _ in range(share)]
+    sources = [source for source, share in mixture for _ in range(share)]
     while True:
         items = [toy_language.training(sources[i * len(sources) // size], rng) for i in range(size)]
         yield [(toy_language.prompt(item.question), item.answer) for item in items]

@@ -20,4 +20,4 @@ class ModelRecipe:
     seed: int = 0
     corpus: str = "world"  # or "data": the training files in the data directory
     version: int = 1  # raise it when the recipe changes, so that caches are made anew
-    family: str = "llama"  # or "gpt2": a source of other models' answers, see mini_gpt2.py
+    family: str = "llama"  # or a source of other models' answers: mini_gpt2.py, mini_sources.py

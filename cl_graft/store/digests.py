@@ -70,6 +70,8 @@ def data_fingerprint(scenario: Scenario) -> str:
         about: list[Any] = [task.name, task.metrics, asdict(task.training)]
         if any(scoring.options for scoring in task.scorings):
             about.append([dict(scoring.options) for scoring in task.scorings])
+        if task.logits:
+            about.append(task.logits.digest)
         digest.update(json.dumps(about).encode())
         items: list[Example | Pair] = [*task.train, *task.test, *task.pairs]
         for item in (*items, *task.validation):

@@ -7,22 +7,24 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cl_graft import plugins
 from cl_graft.evaluation.sandbox import require_consent
 from cl_graft.evaluation.scorers import described
+from cl_graft.models.load import load
 from cl_graft.store.digests import versions
 from cl_graft.store.files import RecordError, write_json, write_text
 from cl_graft.store.record import CellFolder
 from cl_graft.task import Example
-from cl_graft.transfer import folder, lines, report, select
+from cl_graft.transfer import folder, lines, logits, report, select
 from cl_graft.transfer.config import BuildConfig
 from cl_graft.transfer.judge import Judge, check_reward_model, reward_judge, rule_judge
 from cl_graft.transfer.prompts import Prompts, judged_by_rule, read_prompts
 from cl_graft.transfer.sample import ANSWERS, SAMPLERS, Chunk, chunks, require_vllm
-from cl_graft.transfer.sources import check_readable, identify, reader
+from cl_graft.transfer.sources import check_readable, identify, reader, worded
 
 BuildProgress = Callable[[str, float], None]
 Rows = list[dict[str, Any]]
@@ -52,7 +54,7 @@ def build(config: BuildConfig, progress: BuildProgress = lambda what, done: None
         samples = _sample(config, prompts, schedule, progress)
         rewards = _judge(config, prompts, schedule, samples, progress)
         progress("selecting", 1.0)
-        return _write(config, prompts, samples, rewards)
+        return _write(config, prompts, samples, rewards, progress)
 
 
 def shortfall(built: dict[str, Any], config: BuildConfig) -> str | None:
@@ -103,7 +105,11 @@ def _identity(config: BuildConfig, prompts: Prompts) -> dict[str, Any]:
             "references": _digest([[e.completion, e.tests, e.setup] for e in examples]),
             "reward_model": reward_model,
         },
-        "selection": {"min_gap": config.min_gap, "max_gap": config.max_gap},
+        "selection": {
+            "min_gap": config.min_gap,
+            "max_gap": config.max_gap,
+            "logits": config.logits,
+        },
         "prompts": config.prompts,
         "versions": versions(),
     }
@@ -213,8 +219,10 @@ def _resume(path: Path, schedule: Sequence[Chunk]) -> tuple[Rows, int]:
     return rows, sum(end <= len(rows) for end in ends)
 
 
-def _write(config: BuildConfig, prompts: Prompts, samples: Rows, rewards: Rows) -> dict[str, Any]:
-    """The data sets, the report, the card, and the marker."""
+def _write(
+    config: BuildConfig, prompts: Prompts, samples: Rows, rewards: Rows, progress: BuildProgress
+) -> dict[str, Any]:
+    """The data sets, the report, the card, the sources' logits if they are asked for, and the marker."""
     answers: dict[int, list[select.Judged]] = {i: [] for i in range(len(prompts.examples))}
     # by source in the order given: the schedule's
     for row, judged in zip(samples, rewards, strict=True):
@@ -246,8 +254,28 @@ def _write(config: BuildConfig, prompts: Prompts, samples: Rows, rewards: Rows) 
     write_json(out / "report.json", summary)
     write_text(out / "report.md", report.markdown(summary))
     write_text(out / "README.md", report.card(summary, {p: identity[p] for p in folder.PARTS}))
-    folder.finish(out)
+    _store_logits(config, prompts, sft, progress)
+    folder.finish(out, len(config.sources) if config.logits else 0)
     return summary
+
+
+def _store_logits(
+    config: BuildConfig, prompts: Prompts, sft: Rows, progress: BuildProgress
+) -> None:
+    """Let every source read the SFT rows, its own and the others'; files of the same rows stay as they are."""
+    for number, source in enumerate(config.sources if config.logits else ()):
+        path = folder.file_of(config.out, number)
+        rows = [(row["prompt"], row["completion"]) for row in sft]
+        who = identify(source, config.data_dir)
+        asked = _digest([who, config.logits, prompts.chat, rows, versions()])
+        if logits.asked_of(path) == asked:
+            continue
+        _free()
+        model, tokenizer = load(source, config.data_dir)
+        worded_rows = [(worded(tokenizer, source, p, prompts.chat), a) for p, a in rows]
+        told = partial(progress, f"reading by {source}")
+        said = logits.say(model, tokenizer, worded_rows, config.logits, progress=told)
+        logits.write(path, said, source, asked)
 
 
 def _sft_row(example: Example, best: select.Judged) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 <out>/samples.jsonl   every answer, one line a source and prompt, in the order they were sampled; grows
 <out>/rewards.jsonl   how each was judged, line by line the same; grows
 <out>/sft.jsonl, dpo.jsonl, README.md   the data set, for `datasets.load_dataset(out, "sft")` or "dpo"
+<out>/logits-0.safetensors, ...         what each source says of the SFT rows, where asked for
 <out>/report.json, report.md            yields, lengths, rewards, and why pairs were dropped
 <out>/build.json      settings, digests of what was asked, versions; with the digest of every file when complete
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,18 @@ def begin(out: Path, identity: Mapping[str, Any]) -> None:
         write_json(out / "build.json", {**kept, **{part: identity[part] for part in PARTS}})
 
 
-def finish(out: Path) -> None:
-    """Write the marker: build.json with the digest of every file."""
+def finish(out: Path, sources: int = 0) -> None:
+    """Write the marker: build.json with the digest of every file. sources: of how many there are stored logits."""
     marker = read_marker(out)
     assert marker is not None
-    marker["files"] = {name: digest(out / name) for name in FILES}
+    stored = [file_of(out, number).name for number in range(sources)]
+    marker["files"] = {name: digest(out / name) for name in (*FILES, *stored)}
     write_json(out / "build.json", marker)
+
+
+def file_of(out: Path, number: int) -> Path:
+    """The file of what source `number` says of the SFT rows."""
+    return out / f"logits-{number}.safetensors"
 
 
 def read_marker(out: Path) -> dict[str, Any] | None:
@@ -96,15 +103,30 @@ def _refuse_changed(out: Path, marker: Mapping[str, Any], names: Iterable[str]) 
             )
 
 
-def read_rows(out: Path, name: str) -> list[dict[str, Any]]:
-    """Rows of one file of a complete build. Raises RecordError for an incomplete one and for a changed file."""
+def _complete(out: Path, wanted: Callable[[str], bool]) -> dict[str, str]:
+    """{file: digest} of the wanted files of a complete build. Raises RecordError for another, or a changed file."""
     marker = read_marker(out)
     if marker is None or "files" not in marker:
         why = "is not complete" if marker else "holds no build.json"
         raise RecordError(
             f"{out} {why}; make it, or finish it, with `cl-graft transfer build --out {out}`."
         )
-    _refuse_changed(out, marker, (name,))
+    names = [name for name in marker["files"] if wanted(name)]
+    _refuse_changed(out, marker, names)
+    return {name: marker["files"][name] for name in names}
+
+
+def logits_of(out: Path) -> dict[str, str]:
+    """{file: digest} of the stored logits of a complete build; none where there are none.
+
+    Raises RecordError for an incomplete build and for a changed file.
+    """
+    return _complete(out, lambda name: name.startswith("logits-"))
+
+
+def read_rows(out: Path, name: str) -> list[dict[str, Any]]:
+    """Rows of one file of a complete build. Raises RecordError for an incomplete one and for a changed file."""
+    _complete(out, name.__eq__)
     return [json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
 
 

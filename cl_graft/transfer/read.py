@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cl_graft.store.digests import digest
 from cl_graft.store.files import RecordError
-from cl_graft.task import Example, Pair
+from cl_graft.task import Example, Logits, Pair
 from cl_graft.transfer import folder
 
 
@@ -17,7 +18,11 @@ def read_examples(out: Path) -> tuple[Example, ...]:
     rows = folder.read_rows(out, folder.SFT)
     if not rows:
         raise RecordError(f"{out} holds no SFT row; build it from other sources or prompts.")
-    return tuple(Example(row["prompt"], row["completion"]) for row in rows)
+    numbers = range(len(rows)) if folder.logits_of(out) else [None] * len(rows)
+    return tuple(
+        Example(row["prompt"], row["completion"], row=n)
+        for n, row in zip(numbers, rows, strict=True)
+    )
 
 
 def read_pairs(out: Path) -> tuple[Pair, ...]:
@@ -27,3 +32,12 @@ def read_pairs(out: Path) -> tuple[Pair, ...]:
     """
     rows = folder.read_rows(out, folder.DPO)
     return tuple(Pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows)
+
+
+def read_logits(out: Path) -> Logits | None:
+    """What the sources say of the SFT rows; None where the build has stored none.
+
+    Raises RecordError for a folder without its marker or with a changed file.
+    """
+    files = folder.logits_of(out)
+    return Logits(out, digest(files)) if files else None

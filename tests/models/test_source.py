@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_graft.evaluation.generate import log_likelihoods
-from cl_graft.models import embedded, mini_gpt2, toy_language
+from cl_graft.models import embedded, mini_gpt2, mini_sources, toy_language
 from cl_graft.models.load import load
 
 TOKENIZER = mini_gpt2.tokenizer()
@@ -84,3 +84,26 @@ def test_the_llamas_folders_are_those_of_before_there_were_families() -> None:
         digest = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=6)
         digest.update(Path(toy_language.__file__).read_bytes())
         assert embedded.folder(name, []).name == f"{name}-{digest.hexdigest()}"
+
+
+@pytest.mark.parametrize("name", ["mini-neox", "mini-opt", "mini-qwen2"])
+def test_each_expert_has_an_architecture_and_a_vocabulary_of_its_own(name: str) -> None:
+    family = mini_sources.FAMILIES[embedded.SPECS[name].family]
+    tokenizer = family.tokenizer()
+    text = "Q: Tom has 41 bags.\nA: def f(x): return (x+35)*2 ÄŽ~"
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == text
+    assert family.tokenizer().get_vocab() == tokenizer.get_vocab(), "the same each time"
+    others = [f.tokenizer for f in mini_sources.FAMILIES.values() if f is not family]
+    others += [mini_gpt2.tokenizer, embedded.toy_tokenizer]
+    assert all(other()(text)["input_ids"] != ids for other in others)
+    model = embedded.without_weights(name)
+    assert model.config.model_type == {"gpt-neox": "gpt_neox"}.get(
+        embedded.SPECS[name].family, embedded.SPECS[name].family
+    )
+    said = embedded.SPECS[name].about.split()[0]
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}" == said
+    prompts = [prompt.split()[1] for prompt, _ in next(family.batches(32, 0))]
+    kinds = Counter({"Shift": "cipher", "Write": "code"}.get(p, "math") for p in prompts)
+    task = {"mini-neox": "math", "mini-opt": "code", "mini-qwen2": "cipher"}[name]
+    assert kinds[task] >= 24 and len(kinds) == 3
