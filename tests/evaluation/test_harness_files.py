@@ -54,7 +54,7 @@ def test_a_file_with_what_it_includes(folder: Path) -> None:
     [
         ("process_docs: !function code.f", "line 8 has !function code.f, which runs code"),
         ("metric_list: [{metric: !function code.f}]", "which runs code"),
-        ("doc_to_text: !!python/object/apply:os.system ['x']", "is not YAML"),
+        ("doc_to_text: !!python/name:os.sep x", "is not YAML"),
         ("class: code.Task", "it names a class"),
         ("custom_dataset: code.f", "it names a function"),
         ("process_results: code.f", "it names a function"),
