@@ -12,13 +12,10 @@ delta, which is kept in bf16; the masks are not kept.
 
 from __future__ import annotations
 
-import torch
-
 from cl_graft.ranges import Count, NotNegative, Positive
-from cl_graft.skillpack.codecs import decode, dense, exact, original
-from cl_graft.skillpack.live.composed import compose
+from cl_graft.skillpack.codecs import decode, dense
 from cl_graft.strategy import Kept, Strategy
-from cl_graft.strategy.choose import best_scale, scaled
+from cl_graft.strategy.choose import composed_scaled, kept_scaled
 from cl_graft.strategy.context import Context
 from cl_graft.strategy.tall import masked_sum
 from cl_graft.task import Task
@@ -51,18 +48,13 @@ class consensus(Strategy):
         deltas = {pack.task: pack.tensors for pack in self.packs} | {task.name: own}
         total, masks = masked_sum(self, deltas, mask_lambda)
         vector = {n: dense(agreed(n, total, masks, deltas, least)) for n in own}
-        chosen = best_scale(self, task, vector, GRID) if scale is None else scale
-        told = exact(torch.tensor(chosen, dtype=torch.float64))
-        return Kept(own, {"vector": vector, "chosen": {"scale": told}})
+        return kept_scaled(self, task, own, vector, GRID, scale)
 
     # by the recipe alone, so that its stages are those of all methods that train from the base
     learn.pure = True
 
     def compose(self, task):
-        if len(self.packs) < 2:
-            return self.packs
-        vector, chosen = self.shared["vector"], self.shared["chosen"].tensors["scale"]
-        return [compose(scaled, [vector], vector.shapes, scale=original(chosen).item())]
+        return composed_scaled(self)
 
 
 def agreed(name, total, masks, tasks, least):

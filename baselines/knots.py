@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from cl_graft.ranges import Part, Positive, Strength
-from cl_graft.skillpack.codecs import decode, dense, exact, original
-from cl_graft.skillpack.live.composed import compose
+from cl_graft.skillpack.codecs import decode, dense
 from cl_graft.strategy import Kept, Strategy
-from cl_graft.strategy.choose import best_scale, scaled
+from cl_graft.strategy.choose import composed_scaled, kept_scaled
 from cl_graft.strategy.context import Context
 from cl_graft.strategy.kept import Tensors
 from cl_graft.task import Task
@@ -54,18 +53,13 @@ class knots(Strategy):
             return Kept(own)
         merged = tied([*(pack.tensors for pack in self.packs), own], density)
         vector = {name: dense(delta) for name, delta in merged}
-        chosen = best_scale(self, task, vector, GRID) if scale is None else scale
-        told = exact(torch.tensor(chosen, dtype=torch.float64))
-        return Kept(own, {"vector": vector, "chosen": {"scale": told}})
+        return kept_scaled(self, task, own, vector, GRID, scale)
 
     # by the recipe alone, so that its stages are those of all methods that train from the base
     learn.pure = True
 
     def compose(self, task):
-        if len(self.packs) < 2:
-            return self.packs
-        vector, chosen = self.shared["vector"], self.shared["chosen"].tensors["scale"]
-        return [compose(scaled, [vector], vector.shapes, scale=original(chosen).item())]
+        return composed_scaled(self)
 
 
 def tied(deltas: Sequence[Tensors], density: float) -> Iterator[tuple[str, Tensor]]:

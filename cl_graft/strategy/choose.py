@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl_graft.skillpack.codecs import Encoded, decode
+from cl_graft.skillpack.codecs import Encoded, decode, exact, original
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.composed import compose
 from cl_graft.strategy.context import Context, validation
-from cl_graft.strategy.kept import Tensors
+from cl_graft.strategy.kept import Kept, Tensors
 from cl_graft.task import Task
 
 if TYPE_CHECKING:
@@ -51,6 +51,28 @@ def best_scale(strategy: Strategy, task: Task, vector: Tensors, grid: Sequence[f
     best = min(grid, key=lost)
     strategy.grafted.unload()
     return best
+
+
+def kept_scaled(
+    strategy: Strategy,
+    task: Task,
+    own: Tensors,
+    vector: Tensors,
+    grid: Sequence[float],
+    scale: float | None,
+) -> Kept:
+    """A task's own delta, the vector that all tasks share, and its scale: the one given, or the best of the grid."""
+    chosen = best_scale(strategy, task, vector, grid) if scale is None else scale
+    told = exact(torch.tensor(chosen, dtype=torch.float64))
+    return Kept(own, {"vector": vector, "chosen": {"scale": told}})
+
+
+def composed_scaled(strategy: Strategy) -> Sequence[SkillPack]:
+    """What answers of what `kept_scaled` keeps: the vector times its scale; one task alone is itself."""
+    if len(strategy.packs) < 2:
+        return strategy.packs
+    vector, chosen = strategy.shared["vector"], strategy.shared["chosen"].tensors["scale"]
+    return [compose(scaled, [vector], vector.shapes, scale=original(chosen).item())]
 
 
 def scaled(name: str, vector: SkillPack, *, scale: float) -> Tensor:
