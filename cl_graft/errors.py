@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class CLGraftError(Exception):
@@ -72,3 +73,10 @@ def matched_torchvision() -> Iterator[None]:
         raise TorchvisionMismatch(
             f"torchvision, which Avalanche imports, does not fit the torch that is installed ({said}); {TORCHVISION}."
         ) from error
+
+
+def not_yaml(path: Path, error: Exception) -> CLGraftError:
+    """The error of a file that does not parse, with the line where the parser says one."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    line = f", line {mark.line + 1}" if mark else ""
+    return CLGraftError(f"{path}{line} is not YAML ({problem or error}); mend it.")

@@ -27,7 +27,7 @@ from cl_graft.config import (
     several,
     told,
 )
-from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.errors import CLGraftError, UnknownName, not_yaml
 from cl_graft.store.files import write_text
 from cl_graft.store.locks import locked
 
@@ -207,9 +207,7 @@ def read(path: Path) -> dict[str, Any]:
             "begin with."
         ) from error
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise CLGraftError(f"{path}{line} is not YAML ({problem or error}); mend it.") from error
+        raise not_yaml(path, error) from error
     if not isinstance(fields, dict):
         raise CLGraftError(f"{path} sets no fields; `cl-graft init` writes a file to begin with.")
     return fields

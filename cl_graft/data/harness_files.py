@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.errors import CLGraftError, UnknownName, not_yaml
 
 PLAIN = frozenset(
     [
@@ -151,9 +151,7 @@ def _mapping(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); give a task file of lm-eval."
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, of depth
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise CLGraftError(f"{path}{line} is not YAML ({problem or error}); mend it.") from error
+        raise not_yaml(path, error) from error
     if not isinstance(keys, dict):
         raise CLGraftError(f"{path} is no task of lm-eval; write its keys, such as `task: NAME`.")
     return keys

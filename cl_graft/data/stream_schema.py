@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cl_graft.data.templates import BadTemplate, Template
-from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.errors import CLGraftError, UnknownName, not_yaml
 from cl_graft.ranges import Count, Part
 from cl_graft.task import Preference, Scoring, Training
 
@@ -265,9 +265,7 @@ def _mapping(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); give a stream's YAML file."
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, of depth
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise CLGraftError(f"{path}{line} is not YAML ({problem or error}); mend it.") from error
+        raise not_yaml(path, error) from error
     if not isinstance(said, dict):
         raise CLGraftError(
             f"{path} says no stream; write its tasks, as docs/adding-a-scenario.md shows."
