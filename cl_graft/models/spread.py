@@ -1,0 +1,158 @@
+"""A model that is too large for one device, spread by accelerate's device map, and what its offloaded parameters hold.
+
+What the GPUs have no room for is in host memory, and what that has no room for is in files: those of the checkpoint,
+where they hold a tensor as it is loaded. Such a parameter is on the meta device but while its module runs. What wants
+its values asks here, and what gives it others puts in its place how they are made: no file is ever written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Make = Callable[[], Tensor]
+
+
+class Offloaded(Mapping[str, Tensor]):
+    """{name: what it holds now}, of parameters that are on the meta device between calls; read or made when asked for.
+
+    Tied parameters have one value under each of their names. source: accelerate's map of offloaded weights, {name:
+    tensor}. first: {any name: the one that `model.named_parameters()` gives}. devices: where it runs, by any name.
+    keeps: what has to live as long.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        first: Mapping[str, str],
+        devices: Mapping[str, torch.device],
+        keeps: object = None,
+    ):
+        self._source, self._first, self._devices, self._keeps = source, first, devices, keeps
+        self._made: dict[str, Make] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.reader(name)()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._first)
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._first
+
+    def reader(self, name: str) -> Make:
+        """What gives the parameter as it is now, whatever is put in its place later."""
+        return self._made.get(self._first[name], partial(self.base, name))
+
+    def base(self, name: str) -> Tensor:
+        """The parameter as it was loaded; not to be written to."""
+        return self._source[self._first[name]]
+
+    def in_memory(self, name: str) -> bool:
+        """Whether the base's is in host memory; else it is in a file."""
+        return self._first[name] in self._source.state_dict
+
+    def device(self, name: str, parameter: Tensor) -> torch.device:
+        """Where the parameter is when its module runs; of one that is not offloaded, where it is."""
+        return self._devices.get(name, parameter.device)
+
+    def put(self, name: str, make: Make) -> None:
+        """Have the parameter be what `make` gives, each time it is asked for."""
+        self._made[self._first[name]] = make
+
+    def restore(self, name: str) -> None:
+        """Have the parameter be the base's again."""
+        self._made.pop(self._first[name], None)
+
+
+def original(x: Any) -> Any:
+    """The parameter that a tensor is lent for, or else the tensor."""
+    return getattr(x, "stands_for", x)
+
+
+def is_spread(model: Any) -> bool:
+    """Whether accelerate's device map has put the model on several devices, or a part of it on none."""
+    return hasattr(model, "_hf_hook")
+
+
+def offloaded(model: Any) -> Offloaded:
+    """The model's parameters that are on no device between calls; empty for a model that is whole on one device."""
+    modules = model.modules() if is_spread(model) else ()
+    hooks = (getattr(module, "_hf_hook", None) for module in modules)
+    return next((hook.held for hook in hooks if hasattr(hook, "held")), Offloaded({}, {}, {}))
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model takes its input; of one without weights the meta device."""
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return model.device if device is None else torch.device(device)
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What `model.named_parameters()` gives, with the values of those that are offloaded; one of these at a time."""
+    held = offloaded(model)
+    for name, parameter in model.named_parameters():
+        yield name, held[name] if name in held else parameter
+
+
+def copies(model: nn.Module) -> Mapping[str, Tensor]:
+    """{parameter: its values now, whatever becomes of it}; of a spread model in host memory, or read when asked for."""
+    if not is_spread(model):
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+    held, readers = offloaded(model), dict[str, Make]()
+    for name, parameter in model.named_parameters():
+        if name in held:
+            readers[name] = held.reader(name)
+        else:
+            readers[name] = partial(_itself, parameter.detach().to("cpu", copy=True))
+    return _Read(readers)
+
+
+class _Read(Mapping[str, Tensor]):
+    def __init__(self, readers: Mapping[str, Make]):
+        self.readers = readers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+@torch.no_grad()
+def write(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Give every parameter the values that `read` gives for its name; for an offloaded one it is asked at each use."""
+    held = offloaded(model)
+    for name, parameter in model.named_parameters():
+        if name in held:
+            held.put(name, partial(read, name))
+        else:
+            parameter.copy_(read(name))
+
+
+@contextmanager
+def in_host_memory(model: nn.Module) -> Iterator[None]:
+    """Within, the model takes no memory of an accelerator; afterwards its tensors are where they were."""
+    homes = [(x, x.device) for x in (*model.parameters(), *model.buffers()) if not x.is_meta]
+    try:
+        for tensor, _ in homes:
+            tensor.data = tensor.data.to("cpu")
+        yield
+    finally:
+        for tensor, device in homes:
+            tensor.data = tensor.data.to(device)
