@@ -62,6 +62,7 @@ def device_map(
         return None
     given = get_max_memory(_numbered(memory)) if memory else _free()
     kept: Any = {"no_split_module_classes": [*(model._no_split_modules or ())], "dtype": dtype}
+    model.tie_weights()
     with quiet():
         balanced = get_balanced_memory(model, given, **kept)
         return infer_auto_device_map(model, balanced, **kept)

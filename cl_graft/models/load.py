@@ -152,7 +152,7 @@ def load(
     loaded, that are not all there or are of another model than the config's, or that are no numbers.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     from cl_graft.models.dispatch import Spill, quiet, settle
@@ -160,7 +160,12 @@ def load(
     logging.disable_progress_bar()
     place = locate(name, data_dir)
     tokenizer = load_tokenizer(name, place)
-    spread, spill = device_map(name, place, memory), None
+    if not Path(place).is_dir():
+        try:
+            AutoConfig.from_pretrained(place, trust_remote_code=False)  # fetched, to be looked at
+        except Exception as error:
+            raise _unloadable(f"model {name!r}", error) from error
+    spread, spill = device_map(name, data_dir, memory), None
     if spread and "disk" in spread.values():
         spill = Spill(scratch or embedded.cache_root())
     verbosity = logging.get_verbosity()
@@ -187,26 +192,23 @@ def load(
 
 
 def device_map(
-    name: str, place: str | Path, memory: Mapping[str, str] | None = None
+    name: str, data_dir: Path | None = None, memory: Mapping[str, str] | None = None
 ) -> DeviceMap | None:
-    """Where the parts of a model located at `place` go; None where it fits one device. See `dispatch.device_map`.
+    """Where the parts of a model go, told before there are any weights; see `dispatch.device_map`.
 
-    Raises CLGraftError for a configuration that is none, and for a GPU that is not there.
+    None where it fits one device, and for a model of the hub whose configuration is not here yet. Raises as
+    `without_weights`, and CLGraftError for a GPU that is not there.
     """
-    from transformers import AutoConfig
-
     from cl_graft.models import dispatch
-    from cl_graft.models.meta_model import meta_model
 
     if memory is None:
-        stored = sum(file.stat().st_size for kind in WEIGHTS for file in Path(place).glob(kind))
-        if name in embedded.SPECS or (stored and dispatch.fits(WIDEST * stored)):
+        folder = None if name in embedded.SPECS else folder_of(name)
+        files = [file for kind in WEIGHTS for file in folder.glob(kind)] if folder else []
+        size = WIDEST * sum(file.stat().st_size for file in files)
+        if name in embedded.SPECS or (size and dispatch.fits(size)):
             return None
-    try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:
-        raise _unloadable(f"model {name!r}", error) from error
-    return dispatch.device_map(meta_model(config).model, _dtype(), memory)
+    model = without_weights(name, data_dir)
+    return dispatch.device_map(model, _dtype(), memory) if model is not None else None
 
 
 def _dtype() -> torch.dtype:

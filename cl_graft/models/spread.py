@@ -86,7 +86,7 @@ def is_spread(model: Any) -> bool:
 def offloaded(model: Any) -> Offloaded:
     """The model's parameters that are on no device between calls; empty for a model that is whole on one device."""
     modules = model.modules() if is_spread(model) else ()
-    hooks = (getattr(module, "_hf_hook", None) for module in modules)
+    hooks: Any = (getattr(module, "_hf_hook", None) for module in modules)
     return next((hook.held for hook in hooks if hasattr(hook, "held")), Offloaded({}, {}, {}))
 
 
@@ -100,25 +100,33 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What `model.named_parameters()` gives, with the values of those that are offloaded; one of these at a time."""
     held = offloaded(model)
     for name, parameter in model.named_parameters():
-        yield name, held[name] if name in held else parameter
+        yield name, held.get(name, parameter)
 
 
 def copies(model: nn.Module) -> Mapping[str, Tensor]:
     """{parameter: its values now, whatever becomes of it}; of a spread model in host memory, or read when asked for."""
     if not is_spread(model):
         return {name: p.detach().clone() for name, p in model.named_parameters()}
-    held, readers = offloaded(model), dict[str, Make]()
+    held, readers, shapes = offloaded(model), dict[str, Make](), dict[str, tuple[int, ...]]()
     for name, parameter in model.named_parameters():
         if name in held:
             readers[name] = held.reader(name)
         else:
             readers[name] = partial(_itself, parameter.detach().to("cpu", copy=True))
-    return _Read(readers)
+        shapes[name] = tuple(parameter.shape)
+    return _Read(readers, shapes)
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """{name: shape}; of what `copies` gave without reading any."""
+    if isinstance(weights, _Read):
+        return dict(weights.shapes)
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 class _Read(Mapping[str, Tensor]):
-    def __init__(self, readers: Mapping[str, Make]):
-        self.readers = readers
+    def __init__(self, readers: Mapping[str, Make], shapes: Mapping[str, tuple[int, ...]]):
+        self.readers, self.shapes = readers, shapes
 
     def __getitem__(self, name: str) -> Tensor:
         return self.readers[name]()

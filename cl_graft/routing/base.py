@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cl_graft.errors import CLGraftError
 from cl_graft.evaluation.features import Features
+from cl_graft.models.spread import device_of
 from cl_graft.models.text import encode_prompts
 from cl_graft.skillpack.compress.text import padded
 from cl_graft.skillpack.format.file import SkillPack
@@ -87,7 +88,7 @@ class View:
         """Prompts of about a length: their indices, and input_ids and attention_mask, int64 (prompts, tokens)."""
         rows = encode_prompts(self.tokenizer, prompts)
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-        device = next(self.grafted.model.parameters()).device
+        device = device_of(self.grafted.model)
         self.grafted.model.eval()
         for first in range(0, len(order), BATCH):
             chunk = order[first : first + BATCH]
