@@ -139,6 +139,7 @@ class Lending(ModelHook):
                 lent: Any = nn.Parameter(value, requires_grad=away.requires_grad)
                 lent.stands_for = away
                 module._parameters[own] = lent
+                self.held.lent[lent.untyped_storage().data_ptr()] = self.weights_map.prefix + own
         kwargs = send_to_device(kwargs, self.execution_device, skip_keys=self.skip_keys)
         return send_to_device(args, self.execution_device), kwargs
 
@@ -149,7 +150,10 @@ class Lending(ModelHook):
     def take_back(self, module: nn.Module, *_: Any) -> None:
         """Put the parameters on the meta device back in their places."""
         for own in self.own:
-            module._parameters[own] = original(module._parameters[own])
+            lent: Any = module._parameters[own]
+            module._parameters[own] = original(lent)
+            if lent is not module._parameters[own]:
+                self.held.lent.pop(lent.untyped_storage().data_ptr(), None)
 
 
 def settle(model: nn.Module, spill: Spill | None) -> None:
@@ -164,6 +168,10 @@ def settle(model: nn.Module, spill: Spill | None) -> None:
     devices = {name: torch.device(hook.execution_device) for name, hook in hooks.items()}
     held = Offloaded(source, names, devices, spill)
     for path, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            module._hf_hook.tied_params_map = (
+                None  # of use while hooks are put on; it holds weights
+            )
         prefix = f"{path}." if path else ""
         own = [n for n, p in module._parameters.items() if p is not None and p.is_meta]
         if own:

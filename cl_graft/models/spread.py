@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_graft.errors import CLGraftError
+
 Make = Callable[[], Tensor]
 
 
@@ -35,6 +37,7 @@ class Offloaded(Mapping[str, Tensor]):
     ):
         self._source, self._first, self._devices, self._keeps = source, first, devices, keeps
         self._made: dict[str, Make] = {}
+        self.lent: dict[int, str] = {}  # address of the memory that a module runs with: name
 
     def __getitem__(self, name: str) -> Tensor:
         return self.reader(name)()
@@ -124,6 +127,20 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
+def near(weights: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """What `copies` gave of a spread model, put where the model takes its input when it is read; others as they are."""
+    if not isinstance(weights, _Read):
+        return weights
+    device = device_of(model)
+    return _Read(
+        {n: partial(_moved, r, device) for n, r in weights.readers.items()}, weights.shapes
+    )
+
+
+def _moved(read: Make, device: torch.device) -> Tensor:
+    return read().to(device)
+
+
 class _Read(Mapping[str, Tensor]):
     def __init__(self, readers: Mapping[str, Make], shapes: Mapping[str, tuple[int, ...]]):
         self.readers, self.shapes = readers, shapes
@@ -153,6 +170,29 @@ def write(model: nn.Module, read: Callable[[str], Tensor]) -> None:
             parameter.copy_(read(name))
 
 
+def require_whole(model: Any, who: str) -> None:
+    """Raises CLGraftError for a model that is spread: what works on its weights would find a part of them nowhere."""
+    if is_spread(model):
+        raise CLGraftError(
+            f"{who} works on the weights of the model itself, which is spread over devices; choose a method that sees "
+            "the delta alone, as graftllm, or a device that holds the model."
+        )
+
+
+@contextmanager
+def unwritten(model: nn.Module, who: str) -> Iterator[None]:
+    """Raises CLGraftError where a parameter that is offloaded was written to within: that changes nothing."""
+    held = offloaded(model)
+    kept = {n: (p, p._version) for n, p in model.named_parameters() if n in held}
+    yield
+    for name, (parameter, version) in kept.items():
+        if parameter._version != version:
+            raise CLGraftError(
+                f"{who} writes to {name} of a model that is spread, which is on no device and stays as it was; choose "
+                "a method that sees the delta alone, as graftllm, or a device that holds the model."
+            )
+
+
 @contextmanager
 def in_host_memory(model: nn.Module) -> Iterator[None]:
     """Within, the model takes no memory of an accelerator; afterwards its tensors are where they were."""
@@ -160,7 +200,33 @@ def in_host_memory(model: nn.Module) -> Iterator[None]:
     try:
         for tensor, _ in homes:
             tensor.data = tensor.data.to("cpu")
+        torch.cuda.empty_cache()
         yield
     finally:
         for tensor, device in homes:
             tensor.data = tensor.data.to(device)
+
+
+@contextmanager
+def rereading(model: nn.Module) -> Iterator[None]:
+    """Within, what autograd keeps of a lent parameter is its name: a backward pass reads it again, and holds one at a
+    time instead of all."""
+    held = offloaded(model)
+    if not held:
+        yield
+        return
+
+    def pack(x: Tensor) -> Any:
+        name = held.lent.get(x.untyped_storage().data_ptr())
+        if name is None:
+            return x
+        return name, x.device, x.dtype, x.size(), x.stride(), x.storage_offset()
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        name, device, dtype, *view = kept
+        return held[name].to(device, dtype).as_strided(*view)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

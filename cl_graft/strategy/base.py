@@ -374,7 +374,7 @@ class Strategy(Hooks):
             model=self.model,
             tokenizer=self.tokenizer,
             task=task,
-            start=start,
+            start=spread.near(start, self.model),
             budget=replace(
                 self.budget,
                 less=spoken_for(self.held, self.shared, self.keeps == "latest", self.budget),

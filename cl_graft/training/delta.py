@@ -23,9 +23,7 @@ class Delta(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.start:
             raise KeyError(name)
-        return (
-            self.tuned.read(name).float().to(self.device) - self.start[name].to(self.device).float()
-        )
+        return self.tuned.read(name).float().to(self.device) - self.start[name].float()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.start)
