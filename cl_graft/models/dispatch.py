@@ -28,7 +28,7 @@ from accelerate.utils import (
 from torch import nn
 
 from cl_graft.errors import CLGraftError
-from cl_graft.models.spread import Offloaded, original
+from cl_graft.models.spread import Offloaded, is_spread, original
 from cl_graft.store.locks import locked, use, used
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ def _numbered(memory: Mapping[str, str]) -> dict[int | str, str | int]:
             raise CLGraftError(
                 f"max_memory names GPU {name}, and this machine {there}; name those that it has, and cpu."
             )
-    return {int(name) if name.isdigit() else name: given for name, given in memory.items()}
+    # accelerate takes bytes as a number alone
+    given = {name: int(size) if size.isdigit() else size for name, size in memory.items()}
+    return {int(name) if name.isdigit() else name: size for name, size in given.items()}
 
 
 def _free() -> dict[int | str, int]:
@@ -158,6 +160,8 @@ class Lending(ModelHook):
 
 def settle(model: nn.Module, spill: Spill | None) -> None:
     """Put `Lending` in the place of accelerate's hooks on a model that was just spread; it keeps the folder."""
+    if is_spread(model):
+        model.to = lambda *args, **kwargs: model  # Avalanche asks for one device before it trains
     first = {id(p): name for name, p in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     names = {name: first[id(p)] for name, p in every if p.is_meta}

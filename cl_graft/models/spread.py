@@ -61,7 +61,7 @@ class Offloaded(Mapping[str, Tensor]):
 
     def in_memory(self, name: str) -> bool:
         """Whether the base's is in host memory; else it is in a file."""
-        return self._first[name] in self._source.state_dict
+        return self._first[name] in getattr(self._source, "state_dict", self._source)
 
     def device(self, name: str, parameter: Tensor) -> torch.device:
         """Where the parameter is when its module runs; of one that is not offloaded, where it is."""

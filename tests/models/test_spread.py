@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import cl_graft
-from cl_graft.config import Launch
+from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError
 from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.generate import answers, choice_likelihoods, log_likelihoods
@@ -42,6 +42,7 @@ from cl_graft.skillpack.live.attach import Attached
 from cl_graft.skillpack.live.ensemble import Ensemble
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.record import CellFolder
+from cl_graft.sweep_config import sweep_of
 from cl_graft.training import checkpoint
 from cl_graft.training.stages import in_full_precision
 from tests.command import Call, assert_refused
@@ -61,16 +62,26 @@ class Made(NamedTuple):
     packs: list[SkillPack]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    folder = tmp_path_factory.mktemp("spread")
-    shape = {"num_hidden_layers": 3, "tie_word_embeddings": request.param}
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
+    return {
+        name: make(tmp_path_factory.mktemp(name), name == "tied") for name in ("untied", "tied")
+    }
+
+
+def make(folder: Path, tied: bool) -> Made:
+    shape = {"num_hidden_layers": 3, "tie_word_embeddings": tied}
     base = saved(llama(**shape), folder / "base")
     for seed, budget in ((1, "30%"), (2, "60%")):
         saved(tuned(llama(**shape), seed), folder / f"tuned-{seed}")
         pack_of(base, folder / f"tuned-{seed}", folder / f"{seed}.safetensors", budget)
     packs = [SkillPack.load(folder / f"{seed}.safetensors") for seed in (1, 2)]
     return Made(base, folder / "tuned-1", packs)
+
+
+@pytest.fixture
+def made(both: dict[str, Made]) -> Made:
+    return both["untied"]
 
 
 def logits(model: Any) -> Tensor:
@@ -100,10 +111,11 @@ def assert_scores_as(model: Any, whole: Any) -> None:
         assert how(model) == how(whole)
 
 
-@pytest.mark.parametrize("memory", [SOME, NONE], ids=["some on the disk", "all on the disk"])
+@pytest.mark.parametrize(("tied", "memory"), [("untied", SOME), ("tied", NONE)])
 def test_it_scores_grafts_and_attaches_as_a_whole_one_to_the_last_digit(
-    made, memory, tmp_path, recwarn
+    both, tied, memory, tmp_path, recwarn
 ):
+    made = both[tied]
     whole, _ = load(str(made.base))
     model, _ = load(str(made.base), memory=memory, scratch=tmp_path)
     devices = {*model.hf_device_map.values()}
@@ -271,10 +283,16 @@ def test_a_launched_stage_starts_from_it_and_comes_back_into_it(made, tmp_path):
     assert fingerprint(start.items()) == made.packs[0].base
 
 
-@pytest.mark.parametrize("strategy", ["graftllm", "sequential"])
-def test_a_cell_whose_stages_are_known_comes_to_the_same_result(made, tmp_path, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "tied", "tasks"),
+    [("graftllm", "untied", "math"), ("sequential", "tied", "math,cipher")],
+)
+def test_a_cell_whose_stages_are_known_comes_to_the_same_result(
+    both, tmp_path, strategy, tied, tasks
+):
     pytest.importorskip("deepspeed")
-    few = {"tasks": "math,cipher", "train_size": 24, "test_size": 4, "steps": 2, "batch": 4}
+    made = both[tied]
+    few = {"tasks": tasks, "train_size": 24, "test_size": 4, "steps": 2, "batch": 4}
     cell = {"scenario": "mini", "strategy": strategy, "model": str(made.base), "budget": "60%"}
     cell |= {"options": {"mini": few}, "cache": tmp_path / "cache", "wandb": "off"}
     wanted = cl_graft.run(**cell, out=tmp_path / "whole")
@@ -305,7 +323,7 @@ def test_what_does_not_fit_is_spread_unasked(made, tmp_path, monkeypatch, call: 
     done = call("pack", "verify", pack, "--model", made.base)
     assert done.code == 0 and "is whole" in done.out
     words = ["run", "--scenario", "mini", "--strategy", "graftllm", "--model", made.base]
-    words += ["--out", tmp_path / "out"]
+    words += ["--out", tmp_path / "out", "--allow-code-execution"]
     assert_refused(
         call(*words),
         "is spread over devices (cpu, disk) and cannot train in this process",
@@ -315,24 +333,23 @@ def test_what_does_not_fit_is_spread_unasked(made, tmp_path, monkeypatch, call: 
     assert not is_spread(load(str(made.base))[0])
 
 
+ASKED = ["--max-memory", "cpu=70KB"]
+LAUNCHED = [*ASKED, "--launch", "processes=2", "--strategy"]
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (["--max-memory", "cpu=70KB"], ["(cpu, disk)", "cannot train in this process", "zero=3"]),
         (
-            ["--max-memory", "cpu=70KB", "--strategy", "lora", "--launch", "processes=2"],
-            ["lora does more with its weights", "as graftllm"],
+            ["--strategy", "graftllm", *ASKED],
+            ["(cpu, disk) and cannot train in this process", "zero=3"],
         ),
+        ([*LAUNCHED, "lora"], ["lora does more with its weights", "as graftllm"]),
         (
-            ["--max-memory", "cpu=70KB", "--strategy", "model_grafting", "--launch", "processes=2"],
+            [*LAUNCHED, "model_grafting"],
             ["model_grafting works on the weights of the model itself"],
         ),
-        (["--max-memory", "7=1GiB"], ["max_memory names GPU 7, and this machine has none"]),
-        (["--max-memory", "gpu=1GiB"], ["'gpu' is no device; write a GPU's number, as 0, or cpu"]),
-        (
-            ["--max-memory", "cpu=much"],
-            ["'much' is no memory of device cpu; write bytes, as 70GiB"],
-        ),
+        ([*LAUNCHED, "svd", "--max-memory", "7=1GiB"], ["names GPU 7, and this machine has none"]),
     ],
 )
 def test_what_a_spread_model_cannot_do_is_refused_before_anything_starts(
@@ -340,7 +357,23 @@ def test_what_a_spread_model_cannot_do_is_refused_before_anything_starts(
 ):
     pytest.importorskip("deepspeed")
     plain = ["run", "--scenario", "mini", "--allow-code-execution", "--model", made.base]
-    plain += [] if "--strategy" in asked else ["--strategy", "graftllm"]
     done = call(*plain, "--out", tmp_path / "out", *asked)
     assert done.code == 1 and all(word in done.reason for word in words), done.err
     assert not [*tmp_path.rglob("experience*")]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"gpu": "1GiB"}, "'gpu' is no device; write a GPU's number, as 0, or cpu"),
+        ({0: "much"}, "'much' is no memory of device 0; write bytes, as 70GiB"),
+    ],
+)
+def test_a_memory_that_is_none_is_refused(given, words):
+    with pytest.raises(CLGraftError, match=words):
+        sweep_of({"scenarios": "mini", "strategies": "svd", "max_memory": given}, "here")
+
+
+def test_devices_and_bytes_may_be_written_as_yaml_reads_them():
+    config = RunConfig(scenario="mini", strategy="svd", max_memory={0: "70GiB", "CPU": 10**9})
+    assert config.max_memory == {"0": "70GiB", "cpu": "1000000000"}
