@@ -161,8 +161,8 @@ def _spread(config: RunConfig, strategy_class: type[Strategy]) -> None:
     where = ", ".join(sorted(devices))
     if not config.launch.processes:
         raise CLGraftError(
-            f"model {config.model!r} is spread over devices ({where}) and cannot train in this process; give its "
-            "stages processes of their own (--launch processes=8,zero=3), or raise --max-memory."
+            f"model {config.model!r} is spread over devices ({where}) and cannot train in this process; launch its "
+            "stages (--launch processes=8,zero=3), or give it a device that holds it."
         )
     if not strategy_class.trains_by_recipe():
         raise CLGraftError(

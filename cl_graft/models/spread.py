@@ -195,7 +195,7 @@ def unwritten(model: nn.Module, who: str) -> Iterator[None]:
 
 @contextmanager
 def in_host_memory(model: nn.Module) -> Iterator[None]:
-    """Within, the model takes no memory of an accelerator; afterwards its tensors are where they were."""
+    """Keep the model out of accelerators' memory within; afterwards its tensors are where they were."""
     homes = [(x, x.device) for x in (*model.parameters(), *model.buffers()) if not x.is_meta]
     try:
         for tensor, _ in homes:
@@ -209,8 +209,8 @@ def in_host_memory(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def rereading(model: nn.Module) -> Iterator[None]:
-    """Within, what autograd keeps of a lent parameter is its name: a backward pass reads it again, and holds one at a
-    time instead of all."""
+    """Have autograd keep the names of lent parameters within: a backward pass reads them again, one at a time, instead
+    of holding all."""
     held = offloaded(model)
     if not held:
         yield
