@@ -45,7 +45,7 @@ def prepare(
         _servers(config, scenario)
     _launch(config.launch, scenario)
     strategy_class, options = _strategy(config)
-    if not bare:
+    if config.max_memory or not bare:  # what is free here is of no matter to a plan
         _spread(config, strategy_class)
     return scenario, strategy_class, options
 
@@ -86,7 +86,9 @@ def check_methods(cells: Sequence[RunConfig], scenarios: Mapping[str, Scenario])
     for config in cells:
         if mirror := mirror_of(config):
             mirror.check()
-        _strategy(config)
+        strategy_class, _ = _strategy(config)
+        if config.max_memory:
+            _spread(config, strategy_class)
     models: dict[Any, PreTrainedModel | None] = {}
     for config in cells:
         named = config.model, config.data_dir

@@ -54,21 +54,22 @@ def device_map(
 ) -> DeviceMap | None:
     """Where the parts of a model go, whose parameters may be on the meta device; None where it fits one device.
 
-    dtype: that the weights will have. memory: {GPU's number or cpu: bytes, as 70GiB} that they may take; None is what
-    is free. What fits nowhere goes to the disk. Raises CLGraftError for a GPU that is not there.
+    dtype: that the weights will have. memory: {GPU's number or cpu: bytes, as 70GiB} that they may take, of any
+    machine's; None is what is free on this one. What fits nowhere goes to the disk.
     """
+    model.tie_weights()
     size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if memory is None and fits(size):
         return None
     given = get_max_memory(_numbered(memory)) if memory else _free()
     kept: Any = {"no_split_module_classes": [*(model._no_split_modules or ())], "dtype": dtype}
-    model.tie_weights()
     with quiet():
         balanced = get_balanced_memory(model, given, **kept)
         return infer_auto_device_map(model, balanced, **kept)
 
 
-def _numbered(memory: Mapping[str, str]) -> dict[int | str, str | int]:
+def require_devices(memory: Mapping[str, str]) -> None:
+    """Raises CLGraftError for a GPU that this machine does not have."""
     count = torch.cuda.device_count()
     for name in memory:
         if name.isdigit() and int(name) >= count:
@@ -76,6 +77,9 @@ def _numbered(memory: Mapping[str, str]) -> dict[int | str, str | int]:
             raise CLGraftError(
                 f"max_memory names GPU {name}, and this machine {there}; name those that it has, and cpu."
             )
+
+
+def _numbered(memory: Mapping[str, str]) -> dict[int | str, str | int]:
     # accelerate takes bytes as a number alone
     given = {name: int(size) if size.isdigit() else size for name, size in memory.items()}
     return {int(name) if name.isdigit() else name: size for name, size in given.items()}

@@ -155,9 +155,10 @@ def load(
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    from cl_graft.models.dispatch import Spill, quiet, settle
+    from cl_graft.models.dispatch import Spill, quiet, require_devices, settle
 
     logging.disable_progress_bar()
+    require_devices(memory or {})
     place = locate(name, data_dir)
     tokenizer = load_tokenizer(name, place)
     if not Path(place).is_dir():
@@ -175,7 +176,7 @@ def load(
             model, info = AutoModelForCausalLM.from_pretrained(
                 place,
                 trust_remote_code=False,
-                dtype=_dtype(),
+                dtype=dtype_on(torch.cuda.is_available()),
                 attn_implementation=attention(place),
                 key_mapping=_renamed(Path(place)),
                 output_loading_info=True,
@@ -197,8 +198,10 @@ def device_map(
     """Where the parts of a model go, told before there are any weights; see `dispatch.device_map`.
 
     None where it fits one device, and for a model of the hub whose configuration is not here yet. Raises as
-    `without_weights`, and CLGraftError for a GPU that is not there.
+    `without_weights`.
     """
+    import torch
+
     from cl_graft.models import dispatch
 
     if memory is None:
@@ -208,13 +211,15 @@ def device_map(
         if name in embedded.SPECS or (size and dispatch.fits(size)):
             return None
     model = without_weights(name, data_dir)
-    return dispatch.device_map(model, _dtype(), memory) if model is not None else None
+    on_gpu = torch.cuda.is_available() or any(device != "cpu" for device in memory or {})
+    return dispatch.device_map(model, dtype_on(on_gpu), memory) if model is not None else None
 
 
-def _dtype() -> torch.dtype:
+def dtype_on(gpu: bool) -> torch.dtype:
+    """What weights are loaded in."""
     import torch
 
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return torch.bfloat16 if gpu else torch.float32
 
 
 def load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:

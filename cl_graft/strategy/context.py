@@ -16,7 +16,7 @@ from torch import Tensor
 from cl_graft.budget import Budget, largest_within
 from cl_graft.errors import OverBudget
 from cl_graft.models.roles import Role, roles
-from cl_graft.models.spread import device_of, shapes_of
+from cl_graft.models.spread import device_of, is_spread, shapes_of
 from cl_graft.models.text import encode
 from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse, weight_bits
 from cl_graft.skillpack.compress.calibrate import Moments, moments
@@ -174,4 +174,9 @@ class Context:
     def moments(self, batches: int = 8, size: int = 32, gradients: bool = True) -> Moments:
         """Second moments of the layers' inputs and output gradients on the task's training text."""
         source = self.batches(size, seed=1)
-        return moments(self.model, [next(source) for _ in range(batches)], gradients)
+        found = moments(self.model, [next(source) for _ in range(batches)], gradients)
+        if is_spread(self.model):  # layers are on several devices, and the delta on one
+            device = device_of(self.model)
+            found.inputs = {name: x.to(device) for name, x in found.inputs.items()}
+            found.outputs = {name: x.to(device) for name, x in found.outputs.items()}
+        return found

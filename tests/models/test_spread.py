@@ -22,6 +22,7 @@ from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError
 from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.generate import answers, choice_likelihoods, log_likelihoods
+from cl_graft.experiment.prepare import check
 from cl_graft.models.dispatch import settle
 from cl_graft.models.load import load
 from cl_graft.models.spread import (
@@ -360,6 +361,14 @@ def test_what_a_spread_model_cannot_do_is_refused_before_anything_starts(
     done = call(*plain, "--out", tmp_path / "out", *asked)
     assert done.code == 1 and all(word in done.reason for word in words), done.err
     assert not [*tmp_path.rglob("experience*")]
+
+
+def test_a_sweep_is_refused_before_its_first_cell(made, tmp_path):
+    cell = {"scenario": "mini", "strategy": "graftllm", "model": str(made.base), "out": tmp_path}
+    config = RunConfig(**cell, allow_code_execution=True, max_memory=SOME)
+    with pytest.raises(CLGraftError, match=r"is spread over devices \(cpu, disk\)"):
+        check([config])
+    check([config.model_copy(update={"max_memory": {"0": "1GiB"}})])  # of another machine, perhaps
 
 
 @pytest.mark.parametrize(
