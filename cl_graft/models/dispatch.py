@@ -166,6 +166,8 @@ def settle(model: nn.Module, spill: Spill | None) -> None:
     """Put `Lending` in the place of accelerate's hooks on a model that was just spread; it keeps the folder."""
     if is_spread(model):
         model.to = lambda *args, **kwargs: model  # Avalanche asks for one device before it trains
+    for hook in [m._hf_hook for m in model.modules() if hasattr(m, "_hf_hook")]:
+        hook.tied_params_map = None  # of use while hooks are put on; it holds weights
     first = {id(p): name for name, p in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     names = {name: first[id(p)] for name, p in every if p.is_meta}
@@ -176,10 +178,6 @@ def settle(model: nn.Module, spill: Spill | None) -> None:
     devices = {name: torch.device(hook.execution_device) for name, hook in hooks.items()}
     held = Offloaded(source, names, devices, spill)
     for path, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
-            module._hf_hook.tied_params_map = (
-                None  # of use while hooks are put on; it holds weights
-            )
         prefix = f"{path}." if path else ""
         own = [n for n, p in module._parameters.items() if p is not None and p.is_meta]
         if own:

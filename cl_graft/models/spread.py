@@ -208,6 +208,20 @@ def in_host_memory(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def in_place(module: nn.Module) -> Iterator[None]:
+    """Have a module's own weights where it runs within, for what runs it in another way than by its `forward`."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, ())
+
+
+@contextmanager
 def rereading(model: nn.Module) -> Iterator[None]:
     """Have autograd keep the names of lent parameters within: a backward pass reads them again, one at a time, instead
     of holding all."""

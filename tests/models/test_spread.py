@@ -112,6 +112,15 @@ def assert_scores_as(model: Any, whole: Any) -> None:
         assert how(model) == how(whole)
 
 
+def assert_measured_as(model: Any, whole: Any) -> None:
+    """The same second moments, of a forward and a backward pass."""
+    batch = padded([([1, 2, 3, 4], 1), ([5, 6], 1)], 27)
+    one, other = (moments(m, [batch]) for m in (model, whole))
+    for mine, theirs in ((one.inputs, other.inputs), (one.outputs, other.outputs)):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize(("tied", "memory"), [("untied", SOME), ("tied", NONE)])
 def test_it_scores_grafts_and_attaches_as_a_whole_one_to_the_last_digit(
     both, tied, memory, tmp_path, recwarn
@@ -223,6 +232,7 @@ def test_what_no_file_holds_as_it_is_loaded_lies_in_a_folder_for_as_long_as_the_
     del other
     gc.collect()
     assert weights(model) == weights(whole) and torch.equal(logits(model), logits(whole))
+    assert_measured_as(model, whole)
     held = offloaded(model)
     name = "model.layers.0.mlp.experts.down_proj"
     pack = one_pack(name, 0.1 * torch.randn(held.base(name).shape), weights(whole))
@@ -238,11 +248,7 @@ def test_what_no_file_holds_as_it_is_loaded_lies_in_a_folder_for_as_long_as_the_
 def test_a_backward_pass_reads_weights_again_and_holds_none_meanwhile(made, tmp_path):
     whole, _ = load(str(made.base))
     model, _ = load(str(made.base), memory=NONE, scratch=tmp_path)
-    batch = padded([([1, 2, 3, 4], 1), ([5, 6], 1)], 27)
-    one, other = (moments(m, [batch]) for m in (model, whole))
-    assert one.inputs.keys() == other.inputs.keys() and one.outputs.keys() == other.outputs.keys()
-    for mine, theirs in ((one.inputs, other.inputs), (one.outputs, other.outputs)):
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert_measured_as(model, whole)
     given: list[weakref.ref] = []
     source = offloaded(model)._source
 
@@ -259,6 +265,7 @@ def test_a_backward_pass_reads_weights_again_and_holds_none_meanwhile(made, tmp_
 
     offloaded(model)._source = Watched()
     model.requires_grad_(False)
+    batch = padded([([1, 2, 3, 4], 1), ([5, 6], 1)], 27)
     batch["inputs_embeds"] = torch.randn(2, 4, 32, requires_grad=True)
     del batch["input_ids"]
     with rereading(model):
