@@ -162,7 +162,7 @@ class Lending(ModelHook):
                 self.held.lent.pop(lent.untyped_storage().data_ptr(), None)
 
 
-def settle(model: nn.Module, spill: Spill | None) -> None:
+def settle(model: Any, spill: Spill | None) -> None:
     """Put `Lending` in the place of accelerate's hooks on a model that was just spread; it keeps the folder."""
     if is_spread(model):
         model.to = lambda *args, **kwargs: model  # Avalanche asks for one device before it trains
