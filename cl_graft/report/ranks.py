@@ -51,7 +51,7 @@ class Ranks:
             return []
         if self.p >= ALPHA:
             return [(0, len(self.names) - 1)]
-        runs = []
+        runs: list[tuple[int, int]] = []
         for first, rank in enumerate(self.ranks):
             last = max(k for k, other in enumerate(self.ranks) if other - rank < self.critical)
             if last > first and (not runs or last > runs[-1][1]):

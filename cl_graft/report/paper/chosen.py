@@ -27,6 +27,9 @@ RULE = (
 )
 
 
+Looks = dict[str, dict[str, Any]]  # {short name: colour, marker, fill and dash}
+
+
 class _Look(NamedTuple):
     name: str
     strategy: str
@@ -103,7 +106,7 @@ def short_names(labels: Iterable[str]) -> dict[str, str]:
     return short
 
 
-def looks(shown: Sequence[Panel], short: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def looks(shown: Sequence[Panel], short: Mapping[str, str]) -> Looks:
     """{short name: colour, marker, fill and dash} of all that are named.
 
     A strategy has the colour and the marker that it has on the page, unless another one of a panel has them: then it

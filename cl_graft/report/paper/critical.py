@@ -17,8 +17,8 @@ AXIS, ROW, BAR = 0.42, 0.115, 0.075  # inches: from the top to the axis, of a na
 LETTER = 0.048  # inches of SMALL type, about
 MOST = 5  # bars, of which more would be a wall
 CAPTION = (
-    "mean ranks by overall performance (OP) over {blocks}, a block by the mean over its seeds and budgets; the best to "
-    "the left."
+    "Mean ranks by overall performance (OP), the best to the left. A block is a scenario, with an order of its tasks "
+    "and a model, and counts by the mean over its seeds and budgets."
 )
 
 
@@ -48,11 +48,11 @@ def critical(ranks: Mapping[str, Ranks], width: str, names: Sequence[str] = ()) 
         ax.axis("off")
         ax.text(wide / 2, 0.02, part.removesuffix(" at test"), ha="center", va="top")
         _draw(ax, found, [short[name] for name in found.names], wide)
-    return Drawn(figure, " ".join(_told(part, found) for part, found in shown.items()))
+    return Drawn(figure, " ".join([CAPTION, *(_told(part, r) for part, r in shown.items())]))
 
 
 def bars(found: Ranks) -> list[tuple[int, int]]:
-    """First and last places under the bars that are drawn: those of `alike`, or the best's alone where they are many."""
+    """First and last places under the bars that are drawn: those of `alike`, or the best's alone of more than MOST."""
     runs = found.alike()
     return runs if len(runs) <= MOST else [run for run in runs if run[0] == 0]
 
@@ -103,10 +103,9 @@ def _told(part: str, found: Ranks) -> str:
     """What the plot of one part shows, and what it cannot."""
     n = len(found.blocks)
     scenarios, orders, models = (len({block[k] for block in found.blocks}) for k in range(3))
-    made = f"{n} blocks ({scenarios} scenario{'s' if scenarios > 1 else ''}"
-    made += f", {orders} orders of tasks" if orders > scenarios else ""
-    made += f", {models} models)" if models > 1 else ")"
-    text = f"{part}: {CAPTION.format(blocks=made)}"
+    text = f"{part}: {n} blocks ({scenarios} scenario{'s' if scenarios > 1 else ''}"
+    text += f", {orders} orders of tasks" if orders > scenarios else ""
+    text += f", {models} models)." if models > 1 else ")."
     if not found.tested:
         why = f"fewer than {LEAST} blocks" if n < LEAST else "two strategies"
         text += f" No test: {why} cannot tell whether ranks differ by more than chance."
@@ -121,7 +120,9 @@ def _told(part: str, found: Ranks) -> str:
         else:
             text += "The bar joins what is not told apart from the best; other pairs are, where they differ by CD."
         if scenarios < n:
-            text += " Blocks of one scenario share test examples, which the test takes as independent: it says too much."
+            text += (
+                " Blocks of one scenario share test examples, which the test takes as independent."
+            )
     if found.without:
         text += f" Not ranked, for want of a block: {', '.join(found.without)}."
     return text

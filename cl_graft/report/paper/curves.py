@@ -10,7 +10,7 @@ import numpy as np
 
 from cl_graft.matrix import FloatArray
 from cl_graft.report.aggregate import Line, number
-from cl_graft.report.paper.chosen import Panel, looks, panels, short_names, told
+from cl_graft.report.paper.chosen import Looks, Panel, looks, panels, short_names, told
 from cl_graft.report.paper.sheet import REST, SMALL, TYPE, Drawn, axes, styled
 from cl_graft.report.protocols import Cell
 from cl_graft.report.style import alike, roomy, shortened
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CAPTION = "Score along the stream: after each task, the mean over the tasks learned so far. Band: one standard error over {}."
+CAPTION = (
+    "Score along the stream: after each task, the mean over the tasks learned so far. Band: one standard error over "
+    "{}."
+)
 
 
 @styled
@@ -57,9 +60,7 @@ def along(line: Line) -> tuple[FloatArray, FloatArray]:
     return each[0], np.array(errors)
 
 
-def _draw(
-    ax: Axes, panel: Panel, short: Mapping[str, str], seen: Mapping[str, Mapping[str, Any]]
-) -> None:
+def _draw(ax: Axes, panel: Panel, short: Mapping[str, str], seen: Looks) -> None:
     tasks = panel.lines[0].tasks
     x = np.arange(1, len(tasks) + 1)
     for line in panel.rest:
@@ -88,7 +89,7 @@ def _names(
     ax: Axes,
     panel: Panel,
     short: Mapping[str, str],
-    seen: Mapping[str, Mapping[str, Any]],
+    seen: Looks,
 ) -> None:
     """Names at the ends of their curves, moved apart, each with a line to its own."""
     low, high = ax.get_ylim()

@@ -9,7 +9,7 @@ import numpy as np
 
 from cl_graft.report.aggregate import Line
 from cl_graft.report.divergence import LOST, Point, correlated, points, spread
-from cl_graft.report.paper.chosen import Panel, looks, panels, short_names, told
+from cl_graft.report.paper.chosen import Looks, Panel, looks, panels, short_names, told
 from cl_graft.report.paper.sheet import REST, Drawn, axes, key, legend, styled
 from cl_graft.report.protocols import Cell
 from cl_graft.report.style import roomy
@@ -65,7 +65,7 @@ def _draw(
     what: str,
     found: Sequence[Point],
     short: Mapping[str, str],
-    seen: Mapping[str, Mapping[str, Any]],
+    seen: Looks,
 ) -> None:
     grey: Any = {"color": REST, "marker": "o", "markersize": 2.2, "zorder": 1}
     for line in (*panel.rest, *reversed(panel.named)):

@@ -10,7 +10,7 @@ import numpy as np
 
 from cl_graft.matrix import PerformanceMatrix
 from cl_graft.report.aggregate import Estimate, Line, number
-from cl_graft.report.paper.chosen import Panel, looks, panels, short_names, told
+from cl_graft.report.paper.chosen import Looks, Panel, looks, panels, short_names, told
 from cl_graft.report.paper.sheet import SMALL, Drawn, axes, key, legend, scattered, styled
 from cl_graft.report.protocols import TOLD, Cell
 from cl_graft.report.tradeoff import near
@@ -62,9 +62,7 @@ def _named(panel: Panel, short: Mapping[str, str]) -> list[tuple[str, tuple[floa
     return [(short[s.name], (100 * learned(s)[0], 100 * lost(s)[0])) for s in panel.named]
 
 
-def _draw(
-    ax: Axes, panel: Panel, short: Mapping[str, str], seen: Mapping[str, Mapping[str, Any]]
-) -> None:
+def _draw(ax: Axes, panel: Panel, short: Mapping[str, str], seen: Looks) -> None:
     places = {line.name: (learned(line), lost(line)) for line in panel.lines}
     scattered(ax, panel, places, short, seen)
     ax.set_title(panel.title, pad=10)

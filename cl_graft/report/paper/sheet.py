@@ -12,20 +12,23 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from cl_graft.matrix import FloatArray
 from cl_graft.report import style
 from cl_graft.report.aggregate import Estimate, Line
-from cl_graft.report.paper.chosen import Panel
+from cl_graft.report.paper.chosen import Looks, Panel
 from cl_graft.report.style import FRAME, darkened, ink_on, roomy, shades
 from cl_graft.report.table import tex, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+D = TypeVar("D")  # Drawn, or nothing
 
 WIDTHS = {"1col": 3.25, "2col": 6.75}  # inches
 DPI = 300
@@ -62,11 +65,11 @@ class Drawn:
     caption: str
 
 
-def styled(draw: Callable[..., Drawn]) -> Callable[..., Drawn]:
+def styled(draw: Callable[P, D]) -> Callable[P, D]:
     """Draws under STYLE, whatever the user's own settings are."""
 
     @functools.wraps(draw)
-    def drawn(*args: Any, **more: Any) -> Drawn:
+    def drawn(*args: P.args, **more: P.kwargs) -> D:
         import matplotlib
 
         with matplotlib.rc_context(STYLE):
@@ -83,7 +86,8 @@ def axes(width: str, count: int, height: float, most: int = 3) -> tuple[Figure, 
     across = 1 if width == "1col" else count if count <= most else 2
     down = -(-count // across)
     figure = Figure(figsize=(WIDTHS[width], down * height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)  # type: ignore[union-attr]
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.03, h_pad=0.03)
     found = list(figure.subplots(down, across, squeeze=False).flat)
     for ax in found[count:]:
         ax.remove()
@@ -99,7 +103,7 @@ def legend(figure: Figure, handles: Sequence[Any], width: str) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows))
 
 
-def key(looks: Mapping[str, Mapping[str, Any]], rest: bool, joined: bool = False) -> list[Any]:
+def key(looks: Looks, rest: bool, joined: bool = False) -> list[Any]:
     """Handles of a legend for names and their looks, and for what is grey. joined: by lines."""
     from matplotlib.lines import Line2D
 
@@ -114,7 +118,7 @@ def scattered(
     panel: Panel,
     places: Mapping[str, tuple[Estimate, Estimate]],
     short: Mapping[str, str],
-    looks: Mapping[str, Mapping[str, Any]],
+    looks: Looks,
 ) -> None:
     """A point with whiskers for each line of a panel, in per cent. places: x and y of each, as shares of 1."""
     grey: Any = {"color": REST, "elinewidth": 0.4, "markersize": 2.5, "zorder": 1}
@@ -124,7 +128,7 @@ def scattered(
     for lines, look in points:
         if lines:
             x, y = (100 * np.array([places[s.name][axis] for s in lines]).T for axis in (0, 1))
-            bars = {"xerr": _bars(x[1]), "yerr": _bars(y[1])}
+            bars: Any = {"xerr": _bars(x[1]), "yerr": _bars(y[1])}
             ax.errorbar(x[0], y[0], **bars, **look | {"linestyle": "none"})
     roomy(ax)
     ax.grid()
@@ -133,7 +137,7 @@ def scattered(
 def grid(
     ax: Axes, values: FloatArray, texts: Sequence[Sequence[str]], framed: set[tuple[int, int]]
 ) -> None:
-    """Per cents (rows, columns) as shades, the first row on top. texts: what is written on each. framed: (row, column)."""
+    """Per cents (rows, columns) as shades, the first row on top, with a text on each. framed: places (row, column)."""
     from matplotlib.patches import Rectangle
 
     colours = shades()
@@ -163,17 +167,18 @@ def files_of(stem: Path) -> list[Path]:
     return [*files, stem.with_name(f"{stem.name}.tex")]
 
 
-def save(draw: Callable[[str], Drawn], stem: Path, label: str) -> list[Path]:
+def save(draw: Callable[[str], Drawn | None], stem: Path, label: str) -> list[Path]:
     """Writes `files_of` the stem, of what is drawn at each of WIDTHS; the bytes depend on that and matplotlib alone.
 
-    label: what LaTeX refers to the figure by.
+    Where there is nothing to draw, none of an earlier report is left. label: what LaTeX refers to the figure by.
     """
-    contents: list[bytes] = []
-    captions = []
-    for width in WIDTHS:
-        drawn = draw(width)
-        captions.append(drawn.caption)
-        contents += _printed(drawn.figure)
+    drawn = [found for width in WIDTHS if (found := draw(width))]
+    if not drawn:
+        for file in files_of(stem):
+            file.unlink(missing_ok=True)
+        return []
+    contents = [data for one in drawn for data in _printed(one.figure)]
+    captions = [one.caption for one in drawn]
     contents.append(environment(stem.name, captions, label).encode())
     return [write_atomic(file, data) for file, data in zip(files_of(stem), contents, strict=True)]
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cl_graft.report.aggregate import Line
-from cl_graft.report.paper.chosen import Panel, looks, panels, short_names, told
+from cl_graft.report.paper.chosen import Looks, Panel, looks, panels, short_names, told
 from cl_graft.report.paper.sheet import REST, SMALL, Drawn, axes, key, legend, styled
 from cl_graft.report.protocols import Cell
 from cl_graft.report.style import GREY, roomy
@@ -79,7 +79,7 @@ def _draw(
     panel: Panel,
     found: Mapping[str, Sequence[Point]],
     short: Mapping[str, str],
-    seen: Mapping[str, Mapping[str, Any]],
+    seen: Looks,
 ) -> None:
     ax.set_xscale("log")
     named = [line.name for line in panel.named]
