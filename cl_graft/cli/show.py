@@ -22,6 +22,7 @@ def report(folders: list[Path], target: Path, named: list[str] | None = None) ->
     from cl_graft.report import find, paper, write
     from cl_graft.report.orders import over_orders
     from cl_graft.report.overview import overview
+    from cl_graft.report.paper import chosen
     from cl_graft.report.significance import reader
     from cl_graft.report.tables import matrices, ranking
 
@@ -29,6 +30,7 @@ def report(folders: list[Path], target: Path, named: list[str] | None = None) ->
         with interruptible():
             known = find(folders, told)
             cells = [f.cell for f in known]
+            chosen.check(cells, named or [])
             tested, rankings = reader(), ranking(cells)
             several = [overview(known, tested)] if len(rankings) > 1 else []
             several += over_orders(cells).values()
