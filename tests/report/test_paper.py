@@ -33,7 +33,7 @@ from cl_graft.report.paper.plasticity import learned, lost, plasticity
 from cl_graft.report.paper.sheet import DPI, REST, SMALL, WIDTHS, Drawn, files_of
 from cl_graft.report.paper.standing import Scores, standing
 from cl_graft.report.paper.storage import storage
-from cl_graft.report.protocols import FREE, TOLD, UNTOLD
+from cl_graft.report.protocols import FREE, GIVEN, TOLD, UNTOLD, protocol
 from cl_graft.report.ranks import Ranks
 from cl_graft.report.statistics import Interval
 from cl_graft.report.style import KNOWN, PALETTE
@@ -91,6 +91,7 @@ def crowd(count: int = 14, seeds: int = 2, budgets: tuple[str, ...] = ("10%",)) 
 
 CROWD = crowd()
 FEW = crowd(2)
+UNTOLD_ALONE = [c for c in crowd(8, 1) if protocol(c) != GIVEN]
 
 
 def positions(count: int, blocks: int = 6) -> dict[str, Ranks]:
@@ -117,7 +118,7 @@ DRAWN: dict[str, Callable[[str], Drawn | None]] = {
     "curves": functools.partial(curves, CROWD),
     "plasticity": functools.partial(plasticity, CROWD),
     "bytes": functools.partial(storage, CROWD),
-    "kl": functools.partial(drift, crowd(6, 1)),
+    "kl": functools.partial(drift, UNTOLD_ALONE),
     "routing": functools.partial(confusion, CROWD),
     "ranks": functools.partial(critical, positions(22)),
     "overview": functools.partial(standing, table_of(20, 6)),
