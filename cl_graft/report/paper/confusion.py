@@ -65,7 +65,7 @@ def confusion(cells: Sequence[Cell], width: str, wanted: Collection[str] = ()) -
 
 
 def _alike(found: Sequence[Confusion]) -> list[list[Confusion]]:
-    """Those with the same counts together, in order of first appearance."""
+    """Grids with the same counts together, in order of first appearance."""
     together: dict[bytes, list[Confusion]] = {}
     for one in found:
         together.setdefault(one.counts.tobytes(), []).append(one)

@@ -63,7 +63,7 @@ def _half(found: Ranks) -> int:
 
 
 def _draw(ax: Axes, found: Ranks, names: Sequence[str], wide: float) -> None:
-    """In inches, y downwards: the critical difference, the axis, bars, and names with their ranks to both sides."""
+    """The critical difference, the axis, bars, and names with ranks to both sides; in inches, y downwards."""
     count, half = len(names), _half(found)
     texts = [f"{name}  {r:.1f}" for name, r in zip(names[:half], found.ranks, strict=False)]
     texts += [f"{r:.1f}  {name}" for name, r in zip(names[half:], found.ranks[half:], strict=True)]
