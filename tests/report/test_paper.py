@@ -123,6 +123,7 @@ DRAWN: dict[str, Callable[[str], Drawn | None]] = {
     "ranks": functools.partial(critical, positions(22)),
     "overview": functools.partial(standing, table_of(20, 6)),
     "curves of few": functools.partial(curves, FEW),
+    "overview of many": functools.partial(standing, table_of(20, 16)),
     "overview of one": functools.partial(standing, table_of(3, 1)),
     "ranks of few": functools.partial(critical, positions(3)),
 }
@@ -210,6 +211,12 @@ def test_names_have_the_options_that_tell_them_apart() -> None:
         "ewc(a=2, b=2, c=3)": "ewc (a=2, c=3)",
     }
     assert short_names(labels) == labels
+    long = {
+        "svd(rank=8, group_size=64, act_order=false)": "svd (rank=8, group_s…alse)",
+        "svd": "svd",
+    }
+    assert short_names(long) == long
+    assert max(map(len, long.values())) <= chosen.LONGEST
 
 
 @pytest.mark.parametrize("wanted", [(), ("plugin_3", "plugin_9", "plugin_15", "plugin_21")])

@@ -15,9 +15,10 @@ from cl_graft.errors import UnknownName
 from cl_graft.report.aggregate import Line, lines_of
 from cl_graft.report.protocols import TOLD, UNTOLD, Cell
 from cl_graft.report.references import REFERENCES
-from cl_graft.report.style import KNOWN, MARKERS, PALETTE, looks_of
+from cl_graft.report.style import KNOWN, MARKERS, PALETTE, looks_of, shortened
 
 NAMED, ALL = 5, 8
+LONGEST = 26  # characters of a name in a figure
 ALWAYS = ("sequential", *REFERENCES)
 GREY = "#888888"  # of PALETTE
 INFERRED = "task_ids=inferred"  # a panel says it
@@ -84,11 +85,11 @@ def check(cells: Iterable[Cell], wanted: Iterable[str]) -> None:
             raise UnknownName("strategy among these cells", name, known)
 
 
-def short_names(labels: Iterable[str]) -> dict[str, str]:
+def short_names(labels: Iterable[str], most: int = LONGEST) -> dict[str, str]:
     """{label: the strategy's name, with those of its options that tell it from its other labels}.
 
     An option that alone tells a strategy's labels apart is there by its value. That tasks are inferred is left out:
-    methods that are told the task are never beside it.
+    methods that are told the task are never beside it. most: characters, beyond which a name is without its middle.
     """
     options: dict[str, dict[str, list[str]]] = {}
     for label in labels:
@@ -103,7 +104,9 @@ def short_names(labels: Iterable[str]) -> dict[str, str]:
         for label, own in differ.items():
             told = ", ".join(o.partition("=")[2] if len(keys) == 1 else o for o in own)
             short[label] = f"{strategy} ({told})" if told else strategy
-    return short
+    names = list(dict.fromkeys(short.values()))  # a name may be of two labels
+    cut = dict(zip(names, shortened(names, most), strict=True))
+    return {label: cut[name] for label, name in short.items()}
 
 
 def looks(shown: Sequence[Panel], short: Mapping[str, str]) -> Looks:

@@ -59,7 +59,9 @@ def standing(scores: Scores, width: str, wanted: Collection[str] = ()) -> Drawn:
     hidden = [len(scores.rows(part)) - len(rows) for part, rows in shown.items()]
     sizes = [len(rows) + 1 for rows in shown.values()]
     down = width == "1col"
-    above = 0.32 + (0.033 * max(map(len, scores.columns)) if _turned(scores, width) else 0.1)
+    room, longest = _room(scores, width), max(map(len, shortened(scores.columns, 22)))
+    turned = 0.05 * longest > room
+    above = 0.32 + (0.05 * longest if turned else 0.1)
     height = ROW * (sum(sizes) if down else max(sizes)) + above * (len(parts) if down else 1)
     figure = Figure(figsize=(WIDTHS[width], height), layout="constrained")
     shape = (len(parts), 1) if down else (1, len(parts))
@@ -67,7 +69,8 @@ def standing(scores: Scores, width: str, wanted: Collection[str] = ()) -> Drawn:
     places = list(figure.subplots(*shape, squeeze=False, **ratios).flat)
     for ax, part in zip(places, parts, strict=True):
         rows = shown[part]
-        _draw(ax, scores, rows, short, _turned(scores, width), max(sizes) if not down else 0)
+        _draw(ax, scores, rows, short, room, 0 if down else max(sizes))
+        ax.tick_params("x", rotation=90 if turned else 0)
         ax.set_title(part.removesuffix(" at test"), pad=6)
     blocks = max(len(ranks.blocks) for ranks in scores.ranks.values())
     over = "one block" if blocks == 1 else f"{blocks} blocks"
@@ -88,14 +91,11 @@ def _some(
     ]
 
 
-def _turned(scores: Scores, width: str) -> bool:
-    across = (
-        1
-        if width == "1col"
-        else len({s.part.removesuffix(FREE) for s in scores.standings if s.part})
-    )
-    each = (WIDTHS[width] / across - 1.1) / (len(scores.columns) + 1)
-    return max(map(len, scores.columns)) * 0.05 > each
+def _room(scores: Scores, width: str) -> float:
+    """Inches of a column, beside names of the usual length."""
+    parts = {s.part.removesuffix(FREE) for s in scores.standings if s.part}
+    across = 1 if width == "1col" else len(parts)
+    return (WIDTHS[width] / across - 1.1) / (len(scores.columns) + 1)
 
 
 def _draw(
@@ -103,14 +103,14 @@ def _draw(
     scores: Scores,
     rows: Sequence[tuple[Standing, float]],
     short: Mapping[str, str],
-    turned: bool,
+    room: float,
     least: int,
 ) -> None:
     base = scores.standings[0]
     every = [base, *(s for s, _ in rows)]
     values = np.array([[math.nan if x is None else 100 * x.mean for x in s.scores] for s in every])
-    digits = 1 if len(scores.columns) <= 6 else 0
-    texts = [["" if math.isnan(x) else f"{x:.{digits}f}" for x in row] for row in values]
+    spec = ".1f" if room >= 0.26 else ".0f" if room >= 0.15 else ""  # shades tell the rest
+    texts = [["" if math.isnan(x) or not spec else f"{x:{spec}}" for x in row] for row in values]
     grid(ax, values, texts, set())
     count = len(scores.columns)
     note: Any = {"va": "center_baseline", "ha": "center", "fontsize": SMALL}
@@ -123,6 +123,6 @@ def _draw(
     ax.set_ylim(max(len(every), least), 0)
     ax.set_yticks(np.arange(len(every)) + 0.5, ["base model", *(short[s.who[0]] for s, _ in rows)])
     names = [*shortened(scores.columns, 22), "rank"]
-    ax.set_xticks(np.arange(count + 1) + 0.5, names, rotation=90 if turned else 0)
+    ax.set_xticks(np.arange(count + 1) + 0.5, names)
     ax.xaxis.tick_top()
     ax.tick_params(length=0, labelsize=SMALL, pad=2)

@@ -16,6 +16,7 @@ from cl_graft.report.style import shortened
 
 FILES = {UNTOLD: "untold", TOLD: "told"}
 METHODS = {UNTOLD: "methods that are not told the task", TOLD: "methods that are told the task"}
+LONGEST = 60  # characters of a name
 OP = Column("OP")
 REST = (
     Column("BWT", "+.1f"),
@@ -39,7 +40,7 @@ def scores(title: str, ranked: Sequence[RankedLine], label: str) -> dict[str, st
     """{name of a file: its table} of one group, a table for those that are not told the task and one for those that
     are: each task at the end where it has the room, OP, BWT, FM, general ability and storage."""
     whole = [s for s in ranked if s.line.complete]
-    short = short_names(s.line.name for s in whole)
+    short = short_names((s.line.name for s in whole), LONGEST)
     made = {}
     for part, name in FILES.items():
         blocks = [[s for s in whole if s.line.part == part + end] for end in ("", FREE)]
@@ -87,7 +88,7 @@ def _without(row: Row, tasks: int) -> Row:
 
 def overview(found: Scores, label: str) -> dict[str, str]:
     """{name of a file: its tables} of strategies by scenarios; what is too wide goes on in a further table."""
-    short = short_names(s.who[0] for s in found.standings[1:])
+    short = short_names((s.who[0] for s in found.standings[1:]), LONGEST)
     made = {}
     for part, name in FILES.items():
         ranked = found.rows(part)
