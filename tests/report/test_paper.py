@@ -4,43 +4,30 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.colors import to_hex, to_rgb
-from PIL import Image
 
-from cl_graft.bench.report import make
 from cl_graft.matrix import PerformanceMatrix
-from cl_graft.report import find, paper
 from cl_graft.report.overview import Standing
-from cl_graft.report.paper import chosen, sheet
-from cl_graft.report.paper.chosen import ALL, NAMED, panels, short_names
+from cl_graft.report.paper import chosen
+from cl_graft.report.paper.chosen import panels
 from cl_graft.report.paper.confusion import confusion
 from cl_graft.report.paper.critical import MOST, bars, critical
 from cl_graft.report.paper.curves import along, apart, curves
 from cl_graft.report.paper.drift import drift
 from cl_graft.report.paper.plasticity import learned, lost, plasticity
-from cl_graft.report.paper.sheet import DPI, REST, SMALL, WIDTHS, Drawn, files_of
+from cl_graft.report.paper.sheet import Drawn
 from cl_graft.report.paper.standing import Scores, standing
 from cl_graft.report.paper.storage import storage
 from cl_graft.report.protocols import FREE, GIVEN, TOLD, UNTOLD, protocol
 from cl_graft.report.ranks import Ranks
 from cl_graft.report.statistics import Interval
-from cl_graft.report.style import KNOWN, PALETTE
-from tests.command import Call, assert_refused
-from tests.report.test_colours import apart as distance
-from tests.report.test_colours import lab
-from tests.report.test_figures import shown_text
+from cl_graft.report.style import KNOWN
 from tests.report.test_tables import cell
 
 TASKS = ["math", "code", "cipher_of_caesar"]
@@ -134,145 +121,6 @@ def drawn(name: str, width: str) -> Drawn:
     found = DRAWN[name](width)
     assert found
     return found
-
-
-# --- at its printed size ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", DRAWN)
-def test_type_can_be_read_and_nothing_is_clipped_or_covered(name: str, width: str) -> None:
-    figure = drawn(name, width).figure
-    assert figure.get_figwidth() == {"1col": 3.25, "2col": 6.75}[width]  # of ICML's style
-    assert figure.get_figheight() <= 9  # of a page
-    figure.draw_without_rendering()
-    page = figure.bbox.padded(1.0)
-    texts = [t for t in shown_text(figure) if t.get_rotation() in (0.0, 90.0)]
-    boxes = [(t.get_text(), t.get_window_extent()) for t in texts]
-    assert min(t.get_fontsize() for t in texts) >= SMALL >= 6
-    for text, box in boxes:
-        assert page.x0 <= box.x0 <= box.x1 <= page.x1, text
-        assert page.y0 <= box.y0 <= box.y1 <= page.y1, text
-    for (one, a), (other, b) in itertools.combinations(boxes, 2):
-        assert not a.padded(-1.0).overlaps(b.padded(-1.0)), (one, other)
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["plasticity", "bytes", "kl"])
-def test_a_legend_covers_no_data(name: str, width: str) -> None:
-    figure = drawn(name, width).figure
-    figure.draw_without_rendering()
-    (legend,) = figure.legends
-    for ax in figure.axes:
-        assert not legend.get_window_extent().overlaps(ax.get_window_extent())
-
-
-# --- who is named -----------------------------------------------------------------------------
-
-
-def test_of_many_the_best_within_the_budget_and_the_references_are_named() -> None:
-    untold, given = panels(CROWD)
-    assert (untold.part, given.part) == (UNTOLD, TOLD)
-    for panel in (untold, given):
-        within = [line for line in panel.lines if line.part == panel.part]
-        best = sorted(within, key=lambda line: -line.metric("op")[0])[:NAMED]
-        named = {line.name for line in panel.named}
-        references = {line.name for line in panel.lines if line.strategy in chosen.ALWAYS}
-        assert named == {line.name for line in best} | references
-        assert len(panel.rest) == len(panel.lines) - len(named) > 0
-    assert {line.name for line in given.lines if line.strategy in chosen.ALWAYS} == {"individual"}
-    assert "the other 23 and 9 are grey" in drawn("curves", "1col").caption.replace("\n", " ")
-
-
-def test_of_few_all_are_named_and_an_incomplete_cell_has_no_place() -> None:
-    cells = [*FEW, *(c | {"complete": False, "seed": c["seed"] + 7} for c in FEW)]
-    for panel in panels(cells):
-        assert len(panel.lines) <= ALL and not panel.rest
-        assert all(line.complete for line in panel.lines)
-
-
-def test_whom_the_author_asks_for_is_named() -> None:
-    lowest = panels(CROWD)[1].rest[-1].name
-    assert lowest in {line.name for line in panels(CROWD, [lowest])[1].named}
-    texts = [t.get_text() for t in curves(CROWD, "1col", [lowest]).figure.axes[1].texts]
-    assert lowest in texts and lowest not in [
-        t.get_text() for t in drawn("curves", "1col").figure.axes[1].texts
-    ]
-
-
-def test_names_have_the_options_that_tell_them_apart() -> None:
-    labels = {
-        "lora(convention=each)": "lora (each)",
-        "lora(convention=each, task_ids=inferred)": "lora (each)",
-        "lora(convention=trained_on)": "lora (trained_on)",
-        "svd(rank=8, scale=2)": "svd",
-        "svd(rank=8, scale=2, task_ids=inferred)": "svd",
-        "ewc(a=1, b=2)": "ewc (a=1)",
-        "ewc(a=2, b=2, c=3)": "ewc (a=2, c=3)",
-    }
-    assert short_names(labels) == labels
-    long = {
-        "svd(rank=8, group_size=64, act_order=false)": "svd (rank=8, group_s…alse)",
-        "svd": "svd",
-    }
-    assert short_names(long) == long
-    assert max(map(len, long.values())) <= chosen.LONGEST
-
-
-@pytest.mark.parametrize("wanted", [(), ("plugin_3", "plugin_9", "plugin_15", "plugin_21")])
-def test_strategies_of_a_panel_differ_in_colour_and_in_marker(wanted: tuple[str, ...]) -> None:
-    """For a colour-blind reader two colours may be one: see below."""
-    shown = panels(CROWD, wanted)
-    looks = chosen.looks(shown, short_names(c["label"] for c in CROWD))
-    for panel in shown:
-        own = [looks[line.name.removesuffix("(task_ids=inferred)")] for line in panel.named]
-        assert len({look["color"] for look in own}) == len(own) >= NAMED
-        assert len({look["marker"] for look in own}) == min(len(own), 9)
-        assert chosen.GREY not in {look["color"] for look in own}
-
-
-# Machado, Oliveira and Fernandes 2009, A physiologically-based model for simulation of colour vision deficiency: all of
-# it missing; applied to linear RGB
-DEFICIENCIES = {
-    "protan": [
-        [0.152286, 1.052583, -0.204868],
-        [0.114503, 0.786281, 0.099216],
-        [-0.003882, -0.048116, 1.051998],
-    ],
-    "deutan": [
-        [0.367322, 0.860646, -0.227968],
-        [0.280085, 0.672501, 0.047413],
-        [-0.011820, 0.042940, 0.968881],
-    ],
-    "tritan": [
-        [1.255528, -0.076749, -0.178779],
-        [-0.078411, 0.930809, 0.147602],
-        [0.004733, 0.691367, 0.303900],
-    ],
-}
-
-
-def seen(colour: str, deficiency: str) -> str:
-    linear = np.array(
-        [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
-    )
-    mixed = np.clip(np.array(DEFICIENCIES[deficiency]) @ linear, 0, 1)
-    return to_hex(np.where(mixed <= 0.0031308, 12.92 * mixed, 1.055 * mixed ** (1 / 2.4) - 0.055))
-
-
-@pytest.mark.parametrize("deficiency", DEFICIENCIES)
-def test_the_first_colours_stay_apart_for_colour_blind_readers_and_not_all_do(
-    deficiency: str,
-) -> None:
-    """By CIEDE2000; 10 is what two lines on one page need. So the first eight are told apart by colour alone."""
-
-    def nearest(colours: tuple[str, ...]) -> float:
-        labs = [lab(seen(colour, deficiency)) for colour in colours]
-        return min(distance(a, b) for a, b in itertools.combinations(labs, 2))
-
-    assert nearest(PALETTE[:8]) > 10 > nearest(PALETTE)
-    for colour in PALETTE[:8]:
-        assert distance(lab(seen(colour, deficiency)), lab(seen(REST, deficiency))) > 10
 
 
 # --- what is drawn ----------------------------------------------------------------------------
@@ -422,100 +270,3 @@ def test_the_overview_has_scores_and_ranks_and_leaves_out_the_lowest() -> None:
     assert written[:6] == ["0.0", "10.0", "20.0", "30.0", "40.0", "50.0"]
     assert written[-3:] == ["14.0", "15.0", "–"]
     assert len(drawn("overview", "2col").figure.axes[0].get_yticklabels()) == 22
-
-
-# --- files ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The files of one figure."""
-    folder = tmp_path_factory.mktemp("saved")
-    return sheet.save(functools.partial(curves, FEW), folder / "curves", "s-curves")
-
-
-def test_files_are_pdf_png_and_svg_in_two_widths(saved: list[Path]) -> None:
-    folder = saved[0].parent
-    names = [
-        *("curves-1col.pdf", "curves-1col.png", "curves-1col.svg", "dark/curves-1col.svg"),
-        *("curves-2col.pdf", "curves-2col.png", "curves-2col.svg", "dark/curves-2col.svg"),
-        "curves.tex",
-    ]
-    assert [file.relative_to(folder).as_posix() for file in saved] == names
-    assert sorted(saved) == sorted(f for f in folder.rglob("*") if f.is_file())
-    for width, inches in WIDTHS.items():
-        with Image.open(folder / f"curves-{width}.png") as image:
-            assert image.size[0] == pytest.approx(inches * DPI, abs=1)
-            assert image.info["dpi"] == pytest.approx((DPI, DPI), abs=0.1)
-        pdf = (folder / f"curves-{width}.pdf").read_bytes()
-        (box,) = re.findall(rb"/MediaBox \[ 0 0 ([\d.]+) [\d.]+ \]", pdf)
-        assert float(box) == pytest.approx(inches * 72)
-        assert b"/CIDFontType2" in pdf and b"/FontFile2" in pdf  # TrueType, embedded
-        assert b"/Type3" not in pdf and b"CreationDate" not in pdf
-        svg = (folder / f"curves-{width}.svg").read_text()
-        assert f'width="{inches * 72:g}pt"' in svg and "dc:date" not in svg
-
-
-def test_the_bytes_are_the_same_whatever_the_order_of_sets(
-    saved: list[Path], tmp_path: Path
-) -> None:
-    """Fonts are cut to the letters used, and colours and markers chosen, from sets; a process has its own order."""
-    code = (
-        "import sys, functools, pathlib; from tests.report.test_paper import FEW, curves, sheet; "
-        "sheet.save(functools.partial(curves, FEW), pathlib.Path(sys.argv[1]), 's-curves')"
-    )
-    own = os.environ | {"PYTHONHASHSEED": "1"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "curves")], check=True, env=own)
-    for one, other in zip(saved, files_of(tmp_path / "curves"), strict=True):
-        assert one.read_bytes() == other.read_bytes(), one.name
-
-
-def test_a_figure_of_an_earlier_report_does_not_stay_where_there_is_none(tmp_path: Path) -> None:
-    stem = tmp_path / "kl"
-    for file in files_of(stem):
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(b"")
-    assert sheet.save(lambda width: None, stem, "x") == []
-    assert not [f for f in tmp_path.rglob("*") if f.is_file()]
-
-
-def test_what_is_written_of_two_scenarios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    some = {name: paper.FIGURES[name] for name in ("curves", "kl")}  # the others take their time
-    monkeypatch.setattr(paper, "FIGURES", some)
-    make(tmp_path / "results", cells=12, examples=4, strategies=3, scenarios=2)
-    target = tmp_path / "paper"
-    assert paper.write(find([tmp_path / "results"]), target) == target
-    written = {f.relative_to(target).as_posix() for f in target.rglob("*.*") if f.is_file()}
-    for stem in ("overview", "ranks", "synthetic-0/curves", "synthetic-1/bytes"):
-        assert {f.relative_to(target).as_posix() for f in files_of(target / stem)} <= written
-    assert {"scenarios-told.tex", "scenarios-untold.tex", "synthetic-0/scores-told.tex"} <= written
-    assert not any("kl" in Path(name).name for name in written)  # it was not measured
-    assert r"\label{fig:synthetic-0-curves}" in (target / "synthetic-0/curves.tex").read_text()
-    assert max(len(Path(name).name) for name in written) <= 24
-    before = (target / "ranks-1col.pdf").stat().st_mtime_ns
-    paper.write(find([tmp_path / "results"]), target)
-    assert (target / "ranks-1col.pdf").stat().st_mtime_ns == before, "nothing had changed"
-
-
-def test_a_folder_says_what_tells_it_from_the_others() -> None:
-    groups = [[c] for c in (cell(), cell(budget="1%"), cell(scenario="trace"))]
-    assert list(paper._titles(groups, budgets=True)) == [
-        "math-code 10%",
-        "math-code 1%",
-        "trace 10%",
-    ]
-    assert list(paper._titles(groups[:1], budgets=True)) == ["math-code"]
-    turned = [cell()], [cell(tasks=["code", "math"])]
-    assert list(paper._titles(turned, budgets=True)) == [
-        "math-code math-code",
-        "math-code code-math",
-    ]
-
-
-def test_a_name_that_no_cell_has_is_refused_before_anything_is_made(
-    tmp_path: Path, call: Call
-) -> None:
-    make(tmp_path / "results", cells=2, examples=2, strategies=2, scenarios=1)
-    done = call("report", str(tmp_path / "results"), "--paper", "--named", "graftlm")
-    assert_refused(done, "there is no strategy among these cells named 'graftlm'", "graftllm")
-    assert not (tmp_path / "results" / "report").exists()

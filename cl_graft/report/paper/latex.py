@@ -13,7 +13,7 @@ from cl_graft.report.table import UNMEASURED, show, tex
 EM = 8.0  # points of \footnotesize where a text has ten
 GAP = 4.0  # \tabcolsep
 POINTS = 72.27  # of TeX, an inch
-MARKS = "Bold: the best of a block, as it is printed; underlined: the next. No block is compared to another."
+MARKS = "Bold: the best between two rules, as it is printed; underlined: the next. Nothing is compared across a rule."
 
 
 class Column(NamedTuple):
@@ -50,8 +50,8 @@ def fits(columns: Sequence[Column], rows: Sequence[Row]) -> bool:
 def table(
     columns: Sequence[Column], blocks: Sequence[Sequence[Row]], caption: str, label: str
 ) -> str:
-    """A table over one column where it has the room, else over both. blocks: rows between rules, each with a best of
-    its own; of a single row nothing is best."""
+    """A table over one column where it has the room, else over both. blocks: rows between two rules, each with a best
+    of its own; of a single row nothing is best."""
     rows = [row for block in blocks for row in block]
     narrow = width(columns, rows) <= WIDTHS["1col"]
     kind = "table" if narrow else "table*"

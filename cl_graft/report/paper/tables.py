@@ -27,12 +27,12 @@ REST = (
 NOTE = (
     "In per cent, at the end of the stream. OP: the mean over tasks ± one standard error{}. BWT: backward transfer; "
     "FM: forgetting; General: change of general ability; Storage: bytes alive a task, of the base model's in bf16. "
-    f"Methods in the last block have no budget. {MARKS} *: behind the best within the budget by a paired test, p below "
-    f"{ALPHA:g} after Holm; who has none was not shown to be as good."
+    f"Methods below the last rule have no budget. {MARKS} *: behind the best within the budget by a paired test, p "
+    f"below {ALPHA:g} after Holm; who has none was not shown to be as good."
 )
 OVER = (
     "Overall performance (OP, per cent) by scenario, means over seeds and orders of tasks, of {}. Rank: the mean over "
-    f"{{}} among those that hold the budget. Methods in the last block have no budget. {MARKS}"
+    f"{{}} among those that hold the budget. Methods below the last rule have no budget. {MARKS}"
 )
 
 
