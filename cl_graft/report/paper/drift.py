@@ -74,6 +74,7 @@ def _draw(
             look = seen[short[line.name]] | {"zorder": 3} if line in panel.named else grey
             x, y = zip(*own, strict=True)
             ax.plot(x, [100 * lost for lost in y], **look | {"linestyle": "none"})
+    ax.margins(y=0.12)  # whole markers
     spread(ax, [x for line in panel.lines for x, _ in means(line, found)])
     roomy(ax)
     ax.grid()
