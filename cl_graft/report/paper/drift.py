@@ -39,7 +39,8 @@ def drift(cells: Sequence[Cell], width: str, wanted: Collection[str] = ()) -> Dr
     shown = [panel for panel in every if any(panel is other for other, *_ in drawn)]
     short = short_names(line.name for panel in shown for line in panel.lines)
     seen = looks(shown, short)
-    figure, places = axes(width, len(drawn), 1.9)
+    low = width == "1col" and len(drawn) > 2  # else it would fill a page
+    figure, places = axes(width, len(drawn), 1.35 if low else 1.9)
     for ax, (panel, what, found) in zip(places, drawn, strict=True):
         _draw(ax, panel, what, found, short, seen)
     legend(figure, key(seen, rest=any(panel.rest for panel in shown)), width)
@@ -73,6 +74,7 @@ def _draw(
             look = seen[short[line.name]] | {"zorder": 3} if line in panel.named else grey
             x, y = zip(*own, strict=True)
             ax.plot(x, [100 * lost for lost in y], **look | {"linestyle": "none"})
+    ax.margins(y=0.12)  # whole markers
     spread(ax, [x for line in panel.lines for x, _ in means(line, found)])
     roomy(ax)
     ax.grid()
