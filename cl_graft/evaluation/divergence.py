@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from cl_graft.evaluation import generate
-from cl_graft.evaluation.generate import BATCH, left_padded
+from cl_graft.evaluation.batches import BATCH, left_padded
 from cl_graft.models import text
 from cl_graft.models.text import encode
 from cl_graft.store.digests import code_digest, digest, place, versions, vocabulary
@@ -107,7 +107,7 @@ def _ratio(pairs: Sequence[tuple[float, int]]) -> dict[str, float | None]:
 
 def divergence_code() -> str:
     """Digest of the code that kept divergences depend on."""
-    return code_digest(generate, text, sys.modules[__name__])
+    return code_digest(*generate.CODE, text, sys.modules[__name__])
 
 
 def _of_group(

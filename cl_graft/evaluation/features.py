@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_graft.evaluation.generate import BATCH
+from cl_graft.evaluation.batches import BATCH
 from cl_graft.models.text import encode_prompts
 from cl_graft.skillpack.compress.text import padded
 

@@ -34,7 +34,7 @@ def drawn(
     if model.device.type == "meta":  # of a plan
         return []
     asked = [list(prompts), max_new_tokens, seed, top_k]
-    start, code = fingerprint(model.named_parameters()), code_digest(generate, text)
+    start, code = fingerprint(model.named_parameters()), code_digest(*generate.CODE, text)
     key = digest(start, vocabulary(tokenizer), asked, place(), code, versions())
 
     def make() -> tuple[dict, list[dict]]:
