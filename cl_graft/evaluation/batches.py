@@ -36,12 +36,17 @@ class Room:
 
 
 def room(model: Any) -> Room:
-    """The room beside a model: half of it for keys and values, a quarter for what a pass computes, and for logits."""
+    """The room beside a model: seven tenths for keys and values, one for a pass, one for logits, and the
+    allocator has its share."""
     config, weights = model.config.get_text_config(), list(model.parameters())
     size = max(x.element_size() for x in weights)
-    whole = max(FLOOR, sum(x.nbytes for x in weights) * 3 // 8)
-    tokens = whole // 4 // (ACTIVE * config.hidden_size * size)
-    return Room(BATCH, whole // 2, max(1, tokens), max(1, whole // 4 // (4 * config.vocab_size)))
+    tenth = max(FLOOR, sum(x.nbytes for x in weights) // 2) / 10
+    return Room(
+        rows=BATCH,
+        cache=int(7 * tenth),
+        tokens=max(1, int(tenth / (ACTIVE * config.hidden_size * size))),
+        logits=max(1, int(tenth / (4 * config.vocab_size))),
+    )
 
 
 @dataclass(frozen=True)

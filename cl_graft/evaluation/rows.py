@@ -83,7 +83,7 @@ class Rows:
         self.lengths = lengths
 
     def join(self, others: Rows) -> None:
-        """Put the rows of another batch of the same model below these."""
+        """Move the rows of another batch of the same model below these."""
         if not self.lengths:
             self.lengths, self.cache = others.lengths, others.cache
             return
@@ -97,6 +97,7 @@ class Rows:
             for name in ("keys", "values"):
                 parts = filled(getattr(layer, name), self), filled(getattr(other, name), others)
                 setattr(layer, name, torch.cat(parts, 1).flatten(0, 1))
+                setattr(other, name, None)  # so that nothing is held twice
         self.lengths = self.lengths + others.lengths
 
     def align(self, added: Sequence[int], read: int) -> None:
@@ -117,7 +118,7 @@ class Rows:
         self._change(moved)
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        for layer in self.cache.layers:  # one after the other, so that nothing is held twice
+        for layer in self.cache.layers:
             layer.keys, layer.values = change(layer.keys), change(layer.values)
 
 
