@@ -197,6 +197,19 @@ def bench_train(
     typer.echo(json.dumps(figures, indent=1) if json_ else markdown(figures))
 
 
+@app.command("evaluate")
+def bench_evaluate(
+    turns: Annotated[int, typer.Option(min=1, help="That each way has, one after the other.")] = 3,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Answers and choices by SmolLM2-135M beside plain `generate` and a forward pass of each pair: time, memory."""
+    measure = _benchmark("evaluate")
+    from cl_graft.bench.evaluate import markdown
+
+    figures = measure(turns=turns, say=lambda what: typer.echo(what, err=True))
+    typer.echo(json.dumps(figures, indent=1) if json_ else markdown(figures))
+
+
 @app.command("sweep")
 def bench_sweep(
     cells: Annotated[int, typer.Option(min=4, help="That only sleep.")] = 24,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cl_graft.evaluation.rows import Rows
 
 BATCH = 64  # rows at most, alike for every cell of a matrix: scores must not move with the batch
-FLOOR = 1 << 27  # bytes: beside a model of a few megabytes the interpreter is what takes memory
+FLOOR = 1 << 28  # bytes: beside a model of a few megabytes the interpreter is what takes memory
 LEAST, MEMBERS = 8, 4  # tokens, and texts that share them, from which on they are read once
 ACTIVE = 16  # values of a token in a forward pass, in hidden sizes: its residual, queries, keys, the MLP's inner ones
 

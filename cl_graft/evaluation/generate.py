@@ -79,10 +79,10 @@ def answers(
     """Answers in the order of the prompts; greedy unless a temperature is given.
 
     An answer ends at the tokenizer's end-of-sequence token or at one of the model's own (a chat model may end its turn
-    by another). What is drawn for a prompt depends on the seed, its place among the prompts and `max_new_tokens`. top_p:
-    sample from the likeliest tokens whose probabilities make up this share. top_k: or from so many, 0 for all. special:
-    leave special tokens in the texts, as of a chat template, but what ends them. told: called before each forward pass
-    with the numbers of the prompts that its rows belong to, for `Attached.choose`.
+    by another). What is drawn for a prompt depends on the seed, its place among the prompts and `max_new_tokens`.
+    top_p: sample from the likeliest tokens whose probabilities make up this share. top_k: or from so many, 0 for all.
+    special: leave special tokens in the texts, as of a chat template, but what ends them. told: called before each
+    forward pass with the numbers of the prompts that its rows belong to, for `Attached.choose`.
     """
     model.eval()
     encoded, stops = encode_prompts(tokenizer, prompts), endings(model, tokenizer)
