@@ -23,22 +23,47 @@ CHOICES = ["very good", "good", "bad", "very bad"]
 
 # questions whose answers are from two tokens to as many as there may be
 ASKED = {
-    "What is {}? Answer with the number only.": ("7 + 5", "12 + 30", "9 - 8", "45 + 17"),
-    "What is the capital of {}?": ("France", "Japan", "Egypt", "Brazil"),
+    "What is {}? Answer with the number only.": (
+        "7 + 5",
+        "12 + 30",
+        "9 - 8",
+        "45 + 17",
+        "6 * 7",
+        "100 - 1",
+    ),
+    "What is the capital of {}?": ("France", "Japan", "Egypt", "Brazil", "Canada", "Kenya"),
     "Is this review positive or negative? {}": (
         "I loved this film.",
         "The food was cold and bland.",
         "A waste of two hours.",
         "Great value for the price.",
+        "Best concert of my life!",
+        "The plot made no sense.",
     ),
-    "Write one sentence about {}.": ("the sea", "a train", "winter", "a library"),
-    "Name three {}.": ("colours", "fruits", "planets", "sports"),
-    "Explain {} in two sentences.": ("photosynthesis", "gravity", "inflation", "an atom"),
+    "Write one sentence about {}.": (
+        "the sea",
+        "a train",
+        "winter",
+        "coffee",
+        "a garden",
+        "the moon",
+    ),
+    "Name three {}.": ("colours", "fruits", "planets", "sports", "tools", "animals"),
+    "Explain {} in two sentences.": (
+        "photosynthesis",
+        "gravity",
+        "inflation",
+        "an atom",
+        "a volcano",
+        "democracy",
+    ),
     "Write a Python function that {}.": (
         "adds two numbers",
         "reverses a string",
         "counts vowels",
         "sorts a list",
+        "computes a factorial",
+        "checks if a number is even",
     ),
 }
 # what was said, and which of the choices it is
@@ -89,7 +114,9 @@ def bench_evaluate(
         torch.set_num_threads(before)
     said, plain = results["answers"], results["answers, plain"]
     return {
-        **{name: seconds[f"{of}, plain"] / seconds[of] for name, of in RATIOS.items()},
+        **{
+            name: seconds[f"{of.split(',')[0]}, plain"] / seconds[of] for name, of in RATIOS.items()
+        },
         "equal_answers": sum(a == b for a, b in zip(said, plain, strict=True)) / len(said),
         "likelihoods_apart": max(
             abs(a - b)
@@ -134,9 +161,9 @@ def markdown(figures: dict[str, Any]) -> str:
 
 
 def asked(tokenizer: Any) -> list[str]:
-    """Questions as a user's turn."""
+    """Questions, of a chat model as a user's turn."""
     texts = [form.format(what) for form, every in ASKED.items() for what in every]
-    return [render(tokenizer, text) for text in texts]
+    return [render(tokenizer, t) if tokenizer.chat_template else f"{t}\n" for t in texts]
 
 
 def few_shot() -> list[str]:

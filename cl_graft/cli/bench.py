@@ -199,14 +199,15 @@ def bench_train(
 
 @app.command("evaluate")
 def bench_evaluate(
+    model: Annotated[str, typer.Option(help="Name or path.")] = "smollm2-135m",
     turns: Annotated[int, typer.Option(min=1, help="That each way has, one after the other.")] = 3,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Answers and choices by SmolLM2-135M beside plain `generate` and a forward pass of each pair: time, memory."""
+    """Answers beside plain `generate`, choices beside a row for each pair: processor seconds, equality, memory."""
     measure = _benchmark("evaluate")
     from cl_graft.bench.evaluate import markdown
 
-    figures = measure(turns=turns, say=lambda what: typer.echo(what, err=True))
+    figures = measure(model, turns, say=lambda what: typer.echo(what, err=True))
     typer.echo(json.dumps(figures, indent=1) if json_ else markdown(figures))
 
 
