@@ -77,7 +77,7 @@ class _Continued:
                 yield from self._follow(rows, some)
 
     def _together(self, waiting: list[int], family: Family, prefix: Rows) -> list[int]:
-        """Those in front that are read in one pass; half of the room is for the rows that continue them."""
+        """Take those in front that one pass reads; half of the room is for the rows that continue them."""
         slots = self.room.slots(prefix) // 2
 
         def fit(count: int) -> bool:
@@ -151,6 +151,6 @@ def _beside(
 
 def _sum(logits: Tensor, tokens: Sequence[int]) -> float:
     """The sum of tokens' log-probabilities by logits (tokens, V)."""
-    scores = logits.float()
-    picked = scores.gather(-1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0]
-    return (picked - scores.logsumexp(-1)).sum().item()
+    scores = logits.float().log_softmax(-1)
+    picked = scores.gather(-1, torch.tensor(tokens, device=scores.device)[:, None])
+    return picked.sum().item()
