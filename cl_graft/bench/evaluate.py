@@ -23,48 +23,16 @@ CHOICES = ["very good", "good", "bad", "very bad"]
 
 # questions whose answers are from two tokens to as many as there may be
 ASKED = {
-    "What is {}? Answer with the number only.": (
-        "7 + 5",
-        "12 + 30",
-        "9 - 8",
-        "45 + 17",
-        "6 * 7",
-        "100 - 1",
-    ),
-    "What is the capital of {}?": ("France", "Japan", "Egypt", "Brazil", "Canada", "Kenya"),
-    "Is this review positive or negative? {}": (
-        "I loved this film.",
-        "The food was cold and bland.",
-        "A waste of two hours.",
-        "Great value for the price.",
-        "Best concert of my life!",
-        "The plot made no sense.",
-    ),
-    "Write one sentence about {}.": (
-        "the sea",
-        "a train",
-        "winter",
-        "coffee",
-        "a garden",
-        "the moon",
-    ),
-    "Name three {}.": ("colours", "fruits", "planets", "sports", "tools", "animals"),
-    "Explain {} in two sentences.": (
-        "photosynthesis",
-        "gravity",
-        "inflation",
-        "an atom",
-        "a volcano",
-        "democracy",
-    ),
-    "Write a Python function that {}.": (
-        "adds two numbers",
-        "reverses a string",
-        "counts vowels",
-        "sorts a list",
-        "computes a factorial",
-        "checks if a number is even",
-    ),
+    "What is {}? Answer with the number only.": "7 + 5,12 + 30,9 - 8,45 + 17,6 * 7,100 - 1,15 + 15,81 / 9",
+    "What is the capital of {}?": "France,Japan,Egypt,Brazil,Canada,Italy,Kenya,Norway",
+    "Is this review positive or negative? {}.": "I loved this film,The food was cold and bland,A waste of two hours,"
+    "Great value for the price,Best concert of my life,The plot made no sense,The room smelled of smoke,It was fine",
+    "Write one sentence about {}.": "the sea,a train,winter,a library,coffee,the moon,a garden,a bicycle",
+    "Name three {}.": "colours,fruits,planets,animals,instruments,sports,tools,European cities",
+    "Explain {} in two sentences.": "photosynthesis,gravity,inflation,evaporation,a prime number,democracy,an atom,"
+    "a volcano",
+    "Write a Python function that {}.": "adds two numbers,reverses a string,counts vowels,sorts a list,"
+    "finds the maximum of a list,checks if a number is even,computes a factorial,joins words with spaces",
 }
 # what was said, and which of the choices it is
 SHOTS = (
@@ -162,7 +130,7 @@ def markdown(figures: dict[str, Any]) -> str:
 
 def asked(tokenizer: Any) -> list[str]:
     """Questions, of a chat model as a user's turn."""
-    texts = [form.format(what) for form, every in ASKED.items() for what in every]
+    texts = [form.format(what) for form, every in ASKED.items() for what in every.split(",")]
     return [render(tokenizer, t) if tokenizer.chat_template else f"{t}\n" for t in texts]
 
 

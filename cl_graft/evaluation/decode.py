@@ -64,8 +64,8 @@ class Decoding:
         for number, family in self._waiting:
             own = len(self.prompts[number]) + len(self.said[number])
             count = len(group) + 1
-            # answers will grow: a quarter of their most is a guess, and `_make_room` is for where it fails
-            width = max(own, self._rows.width) + self.most // 4
+            # answers will grow: an eighth of their most is a guess, and `_make_room` is for where it fails
+            width = max(own, self._rows.width) + self.most // 8
             fits = (
                 family is self._waiting[0][1]
                 and running + count <= self.room.rows
