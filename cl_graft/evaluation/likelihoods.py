@@ -75,10 +75,11 @@ class _Continued:
                 rows = prefix.take([0] * len(some)) if family.prefix else Rows([0] * len(some))
                 self.reader.read(rows, [self.heads[i][family.prefix : -1] for i in some])
                 yield from self._follow(rows, some)
+                del rows  # before others are read
 
     def _together(self, waiting: list[int], family: Family, prefix: Rows) -> list[int]:
-        """Take those in front that one pass reads; half of the room is for the rows that continue them."""
-        slots = self.room.slots(prefix) // 2
+        """Take those in front that one pass reads; as much room again is for what continues them."""
+        slots = self.room.slots(prefix) * 2 // 5
 
         def fit(count: int) -> bool:
             length = len(self.heads[waiting[count - 1]])
@@ -91,7 +92,7 @@ class _Continued:
         """Every tail of these heads and its log-likelihood; tails of one length go together."""
         row = {head: k for k, head in enumerate(heads)}
         waiting = sorted((t for i in heads for t in self.tails[i]), key=lambda t: len(t.tokens))
-        slots = self.room.slots(rows) // 2
+        slots = self.room.slots(rows) * 2 // 5
 
         def fit(count: int) -> bool:
             longest = len(waiting[count - 1].tokens)
@@ -106,6 +107,7 @@ class _Continued:
             texts = [[self.heads[t.head][-1], *t.tokens[:-1]] for t in some]
             copies = rows.take([row[tail.head] for tail in some])
             logits = self.reader.logits(copies, texts, len(texts[-1]))
+            del copies
             for tail, own in zip(some, logits, strict=True):
                 yield tail, _sum(own[: len(tail.tokens)], tail.tokens)
 
