@@ -21,6 +21,7 @@ from cl_graft.evaluation.batches import BATCH, left_padded
 from cl_graft.evaluation.decode import Decoding, drawn, likeliest
 from cl_graft.evaluation.likelihoods import Told, likelihoods
 from cl_graft.evaluation.rows import can_read
+from cl_graft.models.spread import device_of
 from cl_graft.models.text import encode, encode_prompts
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _leaving(
 
     if not prompts:
         return []
-    ids = torch.tensor([max(prompts, key=len)], device=model.device)
+    ids = torch.tensor([max(prompts, key=len)], device=device_of(model))
     model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), **settings, custom_generate=loop
     )
@@ -166,7 +167,7 @@ def _together(
             told(chunk)
         ids, mask = left_padded([prompts[i] for i in chunk], settings["pad_token_id"])
         output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **settings
+            input_ids=ids.to(device_of(model)), attention_mask=mask.to(device_of(model)), **settings
         )
         for i, row in zip(chunk, output[:, ids.shape[1] :].tolist(), strict=True):
             said[i] = row

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cl_graft.evaluation.batches import Family, families, front, left_padded, room
 from cl_graft.evaluation.rows import Reader, Rows, can_read
+from cl_graft.models.spread import device_of
 
 Told = Callable[[list[int]], object]
 
@@ -144,7 +145,7 @@ def _beside(
             "attention_mask": mask,
             "input_ids": ids,
         }
-        inputs = {name: x.to(model.device) for name, x in told_of.items() if name in given}
+        inputs = {name: x.to(device_of(model)) for name, x in told_of.items() if name in given}
         more = {"logits_to_keep": keep} if "logits_to_keep" in given else {}
         logits = model(**inputs, use_cache=False, **more).logits[:, -keep:-1]
         for tail, own in zip(some, logits, strict=True):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from cl_graft.models.spread import device_of
+
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
@@ -144,7 +146,7 @@ class Reader:
 
         `rows` holds them afterwards as they are; `align` makes rows of them again.
         """
-        device, width = self.model.device, rows.width
+        device, width = device_of(self.model), rows.width
         ids = torch.full((len(texts), max(1, *map(len, texts))), self.pad)
         for index, text in enumerate(texts):
             ids[index, : len(text)] = torch.tensor(text, dtype=torch.long)
