@@ -205,3 +205,18 @@ def test_training_is_compared_over_the_same_batches():
         assert found[key] > 0
     assert all(ms > 0 for ms in found["sft_parts_ms"].values())
     assert "| sft_over_loop | " in train.markdown({"mini-llama": found})
+
+
+@pytest.mark.slow
+def test_evaluation_is_compared_by_equal_answers(monkeypatch):
+    """On a model of our own, whose answers of a few tokens take longer in other ways; what is told is all there."""
+    from cl_graft.bench import evaluate
+
+    monkeypatch.setattr(evaluate, "MOST", 6)
+    found = evaluate.bench_evaluate("nano-llama", turns=2)
+    assert found["equal_answers"] == found["equal_choices"] == 1
+    assert found["likelihoods_apart"] < 1e-4
+    assert all(found[name] > 0 for name in evaluate.RATIOS)
+    assert found["conditions"]["new_tokens"]["most"] <= 6
+    assert all(peak > 1 for peak in found["peaks_over_weights"].values())
+    assert "| evaluate_speedup | " in evaluate.markdown(found)

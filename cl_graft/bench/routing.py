@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from cl_graft.evaluation.generate import BATCH, generate
+from cl_graft.evaluation.generate import generate
 from cl_graft.models.load import load
 from cl_graft.models.roles import roles
-from cl_graft.models.text import encode_prompts
 from cl_graft.skillpack.codecs import dense, low_rank, sparse_top
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.skillpack.live.attach import Attached
@@ -63,10 +62,13 @@ def _measured(model: Any, tokenizer: Any, prompts: int, tokens: int) -> dict[str
 
     def attached() -> None:
         with Attached(model, packs) as beside:
-            for first in range(0, prompts, BATCH):
-                some = slice(first, first + BATCH)
-                beside.choose([choice[k] for k in _by_length(tokenizer, asked[some], first)])
-                generate(model, tokenizer, asked[some], tokens)
+            generate(
+                model,
+                tokenizer,
+                asked,
+                tokens,
+                told=lambda rows: beside.choose([choice[k] for k in rows]),
+            )
 
     spent: dict[str, list[float]] = {"grouped": [], "attached": []}
     for _ in range(ROUNDS):
@@ -78,13 +80,6 @@ def _measured(model: Any, tokenizer: Any, prompts: int, tokens: int) -> dict[str
     ratio = seconds["attached"] / seconds["grouped"]
     about = {"prompts": prompts, "packs": PACKS, "new_tokens": tokens}
     return {**seconds, "attached_over_grouped": ratio, **about}
-
-
-def _by_length(tokenizer: Any, prompts: list[str], first: int) -> list[int]:
-    """The prompts' numbers in the order in which `generate` takes them."""
-    lengths = [len(ids) for ids in encode_prompts(tokenizer, prompts)]
-    order = sorted(range(len(prompts)), key=lambda k: (lengths[k], k))
-    return [first + k for k in order]
 
 
 def _pack(model: Any, seed: int) -> SkillPack:

@@ -197,6 +197,20 @@ def bench_train(
     typer.echo(json.dumps(figures, indent=1) if json_ else markdown(figures))
 
 
+@app.command("evaluate")
+def bench_evaluate(
+    model: Annotated[str, typer.Option(help="Name or path.")] = "smollm2-135m",
+    turns: Annotated[int, typer.Option(min=1, help="That each way has, one after the other.")] = 3,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Answers beside plain `generate`, choices beside a row for each pair: processor seconds, equality, memory."""
+    measure = _benchmark("evaluate")
+    from cl_graft.bench.evaluate import markdown
+
+    figures = measure(model, turns, say=lambda what: typer.echo(what, err=True))
+    typer.echo(json.dumps(figures, indent=1) if json_ else markdown(figures))
+
+
 @app.command("sweep")
 def bench_sweep(
     cells: Annotated[int, typer.Option(min=4, help="That only sleep.")] = 24,

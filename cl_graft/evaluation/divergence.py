@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from cl_graft.evaluation import generate
-from cl_graft.evaluation.generate import BATCH, left_padded
+from cl_graft.evaluation.batches import Room, front, left_padded, room
 from cl_graft.models import text
 from cl_graft.models.spread import device_of
 from cl_graft.models.text import encode
@@ -38,9 +38,8 @@ if TYPE_CHECKING:
     from cl_graft.task import Example, Task
 
 MOST = 64  # examples of a task
-ROOM = 1 << 27  # logits that a forward pass gives at most, unless one example alone has more
-HELD = 1 << 29  # logits of the base that are kept until the other model has read the same
-SLICE = 1 << 22  # logits that are compared at a time: float64 takes eight bytes for each
+HELD = 4  # times the logits of one pass: those of the base, kept until the other model has read the same
+SLICE = 1 << 20  # logits that are compared at a time: float64 takes eight bytes for each
 
 Row = tuple[list[int], list[int]]  # token ids of a prompt, and of its answer
 
@@ -108,7 +107,7 @@ def _ratio(pairs: Sequence[tuple[float, int]]) -> dict[str, float | None]:
 
 def divergence_code() -> str:
     """Digest of the code that kept divergences depend on."""
-    return code_digest(generate, text, sys.modules[__name__])
+    return code_digest(*generate.CODE, text, sys.modules[__name__])
 
 
 def _of_group(
@@ -158,15 +157,15 @@ def per_example(
 ) -> list[Moved]:
     """KL of each (prompt, answer) between the base and the base with the group's packs on, by the same forward passes.
 
-    Softmax and sums are in float64. Both are the same model object in turn, so the base's logits are held, HELD at a
-    time, on the CPU and in the dtype that the model gives them in.
+    Softmax and sums are in float64. Both are the same model object in turn, so the base's logits are held, of HELD
+    passes at a time, on the CPU and in the dtype that the model gives them in.
     """
     grafted, tokenizer = examiner.grafted, examiner.tokenizer
     model: Any = grafted.model
     model.eval()
     rows = [encode(tokenizer, *pair, max_length) for pair in pairs]
     found: dict[int, Moved] = {}
-    for part in _parts(rows, model.config.get_text_config().vocab_size):
+    for part in _parts(rows, room(model)):
         grafted.unload()
         before = [_logits(model, tokenizer, [rows[i] for i in batch]).cpu() for batch in part]
         grafted.activate(group.packs)
@@ -199,16 +198,17 @@ def _logits(model: Any, tokenizer: Any, rows: Sequence[Row]) -> Tensor:
         attention_mask=mask.to(device_of(model)),
         position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(device_of(model)),
         logits_to_keep=keep,
+        use_cache=False,
     ).logits[:, -keep:-1]
     return torch.cat([own[-len(tail) :] for own, (_, tail) in zip(logits, rows, strict=True)])
 
 
-def _parts(rows: Sequence[Row], vocab: int) -> Iterator[list[list[int]]]:
-    """Batches of rows by length, as lists of indices, in parts of which HELD logits are kept."""
+def _parts(rows: Sequence[Row], most: Room) -> Iterator[list[list[int]]]:
+    """Batches of rows by length, as lists of indices, in parts of which HELD times the logits of a pass are kept."""
     part, held = list[list[int]](), 0
-    for batch in _batches(rows, vocab):
-        size = vocab * sum(len(rows[i][1]) for i in batch)
-        if part and held + size > HELD:
+    for batch in _batches(rows, most):
+        size = sum(len(rows[i][1]) for i in batch)
+        if part and held + size > HELD * most.logits:
             yield part
             part, held = [], 0
         part.append(batch)
@@ -217,14 +217,15 @@ def _parts(rows: Sequence[Row], vocab: int) -> Iterator[list[list[int]]]:
         yield part
 
 
-def _batches(rows: Sequence[Row], vocab: int) -> Iterator[list[int]]:
-    batch, longest = list[int](), 0
-    for i in sorted(range(len(rows)), key=lambda i: (sum(map(len, rows[i])), i)):
-        widest = max(longest, len(rows[i][1]) + 1)
-        if batch and (len(batch) == BATCH or widest * (len(batch) + 1) * vocab > ROOM):
-            yield batch
-            batch, widest = [], len(rows[i][1]) + 1
-        batch.append(i)
-        longest = widest
-    if batch:
+def _batches(rows: Sequence[Row], most: Room) -> Iterator[list[int]]:
+    waiting = sorted(range(len(rows)), key=lambda i: (sum(map(len, rows[i])), i))
+
+    def fit(count: int) -> bool:
+        longest = max(len(rows[i][1]) for i in waiting[:count]) + 1
+        width = sum(map(len, rows[waiting[count - 1]]))
+        return count * longest <= most.logits and count * width <= most.tokens
+
+    while waiting:
+        batch = waiting[: front(min(most.rows, len(waiting)), fit)]
         yield batch
+        del waiting[: len(batch)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_graft.evaluation.generate import BATCH
+from cl_graft.evaluation.batches import ACTIVE, front, room
 from cl_graft.models.spread import device_of
 from cl_graft.models.text import encode_prompts
 from cl_graft.skillpack.compress.text import padded
@@ -27,20 +27,32 @@ class Features:
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """float32 (prompts, width), on the CPU."""
         missing = sorted({p for p in prompts if p not in self._known}, key=lambda p: (len(p), p))
-        for first in range(0, len(missing), BATCH):
-            some = missing[first : first + BATCH]
-            self._known.update(zip(some, self._read(some), strict=True))
+        rows, most = encode_prompts(self.tokenizer, missing), room(self.model)
+        # the output holds every layer's states
+        layers = self.model.config.get_text_config().num_hidden_layers
+        tokens = most.tokens * ACTIVE // (ACTIVE + layers)
+
+        def fit(count: int) -> bool:
+            return count * max(map(len, rows[:count])) <= tokens
+
+        while missing:
+            count = front(min(most.rows, len(missing)), fit)
+            self._known.update(zip(missing[:count], self._read(rows[:count]), strict=True))
+            del missing[:count], rows[:count]
         return torch.stack([self._known[prompt] for prompt in prompts])
 
     @torch.no_grad()
-    def _read(self, prompts: list[str]) -> Tensor:
+    def _read(self, rows: list[list[int]]) -> Tensor:
         self.model.eval()
-        rows = encode_prompts(self.tokenizer, prompts)
         # on the right, where causal attention never looks
         batch = padded([(row, len(row)) for row in rows], self.tokenizer.pad_token_id)
         ids, mask = (batch[k].to(device_of(self.model)) for k in ("input_ids", "attention_mask"))
         output = self.model(
-            input_ids=ids, attention_mask=mask, output_hidden_states=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            output_hidden_states=True,
+            logits_to_keep=1,
+            use_cache=False,
         )
         weights = mask[..., None].float()
         summed = (output.hidden_states[-1].float() * weights).sum(1)

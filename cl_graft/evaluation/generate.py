@@ -1,21 +1,43 @@
-"""What a causal LM says and how likely it finds a text: batched, greedy or sampled, deterministic for a seed."""
+"""What a causal LM says and how likely it finds a text: batched, greedy or sampled, deterministic for a seed.
+
+Where the model keeps keys and values of all tokens (`rows.can_read`), what texts begin with alike is read once, answers
+leave the batch where they end, and likelihoods take the model's head at the tokens in question alone. Other models
+answer by transformers' `generate`, and read each pair of texts by itself.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from cl_graft.evaluation import batches, decode, rows
+from cl_graft.evaluation import likelihoods as likelihoods_module
+from cl_graft.evaluation.batches import BATCH, left_padded
+from cl_graft.evaluation.decode import Decoding, drawn, likeliest
+from cl_graft.evaluation.likelihoods import Told, likelihoods
+from cl_graft.evaluation.rows import can_read
 from cl_graft.models.spread import device_of
 from cl_graft.models.text import encode, encode_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH = 64  # one size for every cell of a matrix: scores must not move with the batch
+# what answers and likelihoods depend on
+CODE = (sys.modules[__name__], batches, decode, likelihoods_module, rows)
+# what transforms the scores of a row by that row alone, however long it is
+PROCESSORS = {
+    "NoRepeatNGramLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "SuppressTokensLogitsProcessor",
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+}
 
 
 @dataclass(frozen=True)
@@ -35,9 +57,10 @@ def generate(
     temperature: float | None = None,
     seed: int = 0,
     top_p: float = 1.0,
+    told: Told | None = None,
 ) -> list[str]:
     """The texts of `answers`: greedy unless a temperature is given."""
-    said = answers(model, tokenizer, prompts, max_new_tokens, temperature, seed, top_p)
+    said = answers(model, tokenizer, prompts, max_new_tokens, temperature, seed, top_p, told=told)
     return [answer.text for answer in said]
 
 
@@ -52,42 +75,102 @@ def answers(
     top_p: float = 1.0,
     top_k: int = 0,
     special: bool = False,
+    told: Told | None = None,
 ) -> list[Answer]:
     """Answers in the order of the prompts; greedy unless a temperature is given.
 
-    Prompts are batched by length and padded on the left. An answer ends at the tokenizer's end-of-sequence token or
-    at one of the model's own (a chat model may end its turn by another). top_p: sample from the likeliest tokens
-    whose probabilities make up this share. top_k: or from so many, 0 for all. special: leave
-    special tokens in the texts, as of a chat template, but what ends them.
+    An answer ends at the tokenizer's end-of-sequence token or at one of the model's own (a chat model may end its turn
+    by another). What is drawn for a prompt depends on the seed, its place among the prompts and `max_new_tokens`.
+    top_p: sample from the likeliest tokens whose probabilities make up this share. top_k: or from so many, 0 for all.
+    special: leave special tokens in the texts, as of a chat template, but what ends them. told: called before each
+    forward pass with the numbers of the prompts that its rows belong to, for `Attached.choose`.
     """
     model.eval()
-    encoded = encode_prompts(tokenizer, prompts)
-    order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
-    said, stops = [Answer("", 0, False)] * len(prompts), endings(model, tokenizer)
-    if temperature is not None:
+    encoded, stops = encode_prompts(tokenizer, prompts), endings(model, tokenizer)
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": stops,
+        **(greedy if temperature is None else drawing),
+    }
+    found = _leaving(model, encoded, settings, seed, told) if can_read(model) else None
+    if found is None:
+        found = _together(model, encoded, settings, seed, told)
+    said = []
+    for row in found:
+        tokens = next((k for k, token in enumerate(row) if token in stops), len(row))
+        text = tokenizer.decode(row[:tokens] if special else row, skip_special_tokens=not special)
+        said.append(Answer(text, tokens, tokens < len(row)))
+    return said
+
+
+def _leaving(
+    model: Any, prompts: list[list[int]], settings: dict[str, Any], seed: int, told: Told | None
+) -> list[list[int]] | None:
+    """Tokens of answers, whose rows leave the batch where they end; None where the model's settings do not allow it.
+
+    `generate` makes of the settings and of the model's own what is to be done with logits, and hands over.
+    """
+    found: list[list[int]] | None = None
+
+    def loop(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        nonlocal found
+        mode = generation_config.get_generation_mode().value
+        if (
+            mode in ("greedy_search", "sample")
+            and {type(each).__name__ for each in logits_processor} <= PROCESSORS
+        ):
+            most = settings["max_new_tokens"]
+            pick = likeliest if mode == "greedy_search" else drawn(len(prompts), most, seed)
+            process = logits_processor if len(logits_processor) else None
+            found = Decoding(
+                model,
+                prompts,
+                most,
+                settings["eos_token_id"],
+                pick,
+                process,
+                settings["pad_token_id"],
+                told,
+            ).run()
+        return input_ids
+
+    if not prompts:
+        return []
+    ids = torch.tensor([max(prompts, key=len)], device=device_of(model))
+    model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), **settings, custom_generate=loop
+    )
+    return found
+
+
+def _together(
+    model: Any, prompts: list[list[int]], settings: dict[str, Any], seed: int, told: Told | None
+) -> list[list[int]]:
+    """Tokens of answers by transformers' `generate`: batches by length, padded on the left."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    said: list[list[int]] = [[] for _ in prompts]
+    if settings["do_sample"]:
         torch.manual_seed(seed)
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
-        ids, mask = left_padded([encoded[i] for i in chunk], tokenizer.pad_token_id)
-        width = ids.shape[1]
-        sampling = (
-            {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-            if temperature is None
-            else {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        )
+        if told:
+            told(chunk)
+        ids, mask = left_padded([prompts[i] for i in chunk], settings["pad_token_id"])
         output = model.generate(
-            input_ids=ids.to(device_of(model)),
-            attention_mask=mask.to(device_of(model)),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=stops,
-            **sampling,
-        )[:, width:]
-        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-        for i, row, text in zip(chunk, output.tolist(), texts, strict=True):
-            tokens = next((k for k, token in enumerate(row) if token in stops), len(row))
-            text = tokenizer.decode(row[:tokens]) if special else text
-            said[i] = Answer(text, tokens, tokens < len(row))
+            input_ids=ids.to(device_of(model)), attention_mask=mask.to(device_of(model)), **settings
+        )
+        for i, row in zip(chunk, output[:, ids.shape[1] :].tolist(), strict=True):
+            said[i] = row
     return said
 
 
@@ -97,29 +180,17 @@ def log_likelihoods(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, str]],
     max_length: int,
+    told: Told | None = None,
 ) -> list[float]:
     """Natural-log probability of each completion (end-of-sequence included) after its prompt.
 
-    A prompt too long for `max_length` tokens loses its start.
+    A prompt too long for `max_length` tokens loses its start. told: as of `answers`.
     """
     model.eval()
-    rows = [encode(tokenizer, prompt, completion, max_length) for prompt, completion in pairs]
-    order = sorted(range(len(rows)), key=lambda i: (sum(map(len, rows[i])), i))
-    result = [0.0] * len(rows)
-    for start in range(0, len(order), BATCH):
-        chunk = order[start : start + BATCH]
-        keep = max(len(rows[i][1]) for i in chunk) + 1
-        ids, mask = left_padded([rows[i][0] + rows[i][1] for i in chunk], tokenizer.pad_token_id)
-        ids, mask, width = ids.to(device_of(model)), mask.to(device_of(model)), ids.shape[1]
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep
-        ).logits
-        scores = logits[:, -keep:-1].float().log_softmax(-1)
-        picked = scores.gather(-1, ids[:, width - keep + 1 :, None])[..., 0].cpu()
-        for row, i in enumerate(chunk):
-            result[i] = picked[row, -len(rows[i][1]) :].sum().item()
-    return result
+    both = [encode(tokenizer, prompt, completion, max_length) for prompt, completion in pairs]
+    heads, tails = [head for head, _ in both], [[tail] for _, tail in both]
+    found = likelihoods(model, tokenizer.pad_token_id, heads, tails, told)
+    return [value for (value,) in found]
 
 
 @torch.no_grad()
@@ -129,50 +200,17 @@ def choice_likelihoods(
     prompts: Sequence[str],
     choices: Sequence[str],
     max_length: int,
+    told: Told | None = None,
 ) -> list[list[float]]:
     """Natural-log probability of every choice (end-of-sequence included) after every prompt.
 
-    Each prompt is read once; the choices continue from its cache. A prompt that leaves no room for the longest
-    choice within `max_length` tokens loses its start, the same for all choices.
+    Each prompt is read once, and what prompts begin with alike once for all; the choices continue side by side. A
+    prompt that leaves no room for the longest choice within `max_length` tokens loses its start, the same for all
+    choices. told: as of `answers`.
     """
     model.eval()
     heads, tails = choice_rows(tokenizer, prompts, choices, max_length)
-    order = sorted(range(len(heads)), key=lambda i: (len(heads[i]), i))
-    result: list[list[float]] = [[] for _ in heads]
-    for start in range(0, len(order), BATCH):
-        chunk = order[start : start + BATCH]
-        ids, mask = left_padded([heads[i] for i in chunk], tokenizer.pad_token_id)
-        ids, mask = ids.to(device_of(model)), mask.to(device_of(model))
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        read = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache, first = read.past_key_values, read.logits[:, -1].float().log_softmax(-1)
-        for tail in tails:
-            scores = first[:, tail[0]].clone()
-            if len(tail) > 1:
-                given = torch.tensor(tail[:-1], device=device_of(model)).expand(len(chunk), -1)
-                longer = torch.cat([mask, torch.ones_like(given)], 1)
-                after = (
-                    positions[:, -1:] + 1 + torch.arange(given.shape[1], device=device_of(model))
-                )
-                logits = model(
-                    input_ids=given,
-                    attention_mask=longer,
-                    position_ids=after,
-                    past_key_values=deepcopy(cache),  # a sliding window cannot be cropped back
-                ).logits
-                wanted = torch.tensor(tail[1:], device=device_of(model)).expand(len(chunk), -1)
-                scores += (
-                    logits.float().log_softmax(-1).gather(-1, wanted[..., None])[..., 0].sum(1)
-                )
-            for row, i in enumerate(chunk):
-                result[i].append(scores[row].item())
-    return result
+    return likelihoods(model, tokenizer.pad_token_id, heads, [tails] * len(heads), told)
 
 
 def choice_rows(
@@ -196,14 +234,3 @@ def endings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     own = model.generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]
     return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, int64 (rows, longest)."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.tensor(row)
-        mask[index, width - len(row) :] = 1
-    return ids, mask

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def evaluation_code() -> str:
     """Digest of the code that outcomes depend on, whatever the scorer."""
-    return code_digest(generate, base, text)
+    return code_digest(*generate.CODE, base, text)
 
 
 def served_code() -> str:

@@ -35,7 +35,7 @@ def drawn(
     if device_of(model).type == "meta":  # of a plan
         return []
     asked = [list(prompts), max_new_tokens, seed, top_k]
-    start, code = fingerprint(named_weights(model)), code_digest(generate, text)
+    start, code = fingerprint(named_weights(model)), code_digest(*generate.CODE, text)
     key = digest(start, vocabulary(tokenizer), asked, place(), code, versions())
 
     def make() -> tuple[dict, list[dict]]:

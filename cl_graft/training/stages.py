@@ -248,7 +248,7 @@ class Stages:
         scored = described(task.scorings[0])
         lengths = [task.max_new_tokens, task.training.max_length]
         asked = [asdict(half), scored, lengths, [asdict(e) for e in task.train]]
-        code = code_digest(preferences, generate, base, own_pairs, text)
+        code = code_digest(preferences, *generate.CODE, base, own_pairs, text)
         key = digest(start, vocabulary(tokenizer), asked, seed, place(), code, versions())
         return self.folder / "pairs" / f"{key}.jsonl"
 

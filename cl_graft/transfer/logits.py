@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cl_graft.evaluation.generate import BATCH, left_padded
+from cl_graft.evaluation.batches import BATCH, left_padded
 from cl_graft.models.spread import device_of
 from cl_graft.models.text import encode_all
 from cl_graft.store.files import RecordError, write_bytes

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cl_graft.evaluation.generate import BATCH, Answer, answers
+from cl_graft.evaluation.batches import BATCH
+from cl_graft.evaluation.generate import Answer, answers
 from cl_graft.models.load import load, locate
 from cl_graft.models.text import encode_prompts
 from cl_graft.transfer.config import BuildConfig

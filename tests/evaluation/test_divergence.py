@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_graft.evaluation import divergence
+from cl_graft.evaluation.batches import Room
 from cl_graft.evaluation.divergence import MOST, Moved, both_ways, mean_per_token, measure, sample
 from cl_graft.evaluation.examiner import Examiner, Group
 from cl_graft.evaluation.outcomes import Outcomes
@@ -103,13 +104,15 @@ def test_what_cannot_be_told_is_unmeasured() -> None:
     assert one is not None and one["forward"] == {"value": 0.25, "stderr": None}
 
 
-@pytest.mark.parametrize("small", [{}, {"ROOM": 1, "HELD": 1, "SLICE": 1}, {"BATCH": 2}])
+@pytest.mark.parametrize("most", [None, Room(64, 1, 1, 1), Room(2, 1 << 20, 1 << 20, 1 << 20)])
 def test_examples_against_two_models_by_brute_force(
-    examiner: Examiner, small: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    examiner: Examiner, most: Room | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one pass, an example at a time with the weights changed in between, and in batches."""
-    for name, size in small.items():
-        monkeypatch.setattr(divergence, name, size)
+    if most:
+        monkeypatch.setattr(divergence, "room", lambda model: most)
+        monkeypatch.setattr(divergence, "HELD", 1)
+        monkeypatch.setattr(divergence, "SLICE", 1)
     model, tokenizer = examiner.grafted.model, examiner.tokenizer
     before = deepcopy(model)
     group = Group([pack(model, examiner.grafted, "sums", 0.05)], range(3), 0)

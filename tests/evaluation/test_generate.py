@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
-from cl_graft.evaluation import generate as module
+from cl_graft.evaluation import batches
 from cl_graft.evaluation.generate import answers, choice_likelihoods, generate, log_likelihoods
 from cl_graft.models.embedded import toy_tokenizer
 
@@ -115,7 +115,7 @@ def test_more_prompts_than_one_batch_keep_their_order(monkeypatch: pytest.Monkey
     pairs = list(zip(PROMPTS, COMPLETIONS, strict=True))
     likely = log_likelihoods(model(), tokenizer(), pairs, LONG)
     chosen = choice_likelihoods(model(), tokenizer(), PROMPTS, ["a", "12"], LONG)
-    monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(batches, "BATCH", 2)
     assert generate(model(), tokenizer(), PROMPTS, 6) == whole
     again = log_likelihoods(model(), tokenizer(), pairs, LONG)
     assert again == pytest.approx(likely, abs=1e-4)
