@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cl_graft import plugins
+from cl_graft.bench.clock import Clock, Seconds
 from cl_graft.bench.plan import Case, texts
 from cl_graft.config import Launch
 from cl_graft.models.embedded import toy_tokenizer
@@ -26,9 +27,6 @@ from cl_graft.training.config import Row, StageConfig, order, sft_job
 from cl_graft.training.stages import Stages
 
 Stage = tuple[list[Row], StageConfig]
-Seconds = tuple[
-    float, float
-]  # of the wall's clock, and of the processor's on all threads of this process
 
 
 @dataclass(frozen=True)
@@ -59,29 +57,6 @@ PARTS = {
     "make TRL's trainer": ("trl/trainer/sft_trainer.py", "__init__"),
     "collect garbage": ("~", "<built-in method gc.collect>"),
 }
-
-
-class Clock:
-    """Times, by `perf_counter`, at which a run began and each of its steps ended."""
-
-    def __init__(self) -> None:
-        self.times = [_now()]
-
-    def tick(self, *_: Any) -> None:
-        self.times.append(_now())
-
-    def found(self) -> dict[str, Seconds]:
-        """Seconds of a step between the first one's end and the last one's, and of the whole run until now."""
-        begun, first, last, end = self.times[0], self.times[1], self.times[-1], _now()
-        steps = len(self.times) - 2
-        return {
-            "step": tuple((b - a) / steps for a, b in zip(first, last, strict=True)),  # type: ignore[dict-item]
-            "whole": tuple(b - a for a, b in zip(begun, end, strict=True)),  # type: ignore[dict-item]
-        }
-
-
-def _now() -> Seconds:
-    return time.perf_counter(), time.process_time()
 
 
 def bench_train(
