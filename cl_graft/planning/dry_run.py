@@ -18,10 +18,11 @@ from cl_graft.task import Pair, Preference, Task
 from cl_graft.training import checkpoint
 from cl_graft.training.config import Row, StageConfig, accumulation, dpo_job, sft_job
 from cl_graft.training.fit import fit
+from cl_graft.training.flat import flattens
 from cl_graft.training.preferences import Sampled
 from cl_graft.training.stages import MARKER, Log, stage_key
 from cl_graft.training.term import Term
-from cl_graft.training.tokens import lengths, tokens, tokens_of_a_step
+from cl_graft.training.tokens import largest, lengths, tokens, tokens_of_a_step
 from cl_graft.training.zero import BUCKET
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class DryRun:
         gpu: bool,
     ):
         self.config, self.strategy, self.memories, self.timer = config, strategy, memories, timer
-        self.gpu = gpu
+        self.gpu, self.flattens = gpu, flattens(strategy.model)
         self.stages = strategy.stages
         self.exact = exact  # whether the model holds the weights that it would hold
         self.real = exact
@@ -192,8 +193,11 @@ class DryRun:
         terms: Sequence[Term] = (),
     ) -> None:
         lora, trained, frozen = self.trained
-        counts = lengths(tokens(self.strategy.tokenizer, rows, job))
+        examples = tokens(self.strategy.tokenizer, rows, job)
+        counts = lengths(examples)
         needs = replace(self._needs(job, max(counts), lora), frozen=tuple(frozen))
+        if self.flattens and not any(t.logits for t in terms):
+            needs = replace(needs, flat=largest(examples, job, needs.micro_batch))
         vocabulary = self.strategy.model.get_input_embeddings().weight.shape[0]
         held = of_terms(terms, needs, trained, vocabulary)
         named = self.strategy.model.named_parameters()

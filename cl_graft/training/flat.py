@@ -33,18 +33,14 @@ Lay = Callable[..., Any]  # a model and a padded batch by name, to what its fuse
 class Flat(NamedTuple):
     """A batch as one row of T tokens.
 
-    inputs: what the model is called with. labels: (1, T), -100 where a text begins. mask: bool (batch, length), the
-    places of the tokens in the batch.
+    inputs: what the model is called with. labels: int64 (1, T), -100 where a text begins. places: int64 (labels,),
+    which tokens of the row predict one. mask: bool (batch, length), the places of the tokens in the batch.
     """
 
     inputs: dict[str, Any]
     labels: Tensor
+    places: Tensor
     mask: Tensor
-
-    @property
-    def places(self) -> Tensor:
-        """Which tokens of the row predict a label, int64 (labels,)."""
-        return (self.labels[0, 1:] != -100).nonzero()[:, 0]
 
     def spread(self, values: Tensor) -> Tensor:
         """Values (1, T - 1) of the places of the row as (batch, length - 1), zero elsewhere."""
@@ -55,17 +51,33 @@ class Flat(NamedTuple):
 def flat(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Flat:
     """Lay out a batch, each int64 (batch, length), its padding on the right."""
     mask = attention_mask.bool()
-    lengths = mask.sum(1)
-    starts = functional.pad(lengths.cumsum(0), (1, 0)).int()
-    inputs: dict[str, Any] = {
-        "input_ids": input_ids[mask][None],
-        "position_ids": (mask.cumsum(1) - 1)[mask][None],
+    starts = functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+    row = functional.pad(labels[:, 1:], (1, 0), value=-100)[mask][None]
+    places = (row[0, 1:] != -100).nonzero()[:, 0]
+    where = (mask.cumsum(1) - 1)[mask][None]
+    return Flat(_inputs(input_ids[mask][None], where, starts, mask.shape[1]), row, places, mask)
+
+
+def _inputs(row: Tensor, where: Tensor, starts: Tensor, longest: int) -> dict[str, Any]:
+    """What a model is called with, by the names that transformers' flash attention has."""
+    return {
+        "input_ids": row,
+        "position_ids": where,
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
         "use_cache": False,
     }
-    inputs["cu_seq_lens_q"] = inputs["cu_seq_lens_k"] = starts
-    inputs["max_length_q"] = inputs["max_length_k"] = mask.shape[1]
-    shifted = functional.pad(labels[:, 1:], (1, 0), value=-100)
-    return Flat(inputs, shifted[mask][None], mask)
+
+
+def blank(texts: int, longest: int, tokens: int, labels: int) -> Flat:
+    """The shapes of a row of so many tokens and labels, made of so many texts; its numbers mean nothing."""
+    row = torch.zeros(1, tokens, dtype=torch.long)
+    starts = torch.zeros(texts + 1, dtype=torch.int)
+    places = torch.zeros(labels, dtype=torch.long)
+    mask = torch.ones(texts, longest, dtype=torch.bool)
+    return Flat(_inputs(row, row, starts, longest), row, places, mask)
 
 
 @contextmanager
@@ -144,7 +156,7 @@ def inner_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def _attend_flat(config: Any) -> None:
+def attend_flat(config: Any) -> None:
     """Give a model without flash attention the one above."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -167,7 +179,7 @@ def _tried(model: Any) -> bool:
     model.eval()
     try:
         alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
-        _attend_flat(config)
+        attend_flat(config)
         with under_way():
             together = model(**flat(ids, mask, ids).inputs).logits[0]
     except Exception:  # a model's own code says in any way that it takes no such row
@@ -181,32 +193,40 @@ def _tried(model: Any) -> bool:
 
 def layer(model: Any) -> Lay:
     """What `forward` is for a model that reads flat rows, whose attention is made to take them."""
+    attend_flat(inner_of(model).config)
+    return partial(forward, most(model, next(model.parameters()).is_cuda))
+
+
+def most(model: Any, on_gpu: bool) -> int:
+    """Labels up to which the model's own head is run, at their places alone; -1 where its code cannot."""
     inner = inner_of(model)
-    _attend_flat(inner.config)
-    most = FEW if next(model.parameters()).is_cuda else MANY
     takes_places = "logits_to_keep" in signature(type(inner).forward).parameters
-    return partial(forward, most // inner.config.vocab_size if takes_places else -1)
+    return (FEW if on_gpu else MANY) // inner.config.vocab_size if takes_places else -1
 
 
 def forward(
-    most: int, model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **given: Any
+    few: int, model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **given: Any
 ) -> Any:
     """What a model with TRL's fused head gives of a padded batch, computed of a flat row.
 
-    most: labels up to which the model's own head is run, at their places alone; above, TRL's runs in tiles.
+    few: labels up to which the model's own head is run, at their places alone; above, TRL's runs in tiles.
     """
+    return called(few, model, flat(input_ids, attention_mask, labels), **given)
+
+
+def called(few: int, model: Any, laid: Flat, **given: Any) -> Any:
+    """`forward` of a batch that is laid out."""
     from trl.trainer.utils import FusedCausalLMOutput
 
-    laid = flat(input_ids, attention_mask, labels)
-    inputs, places = {**given, **laid.inputs}, laid.places
+    inputs = {**given, **laid.inputs}
     with under_way():
-        if len(places) > most:
+        if len(laid.places) > few:
             output = model(**inputs, labels=laid.labels)
             fields = {name: output[name] for name in FIELDS if output.get(name) is not None}
         else:
             del inputs["fused_lm_head"]
-            output = model(**inputs, logits_to_keep=places)
-            known = scored(output.logits[0], laid.labels[0, places + 1])
+            output = model(**inputs, logits_to_keep=laid.places)
+            known = scored(output.logits[0], laid.labels[0, laid.places + 1])
             row = laid.labels[:, 1:] != -100
             fields = {n: x.new_zeros(row.shape).masked_scatter(row, x) for n, x in known.items()}
             fields["label_mask"] = row
