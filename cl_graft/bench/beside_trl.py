@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,13 @@ from cl_graft.bench.clock import Clock
 from cl_graft.config import Launch
 from cl_graft.models.load import load
 from cl_graft.store.digests import peak_memory_mb
+from cl_graft.store.files import read_jsonl
 from cl_graft.training.config import Row, StageConfig, order, sft_job
 from cl_graft.training.fit import LOG, fit, quiet
 from cl_graft.training.tokens import lengths, tokens
 
-MODEL, BATCH, STEPS = "smollm2-135m", 8, 3  # the first step warms up
+MODEL, BATCH, STEPS = "smollm2-135m", 8, 2  # the first step warms up
+TURNS = 2
 DATA = {
     "classification": ("text_classification", {"tasks": "agnews", "max_length": 256}),
     "math": ("math_then_code", {"math": "gsm8k", "max_length": 512}),
@@ -31,94 +31,93 @@ DATA = {
 RUNS = ("stage", "trl", "trl_without_checkpointing")
 
 
-@dataclass(frozen=True)
-class Work:
-    """Which rows are trained on, and how often each run takes its turn."""
-
-    name: str
-    data_dir: Path | None
-    turns: int
-
-
 def bench_beside_trl(
-    data_dir: Path | None, turns: int = 2, say: Callable[[str], None] = lambda what: None
+    only: Sequence[str], data_dir: Path | None, say: Callable[[str], None] = lambda what: None
 ) -> dict[str, Any]:
-    """{`<data>_speedup`: examples a second over TRL's, in float32 on one thread, and what it was made of}.
+    """{`<data>_speedup`: examples a second over TRL's, in float32 on one thread}, and below the data's name the rest.
 
-    By the processor's time, which other processes change little, or by the clock on a GPU; medians over runs in turn.
-    TRL as SFTTrainer comes but for float32, rows that are tokens already, and their order; it computes activations
-    again for the gradient by default, so that it is measured without, too. peak_over_trl: of resident memory.
+    By the processor's time, which other processes change little, or by the clock on a GPU; medians over runs in turn,
+    each in a process of its own, whose peak of resident memory is told, too. TRL as SFTTrainer comes, but for float32,
+    rows that are tokens already, and their order. It computes activations again for the gradient by default, to need
+    less memory, so that it is measured without that, too.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        found = {name: _compare(Work(name, data_dir, turns), say) for name in DATA}
-    finally:
-        torch.set_num_threads(before)
-    speedups = {f"{name}_speedup": told["speedup"] for name, told in found.items()}
-    return {**speedups, "beside_trl": found}
+    found = {name: _compare(name, data_dir, say) for name in only}
+    return {f"{name}_speedup": told["speedup"] for name, told in found.items()} | found
 
 
-def _compare(work: Work, say: Callable[[str], None]) -> dict[str, Any]:
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
-    for turn in range(work.turns):
-        for name in RUNS if turn % 2 else reversed(RUNS):
-            say(f"{work.name}, {turn + 1} of {work.turns}: {name}")
-            runs[name].append(_run(name, work))
-    on_gpu = torch.cuda.is_available()
-    seconds = {
-        name: [statistics.median(run["step"][clock] for run in done) for clock in (0, 1)]
-        for name, done in runs.items()
-    }
-    peaks = {name: _peak_of(name, work) for name in RUNS}
-    stage, clock = seconds["stage"], 0 if on_gpu else 1
-    losses = {name: done[0]["losses"] for name, done in runs.items()}
+def markdown(figures: dict[str, Any]) -> str:
+    """The figures as a Markdown table with a column for each data set."""
+    told = {name: figures[name] for name in DATA if name in figures}
+    lines = [["", *told], ["---", *("--:" for _ in told)]]
+    for key, value in next(iter(told.values())).items():
+        if isinstance(value, float):
+            lines.append([key, *(f"{x[key]:.3g}" for x in told.values())])
+    for part in ("step_s", "peak_mb"):
+        for run in RUNS:
+            lines.append([f"{run}, {part}", *(f"{x[part][run]:,.1f}" for x in told.values())])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _compare(name: str, data_dir: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    done: dict[str, list[dict[str, Any]]] = {run: [] for run in RUNS}
+    for turn in range(TURNS):
+        for run in reversed(RUNS) if turn % 2 else RUNS:
+            say(f"{name}, turn {turn + 1} of {TURNS}: {run}")
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                done[run].append(pool.apply(_run, (run, name, data_dir)))
+    clock = 0 if torch.cuda.is_available() else 1
+
+    def ratio(run: str, of: Callable[[dict[str, Any]], float]) -> float:
+        ours, theirs = (statistics.median(map(of, done[x])) for x in ("stage", run))
+        return theirs / ours
+
+    losses = {run: told[0]["losses"] for run, told in done.items()}
+    pairs = zip(losses["stage"], losses["trl"], strict=True)
+    first = done["stage"][0]
     return {
-        "speedup": seconds["trl"][clock] / stage[clock],
-        "speedup_wall": seconds["trl"][0] / stage[0],
-        "speedup_without_checkpointing": seconds["trl_without_checkpointing"][clock] / stage[clock],
-        "peak_over_trl": peaks["stage"] / peaks["trl"],
-        "peak_over_trl_without_checkpointing": peaks["stage"] / peaks["trl_without_checkpointing"],
-        "largest_difference_of_losses": max(
-            abs(a - b) for a, b in zip(losses["stage"], losses["trl"], strict=True)
-        ),
+        "speedup": ratio("trl", lambda x: x["step"][clock]),
+        "speedup_wall": ratio("trl", lambda x: x["step"][0]),
+        "speedup_without_checkpointing": ratio(RUNS[2], lambda x: x["step"][clock]),
+        "peak_over_trl": 1 / ratio("trl", lambda x: x["peak_mb"]),
+        "peak_over_trl_without_checkpointing": 1 / ratio(RUNS[2], lambda x: x["peak_mb"]),
+        "largest_difference_of_losses": max(abs(a - b) for a, b in pairs),
+        "tokens": first["tokens"],
+        "tokens_padded": first["padded"],
         "losses": losses,
-        "step_s": {name: found[clock] for name, found in seconds.items()},
-        "peak_mb": peaks,
-        **runs["stage"][0]["rows"],
+        "step_s": {n: statistics.median(x["step"][clock] for x in t) for n, t in done.items()},
+        "peak_mb": {n: statistics.median(x["peak_mb"] for x in t) for n, t in done.items()},
     }
 
 
-def _run(name: str, work: Work) -> dict[str, Any]:
-    """Seconds of a step, by the wall's clock and the processor's, and the losses of a run on the model as it is."""
+def _run(run: str, name: str, data_dir: Path | None) -> dict[str, Any]:
+    """Of a run in this process: seconds of a step by the wall's clock and the processor's, losses, peak memory, MB."""
+    torch.set_num_threads(1)
     model, tokenizer = load(MODEL)
     model.float()
-    rows, job = _rows(work)
+    rows, job = _rows(name, data_dir)
     examples = tokens(tokenizer, rows, job)
-    indices = order(len(examples), job)
-    gc.collect()
+    some = [examples[i] for i in order(len(examples), job)]
     clock = Clock()
     with tempfile.TemporaryDirectory(prefix="cl-graft-bench-") as folder:
-        if name == "stage":
+        if run == "stage":
             fit(model, tokenizer, rows, job, Launch(), Path(folder), None, clock.tick)
-            lines = (Path(folder) / LOG).read_text().splitlines()
-            losses = [json.loads(line)["loss"] for line in lines]
+            losses = [line["loss"] for line in read_jsonl(Path(folder) / LOG)]
         else:
-            some = [examples[i] for i in indices]
-            checkpointing = name == "trl"
-            losses = _trl(model, tokenizer, some, job, checkpointing, Path(folder), clock)
-    sizes = lengths([examples[i] for i in indices])
+            losses = _trl(model, tokenizer, some, job, run == "trl", Path(folder), clock)
+    sizes = lengths(some)
     batches = [sizes[i : i + BATCH] for i in range(0, len(sizes), BATCH)]
-    about = {
+    return {
+        "step": clock.found()["step"],
+        "losses": losses,
+        "peak_mb": peak_memory_mb() * 2**20 / 1e6,
         "tokens": sum(sizes) / len(batches),
         "padded": sum(BATCH * max(batch) for batch in batches) / len(batches),
     }
-    return {"step": clock.found()["step"], "losses": losses, "rows": about}
 
 
-def _rows(work: Work) -> tuple[list[Row], StageConfig]:
-    scenario, options = DATA[work.name]
-    task = plugins.load("scenario", scenario)(seed=0, data_dir=work.data_dir, **options).tasks[0]
+def _rows(name: str, data_dir: Path | None) -> tuple[list[Row], StageConfig]:
+    scenario, options = DATA[name]
+    task = plugins.load("scenario", scenario)(seed=0, data_dir=data_dir, **options).tasks[0]
     recipe = replace(
         task.training, steps=STEPS, batch=BATCH, learning_rate=2e-5, warmup=0.0, epochs=None
     )
@@ -180,16 +179,3 @@ def _trl(
         )
         trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
-
-
-def _peak_of(name: str, work: Work) -> float:
-    """Peak resident memory of a process that loads the model and trains it for a few steps, MB."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak, (name, work))
-
-
-def _peak(name: str, work: Work) -> float:
-    torch.set_num_threads(1)
-    _run(name, work)
-    return peak_memory_mb() * 2**20 / 1e6
