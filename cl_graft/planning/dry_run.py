@@ -16,7 +16,7 @@ from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.store.digests import digest
 from cl_graft.task import Pair, Preference, Task
 from cl_graft.training import checkpoint
-from cl_graft.training.config import Row, StageConfig, accumulation, dpo_job, sft_job
+from cl_graft.training.config import Row, StageConfig, accumulation, dpo_job, order, sft_job
 from cl_graft.training.fit import fit
 from cl_graft.training.flat import flattens
 from cl_graft.training.preferences import Sampled
@@ -279,7 +279,7 @@ class Timer:
             what = (config.model, config.launch, job.kind, job.batch, stage.task, *trained)
             if what not in self.known:
                 self.known[what] = _probed(strategy, rows, replace(job, steps=3), needs, config)
-            return self.known[what] * job.steps
+            return self.known[what] * stage.tokens
         if self.peak is None:
             return None
         embedding = strategy.model.get_input_embeddings().weight
@@ -299,6 +299,7 @@ class Timer:
 def _probed(
     strategy: Strategy, rows: Sequence[Row], job: StageConfig, needs: Job, config: RunConfig
 ) -> float:
+    """Seconds a token of the second and third step, whose rows may be shorter or longer than others."""
     from cl_graft.models.load import load
 
     model, tokenizer = load(config.model, config.data_dir)
@@ -307,10 +308,13 @@ def _probed(
         from peft import get_peft_model
 
         model = get_peft_model(model, needs.lora)  # type: ignore[assignment]
-    some = list(rows)[: max(3 * job.batch, 1)]
+    some = list(rows)[: 3 * job.batch]
+    examples = tokens(tokenizer, some, job)
+    timed = [examples[i] for i in order(len(some), job)[job.batch :]]  # the first step is not
     with TemporaryDirectory() as work:
-        return cost.probe(
+        step = cost.probe(
             lambda progress: fit(
                 model, tokenizer, some, job, config.launch, Path(work), progress=progress
             )
         )
+    return step * (job.steps - 1) / sum(lengths(timed))
