@@ -151,7 +151,8 @@ def _loss(kind: str, model: Any, rows: Tensor) -> Tensor:
 def _flat(kind: str, model: Any, rows: Tensor, counts: tuple[int, int], on_gpu: bool) -> Tensor:
     """The same where the rows are laid end to end."""
     flat.attend_flat(flat.inner_of(model).config)
-    laid = flat.blank(*rows.shape, *counts)
+    texts, longest = rows.shape
+    laid = flat.blank(texts, longest, *counts)
     return _of_output(kind, flat.called(flat.most(model, on_gpu), model, laid, fused_lm_head=True))
 
 
