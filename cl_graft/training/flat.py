@@ -26,8 +26,8 @@ KERNELS = ("flash_attention_2", NAME)
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "label_mask")
 UNDER_WAY: ContextVar[bool] = ContextVar("a flat row is under way", default=False)
 
-
-Lay = Callable[..., Any]  # a model and a padded batch by name, to what its fused head gives
+# a model and a padded batch by name, to what the model's fused head gives
+Lay = Callable[..., Any]
 
 
 class Flat(NamedTuple):
@@ -170,7 +170,8 @@ def attend_flat(config: Any) -> None:
 def _tried(model: Any) -> bool:
     """Whether logits of three short texts are the same in a flat row as alone."""
     parameter = next(model.parameters())
-    device, training, config = parameter.device, model.training, inner_of(model).config
+    device, config = parameter.device, inner_of(model).config
+    modes = [(module, module.training) for module in model.modules()]
     before, size = config._attn_implementation, config.vocab_size
     texts = [[(7 * n + 3 * i + 1) % size for i in range(n)] for n in (5, 2, 4)]
     rows = [torch.tensor(text, device=device) for text in texts]
@@ -186,7 +187,8 @@ def _tried(model: Any) -> bool:
         return False
     finally:
         config._attn_implementation = before
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     near = 1e-4 if parameter.dtype == torch.float32 else 0.03
     return bool((alone - together).abs().max() <= near * alone.abs().max())
 

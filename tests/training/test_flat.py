@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Qwen2Config,
 )
@@ -49,6 +50,7 @@ READ = {
     ),
     "neox": GPTNeoXConfig(**WIDTHS),
     "opt": OPTConfig(**WIDTHS, **OPT),
+    "mixtral": MixtralConfig(**WIDTHS, num_local_experts=4),
 }
 OTHERS = {
     "mamba": MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, state_size=4),
@@ -87,13 +89,19 @@ def gradients(model, output):
 @pytest.mark.parametrize("family", READ)
 def test_a_flat_row_gives_what_the_padded_batch_gives(family, few):
     model = made(READ[family])
-    padded = model(**batch(), fused_lm_head=True)
+    asked = {"fused_lm_head": True} | (
+        {"output_router_logits": True} if family == "mixtral" else {}
+    )
+    padded = model(**batch(), **asked)
     wanted = gradients(model, padded)
     assert flat.flattens(model)
     flat.layer(model)
-    output = flat.forward(few, model, **batch(), fused_lm_head=True)
+    output = flat.forward(few, model, **batch(), **asked)
     for name in flat.FIELDS:
         torch.testing.assert_close(output[name], padded[name], rtol=1e-5, atol=1e-5)
+    assert (output.aux_loss is None) == (family != "mixtral")
+    if output.aux_loss is not None:
+        torch.testing.assert_close(output.aux_loss, padded.aux_loss)
     found = gradients(model, output)
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
