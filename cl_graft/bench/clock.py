@@ -1,4 +1,4 @@
-"""When a run began and its steps ended, by the wall's clock and by the processor's."""
+"""Times at which a run began and its steps ended, by the wall's clock and by the processor's."""
 
 from __future__ import annotations
 

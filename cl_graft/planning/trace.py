@@ -149,7 +149,7 @@ def _loss(kind: str, model: Any, rows: Tensor) -> Tensor:
 
 
 def _flat(kind: str, model: Any, rows: Tensor, counts: tuple[int, int], on_gpu: bool) -> Tensor:
-    """The same where the rows are laid end to end."""
+    """The loss where the rows are laid end to end, of so many tokens and labels."""
     flat.attend_flat(flat.inner_of(model).config)
     texts, longest = rows.shape
     laid = flat.blank(texts, longest, *counts)

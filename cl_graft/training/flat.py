@@ -82,7 +82,7 @@ def blank(texts: int, longest: int, tokens: int, labels: int) -> Flat:
 
 @contextmanager
 def under_way() -> Iterator[None]:
-    """While a model is called with a flat row, its layers are given no mask."""
+    """Say, while a model is called with a flat row, that its layers are given no mask."""
     token = UNDER_WAY.set(True)
     try:
         yield
