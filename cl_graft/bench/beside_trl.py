@@ -90,7 +90,7 @@ def _compare(name: str, data_dir: Path | None, say: Callable[[str], None]) -> di
 
 
 def _run(run: str, name: str, data_dir: Path | None) -> dict[str, Any]:
-    """Seconds of a step by the wall's clock and the processor's, losses, and peak memory, MB, of a run in this process."""
+    """Seconds of a step by the wall's clock and the processor's, losses, and peak memory, MB, of a run here."""
     torch.set_num_threads(1)
     model, tokenizer = load(MODEL)
     model.float()
