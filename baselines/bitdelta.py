@@ -17,6 +17,7 @@ from pydantic import Field
 from torch.func import functional_call
 
 from cl_graft.budget import largest_within
+from cl_graft.models.spread import require_whole
 from cl_graft.ranges import Count, Positive
 from cl_graft.skillpack.codecs import (
     dense,
@@ -32,8 +33,10 @@ from cl_graft.strategy import compressor
 ONE = "one matrix's signs and the vectors"
 
 
-def least(context, *, scales: str):
-    """Refuse a budget that holds no matrix's signs beside the vectors."""
+def least(context, *, scales: str, steps: int):
+    """Refuse a budget that holds no matrix's signs beside the vectors, and to distil a model that is spread."""
+    if steps:
+        require_whole(context.model, "bitdelta's distillation (steps over 0)")
     shapes = context.shapes
     first = min((n for n in shapes if len(shapes[n]) > 1), key=lambda n: prod(shapes[n]))
     specs = {n: _spec(s, scales) for n, s in shapes.items() if len(s) < 2 or n == first}

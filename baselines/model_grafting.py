@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cl_graft.models.spread import require_whole
 from cl_graft.ranges import Count, Positive
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.rounding import seed_of, summed
@@ -25,8 +26,15 @@ RATES = (1e6, 1e7, 1e8, 1e9, 1e10)  # the released code's 1e7, and what other gr
 Tensors = dict[str, Tensor]
 
 
+def check(context: Context) -> None:
+    """Refuse a model of which the weights are not there to be masked."""
+    require_whole(context.model, "model_grafting")
+
+
 @compressor(
-    keeps={"each": "per_task", "summed": "sum"}, touches=("attention", "mlp", "norm", "other")
+    check=check,
+    keeps={"each": "per_task", "summed": "sum"},
+    touches=("attention", "mlp", "norm", "other"),
 )
 def model_grafting(
     delta: Mapping[str, Tensor],

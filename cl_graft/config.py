@@ -80,6 +80,22 @@ def json_or_word(text: Any) -> Any:
         return text
 
 
+MEMORY = re.compile(r"\d+(\.\d+)?[KMG]i?B", re.IGNORECASE)
+
+
+def _memory(value: Any) -> Any:
+    """{GPU's number or cpu: bytes}, as text, where it is written so."""
+    if not isinstance(value, dict):
+        return value
+    told = {str(name).lower(): str(size) for name, size in value.items()}
+    for name, size in told.items():
+        if not (name.isdecimal() or name == "cpu"):
+            raise ValueError(f"{name!r} is no device; write a GPU's number, as 0, or cpu")
+        if not (size.isdecimal() or MEMORY.fullmatch(size)):
+            raise ValueError(f"{size!r} is no memory of device {name}; write bytes, as 70GiB")
+    return told
+
+
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is a word here")
 
@@ -255,6 +271,11 @@ class Whereabouts(Frozen):
         default=Launch(),
         description="How stages train: here, or each as a DeepSpeed job of several processes.",
         examples=[{"processes": 8, "zero": 3}],
+    )
+    max_memory: Annotated[dict[str, str], BeforeValidator(_memory)] = Field(
+        default={},
+        description="DEVICE=BYTES, as 0=70GiB or cpu=100GiB, of a model spread over devices; else what is free.",
+        examples=[{"0": "70GiB", "cpu": "100GiB"}],
     )
     wandb: Annotated[WandbMode, BeforeValidator(off)] = Field(
         default="auto",

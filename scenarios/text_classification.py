@@ -30,7 +30,7 @@ def text_classification(
     max_length: Count = 96,
 ) -> Scenario:
     """Options: tasks and their order, sizes of the sets, the SFT recipe (its defaults suit the embedded `text-llama`).
-    A text is cut after 320 characters.
+    A text is cut to 320 characters: its first, or its last where it ends in what is asked (MNLI).
     """
     names = tasks.split(",")
     for name in names:
@@ -50,6 +50,5 @@ def text_classification(
             steps=steps, batch=batch, learning_rate=learning_rate, max_length=max_length
         ),
         characters=CHARACTERS,
-        whole=False,
     )
     return Scenario("text_classification", made)

@@ -46,6 +46,7 @@ def _text(node: ast.expr) -> str:
 
 # {cure: the test that runs it, below tests/}
 TESTED: dict[str, str] = {
+    "cl_graft/experiment/prepare.py: launch its stages (--launch processes=8,zero=3), or give it a device that holds it.": "models/test_spread.py::test_a_cell_whose_stages_are_known_comes_to_the_same_result",
     "cl_graft/presets.py: give {}, or the folder that --out of `cl-graft tune` named.": "test_tune.py::test_a_missing_preset_is_made_by_the_command_that_the_error_names",
     "cl_graft/presets.py: make one by `{}`, and give --preset FOLDER.": "test_tune.py::test_a_missing_preset_is_made_by_the_command_that_the_error_names",
     "cl_graft/cli/pack.py: name the base with --base.": "skillpack/test_lossless_folders.py::test_inspect_and_diff",

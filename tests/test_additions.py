@@ -98,6 +98,7 @@ OTHER = {  # a value that is not the default, where that cannot be told from the
     "router_combine": "merge",
     "router_reject": 0.05,
     "launch": {"processes": 2},
+    "max_memory": {"cpu": "1GiB"},
     "wandb": "off",
     "track": ["csv"],
 }

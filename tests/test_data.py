@@ -165,6 +165,21 @@ def test_a_label_that_is_not_listed_is_named(sst2: Path) -> None:
     assert f"{file}, record 2 has label 'Fine'" in message and "labels.json" in message
 
 
+def test_a_pair_that_is_cut_keeps_what_is_asked_of_it(tmp_path: Path) -> None:
+    """Texts are cut to 320 characters; of MNLI's the start goes, since the hypothesis is at the end."""
+    folder = tmp_path / "cl_benchmark" / "NLI" / "MNLI"
+    folder.mkdir(parents=True)
+    asked = "sentence 2: It is always possible."
+    for name in ("train", "test"):
+        text = f"sentence 1: {'so so ' * 100}{name}\n{asked}"
+        (folder / f"{name}.json").write_text(json.dumps([{"sentence": text, "label": "neutral"}]))
+    (folder / "labels.json").write_text('["neutral", "entailment", "contradiction"]')
+    make = plugins.load("scenario", "text_classification")
+    (task,) = make(seed=0, data_dir=tmp_path, tasks="mnli").tasks
+    text = task.test[0].prompt.removesuffix("\nLabel:")
+    assert text.endswith(asked) and len(text) == 320
+
+
 def test_undecided_labels_are_left_out(sst2: Path) -> None:
     """MNLI marks pairs without consensus by `-`."""
     file = sst2 / "cl_benchmark" / "SC" / "SST-2" / "test.json"

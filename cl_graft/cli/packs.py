@@ -43,12 +43,13 @@ def roles_of(checkpoint: Checkpoint | None) -> dict[str, str]:
 def check_model(file: Path, model: str, data_dir: Path | None) -> None:
     """Raise WrongBase unless a pack is for this model, by name or hub id."""
     from cl_graft.models.load import load
+    from cl_graft.models.spread import named_weights
     from cl_graft.skillpack.format.file import SkillPack, WrongBase, fingerprint
 
-    parameters = dict(load(model, data_dir)[0].named_parameters())
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    loaded = load(model, data_dir)[0]
+    shapes = {name: tuple(p.shape) for name, p in loaded.named_parameters()}
     try:
-        SkillPack.load(file, base=fingerprint(parameters.items()), shapes=shapes)
+        SkillPack.load(file, base=fingerprint(named_weights(loaded)), shapes=shapes)
     except WrongBase as error:
         raise WrongBase(f"model {model!r} is not the base of this pack: {error}") from error
 

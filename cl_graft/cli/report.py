@@ -21,6 +21,19 @@ def report(
         Path | None,
         typer.Option(help="Folder for the page, tables and figures; FOLDER/report if not given."),
     ] = None,
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper",
+            help="Write figures for a paper, too (PDF, SVG, PNG at 300 dpi, one and two columns wide), and LaTeX.",
+        ),
+    ] = False,
+    named: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A strategy to name in the figures of --paper, whatever its rank; may be repeated."
+        ),
+    ] = None,
 ) -> None:
     """A page that opens in a browser, tables (CSV, Markdown, LaTeX) and figures of all cells in the folders."""
     if json_:
@@ -28,7 +41,7 @@ def report(
 
         typer.echo(json.dumps(gather(folders, told), indent=1))
     else:
-        write_report(folders, to or folders[0] / "report")
+        write_report(folders, to or folders[0] / "report", named or ([] if paper else None))
 
 
 def compare(

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from cl_graft.task import Scenario
 
 
-def report(folders: list[Path], target: Path) -> None:
+def report(folders: list[Path], target: Path, named: list[str] | None = None) -> None:
+    """Print the tables of all cells and write their report; figures for a paper, too, where `named` is a list: of
+    strategies to name in them."""
     from cl_graft.cli.progress import interruptible
-    from cl_graft.report import find, write
+    from cl_graft.report import find, paper, write
     from cl_graft.report.orders import over_orders
     from cl_graft.report.overview import overview
+    from cl_graft.report.paper import chosen
     from cl_graft.report.significance import reader
     from cl_graft.report.tables import matrices, ranking
 
@@ -27,17 +30,22 @@ def report(folders: list[Path], target: Path) -> None:
         with interruptible():
             known = find(folders, told)
             cells = [f.cell for f in known]
+            chosen.check(cells, named or [])
             tested, rankings = reader(), ranking(cells)
             several = [overview(known, tested)] if len(rankings) > 1 else []
             several += over_orders(cells).values()
             print_tables([*matrices(cells), *several, *rankings])
             index = write(known, target, tested)
+            if named is not None:
+                paper.write(known, target / "paper", tested, named)
     except OSError as error:
         raise CLGraftError(
             f"{target} cannot be written ({error.strerror or error}); free space or copy the results elsewhere."
         ) from error
     typer.echo(f"the page: {index}")
     typer.echo(f"tables (CSV, Markdown, LaTeX), figures (PNG, SVG) and provenance: {target}")
+    if named is not None:
+        typer.echo(f"for a paper (PDF, SVG, PNG; LaTeX): {target / 'paper'}")
 
 
 def print_data(scenarios: Iterable[Scenario]) -> None:

@@ -72,15 +72,14 @@ def tasks(
     training: Training,
     characters: int | None,
     prompts: Prompts = "plain",
-    whole: bool = True,
 ) -> tuple[Task, ...]:
     """Tasks of these names, in this order, answered by the likeliest label. Raises DataError.
 
-    characters: length to which texts are cut. whole: cut a text at its start where its question is at the end.
+    characters: length to which texts are cut: at their end, or at their start where a question is at the end.
     """
 
     def task(name: str) -> Task:
-        found = read(name, data_dir, characters, prompts, whole)
+        found = read(name, data_dir, characters, prompts)
         return Task(
             name,
             sample(found.train, train_size, f"train/{seed}/{name}"),
@@ -94,9 +93,7 @@ def tasks(
     return tuple(task(name) for name in names)
 
 
-def read(
-    name: str, data_dir: Path | None, characters: int | None, prompts: Prompts, whole: bool
-) -> Parts:
+def read(name: str, data_dir: Path | None, characters: int | None, prompts: Prompts) -> Parts:
     """All examples of a task, and what was left out of them. Raises DataError."""
     source = SOURCES[name]
     notes: list[str] = []
@@ -106,7 +103,7 @@ def read(
         options, train, test, notes = _files(name, source, data_dir)
 
     choices = tuple(f" {option}" for option in options)
-    cut = -characters if characters and whole and source.last else characters
+    cut = -characters if characters and source.last else characters
 
     def made(row: Row) -> Example:
         return Example(

@@ -25,6 +25,7 @@ from torch.nn.functional import kl_div
 from cl_graft.evaluation import generate
 from cl_graft.evaluation.generate import BATCH, left_padded
 from cl_graft.models import text
+from cl_graft.models.spread import device_of
 from cl_graft.models.text import encode
 from cl_graft.store.digests import code_digest, digest, place, versions, vocabulary
 from cl_graft.store.files import read_lines, write_lines
@@ -194,9 +195,9 @@ def _logits(model: Any, tokenizer: Any, rows: Sequence[Row]) -> Tensor:
     ids, mask = left_padded([head + tail for head, tail in rows], tokenizer.pad_token_id)
     keep = max(len(tail) for _, tail in rows) + 1
     logits = model(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(model.device),
+        input_ids=ids.to(device_of(model)),
+        attention_mask=mask.to(device_of(model)),
+        position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(device_of(model)),
         logits_to_keep=keep,
     ).logits[:, -keep:-1]
     return torch.cat([own[-len(tail) :] for own, (_, tail) in zip(logits, rows, strict=True)])

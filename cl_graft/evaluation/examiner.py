@@ -12,6 +12,7 @@ from typing import Any
 from cl_graft.evaluation.engine import Engine
 from cl_graft.evaluation.outcomes import Outcomes, Results
 from cl_graft.evaluation.scorers import Examinee, compared, score
+from cl_graft.models.spread import named_weights
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.skillpack.live import attach, ensemble
 from cl_graft.skillpack.live.grafted import Grafted
@@ -153,7 +154,7 @@ class Examiner:
         name = tuple(group.names)
         if name not in self._weights:
             self.grafted.activate(group.packs)
-            self._weights[name] = fingerprint(self.grafted.model.named_parameters())
+            self._weights[name] = fingerprint(named_weights(self.grafted.model))
         return self._weights[name]
 
     def together(self, group: Group) -> AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cl_graft.evaluation.generate import BATCH
+from cl_graft.models.spread import device_of
 from cl_graft.models.text import encode_prompts
 from cl_graft.skillpack.compress.text import padded
 
@@ -37,7 +38,7 @@ class Features:
         rows = encode_prompts(self.tokenizer, prompts)
         # on the right, where causal attention never looks
         batch = padded([(row, len(row)) for row in rows], self.tokenizer.pad_token_id)
-        ids, mask = (batch[k].to(self.model.device) for k in ("input_ids", "attention_mask"))
+        ids, mask = (batch[k].to(device_of(self.model)) for k in ("input_ids", "attention_mask"))
         output = self.model(
             input_ids=ids, attention_mask=mask, output_hidden_states=True, logits_to_keep=1
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cl_graft.models.spread import device_of
 from cl_graft.models.text import encode, encode_prompts
 
 if TYPE_CHECKING:
@@ -75,8 +76,8 @@ def answers(
             else {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         )
         output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=ids.to(device_of(model)),
+            attention_mask=mask.to(device_of(model)),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=stops,
@@ -109,7 +110,7 @@ def log_likelihoods(
         chunk = order[start : start + BATCH]
         keep = max(len(rows[i][1]) for i in chunk) + 1
         ids, mask = left_padded([rows[i][0] + rows[i][1] for i in chunk], tokenizer.pad_token_id)
-        ids, mask, width = ids.to(model.device), mask.to(model.device), ids.shape[1]
+        ids, mask, width = ids.to(device_of(model)), mask.to(device_of(model)), ids.shape[1]
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         logits = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep
@@ -141,7 +142,7 @@ def choice_likelihoods(
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
         ids, mask = left_padded([heads[i] for i in chunk], tokenizer.pad_token_id)
-        ids, mask = ids.to(model.device), mask.to(model.device)
+        ids, mask = ids.to(device_of(model)), mask.to(device_of(model))
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         read = model(
             input_ids=ids,
@@ -154,16 +155,18 @@ def choice_likelihoods(
         for tail in tails:
             scores = first[:, tail[0]].clone()
             if len(tail) > 1:
-                given = torch.tensor(tail[:-1], device=model.device).expand(len(chunk), -1)
+                given = torch.tensor(tail[:-1], device=device_of(model)).expand(len(chunk), -1)
                 longer = torch.cat([mask, torch.ones_like(given)], 1)
-                after = positions[:, -1:] + 1 + torch.arange(given.shape[1], device=model.device)
+                after = (
+                    positions[:, -1:] + 1 + torch.arange(given.shape[1], device=device_of(model))
+                )
                 logits = model(
                     input_ids=given,
                     attention_mask=longer,
                     position_ids=after,
                     past_key_values=deepcopy(cache),  # a sliding window cannot be cropped back
                 ).logits
-                wanted = torch.tensor(tail[1:], device=model.device).expand(len(chunk), -1)
+                wanted = torch.tensor(tail[1:], device=device_of(model)).expand(len(chunk), -1)
                 scores += (
                     logits.float().log_softmax(-1).gather(-1, wanted[..., None])[..., 0].sum(1)
                 )

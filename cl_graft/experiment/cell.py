@@ -142,7 +142,7 @@ def _compute(
     from cl_graft.tracking import trackers
 
     torch.set_num_threads(config.threads)
-    model, tokenizer = load(config.model, config.data_dir)
+    model, tokenizer = load(config.model, config.data_dir, config.max_memory or None, config.store)
     roles(model)  # refuses, before anything is computed, a model whose modules cannot be told apart
     set_seed(config.seed)
     strategy = strategy_of(config, scenario, strategy_class, options, model, tokenizer, patient)

@@ -44,7 +44,10 @@ def prepare(
     if not bare:
         _servers(config, scenario)
     _launch(config.launch, scenario)
-    return scenario, *_strategy(config)
+    strategy_class, options = _strategy(config)
+    if config.max_memory or not bare:  # what is free here is of no matter to a plan
+        _spread(config, strategy_class)
+    return scenario, strategy_class, options
 
 
 def check(cells: Iterable[RunConfig]) -> None:
@@ -83,7 +86,9 @@ def check_methods(cells: Sequence[RunConfig], scenarios: Mapping[str, Scenario])
     for config in cells:
         if mirror := mirror_of(config):
             mirror.check()
-        _strategy(config)
+        strategy_class, _ = _strategy(config)
+        if config.max_memory:
+            _spread(config, strategy_class)
     models: dict[Any, PreTrainedModel | None] = {}
     for config in cells:
         named = config.model, config.data_dir
@@ -145,6 +150,27 @@ def _launch(launch: Launch, scenario: Scenario) -> None:
         for half in (task.training, task.training.preference):
             if half:
                 accumulation(half.batch, launch)
+
+
+def _spread(config: RunConfig, strategy_class: type[Strategy]) -> None:
+    """Raises CLGraftError where the model is spread over devices and the method could not train it."""
+    from cl_graft.models import load
+
+    planned = load.device_map(config.model, config.data_dir, config.max_memory or None) or {}
+    devices = {f"GPU {x}" if isinstance(x, int) else str(x) for x in planned.values()}
+    if len(devices) < 2 and "disk" not in devices:
+        return
+    where = ", ".join(sorted(devices))
+    if not config.launch.processes:
+        raise CLGraftError(
+            f"model {config.model!r} is spread over devices ({where}) and cannot train in this process; launch its "
+            "stages (--launch processes=8,zero=3), or give it a device that holds it."
+        )
+    if not strategy_class.trains_by_recipe():
+        raise CLGraftError(
+            f"model {config.model!r} is spread over devices ({where}), and {config.short(config.strategy)} does more "
+            "with its weights than train by the recipe; choose one that does not, as graftllm, or a larger device."
+        )
 
 
 def _strategy(config: RunConfig) -> tuple[type[Strategy], dict[str, Any]]:

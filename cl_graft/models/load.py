@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,15 @@ from cl_graft.models import embedded, published
 from cl_graft.models.weights import CheckpointError, check_folder, weights
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cl_graft.models.dispatch import DeviceMap
 
 # what a model's folder is read for
 FILES = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.bin")
+WEIGHTS = FILES[3:]
+WIDEST = 4  # bytes that a stored byte may take in memory: float32 of eight bits
 
 
 def locate(
@@ -133,38 +139,87 @@ def attention(place: str | Path) -> str | None:
 
 
 def load(
-    name: str, data_dir: Path | None = None
+    name: str,
+    data_dir: Path | None = None,
+    memory: Mapping[str, str] | None = None,
+    scratch: Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (float32 on the CPU, bfloat16 on a GPU) and tokenizer with a padding token.
+    """Model (float32 on the CPU, bfloat16 where there is a GPU) and tokenizer with a padding token.
 
-    Raises as `locate` and `load_tokenizer` do, and CLGraftError for weights that cannot be loaded, that are not all
-    there or are of another model than the config's, or that are no numbers.
+    A model that does not fit one device is spread over all, host memory and the disk (models/spread.py). memory: what
+    its weights may take of each, as `dispatch.device_map`. scratch: folder for what no file holds as it is loaded.
+    Raises as `locate`, `load_tokenizer` and `dispatch.device_map` do, and CLGraftError for weights that cannot be
+    loaded, that are not all there or are of another model than the config's, or that are no numbers.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
+    from cl_graft.models.dispatch import Spill, quiet, require_devices, settle
+
     logging.disable_progress_bar()
+    require_devices(memory or {})
     place = locate(name, data_dir)
     tokenizer = load_tokenizer(name, place)
-    on_gpu = torch.cuda.is_available()
+    if not Path(place).is_dir():
+        try:
+            AutoConfig.from_pretrained(place, trust_remote_code=False)  # fetched, to be looked at
+        except Exception as error:
+            raise _unloadable(f"model {name!r}", error) from error
+    spread, spill = device_map(name, data_dir, memory), None
+    if spread and "disk" in spread.values():
+        spill = Spill(scratch or embedded.cache_root())
     verbosity = logging.get_verbosity()
     try:
         logging.set_verbosity_error()  # what it says of weights that are missing is said below, in one sentence
-        model, info = AutoModelForCausalLM.from_pretrained(
-            place,
-            trust_remote_code=False,
-            dtype=torch.bfloat16 if on_gpu else torch.float32,
-            attn_implementation=attention(place),
-            key_mapping=_renamed(Path(place)),
-            output_loading_info=True,
-        )
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                place,
+                trust_remote_code=False,
+                dtype=dtype_on(torch.cuda.is_available()),
+                attn_implementation=attention(place),
+                key_mapping=_renamed(Path(place)),
+                output_loading_info=True,
+                device_map=spread,
+                offload_folder=str(spill.path) if spill else None,
+            )
     except Exception as error:  # torn weights, no network, ...: each library has errors of its own
         raise _unloadable(f"model {name!r}", error) from error
     finally:
         logging.set_verbosity(verbosity)
+    settle(model, spill)
     _check_loaded(name, model, info)
-    return model.to("cuda" if on_gpu else "cpu"), tokenizer
+    return model if spread else model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def device_map(
+    name: str, data_dir: Path | None = None, memory: Mapping[str, str] | None = None
+) -> DeviceMap | None:
+    """Where the parts of a model go, told before there are any weights; see `dispatch.device_map`.
+
+    None where it fits one device, and for a model of the hub whose configuration is not here yet. Raises as
+    `without_weights`.
+    """
+    import torch
+
+    from cl_graft.models import dispatch
+
+    if memory is None:
+        folder = None if name in embedded.SPECS else folder_of(name)
+        files = [file for kind in WEIGHTS for file in folder.glob(kind)] if folder else []
+        size = WIDEST * sum(file.stat().st_size for file in files)
+        if name in embedded.SPECS or (size and dispatch.fits(size)):
+            return None
+    model = without_weights(name, data_dir)
+    on_gpu = torch.cuda.is_available() or any(device != "cpu" for device in memory or {})
+    return dispatch.device_map(model, dtype_on(on_gpu), memory) if model is not None else None
+
+
+def dtype_on(gpu: bool) -> torch.dtype:
+    """What weights are loaded in."""
+    import torch
+
+    return torch.bfloat16 if gpu else torch.float32
 
 
 def load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
@@ -205,6 +260,8 @@ def _check_loaded(name: str, model: PreTrainedModel, info: dict[str, Any]) -> No
     """Raise CheckpointError where transformers made weights up, left some of the layers out, or read no numbers."""
     import torch
 
+    from cl_graft.models.spread import named_weights
+
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"model {name!r} has no weights for {len(missing)} of its parameters ({missing[0]!r}, ...), which would be "
@@ -216,8 +273,8 @@ def _check_loaded(name: str, model: PreTrainedModel, info: dict[str, Any]) -> No
             f"model {name!r} has weights of more layers than its config.json counts ({over[0]!r}, ...), which would "
             "be left out; give it the config.json that belongs to its weights."
         )
-    for key, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+    for key, weight in named_weights(model):
+        if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(
                 f"{key!r} of model {name!r} holds NaN or Inf; give a checkpoint from before its training diverged."
             )

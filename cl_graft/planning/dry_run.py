@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_graft.config import RunConfig
 from cl_graft.errors import CLGraftError, first_line
+from cl_graft.models.spread import named_weights
 from cl_graft.planning import cost
 from cl_graft.planning.memory import Job, Memory, estimate, of_terms
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
@@ -135,7 +136,7 @@ class DryRun:
         asked = (list(rows), asdict(job), told, origin, frozen)
         key, state = f"{self.chain} > {digest(*asked)}", "to run"
         if self.exact:
-            start = fingerprint(model.named_parameters())
+            start = fingerprint(named_weights(model))
             key = stage_key(start, tokenizer, rows, job, terms, origin, frozen)
             folder = self.stages.folder / "stages" / key
             state = "cached" if (folder / MARKER).is_file() else "to run"
@@ -155,7 +156,7 @@ class DryRun:
     ) -> Sampled:
         """The pairs that were sampled before, or as many as can be, each with the longest answers there may be."""
         if self.exact:
-            start = fingerprint(model.named_parameters())
+            start = fingerprint(named_weights(model))
             if self.stages.pairs_file(start, tokenizer, task, half, seed).is_file():
                 known = self.stages.pairs(model, tokenizer, task, half, seed, allow)
                 if not known.pairs:  # so SFT was the last stage

@@ -110,7 +110,7 @@ def table(cells: Sequence[Cell]) -> list[Table]:
             tuple((*line.who, *_row(line, spec), line.errors) for line in lines)
             for spec in (".3f", ".6f")
         )
-        note = " ".join([NOTE, *(told for what in LOST if (told := _told(lines, what)))])
+        note = " ".join([NOTE, *(told for what in LOST if (told := correlated(lines, what)))])
         parts = tuple(line.part for line in lines)
         tables.append(Table(f"KL to the base: {title}", columns, rows, note, exact, parts))
     return tables
@@ -188,8 +188,8 @@ def _rho(found: Sequence[Point], within: bool) -> float:
     return float(np.mean(known)) if known else math.nan
 
 
-def _told(lines: Sequence[Line], what: str) -> str:
-    """The correlations of those that are not told the task and of those that are, as a sentence; empty without any."""
+def correlated(lines: Sequence[Line], what: str) -> str:
+    """Sentence with the correlations of those that are not told the task and of those that are; empty without any."""
     parts = []
     for told in (False, True):
         some = [line for line in lines if (line.protocol == GIVEN) == told]
@@ -241,7 +241,7 @@ def kl_vs_forgetting(cells: Sequence[Cell]) -> Figure:
     place: Any = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "labelspacing": 0.7}
     panels[-1].legend(handles=handles, **place)
     figure.suptitle(wrap(title, int(14 * size[0])))
-    notes = ["A point: a seed after a task.", *(_told(lines, what) for what in found)]
+    notes = ["A point: a seed after a task.", *(correlated(lines, what) for what in found)]
     hidden = [line.name for line in lines if line not in shown]
     notes += [f"Not shown: {', '.join(hidden)} (unmeasured)."] if hidden else []
     text = textwrap.fill(" ".join(filter(None, notes)), int(17.5 * size[0]))
@@ -254,12 +254,16 @@ def _panel(ax: Axes, what: str, found: Sequence[Point], looks: Mapping[str, Any]
         mine = [p for p in found if p.label == name]
         look = looks[name] | {"linestyle": "none", "markersize": 5}
         ax.plot([p.kl for p in mine], [100.0 * p.lost for p in mine], **look)
-    least, most = min(p.kl for p in found), max(p.kl for p in found)
-    if least > 0 and most > WIDE * least:
-        ax.set_xscale("log")
-        log_ticks(ax)
+    spread(ax, [p.kl for p in found])
     roomy(ax)
     ax.grid()
     ax.set_xlabel("KL(base || tuned) on the new task, nats a token")
     since = "since learned" if what == EARLIER else "since the base"
     ax.set_ylabel(f"lost by {what} {since}, points")
+
+
+def spread(ax: Axes, kl: Sequence[float]) -> None:
+    """Make the axis of KL a logarithm where it is wide enough for one."""
+    if min(kl) > 0 and max(kl) > WIDE * min(kl):
+        ax.set_xscale("log")
+        log_ticks(ax)

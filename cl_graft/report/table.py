@@ -84,26 +84,26 @@ class Table:
         wide = sum(max(map(len, column)) + 3 for column in zip(*grid, strict=True)) > PAGE
         head, body = self._tex_row(self.columns), list[str]()
         for part, rows in self.sections():
-            span = rf"\multicolumn{{{len(self.columns)}}}{{l}}{{\emph{{{_tex(part)}}}}} \\"
+            span = rf"\multicolumn{{{len(self.columns)}}}{{l}}{{\emph{{{tex(part)}}}}} \\"
             body += [*([r"\midrule"] if body else []), *([span] if part else [])]
             body += map(self._tex_row, rows)
         lines = [
             "% needs \\usepackage{booktabs,graphicx}",
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{_tex(self.title)}}}",
+            rf"\caption{{{tex(self.title)}}}",
             *([r"\resizebox{\textwidth}{!}{%"] if wide else []),
             rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
             *(r"\toprule", head, r"\midrule", *body, r"\bottomrule"),
             r"\end{tabular}" + ("}" if wide else ""),
-            *([rf"\par\smallskip\footnotesize {_tex(self.note)}"] if self.note else []),
+            *([rf"\par\smallskip\footnotesize {tex(self.note)}"] if self.note else []),
             r"\end{table}",
         ]
         return "\n".join(lines) + "\n"
 
     @staticmethod
     def _tex_row(row: tuple[str, ...]) -> str:
-        return " & ".join(map(_tex, row)) + r" \\"
+        return " & ".join(map(tex, row)) + r" \\"
 
     def write(self, stem: Path) -> list[Path]:
         """STEM.md, STEM.csv and STEM.tex, each whole or not at all."""
@@ -188,7 +188,7 @@ _TEX = str.maketrans(
 )
 
 
-def _tex(text: str) -> str:
+def tex(text: str) -> str:
     """Escaped; a number's minus is one, and a cell that starts with a bracket does not end a row's argument."""
     text = re.sub(r"(?<![\w-])-(?=\d)", "−", text).translate(_TEX)
     return "{}" + text if text.startswith("[") else text

@@ -75,5 +75,6 @@ class arrow(PackRouter):
 def _add(sums: Tensor, mask: Tensor, rows: list[Tensor], module: Any, given: Any) -> None:
     """Add to sums (prompts, tasks) the norm of each task's rows times the layer's input, over the prompt's tokens."""
     if given[0].shape[:-1] == mask.shape:  # not the head, of the last token alone, nor an expert
-        x = normalize(given[0].float(), dim=-1) * mask[..., None]
-        sums += torch.stack([(x @ each.T).norm(dim=-1).sum(1) for each in rows], 1)
+        x = given[0].to(rows[0].device)  # where the layer runs, of a model that is spread
+        x = normalize(x.float(), dim=-1) * mask[..., None].to(x.device)
+        sums += torch.stack([(x @ each.T).norm(dim=-1).sum(1) for each in rows], 1).to(sums.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cl_graft.errors import CLGraftError
 from cl_graft.evaluation.features import Features
+from cl_graft.models.spread import device_of, offloaded
 from cl_graft.models.text import encode_prompts
 from cl_graft.skillpack.compress.text import padded
 from cl_graft.skillpack.format.file import SkillPack
@@ -87,7 +88,7 @@ class View:
         """Prompts of about a length: their indices, and input_ids and attention_mask, int64 (prompts, tokens)."""
         rows = encode_prompts(self.tokenizer, prompts)
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-        device = next(self.grafted.model.parameters()).device
+        device = device_of(self.grafted.model)
         self.grafted.model.eval()
         for first in range(0, len(order), BATCH):
             chunk = order[first : first + BATCH]
@@ -96,7 +97,8 @@ class View:
 
     def delta(self, task: int, name: str, layer: Any) -> Tensor:
         """What the task's packs add to the layer's weight of that name, float32 in its shape."""
-        total = torch.zeros_like(layer.weight, dtype=torch.float32)
+        device = offloaded(self.grafted.model).device(name, layer.weight)
+        total = torch.zeros(layer.weight.shape, device=device)
         for pack in self.packs[task]:
             if name in pack.tensors:
                 total += pack.delta(name).to(total.device)

@@ -37,6 +37,7 @@ from cl_graft.evaluation.examiner import Answered, Examiner, Group
 from cl_graft.evaluation.features import Features
 from cl_graft.evaluation.outcomes import Outcomes
 from cl_graft.evaluation.scorers import Scored
+from cl_graft.models import spread
 from cl_graft.models.roles import ROLES, Role, untouched
 from cl_graft.routing.base import BaseRouter, Choice
 from cl_graft.skillpack.format.file import SkillPack
@@ -127,10 +128,10 @@ class Strategy(Hooks):
     ):
         check_plugins(plugins)
         self.keeps = self.keeps_by(options)
-        super().__init__(model=model, device=model.device, plugins=list(plugins))
+        super().__init__(model=model, device=spread.device_of(model), plugins=list(plugins))
         self.tokenizer, self.scenario, self.budget = tokenizer, scenario, budget
         self.seed, self.options, self.allow_code = seed, dict(options), allow_code
-        self.base = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.base = spread.copies(model)
         self.grafted = Grafted(model, self.base)
         self.packs: list[SkillPack] = []
         self.shared: dict[str, SkillPack] = {}
@@ -169,7 +170,7 @@ class Strategy(Hooks):
         longest = max(self.scenario.tasks, key=lambda task: len(task.name))  # its header is, too
         context = self.context(longest)
         if self.budgeted:
-            require_one_weight(context, self.base)
+            require_one_weight(context)
             if self.router is not None:
                 route.require_fit(context, self.router)
         self.check(context, **self.options)
@@ -262,6 +263,12 @@ class Strategy(Hooks):
         """
         return {}
 
+    @classmethod
+    def trains_by_recipe(cls) -> bool:
+        """Whether the method trains by the tasks' recipes and nothing else, and sees the outcome as a delta."""
+        pure = getattr(cls.learn, "pure", False)
+        return pure and (cls.teach, cls.fine_tune) == (Strategy.teach, Strategy.fine_tune)
+
     @cached_property
     def origin(self) -> str:
         """What tells this method's training from others' that start alike: the digest of its file and options.
@@ -271,8 +278,7 @@ class Strategy(Hooks):
         training with itself alone.
         """
         kind = type(self)
-        pure = getattr(kind.learn, "pure", False)
-        if pure and (kind.teach, kind.fine_tune) == (Strategy.teach, Strategy.fine_tune):
+        if kind.trains_by_recipe():
             return ""
         file = Path(inspect.getfile(kind))
         return digest(plugins.sources_of(file), kind.__qualname__, self.options)
@@ -363,12 +369,12 @@ class Strategy(Hooks):
         self.grafted.activate(self.before_learning())
         start = self.base
         if self.grafted.active and self.keeps != "latest":
-            start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            start = spread.copies(self.model)
         return Context(
             model=self.model,
             tokenizer=self.tokenizer,
             task=task,
-            start=start,
+            start=spread.near(start, self.model),
             budget=replace(
                 self.budget,
                 less=spoken_for(self.held, self.shared, self.keeps == "latest", self.budget),
@@ -400,7 +406,5 @@ class Strategy(Hooks):
 
     def restore_base(self) -> None:
         """Put the base's weights back into the model, bit for bit; no pack is active."""
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(self.base[name])
+        spread.write(self.model, self.base.__getitem__)
         self.grafted.unload()

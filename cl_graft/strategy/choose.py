@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cl_graft.models.spread import copies, write
 from cl_graft.skillpack.codecs import Encoded, decode, exact, original
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.composed import compose
@@ -86,16 +88,17 @@ def kept_loss(context: Context, tensors: Mapping[str, Encoded]) -> float:
 
     The model holds the same weights afterwards as before.
     """
-    model, held = context.model, {}
-    for name, parameter in model.named_parameters():
-        held[name] = parameter.detach().clone()
-        parameter.copy_(context.start[name])
-        if name in tensors:
-            parameter.add_(decode(tensors[name]).to(parameter))
+    model = context.model
+    held = copies(model)
+    write(model, partial(_with, context.start, tensors))
     training = model.training
     model.eval()
     losses = [model(**batch).loss.item() for batch in context.validation(SIZE)]
     model.train(training)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(held[name])
+    write(model, held.__getitem__)
     return sum(losses) / len(losses)
+
+
+def _with(start: Mapping[str, Tensor], tensors: Mapping[str, Encoded], name: str) -> Tensor:
+    weight = start[name]
+    return weight + decode(tensors[name]).to(weight) if name in tensors else weight

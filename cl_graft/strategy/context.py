@@ -16,6 +16,7 @@ from torch import Tensor
 from cl_graft.budget import Budget, largest_within
 from cl_graft.errors import OverBudget
 from cl_graft.models.roles import Role, roles
+from cl_graft.models.spread import device_of, is_spread, shapes_of
 from cl_graft.models.text import encode
 from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse, weight_bits
 from cl_graft.skillpack.compress.calibrate import Moments, moments
@@ -60,7 +61,7 @@ def batch_of(
     """input_ids, attention_mask and labels (int64, examples x length), on the model's device."""
     texts = [encode(tokenizer, e.prompt, e.completion, task.training.max_length) for e in examples]
     batch = padded([(h + t, len(h)) for h, t in texts], tokenizer.pad_token_id)
-    return {key: value.to(model.device) for key, value in batch.items()}
+    return {key: value.to(device_of(model)) for key, value in batch.items()}
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Context:
     def delta(self, stage: Path) -> Delta:
         """Tuned minus start of all that is touched, read tensor by tensor from the folder of a finished stage."""
         start = {name: x for name, x in self.start.items() if name not in self.frozen}
-        return Delta(stage, start, self.model.device)
+        return Delta(stage, start, device_of(self.model))
 
     def cost(self, tensors: Mapping[str, Encoded]) -> int:
         """Bytes these encoded tensors take by the budget's convention (see Budget)."""
@@ -103,7 +104,7 @@ class Context:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{parameter name: shape}; known before there are any weights."""
-        return {name: tuple(weight.shape) for name, weight in self.start.items()}
+        return shapes_of(self.start)
 
     def seed_of(self, name: str) -> int:
         """48 bits of the run's seed and a parameter's name, for what is drawn at random parameter by parameter."""
@@ -173,4 +174,9 @@ class Context:
     def moments(self, batches: int = 8, size: int = 32, gradients: bool = True) -> Moments:
         """Second moments of the layers' inputs and output gradients on the task's training text."""
         source = self.batches(size, seed=1)
-        return moments(self.model, [next(source) for _ in range(batches)], gradients)
+        found = moments(self.model, [next(source) for _ in range(batches)], gradients)
+        if is_spread(self.model):  # layers are on several devices, and the delta on one
+            device = device_of(self.model)
+            found.inputs = {name: x.to(device) for name, x in found.inputs.items()}
+            found.outputs = {name: x.to(device) for name, x in found.outputs.items()}
+        return found

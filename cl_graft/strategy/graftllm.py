@@ -21,6 +21,7 @@ from cl_graft.budget import largest
 from cl_graft.errors import OverBudget
 from cl_graft.models.experts import stacked
 from cl_graft.models.roles import tied_head
+from cl_graft.models.spread import device_of
 from cl_graft.ranges import Count, NotNegative, Part, Share
 from cl_graft.skillpack.codecs import Encoded, Spec, dense_spec
 from cl_graft.skillpack.compress.calibrate import stored_transposed
@@ -126,7 +127,7 @@ def packed(
         policy,
         limit_of(context),
         store,
-        device=context.model.device,
+        device=device_of(context.model),
         progress=lambda what, done: context.progress(done),
     )
     return {name: fetch(store, name) for name in specs}

@@ -11,6 +11,7 @@ import torch
 
 from cl_graft.evaluation.examiner import Answered, key
 from cl_graft.evaluation.scorers import Scored
+from cl_graft.models.spread import unwritten
 from cl_graft.skillpack.compress.memory import release
 from cl_graft.strategy.kept import as_kept, finite_only, require_name, require_touched, watched
 from cl_graft.strategy.storage import require_fit
@@ -42,7 +43,7 @@ class Hooks(BaseTemplate):
         begun, trained, self._training_wall = perf_counter(), self.log.seconds, 0.0
         torch.manual_seed(self.seed + len(self.packs))
         whose = f"{type(self).__name__} in task {task.name!r}"
-        with counted() as steps, watched(self.model, whose):
+        with counted() as steps, watched(self.model, whose), unwritten(self.model, whose):
             learned = self.turn(task)(task, context, **self.options)
         # no stage: up to its last step, the method trained in a loop of its own
         if not self._training_wall:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cl_graft.errors import AuthorMistake, CLGraftError, Diverged, first_line
+from cl_graft.models.spread import named_weights
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.codecs.encoded import finite
 from cl_graft.strategy.context import Context
@@ -43,8 +44,8 @@ def watched(model: nn.Module, whose: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:
-        for name, parameter in model.named_parameters():
-            if not torch.isfinite(parameter).all():
+        for name, weight in named_weights(model):
+            if not torch.isfinite(weight).all():
                 raise Diverged(
                     f"{whose} diverged: its training left NaN or Inf in {name}; lower the learning rate."
                 ) from error

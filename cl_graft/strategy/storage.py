@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 
 import torch
-from torch import Tensor
 
 from cl_graft.budget import Budget
 from cl_graft.errors import OverBudget
@@ -38,10 +38,10 @@ def require_fit(packs: Sequence[SkillPack], shared: Shared, newest: bool, budget
         )
 
 
-def require_one_weight(context: Context, base: Mapping[str, Tensor]) -> None:
+def require_one_weight(context: Context) -> None:
     """Raises OverBudget where not even one weight of the base and a pack's header fit."""
-    name, smallest = min(base.items(), key=lambda item: item[1].numel())
-    first = torch.arange(smallest.numel()).view(smallest.shape) == 0
+    name, shape = min(context.shapes.items(), key=lambda item: prod(item[1]))
+    first = torch.arange(prod(shape)).view(shape) == 0
     budget = context.budget
     if context.cost({name: sparse(first.float(), first)}) > budget.bytes:
         raise OverBudget(

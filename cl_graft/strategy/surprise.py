@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from cl_graft.models.spread import device_of
 from cl_graft.strategy.memory import some, tokens
 from cl_graft.training.config import Row
 
@@ -28,7 +29,7 @@ def surprise(
     Of a pair the chosen answer. Dropout is off; `size` rows are computed at a time. A model without weights, as
     `cl-graft plan` has, is surprised by nothing.
     """
-    if model.device.type == "meta":
+    if device_of(model).type == "meta":
         return [0.0] * len(rows)
     texts = [
         {"prompt": r["prompt"], "completion": r.get("completion", r.get("chosen", ""))}
@@ -39,7 +40,7 @@ def surprise(
     found: list[float] = []
     for start in range(0, len(rows), size):
         batch = some(everything, range(start, min(start + size, len(rows))))
-        batch = {name: x.to(model.device) for name, x in batch.items()}
+        batch = {name: x.to(device_of(model)) for name, x in batch.items()}
         ids, mask = batch["input_ids"], batch["attention_mask"]
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         losses = functional.cross_entropy(

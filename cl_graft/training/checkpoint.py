@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cl_graft.models import spread
 from cl_graft.skillpack.folders.checkpoint import Checkpoint, write_weights
 
 if TYPE_CHECKING:
@@ -99,12 +100,18 @@ def save_start(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     plain.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     tensors = {
-        name.replace(".base_layer.", "."): p.detach()
+        name.replace(".base_layer.", "."): (name, p)
         for name, p in plain.named_parameters()
         if ".lora_" not in name
     }
-    specs = {n: (x.dtype, tuple(x.shape)) for n, x in tensors.items()}
-    write_weights(folder, specs, lambda name: tensors[name].cpu())
+    specs = {name: (p.dtype, tuple(p.shape)) for name, (_, p) in tensors.items()}
+    held = spread.offloaded(plain)
+
+    def fetch(name: str) -> Tensor:
+        own, parameter = tensors[name]
+        return held.get(own, parameter).detach().to("cpu", parameter.dtype)
+
+    write_weights(folder, specs, fetch)
 
 
 def load_start(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -133,6 +140,4 @@ def load_into(model: Any, folder: Path) -> None:
 
         set_peft_model_state_dict(model, load_file(folder / ADAPTER))
         return
-    tuned = Checkpoint(folder)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tuned.read(name))
+    spread.write(model, Checkpoint(folder).read)

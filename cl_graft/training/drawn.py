@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cl_graft.evaluation import generate
 from cl_graft.evaluation.generate import Answer
 from cl_graft.models import text
+from cl_graft.models.spread import device_of, named_weights
 from cl_graft.skillpack.format.file import fingerprint
 from cl_graft.store.digests import code_digest, digest, place, versions, vocabulary
 from cl_graft.training.stages import Stages
@@ -31,10 +32,10 @@ def drawn(
 
     top_k: as of `answers` in evaluation/generate.py.
     """
-    if model.device.type == "meta":  # of a plan
+    if device_of(model).type == "meta":  # of a plan
         return []
     asked = [list(prompts), max_new_tokens, seed, top_k]
-    start, code = fingerprint(model.named_parameters()), code_digest(generate, text)
+    start, code = fingerprint(named_weights(model)), code_digest(generate, text)
     key = digest(start, vocabulary(tokenizer), asked, place(), code, versions())
 
     def make() -> tuple[dict, list[dict]]:

@@ -24,6 +24,7 @@ import torch
 from cl_graft.config import Launch
 from cl_graft.errors import CLGraftError, Diverged
 from cl_graft.models.embedded import cache_root
+from cl_graft.models.spread import in_host_memory
 from cl_graft.processes import signal_name
 from cl_graft.store.files import RecordError, read_jsonl, write_json
 from cl_graft.store.locks import locked
@@ -98,13 +99,9 @@ def launched(
     }
     write_json(work / "job.json", job)
     build_extensions(environment)
-    device = next(model.parameters()).device
-    model.to("cpu")
-    try:
-        ear = Ear(work, launch.processes if launch.hostfile else 0)
+    ear = Ear(work, launch.processes if launch.hostfile else 0)
+    with in_host_memory(model):
         _wait(work, command(launch, work), environment, token, config.steps, progress, ear)
-    finally:
-        model.to(device)
 
 
 def check(launch: Launch) -> None:

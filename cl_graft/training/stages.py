@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from cl_graft.evaluation import generate
 from cl_graft.evaluation.scorers import base, described
 from cl_graft.models import pairs as own_pairs
 from cl_graft.models import text
+from cl_graft.models.spread import named_weights, offloaded
 from cl_graft.skillpack import rounding
 from cl_graft.skillpack.folders.checkpoint import CheckpointError, new_folder
 from cl_graft.skillpack.format.file import fingerprint
@@ -125,7 +127,7 @@ class Stages:
         Diverged for training whose loss, gradients or weights are no finite numbers: no stage is left then.
         """
         term.check({t.kind for t in terms}, self.launch, ", ".join(t.name for t in terms))
-        start = fingerprint(model.named_parameters())
+        start = fingerprint(named_weights(model))
         kept = checkpoint.frozen(model)
         key = stage_key(start, tokenizer, rows, job, terms, origin, kept)
         target, begun = self.folder / "stages" / key, perf_counter()
@@ -181,7 +183,7 @@ class Stages:
             "rows": rows,
             "lines": len(list(read_jsonl(building / fit.LOG))),
             "tokens": read_json(work / fit.TOKENS),
-            "weights": fingerprint(model.named_parameters()),
+            "weights": fingerprint(named_weights(model)),
             "launch": self.launch.model_dump(mode="json"),
             "made_by": {"code": training_code(), **versions()},
         }
@@ -203,7 +205,7 @@ class Stages:
         allow_code: bool,
     ) -> preferences.Sampled:
         """The model's own preference pairs for the task, sampled now or recalled."""
-        start = fingerprint(model.named_parameters())
+        start = fingerprint(named_weights(model))
         file = self.pairs_file(start, tokenizer, task, half, seed)
 
         def make() -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -264,8 +266,8 @@ def _none_diverged(work: Path) -> Iterator[None]:
 
 def _require_finite(model: nn.Module, job: StageConfig) -> None:
     """Raises Diverged for weights that the last step made: the loss has not seen them."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+    for name, weight in named_weights(model):
+        if not torch.isfinite(weight).all():
             raise Diverged(
                 f"it diverged in step {job.steps} of {job.steps} ({name} holds NaN or Inf) at a learning rate of "
                 f"{job.learning_rate:g}, so the stage is not kept; lower the learning rate."
@@ -368,6 +370,15 @@ def in_full_precision(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        held = offloaded(model)
         for name, parameter, dtype in narrow:
             seed = rounding.seed_of([], name)
-            parameter.data = rounding.summed(parameter.data, dtype, seed)
+            if name in held:
+                held.put(name, partial(_rounded, held.reader(name), dtype, seed))
+                parameter.data = parameter.data.to(dtype)
+            else:
+                parameter.data = rounding.summed(parameter.data, dtype, seed)
+
+
+def _rounded(read: Callable[[], torch.Tensor], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return rounding.summed(read().float(), dtype, seed)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from cl_graft.models.spread import device_of
 from cl_graft.models.text import encode_all
 from cl_graft.task import Task
 from cl_graft.training.term import Term
@@ -152,7 +153,7 @@ def translated(
 def itself(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> Taught:
     """The target as a teacher of itself, with the weights that it has now."""
     pairs = [(e.prompt, e.completion) for e in task.train]
-    if model.device.type == "meta":  # of a plan: shapes alone are known
+    if device_of(model).type == "meta":  # of a plan: shapes alone are known
         answers = answers_of(tokenizer, task)
         blank = [(torch.zeros(len(a), COUNT).int(), torch.zeros(len(a), COUNT)) for a in answers]
         return Taught("itself", blank, [0.0] * len(answers))

@@ -26,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cl_graft.evaluation.generate import BATCH, left_padded
+from cl_graft.models.spread import device_of
 from cl_graft.models.text import encode_all
 from cl_graft.store.files import RecordError, write_bytes
 from cl_graft.transfer.align import texts
@@ -86,7 +87,7 @@ def say(
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         given_ids = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         keep = max(len(encoded[i][1]) for i in chunk) + 1
-        on_device = {name: x.to(model.device) for name, x in given_ids.items()}
+        on_device = {name: x.to(device_of(model)) for name, x in given_ids.items()}
         logits = model(**on_device, logits_to_keep=keep).logits[:, -keep:-1].float()
         logits = logits[..., : len(tokenizer)]  # of a padded vocabulary the rest is no token
         logs = logits.log_softmax(-1)

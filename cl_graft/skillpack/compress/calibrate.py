@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from cl_graft.models.experts import routed, transposed_stacks
+from cl_graft.models.spread import rereading
 from cl_graft.skillpack.compress.routed import experts_apart
 from cl_graft.skillpack.compress.sums import Sums, is_linear, mean, text_of
 
@@ -123,7 +124,7 @@ def forward(model: nn.Module, batch: Batch) -> None:
 def backward(model: nn.Module, batch: Batch) -> None:
     """Backward pass of the summed loss, so that no token's gradient depends on how many there are in the batch."""
     with torch.enable_grad():
-        with _products(model):
+        with _products(model), rereading(model):
             loss = model(**batch, use_cache=False).loss
         (loss * (batch["labels"][:, 1:] != -100).sum()).backward()
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from cl_graft.models.experts import first_matrix, routed
+from cl_graft.models.spread import in_place
 from cl_graft.skillpack.compress.sums import Expert, Sums
 
 
@@ -67,16 +68,17 @@ def _forward(
         return y
 
     out = torch.zeros_like(hidden)
-    for number in index.unique().tolist():
-        if number >= experts:  # no expert
-            continue
-        token, place = torch.where(index == number)
-        x = product(hidden[token], first_matrix(module), number, token)
-        x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-        x = product(x, "down_proj", number, token)
-        if getattr(module, "has_post_expert_norm", False):
-            x = module.post_expert_norm(x)
-        out.index_add_(0, token, (x * weights[token, place, None]).to(out.dtype))
+    with in_place(module):
+        for number in index.unique().tolist():
+            if number >= experts:  # no expert
+                continue
+            token, place = torch.where(index == number)
+            x = product(hidden[token], first_matrix(module), number, token)
+            x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+            x = product(x, "down_proj", number, token)
+            if getattr(module, "has_post_expert_norm", False):
+                x = module.post_expert_norm(x)
+            out.index_add_(0, token, (x * weights[token, place, None]).to(out.dtype))
     return out
 
 

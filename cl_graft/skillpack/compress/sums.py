@@ -75,8 +75,12 @@ class Sums:
             self.inputs[name] = _add_gram(self.inputs.get(name), rows)
 
     def _kept(self, rows: Tensor) -> Tensor:
-        keep = self.text.keep
+        keep = self._keep(rows.device)
         return rows if keep is None or len(rows) != len(keep) else rows[keep]
+
+    def _keep(self, device: torch.device) -> Tensor | None:
+        """`text.keep` where a layer runs: layers of a spread model run on several devices."""
+        return None if self.text.keep is None else self.text.keep.to(device)
 
     def _count(self, name: str, rows: Tensor, of: int) -> None:
         counts = torch.bincount(rows, minlength=of)
@@ -101,14 +105,15 @@ class Sums:
         """Add what an expert's matrix reads, (n, in)."""
         name, experts = expert.stack, expert.experts
         if self.wanted(name):
-            x = x.detach() if self.text.keep is None else x.detach()[self.text.keep[expert.token]]
+            keep = self._keep(x.device)
+            x = x.detach() if keep is None else x.detach()[keep[expert.token]]
             if name not in self.inputs:
                 self.inputs[name] = x.new_zeros(experts, *2 * x.shape[1:], dtype=torch.float32)
             _add_gram(self.inputs[name][expert.number], x)
 
     def wrote_by(self, expert: Expert, gradient: Tensor) -> None:
         """Add the gradient at what an expert writes, (n, out)."""
-        name, keep = expert.stack, self.text.keep
+        name, keep = expert.stack, self._keep(gradient.device)
         tokens = len(expert.token) if keep is None else keep[expert.token].sum()
         squares = gradient.detach().float().square().sum(0)
         if name not in self.outputs:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from cl_graft.models.spread import named_weights, offloaded
 from cl_graft.skillpack import rounding
 from cl_graft.skillpack.codecs import is_factored, is_scattered
 from cl_graft.skillpack.format.file import SkillPack, fingerprint
@@ -27,6 +28,7 @@ from cl_graft.skillpack.live.attachment_points import (
 from cl_graft.skillpack.live.decode import Entries, Factors, Rows
 from cl_graft.skillpack.live.grafted import Change, changes, check_deltas, check_packs, put, seed_of
 
+Held = list[Factors | Entries | Rows]
 Choice = tuple[int, ...]
 Choices = int | None | Choice | list[int | None | Choice]
 
@@ -50,7 +52,8 @@ class Attached:
     ):
         self.model, self.packs = model, tuple(packs)
         self._parameters = dict(model.named_parameters())
-        base = fingerprint(self._parameters.items())
+        self._away = offloaded(model)
+        base = fingerprint(named_weights(model))
         shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
         check_packs(self.packs, base, shapes)
         check_deltas(self.packs)
@@ -58,7 +61,7 @@ class Attached:
         points = find_attachment_points(model, touched, example) if touched else []
         linear = {name for point in points for name in point.linear}
         self._held = [
-            {n: held for n in q.tensors if (held := _hold(q, n, touched[n], n in linear))}
+            {n: held for n in q.tensors if (held := self._hold(q, n, n in linear))}
             for q in self.packs
         ]
         self._choices: tuple[Choice, ...] = ((),)
@@ -132,7 +135,8 @@ class Attached:
     ) -> Any:
         """The module's output, each sample's with its packs."""
         if point.linear or point.rows:  # modules of one input
-            args, kwargs = (*args, *kwargs.values()), {}
+            device = self._device(next(iter(point.places)))
+            args, kwargs = tuple(x.to(device) for x in (*args, *kwargs.values())), {}
         kinds = set(self._choices)
         added = {c: self._of(c, point, True) for c in kinds}
         swapped = {c: self._of(c, point, False) for c in kinds}
@@ -161,6 +165,29 @@ class Attached:
         return tuple(
             k for k in choice if any(self._added(k, n, point) == light for n in touched[k])
         )
+
+    def _base(self, name: str) -> Tensor:
+        """The parameter of the base, where its module runs."""
+        parameter = self._parameters[name].detach()
+        if name in self._away:
+            return self._away.base(name).to(self._device(name), parameter.dtype)
+        return parameter
+
+    def _device(self, name: str) -> torch.device:
+        return self._away.device(name, self._parameters[name])
+
+    def _hold(self, pack: SkillPack, name: str, linear: bool) -> Held:
+        """What is worth keeping decoded of a delta: factors, and positions with values or the rows that have any."""
+        encoded, parameter = pack.tensors[name], self._parameters[name]
+        if not (is_factored(encoded) or is_scattered(encoded)):
+            return []
+        held: Held = []
+        for each in changes(pack, name, parameter.dtype, self._device(name)):
+            if isinstance(each, Factors):
+                held.append(each)
+            elif isinstance(each, Entries):
+                held.append(_in_rows(each, parameter, bool(held)) if linear else each)
+        return held
 
     def _added(self, index: int, name: str, point: AttachmentPoint) -> bool:
         held = self._held[index].get(name, ())
@@ -218,11 +245,12 @@ class Attached:
     @torch.no_grad()
     def _merged(self, name: str, packs: list[int]) -> Tensor:
         """The parameter under these packs, with the very bits that `Grafted` gives it."""
-        base = self._parameters[name].detach()
+        base = self._base(name)
         weight, touching = torch.empty_like(base), [self.packs[k] for k in packs]
         every: list[Change] = []
         for k in packs:
-            held = self._held[k].get(name) or changes(self.packs[k], name, base)
+            own = self._held[k].get(name)
+            held = own or changes(self.packs[k], name, base.dtype, base.device)
             every += [x.entries() if isinstance(x, Rows) else x for x in held]
         put(weight, base, every, seed_of(touching, name))
         return weight
@@ -230,7 +258,7 @@ class Attached:
     @torch.no_grad()
     def _looked_up(self, name: str, packs: list[int], ids: Tensor) -> Tensor:
         """Rows `ids` of a table under these packs, summed in float32 and rounded as `Grafted` does."""
-        base = self._parameters[name].detach()[ids]
+        base = self._base(name)[ids]
         delta = torch.zeros(base.shape, device=base.device)
         for index in packs:
             held = self._held[index].get(name)
@@ -242,23 +270,6 @@ class Attached:
         places = (ids * cols)[:, None] + torch.arange(cols, device=ids.device)
         rounding.add(base, delta, seed_of([self.packs[k] for k in packs], name), places)
         return base
-
-
-Held = list[Factors | Entries | Rows]
-
-
-def _hold(pack: SkillPack, name: str, parameter: Tensor, linear: bool) -> Held:
-    """What is worth keeping decoded of a delta: factors, and positions with their values or the rows that have any."""
-    encoded = pack.tensors[name]
-    if not (is_factored(encoded) or is_scattered(encoded)):
-        return []
-    held: Held = []
-    for each in changes(pack, name, parameter):
-        if isinstance(each, Factors):
-            held.append(each)
-        elif isinstance(each, Entries):
-            held.append(_in_rows(each, parameter, bool(held)) if linear else each)
-    return held
 
 
 def _in_rows(each: Entries, parameter: Tensor, beside_factors: bool) -> Entries | Rows:

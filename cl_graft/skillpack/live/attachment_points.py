@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from cl_graft.models.spread import offloaded, original
 from cl_graft.skillpack.format.errors import SkillPackError
 
 PLAIN = Tensor | bool | int | float | str | torch.dtype | torch.device | None
@@ -50,7 +51,8 @@ def find_attachment_points(
     state of a sequence. Raises AttachError where there is none.
     """
     if example is None:
-        ids = torch.arange(6, device=next(iter(touched.values())).device).reshape(3, 2) % 3
+        device = offloaded(model).device(*next(iter(touched.items())))
+        ids = torch.arange(6, device=device).reshape(3, 2) % 3
         example = {"input_ids": ids} | ({"use_cache": True} if hasattr(model, "generate") else {})
     readings, apart = _trial(model, touched, example)
     modules, points = dict(model.named_modules()), dict[int, AttachmentPoint]()
@@ -102,8 +104,8 @@ class _Readings(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if any(isinstance(x, Tensor) for x in tree_leaves(out)):  # not: its dtype, its device
             for x in tree_leaves((args, kwargs)):
-                if id(x) in self.names:
-                    self.found.setdefault(self.names[id(x)], set()).add(tuple(self.stack))
+                if (parameter := id(original(x))) in self.names:
+                    self.found.setdefault(self.names[parameter], set()).add(tuple(self.stack))
         return out
 
 

@@ -31,7 +31,7 @@ class Ensemble:
             tuple(range(end - len(packs), end)) for end, packs in zip(ends, members, strict=True)
         ]
         self._attached = Attached(model, every)
-        plain = model.forward
+        plain, self._own = model.forward, model.__dict__.get("forward")
 
         @wraps(plain)  # `generate` reads the signature
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -42,6 +42,8 @@ class Ensemble:
     def detach(self) -> None:
         """Take the packs off: the model is the base."""
         self.model.__dict__.pop("forward", None)
+        if self._own is not None:  # of a model that is spread
+            self.model.__dict__["forward"] = self._own
         self._attached.detach()
 
     def __enter__(self) -> Ensemble:

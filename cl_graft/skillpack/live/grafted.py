@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from cl_graft.models.spread import Offloaded, offloaded
 from cl_graft.skillpack import rounding
 from cl_graft.skillpack.codecs import is_factored, is_scattered, kept_dtype, rank_of
 from cl_graft.skillpack.format.file import (
@@ -30,7 +31,9 @@ class Grafted:
     The model given is the base, and it is changed in place. Parameters go by the names of
     `model.named_parameters()`, where tied ones appear once. Only parameters that a pack has touched are
     copied, into memory that is kept for the next packs. Nothing else may write to the model's parameters
-    while packs are active.
+    while packs are active. Of a model that is spread (models/spread.py) an offloaded parameter is not written to:
+    base plus deltas takes its place in host memory, and is made anew each time it is asked for where the base's is
+    in a file.
 
     base_weights: {name: the base's parameter}, if somebody holds them already: they are read and never written to, so
     that the base is held once.
@@ -42,15 +45,20 @@ class Grafted:
         self._held = base_weights
         self._pristine: dict[str, Tensor] = {}
         self._rooms: dict[str, Tensor] = {}
+        self._away, self._replaced = offloaded(model), set[str]()
         self._base: str | None = None
 
     @property
     def base(self) -> str:
         """The fingerprint of the base's parameters, computed once."""
         if self._base is None:
-            named = dict(self.model.named_parameters()) | self._pristine
-            self._base = fingerprint(named.items())
+            self._base = fingerprint(self._of_base())
         return self._base
+
+    def _of_base(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            away = name in self._away
+            yield name, self._away.base(name) if away else self._pristine.get(name, parameter)
 
     def activate(self, packs: Sequence[SkillPack]) -> None:
         """Make `packs` the active ones; those active before are off.
@@ -71,7 +79,7 @@ class Grafted:
         _check_kept(packs, parameters)
         touched = {name for pack in packs for name in pack.tensors}
         try:
-            for name in self._pristine.keys() - touched:
+            for name in (self._pristine.keys() | self._replaced) - touched:
                 self._restore(name, parameters[name])
             for name in sorted(touched):
                 self._graft(name, parameters[name], packs)
@@ -83,20 +91,20 @@ class Grafted:
     def unload(self) -> None:
         """Take every pack off; the base is back bit for bit."""
         parameters = dict(self.model.named_parameters())
-        for name in list(self._pristine):
+        for name in [*self._pristine, *self._replaced]:
             self._restore(name, parameters[name])
         self.active = ()
 
     @torch.no_grad()
     def _graft(self, name: str, parameter: Tensor, packs: tuple[SkillPack, ...]) -> None:
+        packs = tuple(pack for pack in packs if name in pack.tensors)
+        if name in self._away:
+            self._replaced.add(name)
+            return _replace(self._away, name, parameter, packs)
         if name not in self._pristine:
             self._pristine[name] = self._held[name] if self._held else self._copied(name, parameter)
-        packs = tuple(pack for pack in packs if name in pack.tensors)
-        if not _put(parameter, self._pristine[name], name, packs):
-            tasks = ", ".join(repr(pack.task) for pack in packs)
-            raise NonFinite(
-                f"parameter {name!r} overflows {parameter.dtype} under {tasks}; use fewer."
-            )
+        _put(parameter, self._pristine[name], name, packs)
+        return None
 
     def _copied(self, name: str, parameter: Tensor) -> Tensor:
         """A copy of the base's parameter, in memory that has held one before if any has: new pages take longer."""
@@ -107,35 +115,60 @@ class Grafted:
 
     @torch.no_grad()
     def _restore(self, name: str, parameter: Tensor) -> None:
-        parameter.copy_(self._pristine[name])
-        del self._pristine[name]
+        if name in self._replaced:
+            self._away.restore(name)
+            self._replaced.remove(name)
+        else:
+            parameter.copy_(self._pristine.pop(name))
 
 
-def _put(weight: Tensor, base: Tensor, name: str, packs: Sequence[SkillPack]) -> bool:
-    """weight = base under these packs, all of which touch it; whether all of it is finite."""
+def _replace(held: Offloaded, name: str, parameter: Tensor, packs: tuple[SkillPack, ...]) -> None:
+    """Have an offloaded parameter be base plus deltas, summed where its module runs. Raises NonFinite."""
+
+    @torch.no_grad()
+    def make() -> Tensor:
+        base = held.base(name).to(held.device(name, parameter), parameter.dtype)
+        weight = torch.empty_like(base)
+        _put(weight, base, name, packs)
+        return weight
+
+    made = make()  # also tells whether it is finite
+    if held.in_memory(name):
+        kept = made.to("cpu")
+        held.put(name, lambda: kept)
+    else:
+        held.put(name, make)
+
+
+def _put(weight: Tensor, base: Tensor, name: str, packs: Sequence[SkillPack]) -> None:
+    """weight = base under these packs, all of which touch it. Raises NonFinite where a part of it is not."""
     if kept_dtype(packs[0].tensors[name]) is not None:  # of a lossless pack, which is alone
         weight.copy_(packs[0].tuned(name, base))
-        return rounding.all_finite(weight)
-    every = [change for pack in packs for change in changes(pack, name, weight)]
-    return put(weight, base, every, seed_of(packs, name))
+        finite = rounding.all_finite(weight)
+    else:
+        every = [x for pack in packs for x in changes(pack, name, weight.dtype, weight.device)]
+        finite = put(weight, base, every, seed_of(packs, name))
+    if not finite:
+        tasks = ", ".join(repr(pack.task) for pack in packs)
+        raise NonFinite(f"parameter {name!r} overflows {weight.dtype} under {tasks}; use fewer.")
 
 
 Change = Factors | Entries | Tensor
 
 
-def changes(pack: SkillPack, name: str, parameter: Tensor) -> list[Change]:
-    """The delta of one parameter as it is best added: factors and entries, where it is stored as such, or all of it,
-    float32; on the parameter's device.
+def changes(pack: SkillPack, name: str, dtype: torch.dtype, device: torch.device) -> list[Change]:
+    """The delta of a parameter of this dtype as it is best added: factors and entries, where it is stored as such, or
+    all of it, float32; on the device.
 
     The factors for a bfloat16 parameter are bfloat16 where they are multiplied as such. Raises CorruptPack where a
     tensor's parts do not fit its codec, NonFinite as `SkillPack.delta`.
     """
-    encoded, device = pack.tensors[name], parameter.device
+    encoded = pack.tensors[name]
     found: list[Change] = []
     try:
         # without a rank there are entries alone
         if is_factored(encoded) and (rank_of(encoded) or not is_scattered(encoded)):
-            narrow = parameter.dtype == torch.bfloat16
+            narrow = dtype == torch.bfloat16
             found.append(factors([encoded], torch.bfloat16 if narrow else torch.float32))
         if is_scattered(encoded):
             found.append(entries(encoded))
