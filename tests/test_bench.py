@@ -200,7 +200,7 @@ def test_training_is_compared_over_the_same_batches():
         ends.append(dict(model.named_parameters()))
     for name, one in ends[0].items():
         torch.testing.assert_close(one, ends[1][name], rtol=0, atol=1e-5)
-    found = train.bench_train((tiny,))["mini-llama"]
+    found = train.bench_loop((tiny,))["mini-llama"]
     for key in ("sft_over_loop", "sft_over_loop_with_setup", "peak_over_loop"):
         assert found[key] > 0
     assert all(ms > 0 for ms in found["sft_parts_ms"].values())

@@ -95,6 +95,15 @@ def test_a_disk_that_is_nearly_full_is_weak(
     assert one.state == "weak" and "1 GB free" in one.said and not list(tmp_path.iterdir())
 
 
+def test_a_processor_that_emulates_bfloat16_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    (own,) = doctor._bfloat16()
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_f": True})
+    (emulated,) = doctor._bfloat16()
+    assert own.state == "ok" and "avx512_bf16" in own.said
+    assert emulated.state == "weak" and "float32" in emulated.cure and not emulated.needed
+
+
 def test_the_sandbox_without_walls_is_weak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "strength", lambda: {"landlock": True, "memory_limit": True})
     states = {f.what: f for f in examine(Path("results")) if f.what.startswith("sandbox")}

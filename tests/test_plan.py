@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from cl_graft import plugins
 from cl_graft.config import Launch, RunConfig
 from cl_graft.errors import CLGraftError
 from cl_graft.experiment import cell
+from cl_graft.models.embedded import toy_tokenizer
 from cl_graft.planning.plan import plan
 from cl_graft.store.files import write_lines
 from cl_graft.sweep_config import Sweep
+from cl_graft.training.config import order, sft_job
+from cl_graft.training.tokens import lengths, tokens
 from tests.command import Call, assert_refused
 from tests.models.test_roles import FAMILIES
 
@@ -128,6 +133,18 @@ def test_time_is_probed_or_follows_from_operations(tmp_path):
     embedding = 224 * 48
     assert stage.seconds == pytest.approx(6 * (63_216 - embedding) * stage.tokens / 0.5e9, rel=0.01)
     assert plan(wanted, probe=True).seconds > 0
+
+
+def test_a_probe_tells_the_seconds_of_a_token(tmp_path, monkeypatch):
+    """Two seconds a step, of which the second and third of three count, over the tokens that these hold."""
+    monkeypatch.setattr("cl_graft.planning.cost.probe", lambda train: 2.0)
+    (wanted,) = cells(tmp_path, ["individual"])
+    task = plugins.load("scenario", "mini")(seed=wanted.seed, **SMALL).tasks[0]
+    rows, job = sft_job(task, 0)
+    counts = lengths(tokens(toy_tokenizer(), rows[:24], job))
+    read = sum(counts[i] for i in order(24, replace(job, steps=3))[8:])
+    stage = plan([wanted], probe=True).stages[0]
+    assert stage.seconds == pytest.approx(2 * 2.0 / read * stage.tokens)
 
 
 def test_processes_share_what_zero_shares(tmp_path):

@@ -20,7 +20,7 @@ from cl_graft.planning.memory import Job, estimate
 from cl_graft.task import Example, Pair, Preference, Task, Training
 from cl_graft.training.config import Row, StageConfig, dpo_job, sft_job
 from cl_graft.training.fit import fit
-from cl_graft.training.tokens import lengths, tokens
+from cl_graft.training.tokens import largest, lengths, tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -88,14 +88,16 @@ def compare(case: Case) -> dict[str, Any]:
     """Estimate and measurement of one case, in megabytes."""
     tokenizer = toy_tokenizer()
     stage = _stage(case)
+    examples, micro = tokens(tokenizer, *stage), case.batch // case.accumulation
     job = Job(
         case.kind,
-        micro_batch=case.batch // case.accumulation,
-        length=max(lengths(tokens(tokenizer, *stage))),
+        micro_batch=micro,
+        length=max(lengths(examples)),
         accumulation=case.accumulation,
         lora=_lora() if case.lora else None,
         checkpointing=case.checkpointing,
         gpu=torch.cuda.is_available(),
+        flat=largest(examples, stage[1], micro),
     )
     estimated = estimate(case.config, job)
     measured = measure(case.config, tokenizer, stage, job)

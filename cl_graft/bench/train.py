@@ -1,4 +1,4 @@
-"""The product's SFT stage beside a bare PyTorch loop over the same batches: time a step, time in all, peak memory."""
+"""The product's SFT stage beside a bare PyTorch loop over the same batches, and beside plain TRL: time and memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pstats
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,12 @@ from typing import Any
 import torch
 
 from cl_graft import plugins
+from cl_graft.bench import beside_trl
+from cl_graft.bench.beside_trl import DATA, bench_beside_trl
+from cl_graft.bench.clock import Clock, Seconds
 from cl_graft.bench.plan import Case, texts
 from cl_graft.config import Launch
+from cl_graft.errors import UnknownName
 from cl_graft.models.embedded import toy_tokenizer
 from cl_graft.models.text import encode_all
 from cl_graft.task import Example, Task, Training
@@ -26,9 +30,6 @@ from cl_graft.training.config import Row, StageConfig, order, sft_job
 from cl_graft.training.stages import Stages
 
 Stage = tuple[list[Row], StageConfig]
-Seconds = tuple[
-    float, float
-]  # of the wall's clock, and of the processor's on all threads of this process
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Subject:
 MINI = Subject(Case("mini-llama", 128, 384, 3, 4, 224, batch=16, length=None), 60, 7)
 WIDE = Subject(Case("llama-100m", 768, 2048, 11, 12, 32000, batch=4, length=128), 3, 3)
 SUBJECTS = (MINI, WIDE)
+PARTS_OF_IT = ("loop", *DATA)
 
 
 # Parts of a stage, each a function whose time, with what it calls, is told; the last two are the library's set-up.
@@ -61,30 +63,18 @@ PARTS = {
 }
 
 
-class Clock:
-    """Times, by `perf_counter`, at which a run began and each of its steps ended."""
-
-    def __init__(self) -> None:
-        self.times = [_now()]
-
-    def tick(self, *_: Any) -> None:
-        self.times.append(_now())
-
-    def found(self) -> dict[str, Seconds]:
-        """Seconds of a step between the first one's end and the last one's, and of the whole run until now."""
-        begun, first, last, end = self.times[0], self.times[1], self.times[-1], _now()
-        steps = len(self.times) - 2
-        return {
-            "step": tuple((b - a) / steps for a, b in zip(first, last, strict=True)),  # type: ignore[dict-item]
-            "whole": tuple(b - a for a, b in zip(begun, end, strict=True)),  # type: ignore[dict-item]
-        }
-
-
-def _now() -> Seconds:
-    return time.perf_counter(), time.process_time()
-
-
 def bench_train(
+    only: Sequence[str], data_dir: Path | None, say: Callable[[str], None] = lambda what: None
+) -> dict[str, Any]:
+    """`loop`: stages of random models beside a bare loop; the others SmolLM2 beside TRL (bench/beside_trl.py)."""
+    for part in only:
+        if part not in PARTS_OF_IT:
+            raise UnknownName("part of the benchmark", part, PARTS_OF_IT)
+    figures = bench_loop(say=say) if "loop" in only else {}
+    return figures | bench_beside_trl([part for part in only if part in DATA], data_dir, say)
+
+
+def bench_loop(
     subjects: tuple[Subject, ...] = SUBJECTS, say: Callable[[str], None] = lambda what: None
 ) -> dict[str, Any]:
     """{model: figures}: ratios of medians over runs in turn, on one thread, and of peaks in processes of their own.
@@ -103,7 +93,13 @@ def bench_train(
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """The figures as a Markdown table with a column for each model."""
+    """The figures as Markdown tables with a column for each model, and for each data set beside TRL."""
+    beside = beside_trl.markdown(figures) if any(name in figures for name in DATA) else ""
+    figures = {s.case.name: figures[s.case.name] for s in SUBJECTS if s.case.name in figures}
+    return "\n\n".join(filter(None, [_of_loop(figures) if figures else "", beside]))
+
+
+def _of_loop(figures: dict[str, Any]) -> str:
     lines = [["", *figures], ["---", *("--:" for _ in figures)]]
     for key in ("sft_over_loop", "sft_over_loop_with_setup", "peak_over_loop"):
         lines.append([key, *(f"{x[key]:.2f}" for x in figures.values())])

@@ -17,12 +17,13 @@ from cl_graft.skillpack.format.file import SkillPack, fingerprint
 from cl_graft.store.digests import digest
 from cl_graft.task import Pair, Preference, Task
 from cl_graft.training import checkpoint
-from cl_graft.training.config import Row, StageConfig, accumulation, dpo_job, sft_job
+from cl_graft.training.config import Row, StageConfig, accumulation, dpo_job, order, sft_job
 from cl_graft.training.fit import fit
+from cl_graft.training.flat import flattens
 from cl_graft.training.preferences import Sampled
 from cl_graft.training.stages import MARKER, Log, stage_key
 from cl_graft.training.term import Term
-from cl_graft.training.tokens import lengths, tokens, tokens_of_a_step
+from cl_graft.training.tokens import largest, lengths, tokens, tokens_of_a_step
 from cl_graft.training.zero import BUCKET
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class DryRun:
         gpu: bool,
     ):
         self.config, self.strategy, self.memories, self.timer = config, strategy, memories, timer
-        self.gpu = gpu
+        self.gpu, self.flattens = gpu, flattens(strategy.model)
         self.stages = strategy.stages
         self.exact = exact  # whether the model holds the weights that it would hold
         self.real = exact
@@ -193,8 +194,11 @@ class DryRun:
         terms: Sequence[Term] = (),
     ) -> None:
         lora, trained, frozen = self.trained
-        counts = lengths(tokens(self.strategy.tokenizer, rows, job))
+        examples = tokens(self.strategy.tokenizer, rows, job)
+        counts = lengths(examples)
         needs = replace(self._needs(job, max(counts), lora), frozen=tuple(frozen))
+        if self.flattens and not any(t.logits for t in terms):
+            needs = replace(needs, flat=largest(examples, job, needs.micro_batch))
         vocabulary = self.strategy.model.get_input_embeddings().weight.shape[0]
         held = of_terms(terms, needs, trained, vocabulary)
         named = self.strategy.model.named_parameters()
@@ -276,7 +280,7 @@ class Timer:
             what = (config.model, config.launch, job.kind, job.batch, stage.task, *trained)
             if what not in self.known:
                 self.known[what] = _probed(strategy, rows, replace(job, steps=3), needs, config)
-            return self.known[what] * job.steps
+            return self.known[what] * stage.tokens
         if self.peak is None:
             return None
         embedding = strategy.model.get_input_embeddings().weight
@@ -296,6 +300,7 @@ class Timer:
 def _probed(
     strategy: Strategy, rows: Sequence[Row], job: StageConfig, needs: Job, config: RunConfig
 ) -> float:
+    """Seconds a token of the second and third step, whose rows may be shorter or longer than others."""
     from cl_graft.models.load import load
 
     model, tokenizer = load(config.model, config.data_dir)
@@ -304,10 +309,13 @@ def _probed(
         from peft import get_peft_model
 
         model = get_peft_model(model, needs.lora)  # type: ignore[assignment]
-    some = list(rows)[: max(3 * job.batch, 1)]
+    some = list(rows)[: 3 * job.batch]
+    examples = tokens(tokenizer, some, job)
+    timed = [examples[i] for i in order(len(some), job)[job.batch :]]  # the first step is not
     with TemporaryDirectory() as work:
-        return cost.probe(
+        step = cost.probe(
             lambda progress: fit(
                 model, tokenizer, some, job, config.launch, Path(work), progress=progress
             )
         )
+    return step * (job.steps - 1) / sum(lengths(timed))

@@ -33,7 +33,8 @@ class Job:
     offload: the optimizer's states, the fp32 master weights and their gradients are in the host's memory.
     bucket: elements of DeepSpeed's `reduce_bucket_size`. live: of its `stage3_max_live_parameters`.
     persistent: of `stage3_param_persistence_threshold`; smaller parameters are not divided.
-    gpu: whether the device is one; it decides how TRL's head and AdamW work.
+    gpu: whether the device is one; it decides how the head works.
+    flat: tokens and labels of the largest micro-batch, where it is laid out without padding.
     """
 
     kind: Literal["sft", "dpo"]
@@ -51,6 +52,7 @@ class Job:
     live: int = 1_000_000_000
     persistent: int = 100_000
     gpu: bool = False
+    flat: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         known = {"kind": ("sft", "dpo"), "precision": ("fp32", "bf16"), "stage": (0, 2, 3)}
@@ -125,6 +127,7 @@ def estimate(model: str | Path | PreTrainedConfig, job: Job) -> Memory:
             autocast=halves and not job.stage,
             checkpointing=job.checkpointing,
             triton=job.gpu,
+            counts=job.flat,
         )
     except Exception as error:  # a model's own code may fail in any way
         told = first_line(error)
@@ -156,12 +159,11 @@ def _whole(job: Job, traced: Trace) -> Memory:
     trained = sum(s.numel for s in traced.shapes if s.trained)
     kept = 4 * trained
     passes = traced.peak + (kept if job.accumulation > 1 else 0)
-    step = kept + _adam(job, [s.numel for s in traced.shapes if s.trained])
     return Memory(
         parameters=4 * sum(s.numel for s in traced.shapes) + traced.buffers,
         gradients=kept,
         optimizer=8 * trained,
-        activations=max(passes, step) - kept,
+        activations=max(passes, kept) - kept,
         buffers=kept if job.processes > 1 else 0,  # DistributedDataParallel's copies to reduce
     )
 
@@ -179,7 +181,7 @@ def _sharded(job: Job, traced: Trace) -> Memory:
         parameters = size * (kept + ceil(divided / job.processes))
         gathered = size * max(min(divided, job.live), largest)
     # at the step, the share's gradients are copied once more, in fp32, for the master weights
-    step = 0 if job.offload else 4 * share + _adam(job, [share])
+    step = 0 if job.offload else 4 * share
     return Memory(
         parameters=parameters + traced.buffers,
         gradients=0 if job.offload else size * share,
@@ -188,9 +190,3 @@ def _sharded(job: Job, traced: Trace) -> Memory:
         buffers=size * job.bucket + gathered,
         host=16 * share if job.offload else 0,
     )
-
-
-def _adam(job: Job, tensors: list[int]) -> int:
-    """Bytes that AdamW's step needs for itself: on a GPU the root of all second moments at once, else two of a
-    tensor's size at a time (torch.optim.adamw, `_multi_tensor_adamw` and `_single_tensor_adamw`)."""
-    return 4 * sum(tensors) if job.gpu else 8 * max(tensors, default=0)

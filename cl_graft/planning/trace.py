@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cl_graft.training import flat
 from cl_graft.training.checkpoint import freeze
 from cl_graft.training.loss import FEW, plain
 
@@ -67,6 +68,7 @@ def trace(
     autocast: bool = False,
     checkpointing: bool = False,
     triton: bool = False,
+    counts: tuple[int, int] | None = None,
 ) -> Trace:
     """Trace a forward and a backward pass over `sequences` rows of `length` tokens; DPO's pairs are two rows each.
 
@@ -74,7 +76,7 @@ def trace(
     from an earlier micro-batch and are added to; `freed` where each is taken away as soon as it is whole, as
     ZeRO does. lora: a PEFT configuration. frozen: parameters that are not trained. dtype: of the parameters.
     autocast: whether bfloat16 is computed in, from parameters of another dtype. triton: whether TRL's head works in
-    place, as its kernels on a GPU do.
+    place, as its kernels on a GPU do. counts: tokens and labels, where the rows are laid end to end without padding.
     """
     with torch.device("meta"):
         model = _model(config, kind, lora, dtype, checkpointing)
@@ -90,7 +92,11 @@ def trace(
         rows = torch.ones(sequences, length, dtype=torch.long)
         meter = Meter()
         with meter, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = _loss(kind, model, rows)
+            loss = (
+                _loss(kind, model, rows)
+                if counts is None
+                else _flat(kind, model, rows, counts, triton)
+            )
         with meter:
             loss.backward()
         buffers = sum(b.untyped_storage().nbytes() for b in model.buffers())
@@ -139,7 +145,18 @@ def _loss(kind: str, model: Any, rows: Tensor) -> Tensor:
     vocabulary = model.config.get_text_config().vocab_size
     if kind == "sft" and rows.numel() * vocabulary <= FEW:
         return plain(model(**given).logits, rows).nll
-    output = model(**given, labels=rows, fused_lm_head=True)
+    return _of_output(kind, model(**given, labels=rows, fused_lm_head=True))
+
+
+def _flat(kind: str, model: Any, rows: Tensor, counts: tuple[int, int], on_gpu: bool) -> Tensor:
+    """The loss where the rows are laid end to end, of so many tokens and labels."""
+    flat.attend_flat(flat.inner_of(model).config)
+    texts, longest = rows.shape
+    laid = flat.blank(texts, longest, *counts)
+    return _of_output(kind, flat.called(flat.most(model, on_gpu), model, laid, fused_lm_head=True))
+
+
+def _of_output(kind: str, output: Any) -> Tensor:
     if kind == "sft":
         return -output.log_probs.sum()
     chosen, rejected = output.log_probs.sum(1).chunk(2)

@@ -25,6 +25,7 @@ from cl_graft.training.config import (
     order,
     save_steps,
 )
+from cl_graft.training.flat import Lay, flattens, layer
 from cl_graft.training.restored import as_it_was
 from cl_graft.training.term import FOLLOWED, Term
 from cl_graft.training.tokens import Tokens, lengths, tokens, tokens_of_a_step
@@ -52,6 +53,7 @@ def fit(
     deepspeed: dict[str, Any] | None = None,
     progress: Progress = lambda done, at: None,
     terms: Sequence[Term] = (),
+    flat: bool | None = None,
 ) -> Any:
     """Train in place, from the last whole checkpoint in `work` if there is one; returns TRL's trainer.
 
@@ -59,14 +61,16 @@ def fit(
     second, peak memory; `work`/tokens.json is the tokens of the whole job, `work`/followed.safetensors what terms keep
     of its weights. The loss is taken over answers only.
     `deepspeed`: its JSON, in a job of several processes. `terms`: what a method adds; the loss in the log is with them.
+    flat: whether micro-batches are read as rows without padding; None asks the model (training/flat.py).
     rows: texts, or a data set on disk of the tokens that training/tokens.py makes of them. What TRL changes of the
     model besides its weights is put back. Raises Diverged where loss or gradients are no finite numbers.
     """
     from transformers import PrinterCallback
 
     with quiet(), as_it_was(model):
+        lay = layer(model) if (flattens(model) if flat is None else flat) else None
         arguments = _arguments(config, launch, work, deepspeed)
-        trainer, counts = _trainer(model, tokenizer, rows, config, arguments, terms)
+        trainer, counts = _trainer(model, tokenizer, rows, config, arguments, terms, lay)
         main = trainer.accelerator.is_main_process
         last = _last_checkpoint(work, main)
         step = int(last.name.rsplit("-", 1)[1]) if last else 0
@@ -92,13 +96,14 @@ def _trainer(
     config: StageConfig,
     given: dict,
     terms: Sequence[Term] = (),
+    lay: Lay | None = None,
 ) -> tuple[Any, list[int]]:
     """TRL's trainer, and the lengths of the texts that it trains on, in tokens."""
     from datasets import Dataset
 
     examples = rows if isinstance(rows, Dataset) else tokens(tokenizer, rows, config)
     make = _dpo if config.kind == "dpo" else _sft
-    return make(model, tokenizer, examples, config, given, terms), lengths(examples)
+    return make(model, tokenizer, examples, config, given, terms, lay), lengths(examples)
 
 
 def _sft(
@@ -108,12 +113,13 @@ def _sft(
     config: StageConfig,
     given: dict,
     terms: Sequence[Term],
+    lay: Lay | None,
 ) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     examples = list(given_examples)
-    return sft_class(SFTTrainer, order(len(examples), config), terms, examples)(
+    return sft_class(SFTTrainer, order(len(examples), config), terms, examples, lay)(
         model=model,
         processing_class=tokenizer,
         # TRL asks for an Arrow data set, and would map it and read rows of it slowly: the examples go past it
@@ -122,20 +128,10 @@ def _sft(
             SFTConfig(
                 **given,
                 max_length=None,  # rows are cut already
-                # what a term is given has a row for each example
-                padding_free=flattens(model) and not terms,
                 dataset_kwargs={"skip_prepare_dataset": True},
             )
         ),
     )
-
-
-def flattens(model: Any) -> bool:
-    """Whether a micro-batch is laid out as one row without padding: where attention keeps its examples apart by itself.
-
-    That is flash attention of variable lengths. A batch stays the same examples; only the padding goes.
-    """
-    return model.config._attn_implementation == "flash_attention_2"
 
 
 def _dpo(
@@ -145,6 +141,7 @@ def _dpo(
     config: StageConfig,
     given: dict,
     terms: Sequence[Term],
+    lay: Lay | None,
 ) -> Any:
     """Against the model as it is at the start, whose log-probabilities are computed once."""
     from datasets import Dataset
@@ -152,7 +149,7 @@ def _dpo(
 
     # one on disk is given on as it is: the reference's log-probabilities are shared through a file beside it
     pairs = examples if isinstance(examples, Dataset) else Dataset.from_list(examples)
-    return dpo_class(DPOTrainer, order(len(pairs), config), terms)(
+    return dpo_class(DPOTrainer, order(len(pairs), config), terms, lay)(
         model=model,
         processing_class=tokenizer,
         train_dataset=pairs,
@@ -190,7 +187,7 @@ def _arguments(
         "warmup_steps": round(config.warmup * config.steps),
         "weight_decay": config.weight_decay,
         "max_grad_norm": 1.0,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "seed": config.seed,
         "data_seed": config.seed,
         "use_cpu": not on_gpu,

@@ -66,7 +66,9 @@ def _run(work: Path, given: dict[str, Any]) -> None:
     checkpoint.freeze(model, given["frozen"])
     rows = load_from_disk(str(work / "rows"))
     terms = term.load(work / "terms")
-    trainer = fit.fit(model, tokenizer, rows, config, how, work, settings, terms=terms)
+    trainer = fit.fit(
+        model, tokenizer, rows, config, how, work, settings, terms=terms, flat=given["flat"]
+    )
     inner = trainer.accelerator.unwrap_model(trainer.model)
     main, start = trainer.accelerator.is_main_process, Checkpoint(work / "start")
     checkpoint.save(inner, tokenizer, Path(given["out"]), whole, main, start)

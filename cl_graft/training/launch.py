@@ -31,6 +31,7 @@ from cl_graft.store.locks import locked
 from cl_graft.training import checkpoint
 from cl_graft.training.config import Row, StageConfig, accumulation, at_step
 from cl_graft.training.fit import LOG, Progress, quiet
+from cl_graft.training.flat import flattens
 from cl_graft.training.term import Term, save
 from cl_graft.training.tokens import tokens
 
@@ -89,6 +90,7 @@ def launched(
         "launch": launch.model_dump(mode="json"),
         "out": str(out.absolute()),
         "frozen": checkpoint.frozen(model),
+        "flat": flattens(model),  # which a process that holds a part of it cannot tell
         "threads": torch.get_num_threads(),
         "token": token,
         "silence": SILENCE,

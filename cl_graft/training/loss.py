@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 FEW = 1 << 24  # logits, 64 MiB in float32: for up to so many the plain head is run
+MANY = (
+    1 << 27
+)  # the same on a CPU, where TRL's tiles take four products of every place, labelled or not
 
 
 class Told(NamedTuple):
@@ -31,7 +34,7 @@ def plain(logits: Tensor, labels: Tensor) -> Told:
     nll = functional.nll_loss(logs, targets, ignore_index=-100, reduction="sum")
     with torch.no_grad():
         mask = targets != -100
-        entropy = -(logs.exp() * logs).sum(-1).masked_fill(~mask, 0).sum()
+        entropy = _entropy(logs).masked_fill(~mask, 0).sum()
         right = ((logs.argmax(-1) == targets) & mask).sum()
     return Told(nll, entropy, right, mask.sum())
 
@@ -49,19 +52,34 @@ def unfused(model: Any, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> A
     full = model(**inputs)
     targets = labels[:, 1:]
     mask = targets != -100
-    logits = full.logits[:, :-1].float()
-    logs = logits.log_softmax(-1)
-    picked = logs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    with torch.no_grad():
-        entropy = -(logs.exp() * logs).sum(-1)
-        top, mean = logits.argmax(-1) == targets, logits.mean(-1)
+    told = scored(full.logits[:, :-1], targets.clamp(min=0))
     output = FusedCausalLMOutput(
-        log_probs=picked.masked_fill(~mask, 0),
-        entropy=entropy.masked_fill(~mask, 0),
-        mean_logits=mean.masked_fill(~mask, 0),
-        is_top1=top & mask,
+        **{name: values.masked_fill(~mask, 0) for name, values in told.items()},
         label_mask=mask,
         aux_loss=getattr(full, "aux_loss", None),
     )
     output.logits = full.logits
     return output
+
+
+def scored(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """What TRL's fused head tells of each place, from its logits (..., vocabulary) and its target (...).
+
+    All but the log-probability is without gradient, and made of few logits at a time.
+    """
+    logs = logits.float().log_softmax(-1)
+    with torch.no_grad():
+        rows = max(1, FEW // 4 // logs.shape[-1])
+        parts = zip(logits.flatten(0, -2).split(rows), logs.flatten(0, -2).split(rows), strict=True)
+        seen = [(_entropy(y), y.argmax(-1), x.float().mean(-1)) for x, y in parts]
+        entropy, top, mean = (torch.cat(x).view_as(targets) for x in zip(*seen, strict=True))
+    return {
+        "log_probs": logs.gather(-1, targets[..., None])[..., 0],
+        "entropy": entropy,
+        "mean_logits": mean,
+        "is_top1": top == targets,
+    }
+
+
+def _entropy(logs: Tensor) -> Tensor:
+    return -(logs.exp().mul_(logs)).sum(-1)

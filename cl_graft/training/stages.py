@@ -56,6 +56,7 @@ from cl_graft.training import (
     checkpoint,
     config,
     fit,
+    flat,
     launch,
     loss,
     preferences,
@@ -317,7 +318,7 @@ def stage_key(
 
 def training_code() -> str:
     """Digest of the code that a stage's outcome depends on."""
-    return code_digest(fit, trainer, loss, acting, term, tokens, config, adapters, text)
+    return code_digest(fit, flat, trainer, loss, acting, term, tokens, config, adapters, text)
 
 
 @contextmanager

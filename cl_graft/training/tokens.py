@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cl_graft.models.text import encode_all
-from cl_graft.training.config import Row, StageConfig
+from cl_graft.training.config import Row, StageConfig, order
 
 ROWS = "rows"  # the column that says which row of the stage an example is
 
@@ -44,6 +44,19 @@ def lengths(examples: Iterable[Tokens]) -> list[int]:
             prompt = len(example["prompt_ids"])
             counts += [prompt + len(example[answer]) for answer in ("chosen_ids", "rejected_ids")]
     return counts
+
+
+def largest(examples: Sequence[Tokens], config: StageConfig, micro: int) -> tuple[int, int]:
+    """The most tokens, and the most labels, of the job's micro-batches of so many rows."""
+    read, told = [], []
+    for example in examples:
+        counts = lengths([example])
+        heads = len(example["prompt_ids"]) * len(counts) if "prompt_ids" in example else 0
+        read.append(sum(counts))
+        told.append(sum(x != -100 for x in example["labels"]) if not heads else read[-1] - heads)
+    rows = order(len(examples), config)
+    parts = [rows[start : start + micro] for start in range(0, len(rows), micro)]
+    return max(sum(read[i] for i in p) for p in parts), max(sum(told[i] for i in p) for p in parts)
 
 
 def tokens_of_a_step(lengths: Sequence[int], rows: int, config: StageConfig) -> float:

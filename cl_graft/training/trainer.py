@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cl_graft.errors import CLGraftError, Diverged
 from cl_graft.training.acting import Terms
+from cl_graft.training.flat import Lay
 from cl_graft.training.loss import FEW, fused, plain, unfused
 from cl_graft.training.term import Term
 from cl_graft.training.tokens import ROWS
@@ -23,8 +25,12 @@ class Output(NamedTuple):
     logits: Tensor | None  # (batch, length, vocabulary), if some term asks for them
 
 
-def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type:
+def trainer_class(
+    base: type, indices: list[int], terms: Sequence[Term], lay: Lay | None = None
+) -> type:
     """TRL's trainer, reading exactly these rows in this order, whatever the number of processes, with these terms.
+
+    lay: how the model is called, in the place of a padded batch's own way.
 
     `loss_is_scaled_for_ga` says to transformers that our `compute_loss` divides by the micro-batches of a step
     itself: what is left to the library divides a penalty in some settings and not in others.
@@ -68,7 +74,7 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
         def _loss(self, model: Any, inputs: Any, items: Any) -> tuple[Tensor, Tensor | None]:
             """TRL's own loss of a micro-batch, and the logits if they are wanted."""
             if not self.terms.logits:
-                return super().compute_loss(model, inputs), None
+                return super().compute_loss(partial(lay, model) if lay else model, inputs), None
             outputs = []
 
             def forward(**given: Any) -> Any:
@@ -130,7 +136,9 @@ def trainer_class(base: type, indices: list[int], terms: Sequence[Term]) -> type
     return Trainer
 
 
-def dpo_class(base: type, indices: list[int], terms: Sequence[Term]) -> type:
+def dpo_class(
+    base: type, indices: list[int], terms: Sequence[Term], lay: Lay | None = None
+) -> type:
     """TRL's DPO trainer on pairs that are tokens already.
 
     Its own preparation (1.16) makes tokens of prompt and answer together, other than those a prompt has alone where
@@ -139,28 +147,36 @@ def dpo_class(base: type, indices: list[int], terms: Sequence[Term]) -> type:
 
     left = [term for term in terms if term.kind != "loss"]  # which are of SFT
 
-    class Paired(trainer_class(base, indices, left)):  # type: ignore[misc]
+    class Paired(trainer_class(base, indices, left, lay)):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
+
+        def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+            return super().compute_ref_log_probs(partial(lay, model) if lay else model, inputs)
 
     return Paired
 
 
-def sft_class(base: type, indices: list[int], terms: Sequence[Term], examples: list[dict]) -> type:
+def sft_class(
+    base: type,
+    indices: list[int],
+    terms: Sequence[Term],
+    examples: list[dict],
+    lay: Lay | None = None,
+) -> type:
     """TRL's SFT trainer on these examples, lists of numbers, with its loss by the head that suits the size.
 
     What TRL reads off the device after every micro-batch for its metrics is summed there and read once a line.
     """
 
-    class Lean(trainer_class(base, indices, terms)):  # type: ignore[misc]
+    class Lean(trainer_class(base, indices, terms, lay)):  # type: ignore[misc]
         def __init__(self, **given: Any):
             super().__init__(**given)
             self.train_dataset = examples
             inner = self.accelerator.unwrap_model(self.model)
             inner = inner.get_base_model() if hasattr(inner, "peft_config") else inner
             self.vocabulary = inner.config.get_text_config().vocab_size
-            if not self.padding_free:
-                self.data_collator = _Padded(self.processing_class.pad_token_id)
+            self.data_collator = _Padded(self.processing_class.pad_token_id)
             self.sums: dict[str, Tensor] = {}
 
         def _loss(self, model: Any, inputs: Any, items: Any) -> tuple[Tensor, Tensor | None]:
@@ -170,14 +186,16 @@ def sft_class(base: type, indices: list[int], terms: Sequence[Term], examples: l
             inputs["use_cache"] = False
             if self.aux_loss_enabled:
                 inputs["output_router_logits"] = True
-            if self.terms.logits or labels.numel() * self.vocabulary <= FEW:
+            if lay and not self.terms.logits:
+                output = lay(model, labels=labels, fused_lm_head=True, **inputs)
+                told = fused(output)
+            elif self.terms.logits or labels.numel() * self.vocabulary <= FEW:
                 output = model(**inputs)
                 told = plain(output.logits.detach() if instead else output.logits, labels)
             else:
                 output = model(**inputs, labels=labels, fused_lm_head=True)
                 told = fused(output)
-            read = inputs.get("attention_mask", torch.ones_like(labels)).sum()
-            for name, value in (*told._asdict().items(), ("read", read)):
+            for name, value in (*told._asdict().items(), ("read", inputs["attention_mask"].sum())):
                 self.sums[name] = self.sums.get(name, 0) + value.detach()
             processes = self.accelerator.num_processes if items is not None else 1
             loss = told.nll / (told.answers if items is None else items).clamp(min=1) * processes

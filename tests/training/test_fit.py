@@ -259,43 +259,26 @@ def test_checkpointing_changes_nothing_but_the_memory(nano, train):
         torch.testing.assert_close(ends[0][name], ends[1][name])
 
 
-def test_a_batch_without_padding_is_the_same_batch(nano, train, monkeypatch):
-    """As flash attention takes it; PyTorch's attention keeps examples apart by their positions, too."""
-    from cl_graft.training import fit as module
-
-    rows = [*EXAMPLES, Example("Q: Copy a much longer line than these.\nA: ", "no")]
-    model, _ = nano
-    start, logs = weights(model), []
-    for flat in (False, True):
-        monkeypatch.setattr(module, "flattens", lambda model, flat=flat: flat)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(start[name])
-        logs.append(train(nano, *sft(rows, Training(steps=3, batch=4))))
-    for padded, flat in zip(*logs, strict=True):
-        assert flat["loss"] == pytest.approx(padded["loss"], rel=1e-4)
-        assert flat["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-3)
-
-
-@pytest.mark.parametrize("few", [1 << 24, 0], ids=["plain", "fused"])
+@pytest.mark.parametrize("tiles", [False, True], ids=["own-head", "tiles"])
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "padded"])
 @pytest.mark.parametrize("micro", [8, 2])
-def test_the_loss_is_trls_own(nano, monkeypatch, tmp_path, few, micro):
+def test_the_loss_is_trls_own(nano, monkeypatch, tmp_path, tiles, flat, micro):
     """The gradient of a step as TRL's trainer takes it from the same rows, by either head, whole and cut in four."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from cl_graft.training import trainer as module
     from cl_graft.training.term import Term
 
     model, tokenizer = nano
     start = weights(model)
     examples = [Example(e.prompt + "x" * i, e.completion * (i + 1)) for i, e in enumerate(EXAMPLES)]
     rows, config = sft(examples, Training(steps=1, batch=8, warmup=0.0))
-    monkeypatch.setattr(module, "FEW", few)
+    if tiles:
+        monkeypatch.setattr("cl_graft.training.trainer.FEW", 0)
+        monkeypatch.setattr("cl_graft.training.flat.MANY", 0)
     SEEN.clear()
-    fit(
-        *nano, rows, config, Launch(micro_batch=micro), tmp_path / "ours", terms=[Term.project(see)]
-    )
+    how, terms = Launch(micro_batch=micro), [Term.project(see)]
+    fit(*nano, rows, config, how, tmp_path / "ours", terms=terms, flat=flat)
     (line,) = read_jsonl(tmp_path / "ours" / LOG)
 
     class Theirs(SFTTrainer):

@@ -16,8 +16,9 @@ from cl_graft.models.pairs import without_equal_pairs
 from cl_graft.models.text import encode, encode_prompts
 from cl_graft.store.files import read_jsonl
 from cl_graft.task import Example, Pair, Preference, Scenario, Task, Training
-from cl_graft.training.config import dpo_job, sft_job
+from cl_graft.training.config import dpo_job, order, sft_job
 from cl_graft.training.fit import LOG, _arguments, _trainer, fit
+from cl_graft.training.tokens import Tokens, largest
 from tests.refusals import refusal
 
 PROMPTS = ("Q: 1+1?\nA:", "Q: 2+2?\nA: ", "clerk " * 40 + "Q: 3+3?\nA: ")
@@ -130,3 +131,20 @@ def test_an_empty_prompt_is_the_token_that_a_text_begins_with(nano, speech, tmp_
     empty = replace(TASK, train=[Example("", "12")] * 3, pairs=[Pair("", "12", "z")] * 3)
     fit(model, speech, *sft_job(empty, 0), Launch(), tmp_path / "sft")
     fit(model, speech, *dpo_job(empty, empty.pairs, 0), Launch(), tmp_path / "dpo")
+
+
+def test_the_largest_micro_batch_of_a_job() -> None:
+    """Rows of 5, 3 and 9 tokens with 1, 2 and 4 labels, two in a batch, in the job's own order."""
+    sizes, told = (5, 3, 9), (1, 2, 4)
+    examples: list[Tokens] = [
+        {"input_ids": [7] * n, "labels": [-100] * (n - k) + [7] * k}
+        for n, k in zip(sizes, told, strict=True)
+    ]
+    job = replace(sft_job(TASK, 0)[1], steps=3, batch=2)
+    first, second, third = (order(3, job)[i : i + 2] for i in (0, 2, 4))
+    pairs = [first, second, third]
+    whole = max(sizes[i] + sizes[j] for i, j in pairs), max(told[i] + told[j] for i, j in pairs)
+    assert largest(examples, job, 2) == whole
+    assert largest(examples, job, 1) == (9, 4)
+    pair = {"prompt_ids": [7] * 3, "chosen_ids": [7] * 2, "rejected_ids": [7]}
+    assert largest([pair], replace(job, kind="dpo", batch=1), 1) == (3 + 2 + 3 + 1, 2 + 1)
