@@ -227,13 +227,13 @@ class Task:
 class Scenario:
     """Tasks in the order they are learned, each with validation (Task.with_validation), and what is only measured.
 
-    chat: prompts are a user's turn and are put into the chat template of the model's tokenizer.
+    chat: prompts are a user's turn and are put into the chat template of the model's tokenizer; None: where it has one.
     """
 
     name: str
     tasks: tuple[Task, ...]
     general: Task | None = None
-    chat: bool = False
+    chat: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))

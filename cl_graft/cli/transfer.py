@@ -55,8 +55,12 @@ def build(
     ] = None,
     backend: Annotated[str, typer.Option(help="hf, or vllm where it is installed.")] = "hf",
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put prompts into each source's chat template.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Put prompts into each source's chat template, or never; by default where it has one.",
+        ),
+    ] = None,
     allow_code_execution: Annotated[
         bool,
         typer.Option(

@@ -87,7 +87,7 @@ class StreamKeys(Keys):
     """The whole file. defaults: keys of a task for all of `tasks`; its `training` is joined with theirs."""
 
     description: str = ""
-    chat: bool = False
+    chat: bool | None = None
     defaults: dict[str, Any] = {}
     tasks: list[dict[str, Any]]
     general: dict[str, Any] | None = None

@@ -245,12 +245,13 @@ def strategy_of(
     that are all alike to the model.
     """
     from cl_graft.evaluation.outcomes import Outcomes
-    from cl_graft.models.chat import rendered
+    from cl_graft.models.chat import is_chat, rendered, told
     from cl_graft.models.pairs import without_equal_pairs
     from cl_graft.training.stages import Stages
 
     mirror = mirror_of(config)
-    scenario, told = without_equal_pairs(rendered(scenario, tokenizer), tokenizer)
+    chat = is_chat(scenario, tokenizer)
+    scenario, left_out = without_equal_pairs(rendered(scenario, tokenizer), tokenizer)
     strategy = strategy_class(
         model=model,
         tokenizer=tokenizer,
@@ -263,7 +264,7 @@ def strategy_of(
         outcomes=Outcomes(config.store, config.cell, mirror),
         router=router_of(config),
     )
-    strategy.notes += told
+    strategy.notes += [*([told(tokenizer)] if chat else []), *left_out]
     strategy.examiner.engine = engine_of(config)
     if config.tuned:
         strategy.learning_rate_scale = config.tuned.learning_rate_scale

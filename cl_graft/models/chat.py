@@ -62,22 +62,56 @@ def added(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> str:
     return prompt + text
 
 
+def is_chat(scenario: Scenario, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the scenario's prompts are a user's turn to this tokenizer's model."""
+    return bool(tokenizer.chat_template) if scenario.chat is None else scenario.chat
+
+
+def told(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A sentence that says what the chat template puts around a prompt, its system prompt with it."""
+    before, after = user_turn(tokenizer, "PROMPT")[1].split("PROMPT")
+    return (
+        f"prompts are a user's turn in the model's chat template: {before!r}, the prompt, {after!r}"
+    )
+
+
 def rendered(scenario: Scenario, tokenizer: PreTrainedTokenizerBase) -> Scenario:
-    """The scenario with every prompt rendered, if it is one for chat; else as it is."""
-    if not scenario.chat:
+    """The scenario with every prompt rendered, where `is_chat`; else as it is.
+
+    A space that an answer begins with, as behind `Answer:`, is left out: it begins a turn of its own.
+    """
+    if not is_chat(scenario, tokenizer):
         return scenario
 
-    def with_prompt(item: Example | Pair):
-        return replace(item, prompt=render(tokenizer, item.prompt))
+    def example(item: Example) -> Example:
+        return replace(
+            item,
+            prompt=render(tokenizer, item.prompt),
+            completion=_unspaced(item.completion),
+            choices=tuple(map(_unspaced, item.choices)),
+        )
+
+    def pair(item: Pair) -> Pair:
+        return replace(
+            item,
+            prompt=render(tokenizer, item.prompt),
+            chosen=_unspaced(item.chosen),
+            rejected=_unspaced(item.rejected),
+        )
 
     def of(task: Task) -> Task:
         return replace(
             task,
-            train=[with_prompt(e) for e in task.train],
-            test=[with_prompt(e) for e in task.test],
-            pairs=[with_prompt(p) for p in task.pairs],
-            validation=[with_prompt(e) for e in task.validation],
+            train=[example(e) for e in task.train],
+            test=[example(e) for e in task.test],
+            pairs=[pair(p) for p in task.pairs],
+            validation=[example(e) for e in task.validation],
         )
 
     general = of(scenario.general) if scenario.general else None
     return replace(scenario, tasks=tuple(map(of, scenario.tasks)), general=general, chat=False)
+
+
+def _unspaced(answer: str) -> str:
+    """The answer without a single space at its start; more than one are an indentation, and stay."""
+    return answer[1:] if answer[:1] == " " and answer[1:2].strip() else answer

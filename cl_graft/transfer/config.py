@@ -16,7 +16,8 @@ class BuildConfig(BaseModel):
 
     prompts: a file, SCENARIO/TASK, or a hub data set. task: SCENARIO/TASK or a rule; none: that of the prompts.
     options: {scenario: {option: value}}. limit: the first so many different prompts.
-    max_new_tokens: none: the task's own, or else 512. chat: prompts are a user's turn.
+    max_new_tokens: none: the task's own, or else 512. chat: prompts are a user's turn; none: where a
+    source has a chat template.
     logits: likeliest tokens of each source that are stored for every token of the SFT rows; 0: none are.
     min_gap, max_gap: in units of the reward model, for pairs that it ranked; both bounds are kept.
     """
@@ -38,7 +39,7 @@ class BuildConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**31)
     limit: int | None = Field(None, ge=1)
     backend: Literal["hf", "vllm"] = "hf"
-    chat: bool = False
+    chat: bool | None = None
     data_dir: Path | None = None
     options: dict[str, dict[str, Any]] = {}
     allow_code_execution: bool = False

@@ -62,8 +62,8 @@ def check_reward_model(
     return config, tokenizer
 
 
-def reward_judge(name: str, data_dir: Path | None, chat: bool) -> Judge:
-    """The reward model's one output for prompt and answer; with `chat`, for the two as a conversation.
+def reward_judge(name: str, data_dir: Path | None, chat: bool | None) -> Judge:
+    """The reward model's one output for prompt and answer; for the two as a conversation as `sources.worded` has it.
 
     Answers are scored in batches of one prompt, so a reward depends on nothing else in the build. An input too
     long for the model loses the start of its prompt.
@@ -123,9 +123,9 @@ def _ids(
     prompt: str,
     answer: str,
     longest: int,
-    chat: bool,
+    chat: bool | None,
 ) -> list[int]:
-    if not chat:
+    if not (tokenizer.chat_template if chat is None else chat):
         return sum(encode(tokenizer, prompt, answer, longest), [])
     worded(tokenizer, name, prompt, chat)  # says so where there is no template
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]

@@ -41,7 +41,7 @@ class Prompts:
     duplicates: int
     rule: Scoring | None
     max_new_tokens: int
-    chat: bool
+    chat: bool | None
 
 
 def read_prompts(config: BuildConfig) -> Prompts:
@@ -71,7 +71,7 @@ def read_prompts(config: BuildConfig) -> Prompts:
         len(rows) - len(kept),
         rule,
         config.max_new_tokens or length,
-        config.chat or chat,
+        chat if config.chat is None else config.chat,
     )
 
 
@@ -91,12 +91,12 @@ def _lacks(example: Example, rule: Scoring) -> list[str]:
 
 def _judged_by(
     config: BuildConfig, own: tuple[Scenario, Task] | None
-) -> tuple[Scoring | None, int, bool]:
-    """Rule, longest answer in tokens, and whether prompts are a user's turn."""
+) -> tuple[Scoring | None, int, bool | None]:
+    """Rule, longest answer in tokens, and whether prompts are a user's turn; None: to a source that has a template."""
     if config.task and (config.task.endswith(".py") or config.task in plugins.names("scorer")):
         short = _scorer(Scoring(config.task)).name
         given = Scoring(config.task, config.options.get(short, {}))
-        return _rule(given, repr(config.task)), MAX_NEW_TOKENS, False
+        return _rule(given, repr(config.task)), MAX_NEW_TOKENS, None
     named = _scenario_task(config.task, config) if config.task else own
     if named is None:
         if config.task:
@@ -108,7 +108,7 @@ def _judged_by(
                 f"nothing says how answers to {config.prompts} are judged; give --task (SCENARIO/TASK, or a scorer "
                 f"of answers: {', '.join(plugins.names('scorer'))}) or a --reward-model."
             )
-        return None, MAX_NEW_TOKENS, False
+        return None, MAX_NEW_TOKENS, None
     scenario, task = named
     return _rule(task.scorings[0], f"task {task.name!r}"), task.max_new_tokens, scenario.chat
 

@@ -52,7 +52,7 @@ def _seed(seed: int, source: str, number: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) >> 1
 
 
-def hf_sampler(config: BuildConfig, source: str, max_new_tokens: int, chat: bool) -> Sampler:
+def hf_sampler(config: BuildConfig, source: str, max_new_tokens: int, chat: bool | None) -> Sampler:
     """Transformers: on the GPU if there is one."""
     model, tokenizer = load(source, config.data_dir)
     temperature = config.temperature or None  # 0 is greedy
@@ -65,7 +65,9 @@ def hf_sampler(config: BuildConfig, source: str, max_new_tokens: int, chat: bool
     return sample
 
 
-def vllm_sampler(config: BuildConfig, source: str, max_new_tokens: int, chat: bool) -> Sampler:
+def vllm_sampler(
+    config: BuildConfig, source: str, max_new_tokens: int, chat: bool | None
+) -> Sampler:
     """vLLM, where it is installed. Raises SourceError where it is not."""
     require_vllm()
     from vllm import LLM, SamplingParams
@@ -123,7 +125,7 @@ def _answer(said: Any) -> Answer:
 
 
 ANSWERS = {"hf": BATCH, "vllm": 16 * BATCH}  # of a chunk: vLLM batches by itself, and wants more
-SAMPLERS: dict[str, Callable[[BuildConfig, str, int, bool], Sampler]] = {
+SAMPLERS: dict[str, Callable[[BuildConfig, str, int, bool | None], Sampler]] = {
     "hf": hf_sampler,
     "vllm": vllm_sampler,
 }

@@ -66,9 +66,12 @@ def _unloadable(name: str, what: str, error: Exception) -> SourceError:
     )
 
 
-def worded(tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, chat: bool) -> str:
-    """The prompt as the source reads it: as it is, or as a user's turn in the source's own chat template."""
-    if not chat:
+def worded(tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, chat: bool | None) -> str:
+    """The prompt as the source reads it: as it is, or as a user's turn in the source's own chat template.
+
+    chat: None where its having one decides.
+    """
+    if not (tokenizer.chat_template if chat is None else chat):
         return prompt
     if tokenizer.chat_template is None:
         raise SourceError(
@@ -84,7 +87,7 @@ def check_readable(
     config: Any,
     prompts: Sequence[str],
     max_new_tokens: int,
-    chat: bool = False,
+    chat: bool | None = False,
 ) -> None:
     """Raises SourceError naming the first prompt, and the characters, that the vocabulary cannot write, or
     the first prompt that leaves no room for an answer."""

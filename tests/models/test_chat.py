@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_graft.models.chat import NoChatTemplate, render, rendered
+from cl_graft.models.chat import NoChatTemplate, is_chat, render, rendered, told
 from cl_graft.models.load import load_tokenizer
 from cl_graft.task import Example, Pair, Scenario, Task
 from tests.chat import CHATML, llama_tokenizer, qwen_tokenizer
@@ -101,3 +101,39 @@ def test_every_prompt_of_a_scenario_is_rendered_and_nothing_else() -> None:
 def test_a_scenario_that_is_not_for_chat_needs_no_template() -> None:
     plain = Scenario("x", (Task("a", [Example("p", "c")], [], "exact"),))
     assert rendered(plain, llama_tokenizer(None)) is plain
+
+
+@pytest.mark.parametrize(
+    ("chat", "base", "instructed"), [(None, False, True), (False, False, False), (True, True, True)]
+)
+def test_a_scenario_that_says_nothing_goes_by_the_model(
+    chat: bool | None, base: bool, instructed: bool
+) -> None:
+    scenario = Scenario(
+        "s", (Task("t", (Example("a", " b"),), (Example("c", " d"),), "exact"),), chat=chat
+    )
+    assert is_chat(scenario, llama_tokenizer(None)) is base
+    assert is_chat(scenario, qwen_tokenizer()) is instructed
+    if not instructed:
+        assert rendered(scenario, qwen_tokenizer()).tasks == scenario.tasks
+
+
+def test_an_answer_that_is_a_turn_begins_without_the_space_behind_a_colon() -> None:
+    train = (Example("Q:", " World", choices=(" World", " Sports")), Example("R:", "    return 1"))
+    pairs = (Pair("Q:", chosen=" World", rejected=" "),)
+    task = Task("t", train, (Example("S:", "plain"),), "exact", pairs=pairs)
+    (found,) = rendered(Scenario("s", (task,)), qwen_tokenizer()).tasks
+    both = {e.completion: e for e in (*found.train, *found.validation)}
+    assert set(both) <= {"World", "    return 1"} and found.test[0].completion == "plain"
+    assert all(e.choices in ((), ("World", "Sports")) for e in both.values())
+    assert (found.pairs[0].chosen, found.pairs[0].rejected) == ("World", " ")
+
+
+def test_the_record_says_what_is_around_a_prompt() -> None:
+    system = "You help."
+    template = "{{ '<|im_start|>system\n" + system + "<|im_end|>\n' }}" + CHATML
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = template
+    assert system in told(tokenizer) and "'<|im_end|>\\n<|im_start|>assistant\\n'" in told(
+        tokenizer
+    )

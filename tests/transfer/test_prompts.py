@@ -40,7 +40,7 @@ def test_three_kinds_of_file_hold_the_same(tmp_path: Path, write: Write) -> None
     for file in files:
         found = read(file, task="number")
         assert found.examples == (Example("a,\n b", "1"), Example("ü", "2"))
-        assert (found.rule, found.max_new_tokens, found.chat) == (Scoring("number"), 512, False)
+        assert (found.rule, found.max_new_tokens, found.chat) == (Scoring("number"), 512, None)
 
 
 def test_a_folder_of_json_lines_is_read_as_it_is_written(tmp_path: Path) -> None:

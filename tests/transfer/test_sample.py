@@ -100,6 +100,8 @@ def test_a_chat_template_without_its_beginning_twice() -> None:
         worded(tokenizer, "s", "hi", chat=True)
     tokenizer.chat_template = TEMPLATE
     assert worded(tokenizer, "s", "hi", chat=True) == "[user]hi"
+    assert worded(tokenizer, "s", "hi", chat=None) == "[user]hi"
+    assert worded(tokenizer, "s", "hi", chat=False) == "hi"
     assert tokenizer(worded(tokenizer, "s", "hi", True)).input_ids.count(1) == 1
 
 
