@@ -26,6 +26,7 @@ from cl_graft.errors import CLGraftError, Diverged
 from cl_graft.models.embedded import cache_root
 from cl_graft.models.spread import in_host_memory
 from cl_graft.processes import signal_name
+from cl_graft.store.digests import digest
 from cl_graft.store.files import RecordError, read_jsonl, write_json
 from cl_graft.store.locks import locked
 from cl_graft.training import checkpoint
@@ -154,7 +155,7 @@ def surroundings() -> dict[str, str]:
     """Environment of the processes: this one's, and where the package and DeepSpeed's compiled parts are found."""
     source = str(Path(__file__).resolve().parents[2])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
-    extensions = cache_root() / "extensions" / f"torch-{torch.__version__}"
+    extensions = cache_root() / "extensions" / f"torch-{torch.__version__}" / _builder()
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
@@ -162,6 +163,14 @@ def surroundings() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR") or str(extensions),
     }
+
+
+def _builder() -> str:
+    """The installation of DeepSpeed whose code is compiled: another one, in one folder, would compile it anew each time
+    that the two take turns, and in the processes of a job, where nothing guards a build that is killed."""
+    found = find_spec("deepspeed")
+    where = found.origin if found else None
+    return f"deepspeed-{metadata.version('deepspeed')}-{digest(where)[:8]}"
 
 
 def build_extensions(env: dict[str, str]) -> None:
@@ -173,7 +182,7 @@ def build_extensions(env: dict[str, str]) -> None:
     if torch.cuda.is_available():
         return
     folder = Path(env["TORCH_EXTENSIONS_DIR"])
-    built = folder / f"built-{metadata.version('deepspeed')}"
+    built = folder / f"built-{_builder()}"
     with locked(built):
         if built.exists():
             return

@@ -10,7 +10,9 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -283,6 +285,13 @@ def test_processes_find_the_package_and_compiled_parts_again(monkeypatch):
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     found = surroundings()
     assert str(Path(launching.__file__).parents[2]) in found["PYTHONPATH"].split(os.pathsep)
-    assert torch.__version__ in found["TORCH_EXTENSIONS_DIR"]
+    compiled = Path(found["TORCH_EXTENSIONS_DIR"])
+    assert (
+        torch.__version__ in compiled.parent.name and metadata.version("deepspeed") in compiled.name
+    )
+    # two installations that compiled into one folder would each undo the other's
+    elsewhere = SimpleNamespace(origin="/elsewhere/deepspeed/__init__.py")
+    monkeypatch.setattr(launching, "find_spec", lambda name: elsewhere)
+    assert Path(surroundings()["TORCH_EXTENSIONS_DIR"]) != compiled
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/somewhere")
     assert surroundings()["TORCH_EXTENSIONS_DIR"] == "/somewhere"
