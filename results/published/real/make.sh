@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Learns streams of real tasks with SmolLM2-135M: the base and one model a task first, then every group of methods, tuned.
+#
+# Usage: results/published/real/make.sh DATA-FOLDER [WORK-FOLDER]. Killed and started again it goes on; what is done is
+# kept. STREAMS (of classification, math_code, superni), METHODS (names of groups) and WORKERS are variables. Stages of a
+# group are removed when its cells are done, since each is half a gigabyte; packs of finished cells, too, but for PACKS=keep.
+set -euo pipefail
+published=$(realpath "$(dirname "$0")") data=$(realpath "$1") work=$(realpath -m "${2:-results/real-study}")
+streams=${STREAMS:-classification math_code superni} workers=${WORKERS:-2}
+groups=${METHODS:-alone kept merged sequential lora replay ewc lwf o_lora agem osf slao sure model_grafting model_tailor joint}
+
+declare -A methods=(
+  [alone]=individual
+  [kept]=individual,graftllm,graftllm_adaptive,svd_quant,magnitude,bitdelta,compeft,dare,delta_come
+  [merged]=task_arithmetic,ties,sce,emr,tall_mask,twin_merging
+)
+[[ -d $(python -c 'from cl_graft.models.published import located; print(located("smollm2-135m"))') ]] ||
+  cl-graft models fetch smollm2-135m
+
+for stream in $streams; do
+  mkdir -p "$work/$stream"
+  cd "$work/$stream" # so that tables say `tuning`, and no more
+  file=$published/$stream.yaml
+  for group in $groups; do
+    [[ -e done-$group ]] && continue
+    named=${methods[$group]:-$group}
+    common=(--strategies "$named" --data-dir "$data" --workers "$workers")
+    if [[ $group == alone ]]; then
+      cl-graft sweep "${common[@]}" --seeds 0 --out first --cache cache "$file"
+    else
+      cl-graft tune "${common[@]}" --trials 8 --seed 0 --out tuning --cache cache-trials "$file"
+      rm -rf cache-trials/stages
+      budgets=1%
+      [[ $group == kept ]] && budgets=0.3%,1%,10%
+      cl-graft sweep "${common[@]}" --budgets "$budgets" --task-ids given,inferred --preset tuning --out cells --cache cache "$file"
+      [[ $group == kept ]] || rm -rf cache/stages # `merged` merges what `kept` has trained
+      [[ ${PACKS:-} == keep ]] || rm -rf tuning/trials/*/packs cells/*/packs
+    fi
+    touch "done-$group"
+  done
+  cl-graft report cells
+  for table in cells/report/*.md; do cp "$table" "$published/$stream-$(basename "$table")"; done
+done
