@@ -95,7 +95,8 @@ def test_without_a_weight_fusellm_is_joint_training(build, scenario):
     ]
     joint, none, some = packs
     for name in joint:
-        torch.testing.assert_close(none[name], joint[name])
+        # a term is trained on padded batches, and a pack rounds to bfloat16: a step of that at most
+        torch.testing.assert_close(none[name], joint[name], rtol=2**-7, atol=1e-6)
     assert any((some[name] - joint[name]).abs().max() > 1e-4 for name in joint)
 
 
