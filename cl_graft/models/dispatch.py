@@ -61,9 +61,9 @@ def device_map(
     size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if memory is None and fits(size):
         return None
-    given = get_max_memory(_numbered(memory)) if memory else _free()
     kept: Any = {"no_split_module_classes": [*(model._no_split_modules or ())], "dtype": dtype}
     with quiet():
+        given = get_max_memory(_numbered(memory)) if memory else _free()
         balanced = get_balanced_memory(model, given, **kept)
         return infer_auto_device_map(model, balanced, **kept)
 
