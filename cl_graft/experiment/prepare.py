@@ -250,7 +250,7 @@ def strategy_of(
     from cl_graft.training.stages import Stages
 
     mirror = mirror_of(config)
-    chat = is_chat(scenario, tokenizer)
+    chat = is_chat(tokenizer, scenario.chat)
     scenario, left_out = without_equal_pairs(rendered(scenario, tokenizer), tokenizer)
     strategy = strategy_class(
         model=model,

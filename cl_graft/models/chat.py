@@ -62,9 +62,9 @@ def added(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> str:
     return prompt + text
 
 
-def is_chat(scenario: Scenario, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the scenario's prompts are a user's turn to this tokenizer's model."""
-    return bool(tokenizer.chat_template) if scenario.chat is None else scenario.chat
+def is_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
+    """Whether prompts are a user's turn to this tokenizer's model. chat: what was said of it; None: by its template."""
+    return bool(tokenizer.chat_template) if chat is None else chat
 
 
 def told(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -80,7 +80,7 @@ def rendered(scenario: Scenario, tokenizer: PreTrainedTokenizerBase) -> Scenario
 
     A space that an answer begins with, as behind `Answer:`, is left out: it begins a turn of its own.
     """
-    if not is_chat(scenario, tokenizer):
+    if not is_chat(tokenizer, scenario.chat):
         return scenario
 
     def example(item: Example) -> Example:

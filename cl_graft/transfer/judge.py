@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cl_graft.errors import CLGraftError, first_line
 from cl_graft.evaluation.scorers import Examinee, score
+from cl_graft.models.chat import is_chat
 from cl_graft.models.load import locate
 from cl_graft.models.text import encode
 from cl_graft.task import Example, Scoring
@@ -125,7 +126,7 @@ def _ids(
     longest: int,
     chat: bool | None,
 ) -> list[int]:
-    if not (tokenizer.chat_template if chat is None else chat):
+    if not is_chat(tokenizer, chat):
         return sum(encode(tokenizer, prompt, answer, longest), [])
     worded(tokenizer, name, prompt, chat)  # says so where there is no template
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_graft.errors import CLGraftError, first_line
-from cl_graft.models.chat import user_turn
+from cl_graft.models.chat import is_chat, user_turn
 from cl_graft.models.load import FILES, locate
 
 if TYPE_CHECKING:
@@ -67,11 +67,8 @@ def _unloadable(name: str, what: str, error: Exception) -> SourceError:
 
 
 def worded(tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, chat: bool | None) -> str:
-    """The prompt as the source reads it: as it is, or as a user's turn in the source's own chat template.
-
-    chat: None where its having one decides.
-    """
-    if not (tokenizer.chat_template if chat is None else chat):
+    """The prompt as the source reads it: as it is, or as a user's turn in its own chat template, where `is_chat`."""
+    if not is_chat(tokenizer, chat):
         return prompt
     if tokenizer.chat_template is None:
         raise SourceError(

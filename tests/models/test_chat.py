@@ -112,8 +112,8 @@ def test_a_scenario_that_says_nothing_goes_by_the_model(
     scenario = Scenario(
         "s", (Task("t", (Example("a", " b"),), (Example("c", " d"),), "exact"),), chat=chat
     )
-    assert is_chat(scenario, llama_tokenizer(None)) is base
-    assert is_chat(scenario, qwen_tokenizer()) is instructed
+    assert is_chat(llama_tokenizer(None), scenario.chat) is base
+    assert is_chat(qwen_tokenizer(), scenario.chat) is instructed
     if not instructed:
         assert rendered(scenario, qwen_tokenizer()).tasks == scenario.tasks
 
