@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,18 @@ def matched_torchvision() -> Iterator[None]:
         raise TorchvisionMismatch(
             f"torchvision, which Avalanche imports, does not fit the torch that is installed ({said}); {TORCHVISION}."
         ) from error
+
+
+@contextmanager
+def errors_alone(library: str) -> Iterator[None]:
+    """Keep what a library logs off the screen within, but for errors."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def not_yaml(path: Path, error: Exception) -> CLGraftError:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import io
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,9 +20,10 @@ from typing import Any, NamedTuple
 
 from cl_graft.data import harness_files
 from cl_graft.data.readers import DataError, sample
-from cl_graft.errors import CLGraftError, UnknownName, first_line
+from cl_graft.errors import CLGraftError, UnknownName, errors_alone, first_line
 from cl_graft.task import Example, Scoring, Task
 
+LOG = "lm_eval"
 SUFFIXES = (".yaml", ".yml")
 
 
@@ -107,21 +107,9 @@ def general(tasks: Sequence[str]) -> Task:
 
 
 @contextlib.contextmanager
-def no_log() -> Iterator[None]:
-    """Keep lm-eval's log off the screen, but for errors."""
-    log = logging.getLogger("lm_eval")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
-@contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep its bars off the screen, too, for which all of stderr is kept off: for short."""
-    with no_log(), contextlib.redirect_stderr(io.StringIO()):
+    """Keep lm-eval's log and its bars off the screen, for which all of stderr is kept off: for short."""
+    with errors_alone(LOG), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 

@@ -7,11 +7,9 @@ of this process's own for as long as the model lives.
 
 from __future__ import annotations
 
-import logging
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from cl_graft.errors import CLGraftError
+from cl_graft.errors import CLGraftError, errors_alone
 from cl_graft.models.spread import Offloaded, is_spread, original
 from cl_graft.store.locks import locked, use, used
 
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DeviceMap = dict[str, Any]  # {part of the model: a GPU's number, "cpu" or "disk"}
+LOG = "accelerate"  # which says where it puts weights
 SHARE = 0.9  # of free memory that weights may take; the rest is for what is computed
 
 
@@ -62,7 +61,7 @@ def device_map(
     if memory is None and fits(size):
         return None
     kept: Any = {"no_split_module_classes": [*(model._no_split_modules or ())], "dtype": dtype}
-    with quiet():
+    with errors_alone(LOG):
         given = get_max_memory(_numbered(memory)) if memory else _free()
         balanced = get_balanced_memory(model, given, **kept)
         return infer_auto_device_map(model, balanced, **kept)
@@ -87,18 +86,6 @@ def _numbered(memory: Mapping[str, str]) -> dict[int | str, str | int]:
 
 def _free() -> dict[int | str, int]:
     return {name: int(SHARE * size) for name, size in get_max_memory().items()}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing is said within of where accelerate puts weights."""
-    logger = logging.getLogger("accelerate")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 class Spill:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_graft.errors import CLGraftError, UnknownName, first_line
+from cl_graft.errors import CLGraftError, UnknownName, errors_alone, first_line
 from cl_graft.models import embedded, published
 from cl_graft.models.weights import CheckpointError, check_folder, weights
 
@@ -155,7 +155,7 @@ def load(
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    from cl_graft.models.dispatch import Spill, quiet, require_devices, settle
+    from cl_graft.models.dispatch import LOG, Spill, require_devices, settle
 
     logging.disable_progress_bar()
     require_devices(memory or {})
@@ -172,7 +172,7 @@ def load(
     verbosity = logging.get_verbosity()
     try:
         logging.set_verbosity_error()  # what it says of weights that are missing is said below, in one sentence
-        with quiet():
+        with errors_alone(LOG):
             model, info = AutoModelForCausalLM.from_pretrained(
                 place,
                 trust_remote_code=False,

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from cl_graft.data import harness, harness_files
 from cl_graft.data.harness import Document
-from cl_graft.errors import CLGraftError, first_line
+from cl_graft.errors import CLGraftError, errors_alone, first_line
 from cl_graft.evaluation.scorers.base import Examinee, Scored, scorer
 from cl_graft.models.chat import DATE
 from cl_graft.ranges import Count
@@ -51,7 +51,7 @@ def lm_eval(
     """
     from lm_eval.models.huggingface import HFLM
 
-    with harness.no_log(), _unchanged(examinee.tokenizer):
+    with errors_alone(harness.LOG), _unchanged(examinee.tokenizer):
         model = HFLM(
             examinee.model,
             tokenizer=examinee.tokenizer,
