@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-Seconds = tuple[
-    float, float
-]  # of the wall's clock, and of the processor's on all threads of this process
+# of the wall's clock, and of the processor's on all threads of this process
+Seconds = tuple[float, float]
 
 
 class Clock:

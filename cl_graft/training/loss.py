@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 FEW = 1 << 24  # logits, 64 MiB in float32: for up to so many the plain head is run
-MANY = (
-    1 << 27
-)  # the same on a CPU, where TRL's tiles take four products of every place, labelled or not
+# the same on a CPU, where TRL's tiles take four products of every place, labelled or not
+MANY = 1 << 27
 
 
 class Told(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cl_graft.errors import CLGraftError, Diverged
 from cl_graft.training.acting import Terms
-from cl_graft.training.flat import Lay
+from cl_graft.training.flat import Lay, inner_of
 from cl_graft.training.loss import FEW, fused, plain, unfused
 from cl_graft.training.term import Term
 from cl_graft.training.tokens import ROWS
@@ -173,8 +173,7 @@ def sft_class(
         def __init__(self, **given: Any):
             super().__init__(**given)
             self.train_dataset = examples
-            inner = self.accelerator.unwrap_model(self.model)
-            inner = inner.get_base_model() if hasattr(inner, "peft_config") else inner
+            inner = inner_of(self.accelerator.unwrap_model(self.model))
             self.vocabulary = inner.config.get_text_config().vocab_size
             self.data_collator = _Padded(self.processing_class.pad_token_id)
             self.sums: dict[str, Tensor] = {}

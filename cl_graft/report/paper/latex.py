@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cl_graft.report.paper.sheet import WIDTHS
+from cl_graft.report.paper.sheet import WIDTHS, filled
 from cl_graft.report.table import UNMEASURED, show, tex
 
 EM = 8.0  # points of \footnotesize where a text has ten
@@ -68,7 +67,7 @@ def table(
         "% needs \\usepackage{booktabs}",
         rf"\begin{{{kind}}}[t]",
         r"\centering",
-        rf"\caption{{{_filled(caption)}}}",
+        rf"\caption{{{filled(caption)}}}",
         rf"\label{{tab:{label}}}",
         r"\footnotesize",
         rf"\setlength{{\tabcolsep}}{{{GAP:g}pt}}",
@@ -81,10 +80,6 @@ def table(
         rf"\end{{{kind}}}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(tex(text), 110, break_long_words=False, break_on_hyphens=False)
 
 
 def _marks(block: Sequence[Row], k: int, column: Column) -> list[str]:

@@ -35,7 +35,7 @@ DPI = 300
 TYPE, SMALL = 7.0, 6.0  # points; the second on a grid and at its edges
 REST = "#BBBBBB"  # of strategies that are not named
 STYLE: Any = style.STYLE | {
-    **{f"{what}.size": TYPE for what in ("font",)},
+    "font.size": TYPE,
     **{f"{what}.labelsize": TYPE for what in ("axes", "xtick", "ytick")},
     **{name: TYPE for name in ("axes.titlesize", "figure.titlesize")},
     "legend.fontsize": SMALL,
@@ -202,6 +202,11 @@ def _printed(figure: Figure) -> list[bytes]:
     return [pdf.getvalue(), png.getvalue(), text, darkened(text.decode()).encode()]
 
 
+def filled(text: str) -> str:
+    """Plain text as lines of LaTeX."""
+    return textwrap.fill(tex(text), 110, break_long_words=False, break_on_hyphens=False)
+
+
 def environment(name: str, captions: Sequence[str], label: str) -> str:
     """A figure of LaTeX for each of WIDTHS, the second as a comment. captions: of each."""
     made = []
@@ -213,7 +218,7 @@ def environment(name: str, captions: Sequence[str], label: str) -> str:
                     rf"\begin{{{kind}}}[t]",
                     r"\centering",
                     rf"\includegraphics[width={room}]{{{name}-{width}}}",
-                    rf"\caption{{{textwrap.fill(tex(caption), 110, break_long_words=False, break_on_hyphens=False)}}}",
+                    rf"\caption{{{filled(caption)}}}",
                     rf"\label{{fig:{label}}}",
                     rf"\end{{{kind}}}",
                 ]
