@@ -39,7 +39,8 @@ class Diverged(CLGraftError):
 
 
 class Refused(CLGraftError):
-    """A disk or a network did not take or give a file. The cell is as it was, and the same command continues it."""
+    """A disk or a network did not take or give a file, or the cell's folder tells another experiment. The cell is as
+    it was, and the same command continues it once that is mended."""
 
 
 class AuthorMistake(CLGraftError):

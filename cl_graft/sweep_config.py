@@ -206,7 +206,7 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); `cl-graft init` writes a file to "
             "begin with."
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, of depth
         raise not_yaml(path, error) from error
     if not isinstance(fields, dict):
         raise CLGraftError(f"{path} sets no fields; `cl-graft init` writes a file to begin with.")

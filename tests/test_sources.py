@@ -335,6 +335,19 @@ def test_a_sweep_computes_nothing_where_a_cell_is_of_another_file(cell: Path, ca
     assert [p.parent.name for p in Path("out").glob("*/cell.json")] == [cell.name]
 
 
+def test_a_sweep_leaves_a_cell_of_other_data_as_it_was(cell: Path, call: Call) -> None:
+    """It is no failure: with the data of before, the same command goes on with it."""
+    kept, before = Path("data/test.jsonl").read_text(), CellFolder(cell).state()["state"]
+    Path("data", "test.jsonl").write_text(line(3) + line(6))
+    words = ["sweep", "--scenarios", "stream.py", "--strategies", "mine.py", "--models", "model"]
+    words += ["--data-dir", "data", "--wandb", "off", "--out", "out", "--workers", "1"]
+    done = call(*words)
+    assert done.code == 1 and "another data set" in done.reason
+    assert CellFolder(cell).state()["state"] in (before, "waiting")
+    Path("data", "test.jsonl").write_text(kept)
+    assert call(*words).code == 0
+
+
 def test_a_result_is_shown_where_its_data_and_model_are_not(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,8 @@ def test_a_wrong_value_is_named_with_its_place(fields: dict[str, Any], words: st
         ("- mini\n", "sets no fields"),
         ("", "sets no fields"),
         ("!!python/object/apply:os.system ['true']", "is not YAML"),
+        ("seeds: 2024-99-99", "is not YAML"),
+        ("[" * 5000, "is not YAML"),
     ],
 )
 def test_a_file_that_is_none(text: str, words: str, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from cl_graft.errors import Refused
 from cl_graft.store.files import LEFT, DiskRefused, RecordError, read_json, write_json, write_text
 from cl_graft.store.locks import Busy, file_lock, held
 
@@ -34,6 +35,10 @@ PATIENCE = (
 
 class CellBusy(Busy):
     """A cell that another process computes."""
+
+
+class AnotherCell(RecordError, Refused):
+    """A folder whose `cell.json` tells another experiment than the one that is to be put there."""
 
 
 class CellFolder:
@@ -110,7 +115,7 @@ class CellFolder:
     def begin(self, identity: dict[str, Any]) -> None:
         """Write `cell.json`, or check that the one there tells the same experiment.
 
-        Raises RecordError for a folder of another version, or made of other data, weights or source files.
+        Raises RecordError for a folder of another version, AnotherCell for other data, weights or source files.
         """
         if not (self.path / "cell.json").exists():
             write_json(self.path / "cell.json", {"format": FORMAT, **identity})
@@ -128,20 +133,20 @@ class CellFolder:
         return about
 
     def check(self, part: dict[str, Any]) -> None:
-        """Raises RecordError where `cell.json` differs from this part of an identity."""
+        """Raises AnotherCell where `cell.json` differs from this part of an identity."""
         recorded = self.identity()
         for key, now in part.items():
             then = recorded.get(key)
             if then == now:
                 continue
             if key in ("sources", "inputs"):
-                raise RecordError(
+                raise AnotherCell(
                     f"{self.path} was made {_difference(then, now)}; choose another --out, or delete the folder "
                     "to compute it anew."
                 )
             if key == "config" and isinstance(then, dict):
                 key = " and ".join(k for k in now if then.get(k) != now[k]) or key
-            raise RecordError(
+            raise AnotherCell(
                 f"{self.path} was begun with another {key} than now; choose another --out "
                 "or delete the folder."
             )

@@ -33,8 +33,9 @@ class Report(Protocol):
 class Outcome:
     """How an attempt at a cell ended.
 
-    refused: by a disk or a network, and the same command tries it again. busy: what it needs next is being made by
-    another cell or sweep. lost: its process or its node died, or was told to stop; what was finished is on disk.
+    refused: by a disk, a network, or a folder of another experiment, and the same command tries it again. busy: what
+    it needs next is being made by another cell or sweep. lost: its process or its node died, or was told to stop; what
+    was finished is on disk.
     reason: of anything but `done`, in one sentence. trace: of a failure.
     """
 
