@@ -13,6 +13,7 @@ import pytest
 
 from cl_graft import plugins
 from cl_graft.config import RunConfig
+from cl_graft.experiment.attempt import attempt
 from cl_graft.experiment.cell import finished, run
 from cl_graft.plugins import find, kinds
 from cl_graft.store.files import RecordError
@@ -335,17 +336,15 @@ def test_a_sweep_computes_nothing_where_a_cell_is_of_another_file(cell: Path, ca
     assert [p.parent.name for p in Path("out").glob("*/cell.json")] == [cell.name]
 
 
-def test_a_sweep_leaves_a_cell_of_other_data_as_it_was(cell: Path, call: Call) -> None:
-    """It is no failure: with the data of before, the same command goes on with it."""
-    kept, before = Path("data/test.jsonl").read_text(), CellFolder(cell).state()["state"]
-    Path("data", "test.jsonl").write_text(line(3) + line(6))
-    words = ["sweep", "--scenarios", "stream.py", "--strategies", "mine.py", "--models", "model"]
-    words += ["--data-dir", "data", "--wandb", "off", "--out", "out", "--workers", "1"]
-    done = call(*words)
-    assert done.code == 1 and "another data set" in done.reason
-    assert CellFolder(cell).state()["state"] in (before, "waiting")
-    Path("data", "test.jsonl").write_text(kept)
-    assert call(*words).code == 0
+def test_an_attempt_at_a_cell_of_other_data_leaves_it_as_it_was(cell: Path) -> None:
+    """It is no failure, which would have to be asked for again: with the data of before it goes on."""
+    kept, before = Path("data/test.jsonl").read_text(), CellFolder(cell).state()
+    Path("data/test.jsonl").write_text(line(3) + line(6))
+    outcome = attempt(config(), lambda what, done, at="": None, True)
+    assert outcome.state == "refused" and "another data set" in outcome.reason
+    assert CellFolder(cell).state() == before
+    Path("data/test.jsonl").write_text(kept)
+    assert attempt(config(), lambda what, done, at="": None, True).state == "done"
 
 
 def test_a_result_is_shown_where_its_data_and_model_are_not(
