@@ -141,6 +141,16 @@ def test_difflib_is_another_similarity() -> None:
     assert found == {"indel": 8 / 22, "difflib": 6 / 22}
 
 
+def test_difflib_begins_no_match_with_common_characters_of_long_references() -> None:
+    """From 200 characters on: what fuzzywuzzy 0.18.0 without python-Levenshtein rounds to 77 and 57, with it to 77 and 77."""
+    for lines, difflib in ((6, 77), (7, 57)):
+        reference = "".join(f"    total_{i} = values[{i}] * rate\n" for i in range(lines))
+        answer = reference.replace("total", "sum").replace("rate", "factor")
+        for ratio, wanted in (("indel", 77), ("difflib", difflib)):
+            found = scored("edit_similarity", answer, reference, ratio=ratio)
+            assert found == pytest.approx(wanted / 100, abs=0.01), (lines, ratio)
+
+
 def test_rapidfuzz_says_the_same() -> None:
     peer = pytest.importorskip("rapidfuzz.fuzz")
     for answer, reference in pairs():
