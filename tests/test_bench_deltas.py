@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from cl_graft.bench import deltas, experts, peers, previous, rounding
+from cl_graft.bench import deltas, experts, outputs, peers, previous, rounding
 from cl_graft.bench.cells import Cells
 from cl_graft.bench.deltas import Delta, smollm2_delta
 from cl_graft.bench.engines import Engine, Made, this_engine
@@ -239,6 +239,39 @@ def test_stochastic_rounding_keeps_what_nearest_loses(
     both = [rows["bfloat16, stochastic"]["lost"], lost["bfloat16, stochastic"]]
     assert figures["bf16_kl_share"]["lost"] == max(both)
     assert "| KL lost, small, bfloat16, nearest |" in markdown({"bf16_kl_share": figures})
+
+
+def test_of_a_small_delta_outputs_to_nearest_lose_what_a_hash_keeps(
+    delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a gradient step of 2e-4 of the weights; of one of a hundredth all is there in any way."""
+    model = llama()
+    base = saved(model, tmp_path / "base")
+    text = HeldOut(Delta("small", base, base, TEXT, TEXT[:12], 64))
+    for batch in text.batches(TEXT[:12]):
+        model(**batch).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                step = parameter.grad * (2e-4 * parameter.norm() / parameter.grad.norm())
+                parameter.sub_(step)
+    small = Delta("small", base, saved(model, tmp_path / "small"), TEXT, TEXT[:12], 64)
+    monkeypatch.setattr(
+        outputs, "smollm2_delta", lambda steps, *given: small if steps == 12 else delta
+    )
+    figures = outputs.bf16_outputs_kept(None, Cells(tmp_path / "cells"))
+    found, large = ({row["how"]: row for row in d["rows"]} for d in figures["deltas"])
+    kept = {how: row["kept"] for how, row in found.items()}
+    assert kept["in the weights, nearest"] < 0.2 and kept["beside, sum to nearest"] < 0.7
+    assert kept["in the weights, stochastic"] == pytest.approx(1, abs=0.4)
+    assert kept[outputs.OURS] == pytest.approx(1, abs=0.4)
+    for row in large.values():
+        assert row["kept"] == pytest.approx(1, abs=0.02) and row["error"] < 0.02
+        assert row["kept_answers"] == pytest.approx(1, abs=0.02)
+    assert figures["bf16_outputs_kept"] in (kept[outputs.OURS], found[outputs.OURS]["kept_answers"])
+    assert "| shift kept, small, beside, sum to nearest |" in markdown(
+        {"bf16_outputs_kept": figures}
+    )
 
 
 def test_every_peer_is_beside_ours_at_its_bytes(

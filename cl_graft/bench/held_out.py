@@ -124,7 +124,7 @@ def divergence(
     each, of_answer = [], []
     for right, other, batch in zip(wanted, found, batches, strict=True):
         each.append((right.exp() * (right - other)).sum(-1).double())
-        of_answer.append(_predicts_answer(batch))
+        of_answer.append(predicts_answer(batch))
     kl, answers = torch.cat(each), torch.cat(of_answer)
     return {"kl": float(kl.mean()), "kl_answers": float(kl[answers].mean())}
 
@@ -137,7 +137,7 @@ def log_probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return model(**told, use_cache=False).logits[keep].float().log_softmax(-1)
 
 
-def _predicts_answer(batch: Mapping[str, Tensor]) -> Tensor:
+def predicts_answer(batch: Mapping[str, Tensor]) -> Tensor:
     """Whether the next token is one of the answer's, for each token that is no padding."""
     labels = batch["labels"]
     following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)

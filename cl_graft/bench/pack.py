@@ -20,6 +20,7 @@ from cl_graft.bench.lossless import Pairs, bench_lossless
 from cl_graft.bench.memory import bench_memory
 from cl_graft.bench.merge import SHAPES, bench_merge
 from cl_graft.bench.methods import bench_methods
+from cl_graft.bench.outputs import bf16_outputs_kept
 from cl_graft.bench.peers import deltatensors_kl_ratio, peers
 from cl_graft.bench.previous import (
     bytes_at_equal_error,
@@ -42,6 +43,7 @@ EXPERTS = "experts_over_previous"  # likewise, on mixtures of its own
 ON_SMOLLM2 = {
     "anatomy": anatomy,
     "bf16_kl_share": bf16_kl_share,
+    "bf16_outputs_kept": bf16_outputs_kept,
     "bytes_over_entropy": coding,
     "peers": peers,
     "deltatensors_kl_ratio": deltatensors_kl_ratio,

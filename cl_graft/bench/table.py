@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_graft.bench.anatomy import anatomy_rows
+from cl_graft.bench.outputs import outputs_rows
 from cl_graft.bench.rounding import rounding_rows
 from cl_graft.store.digests import machine, versions
 from cl_graft.store.files import write_json, write_text
@@ -241,6 +242,7 @@ _ROWS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str, str]]]] = {
     "peers": _peer_rows,
     "deltatensors_kl_ratio": _deltatensors_rows,
     "bf16_kl_share": rounding_rows,
+    "bf16_outputs_kept": outputs_rows,
     "bytes_over_entropy": _coding_rows,
     "anatomy": anatomy_rows,
 }

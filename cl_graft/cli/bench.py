@@ -44,8 +44,7 @@ def bench_pack(
             help="Parts, comma-separated: error, time, memory, disk, merge, bytes, lossless; methods, all of them on "
             "one delta; beside --previous: error_over_previous, bytes_at_equal_error, kl_over_previous, "
             "experts_over_previous; on SmolLM2, which `cl-graft models fetch` gets: anatomy, bf16_kl_share, "
-            "bytes_over_entropy, peers, "
-            "deltatensors_kl_ratio."
+            "bf16_outputs_kept, bytes_over_entropy, peers, deltatensors_kl_ratio."
         ),
     ] = "error,time,memory,disk,merge,bytes",
     base: Annotated[

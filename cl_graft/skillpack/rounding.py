@@ -25,6 +25,9 @@ NARROW = (torch.bfloat16, torch.float16)
 # entries at a time on the CPU: fewer take less time than the calls do, more fall out of its cache
 CHUNK = 1 << 17
 GAMMA, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_HASH = 0x9E3779B1 - (
+    1 << 32
+)  # Knuth's multiplicative hashing: 2**32 over the golden ratio, a prime near it
 WORTH_COMPILING = 1 << 20  # entries: loading what is compiled takes as long as millions of them
 SMALLEST_NORMAL = 2.0**-14  # of float16
 
@@ -68,6 +71,18 @@ def stochastic(x: Tensor, dtype: torch.dtype, seed: int, at: int | Tensor = 0) -
             mine = torch.where(part.abs() <= largest, mine, part.to(dtype))
         out[start : start + step] = mine
     return out.view(x.shape)
+
+
+def dithered(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 entries to bfloat16 or float16 as `stochastic` does, by random bits that are a hash of the entry.
+
+    Equal entries are rounded alike, so the result does not depend on what else is in the tensor. The mean error is zero
+    over entries that differ, as a layer's outputs do. x: any shape, finite.
+    """
+    flat = x.contiguous().view(-1)
+    bits = (flat.view(torch.int32) * _HASH).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    rounded = _to_bfloat16 if dtype == torch.bfloat16 else _to_float16
+    return rounded(flat, bits).view(x.shape)
 
 
 def summed(x: Tensor, dtype: torch.dtype, seed: int, at: int | Tensor = 0) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from cl_graft.skillpack.rounding import (
     NARROW,
     add,
+    dithered,
     neighbours,
     random_bits,
     random_bits_at,
@@ -142,6 +143,27 @@ def test_the_mean_error_is_zero_where_nearest_loses_a_small_delta(dtype: torch.d
     error = (stochastic(moved, dtype, 7).double() - moved.double()) / spacing
     assert abs(float(error.mean())) < 4.5 * float(error.std()) / math.sqrt(len(error))
     assert float(error.std()) == pytest.approx(math.sqrt(0.01 * 0.99), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_by_a_hash_of_the_entry_a_small_delta_is_kept_and_what_the_dtype_holds_stays(
+    dtype: torch.dtype,
+) -> None:
+    values = every_value(dtype)
+    values = values[~values.isnan()]
+    assert torch.equal(bits_of(dithered(values.float(), dtype)), bits_of(values))
+    generator = torch.Generator().manual_seed(0)
+    base = (torch.randn(1 << 19, generator=generator) * 8).to(dtype).float()
+    base = base[base.abs() > 2.0**-8]
+    spacing = 2.0 ** base.abs().log2().floor() * torch.finfo(dtype).eps
+    delta = torch.randn(len(base), generator=generator) * 0.05 * spacing
+    moved = base + delta
+    added = dithered(moved, dtype).double() - base.double()
+    kept = added * delta / delta.square().mean()
+    assert abs(float(kept.mean()) - 1) < 4.5 * float(kept.std()) / math.sqrt(len(kept))
+    assert float((moved.to(dtype) - base).mul(delta).mean() / delta.square().mean()) < 1e-3
+    order = torch.randperm(len(moved), generator=generator)
+    assert torch.equal(dithered(moved[order], dtype), dithered(moved, dtype)[order])
 
 
 @given(st.integers(0, 300), st.integers(0, 300), dtypes, seeds, st.integers(0, 2**33))

@@ -1,9 +1,9 @@
 """Packs beside a base model: its weights stay as they are, and each sample of a batch has its own packs.
 
-A low-rank delta of a linear layer is added to the layer's output, y += (x right^T) left^T (LoRA, Hu et
-al. 2022, unmerged), and so is one in a few rows of its weight, or the sum of both, as of a head. Every other
-delta is in the weights for as long as one call of a module takes, once for each distinct choice in the batch,
-on the rows of its samples. attachment_points.py says at which modules.
+A low-rank delta of a linear layer is added to the layer's output, y += (x right^T) left^T (LoRA, Hu et al. 2022,
+unmerged; sums in 16 bits are rounded by `rounding.dithered`), and so is one in a few rows of its weight, or the sum of
+both, as of a head. Every other delta is in the weights for as long as one call of a module takes, once for each distinct
+choice in the batch, on the rows of its samples. attachment_points.py says at which modules.
 """
 
 from __future__ import annotations
@@ -152,11 +152,13 @@ class Attached:
             if not choice:
                 continue
             part = out[rows]
+            # a delta is often under half the spacing of 16 bits around an output, which is on their grid
+            sums = part.float() if (narrow := out.dtype in rounding.NARROW) else part
             for index in choice:
                 for name in point.linear:
                     for each in self._held[index][name]:
-                        _add(part, args[0][rows], each, point.transposed)
-            out[rows] = part
+                        _add(sums, args[0][rows], each, point.transposed)
+            out[rows] = rounding.dithered(sums, out.dtype) if narrow else sums
         return out
 
     def _of(self, choice: Choice, point: AttachmentPoint, light: bool) -> Choice:
