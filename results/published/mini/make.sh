@@ -13,7 +13,6 @@ seeds=${SEEDS:-0,1,2} model=${MODEL:-mini-llama} workers=${WORKERS:-2}
 kept=individual,graftllm,graftllm_adaptive,svd_quant,svd,magnitude,bitdelta,compeft,dare,delta_come,delta_dct,impart,loraquant,ultradelta
 merged=task_arithmetic,ties,sce,pcb,knots,consensus,emr,tall_mask,twin_merging
 trained=sequential,joint,lora,replay,ewc,lwf,o_lora,agem,gem,magmax,osf,slao,i_lora,sure,dft,lora_intruders,lamol,sdft
-grafted=model_grafting,model_tailor
 
 mkdir -p "$work"
 cd "$work" # so that tables say `tuning`, and no more
@@ -23,8 +22,9 @@ each() {
   "$@" --strategies "$kept,$merged"
   "$@" --strategies "$trained"
   "$@" --strategies lora --set lora.convention=each
-  "$@" --strategies "$grafted"
-  for method in ${grafted//,/ }; do "$@" --strategies "$method" --set "$method.convention=each"; done
+  "$@" --strategies model_grafting,model_tailor
+  "$@" --strategies model_grafting --set model_grafting.convention=summed
+  "$@" --strategies model_tailor --set model_tailor.convention=each
 }
 each cl-graft tune "${common[@]}" --trials 8 --seed 0 --out tuning
 each cl-graft sweep "${common[@]}" --seeds "$seeds" --preset tuning --task-ids given,inferred --out cells

@@ -2,16 +2,18 @@
 # Learns streams of real tasks with SmolLM2-135M: the base and one model a task first, then every group of methods, tuned.
 #
 # Usage: results/published/real/make.sh DATA-FOLDER [WORK-FOLDER]. Killed and started again it goes on; what is done is
-# kept. STREAMS (of classification, math_code, superni), METHODS (names of groups) and WORKERS are variables. Stages of a
-# group are removed when its cells are done, since each is half a gigabyte; packs of finished cells, too, but for PACKS=keep.
+# kept. STREAMS (of classification, math_code, superni), METHODS (names of groups) and WORKERS are variables. A stage
+# is half a gigabyte: those that only one group trains are removed when its cells are done, and the packs of finished cells,
+# too, but for PACKS=keep. Of a budget other than 1 % there are the methods of `kept`.
 set -euo pipefail
 published=$(realpath "$(dirname "$0")") data=$(realpath "$1") work=$(realpath -m "${2:-results/real-study}")
 streams=${STREAMS:-classification math_code superni} workers=${WORKERS:-2}
-groups=${METHODS:-alone kept merged sequential lora replay ewc lwf o_lora agem osf slao sure model_grafting model_tailor joint}
+groups=${METHODS:-alone kept sequential lora replay model_grafting model_tailor ewc stored merged lwf o_lora agem osf slao sure joint}
 
 declare -A methods=(
   [alone]=individual
-  [kept]=individual,graftllm,graftllm_adaptive,svd_quant,magnitude,bitdelta,compeft,dare,delta_come
+  [kept]=individual,graftllm,graftllm_adaptive,svd_quant
+  [stored]=magnitude,bitdelta,compeft,dare,delta_come
   [merged]=task_arithmetic,ties,sce,emr,tall_mask,twin_merging
 )
 [[ -d $(python -c 'from cl_graft.models.published import located; print(located("smollm2-135m"))') ]] ||
@@ -24,16 +26,18 @@ for stream in $streams; do
   for group in $groups; do
     [[ -e done-$group ]] && continue
     named=${methods[$group]:-$group}
+    # what fine-tunes each task from the base shares its stages; what else a group trains is its own, and goes with it
+    cache=cache
+    [[ $group =~ ^(alone|kept|stored|merged)$ ]] || cache=cache-$group
     common=(--strategies "$named" --data-dir "$data" --workers "$workers")
     if [[ $group == alone ]]; then
-      cl-graft sweep "${common[@]}" --seeds 0 --out first --cache cache "$file"
+      cl-graft sweep "${common[@]}" --seeds 0 --out first --cache $cache "$file"
     else
-      cl-graft tune "${common[@]}" --trials 8 --seed 0 --out tuning --cache cache-trials "$file"
-      rm -rf cache-trials/stages
+      cl-graft tune "${common[@]}" --trials 8 --seed 0 --out tuning --cache "$cache-trials" "$file"
       budgets=1%
       [[ $group == kept ]] && budgets=0.3%,1%,10%
-      cl-graft sweep "${common[@]}" --budgets "$budgets" --task-ids given,inferred --preset tuning --out cells --cache cache "$file"
-      [[ $group == kept ]] || rm -rf cache/stages # `merged` merges what `kept` has trained
+      cl-graft sweep "${common[@]}" --budgets "$budgets" --task-ids given,inferred --preset tuning --out cells --cache $cache "$file"
+      [[ $cache == cache ]] || rm -rf "$cache" "$cache-trials"
       [[ ${PACKS:-} == keep ]] || rm -rf tuning/trials/*/packs cells/*/packs
     fi
     touch "done-$group"
