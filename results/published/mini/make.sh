@@ -32,4 +32,4 @@ each cl-graft sweep "${common[@]}" --seeds "$seeds" --preset tuning --task-ids g
 cl-graft report cells
 rm -rf "$published"/mini-* "$published"/overview.*
 cp cells/report/{mini-*,provenance.md} "$published/"
-cp "tuning/mini__$model.json" "$published/tuning.json"
+cp "tuning/mini__$model.json" "$published/../../../cl_graft/tuned/"
