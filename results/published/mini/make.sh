@@ -29,7 +29,12 @@ each() {
 each cl-graft tune "${common[@]}" --trials 8 --seed 0 --out tuning
 each cl-graft sweep "${common[@]}" --seeds "$seeds" --preset tuning --task-ids given,inferred --out cells
 
-cl-graft report cells
-rm -rf "$published"/mini-* "$published"/overview.*
-cp cells/report/{mini-*,provenance.md} "$published/"
+cl-graft report cells --paper --named graftllm_adaptive --named graftllm --named lora --named sequential --named replay \
+  --named ewc --named ties --named individual
+rm -f "$published"/{mini,overview}*
+cp cells/report/mini-*.{md,csv} cells/report/{overview,provenance}.md "$published/"
+cp cells/report/paper/overview-2col.png "$published/mini-overview.png"
+for figure in curves bytes kl plasticity; do
+  cp "cells/report/paper/mini/$figure-2col.png" "$published/mini-$figure.png"
+done
 cp "tuning/mini__$model.json" "$published/../../../cl_graft/tuned/"
