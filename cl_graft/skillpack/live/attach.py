@@ -2,8 +2,8 @@
 
 A low-rank delta of a linear layer is added to the layer's output, y += (x right^T) left^T (LoRA, Hu et al. 2022,
 unmerged; sums in 16 bits are rounded by `rounding.dithered`), and so is one in a few rows of its weight, or the sum of
-both, as of a head. Every other delta is in the weights for as long as one call of a module takes, once for each distinct
-choice in the batch, on the rows of its samples. attachment_points.py says at which modules.
+both, as of a head. Every other delta is in the weights for as long as one call of a module takes, once for each
+distinct choice in the batch, on the rows of its samples. attachment_points.py says at which modules.
 """
 
 from __future__ import annotations
