@@ -257,7 +257,7 @@ def test_of_a_small_delta_outputs_to_nearest_lose_what_a_hash_keeps(
                 parameter.sub_(step)
     small = Delta("small", base, saved(model, tmp_path / "small"), TEXT, TEXT[:12], 64)
     monkeypatch.setattr(
-        outputs, "smollm2_delta", lambda steps, *given: small if steps == 12 else delta
+        rounding, "smollm2_delta", lambda steps, *given: small if steps == 12 else delta
     )
     figures = outputs.bf16_outputs_kept(None, Cells(tmp_path / "cells"))
     found, large = ({row["how"]: row for row in d["rows"]} for d in figures["deltas"])

@@ -16,19 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from cl_graft.bench.cells import Cells
-from cl_graft.bench.deltas import STEPS, smollm2_delta
 from cl_graft.bench.held_out import HeldOut, log_probabilities, predicts_answer
-from cl_graft.bench.previous import conditions
+from cl_graft.bench.rounding import BF16, of_deltas
 from cl_graft.models.load import load
 from cl_graft.skillpack.rounding import dithered, seed_of, stochastic
-from cl_graft.version import __version__
 
 ROWS = 32  # of the test set
-BF16 = torch.bfloat16
 OURS = "beside, by a hash of the sum"
-Output = Callable[
-    [str, Tensor, Tensor], Tensor
-]  # (matrix, input, its float32 product) -> what it gives
+# (matrix, input, its float32 product) -> what it gives
+Output = Callable[[str, Tensor, Tensor], Tensor]
 
 
 def bf16_outputs_kept(data_dir: Path | None, cells: Cells) -> dict[str, Any]:
@@ -38,11 +34,7 @@ def bf16_outputs_kept(data_dir: Path | None, cells: Cells) -> dict[str, Any]:
     kept_answers, the projection of the shift on that of float32, over the latter, for tokens of the prompts and of the
     answers; error, the norm of what differs over that of float32's shift. Raises NotFetched, DataError.
     """
-    deltas = []
-    for steps in STEPS:
-        text = HeldOut(smollm2_delta(steps, data_dir, cells.say))
-        about = {"part": "bf16_outputs_kept", "version": __version__, **conditions(text)}
-        deltas.append(cells.measured(about, partial(_delta, text)))
+    deltas = of_deltas("bf16_outputs_kept", _delta, data_dir, cells, rows=ROWS)
     ours = [row for found in deltas for row in found["rows"] if row["how"] == OURS]
     kept = [row[key] for row in ours for key in ("kept", "kept_answers")]
     return {

@@ -39,11 +39,7 @@ def bf16_kl_share(data_dir: Path | None, cells: Cells) -> dict[str, Any]:
     model's next-token distribution to that of the rounded one; lost and lost_answers, these over those of the base;
     kept, the projection of what was added on the delta, over the delta. Raises NotFetched, DataError.
     """
-    deltas = []
-    for steps in STEPS:
-        text = HeldOut(smollm2_delta(steps, data_dir, cells.say))
-        about = {"part": "bf16_kl_share", "version": __version__, **conditions(text)}
-        deltas.append(cells.measured(about, partial(_delta, text)))
+    deltas = of_deltas("bf16_kl_share", _delta, data_dir, cells)
     chosen = [next(r for r in found["rows"] if r["how"] == DEFAULT) for found in deltas]
     return {
         "bf16_kl_share": {key: max(row[key] for row in chosen) for key in ("lost", "lost_answers")},
@@ -53,6 +49,22 @@ def bf16_kl_share(data_dir: Path | None, cells: Cells) -> dict[str, Any]:
             "calibration": f"{CALIBRATION} training examples, for the compensated form",
         },
     }
+
+
+def of_deltas(
+    part: str,
+    measure: Callable[[HeldOut], dict[str, Any]],
+    data_dir: Path | None,
+    cells: Cells,
+    **about: Any,
+) -> list[dict[str, Any]]:
+    """What `measure` finds of each of SmolLM2's two deltas, kept as cells. about: on what else it depends."""
+    found = []
+    for steps in STEPS:
+        text = HeldOut(smollm2_delta(steps, data_dir, cells.say))
+        cell = {"part": part, "version": __version__, **conditions(text), **about}
+        found.append(cells.measured(cell, partial(measure, text)))
+    return found
 
 
 def rounding_rows(part: dict[str, Any]) -> list[tuple[str, str, str]]:

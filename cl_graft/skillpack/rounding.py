@@ -25,9 +25,8 @@ NARROW = (torch.bfloat16, torch.float16)
 # entries at a time on the CPU: fewer take less time than the calls do, more fall out of its cache
 CHUNK = 1 << 17
 GAMMA, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_HASH = 0x9E3779B1 - (
-    1 << 32
-)  # Knuth's multiplicative hashing: 2**32 over the golden ratio, a prime near it
+# of Knuth's multiplicative hashing, as an int32: a prime near 2**32 over the golden ratio
+HASH = 0x9E3779B1 - (1 << 32)
 WORTH_COMPILING = 1 << 20  # entries: loading what is compiled takes as long as millions of them
 SMALLEST_NORMAL = 2.0**-14  # of float16
 
@@ -57,7 +56,6 @@ def stochastic(x: Tensor, dtype: torch.dtype, seed: int, at: int | Tensor = 0) -
     first = 0 if isinstance(at, Tensor) else at
     places = at.reshape(-1) if isinstance(at, Tensor) else None
     step = CHUNK if x.device.type == "cpu" else max(1, x.numel())
-    rounded = _to_bfloat16 if dtype == torch.bfloat16 else _to_float16
     largest = torch.finfo(dtype).max
     for start in range(0, len(flat), step):
         part = flat[start : start + step]
@@ -65,7 +63,7 @@ def stochastic(x: Tensor, dtype: torch.dtype, seed: int, at: int | Tensor = 0) -
             bits = random_bits(len(part), seed, first + start, x.device)
         else:
             bits = random_bits_at(places[start : start + step], seed)
-        mine = rounded(part, bits)
+        mine = _rounded(part, dtype, bits)
         least, most = part.aminmax()
         if not (-largest <= least and most <= largest):  # nor where either is NaN
             mine = torch.where(part.abs() <= largest, mine, part.to(dtype))
@@ -80,9 +78,8 @@ def dithered(x: Tensor, dtype: torch.dtype) -> Tensor:
     over entries that differ, as a layer's outputs do. x: any shape, finite.
     """
     flat = x.contiguous().view(-1)
-    bits = (flat.view(torch.int32) * _HASH).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-    rounded = _to_bfloat16 if dtype == torch.bfloat16 else _to_float16
-    return rounded(flat, bits).view(x.shape)
+    bits = (flat.view(torch.int32) * HASH).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    return _rounded(flat, dtype, bits).view(x.shape)
 
 
 def summed(x: Tensor, dtype: torch.dtype, seed: int, at: int | Tensor = 0) -> Tensor:
@@ -198,6 +195,10 @@ def _splitmix(numbers: Tensor, seed: int) -> Tensor:
     for shift, factor in ((30, FIRST), (27, SECOND)):
         z.bitwise_xor_((z >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(_signed(factor))
     return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    return _to_bfloat16(x, bits) if dtype == torch.bfloat16 else _to_float16(x, bits)
 
 
 def _to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
