@@ -5,15 +5,21 @@ OUT ?= results/demo
 SEEDS ?= 0
 WORKERS ?= 0
 
-STRATEGIES = sequential,lora,model_grafting,model_tailor,svd_quant,graftllm,graftllm_adaptive,individual
+# Python compiles what it imports, which is a small part of what is installed.
+QUICK = --quiet --disable-pip-version-check --no-compile
+# the slowest first: two run at a time
+STRATEGIES = model_grafting,sequential,lora,model_tailor,svd_quant,graftllm,graftllm_adaptive,individual
 
 .PHONY: demo test test-fast check docs readme env oldest
 
-# The strategies on the embedded scenario. The model writes programs there, and they are run in the sandbox.
+# The strategies on math, then code, of the embedded scenario. The model writes programs there, which run in the sandbox.
 demo: env
 	$(BIN)/cl-graft sweep --scenarios mini --strategies $(STRATEGIES) --seeds $(SEEDS) \
-	  --set 'lora.convention=["trained_on","each"]' \
+	  --set 'mini.tasks="math,code"' --set 'lora.convention=["trained_on","each"]' \
 	  --workers $(WORKERS) --out $(OUT) --allow-code-execution
+	@echo 'A third task: the same command without mini.tasks. A real language model, SmolLM2, on data of your own:'
+	@echo '  $(BIN)/cl-graft models fetch smollm2-135m'
+	@echo '  $(BIN)/cl-graft run --scenario text_classification --strategy graftllm --model smollm2-135m --budget 1% --data-dir DATA'
 
 test: env check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -37,9 +43,9 @@ env: $(VENV)/.complete
 ifeq ($(abspath $(VENV)),$(abspath .venv))
 $(VENV)/.complete: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -m pip install $(QUICK) torch==2.13.0
+	$(BIN)/python -m pip install $(QUICK) --no-deps -r requirements.lock
+	$(BIN)/python -m pip install $(QUICK) --no-deps --editable .
 	touch $@
 else
 # An environment that is there already, as `make env VENV=$$VIRTUAL_ENV`: its torch and torchvision stay as they are.

@@ -1,7 +1,8 @@
-"""The embedded models: small models pre-trained here from a fixed seed, on text made here or on the user's data.
+"""The embedded models: small models pre-trained from a fixed seed, on text made here or on the user's data.
 
-Nothing is downloaded. The first use trains the model (a minute or two for `mini-llama`) and caches it
-as an ordinary Hugging Face folder under `$CL_GRAFT_CACHE` (default `~/.cache/cl_graft`).
+Nothing is downloaded. `mini-llama` comes with the package, the same weights on every machine, for sums come out
+otherwise on another processor. The first use of another trains it, in a minute or some, and caches it as an ordinary
+Hugging Face folder under `$CL_GRAFT_CACHE` (default `~/.cache/cl_graft`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ NewModel = Callable[
 ]  # of a recipe and a size of the vocabulary
 
 
+# folders of models that were trained once, by what is below, and are not trained again
+SHIPPED = Path(__file__).with_name("shipped")
 SPECS = {
     "mini-llama": ModelRecipe(
         "0.6 M parameters, shallow skill in every mini task", 128, 3, 4, 384, 900, 3e-3
@@ -118,13 +121,15 @@ def folder(name: str, texts: list[str]) -> Path:
 def obtain(
     name: str, data_dir: Path | None = None, progress: Trained = lambda step, loss: None
 ) -> Path:
-    """The model's folder, trained now if it is not there yet; safe when several processes ask at once.
+    """The model's folder, trained now if it is neither shipped nor there yet; safe when several processes ask at once.
 
     Raises DataError where a model that is trained on the user's data finds none, CLGraftError where the
     cache cannot be written.
     """
     from cl_graft.store.locks import file_lock
 
+    if (shipped := SHIPPED / name).is_dir():
+        return shipped
     spec = SPECS[name]
     texts = corpus.texts(data_dir) if spec.corpus == "data" else []
     target = folder(name, texts)

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -25,6 +25,7 @@ from cl_graft.errors import UnknownName
 from cl_graft.evaluation.generate import log_likelihoods
 from cl_graft.models import corpus, embedded, toy_language
 from cl_graft.models.load import load, locate
+from cl_graft.skillpack.format.fingerprint import fingerprint
 from tests.real import DATA, needs_data
 from tests.refusals import one_sentence
 
@@ -69,7 +70,7 @@ def test_a_model_is_cached_where_the_variable_says(made: Path, cache: Path) -> N
 
 TRAINER = """
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from cl_graft.models import embedded
 train = embedded._train
 def counted(*given):
@@ -201,6 +202,39 @@ def test_it_has_learned_something(made: Path, cache: Path) -> None:
     pairs = [(toy_language.prompt(item.question), item.answer) for item in items]
     before, after = (sum(log_likelihoods(m, tokenizer, pairs, 128)) for m in (untrained, model))
     assert after > 0.8 * before
+
+
+# --- the model that is shipped ---
+
+SHIPPED = "mini-llama"
+
+
+def test_what_is_shipped_is_what_its_recipe_makes() -> None:
+    """A change of the recipe or of the world asks for the weights to be made anew, and for new published tables."""
+    recipe = json.dumps(asdict(embedded.SPECS[SHIPPED]), sort_keys=True).encode()
+    source = Path(toy_language.__file__).read_bytes()
+    assert hashlib.sha256(recipe + source).hexdigest()[:16] == "b4d56ce60af65c37"
+    model, _ = load(SHIPPED)
+    assert fingerprint(model.named_parameters()).startswith("6dac0bbd")
+    untrained = embedded.without_weights(SHIPPED)
+    assert model.config.to_diff_dict() | {"dtype": None, "architectures": None} == (
+        untrained.config.to_diff_dict() | {"dtype": None, "architectures": None}
+    )
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in untrained.named_parameters()
+    }
+
+
+def test_what_is_shipped_reads_the_world_as_its_tokenizer_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is there without a cache."""
+    monkeypatch.setenv("CL_GRAFT_CACHE", str(tmp_path / "cache"))
+    folder = embedded.obtain(SHIPPED)
+    assert not (tmp_path / "cache").exists()
+    embedded.toy_tokenizer().save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((folder / name).read_text()) == json.loads((tmp_path / name).read_text())
 
 
 # --- what it was pre-trained on ---
