@@ -15,9 +15,9 @@ STRATEGIES = model_grafting,sequential,lora,model_tailor,svd_quant,graftllm,graf
 # The strategies on math, then code, of the embedded scenario. The model writes programs there, which run in the sandbox.
 demo: env
 	$(BIN)/cl-graft sweep --scenarios mini --strategies $(STRATEGIES) --seeds $(SEEDS) \
-	  --set 'mini.tasks="math,code"' --set 'lora.convention=["trained_on","each"]' \
+	  --set 'mini.tasks="math,code"' --set 'lora.convention=["trained_on","each"]' --set model_grafting.epochs=12 \
 	  --workers $(WORKERS) --out $(OUT) --allow-code-execution
-	@echo 'A third task: the same command without mini.tasks. A real language model, SmolLM2, on data of your own:'
+	@echo 'All three tasks, and masks of 36 epochs: the same without mini.tasks and model_grafting.epochs. A real language model, SmolLM2, on data of your own:'
 	@echo '  $(BIN)/cl-graft models fetch smollm2-135m'
 	@echo '  $(BIN)/cl-graft run --scenario text_classification --strategy graftllm --model smollm2-135m --budget 1% --data-dir DATA'
 

@@ -29,7 +29,7 @@ def write_provenance(cells: Sequence[Cell], folder: Path) -> Path:
     lines += [
         "## Base",
         "",
-        "The fingerprint of the weights; those of an embedded model that is trained at its first use differ by processor.",
+        "The fingerprint of the weights; an embedded model that is trained at its first use differs by processor.",
         "",
     ]
     lines += [
