@@ -227,16 +227,10 @@ def load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
 
     Raises CLGraftError where it cannot be loaded or has no end-of-sequence token.
     """
-    from transformers import AutoTokenizer
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+    from cl_graft.models.tokenizer import read
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        if tokenizer.is_fast and tokenizer("")["input_ids"]:
-            # transformers (5.23) passes over the settings where there is a tokenizer.json
-            told = get_tokenizer_config(place)
-            if told.get("add_bos_token") is False and not told.get("add_eos_token"):
-                tokenizer.add_bos_token = False
+        tokenizer = read(place)
     except Exception as error:
         raise _unloadable(f"the tokenizer of model {name!r}", error) from error
     if tokenizer.eos_token_id is None:

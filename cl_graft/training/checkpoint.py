@@ -116,11 +116,12 @@ def save_start(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 
 def load_start(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model in `folder` with its adapter, if it has one, ready to be trained."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from cl_graft.models.load import attention
+    from cl_graft.models.tokenizer import read
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = read(str(folder))
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, attn_implementation=attention(folder)
     )

@@ -39,12 +39,12 @@ def identify(name: str, data_dir: Path | None) -> dict[str, str]:
 
 def reader(name: str, data_dir: Path | None) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """A model's config and tokenizer, without its weights. Raises SourceError where they cannot be loaded."""
-    from transformers import AutoTokenizer
+    from cl_graft.models.tokenizer import read
 
     place = locate(name, data_dir)
     config = _config(name, place)
     try:
-        return config, AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        return config, read(place)
     except Exception as error:
         raise _unloadable(name, "tokenizer", error) from error
 

@@ -30,7 +30,7 @@ def calibration_batches(
     (rows, tokens), padded on the right; rows are sorted by length, so that little is padded. Raises
     CLGraftError with the file and the line for a row that is neither, and for a file without rows.
     """
-    from transformers import AutoTokenizer
+    from cl_graft.models.tokenizer import read
 
     if min(samples, length, batch) < 1 or length < 2:
         raise CLGraftError(
@@ -38,7 +38,7 @@ def calibration_batches(
         )
     rows = _rows(Path(jsonl_path), samples)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
+        tokenizer = read(os.fspath(tokenizer_folder))
     except Exception as error:  # each kind of tokenizer has errors of its own
         raise CLGraftError(
             f"{tokenizer_folder} has no readable tokenizer ({type(error).__name__}); give a whole model folder."

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Fuses one to four sources into mini-llama: packs, told apart or routed, against one fused model of the same bytes.
 #
-# Usage: results/published/fusion/make.sh [WORK-FOLDER]. Killed and started again it goes on; what is done is kept.
+# Usage: results/published/fusion/make.sh [WORK-FOLDER]. Killed and started again it goes on; what is done is kept, and what
+# is published is not made again while its tables are here.
 # About seven hours of one core as it stands, by a small run: 0.15 s a training step (a set of cells of one arrangement,
 # kind and seed trains 3,000 steps and 600 more a source), 30 s a source, task and seed of data, 5 s a cell beside. The
-# sources and the target are trained first where they are not cached, five to ten minutes each.
+# sources are trained first where they are not cached, five to ten minutes each.
 # What is made smaller, by variables: SEEDS, LIMIT (prompts of a task), STEPS, TEST (items of a task), TARGET, WORKERS;
 # and of what: ARRANGEMENTS, of `experts` (each task from the source that is good at it) and counts (of the SOURCES, so
 # many first ones, all for every task); KINDS, of `sft` and `dpo`, which is SFT, then DPO.
@@ -22,6 +23,11 @@ one=${BUDGET:-5} all=$((${BUDGET:-5} * ${#tasks[@]}))
 joined() { local IFS=,; echo "$*"; }
 
 for arrangement in $arrangements; do
+  missing=()
+  for kind in $kinds; do
+    [[ -f $published/$arrangement-$kind-provenance.md ]] || missing+=("$kind")
+  done
+  ((${#missing[@]})) || continue
   mkdir -p "$work/$arrangement"
   cd "$work/$arrangement" # so that tables say data/math-{seed}, and no more
   train=()
@@ -35,7 +41,7 @@ for arrangement in $arrangements; do
     done
     train+=(--train-on "$task=$data-{seed}")
   done
-  for kind in $kinds; do
+  for kind in "${missing[@]}"; do
     dpo=$([[ $kind == dpo ]] && echo true || echo false)
     sweep() {
       cl-graft sweep --scenarios mini --models "$target" --seeds "$(joined "${seeds[@]}")" --workers "$workers" \
@@ -44,8 +50,9 @@ for arrangement in $arrangements; do
         --set mini.dpo_beta=1.0 --set mini.dpo_length_normalised=true \
         --allow-code-execution --wandb off "${train[@]}" --out "$kind" --cache cache "$@"
     }
-    # explicit: a pack a task, the task told, and inferred by a router
+    # explicit: a pack a task, the task told, and inferred by a router, which takes one pack or two
     sweep --strategies graftllm_adaptive,graftllm --budgets "$one%" --task-ids given,inferred
+    sweep --strategies graftllm_adaptive --budgets "$one%" --task-ids inferred --router-top-k 2
     # implicit, of the same bytes: one model, distilled at once or merged of students
     sweep --strategies fusechat --budgets "$one%" --set fusechat.pack=true
     sweep --strategies fusellm --budgets "$all%" --set fusellm.pack=true
