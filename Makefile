@@ -5,7 +5,8 @@ OUT ?= results/demo
 SEEDS ?= 0
 WORKERS ?= 0
 
-# Python compiles what it imports, which is a small part of what is installed.
+# Python compiles what it imports, which is a small part of what is installed; once, where it may keep that.
+unexport PYTHONDONTWRITEBYTECODE
 QUICK = --quiet --disable-pip-version-check --no-compile
 # the slowest first: two run at a time
 STRATEGIES = model_grafting,sequential,lora,model_tailor,svd_quant,graftllm,graftllm_adaptive,individual
@@ -34,9 +35,10 @@ check: env
 docs: env
 	$(BIN)/python -m mkdocs build --strict
 
-# What is known of each strategy, into README's table of them.
+# What is known of each strategy, and what was measured, into README's tables.
 readme: env
 	$(BIN)/python -m tests.strategies_table
+	$(BIN)/python -m tests.published_table
 
 env: $(VENV)/.complete
 

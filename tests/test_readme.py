@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import published_table
+
 README = Path(__file__).parent.parent / "README.md"
 SMALL = [
     "--model",
@@ -27,6 +29,15 @@ def listing(containing: str) -> str:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     (block,) = [b for b in blocks if containing in b]
     return block
+
+
+def test_the_table_has_the_published_figures() -> None:
+    """And a figure of its own is put right: the table is what `make readme` makes of it."""
+    text = README.read_text(encoding="utf-8")
+    table = published_table.TABLE.search(text)
+    assert table and table[0].count("±") > 50 and published_table.written(text) == text
+    wrong = text.replace("| ewc | ", "| ewc | 99.9 ± 0.1 | ", 1)
+    assert published_table.written(wrong) == text != wrong
 
 
 def test_the_baseline_listing_is_under_40_lines_and_runs_from_a_path(tmp_path):
