@@ -14,7 +14,8 @@ seeds=${SEEDS:-0,1,2} model=${MODEL:-mini-llama} workers=${WORKERS:-2} preset=tu
 
 mkdir -p "$work"
 cd "$work" # so that tables say `tuning`, and no more
-[[ -d cells || ! -f $published/cells.tar.xz ]] || tar -xJf "$published/cells.tar.xz"
+. "$published/../finished.sh"
+restore "$published/cells.tar.xz"
 common=(--scenarios mini --models "$model" --budgets 10% --allow-code-execution --wandb off --cache cache --workers "$workers")
 # arguments: strategies, and the options that they are given; those of README first
 each() {
@@ -30,13 +31,9 @@ each() {
   "$@" --strategies model_grafting --set model_grafting.convention=summed
   "$@" --strategies lamol,sdft
 }
-keep() {
-  [[ -z ${KEEP:-} ]] || find cells -name result.json -printf '%h\n' | sort |
-    tar -cJf "$published/cells.tar.xz" --exclude=packs --exclude=tracking --owner=0 --group=0 --mtime=@0 --files-from=-
-}
 sweep() {
   cl-graft sweep "${common[@]}" --seeds "$seeds" --preset $preset --task-ids given,inferred --out cells "$@"
-  keep
+  keep "$published/cells.tar.xz" cells
 }
 [[ $preset == tuned ]] || each cl-graft tune "${common[@]}" --trials 8 --seed 0 --out tuning
 each sweep

@@ -2,14 +2,16 @@
 # Learns streams of real tasks with SmolLM2-135M: the base and one model a task first, then every group of methods, tuned.
 #
 # Usage: results/published/real/make.sh DATA-FOLDER [WORK-FOLDER]. Killed and started again it goes on; what is done is
-# kept. STREAMS (of classification, math_code, superni), METHODS (names of groups) and WORKERS are variables. A stage
-# is half a gigabyte: those that only one group trains are removed when its cells are done, and the packs of finished cells,
-# too, but for PACKS=keep. Of a budget other than 1 % there are the methods of `kept`.
+# kept, here and, with KEEP=1, in STREAM.tar.xz, by which another machine goes on: finished cells without packs.
+# STREAMS (of classification, math_code, superni), METHODS (names of groups), TRIALS and WORKERS are variables. A stage is half
+# a gigabyte: those that only one group trains are removed when its cells are done, and the packs of finished cells, too, but
+# for PACKS=keep. Of a budget other than 1 % there are the methods of `kept`.
 set -euo pipefail
 published=$(realpath "$(dirname "$0")") data=$(realpath "$1") work=$(realpath -m "${2:-results/real-study}")
-streams=${STREAMS:-classification math_code superni} workers=${WORKERS:-2}
+streams=${STREAMS:-classification math_code superni} workers=${WORKERS:-2} trials=${TRIALS:-8}
 groups=${METHODS:-alone kept sequential lora replay model_grafting model_tailor ewc stored merged lwf o_lora agem osf slao sure joint}
 
+. "$published/../finished.sh"
 declare -A methods=(
   [alone]=individual
   [kept]=individual,graftllm,graftllm_adaptive,svd_quant
@@ -23,8 +25,9 @@ for stream in $streams; do
   mkdir -p "$work/$stream"
   cd "$work/$stream" # so that tables say `tuning`, and no more
   file=$published/$stream.yaml
+  restore "$published/$stream.tar.xz"
   for group in $groups; do
-    [[ -e done-$group ]] && continue
+    [[ -e done-$group ]] && continue # here; elsewhere its finished cells are only looked at
     named=${methods[$group]:-$group}
     # what fine-tunes each task from the base shares its stages; what else a group trains is its own, and goes with it
     cache=cache
@@ -33,13 +36,14 @@ for stream in $streams; do
     if [[ $group == alone ]]; then
       cl-graft sweep "${common[@]}" --seeds 0 --out first --cache $cache "$file"
     else
-      cl-graft tune "${common[@]}" --trials 8 --seed 0 --out tuning --cache "$cache-trials" "$file"
+      cl-graft tune "${common[@]}" --trials "$trials" --seed 0 --out tuning --cache "$cache-trials" "$file"
       budgets=1%
       [[ $group == kept ]] && budgets=0.3%,1%,10%
       cl-graft sweep "${common[@]}" --budgets "$budgets" --task-ids given,inferred --preset tuning --out cells --cache $cache "$file"
       [[ $cache == cache ]] || rm -rf "$cache" "$cache-trials"
       [[ ${PACKS:-} == keep ]] || rm -rf tuning/trials/*/packs cells/*/packs
     fi
+    keep "$published/$stream.tar.xz" first tuning tuning/trials cells
     touch "done-$group"
   done
   [[ -d cells ]] || continue # the first group is reported in `first`, by the sweep itself
