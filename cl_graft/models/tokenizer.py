@@ -27,11 +27,15 @@ def read(place: str) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     if not tokenizer.is_fast:
         return tokenizer
-    file = cached_file(
-        place, "tokenizer.json", local_files_only=True, _raise_exceptions_for_missing_entries=False
-    )
-    if file and _splits(_from(file)) != _splits(tokenizer.backend_tokenizer):
-        tokenizer = TokenizersBackend.from_pretrained(place)
+    if type(tokenizer) is not TokenizersBackend:  # which takes all of the file
+        file = cached_file(
+            place,
+            "tokenizer.json",
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if file and _splits(_from(file)) != _splits(tokenizer.backend_tokenizer):
+            tokenizer = TokenizersBackend.from_pretrained(place)
     if tokenizer("")["input_ids"]:
         told = get_tokenizer_config(place)
         if told.get("add_bos_token") is False and not told.get("add_eos_token"):
