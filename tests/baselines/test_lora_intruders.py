@@ -102,20 +102,22 @@ def test_what_is_kept_has_the_intruders_of_the_plain_adapter_at_three_quarters(
         assert {e.meta["rank"] for e in pack.tensors.values()} == {2}
         assert pack.nbytes <= strategy.budget.bytes
     ours, theirs = strategy.packs[0].decode(), plain.packs[0].decode()
-    moved = 0
+    moved = compared = 0
     for name, delta in theirs.items():
         turned = make and "h.0" in name
         base = strategy.base[name].T if turned else strategy.base[name]
         whole = base + (delta.T if turned else delta)
         basis, (u, s, v) = torch.linalg.svd(base).U, torch.linalg.svd(whole, full_matrices=False)
-        wanted = whole - base
-        for i in range(min(10, len(s))):
-            if max(abs(float(u[:, i] @ basis[:, j])) for j in range(min(base.shape))) < 0.5:
+        wanted, near = whole - base, (u[:, :10].T @ basis[:, : min(base.shape)]).abs().amax(1)
+        if ((near - 0.5).abs() < 0.02).any():
+            continue  # bf16 decides whether it is one
+        for i in range(len(near)):
+            if near[i] < 0.5:
                 wanted = wanted - 0.25 * s[i] * torch.outer(u[:, i], v[i])
-        moved += not torch.equal(wanted, whole - base)
+        moved, compared = moved + (not torch.equal(wanted, whole - base)), compared + 1
         a, b, c = torch.linalg.svd(wanted, full_matrices=False)
         wanted = a[:, :2] * b[:2] @ c[:2]
         torch.testing.assert_close(
             ours[name].T if turned else ours[name], wanted, rtol=0.02, atol=2e-3
         )
-    assert moved
+    assert moved and compared > len(theirs) / 2
