@@ -20,6 +20,7 @@ def read(place: str) -> PreTrainedTokenizerBase:
     the rest from the type's own class, whatever class the folder names; and it passes over the settings of what is put
     before a text. Raises what transformers raises, each kind of tokenizer errors of its own.
     """
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer, TokenizersBackend
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
     from transformers.utils.hub import cached_file
@@ -34,19 +35,13 @@ def read(place: str) -> PreTrainedTokenizerBase:
             local_files_only=True,
             _raise_exceptions_for_missing_entries=False,
         )
-        if file and _splits(_from(file)) != _splits(tokenizer.backend_tokenizer):
+        if file and _splits(Tokenizer.from_file(file)) != _splits(tokenizer.backend_tokenizer):
             tokenizer = TokenizersBackend.from_pretrained(place)
     if tokenizer("")["input_ids"]:
         told = get_tokenizer_config(place)
         if told.get("add_bos_token") is False and not told.get("add_eos_token"):
             tokenizer.add_bos_token = False
     return tokenizer
-
-
-def _from(file: str) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(file)
 
 
 def _splits(tokenizer: Tokenizer) -> dict[str, Any]:

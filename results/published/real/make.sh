@@ -43,7 +43,7 @@ for stream in $streams; do
       [[ $cache == cache ]] || rm -rf "$cache" "$cache-trials"
       [[ ${PACKS:-} == keep ]] || rm -rf tuning/trials/*/packs cells/*/packs
     fi
-    keep "$published/$stream.tar.xz" first tuning tuning/trials cells
+    keep "$published/$stream.tar.xz" first tuning cells
     touch "done-$group"
   done
   [[ -d cells ]] || continue # the first group is reported in `first`, by the sweep itself
