@@ -73,7 +73,7 @@ class Training:
     """How a task trains: `steps` of `batch` examples, linear warm-up, cosine decay, AdamW; then DPO if `preference`.
 
     batch: examples of one optimizer step over all processes together. epochs: passes over the examples, instead of
-    `steps`.
+    `steps`. freeze_embeddings: train neither embeddings nor head, whatever the method would touch.
     """
 
     steps: Count = 250
@@ -84,6 +84,7 @@ class Training:
     max_length: Count = 512
     preference: Preference | None = None
     epochs: Positive | None = None
+    freeze_embeddings: bool = False
 
     def __post_init__(self) -> None:
         require_fields(self, "training")

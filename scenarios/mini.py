@@ -34,6 +34,7 @@ def mini(
     steps: Count = 240,
     batch: Count = 16,
     learning_rate: Positive = 2e-3,
+    freeze_embeddings: bool = False,
     dpo: bool = False,
     dpo_learning_rate: Positive = 1e-4,
     dpo_beta: Positive = 0.1,
@@ -56,6 +57,7 @@ def mini(
             steps=round(share * steps),
             batch=batch,
             learning_rate=learning_rate,
+            freeze_embeddings=freeze_embeddings,
             preference=preference if dpo else None,
         )
         return Task(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cl_graft import plugins
 from cl_graft.errors import CLGraftError
 from cl_graft.models.roles import roles, untouched
 from cl_graft.planning.memory import Job, estimate
@@ -51,13 +53,46 @@ def test_a_stage_leaves_untouched_parameters_bit_for_bit(
     )
     assert all(p.requires_grad for p in tailor.model.parameters())
     kept = of_role(tailor.model, "embedding", "head", "norm")
-    assert kept == tailor.untouched and kept < tailor.base.keys()
+    assert kept == tailor.untouched(task) and kept < tailor.base.keys()
     folders = [file.parent for file in tmp_path.glob(f"stages/*/{MARKER}")]
     assert len(folders) == 2
     for folder in folders:
         assert json.loads((folder / MARKER).read_text())["frozen"] == sorted(kept)
         for name, start in tailor.base.items():
             assert Checkpoint(folder).read(name).equal(start) == (name in kept), name
+
+
+FEW = {"model_grafting": {"epochs": 1, "batches": 1}, "bitdelta": {"steps": 1, "budget": "20%"}}
+
+
+@pytest.mark.parametrize("name", plugins.names("strategy"))
+def test_a_recipe_freezes_the_embeddings_whatever_the_method(
+    name: str, build: Any, tiny_scenario: Any
+) -> None:
+    """And trains something else."""
+    scenario = frozen(tiny_scenario)
+    strategy = build(name, scenario=scenario, **FEW.get(name, {}))
+    strategy.train(benchmark(scenario).train_stream[0])
+    strategy.grafted.activate(strategy.compose(0))
+    moved = {n for n, p in strategy.model.named_parameters() if not p.equal(strategy.base[n])}
+    assert moved and not moved & of_role(strategy.model, "embedding", "head")
+
+
+def frozen(scenario: Any) -> Any:
+    """The scenario's first task, in two steps that leave the embeddings as they are."""
+    recipe = replace(scenario.tasks[0].training, steps=2, freeze_embeddings=True)
+    return replace(scenario, tasks=(replace(scenario.tasks[0], training=recipe),))
+
+
+def test_a_recipe_that_leaves_nothing_to_train_is_refused(build: Any, tiny_scenario: Any) -> None:
+    @compressor(touches=("embedding", "head"))
+    def words(delta: Any, context: Any) -> Any:
+        return context.dense(delta)
+
+    scenario = frozen(tiny_scenario)
+    strategy = words(**given(build("individual", scenario=scenario)))
+    with pytest.raises(CLGraftError, match="'math' freezes the embeddings, and words touches noth"):
+        strategy.train(benchmark(scenario).train_stream[0])
 
 
 def test_stages_are_shared_by_methods_that_touch_the_same(

@@ -25,6 +25,7 @@ RECIPE: dict[str, Any] = {  # of every task at once, by an option
     "warmup": Share,
     "weight_decay": NotNegative,
     "max_length": Count,
+    "freeze_embeddings": bool,
 }
 Make = Callable[..., Scenario]
 

@@ -220,7 +220,7 @@ class Strategy(Hooks):
         def progress(done: float, at: str) -> None:
             self.progress(f"training {task.name}", done, at)
 
-        with in_full_precision(model), holding(model, self.untouched):
+        with in_full_precision(model), holding(model, self.untouched(task)):
             for its_rows, job in jobs(task, seed, partial(self._sampled, model, task)):
                 rows = self.training_rows(its_rows, job)
                 try:
@@ -283,10 +283,21 @@ class Strategy(Hooks):
         file = Path(inspect.getfile(kind))
         return digest(plugins.sources_of(file), kind.__qualname__, self.options)
 
-    @cached_property
-    def untouched(self) -> frozenset[str]:
-        """Names of the parameters that the method declares not to touch."""
-        return untouched(self.model, self.touches) if {*self.touches} < {*ROLES} else frozenset()
+    def untouched(self, task: Task) -> frozenset[str]:
+        """Names of the parameters that stay as they are while the task is learned: those of roles that the method
+        declares not to touch, and embeddings and head where the task's recipe freezes them.
+
+        Raises CLGraftError where that leaves the method nothing to train.
+        """
+        touched = {*self.touches}
+        if task.training.freeze_embeddings:
+            touched -= {"embedding", "head"}
+        if not touched:
+            raise CLGraftError(
+                f"the recipe of task {task.name!r} freezes the embeddings, and {type(self).__name__} touches nothing "
+                "else; give the recipe freeze_embeddings=false."
+            )
+        return untouched(self.model, touched) if touched < {*ROLES} else frozenset()
 
     @property
     def _stage_seed(self) -> int:
@@ -381,7 +392,7 @@ class Strategy(Hooks):
             ),
             seed=self.seed,
             header=self._pack(task, {}),
-            frozen=self.untouched,
+            frozen=self.untouched(task),
             progress=lambda done: self.progress(f"compressing {task.name}", done),
         )
 

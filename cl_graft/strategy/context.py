@@ -69,7 +69,7 @@ class Context:
     """The task just learned, and the model that learned it.
 
     model: holds the tuned weights. start: parameter name -> weights that training started from, in the
-    model's dtype. frozen: parameters that the strategy does not touch. budget: storage allowed for this task.
+    model's dtype. frozen: parameters that stay as they are. budget: storage allowed for this task.
     progress: called with the fraction done.
     """
 
@@ -103,8 +103,8 @@ class Context:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{parameter name: shape}; known before there are any weights."""
-        return shapes_of(self.start)
+        """{parameter name: shape} of all that is touched; known before there are any weights."""
+        return {n: shape for n, shape in shapes_of(self.start).items() if n not in self.frozen}
 
     def seed_of(self, name: str) -> int:
         """48 bits of the run's seed and a parameter's name, for what is drawn at random parameter by parameter."""

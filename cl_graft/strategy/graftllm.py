@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl_graft.budget import largest
 from cl_graft.errors import OverBudget
@@ -36,7 +36,7 @@ from cl_graft.strategy.forms import compressor
 
 def possible(context: Context, policy: Paper) -> None:
     """Refuse a policy of which what it must keep, whatever a task teaches, is over the budget. Raises OverBudget."""
-    require_solver(policy, pieces(context.model, {}, context.roles))
+    require_solver(policy, pieces(context, {}))
     if holds(context, policy):
         return
     # the nearest value, in parts of what the option counts in
@@ -64,7 +64,7 @@ def holds(context: Context, policy: Paper) -> bool:
     """Whether the budget holds what the policy keeps of a delta that is worth nothing."""
     fixed: dict[str, Spec] = {}
     profiles: dict[str, Profile] = {}
-    for piece in pieces(context.model, {}, context.roles):
+    for piece in pieces(context, {}):
         if piece.kind == "vector":
             fixed[piece.name] = dense_spec(piece.shape)
             continue
@@ -122,7 +122,7 @@ def packed(
     """The delta compressed to the budget by a policy. batches: of the task's text, to calibrate on."""
     store: dict[str, Item] = {}
     specs = compress(
-        pieces(context.model, delta, context.roles),
+        pieces(context, delta),
         context.moments(batches),
         policy,
         limit_of(context),
@@ -133,14 +133,15 @@ def packed(
     return {name: fetch(store, name) for name in specs}
 
 
-def pieces(model: nn.Module, delta: Mapping[str, Tensor], roles: Mapping[str, str]) -> list[Piece]:
-    """The delta of a model in memory, parameter by parameter."""
+def pieces(context: Context, delta: Mapping[str, Tensor]) -> list[Piece]:
+    """The delta of a model in memory, parameter by parameter of those that are touched."""
+    model, roles = context.model, context.roles
     transposed, head, stacks = stored_transposed(model), tied_head(model), stacked(model)
     held = lru_cache(maxsize=1)(delta.__getitem__)  # a stack is read once for all its matrices
     return [
         Piece(
             name,
-            tuple(parameter.shape),
+            shape,
             roles[name],
             partial(delta.__getitem__, name),
             transposed=name in transposed,
@@ -148,7 +149,7 @@ def pieces(model: nn.Module, delta: Mapping[str, Tensor], roles: Mapping[str, st
             rows=stacks.get(name) == "vectors",
             matrix=partial(_matrix, held, name) if stacks.get(name) == "matrices" else None,
         )
-        for name, parameter in model.named_parameters()
+        for name, shape in context.shapes.items()
     ]
 
 

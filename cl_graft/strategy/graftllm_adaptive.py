@@ -25,7 +25,7 @@ from cl_graft.strategy.graftllm import own_options, packed, pieces
 def check(context: Context, *, layout: CodeLayout, **options: Any) -> None:
     """Refuse a budget that does not hold norms and biases, whatever a task teaches. Raises OverBudget."""
     vectors: dict[str, Spec] = {}
-    for piece in pieces(context.model, {}, context.roles):
+    for piece in pieces(context, {}):
         if piece.kind == "vector":
             ways = vector_specs(piece.shape, layout)
             vectors[piece.name] = min(ways, key=lambda way: context.cost_of({piece.name: way}))

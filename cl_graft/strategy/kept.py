@@ -90,12 +90,13 @@ def finite_only(kept: Kept, whose: str) -> Kept:
 
 
 def require_touched(own: Tensors, context: Context, whose: str) -> None:
-    """Raises CLGraftError for a delta of a parameter that the method declares not to touch."""
+    """Raises CLGraftError for a delta of a parameter that stays as it is while the task is learned."""
     if strange := own.keys() & context.frozen:
         name = min(strange)
+        role = context.roles[name]
         raise CLGraftError(
-            f"{whose} keeps a delta of {name}, whose role ({context.roles[name]}) it declares not to touch; leave it "
-            "out, or name the role in touches."
+            f"{whose} keeps a delta of {name}, whose role ({role}) it declares not to touch, or the task's recipe "
+            "freezes; leave it out, or name the role in touches."
         )
 
 

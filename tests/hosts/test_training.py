@@ -49,22 +49,14 @@ def assert_trained(folder: Path, steps: int, alone: Path) -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("zero", [2, 3])
-def test_two_hosts_train_what_one_process_trains(hosts: Hosts, zero: int, tmp_path: Path) -> None:
-    name, folder = f"zero{zero}", hosts.shared / f"zero{zero}"
-    assert stage(hosts["alpha"], name, zero, 8).wait(300) == 0, (
-        folder.with_suffix(".out")
-    ).read_text()
-    assert_trained(folder, 8, tmp_path)
-    (log,) = folder.glob("stages/*/log.jsonl")
-    assert log.read_text().count("\n") >= 8
-
-
 def test_a_host_that_is_lost_ends_the_stage_and_the_same_command_goes_on(
     hosts: Hosts, tmp_path: Path
 ) -> None:
-    """Its power goes: it says nothing, and its peers, who would wait for half an hour, are ended in its stead."""
-    folder, steps = hosts.shared / "lost", 40
+    """Its power goes: it says nothing, and its peers, who would wait for half an hour, are ended in its stead.
+
+    At the end the weights are those of one process that was left alone.
+    """
+    folder, steps = hosts.shared / "lost", 20
     job = stage(hosts["alpha"], "lost", 2, steps)
     until = time.monotonic() + 200
     while not [*folder.glob("stages/*.work/checkpoint-4")] and time.monotonic() < until:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import shlex
@@ -20,6 +19,7 @@ from torch import Tensor
 from cl_graft.errors import CLGraftError
 from cl_graft.models.load import check
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
+from cl_graft.training.launch import build_extensions, surroundings
 from tests.model_folders import grafts_to, llama, saved, tensors, tuned
 from tests.refusals import one_sentence
 
@@ -121,7 +121,8 @@ def test_deepspeed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     words = [sys.executable, "-c", ZERO, str(base), str(folder), port]
-    subprocess.run(words, check=True, capture_output=True, env={**os.environ})
+    build_extensions(compiled := surroundings())
+    subprocess.run(words, check=True, capture_output=True, env=compiled)
     assert all(tensor.shape == (0,) for tensor in tensors(folder).values())
     said = told(folder, "21 of 21 tensors", "are empty", "ZeRO-3", str(folder))
     command(said, new, monkeypatch)

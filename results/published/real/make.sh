@@ -9,11 +9,12 @@
 set -euo pipefail
 published=$(realpath "$(dirname "$0")") data=$(realpath "$1") work=$(realpath -m "${2:-results/real-study}")
 streams=${STREAMS:-classification math_code superni} workers=${WORKERS:-2} trials=${TRIALS:-8}
-groups=${METHODS:-alone kept sequential lora replay model_grafting model_tailor ewc stored merged lwf o_lora agem osf slao sure joint}
+groups=${METHODS:-alone layers kept sequential lora replay model_grafting model_tailor ewc stored merged lwf o_lora agem osf slao sure joint}
 
 . "$published/../finished.sh"
 declare -A methods=(
   [alone]=individual
+  [layers]=$published/layers.py
   [kept]=individual,graftllm,graftllm_adaptive,svd_quant
   [stored]=magnitude,bitdelta,compeft,dare,delta_come
   [merged]=task_arithmetic,ties,sce,emr,tall_mask,twin_merging
@@ -31,10 +32,13 @@ for stream in $streams; do
     named=${methods[$group]:-$group}
     # what fine-tunes each task from the base shares its stages; what else a group trains is its own, and goes with it
     cache=cache
-    [[ $group =~ ^(alone|kept|stored|merged)$ ]] || cache=cache-$group
+    [[ $group =~ ^(alone|layers|kept|stored|merged)$ ]] || cache=cache-$group
     common=(--strategies "$named" --data-dir "$data" --workers "$workers")
     if [[ $group == alone ]]; then
       cl-graft sweep "${common[@]}" --seeds 0 --out first --cache $cache "$file"
+    elif [[ $group == layers ]]; then # of the same fine-tuning, untuned
+      cl-graft sweep "${common[@]}" --set 'layers.without=["first","middle","last","rest"]' --seeds 0 --out first \
+        --cache $cache "$file"
     else
       cl-graft tune "${common[@]}" --trials "$trials" --seed 0 --out tuning --cache "$cache-trials" "$file"
       budgets=1%
