@@ -352,6 +352,7 @@ class RunConfig(Whereabouts, Settings, Axes):
             if name == "general":  # what is measured, not by what
                 continue
             value = Path(value).name if name == "preset" else value
+            value = _together(value) if name == "train_on" else value
             several = value if isinstance(value, dict) else {"": value}
             more |= {f"{name}.{key}".rstrip("."): part for key, part in several.items()}
         if self.tuned and self.tuned.first:
@@ -404,6 +405,17 @@ class RunConfig(Whereabouts, Settings, Axes):
         told += [self.task_ids] if self.task_ids != "given" else []
         plain = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(told))[:HINT].strip("-.")
         return [plain] if plain else []
+
+
+def _together(folders: dict[str, Path]) -> dict[str, str]:
+    """Folders that differ by the task's name alone as one: {"code+math": "data/{task}"} of data/code and data/math."""
+    alike: dict[str, list[str]] = {}
+    for task, folder in folders.items():
+        alike.setdefault(str(folder).replace(task, "{task}"), []).append(task)
+    return {
+        "+".join(tasks): told if len(tasks) > 1 else str(folders[tasks[0]])
+        for told, tasks in alike.items()
+    }
 
 
 def several(name: str) -> str:

@@ -145,6 +145,11 @@ def test_the_order_in_which_options_were_set_does_not_matter() -> None:
             "lora(rank=8, train_on.math=built/a)",
             "mini",
         ),
+        (
+            {"train_on": {"math": "made/math-{seed}", "code": "made/code-{seed}", "cipher": "c"}},
+            "lora(train_on.cipher=c, train_on.math+code=made/{task}-{seed})",
+            "mini",
+        ),
     ],
 )
 def test_labels(fields: dict[str, Any], label: str, scenario_label: str) -> None:
