@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import pytest
 import yaml
 
+import cl_graft
 from cl_graft import plugins, presets
 from cl_graft.cli.options import sweep_from
 from cl_graft.config import RunConfig, Tuned
@@ -26,6 +27,7 @@ from cl_graft.experiment.tune import RATES, best_of, design, edges
 from cl_graft.presets import Trial
 from cl_graft.ranges import NotNegative, Strength
 from cl_graft.report.provenance import commands, tuning
+from cl_graft.store.digests import data_fingerprint
 from cl_graft.store.files import RecordError
 from cl_graft.store.record import CellFolder
 from cl_graft.store.result import collect
@@ -152,6 +154,14 @@ def test_a_trial_sees_the_first_tasks_and_their_validation_in_the_place_of_tests
         assert (task.train, task.test) == (before.train, before.validation)
         assert not {e.prompt for e in task.test} & {e.prompt for e in (*before.test, *before.train)}
         assert task.metrics == (before.metrics[0], BITS)
+
+
+def test_what_comes_tuned_was_tuned_on_the_data_of_today() -> None:
+    """A digest of data that changes with the code, and not with the data, would refuse all finished cells, too."""
+    (file,) = (Path(cl_graft.__file__).parent / "tuned").glob("*.json")
+    tuned_on = {preset["about"]["data"] for preset in json.loads(file.read_text())["presets"]}
+    config = RunConfig(scenario="mini", strategy="lora", tuned=Tuned(first=2))
+    assert data_fingerprint(scenario_of(config)) in tuned_on
 
 
 def changed(scenario: Scenario, **changes: Any) -> Scenario:

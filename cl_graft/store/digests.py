@@ -67,7 +67,12 @@ def data_fingerprint(scenario: Scenario) -> str:
     digest = hashlib.blake2b(digest_size=16)
 
     def add(task: Task) -> None:
-        about: list[Any] = [task.name, task.metrics, asdict(task.training)]
+        recipe = asdict(task.training)
+        if not recipe[
+            "freeze_embeddings"
+        ]:  # cells from before there was the choice are of the same data
+            del recipe["freeze_embeddings"]
+        about: list[Any] = [task.name, task.metrics, recipe]
         if any(scoring.options for scoring in task.scorings):
             about.append([dict(scoring.options) for scoring in task.scorings])
         if task.logits:

@@ -14,7 +14,7 @@ groups=${METHODS:-alone layers kept sequential lora replay model_grafting model_
 . "$published/../finished.sh"
 declare -A methods=(
   [alone]=individual
-  [layers]=$published/layers.py
+  [layers]=layers.py
   [kept]=individual,graftllm,graftllm_adaptive,svd_quant
   [stored]=magnitude,bitdelta,compeft,dare,delta_come
   [merged]=task_arithmetic,ties,sce,emr,tall_mask,twin_merging
@@ -22,11 +22,24 @@ declare -A methods=(
 [[ -d $(python -c 'from cl_graft.models.published import located; print(located("smollm2-135m"))') ]] ||
   cl-graft models fetch smollm2-135m
 
+# publish STREAM FOLDER KIND...: the folder's tables of these kinds, called STREAM-FOLDER-BUDGET-KIND.md
+publish() {
+  local stream=$1 folder=$2 kind table name
+  shift 2
+  for kind in "$@"; do
+    for table in "$folder"/report/*"$kind.md"; do
+      name=${table##*/}
+      cp "$table" "$published/$stream-$folder-${name##*-budget-}"
+    done
+  done
+}
+
 for stream in $streams; do
   mkdir -p "$work/$stream"
   cd "$work/$stream" # so that tables say `tuning`, and no more
   file=$published/$stream.yaml
   restore "$published/$stream.tar.xz"
+  cp "$published/layers.py" . # so that no path of this machine is told
   for group in $groups; do
     [[ -e done-$group ]] && continue # here; elsewhere its finished cells are only looked at
     named=${methods[$group]:-$group}
@@ -50,7 +63,10 @@ for stream in $streams; do
     keep "$published/$stream.tar.xz" first tuning cells
     touch "done-$group"
   done
-  [[ -d cells ]] || continue # the first group is reported in `first`, by the sweep itself
-  cl-graft report cells
-  for table in cells/report/*.md; do cp "$table" "$published/$stream-$(basename "$table")"; done
+  for folder in first cells; do
+    [[ -d $folder ]] || continue
+    cl-graft report "$folder"
+    publish "$stream" "$folder" ranking matrices provenance
+  done
+  [[ ! -d cells ]] || publish "$stream" cells overview metrics intervals costs kl confusion routing tasks
 done
