@@ -351,8 +351,10 @@ class RunConfig(Whereabouts, Settings, Axes):
         for name, value in self._set().items():
             if name == "general":  # what is measured, not by what
                 continue
-            value = Path(value).name if name == "preset" else value
-            value = _together(value) if name == "train_on" else value
+            if name == "train_on":
+                value = _together(self.train_on)
+            elif name == "preset":
+                value = Path(value).name
             several = value if isinstance(value, dict) else {"": value}
             more |= {f"{name}.{key}".rstrip("."): part for key, part in several.items()}
         if self.tuned and self.tuned.first:
