@@ -68,9 +68,8 @@ def data_fingerprint(scenario: Scenario) -> str:
 
     def add(task: Task) -> None:
         recipe = asdict(task.training)
-        if not recipe[
-            "freeze_embeddings"
-        ]:  # cells from before there was the choice are of the same data
+        # cells and presets from before there was the choice are of the same data
+        if not recipe["freeze_embeddings"]:
             del recipe["freeze_embeddings"]
         about: list[Any] = [task.name, task.metrics, recipe]
         if any(scoring.options for scoring in task.scorings):
