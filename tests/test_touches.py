@@ -20,6 +20,7 @@ from cl_graft.stream import benchmark
 from cl_graft.sweep_config import Sweep
 from cl_graft.task import Pair, Preference
 from cl_graft.training.stages import MARKER, Stages
+from tests.test_strategies import QUICK
 
 SIZES = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
 CONFIG = LlamaConfig(**SIZES, num_hidden_layers=2)
@@ -62,16 +63,13 @@ def test_a_stage_leaves_untouched_parameters_bit_for_bit(
             assert Checkpoint(folder).read(name).equal(start) == (name in kept), name
 
 
-FEW = {"model_grafting": {"epochs": 1, "batches": 1}, "bitdelta": {"steps": 1, "budget": "20%"}}
-
-
 @pytest.mark.parametrize("name", plugins.names("strategy"))
 def test_a_recipe_freezes_the_embeddings_whatever_the_method(
     name: str, build: Any, tiny_scenario: Any
 ) -> None:
     """And trains something else."""
     scenario = frozen(tiny_scenario)
-    strategy = build(name, scenario=scenario, **FEW.get(name, {}))
+    strategy = build(name, scenario=scenario, **QUICK.get(name, {}))
     strategy.train(benchmark(scenario).train_stream[0])
     strategy.grafted.activate(strategy.compose(0))
     moved = {n for n, p in strategy.model.named_parameters() if not p.equal(strategy.base[n])}

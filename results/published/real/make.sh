@@ -28,6 +28,7 @@ publish() {
   shift 2
   for kind in "$@"; do
     for table in "$folder"/report/*"$kind.md"; do
+      [[ -f $table ]] || continue # no router, no confusion
       name=${table##*/}
       cp "$table" "$published/$stream-$folder-${name##*-budget-}"
     done
@@ -47,11 +48,9 @@ for stream in $streams; do
     cache=cache
     [[ $group =~ ^(alone|layers|kept|stored|merged)$ ]] || cache=cache-$group
     common=(--strategies "$named" --data-dir "$data" --workers "$workers")
-    if [[ $group == alone ]]; then
+    if [[ $group =~ ^(alone|layers)$ ]]; then # the same fine-tunings, untuned
+      [[ $group == alone ]] || common+=(--set 'layers.without=["first","middle","last","rest"]')
       cl-graft sweep "${common[@]}" --seeds 0 --out first --cache $cache "$file"
-    elif [[ $group == layers ]]; then # of the same fine-tuning, untuned
-      cl-graft sweep "${common[@]}" --set 'layers.without=["first","middle","last","rest"]' --seeds 0 --out first \
-        --cache $cache "$file"
     else
       cl-graft tune "${common[@]}" --trials "$trials" --seed 0 --out tuning --cache "$cache-trials" "$file"
       budgets=1%
