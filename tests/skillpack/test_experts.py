@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, linear
 from cl_graft.models.experts import routed, stacked, transposed_stacks
 from cl_graft.models.meta_model import meta_model
 from cl_graft.models.roles import roles
+from cl_graft.models.spread import shapes_of
 from cl_graft.skillpack.codecs import decode, payload_bytes
 from cl_graft.skillpack.compress.calibrate import Moments, moments
 from cl_graft.skillpack.compress.calibrated import Calibration
@@ -335,7 +336,10 @@ def test_factors_under_what_is_routed_beat_a_table_and_the_inputs_of_all_tokens(
     assert mine is not None and held is not None
     everyone = mine.sum(0).expand_as(mine)
     delta = moved(model)[name]
-    every = {p.name: p for p in pieces(model, {name: delta}, roles(model))}
+    context: Any = SimpleNamespace(
+        model=model, roles=roles(model), shapes=shapes_of(dict(model.named_parameters()))
+    )
+    every = {p.name: p for p in pieces(context, {name: delta})}
     whole = every[name]
     limit = int(0.1 * 2 * delta.numel())
     within = ByteLimit(lambda s: sum(payload_bytes(*x) for x in s.values()), limit, f"{limit}B")
