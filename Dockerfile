@@ -20,7 +20,7 @@ FROM ${BASE}
 # Where pip looks for torch besides the usual place: builds without CUDA, a tenth of the size.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
-# A compiler is for DeepSpeed, which builds a part of itself at its first use.
+# A compiler is for DeepSpeed, which may build parts of itself where there is a GPU.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates g++ make \
     && (command -v python3 || apt-get install --yes --no-install-recommends python3-dev python3-venv) \

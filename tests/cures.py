@@ -166,7 +166,6 @@ OPEN: dict[str, str] = {
     "cl_graft/skillpack/tools/gguf_adapter.py: export --to peft, and run llama.cpp's convert_lora_to_gguf.py on that.": "the second half is a program of llama.cpp; the first is run by skillpack/test_export.py::test_what_llama_cpp_does_not_take.",
     "cl_graft/skillpack/tools/gguf_adapter.py: run `pip install cl-graft[gguf]`.": "installs a package; where it is installed, tests/skillpack/test_export.py uses it.",
     "cl_graft/skillpack/folders/tuned.py: run `pip install cl-graft[gguf]`.": "installs a package; where it is installed, tests/skillpack/test_tuned.py uses it.",
-    "cl_graft/training/launch.py: install a C++ compiler and ninja.": "installs system packages; where they are, tests/training/test_launch.py compiles with them.",
     "cl_graft/training/launch.py: install it with `pip install cl-graft[deepspeed]`.": "installs a package; where it is installed, tests/training/test_launch.py uses it.",
     "cl_graft/training/trainer.py: rename its file.": "is told after a step of training; the terms of tests/training/test_terms.py have other names.",
 }

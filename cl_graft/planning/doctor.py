@@ -145,7 +145,11 @@ def _bfloat16() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    """DeepSpeed compiles a part of itself where there is no GPU, and its optimizers where there is."""
+    """On GPUs DeepSpeed may compile parts of itself; on a CPU nothing of it is compiled."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
     compiler = next(
         filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++"))), None
     )

@@ -31,7 +31,7 @@ def main(work: Path) -> None:
         watch = threading.Thread(target=_end_in_silence, args=words, daemon=True)
         threading.Thread(target=_be_heard, args=(work, given["silence"]), daemon=True).start()
     watch.start()
-    os.environ.update(given["environment"])
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         _run(work, given)
     except BaseException as error:
@@ -58,6 +58,10 @@ def _run(work: Path, given: dict[str, Any]) -> None:
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     config, how = StageConfig(**given["config"]), Launch(**given["launch"])
+    if (
+        not on_gpu
+    ):  # DeepSpeed's own collectives on a CPU serve inference alone, and would be compiled first
+        deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed()
     settings = zero_json(config, how, on_gpu)
     partitions = HfDeepSpeedConfig(settings)  # while it lives, models are loaded in parts (ZeRO-3)

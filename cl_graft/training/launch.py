@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +22,9 @@ import torch
 
 from cl_graft.config import Launch
 from cl_graft.errors import CLGraftError, Diverged
-from cl_graft.models.embedded import cache_root
 from cl_graft.models.spread import in_host_memory
 from cl_graft.processes import signal_name
-from cl_graft.store.digests import digest
 from cl_graft.store.files import RecordError, read_jsonl, write_json
-from cl_graft.store.locks import locked
 from cl_graft.training import checkpoint
 from cl_graft.training.config import Row, StageConfig, accumulation, at_step
 from cl_graft.training.fit import LOG, Progress, quiet
@@ -47,7 +43,6 @@ HEARD = (
     "heard-"  # with the rank of a process on one of several nodes, which renews it while it lives
 )
 SILENCE = 120.0  # seconds without that, after which the processes of other nodes end, or the job counts as lost
-HANDED_ON = ("TORCH_EXTENSIONS_DIR", "TOKENIZERS_PARALLELISM")
 GRACE = 15.0  # seconds that processes have to end by themselves
 
 
@@ -95,11 +90,8 @@ def launched(
         "threads": torch.get_num_threads(),
         "token": token,
         "silence": SILENCE,
-        # DeepSpeed's launcher hands few variables on to other nodes, and none of these
-        "environment": {name: environment[name] for name in HANDED_ON},
     }
     write_json(work / "job.json", job)
-    build_extensions(environment)
     ear = Ear(work, launch.processes if launch.hostfile else 0)
     with in_host_memory(model):
         _wait(work, command(launch, work), environment, token, config.steps, progress, ear)
@@ -152,55 +144,14 @@ def command(launch: Launch, work: Path) -> list[str]:
 
 
 def surroundings() -> dict[str, str]:
-    """Environment of the processes: this one's, and where the package and DeepSpeed's compiled parts are found."""
+    """Environment of the processes: this one's, and where the package is found."""
     source = str(Path(__file__).resolve().parents[2])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
-    extensions = cache_root() / "extensions" / f"torch-{torch.__version__}" / _builder()
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR") or str(extensions),
     }
-
-
-def _builder() -> str:
-    """The installation of DeepSpeed whose code is compiled: another one, in one folder, would compile it anew each time
-    that the two take turns, and in the processes of a job, where nothing guards a build that is killed."""
-    found = find_spec("deepspeed")
-    where = found.origin if found else None
-    return f"deepspeed-{metadata.version('deepspeed')}-{digest(where)[:8]}"
-
-
-def build_extensions(env: dict[str, str]) -> None:
-    """Compile what DeepSpeed needs of its own on the CPU, once, before several processes try to.
-
-    A build that is killed leaves a lock file behind on which all later ones would wait for ever; under a lock of our
-    own, which dies with its process, such a file is known to be nobody's.
-    """
-    if torch.cuda.is_available():
-        return
-    folder = Path(env["TORCH_EXTENSIONS_DIR"])
-    built = folder / f"built-{_builder()}"
-    with locked(built):
-        if built.exists():
-            return
-        for left in folder.rglob("lock"):
-            left.unlink()
-        builder = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder"
-        made = subprocess.run(
-            [sys.executable, "-c", f"{builder}; Builder().load()"],
-            env=env,
-            capture_output=True,
-            text=True,
-        )
-        if made.returncode:
-            raise CLGraftError(
-                "DeepSpeed cannot compile its communication for the CPU "
-                f"({(made.stderr.strip() or 'no reason given').splitlines()[-1]}); install a C++ compiler and ninja."
-            )
-        built.touch()
 
 
 class Ear:

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from cl_graft.config import Launch
 from tests.hosts.network import Host, Hosts, lacking
 from tests.hosts.stage import SILENCE
-from tests.training.test_launch import SFT, TOLERANCE, needs_compiler, trained
+from tests.training.test_launch import SFT, TOLERANCE, trained
 
 reason = lacking()
-pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.skipif(bool(reason), reason=reason)]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(reason), reason=reason)]
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from cl_graft.errors import CLGraftError
 from cl_graft.models.load import check
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
-from cl_graft.training.launch import build_extensions, surroundings
+from cl_graft.training.launch import surroundings
 from tests.model_folders import grafts_to, llama, saved, tensors, tuned
 from tests.refusals import one_sentence
 
@@ -101,6 +101,7 @@ import os, sys, deepspeed, torch
 from transformers import LlamaForCausalLM
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3]}
 model = LlamaForCausalLM.from_pretrained(sys.argv[1])
+deepspeed.ops.__compatible_ops__ = {}  # nothing is compiled for it
 deepspeed.init_distributed("gloo")
 zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
 config = {"train_batch_size": 1, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
@@ -121,8 +122,7 @@ def test_deepspeed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     words = [sys.executable, "-c", ZERO, str(base), str(folder), port]
-    build_extensions(compiled := surroundings())
-    subprocess.run(words, check=True, capture_output=True, env=compiled)
+    subprocess.run(words, check=True, capture_output=True, env=surroundings())
     assert all(tensor.shape == (0,) for tensor in tensors(folder).values())
     said = told(folder, "21 of 21 tensors", "are empty", "ZeRO-3", str(folder))
     command(said, new, monkeypatch)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import textwrap
 import time
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -52,12 +49,6 @@ shift
 exec "$@"
 """
 
-needs_compiler = pytest.mark.skipif(
-    not (shutil.which("c++") or shutil.which("g++")) or not shutil.which("ninja"),
-    reason="DeepSpeed compiles a part of itself on the CPU: this needs a C++ compiler and ninja",
-)
-jobs = [pytest.mark.slow, needs_compiler]
-
 
 def wrapped(model):
     from peft import LoraConfig, get_peft_model
@@ -96,18 +87,19 @@ def assert_read_back(folder, trained):
 
 
 class TestTwoProcesses:
-    pytestmark = jobs
+    pytestmark = pytest.mark.slow
 
     @pytest.mark.parametrize(
         ("job", "zero", "held"),
         [(SFT, 3, ["model.embed_tokens.weight"]), (DPO, 2, ["lm_head.weight"])],
         ids=["sft-3-frozen", "dpo-2-frozen"],
     )
-    def test_train_what_one_trains(self, tmp_path, job, zero, held):
+    def test_train_what_one_trains(self, tmp_path, monkeypatch, job, zero, held):
         """ZeRO-2 and ZeRO-3, gathered, saved and read back, against the stage in this process; DPO under ZeRO-3 below.
 
-        held: parameters that are frozen; they stay bit for bit.
+        held: parameters that are frozen; they stay bit for bit. Nothing is compiled for it.
         """
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
 
         def holding(model):
             freeze(model, held)
@@ -117,6 +109,7 @@ class TestTwoProcesses:
         how = Launch(processes=2, zero=zero, micro_batch=1)
         together = trained(tmp_path / "two", job, how, holding)
         assert_same(together, alone)
+        assert not (tmp_path / "compiled").exists()
         start = dict(load("nano-llama")[0].named_parameters())
         assert [n for n, x in together[0].items() if x.equal(start[n])] == held
         assert_read_back(tmp_path / "two", together)
@@ -281,17 +274,6 @@ def test_a_hostfile_that_cannot_be_meant_is_refused(tmp_path):
         launching.check(Launch(processes=4, hostfile=hosts))
 
 
-def test_processes_find_the_package_and_compiled_parts_again(monkeypatch):
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    found = surroundings()
-    assert str(Path(launching.__file__).parents[2]) in found["PYTHONPATH"].split(os.pathsep)
-    compiled = Path(found["TORCH_EXTENSIONS_DIR"])
-    assert (
-        torch.__version__ in compiled.parent.name and metadata.version("deepspeed") in compiled.name
-    )
-    # two installations that compiled into one folder would each undo the other's
-    elsewhere = SimpleNamespace(origin="/elsewhere/deepspeed/__init__.py")
-    monkeypatch.setattr(launching, "find_spec", lambda name: elsewhere)
-    assert Path(surroundings()["TORCH_EXTENSIONS_DIR"]) != compiled
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/somewhere")
-    assert surroundings()["TORCH_EXTENSIONS_DIR"] == "/somewhere"
+def test_processes_find_the_package_again():
+    paths = surroundings()["PYTHONPATH"].split(os.pathsep)
+    assert str(Path(launching.__file__).parents[2]) in paths

@@ -22,7 +22,6 @@ from cl_graft.training.config import dpo_job, order, sft_job
 from cl_graft.training.fit import LOG, fit
 from cl_graft.training.stages import Stages, stage_key
 from cl_graft.training.term import Term
-from tests.training.test_launch import needs_compiler
 
 EXAMPLES = [Example(f"Q: Copy ab{c}.\nA: ", f"ab{c}") for c in "cdefghij"]
 RECIPE = Training(steps=1, batch=8, warmup=0.0, learning_rate=1e-3)
@@ -472,7 +471,6 @@ HALVES = """
 
 
 @pytest.mark.slow
-@needs_compiler
 def test_two_processes_under_zero_2_add_and_project_what_one_does(plugin, tmp_path):
     """The largest gradient of the whole step is halved, another is taken away, by one process and by two alike."""
     module = plugin("halves", HALVES)
@@ -512,7 +510,6 @@ OWN = """
 
 
 @pytest.mark.slow
-@needs_compiler
 def test_two_processes_under_zero_2_take_a_loss_with_a_pass_of_its_own(plugin, tmp_path):
     """All answers are of one length, so that a mean over rows is the same in halves."""
     module = plugin("own", OWN)
