@@ -12,7 +12,7 @@ import pytest
 
 from tests import kills
 
-KILLS = int(os.environ.get("CL_GRAFT_KILLS", "8"))
+KILLS = int(os.environ.get("CL_GRAFT_KILLS", "6"))
 FEW = ("lora", "replay + DPO", "magnitude + router")
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(reason), reason=reason)]
 
 TOKEN = "0123456789abcdef" * 4
 ROOT = Path(__file__).parents[2]
-RAY = str(Path(sys.executable).with_name("ray"))
+PROGRAM = str(Path(sys.executable).with_name("ray"))
+RAY = {"address": "10.99.7.1:6379", "cpus": 1}
 
 # Trains like `individual`; which host does what is decided by notes that hosts leave in the shared folder.
 STRATEGY = '''
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from cl_graft import Strategy
@@ -59,10 +62,10 @@ def environment(shared: Path) -> dict[str, str]:
 
 def join(host: Host, head: bool = False) -> None:
     """Start Ray's processes of a host, with room for one cell."""
-    where = ["--head", "--port=6379"] if head else ["--address=10.99.7.1:6379"]
+    where = ["--head", "--port=6379"] if head else [f"--address={RAY['address']}"]
     few = ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats"]
     small = ["--include-dashboard=false"] if head else []
-    words = [RAY, "start", *where, f"--node-ip-address={host.address}", *few, *small]
+    words = [PROGRAM, "start", *where, f"--node-ip-address={host.address}", *few, *small]
     done = host.run(*words, env=environment(host.folder))
     assert done.returncode == 0, done.stdout
 
@@ -111,43 +114,41 @@ def wait_for(file: Path, job: Any, log: Path) -> None:
         time.sleep(0.1)
 
 
-def test_a_host_is_lost_and_another_comes_in_the_middle_of_a_sweep(tmp_path: Path) -> None:
-    notes = tmp_path / "notes"
-    notes.mkdir()
-    (tmp_path / "noted.py").write_text(STRATEGY)
-    options = {"notes": str(notes)}
-    ray = {"address": "10.99.7.1:6379", "cpus": 1}
-    asked = {"seeds": [0, 1], "executor": "ray", "ray": ray, "workers": 2}
-    strategy = str(tmp_path / "noted.py")
-    file = write_sweep(
-        tmp_path, "many.yaml", strategy, options, out=str(tmp_path / "many"), **asked
-    )
-    with Hosts(tmp_path) as hosts:
-        join(hosts["alpha"], head=True)
-        join(hosts["beta"])
-        job = sweep(hosts["alpha"], file)
-        wait_for(notes / "beta", job, file.with_suffix(".log"))
-        wait_for(notes / "alpha", job, file.with_suffix(".log"))
-        hosts["beta"].switch_off()
-        join(hosts.boot("gamma"))
-        assert job.wait(400) == 0, file.with_suffix(".log").read_text()
-        assert (notes / "gamma").exists()
-    run_here(file, tmp_path / "one")
-    assert matrices(tmp_path / "many") == matrices(tmp_path / "one")
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """Alpha, the head, and beta. In the shared folder, each has a folder `own` of its own."""
+    folder = tmp_path_factory.mktemp("hosts")
+    with Hosts(folder, private=[folder / "own"]) as made:
+        join(made["alpha"], head=True)
+        join(made["beta"])
+        yield made
 
 
-def test_who_lacks_the_token_of_the_head_is_told(tmp_path: Path) -> None:
-    ray = {"address": "10.99.7.1:6379"}
+def test_hosts_that_share_no_folder_meet_at_the_mirror(hosts: Hosts) -> None:
+    """Each host has an empty `out` of its own; what the other computed comes by the mirror's URL."""
+    folder = hosts.shared
+    own = folder / "own"
+    asked = {"seeds": [0, 1], "executor": "ray", "ray": RAY, "workers": 2}
+    asked |= {"mirror": f"file://{folder}/mirror", "out": str(own / "out")}
+    file = write_sweep(folder, "mirror.yaml", "individual", {}, **asked)
+    assert sweep(hosts["alpha"], file).wait(400) == 0, file.with_suffix(".log").read_text()
+    hosts["alpha"].run("cp", "-r", own / "out", folder / "fetched")
+    theirs = hosts["beta"].run("find", own, "-name", "pack*", "-o", "-name", "result.json").stdout
+    assert theirs.strip(), "beta computed, too"
+    run_here(file, folder / "one")
+    assert matrices(folder / "fetched") == matrices(folder / "one")
+
+
+def test_who_lacks_the_token_of_the_head_is_told(hosts: Hosts) -> None:
+    out = str(hosts.shared / "out")
     file = write_sweep(
-        tmp_path, "token.yaml", "individual", {}, executor="ray", ray=ray, out=str(tmp_path / "out")
+        hosts.shared, "token.yaml", "individual", {}, executor="ray", ray=RAY, out=out
     )
-    with Hosts(tmp_path, count=1) as hosts:
-        join(hosts["alpha"], head=True)
-        other = environment(tmp_path) | {
-            "RAY_AUTH_TOKEN": TOKEN[::-1],
-            "RAY_gcs_rpc_server_connect_timeout_s": "1",
-        }
-        done = hosts["alpha"].run(sys.executable, "-m", "cl_graft", "sweep", file, env=other)
+    other = environment(hosts.shared) | {
+        "RAY_AUTH_TOKEN": TOKEN[::-1],
+        "RAY_gcs_rpc_server_connect_timeout_s": "1",
+    }
+    done = hosts["alpha"].run(sys.executable, "-m", "cl_graft", "sweep", file, env=other)
     assert done.returncode == 1
     assert (
         done.stdout.rstrip()
@@ -157,21 +158,22 @@ def test_who_lacks_the_token_of_the_head_is_told(tmp_path: Path) -> None:
     assert "RAY_AUTH_TOKEN" in done.stdout and "Traceback" not in done.stdout
 
 
-def test_hosts_that_share_no_folder_meet_at_the_mirror(tmp_path: Path) -> None:
-    """Each host has an empty `out` of its own; what the other computed comes by the mirror's URL."""
-    own = tmp_path / "own"
-    mirror = f"file://{tmp_path}/mirror"
-    ray = {"address": "10.99.7.1:6379", "cpus": 1}
-    asked = {"seeds": [0, 1], "executor": "ray", "ray": ray, "mirror": mirror, "workers": 2}
-    file = write_sweep(tmp_path, "mirror.yaml", "individual", {}, out=str(own / "out"), **asked)
-    with Hosts(tmp_path, private=[own]) as hosts:
-        join(hosts["alpha"], head=True)
-        join(hosts["beta"])
-        assert sweep(hosts["alpha"], file).wait(400) == 0, file.with_suffix(".log").read_text()
-        hosts["alpha"].run("cp", "-r", own / "out", tmp_path / "fetched")
-        theirs = (
-            hosts["beta"].run("find", own, "-name", "pack*", "-o", "-name", "result.json").stdout
-        )
-        assert theirs.strip(), "beta computed, too"
-    run_here(file, tmp_path / "one")
-    assert matrices(tmp_path / "fetched") == matrices(tmp_path / "one")
+def test_a_host_is_lost_and_another_comes_in_the_middle_of_a_sweep(hosts: Hosts) -> None:
+    """The last that these hosts go through: beta stays off."""
+    folder = hosts.shared
+    notes = folder / "notes"
+    notes.mkdir()
+    (folder / "noted.py").write_text(STRATEGY)
+    asked = {"seeds": [0, 1], "executor": "ray", "ray": RAY, "workers": 2}
+    asked |= {"out": str(folder / "many")}
+    noted = str(folder / "noted.py")
+    file = write_sweep(folder, "many.yaml", noted, {"notes": str(notes)}, **asked)
+    job = sweep(hosts["alpha"], file)
+    wait_for(notes / "beta", job, file.with_suffix(".log"))
+    wait_for(notes / "alpha", job, file.with_suffix(".log"))
+    hosts["beta"].switch_off()
+    join(hosts.boot("gamma"))
+    assert job.wait(400) == 0, file.with_suffix(".log").read_text()
+    assert (notes / "gamma").exists()
+    run_here(file, folder / "alone")
+    assert matrices(folder / "many") == matrices(folder / "alone")

@@ -158,7 +158,7 @@ class TestTwoProcesses:
             from cl_graft.training.config import StageConfig
             from cl_graft.training import launch
             from cl_graft.training.stages import Stages
-            launch.SILENCE = 12.0
+            launch.SILENCE = 8.0
             rows = [dict(prompt="Q: Copy ab.", completion="ab")] * 4
             job = StageConfig("sft", 2000, 4, 1e-4, 0.1, 0.0, 64, 0)
             stages = Stages(Path({str(tmp_path)!r}), Launch(processes=2, hostfile={hosts!r}))
@@ -173,7 +173,7 @@ class TestTwoProcesses:
             assert float(harness.stdout.readline()) < 1, "it trains"
             children = psutil.Process(harness.pid).children(recursive=True)
             assert len([p for p in children if is_worker(p)]) == 2
-            time.sleep(15 if hosts else 0)
+            time.sleep(10 if hosts else 0)
             assert harness.poll() is None, "it trains on while it is waited for"
         finally:
             harness.kill()
