@@ -94,6 +94,21 @@ def test_what_is_refused_is_refused_without_the_heavy_libraries(
     assert [f.name for f in tmp_path.iterdir()] == ["sweep.yaml"]
 
 
+def test_the_process_that_only_hands_cells_out_checks_their_data_without_the_heavy_libraries() -> (
+    None
+):
+    program = f"""
+import sys
+from cl_graft.experiment.prepare import check_data
+from cl_graft.sweep_config import Sweep
+
+check_data(Sweep(scenarios=["mini"], strategies=["lora"], allow_code_execution=True).cells())
+print([name for name in {HEAVY} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
 def test_of_two_mistakes_the_one_that_costs_less_to_find_is_told(call: Call) -> None:
     wrong = {
         "--budget": ("ten", "budget"),

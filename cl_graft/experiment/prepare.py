@@ -142,9 +142,10 @@ def try_methods(cells: Sequence[RunConfig]) -> None:
 def _launch(launch: Launch, scenario: Scenario) -> None:
     """Raises CLGraftError where it cannot work here, or cannot make a task's batches."""
     from cl_graft.training.config import accumulation
-    from cl_graft.training.launch import check
 
     if launch.processes:
+        from cl_graft.training.launch import check  # which imports torch
+
         check(launch)
     for task in scenario.tasks:
         for half in (task.training, task.training.preference):

@@ -145,7 +145,7 @@ def _bfloat16() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    """On GPUs DeepSpeed may compile parts of itself; on a CPU nothing of it is compiled."""
+    """What DeepSpeed may compile parts of itself with, on GPUs; on a CPU nothing of it is compiled."""
     import torch
 
     if not torch.cuda.is_available():

@@ -15,6 +15,7 @@ from typing import Any
 
 from cl_graft.config import Launch
 from cl_graft.errors import CLGraftError, Diverged
+from cl_graft.processes import modules_kept
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.store.files import read_json, write_text
 from cl_graft.training import checkpoint, fit, launch, term
@@ -46,10 +47,12 @@ def main(work: Path) -> None:
 
 
 def _run(work: Path, given: dict[str, Any]) -> None:
-    import deepspeed
-    import torch
-    from datasets import load_from_disk
-    from transformers.integrations import HfDeepSpeedConfig
+    with modules_kept():
+        import deepspeed
+        import torch
+        from datasets import load_from_disk
+        from transformers.integrations import HfDeepSpeedConfig
+        from trl import DPOTrainer, SFTTrainer  # noqa: F401
 
     from cl_graft.training.zero import whole, zero_json
 

@@ -16,6 +16,7 @@ from cl_graft.errors import CLGraftError
 from cl_graft.experiment.executors import ray as executor
 from cl_graft.experiment.executors.ray import run_cells
 from cl_graft.sweep_config import Ray
+from tests.hosts.network import lacking
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 pytestmark = pytest.mark.slow
@@ -95,6 +96,7 @@ def test_nobody_answers(strategy: str, tmp_path: Path) -> None:
         list(run_cells(cells(strategy, tmp_path, 1), print, 0, Ray(address="127.0.0.1:1")))
 
 
+@pytest.mark.skipif(not lacking(), reason="real hosts can be made here: tests/hosts/test_ray.py")
 def test_the_cells_of_a_lost_node_go_on_at_another(
     strategy: str, tmp_path: Path, cluster: Any
 ) -> None:
