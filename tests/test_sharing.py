@@ -74,7 +74,7 @@ def test_a_further_delta_method_in_a_sweep_trains_nothing_and_a_finished_sweep_d
     call, tmp_path
 ):
     """What it costs is compressing and measuring its own packs; the table of costs of a report has the seconds."""
-    sizes = ["mini.steps=60", "mini.test_size=24", "mini.tasks=math,cipher"]
+    sizes = ["mini.steps=8", "mini.test_size=8", "mini.tasks=math,cipher"]
     base = ["sweep", "--scenarios", "mini", "--models", "nano-llama", "--workers", 1]
     base += ["--wandb", "off", "--out", tmp_path]
     base += [part for size in sizes for part in ("--set", size)]
