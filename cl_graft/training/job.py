@@ -61,9 +61,8 @@ def _run(work: Path, given: dict[str, Any]) -> None:
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     config, how = StageConfig(**given["config"]), Launch(**given["launch"])
-    if (
-        not on_gpu
-    ):  # DeepSpeed's own collectives on a CPU serve inference alone, and would be compiled first
+    if not on_gpu:
+        # DeepSpeed's own collectives on a CPU serve inference alone, and would be compiled first
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed()
     settings = zero_json(config, how, on_gpu)
