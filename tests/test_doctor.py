@@ -8,6 +8,7 @@ import os
 from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -132,3 +133,13 @@ def test_wandb_as_runs_decide_it(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NETRC", os.fspath(tmp_path / "none"))
     assert found("W&B").state == state
+
+
+def test_a_compiler_is_asked_for_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    about = SimpleNamespace(name="a GPU", total_memory=2**30)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: about)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    findings = {f.what: f.state for f in doctor._gpus()}
+    assert findings == {"GPU 0": "ok", "C++ compiler": "missing", "ninja": "missing"}

@@ -53,7 +53,6 @@ def examine(out: Path) -> list[Finding]:
         _imports,
         _gpus,
         _bfloat16,
-        _compiler,
         _wandb,
         _sandbox,
         lambda: _disk("results folder", out),
@@ -122,7 +121,9 @@ def _gpus() -> Iterator[Finding]:
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         yield Finding(f"GPU {number}", "ok", f"{about.name}, {about.total_memory / 2**30:.0f} GiB")
-    if not torch.cuda.device_count():
+    if torch.cuda.device_count():
+        yield from _compiler()
+    else:
         cure = "fine for the embedded models; for others, a CUDA device and the torch built for it"
         yield Finding("GPU", "weak", "none that torch sees; everything runs on the CPU", cure)
 
@@ -146,10 +147,6 @@ def _bfloat16() -> Iterator[Finding]:
 
 def _compiler() -> Iterator[Finding]:
     """What DeepSpeed may compile parts of itself with, on GPUs; on a CPU nothing of it is compiled."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return
     compiler = next(
         filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++"))), None
     )

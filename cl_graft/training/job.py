@@ -52,7 +52,7 @@ def _run(work: Path, given: dict[str, Any]) -> None:
         import torch
         from datasets import load_from_disk
         from transformers.integrations import HfDeepSpeedConfig
-        from trl import DPOTrainer, SFTTrainer  # noqa: F401
+        from trl import DPOTrainer, SFTTrainer  # noqa: F401 (fit's)
 
     from cl_graft.training.zero import whole, zero_json
 

@@ -30,7 +30,6 @@ RAY = {"address": "10.99.7.1:6379", "cpus": 1}
 STRATEGY = '''
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from cl_graft import Strategy
