@@ -27,8 +27,9 @@ PARTS = ("sampling", "judging", "selection")
 def begin(out: Path, identity: Mapping[str, Any]) -> None:
     """Write build.json, or check that the one there was begun with the same settings.
 
-    What was sampled and how it is judged cannot change, except that a build which has not come to its end is judged
-    anew under another rule; which gaps a pair may have can always change, since selecting costs nothing.
+    What was sampled and how it is judged cannot change, except that further sources may come behind those of before,
+    and that a build which has not come to its end is judged anew under another rule; which gaps a pair may have can
+    always change, since selecting costs nothing.
     Raises RecordError for other settings, for files changed since, and for a folder that no build began.
     """
     marker = read_marker(out)
@@ -87,12 +88,23 @@ def _refuse_other(
     out: Path, part: str, marker: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
     then, now = marker[part], identity[part]
-    other = [key for key in now if then.get(key) != now[key]]
+    other = [key for key in now if then.get(key) != now[key] and not _goes_on(key, then, now)]
+    if other == ["sources"]:
+        before = ", ".join(source["name"] for source in then["sources"])
+        raise RecordError(
+            f"{out} was begun with the sources {before}; give these as they were, in this order, further ones behind "
+            "them, or choose another --out."
+        )
     if other:
         shown = " and ".join(key.replace("_", " ") for key in other)
         raise RecordError(
             f"{out} was begun with another {shown} than now; choose another --out or delete the folder."
         )
+
+
+def _goes_on(key: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether it is sources, and those of before come first: their answers are the same."""
+    return key == "sources" and then[key] == now[key][: len(then[key])]
 
 
 def _refuse_changed(out: Path, marker: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -266,6 +266,37 @@ def test_a_complete_build_is_not_sampled_again(
     assert contents(config.out) == before
 
 
+def test_a_further_source_costs_its_own_answers_alone(
+    config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Complete, and stopped on the way to the second; it ends as if both had been there from the first."""
+    config = config.model_copy(update={"logits": 3})
+    build(config)
+    torn, sure = config.sources
+    grown = config.model_copy(update={"out": tmp_path / "grown", "sources": (torn,)})
+    build(grown)
+    both = grown.model_copy(update={"sources": (torn, sure)})
+    sampler, asked = building.SAMPLERS["hf"], []
+
+    def spoken(config: BuildConfig, source: str, *given: object):
+        asked.append(source)
+        if len(asked) == 1:
+            raise Killed
+        return sampler(config, source, *given)
+
+    monkeypatch.setitem(building.SAMPLERS, "hf", spoken)
+    with pytest.raises(Killed):
+        build(both)
+    with pytest.raises(RecordError, match="is not complete"):
+        read_examples(grown.out)
+    build(both)
+    assert asked == [sure, sure]
+    assert contents(grown.out) == contents(config.out)
+    for other in ((sure, torn), (sure,), (torn,)):
+        with pytest.raises(RecordError, match=f"was begun with the sources {torn}, {sure}; give"):
+            build(grown.model_copy(update={"sources": other}))
+
+
 def test_other_gaps_select_again_from_the_same_answers(
     config: BuildConfig, reward_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
