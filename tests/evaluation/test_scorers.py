@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -280,10 +281,38 @@ def test_choice_is_the_most_likely_label(nano: tuple[Any, Any]) -> None:
     asked = Examinee(model, tokenizer, 0, 128)
     outcomes = score(asked, examples, ["choice"])["choice"]
     for example, outcome in zip(examples, outcomes, strict=True):
-        likely = asked.likelihoods([(example.prompt, c) for c in example.choices])
+        fresh = replace(asked, known={})
+        likely = fresh.likelihoods([(example.prompt, c) for c in example.choices])
         best = example.choices[max(range(len(likely)), key=likely.__getitem__)]
         assert outcome.answer == best
         assert outcome.score == float(best == example.completion)
+
+
+def test_what_one_scorer_has_read_another_is_told(nano: tuple[Any, Any]) -> None:
+    """The reference is among the choices: its likelihood is the same, to the last digit, and read once."""
+    model, tokenizer = nano
+    choices = ("dog", "cat")
+    within = [Example(f"Q: {n}?\nA: ", choices[n % 2], choices=choices) for n in range(5)]
+    among = Example(
+        "Q: longer than what is read\nA: ", "bird", choices=("a much longer one", "bird")
+    )
+    asked, read = Examinee(model, tokenizer, 0, 24), []
+    model.register_forward_pre_hook(lambda *_: read.append(1))
+    together = score(asked, within, ["choice", "neg_bits_per_byte"])
+    once = len(read)
+    score(replace(asked, known={}), within, ["choice"])
+    assert len(read) == 2 * once > 0
+    values = asked.choice_likelihoods([e.prompt for e in within], choices)
+    for outcome, row, example in zip(together["neg_bits_per_byte"], values, within, strict=True):
+        mine = row[choices.index(example.completion)]
+        assert outcome.score == mine / math.log(2) / len(example.completion)
+    alone = score(replace(asked, known={}), within, ["neg_bits_per_byte"])["neg_bits_per_byte"]
+    for one, other in zip(together["neg_bits_per_byte"], alone, strict=True):
+        assert one.score == pytest.approx(other.score, abs=1e-5)
+    # beside a longer choice less of the prompt is left: that is another likelihood
+    both = score(asked, [among], ["choice", "neg_bits_per_byte"])["neg_bits_per_byte"]
+    only = score(replace(asked, known={}), [among], ["neg_bits_per_byte"])["neg_bits_per_byte"]
+    assert both[0].score == pytest.approx(only[0].score, abs=1e-5)
 
 
 def test_bits_per_byte(nano: tuple[Any, Any]) -> None:

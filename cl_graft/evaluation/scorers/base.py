@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from cl_graft.evaluation.engine import Served
 
 Needs = Literal["answers", "likelihoods", "model", "base"]
+Row = tuple[
+    tuple[int, ...], tuple[int, ...]
+]  # tokens that are read, and those whose likelihood is asked
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,10 @@ class Scored:
 
 @dataclass
 class Examinee:
-    """A model under test. Answers are generated once and shared by every scorer of the same examples.
+    """A model under test. Answers are generated once and shared by every scorer of the same examples, likelihoods, too.
 
     base_answers: the base's, where the model is not the base itself and a scorer needs them. folder: of what scorers
-    were told by others than the model, kept for other cells.
+    were told by others than the model, kept for other cells. known: log-likelihoods by the tokens read and those asked.
     """
 
     model: PreTrainedModel
@@ -49,6 +52,7 @@ class Examinee:
     served: Served | None = None  # who answers in the model's place
     base_answers: Sequence[str] | None = None
     folder: Path | None = None
+    known: dict[Row, float] = field(default_factory=dict)
 
     def answers(self, examples: Sequence[Example]) -> Sequence[str]:
         from cl_graft.evaluation.generate import generate
@@ -62,19 +66,34 @@ class Examinee:
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         from cl_graft.evaluation.generate import log_likelihoods
+        from cl_graft.models.text import encode
 
+        encoded = [encode(self.tokenizer, *pair, self.max_length) for pair in pairs]
+        rows = [(tuple(head), tuple(tail)) for head, tail in encoded]
+        new = {row: pair for row, pair in zip(rows, pairs, strict=True) if row not in self.known}
+        asked = list(new.values())
         if self.served:
-            return self.served.likelihoods(pairs, self.max_length)
-        return log_likelihoods(self.model, self.tokenizer, pairs, self.max_length)
+            found = self.served.likelihoods(asked, self.max_length)
+        else:
+            found = log_likelihoods(self.model, self.tokenizer, asked, self.max_length)
+        self.known.update(zip(new, found, strict=True))
+        return [self.known[row] for row in rows]
 
     def choice_likelihoods(
         self, prompts: Sequence[str], choices: Sequence[str]
     ) -> list[list[float]]:
-        from cl_graft.evaluation.generate import choice_likelihoods
+        from cl_graft.evaluation.generate import choice_likelihoods, choice_rows
 
+        given = prompts, choices, self.max_length
         if self.served:
-            return self.served.choice_likelihoods(prompts, choices, self.max_length)
-        return choice_likelihoods(self.model, self.tokenizer, prompts, choices, self.max_length)
+            found = self.served.choice_likelihoods(*given)
+        else:
+            found = choice_likelihoods(self.model, self.tokenizer, *given)
+        heads, tails = choice_rows(self.tokenizer, *given)
+        each = [tuple(tail) for tail in tails]
+        for head, values in zip(map(tuple, heads), found, strict=True):
+            self.known.update({(head, tail): x for tail, x in zip(each, values, strict=True)})
+        return found
 
 
 @dataclass(frozen=True)
