@@ -55,7 +55,9 @@ for stream in $streams; do
       cl-graft tune "${common[@]}" --trials "$trials" --seed 0 --out tuning --cache "$cache-trials" "$file"
       budgets=1%
       [[ $group == kept ]] && budgets=0.3%,1%,10%
-      cl-graft sweep "${common[@]}" --budgets "$budgets" --task-ids given,inferred --preset tuning --out cells --cache $cache "$file"
+      ids=given # where all prompts are answered alike, to infer the task changes nothing
+      [[ $group =~ ^(kept|stored|merged|model_grafting)$ ]] && ids=given,inferred
+      cl-graft sweep "${common[@]}" --budgets "$budgets" --task-ids $ids --preset tuning --out cells --cache $cache "$file"
       [[ $cache == cache ]] || rm -rf "$cache" "$cache-trials"
       [[ ${PACKS:-} == keep ]] || rm -rf tuning/trials/*/packs cells/*/packs
     fi
