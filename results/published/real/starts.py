@@ -3,10 +3,10 @@
 Usage: python results/published/real/starts.py WORK-FOLDER [DATA-FOLDER]
 
 `mini` is learned from mini-llama and from its layers' matrices rounded to Q4_1 blocks (gguf's own), three seeds, by
-`individual` and by both policies of GraftLLM at 10 %, with the recipe of small_updates. With DATA-FOLDER, SmolLM2 learns
-AG News and DBpedia by `individual`, one seed, from an equal model whose weights are off the grid, and from that one
-rounded. Printed: what is scored, what of the rounding a task's delta takes back, and what the deltas of two tasks have in
-common. Killed and started again it goes on.
+`individual` and by both policies of GraftLLM at 10 %, with the recipe of small_updates. With DATA-FOLDER, SmolLM2
+learns AG News and DBpedia by `individual`, one seed, from an equal model whose weights are off the grid, and from that
+one rounded. Printed: what is scored, what of the rounding a task's delta takes back, and what the deltas of two tasks
+have in common. Killed and started again it goes on.
 """
 
 import sys
