@@ -6,7 +6,7 @@
 # where it is read, leaves every output what it was, and takes the weights off the grid. Rounding that equal model to Q4_1
 # shows what the rounding costs. Guess: 5 % of perplexity, from the 2 % that llama.cpp's tables have for 7 billion
 # parameters. Seen: 20 to 30 %, at an error of 7.8 % of the weights. Scores of this file are of a worse model than
-# SmolLM2-135M-Instruct; fine-tuning it also repairs what rounding broke, so part of any delta from it is not the task's.
+# SmolLM2-135M-Instruct.
 #
 # Installs pinned packages in a temporary folder and fails if the behaviour is another.
 set -euo pipefail

@@ -208,6 +208,18 @@ def test_the_highest_score_is_chosen_then_the_fewest_bits_then_the_earliest() ->
     assert best_of([trial(1, None, None), low]) is low
 
 
+def test_defaults_stay_unless_a_trial_beats_them_by_more_than_its_error() -> None:
+    defaults = trial(1, 0.5)
+    near, far, nearer = (
+        trial(2, 0.53).model_copy(update={"stderr": 0.04}),
+        trial(4, 0.56).model_copy(update={"stderr": 0.04}),
+        trial(4, 0.4, 0.1),
+    )
+    assert best_of([defaults, near, nearer]) is defaults
+    assert best_of([defaults, near, far]) is far
+    assert best_of([trial(1, None), near, nearer]) is near, "defaults that fail are no choice"
+
+
 def test_what_is_at_an_end_of_what_was_tried_is_told() -> None:
     tried = [trial(1, 0.5, weight=3.0), trial(2, 0.6, weight=2.0), trial(0.5, 0.7, weight=1.0)]
     assert list(edges(tried[0], tried)) == ["weight"]

@@ -92,7 +92,8 @@ def _table(tuning: Tuning, preset: Preset) -> Table:
     by = " and ".join(sorted(set(preset.about["scored_by"].values())))
     note = (
         f"On the validation of {', '.join(preset.tasks)}, after the last of them: the mean of their scores by {by}, ± "
-        f"the standard error over examples; among equals the fewest bits per byte. Seed {preset.seed}."
+        "the standard error over examples. Trial 1, the author's defaults, unless another is better by more than its "
+        f"error; among equals the fewest bits per byte. Seed {preset.seed}."
     )
     if preset.edges:
         note += (

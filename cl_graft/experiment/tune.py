@@ -153,9 +153,15 @@ def _trial(config: RunConfig, result: dict[str, Any] | None) -> Trial | None:
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
-    """The one with the highest score; among equals the fewest bits per byte, then the earliest. Some have a score."""
+    """The first, which are the author's defaults, unless a trial scores higher by more than its standard error.
+
+    Then the one with the highest score; among equals the fewest bits per byte, then the earliest. Some have a score.
+    """
     ended = [trial for trial in trials if trial.score is not None]
-    return max(ended, key=lambda trial: (trial.score, -(trial.bits or 0.0)))
+    best = max(ended, key=lambda trial: (trial.score, -(trial.bits or 0.0)))
+    first = trials[0].score
+    within = first is not None and (best.score or 0.0) - first <= (best.stderr or 0.0)
+    return trials[0] if within else best
 
 
 def edges(best: Trial, trials: Sequence[Trial]) -> Iterator[str]:
