@@ -138,6 +138,7 @@ TESTED: dict[str, str] = {
     "cl_graft/transfer/folder.py: choose an empty folder as --out.": "transfer/test_cures.py::test_another_folder_or_none",
     "cl_graft/transfer/folder.py: choose another --out or delete the folder.": "transfer/test_cures.py::test_another_folder_or_none",
     "cl_graft/transfer/folder.py: choose another --out, or delete the folder.": "transfer/test_cures.py::test_another_folder_or_none",
+    "cl_graft/transfer/folder.py: give these as they were, in this order, further ones behind them, or choose another --out.": "transfer/test_cures.py::test_other_sources",
     "cl_graft/transfer/folder.py: make it, or finish it, with `cl-graft transfer build --out {}`.": "transfer/test_cures.py::test_what_is_read_back",
     "cl_graft/transfer/lines.py: delete it to do its part of the build anew.": "transfer/test_cures.py::test_answers_that_cannot_be_continued",
     "cl_graft/transfer/logits.py: build the data again by `cl-graft transfer build --logits`.": "transfer/test_logits.py::test_a_build_stores_them_for_every_source_and_goes_on_after_a_kill",

@@ -95,6 +95,15 @@ def test_another_folder_or_none(words: Callable, call: Call, tmp_path: Path) -> 
     assert call(*words(out=tmp_path / "empty")).code == 0
 
 
+def test_other_sources(words: Callable, call: Call, torn: Path, sure: Path, tmp_path: Path) -> None:
+    """The folder's own first, further ones behind them; or others into another folder."""
+    assert call(*words()).code == 0
+    said = call(*words(source=sure)).reason
+    assert f"was begun with the sources {torn}; give these as they were, in this order" in said
+    assert call(*words(), "--source", sure).code == 0
+    assert call(*words(source=sure, out=tmp_path / "other")).code == 0
+
+
 def test_what_is_read_back(words: Callable, call: Call, tmp_path: Path) -> None:
     out = tmp_path / "out"
     told = one_sentence(lambda: read_examples(out))
