@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from cl_graft.evaluation.engine import Served
 
 Needs = Literal["answers", "likelihoods", "model", "base"]
-Row = tuple[
-    tuple[int, ...], tuple[int, ...]
-]  # tokens that are read, and those whose likelihood is asked
+# tokens that are read, and those whose likelihood is asked
+Row = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)

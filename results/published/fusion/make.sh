@@ -5,8 +5,8 @@
 # is published is not made again while its tables are here.
 # About seven hours of one core as it stands, by a small run: 0.15 s a training step (a set of cells of one arrangement,
 # kind and seed trains 3,000 steps and 600 more a source), 30 s a source, task and seed of data, of which an arrangement
-# takes over what the one before it has, 5 s a cell beside. The sources
-# are trained first where they are not cached, five to ten minutes each.
+# takes over what the one before it has, 5 s a cell beside. The sources are trained first where they are not cached, five
+# to ten minutes each.
 # What is made smaller, by variables: SEEDS, LIMIT (prompts of a task), STEPS, TEST (items of a task), TARGET, WORKERS;
 # and of what: ARRANGEMENTS, of `experts` (each task from the source that is good at it) and counts (of the SOURCES, so
 # many first ones, all for every task); KINDS, of `sft` and `dpo`, which is SFT, then DPO.
