@@ -65,10 +65,11 @@ class Examinee:
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         from cl_graft.evaluation.generate import log_likelihoods
-        from cl_graft.models.text import encode
+        from cl_graft.models.text import encode_all
 
-        encoded = [encode(self.tokenizer, *pair, self.max_length) for pair in pairs]
-        rows = [(tuple(head), tuple(tail)) for head, tail in encoded]
+        given = ((prompt, (answer,)) for prompt, answer in pairs)
+        encoded = encode_all(self.tokenizer, given, self.max_length)
+        rows = [(tuple(head), tuple(tail)) for head, (tail,) in encoded]
         new = {row: pair for row, pair in zip(rows, pairs, strict=True) if row not in self.known}
         asked = list(new.values())
         if self.served:
