@@ -22,8 +22,9 @@ demo: env
 	@echo '  $(BIN)/cl-graft models fetch smollm2-135m'
 	@echo '  $(BIN)/cl-graft run --scenario text_classification --strategy graftllm --model smollm2-135m --budget 1% --data-dir DATA'
 
+# Three workers, on two cores too: tests of what is killed, lost or stopped wait more than they compute.
 test: env check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
