@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,8 @@ from cl_graft.errors import CLGraftError
 from cl_graft.experiment import cell
 from cl_graft.models.embedded import toy_tokenizer
 from cl_graft.planning.plan import plan
-from cl_graft.store.files import write_lines
+from cl_graft.store.files import read_lines, write_lines
+from cl_graft.store.record import CellFolder
 from cl_graft.sweep_config import Sweep
 from cl_graft.training.config import order, sft_job
 from cl_graft.training.tokens import lengths, tokens
@@ -89,6 +92,69 @@ def test_what_was_planned_is_what_is_run(tmp_path):
             and s.tokens == round(about["tokens"])
         ]
         assert match.rows == about["rows"]
+
+
+@pytest.mark.parametrize("method", ["individual", "sequential", "ties", "emr"])
+def test_what_will_be_measured_is_what_is_measured(tmp_path, method):
+    """A told pack is measured once; one model, and masks of a vector that moves, after every task; the base once."""
+    (wanted,) = cells(tmp_path, [method])
+    found = plan([wanted]).evaluations
+    counted = {
+        "individual": {"math": 2, "cipher": 2, "general": 3},
+        "sequential": {"math": 3, "cipher": 3, "general": 3},
+        "ties": {"math": 3, "cipher": 3, "general": 3},
+        "emr": {"math": 3, "cipher": 2, "general": 4},
+    }[method]
+    assert Counter(e.task for e in found if e.kind == "scores") == counted
+    assert all(e.state == "to run" and e.cells == [wanted.cell] for e in found)
+    cell.run(wanted)
+    kept = {"scores": "evaluations", "kl": "divergences"}
+    for kind, folder in kept.items():
+        files = [read_lines(f)[0] for f in tmp_path.glob(f"cache/{folder}/*.jsonl")]
+        assert Counter(f["task"] for f in files) == Counter(e.task for e in found if e.kind == kind)
+    assert not plan([wanted]).evaluations
+    (other,) = cells(tmp_path, ["graftllm"])
+    base = [e for e in plan([other]).evaluations if e.by == "base"]
+    assert [e.state for e in base] == ["cached"] * 3
+
+
+def test_where_tasks_are_inferred_evaluations_are_those_of_a_router_that_is_right(tmp_path):
+    """The first pack takes prompts of both tasks while it is alone; the second then takes its own."""
+    (wanted,) = cells(tmp_path, ["individual"], task_ids=["inferred"])
+    by = [(e.task, e.by) for e in plan([wanted]).evaluations if e.kind == "scores"]
+    assert [task for task, by in by if by == "math"] == ["math", "cipher", "general"]
+    assert [task for task, by in by if by == "cipher"] == ["cipher", "general"]
+
+
+def test_a_cell_that_was_stopped_has_the_evaluations_of_the_tasks_that_are_left(tmp_path):
+    (wanted,) = cells(tmp_path, ["sequential"])
+    cell.run(wanted)
+    folder = CellFolder(tmp_path / wanted.cell)
+    folder.mark("running")
+    (folder.path / "result.json").unlink()
+    shutil.rmtree(folder.experience_path(2))
+    assert {e.by for e in plan([wanted]).evaluations} == {"cipher"}
+
+
+def test_evaluation_is_timed_by_the_base_without_running_code(tmp_path, monkeypatch):
+    """Every measurement of a task takes what the base took for it, in proportion to its examples."""
+    ran = []
+    monkeypatch.setattr("cl_graft.evaluation.sandbox.run_cases", lambda *a, **k: ran.append(a))
+    asked = Sweep(
+        scenarios=[{"mini": {**SMALL, "tasks": "math,code", "test_size": 70}}],
+        strategies=["sequential"],
+        models=["nano-llama"],
+        out=tmp_path,
+        wandb="off",
+    ).cells()
+    assert plan(asked).evaluation_seconds is None
+    found = plan(asked, probe=True)
+    each = {(e.task, e.kind): e.seconds for e in found.evaluations}
+    assert min(each.values()) > 0 and not ran
+    assert all(e.seconds == each[e.task, e.kind] for e in found.evaluations)
+    assert found.evaluation_seconds == pytest.approx(
+        sum(3 * s if kind == "scores" else s for (_, kind), s in each.items())
+    )
 
 
 def test_a_preference_half_follows_its_sft_and_adapters_train_little(tmp_path):

@@ -15,7 +15,11 @@ def plan(
     given: SweepFields,
     file: File = None,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Time three real steps of each kind of stage.")
+        bool,
+        typer.Option(
+            "--probe",
+            help="Time three real steps of each kind of stage, and the base on test examples.",
+        ),
     ] = False,
     peak: Annotated[
         float | None, typer.Option(help="bf16 operations a second of one device, as 989e12.")
@@ -31,12 +35,12 @@ def plan(
 
     from cl_graft.experiment.prepare import try_methods
     from cl_graft.planning.plan import plan as make
-    from cl_graft.planning.tables import summary, table
+    from cl_graft.planning.tables import evaluations, summary, table
 
     try_methods(cells)
     made = make(cells, probe, peak, utilisation, gpu)
     if json_:
         typer.echo(json.dumps(made.json(), indent=1, default=str))
     else:
-        print_tables([table(made)])
+        print_tables([table(made), evaluations(made)])
         typer.echo("\n".join(summary(made)))

@@ -22,6 +22,7 @@ from cl_graft.models.load import load, load_tokenizer, locate
 from cl_graft.models.weights import is_bare
 from cl_graft.planning import cost
 from cl_graft.planning.dry_run import DryRun, PlannedStage, Timer
+from cl_graft.planning.evaluations import BASE, Clock, Evaluations, PlannedEvaluation
 from cl_graft.planning.memory import Memory
 from cl_graft.store.record import CellFolder
 
@@ -33,9 +34,11 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 
 
 @dataclass(frozen=True)
 class Plan:
-    """stages: each once, however many cells share it. cells: {name: its pack budget in bytes, tasks, finished}."""
+    """stages, evaluations: each once, however many cells share it; evaluations at most, since weights that will turn
+    out alike are measured once. cells: {name: its pack budget in bytes, tasks, finished}."""
 
     stages: list[PlannedStage]
+    evaluations: list[PlannedEvaluation]
     cells: dict[str, dict[str, Any]]
     disk: int
     disk_free: int
@@ -43,15 +46,21 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """Seconds of the training that is not cached; None where a part of it could not be estimated."""
-        estimates = [s.seconds for s in self.stages if s.state != "cached"]
-        return None if any(s is None for s in estimates) else float(sum(s for s in estimates if s))
+        return _sum(self.stages)
+
+    @property
+    def evaluation_seconds(self) -> float | None:
+        """Seconds of the evaluation that is not cached, at most; None where a part of it was not probed."""
+        return _sum(self.evaluations)
 
     def json(self) -> dict[str, Any]:
         stages = [asdict(s) | {"memory_device": s.memory.device} for s in self.stages]
         return {
             "stages": stages,
             "cells": self.cells,
+            "evaluations": [asdict(e) for e in self.evaluations],
             "seconds": self.seconds,
+            "evaluation_seconds": self.evaluation_seconds,
             "disk": self.disk,
             "disk_free": self.disk_free,
         }
@@ -66,31 +75,40 @@ def plan(
 ) -> Plan:
     """Raises, in one sentence, all that `cl_graft.run` would raise before its first stage.
 
-    probe: three real steps of each stage of a model that could be loaded tell its time. Else time follows from
-    operations at `utilisation` of `peak`, operations a second of one device; None takes the one of this GPU.
+    probe: three real steps of each stage of a model that could be loaded, and some test examples of each task, tell its
+    time. Else that of training follows from operations at `utilisation` of `peak`, operations a second of one device;
+    None takes the one of this GPU.
     gpu: memory is that of GPUs, with bf16, though this machine has none.
     """
     stages: dict[str, PlannedStage] = {}
+    evaluations: dict[str, PlannedEvaluation] = {}
     planned: dict[str, dict[str, Any]] = {}
     memories: dict[Any, Memory] = {}
-    timer = Timer(probe, peak or _own_peak(), utilisation)
+    timer, clock = Timer(probe, peak or _own_peak(), utilisation), Clock(probe)
     gpu = gpu or torch.cuda.is_available()
     for config in cells:
-        own, about = _of_cell(config, memories, timer, gpu)
+        own, measured, about = _of_cell(config, memories, timer, clock, gpu)
         planned[config.cell] = about
         for key, stage in own:
             stages.setdefault(key, stage).cells.append(config.cell)
+        for key, evaluation in measured:
+            evaluations.setdefault(key, evaluation).cells.append(config.cell)
     listed = list(stages.values())
     packs = sum(c["tasks"] * c["pack_bytes"] for c in planned.values() if not c["finished"])
     disk = packs + sum(s.disk for s in listed if s.state != "cached")
     out = cells[0].out.absolute()
     existing = next(p for p in (out, *out.parents) if p.exists())
-    return Plan(listed, planned, disk, shutil.disk_usage(existing).free)
+    return Plan(listed, list(evaluations.values()), planned, disk, shutil.disk_usage(existing).free)
+
+
+def _sum(planned: Sequence[PlannedStage] | Sequence[PlannedEvaluation]) -> float | None:
+    estimates = [each.seconds for each in planned if each.state != "cached"]
+    return None if any(s is None for s in estimates) else float(sum(s for s in estimates if s))
 
 
 def _of_cell(
-    config: RunConfig, memories: dict[Any, Memory], timer: Timer, gpu: bool
-) -> tuple[list[tuple[str, PlannedStage]], dict[str, Any]]:
+    config: RunConfig, memories: dict[Any, Memory], timer: Timer, clock: Clock, gpu: bool
+) -> tuple[list[tuple[str, PlannedStage]], list[tuple[str, PlannedEvaluation]], dict[str, Any]]:
     # nothing is executed here, so nobody needs to consent to it
     scenario, strategy_class, options = prepare(
         config.model_copy(update={"allow_code_execution": True}), bare=True
@@ -103,19 +121,23 @@ def _of_cell(
         strategy.grafted._base = UNKNOWN
     strategy.require_possible()
     done = cell.finished(config) is not None
-    left = [] if done else _not_learned(config, scenario.task_names)
+    begun = CellFolder(config.out / config.cell).experiences()  # by a run that was killed
+    left = [] if done else scenario.task_names[max(0, len(begun) - 1) :]  # the first is the base's
+    measured = Evaluations(config, strategy, exact, clock)
     recorder = DryRun(config, strategy, exact, memories, timer, gpu)
+    if left:
+        measured.base()
     for task in strategy.scenario.tasks if left else ():
         recorder.learn(task)
+        measured.learned()
     limit = strategy.budget.bytes if strategy.budgeted else strategy.budget.base_bytes
     about = {"pack_bytes": limit, "tasks": len(scenario.tasks), "finished": done}
-    return [(key, stage) for key, stage in recorder.found if stage.task in left], about
-
-
-def _not_learned(config: RunConfig, tasks: Sequence[str]) -> Sequence[str]:
-    """The tasks that come after those whose records a killed run left."""
-    records = CellFolder(config.out / config.cell).experiences()
-    return tasks[max(0, len(records) - 1) :]  # the first record is the base's
+    whose = {*left} if begun else {BASE, *left}
+    return (
+        [(key, stage) for key, stage in recorder.found if stage.task in left],
+        [(key, each) for key, each in measured.found if each.by in whose],
+        about,
+    )
 
 
 def _model(config: RunConfig) -> tuple[Any, Any, bool]:

@@ -275,6 +275,13 @@ def require_consents(allowed: bool, tasks: Iterable[Task]) -> None:
             require_consent(allowed, f"scoring task {task.name!r}")
 
 
+def asked_of_model(task: Task) -> tuple[list[Scoring], bool]:
+    """The scorings that ask the model for more than answers and run no code, and whether any asks for answers."""
+    found = [(scoring, _found(scoring)[0]) for scoring in task.scorings]
+    more = [s for s, k in found if k.needs in ("likelihoods", "model") and not k.consent]
+    return more, any(k.needs in ("answers", "base") for _, k in found)
+
+
 def compared(task: Task) -> str | None:
     """The label of the task's first scorer that compares answers with the base's; None where none does."""
     found = (s.label for s in task.scorings if _found(s)[0].needs == "base")
