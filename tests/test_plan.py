@@ -114,7 +114,7 @@ def test_what_will_be_measured_is_what_is_measured(tmp_path, method):
         assert Counter(f["task"] for f in files) == Counter(e.task for e in found if e.kind == kind)
     assert not plan([wanted]).evaluations
     (other,) = cells(tmp_path, ["graftllm"])
-    base = [e for e in plan([other]).evaluations if e.by == "base"]
+    base = [e for e in plan([other]).evaluations if e.by is None]
     assert [e.state for e in base] == ["cached"] * 3
 
 

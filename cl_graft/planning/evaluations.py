@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from cl_graft.strategy.base import Strategy
 
 Kind = Literal["scores", "kl"]
-BASE = "base"
 WARM = 2  # examples that are not timed: the first ones pay for what is set up once
 
 
@@ -28,14 +27,14 @@ WARM = 2  # examples that are not timed: the first ones pay for what is set up o
 class PlannedEvaluation:
     """A task's test examples, read by one set of weights.
 
-    kind: `scores`, or `kl`, the divergence from the base. by: `base`, or the task after which it is measured. state:
-    `cached` or `to run`; what weights that are not there yet will answer counts as to run. seconds: None where nothing
-    was probed. cells: names of those that ask for it.
+    kind: `scores`, or `kl`, the divergence from the base. by: the task after which it is measured, None for the base.
+    state: `cached` or `to run`; what weights that are not there yet will answer counts as to run. seconds: None where
+    nothing was probed. cells: names of those that ask for it.
     """
 
     task: str
     kind: Kind
-    by: str
+    by: str | None
     examples: int
     state: str
     seconds: float | None
@@ -48,7 +47,7 @@ class Evaluations:
     def __init__(self, config: RunConfig, strategy: Strategy, exact: bool, clock: Clock):
         self.config, self.strategy, self.exact, self.clock = config, strategy, exact, clock
         self.found: list[tuple[str, PlannedEvaluation]] = []
-        self.known = {BASE}
+        self.known: set[str] = set()
 
     def base(self) -> None:
         """All tasks by the base, which every cell of the same base shares; what is timed is timed on its weights."""
@@ -59,7 +58,7 @@ class Evaluations:
                 strategy.grafted.base, strategy.tokenizer, task, engine
             )
             key = f"base {self.config.model} {file.name}"
-            self._enter(key, task, "scores", BASE, self.exact and file.is_file())
+            self._enter(key, task, "scores", None, self.exact and file.is_file())
             if divergence.sample(task):
                 self.clock(self.config, strategy, task, "kl", self.exact)
 
@@ -87,8 +86,9 @@ class Evaluations:
                 yield general, each
 
     def _key(self, task: Task, number: int | None) -> str:
+        """What tells a measurement from others; empty where the base answers, which is measured already."""
         names = self._names(task, number)
-        return f"{self.config.cell} {task.name} {digest(names)}" if names else BASE
+        return f"{self.config.cell} {task.name} {digest(names)}" if names else ""
 
     def _names(self, task: Task, number: int | None) -> list[str]:
         """What tells apart who answers, none for the base; in place of packs that cannot be composed yet, how many."""
@@ -102,8 +102,8 @@ class Evaluations:
         except Exception:  # artefacts of a dry run hold no values
             return [f"{number} of {len(strategy.packs)}"]
 
-    def _enter(self, key: str, task: Task, kind: Kind, by: str, cached: bool) -> None:
-        if key in self.known:
+    def _enter(self, key: str, task: Task, kind: Kind, by: str | None, cached: bool) -> None:
+        if not key or key in self.known:
             return
         self.known.add(key)
         seconds = None if cached else self.clock(self.config, self.strategy, task, kind, self.exact)

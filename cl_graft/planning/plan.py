@@ -22,7 +22,7 @@ from cl_graft.models.load import load, load_tokenizer, locate
 from cl_graft.models.weights import is_bare
 from cl_graft.planning import cost
 from cl_graft.planning.dry_run import DryRun, PlannedStage, Timer
-from cl_graft.planning.evaluations import BASE, Clock, Evaluations, PlannedEvaluation
+from cl_graft.planning.evaluations import Clock, Evaluations, PlannedEvaluation
 from cl_graft.planning.memory import Memory
 from cl_graft.store.record import CellFolder
 
@@ -132,7 +132,7 @@ def _of_cell(
         measured.learned()
     limit = strategy.budget.bytes if strategy.budgeted else strategy.budget.base_bytes
     about = {"pack_bytes": limit, "tasks": len(scenario.tasks), "finished": done}
-    whose = {*left} if begun else {BASE, *left}
+    whose: set[str | None] = {*left} if begun else {None, *left}
     return (
         [(key, stage) for key, stage in recorder.found if stage.task in left],
         [(key, each) for key, each in measured.found if each.by in whose],
