@@ -59,7 +59,7 @@ class Evaluations:
             )
             key = f"base {self.config.model} {file.name}"
             self._enter(key, task, "scores", None, self.exact and file.is_file())
-            if divergence.sample(task):
+            if task is not scenario.general and divergence.sample(task):
                 self.clock(self.config, strategy, task, "kl", self.exact)
 
     def learned(self) -> None:
@@ -128,7 +128,7 @@ class Clock:
     ) -> float | None:
         if not (self.probe and real) or strategy.examiner.engine:
             return None
-        owned = config.options.get(config.scenario, {})
+        owned = config.options.get(config.short(config.scenario), {})
         what = (config.model, config.scenario, digest(owned), task.name, kind)
         if what not in self.known:
             self.known[what] = (_divergence if kind == "kl" else _scores)(strategy, task)
@@ -141,7 +141,7 @@ def _scores(strategy: Strategy, task: Task) -> float:
         strategy.model, strategy.tokenizer, task.max_new_tokens, task.training.max_length
     )
     metrics, answers = asked_of_model(task)
-    some = task.test[:: -(-len(task.test) // BATCH)]
+    some = task.test[:: max(1, -(-len(task.test) // BATCH))]
 
     def read(examples: Sequence[Any]) -> float:
         begun = perf_counter()
@@ -151,7 +151,7 @@ def _scores(strategy: Strategy, task: Task) -> float:
         return perf_counter() - begun
 
     read(some[:WARM])
-    return read(some) / len(some) * len(task.test)
+    return read(some) / max(1, len(some)) * len(task.test)
 
 
 def _divergence(strategy: Strategy, task: Task) -> float:

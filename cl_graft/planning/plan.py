@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def evaluation_seconds(self) -> float | None:
-        """Seconds of the evaluation that is not cached, at most; None where a part of it was not probed."""
+        """Seconds of the evaluations that are not cached; None where a part of it was not probed."""
         return _sum(self.evaluations)
 
     def json(self) -> dict[str, Any]:

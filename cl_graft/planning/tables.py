@@ -28,13 +28,13 @@ COLUMNS = (
 
 def evaluations(plan: Plan) -> Table:
     """The table of a plan's evaluations, a row for each task and kind of them."""
-    columns = ("Task", "Of", "Examples", "To run", "Cached", "Time of one", "Time")
+    columns = ("Task", "Of", "Examples", "To run", "Cached", "Mean time", "Time")
     rows = []
     for task, kind in dict.fromkeys((e.task, e.kind) for e in plan.evaluations):
         each = [e for e in plan.evaluations if (e.task, e.kind) == (task, kind)]
         new = [e for e in each if e.state != "cached"]
-        one = next((e.seconds for e in new), None)
-        times = ["-" if one is None else duration(one * n) for n in (1, len(new))]
+        known = [e.seconds for e in new if e.seconds is not None]
+        times = [duration(sum(known) / n) for n in (len(known), 1)] if known else ["-", "-"]
         of = "KL to the base" if kind == "kl" else "scores"
         counts = (f"{each[0].examples:,}", str(len(new)), str(len(each) - len(new)))
         rows.append((task, of, *counts, *times))
@@ -59,7 +59,7 @@ def summary(plan: Plan) -> list[str]:
     if plan.evaluation_seconds is None:
         lines.append("evaluation time: not estimated; give --probe, with a model of this machine")
     else:
-        told = f"evaluation time: at most {duration(plan.evaluation_seconds)}"
+        told = f"evaluation time: {duration(plan.evaluation_seconds)}"
         lines.append(f"{told}; compression and starting not counted")
     short = "" if plan.disk < plan.disk_free else "; free some first"
     lines.append(f"disk: at most {size(plan.disk)} of {size(plan.disk_free)} free{short}")
