@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
@@ -143,15 +143,12 @@ def _scores(strategy: Strategy, task: Task) -> float:
     metrics, answers = asked_of_model(task)
     some = task.test[:: max(1, -(-len(task.test) // BATCH))]
 
-    def read(examples: Sequence[Any]) -> float:
-        begun = perf_counter()
+    def read(examples: Sequence[Any]) -> None:
         score(replace(examinee, known={}), examples, metrics)
         if answers:
             examinee.answers(examples)
-        return perf_counter() - begun
 
-    read(some[:WARM])
-    return read(some) / max(1, len(some)) * len(task.test)
+    return _seconds_of_one(read, some) * len(task.test)
 
 
 def _divergence(strategy: Strategy, task: Task) -> float:
@@ -159,10 +156,14 @@ def _divergence(strategy: Strategy, task: Task) -> float:
     chosen = divergence.sample(task)
     pairs = [(task.test[i].prompt, task.test[i].completion) for i in chosen][::4]
 
-    def read(some: Sequence[tuple[str, str]]) -> float:
-        begun = perf_counter()
+    def read(some: Sequence[tuple[str, str]]) -> None:
         divergence.per_example(strategy.examiner, some, Group([], ()), task.training.max_length)
-        return perf_counter() - begun
 
-    read(pairs[:WARM])
-    return read(pairs) / len(pairs) * len(chosen)
+    return _seconds_of_one(read, pairs) * len(chosen)
+
+
+def _seconds_of_one(read: Callable[[Sequence[Any]], None], some: Sequence[Any]) -> float:
+    read(some[:WARM])
+    begun = perf_counter()
+    read(some)
+    return (perf_counter() - begun) / max(1, len(some))
