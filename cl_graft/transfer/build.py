@@ -227,11 +227,12 @@ def _write(
     # by source in the order given: the schedule's
     for row, judged in zip(samples, rewards, strict=True):
         ruled = judged["by"] == "rule"
+        share = judged["rewards"].count(1) / len(judged["rewards"]) if ruled else 0.0
         for text, reward, finished in zip(
             row["responses"], judged["rewards"], row["finished"], strict=True
         ):
             answers[row["index"]].append(
-                select.Judged(row["source"], text, reward, finished, ruled)
+                select.Judged(row["source"], text, reward, finished, ruled, share)
             )
     sft, dpo = [], []
     dropped: dict[str, Counter[str]] = {source: Counter() for source in config.sources}

@@ -1,9 +1,10 @@
 """Which answers become training data. Pure functions of what was sampled and how it was judged.
 
 An answer that was cut off at the length limit never is what a model should say: it can only be the worse one of
-a pair. An empty answer is nothing at all. Among equals the choice falls by a digest of seed, source and text, so
-that no position is favoured and the same data come out on every machine; the caller puts the prompt into the seed,
-so that no source is favoured throughout.
+a pair. An empty answer is nothing at all. A rule reads the result and not how it was come by, so that a source that
+guesses is right now and then: of right answers that of the source which is right most often at this prompt is taken.
+Among equals the choice falls by a digest of seed, source and text, so that no position is favoured and the same data
+come out on every machine; the caller puts the prompt into the seed, so that no source is favoured throughout.
 """
 
 from __future__ import annotations
@@ -24,13 +25,18 @@ BEATEN = "another source's pair is better"
 
 @dataclass(frozen=True)
 class Judged:
-    """One different answer to a prompt. by_rule: the reward is 1 for right and 0 for wrong."""
+    """One different answer to a prompt.
+
+    by_rule: the reward is 1 for right and 0 for wrong. share: of its source's answers to this prompt, repeated ones
+    counted, those that a rule found right; 0 by a reward model, which says itself how good an answer is.
+    """
 
     source: str
     text: str
     reward: float
     finished: bool = True
     by_rule: bool = True
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,9 @@ def distinct(answers: Sequence[Judged]) -> list[Judged]:
 
 
 def best(answers: Sequence[Judged], seed: int | str) -> Judged | None:
-    """What a model should say: the finished answer of the highest reward; by a rule, only a right one."""
+    """What a model should say: the finished answer of the highest reward; by a rule, a right one of the surest."""
     fit = [a for a in answers if a.finished and not (a.by_rule and a.reward < 1)]
-    return min(fit, key=lambda a: (-a.reward, _draw(seed, a)), default=None)
+    return min(fit, key=lambda a: (-a.reward, -a.share, _draw(seed, a)), default=None)
 
 
 def pair(
@@ -66,7 +72,8 @@ def pair(
     """The best pair of one source, and {source: why it gave none}.
 
     Of each source the best and the worst answer, if their gap is positive and, where a reward model gave it, at
-    least gaps[0] and at most gaps[1]; of these pairs the one with the best answer, of equals the widest.
+    least gaps[0] and at most gaps[1]; of these pairs the one with the best answer, of equals the widest, of such
+    that of the source which is right most often.
     """
     pairs: list[Chosen] = []
     dropped: dict[str, str] = {}
@@ -78,7 +85,9 @@ def pair(
             dropped[source] = of_source
     if not pairs:
         return None, dropped
-    chosen = min(pairs, key=lambda p: (-p.better.reward, -p.gap, _draw(seed, p.better)))
+    chosen = min(
+        pairs, key=lambda p: (-p.better.reward, -p.gap, -p.better.share, _draw(seed, p.better))
+    )
     dropped |= {p.better.source: BEATEN for p in pairs if p is not chosen}
     return chosen, dropped
 

@@ -25,6 +25,19 @@ def test_the_best_answer_by_a_rule_is_a_right_one() -> None:
     assert best([], 0) is None
 
 
+def test_of_right_answers_that_of_the_source_which_is_right_most_often_is_taken() -> None:
+    """One that guesses is right by its result now and then, and shows no way to it."""
+    guessed = Judged("a", "7+7=17. #### 13", 1.0, share=0.25)
+    worked = Judged("b", "7+6=13. #### 13", 1.0, share=1.0)
+    assert all(best([guessed, worked], seed) is worked for seed in range(20))
+    assert best([guessed], 0) is guessed
+    wrong_of_a, wrong_of_b = Judged("a", "#### 1", 0.0, share=0.25), Judged("b", "#### 2", 0.0)
+    often = Judged("b", worked.text, 1.0, share=0.75)
+    for seed in range(20):
+        chosen, _ = pair([guessed, wrong_of_a, often, wrong_of_b], ["a", "b"], ANY, seed)
+        assert chosen and chosen.better is often
+
+
 def test_the_best_answer_by_a_reward_model_is_the_highest() -> None:
     low, high = ranked("a", "x", -3.5), ranked("b", "y", -2.0)
     assert best([low, high], 0) is high
