@@ -261,6 +261,11 @@ class Scenario:
     def task_names(self) -> tuple[str, ...]:
         return tuple(task.name for task in self.tasks)
 
+    @property
+    def examined(self) -> tuple[Task, ...]:
+        """All that is scored: the tasks, then general ability where it is measured."""
+        return self.tasks + ((self.general,) if self.general else ())
+
     def with_training(self, **changes) -> Scenario:
         """A copy of the scenario with fields of every task's `Training` changed."""
         tasks = [replace(task, training=replace(task.training, **changes)) for task in self.tasks]

@@ -39,8 +39,7 @@ def survey(scenario: Scenario) -> list[Facts]:
     for task in scenario.tasks:
         for prompt in trained[task.name] if not task.unlearns else ():
             by_prompt.setdefault(prompt, set()).add(task.name)
-    tasks = scenario.tasks + ((scenario.general,) if scenario.general else ())
-    return [_facts(task, trained.get(task.name, []), by_prompt) for task in tasks]
+    return [_facts(task, trained.get(task.name, []), by_prompt) for task in scenario.examined]
 
 
 def folded(prompt: str) -> str:

@@ -41,8 +41,7 @@ def sources(config: RunConfig, scorers: Iterable[str]) -> dict[str, Any]:
 
 def scorers_of(scenario: Scenario) -> list[str]:
     """The names by which the scorers of its tasks are found, sorted."""
-    tasks = scenario.tasks + ((scenario.general,) if scenario.general else ())
-    return sorted({scoring.name for task in tasks for scoring in task.scorings})
+    return sorted({scoring.name for task in scenario.examined for scoring in task.scorings})
 
 
 def inputs(config: RunConfig) -> dict[str, Files]:

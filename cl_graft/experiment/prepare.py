@@ -225,8 +225,7 @@ def scenario_of(config: RunConfig) -> Scenario:
 
 def _scenario(config: RunConfig) -> Scenario:
     scenario = scenario_of(config)
-    general = (scenario.general,) if scenario.general else ()
-    require_consents(config.allow_code_execution, scenario.tasks + general)
+    require_consents(config.allow_code_execution, scenario.examined)
     return scenario
 
 

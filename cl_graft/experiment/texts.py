@@ -13,7 +13,7 @@ from cl_graft.task import Example, Pair, Scenario, Task
 def check_texts(scenario: Scenario) -> None:
     """Raises CLGraftError naming task, example and field for what is no text where text is expected, and for a task
     whose preference pairs all have the same answers."""
-    for task in (*scenario.tasks, *([scenario.general] if scenario.general else [])):
+    for task in scenario.examined:
         _all(task, "training example", task.train, Example)
         _all(task, "validation example", task.validation, Example)
         _all(task, "test example", task.test, Example)

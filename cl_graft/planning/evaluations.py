@@ -53,7 +53,7 @@ class Evaluations:
         """All tasks by the base, which every cell of the same base shares; what is timed is timed on its weights."""
         strategy, scenario = self.strategy, self.strategy.scenario
         engine = strategy.examiner.engine.told if strategy.examiner.engine else None
-        for task in [*scenario.tasks, *([scenario.general] if scenario.general else [])]:
+        for task in scenario.examined:
             file = strategy.examiner.outcomes.file(
                 strategy.grafted.base, strategy.tokenizer, task, engine
             )

@@ -82,7 +82,7 @@ def data_fingerprint(scenario: Scenario) -> str:
             digest.update(json.dumps(asdict(item)).encode())
         digest.update(json.dumps([len(task.train), len(task.validation)]).encode())
 
-    for task in scenario.tasks + ((scenario.general,) if scenario.general else ()):
+    for task in scenario.examined:
         add(task)
     return digest.hexdigest()
 

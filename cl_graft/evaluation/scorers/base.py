@@ -199,9 +199,9 @@ def score(
 
 def conventions(scenario: Scenario) -> dict[str, dict[str, str]]:
     """{task: {label: what figures by the scorer are to be compared with}}, a task's primary scorer first."""
-    tasks = scenario.tasks + ((scenario.general,) if scenario.general else ())
     return {
-        task.name: {s.label: described(s)["convention"] for s in task.scorings} for task in tasks
+        task.name: {s.label: described(s)["convention"] for s in task.scorings}
+        for task in scenario.examined
     }
 
 
@@ -290,15 +290,15 @@ def compared(task: Task) -> str | None:
 
 def needs_of(scenario: Scenario) -> list[tuple[str, Needs]]:
     """Name and `needs` of each scorer of its tasks, once each."""
-    tasks = scenario.tasks + ((scenario.general,) if scenario.general else ())
-    scorers = [_found(scoring)[0] for task in tasks for scoring in task.scorings]
+    scorers = [_found(s)[0] for task in scenario.examined for s in task.scorings]
     return list(dict.fromkeys((scorer.name, scorer.needs) for scorer in scorers))
 
 
 def judges_of(scenario: Scenario) -> list[str]:
     """Addresses of the servers that judge answers of its tasks, once each."""
-    tasks = scenario.tasks + ((scenario.general,) if scenario.general else ())
-    told = [described(s)["identity"].get("judge") for task in tasks for s in task.scorings]
+    told = [
+        described(s)["identity"].get("judge") for task in scenario.examined for s in task.scorings
+    ]
     return list(dict.fromkeys(w["url"] for w in told if isinstance(w, Mapping) and "url" in w))
 
 
