@@ -31,7 +31,10 @@ def test_of_right_answers_that_of_the_source_which_is_right_most_often_is_taken(
     worked = Judged("b", "7+6=13. #### 13", 1.0, share=1.0)
     assert all(best([guessed, worked], seed) is worked for seed in range(20))
     assert best([guessed], 0) is guessed
-    wrong_of_a, wrong_of_b = Judged("a", "#### 1", 0.0, share=0.25), Judged("b", "#### 2", 0.0)
+    wrong_of_a, wrong_of_b = (
+        Judged("a", "#### 1", 0.0, share=0.25),
+        Judged("b", "#### 2", 0.0, share=0.75),
+    )
     often = Judged("b", worked.text, 1.0, share=0.75)
     for seed in range(20):
         chosen, _ = pair([guessed, wrong_of_a, often, wrong_of_b], ["a", "b"], ANY, seed)
