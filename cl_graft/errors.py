@@ -6,7 +6,6 @@ import difflib
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
 class CLGraftError(Exception):
@@ -87,10 +86,3 @@ def errors_alone(library: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def not_yaml(path: Path, error: Exception) -> CLGraftError:
-    """The error of a file that does not parse, with the line where the parser says one."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    line = f", line {mark.line + 1}" if mark else ""
-    return CLGraftError(f"{path}{line} is not YAML ({problem or error}); mend it.")

@@ -27,9 +27,10 @@ from cl_graft.config import (
     several,
     told,
 )
-from cl_graft.errors import CLGraftError, UnknownName, not_yaml
+from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.store.files import write_text
 from cl_graft.store.locks import locked
+from cl_graft.yaml_files import parsed
 
 FILE = "sweep.yaml"  # in the results folder: what was asked for last
 PLUGINS = ("scenario", "strategy")  # an entry may be {name: {option: value}}, and is needed
@@ -197,17 +198,7 @@ def yaml_of(value: Any) -> str:
 
 def read(path: Path) -> dict[str, Any]:
     """The fields that a YAML file sets. Raises CLGraftError where it is none."""
-    import yaml
-
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CLGraftError(
-            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); `cl-graft init` writes a file to "
-            "begin with."
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, of depth
-        raise not_yaml(path, error) from error
+    fields = parsed(path, "`cl-graft init` writes a file to begin with")
     if not isinstance(fields, dict):
         raise CLGraftError(f"{path} sets no fields; `cl-graft init` writes a file to begin with.")
     return fields

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cl_graft.errors import CLGraftError, UnknownName, not_yaml
+from cl_graft.errors import CLGraftError, UnknownName
+from cl_graft.yaml_files import parsed
 
 PLAIN = frozenset(
     [
@@ -144,14 +145,7 @@ def _mapping(path: Path) -> dict[str, Any]:
         )
 
     Loader.add_multi_constructor("!", refuse)
-    try:
-        keys = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)  # noqa: S506 - a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
-        raise CLGraftError(
-            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); give a task file of lm-eval."
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, of depth
-        raise not_yaml(path, error) from error
+    keys = parsed(path, "give a task file of lm-eval", Loader)
     if not isinstance(keys, dict):
         raise CLGraftError(f"{path} is no task of lm-eval; write its keys, such as `task: NAME`.")
     return keys

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cl_graft.data.templates import BadTemplate, Template
-from cl_graft.errors import CLGraftError, UnknownName, not_yaml
+from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.ranges import Count, Part
 from cl_graft.task import Preference, Scoring, Training
+from cl_graft.yaml_files import parsed
 
 FILES = (".yaml", ".yml")  # what a stream's file is called
 LM_EVAL = {  # keys of its files, and those that say the same here
@@ -256,16 +257,7 @@ def scoring(said: Any, where: str) -> Scoring:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CLGraftError(
-            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); give a stream's YAML file."
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, of depth
-        raise not_yaml(path, error) from error
+    said = parsed(path, "give a stream's YAML file")
     if not isinstance(said, dict):
         raise CLGraftError(
             f"{path} says no stream; write its tasks, as docs/adding-a-scenario.md shows."
