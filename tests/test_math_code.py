@@ -403,7 +403,7 @@ def test_what_a_chat_model_is_asked(hub: Any) -> None:
     )
     for tokenizer in (llama_tokenizer(), qwen_tokenizer()):
         for example in (*math.test, *code.test):
-            text = render(tokenizer, example.prompt)
+            text = render(tokenizer, [example.prompt])[0]
             assert example.prompt.strip() in text
             assert tokenizer.decode(tokenizer(text)["input_ids"]).count("user") == 1
 

@@ -167,7 +167,6 @@ def _sst2(tokenizer: PreTrainedTokenizerBase, data_dir: Path | None, part: str) 
     options = labels(data_dir, f"{SST2}/labels.json")
     rows = list(records(data_dir, f"{SST2}/{part}.json", {"sentence": str, "label": str}))
     asked = f"What is the sentiment of this sentence, {' or '.join(options)}?\n"
-    return [
-        Example(render(tokenizer, asked + row["sentence"].strip()), row["label"])
-        for row in Random(0).sample(rows, min(ROWS, len(rows)))
-    ]
+    drawn = Random(0).sample(rows, min(ROWS, len(rows)))
+    prompts = render(tokenizer, [asked + row["sentence"].strip() for row in drawn])
+    return [Example(prompt, row["label"]) for prompt, row in zip(prompts, drawn, strict=True)]

@@ -131,7 +131,7 @@ def markdown(figures: dict[str, Any]) -> str:
 def asked(tokenizer: Any) -> list[str]:
     """Questions, of a chat model as a user's turn."""
     texts = [form.format(what) for form, every in ASKED.items() for what in every.split(",")]
-    return [render(tokenizer, t) if tokenizer.chat_template else f"{t}\n" for t in texts]
+    return render(tokenizer, texts) if tokenizer.chat_template else [f"{t}\n" for t in texts]
 
 
 def few_shot() -> list[str]:

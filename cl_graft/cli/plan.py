@@ -33,12 +33,15 @@ def plan(
     """What a sweep is going to do: stages, memory, time, disk, and what is cached; nothing is started."""
     cells = cells_of(sweep_from(file, given), bare=True)
 
+    from cl_graft.cli.progress import bars
     from cl_graft.experiment.prepare import try_methods
     from cl_graft.planning.plan import plan as make
     from cl_graft.planning.tables import evaluations, summary, table
 
     try_methods(cells)
-    made = make(cells, probe, peak, utilisation, gpu)
+    with bars() as shown:  # a cell of a model of hundreds of millions of weights takes seconds
+        work = f"{len(cells)} cells"
+        made = make(cells, probe, peak, utilisation, gpu, lambda done: shown("plan", work, done))
     if json_:
         typer.echo(json.dumps(made.json(), indent=1, default=str))
     else:

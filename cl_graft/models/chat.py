@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,8 @@ class NoChatTemplate(CLGraftError):
     """A scenario asks for chat prompts, and the tokenizer cannot write one."""
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt as `user_turn` words it, so that `tokenizer(rendered)["input_ids"]` are the ids of
+def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
+    """The prompts as `user_turn` words them, so that `tokenizer(rendered)["input_ids"]` are the ids of
     `apply_chat_template(..., tokenize=True)`.
 
     Raises NoChatTemplate where the tokenizer has no template, or the two cannot be brought to agree.
@@ -32,24 +33,31 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
             f"the tokenizer of {owner} has no chat template and the scenario's prompts are a user's turn; choose an "
             "instruction-tuned model."
         )
-    whole, bare = user_turn(tokenizer, prompt)
-    if tokenizer(bare)["input_ids"] != tokenizer(whole, add_special_tokens=False)["input_ids"]:
-        raise NoChatTemplate(
-            f"the tokenizer of {owner} adds tokens to a text that its chat template does not begin with; set "
-            "add_bos_token and add_eos_token in its tokenizer_config.json to false."
-        )
+    own = tokenizer("")["input_ids"]
+    turns = [_user_turn(tokenizer, prompt, tokenizer.decode(own)) for prompt in prompts]
+    whole, bare = [turn for turn, _ in turns], [text for _, text in turns]
+    if own and turns:  # else the two are one text, to which nothing is added
+        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        if tokenizer(bare)["input_ids"] != ids:
+            raise NoChatTemplate(
+                f"the tokenizer of {owner} adds tokens to a text that its chat template does not begin with; set "
+                "add_bos_token and add_eos_token in its tokenizer_config.json to false."
+            )
     return bare
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, str]:
     """The prompt as a user's turn, up to where the assistant's answer begins: as the template, which must be there,
     writes it, and without what `tokenizer(...)` puts before a text by itself (the beginning-of-sequence token)."""
+    return _user_turn(tokenizer, prompt, tokenizer.decode(tokenizer("")["input_ids"]))
+
+
+def _user_turn(tokenizer: PreTrainedTokenizerBase, prompt: str, begin: str) -> tuple[str, str]:
     turn = [{"role": "user", "content": prompt}]
     whole = tokenizer.apply_chat_template(
         turn, tokenize=False, add_generation_prompt=True, date_string=DATE
     )
-    added = tokenizer.decode(tokenizer("")["input_ids"])
-    return whole, whole.removeprefix(added)
+    return whole, whole.removeprefix(begin)
 
 
 def added(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> str:
@@ -83,29 +91,38 @@ def rendered(scenario: Scenario, tokenizer: PreTrainedTokenizerBase) -> Scenario
     if not is_chat(tokenizer, scenario.chat):
         return scenario
 
-    def example(item: Example) -> Example:
-        return replace(
-            item,
-            prompt=render(tokenizer, item.prompt),
-            completion=_unspaced(item.completion),
-            choices=tuple(map(_unspaced, item.choices)),
-        )
+    def examples(items: Sequence[Example]) -> list[Example]:
+        return [
+            replace(
+                item,
+                prompt=prompt,
+                completion=_unspaced(item.completion),
+                choices=tuple(map(_unspaced, item.choices)),
+            )
+            for item, prompt in zip(items, turns(items), strict=True)
+        ]
 
-    def pair(item: Pair) -> Pair:
-        return replace(
-            item,
-            prompt=render(tokenizer, item.prompt),
-            chosen=_unspaced(item.chosen),
-            rejected=_unspaced(item.rejected),
-        )
+    def pairs(items: Sequence[Pair]) -> list[Pair]:
+        return [
+            replace(
+                item,
+                prompt=prompt,
+                chosen=_unspaced(item.chosen),
+                rejected=_unspaced(item.rejected),
+            )
+            for item, prompt in zip(items, turns(items), strict=True)
+        ]
+
+    def turns(items: Sequence[Example] | Sequence[Pair]) -> list[str]:
+        return render(tokenizer, [item.prompt for item in items])
 
     def of(task: Task) -> Task:
         return replace(
             task,
-            train=[example(e) for e in task.train],
-            test=[example(e) for e in task.test],
-            pairs=[pair(p) for p in task.pairs],
-            validation=[example(e) for e in task.validation],
+            train=examples(task.train),
+            test=examples(task.test),
+            pairs=pairs(task.pairs),
+            validation=examples(task.validation),
         )
 
     general = of(scenario.general) if scenario.general else None

@@ -8,7 +8,7 @@ the configuration is built on the meta device.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,15 @@ def plan(
     peak: float | None = None,
     utilisation: float = cost.UTILISATION,
     gpu: bool = False,
+    told: Callable[[float], None] = lambda done: None,
 ) -> Plan:
     """Raises, in one sentence, all that `cl_graft.run` would raise before its first stage.
 
     probe: three real steps of each stage of a model that could be loaded, and some test examples of each task, tell its
     time. Else that of training follows from operations at `utilisation` of `peak`, operations a second of one device;
     None takes the one of this GPU.
-    gpu: memory is that of GPUs, with bf16, though this machine has none.
+    gpu: memory is that of GPUs, with bf16, though this machine has none. told: is told, between
+    two cells, the share of them that is planned.
     """
     stages: dict[str, PlannedStage] = {}
     evaluations: dict[str, PlannedEvaluation] = {}
@@ -86,7 +88,9 @@ def plan(
     memories: dict[Any, Memory] = {}
     timer, clock = Timer(probe, peak or _own_peak(), utilisation), Clock(probe)
     gpu = gpu or torch.cuda.is_available()
-    for config in cells:
+    for number, config in enumerate(cells):
+        if number:
+            told(number / len(cells))
         own, measured, about = _of_cell(config, memories, timer, clock, gpu)
         planned[config.cell] = about
         for key, stage in own:

@@ -30,7 +30,7 @@ def test_the_ids_are_those_of_the_chat_template(family: str, prompt: str) -> Non
         add_generation_prompt=True,
         return_dict=True,
     )["input_ids"]
-    found = tokenizer(render(tokenizer, prompt))["input_ids"]
+    found = tokenizer(render(tokenizer, [prompt])[0])["input_ids"]
     if family == "llama":  # the date apart, which the template alone would take from the clock
         today = tokenizer.decode(wanted).split("Today: ")[1].split("<|eot|>")[0]
         wanted = tokenizer(
@@ -41,7 +41,7 @@ def test_the_ids_are_those_of_the_chat_template(family: str, prompt: str) -> Non
 
 def test_what_a_llama_reads() -> None:
     tokenizer = llama_tokenizer()
-    text = render(tokenizer, "Hi ")
+    text = render(tokenizer, ["Hi "])[0]
     assert text == (
         "<|start|>system<|end|>\n\nToday: 26 Jul 2024<|eot|>"
         "<|start|>user<|end|>\n\nHi<|eot|><|start|>assistant<|end|>\n\n"
@@ -51,20 +51,20 @@ def test_what_a_llama_reads() -> None:
 
 
 def test_what_a_qwen_reads() -> None:
-    text = render(qwen_tokenizer(), "Hi")
+    text = render(qwen_tokenizer(), ["Hi"])[0]
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_tokenizer_without_a_template_is_refused_in_one_sentence() -> None:
     with pytest.raises(NoChatTemplate, match="has no chat template .* instruction-tuned") as caught:
-        render(llama_tokenizer(None), "Hi")
+        render(llama_tokenizer(None), ["Hi"])
     assert "\n" not in str(caught.value)
 
 
 def test_a_template_without_the_token_that_the_tokenizer_adds_is_refused() -> None:
     """It would be there in `tokenizer(...)`, where the model expects none."""
     with pytest.raises(NoChatTemplate, match="adds tokens"):
-        render(llama_tokenizer(CHATML), "Hi")
+        render(llama_tokenizer(CHATML), ["Hi"])
 
 
 def test_the_cure_of_that_leads_to_the_templates_own_ids(tmp_path: Path) -> None:
@@ -74,8 +74,26 @@ def test_the_cure_of_that_leads_to_the_templates_own_ids(tmp_path: Path) -> None
     off = {"add_bos_token": False, "add_eos_token": False}
     config.write_text(json.dumps(json.loads(config.read_text()) | off))
     tokenizer = load_tokenizer("m", str(tmp_path))
-    text = render(tokenizer, "Hi")
+    text = render(tokenizer, ["Hi"])[0]
     assert tokenizer(text)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+def test_many_prompts_are_tokenised_together_if_at_all(family: str) -> None:
+    """One by one, ten thousand rows of training data take a cell of a sweep ten seconds."""
+    tokenizer = {"llama": llama_tokenizer, "qwen": qwen_tokenizer}[family]()
+    singly = [render(tokenizer, [prompt])[0] for prompt in PROMPTS * 20]
+    calls = 0
+
+    class Counting(type(tokenizer)):  # type: ignore[misc]
+        def __call__(self, *args: object, **options: object) -> object:
+            nonlocal calls
+            calls += 1
+            return super().__call__(*args, **options)
+
+    tokenizer.__class__ = Counting
+    assert render(tokenizer, PROMPTS * 20) == singly
+    assert calls <= 3
 
 
 def test_every_prompt_of_a_scenario_is_rendered_and_nothing_else() -> None:
@@ -91,10 +109,10 @@ def test_every_prompt_of_a_scenario_is_rendered_and_nothing_else() -> None:
     scenario = Scenario("x", (task,), general=general, chat=True)
     done = rendered(scenario, tokenizer)
     (made,) = done.tasks
-    assert made.train == [Example(render(tokenizer, "p"), "c")]
-    assert made.test == [Example(render(tokenizer, "q"), "d", suite="S")]
-    assert made.pairs == [Pair(render(tokenizer, "r"), "+", "-")]
-    assert done.general and done.general.test == [Example(render(tokenizer, "s"), "e")]
+    assert made.train == [Example(render(tokenizer, ["p"])[0], "c")]
+    assert made.test == [Example(render(tokenizer, ["q"])[0], "d", suite="S")]
+    assert made.pairs == [Pair(render(tokenizer, ["r"])[0], "+", "-")]
+    assert done.general and done.general.test == [Example(render(tokenizer, ["s"])[0], "e")]
     assert rendered(done, tokenizer) is done, "never twice"
 
 
