@@ -5,7 +5,7 @@
 # kept, here and, with KEEP=1, in STREAM.tar.xz, by which another machine goes on: finished cells without packs.
 # STREAMS (of classification, math_code, superni), METHODS (names of groups), TRIALS and WORKERS are variables. A stage is half
 # a gigabyte: those that only one group trains are removed when its cells are done, and the packs of finished cells, too, but
-# for PACKS=keep. Of a budget other than 1 % there are the methods of `kept`.
+# for PACKS=keep. Of a budget other than 1 % there are the methods of `kept`, told the task: to infer it triples evaluation.
 set -euo pipefail
 published=$(realpath "$(dirname "$0")") data=$(realpath "$1") work=$(realpath -m "${2:-results/real-study}")
 streams=${STREAMS:-classification math_code superni} workers=${WORKERS:-2} trials=${TRIALS:-8}
@@ -53,11 +53,11 @@ for stream in $streams; do
       cl-graft sweep "${common[@]}" --seeds 0 --out first --cache $cache "$file"
     else
       cl-graft tune "${common[@]}" --trials "$trials" --seed 0 --out tuning --cache "$cache-trials" "$file"
-      budgets=1%
-      [[ $group == kept ]] && budgets=0.3%,1%,10%
+      common+=(--preset tuning --out cells --cache "$cache" "$file")
+      [[ $group != kept ]] || cl-graft sweep --budgets 0.3%,10% "${common[@]}"
       ids=given # where all prompts are answered alike, to infer the task changes nothing
       [[ $group =~ ^(kept|stored|merged|model_grafting)$ ]] && ids=given,inferred
-      cl-graft sweep "${common[@]}" --budgets "$budgets" --task-ids $ids --preset tuning --out cells --cache $cache "$file"
+      cl-graft sweep --budgets 1% --task-ids $ids "${common[@]}"
       [[ $cache == cache ]] || rm -rf "$cache" "$cache-trials"
       [[ ${PACKS:-} == keep ]] || rm -rf tuning/trials/*/packs cells/*/packs
     fi
