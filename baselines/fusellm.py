@@ -7,7 +7,7 @@ from dataclasses import replace
 from cl_graft.ranges import Rest
 from cl_graft.skillpack.codecs import Encoded
 from cl_graft.skillpack.compress.policy import Paper
-from cl_graft.strategy import Context, Strategy
+from cl_graft.strategy import Context, Strategy, union
 from cl_graft.strategy.graftllm import packed, possible
 from cl_graft.task import Task
 from cl_graft.transfer.fusion import itself, rows_of, sources, term, untaught
@@ -43,23 +43,11 @@ class fusellm(Strategy):
         """weight: of the fused distribution, the paper's 0.1. pack: keep GraftLLM's pack of the model, within one
         task's budget, in place of the whole delta."""
         seen = self.scenario.tasks[: len(self.packs) + 1]
-        rows = [row for other in seen for row in self._rows(other)]
-        half, times = task.training.preference, len(seen)
-        recipe = replace(
-            task.training,
-            steps=task.training.steps * times,
-            preference=half and replace(half, steps=half.steps * times),
-        )
-        union = replace(
-            task,
-            train=[example for other in seen for example in other.train],
-            pairs=[pair for other in seen for pair in other.pairs],
-            training=recipe,
-        )
-        delta = self.fine_tune(union, context, [term(rows, weight)])
+        rows, every = [row for other in seen for row in self._rows(other)], union(seen)
+        delta = self.fine_tune(every, context, [term(rows, weight)], seen)
         if not pack:
             return context.dense(delta)
-        return packed(delta, replace(context, task=union), Paper(), 8)
+        return packed(delta, replace(context, task=every), Paper(), 8)
 
     def _rows(self, task: Task):
         """What the rows of a task are taught; the model holds the base's weights."""

@@ -1,12 +1,13 @@
 """Multi-task training from the base on all tasks seen so far: the reference for intransigence."""
 
-from dataclasses import replace
-
-from cl_graft.strategy import Strategy
+from cl_graft.strategy import Strategy, union
 
 
 class joint(Strategy):
-    """Joint training: stage i learns the union of tasks 1..i with i times one task's steps, from the base."""
+    """Joint training: stage i learns the union of tasks 1..i with i times one task's steps, from the base.
+
+    Where there is a DPO half it learns the pairs of all of them, with i times its steps.
+    """
 
     keeps = "latest"
     budgeted = False
@@ -14,6 +15,4 @@ class joint(Strategy):
 
     def learn(self, task, context):
         seen = self.scenario.tasks[: len(self.packs) + 1]
-        union = [example for other in seen for example in other.train]
-        recipe = replace(task.training, steps=task.training.steps * len(seen))
-        return context.dense(self.fine_tune(replace(task, train=union, training=recipe), context))
+        return context.dense(self.fine_tune(union(seen), context, parts=seen))

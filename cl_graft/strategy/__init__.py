@@ -4,5 +4,6 @@ from cl_graft.strategy.base import Strategy
 from cl_graft.strategy.context import Context
 from cl_graft.strategy.forms import compressor, merger
 from cl_graft.strategy.kept import Keeps, Kept
+from cl_graft.strategy.union import union
 
-__all__ = ["Context", "Keeps", "Kept", "Strategy", "compressor", "merger"]
+__all__ = ["Context", "Keeps", "Kept", "Strategy", "compressor", "merger", "union"]

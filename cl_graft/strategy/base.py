@@ -197,18 +197,27 @@ class Strategy(Hooks):
         """What makes the pack of a task's turn in the stream: `learn`, or `unlearn` of an earlier task."""
         return self.unlearn if task.unlearns else self.learn
 
-    def fine_tune(self, task: Task, context: Context, terms: Sequence[Term] = ()) -> Delta:
+    def fine_tune(
+        self,
+        task: Task,
+        context: Context,
+        terms: Sequence[Term] = (),
+        parts: Sequence[Task] = (),
+    ) -> Delta:
         """Full fine-tuning in place by the task's recipe; returns tuned minus `context.start`, float32.
 
-        terms: what the method adds to the loss or does to the gradients (training/term.py).
+        terms: what the method adds to the loss or does to the gradients (training/term.py). parts: as of `teach`.
         """
-        return context.delta(self.teach(self.model, task, terms))
+        return context.delta(self.teach(self.model, task, terms, parts))
 
-    def teach(self, model: Any, task: Task, terms: Sequence[Term] = ()) -> Path:
+    def teach(
+        self, model: Any, task: Task, terms: Sequence[Term] = (), parts: Sequence[Task] = ()
+    ) -> Path:
         """The task's recipe (SFT, then DPO if it has a preference half) in place, on the model or on PEFT's wrapping
         of it; returns the folder of the last stage.
 
-        Strategies of one sweep that do the very same training share it (training/stages.py).
+        parts: the tasks that `task` is the `union` of: where one has no pairs the model's own are sampled, and ranked
+        by its rule. Strategies of one sweep that do the very same training share it (training/stages.py).
         """
         if undeclared := {term.kind for term in terms} - {*self.terms}:
             raise AuthorMistake(
@@ -221,7 +230,7 @@ class Strategy(Hooks):
             self.progress(f"training {task.name}", done, at)
 
         with in_full_precision(model), holding(model, self.untouched(task)):
-            for its_rows, job in jobs(task, seed, partial(self._sampled, model, task)):
+            for its_rows, job in jobs(task, seed, partial(self._sampled, model, parts or [task])):
                 rows = self.training_rows(its_rows, job)
                 try:
                     folder, log = self.stages.run(
@@ -238,17 +247,22 @@ class Strategy(Hooks):
         torch.manual_seed(seed)  # whether training was recalled must not matter from here
         return folder
 
-    def _sampled(self, model: Any, task: Task, half: Preference) -> Sequence[Pair]:
-        """The model's own preference pairs for the task."""
-        begun = perf_counter()
-        sampled = self.stages.pairs(
-            model, self.tokenizer, task, half, self._stage_seed, self.allow_code
-        )
+    def _sampled(self, model: Any, tasks: Sequence[Task], half: Preference) -> Sequence[Pair]:
+        """The tasks' preference pairs; the model's own for a task that has none."""
+        begun, pairs = perf_counter(), list[Pair]()
+        for task in tasks:
+            if task.pairs:
+                pairs += task.pairs
+                continue
+            sampled = self.stages.pairs(
+                model, self.tokenizer, task, half, self._stage_seed, self.allow_code
+            )
+            pairs += sampled.pairs
+            if note := sampled.note(task):
+                self.notes.append(note)
+                self.progress(note, 0.0)
         self.sampling += perf_counter() - begun
-        if note := sampled.note(task):
-            self.notes.append(note)
-            self.progress(note, 0.0)
-        return sampled.pairs
+        return pairs
 
     def training_rows(self, rows: Sequence[Row], job: StageConfig) -> Sequence[Row]:
         """The rows that a stage trains on, given those of its task; a method may put others among them.

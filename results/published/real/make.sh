@@ -5,18 +5,19 @@
 # kept, here and, with KEEP=1, in STREAM.tar.xz, by which another machine goes on: finished cells without packs.
 # STREAMS (of classification, math_code, superni), METHODS (names of groups), TRIALS and WORKERS are variables. A stage is half
 # a gigabyte: those that only one group trains are removed when its cells are done, and the packs of finished cells, too, but
-# for PACKS=keep. Of a budget other than 1 % there are the methods of `kept`, told the task: to infer it triples evaluation.
+# for PACKS=keep. The task is inferred at 1 % alone: that triples what is evaluated.
 set -euo pipefail
 published=$(realpath "$(dirname "$0")") data=$(realpath "$1") work=$(realpath -m "${2:-results/real-study}")
 streams=${STREAMS:-classification math_code superni} workers=${WORKERS:-2} trials=${TRIALS:-8}
-groups=${METHODS:-alone layers kept sequential lora replay model_grafting model_tailor ewc stored merged lwf o_lora agem osf slao sure joint}
+groups=${METHODS:-alone layers kept sequential lora model_grafting model_tailor replay ewc budgets stored merged lwf o_lora agem osf slao sure joint}
 
 . "$published/../finished.sh"
 declare -A methods=(
   [alone]=individual
   [layers]=layers.py
-  [kept]=individual,graftllm,graftllm_adaptive,svd_quant
-  [stored]=magnitude,bitdelta,compeft,dare,delta_come
+  [kept]=individual,graftllm,graftllm_adaptive
+  [budgets]=graftllm,graftllm_adaptive
+  [stored]=svd_quant,magnitude,bitdelta,compeft,dare,delta_come
   [merged]=task_arithmetic,ties,sce,emr,tall_mask,twin_merging
 )
 [[ -d $(python -c 'from cl_graft.models.published import located; print(located("smollm2-135m"))') ]] ||
@@ -46,18 +47,17 @@ for stream in $streams; do
     named=${methods[$group]:-$group}
     # what fine-tunes each task from the base shares its stages; what else a group trains is its own, and goes with it
     cache=cache
-    [[ $group =~ ^(alone|layers|kept|stored|merged)$ ]] || cache=cache-$group
+    [[ $group =~ ^(alone|layers|kept|budgets|stored|merged)$ ]] || cache=cache-$group
     common=(--strategies "$named" --data-dir "$data" --workers "$workers")
     if [[ $group =~ ^(alone|layers)$ ]]; then # the same fine-tunings, untuned
       [[ $group == alone ]] || common+=(--set 'layers.without=["first","middle","last","rest"]')
       cl-graft sweep "${common[@]}" --seeds 0 --out first --cache $cache "$file"
     else
+      [[ $group != budgets ]] || common+=(--budgets 0.3%,10%)
       cl-graft tune "${common[@]}" --trials "$trials" --seed 0 --out tuning --cache "$cache-trials" "$file"
-      common+=(--preset tuning --out cells --cache "$cache" "$file")
-      [[ $group != kept ]] || cl-graft sweep --budgets 0.3%,10% "${common[@]}"
       ids=given # where all prompts are answered alike, to infer the task changes nothing
       [[ $group =~ ^(kept|stored|merged|model_grafting)$ ]] && ids=given,inferred
-      cl-graft sweep --budgets 1% --task-ids $ids "${common[@]}"
+      cl-graft sweep "${common[@]}" --task-ids $ids --preset tuning --out cells --cache $cache "$file"
       [[ $cache == cache ]] || rm -rf "$cache" "$cache-trials"
       [[ ${PACKS:-} == keep ]] || rm -rf tuning/trials/*/packs cells/*/packs
     fi
