@@ -245,13 +245,16 @@ def strategy_of(
     that are all alike to the model.
     """
     from cl_graft.evaluation.outcomes import Outcomes
-    from cl_graft.models.chat import is_chat, rendered, told
+    from cl_graft.models.chat import end_turns, is_chat, rendered, told
     from cl_graft.models.pairs import without_equal_pairs
     from cl_graft.training.stages import Stages
 
     mirror = mirror_of(config)
     chat = is_chat(tokenizer, scenario.chat)
-    scenario, left_out = without_equal_pairs(rendered(scenario, tokenizer), tokenizer)
+    scenario = rendered(scenario, tokenizer)
+    if chat:
+        end_turns(tokenizer)
+    scenario, left_out = without_equal_pairs(scenario, tokenizer)
     strategy = strategy_class(
         model=model,
         tokenizer=tokenizer,

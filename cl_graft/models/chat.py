@@ -75,6 +75,23 @@ def is_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
     return bool(tokenizer.chat_template) if chat is None else chat
 
 
+def end_turns(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the token that ends an assistant's turn in the chat template the tokenizer's end of sequence.
+
+    Answers are closed by it where they are trained and where they are read, and generation stops there. It is the
+    first special token behind the answer: with Gemma's and Phi-3's instruction-tuned models another than what their
+    tokenizers call the end of sequence.
+    """
+    words = "words"
+    turns = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, date_string=DATE))
+    ids = tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = next((number for number in ids if number in special), None)
+    if end is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+
+
 def told(tokenizer: PreTrainedTokenizerBase) -> str:
     """A sentence that says what the chat template puts around a prompt, its system prompt with it."""
     before, after = user_turn(tokenizer, "PROMPT")[1].split("PROMPT")

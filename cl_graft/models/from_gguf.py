@@ -114,16 +114,21 @@ def find(source: Path) -> Path:
     return found[0]
 
 
+def require_reader() -> None:
+    """Raises CLGraftError where the package `gguf` is not installed."""
+    from transformers.utils import is_gguf_available
+
+    if not is_gguf_available():
+        raise CLGraftError("a GGUF is read by a package of its own; `pip install cl-graft[gguf]`.")
+
+
 def examine(file: Path) -> tuple[str, dict[str, int]]:
     """A file's architecture, and {type of its tensors: how many}.
 
     Raises GGUFError for what is no GGUF, one of several parts, or with tensors that transformers passes over;
     CLGraftError where `gguf` is not installed.
     """
-    from transformers.utils import is_gguf_available
-
-    if not is_gguf_available():
-        raise CLGraftError("a GGUF is read by a package of its own; `pip install cl-graft[gguf]`.")
+    require_reader()
     from gguf import GGUFReader
 
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cl_graft.errors import CLGraftError, UnknownName
 from cl_graft.models.embedded import cache_root
-from cl_graft.models.from_gguf import PIECE, Fingerprint, import_gguf
+from cl_graft.models.from_gguf import PIECE, Fingerprint, import_gguf, require_reader
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def fetch(
             tempfile.TemporaryDirectory(prefix=f".fetching-{name}-", dir=target.parent) as place,
         ):
             if not target.is_dir():
+                require_reader()  # before a hundred megabytes are downloaded
                 file = _gguf(entry, Path(place), say)
                 say(f"importing {name} …")
                 import_gguf(file, target, fingerprint)

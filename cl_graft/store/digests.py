@@ -51,8 +51,10 @@ def package_digest() -> str:
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of which token has which id."""
-    return digest(sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]))
+    """Digest of which token has which id, and of which one ends an answer where that is not the tokenizer's own."""
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    own, end = str(tokenizer.init_kwargs.get("eos_token")), str(tokenizer.eos_token)
+    return digest(tokens) if own == end else digest(tokens, end)
 
 
 def place() -> str:

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cl_graft.models.chat import NoChatTemplate, is_chat, render, rendered, told
+from cl_graft import plugins
+from cl_graft.config import RunConfig
+from cl_graft.evaluation.generate import endings
+from cl_graft.experiment.prepare import strategy_of
+from cl_graft.models.chat import (
+    NoChatTemplate,
+    end_turns,
+    is_chat,
+    render,
+    rendered,
+    told,
+    user_turn,
+)
+from cl_graft.models.embedded import SPECS, new_llama
 from cl_graft.models.load import load_tokenizer
+from cl_graft.models.text import encode_all
+from cl_graft.store.digests import vocabulary
 from cl_graft.task import Example, Pair, Scenario, Task
+from cl_graft.training.config import jobs
+from cl_graft.training.tokens import tokens
 from tests.chat import CHATML, llama_tokenizer, qwen_tokenizer
 
 PROMPTS = [
@@ -155,3 +173,41 @@ def test_the_record_says_what_is_around_a_prompt() -> None:
     assert system in told(tokenizer) and "'<|im_end|>\\n<|im_start|>assistant\\n'" in told(
         tokenizer
     )
+
+
+# In the manner of Gemma and Phi-3: a turn ends in a token of its own, and the tokenizer names another end.
+TURNS = CHATML.replace("<|im_start|>", "<|start|>").replace("<|im_end|>", "<|end|>")
+
+
+def test_a_turn_ends_in_the_templates_token_and_not_in_what_the_tokenizer_calls_the_end() -> None:
+    for tokenizer in (llama_tokenizer(), qwen_tokenizer()):
+        before = tokenizer.eos_token, vocabulary(tokenizer)
+        end_turns(tokenizer)
+        assert (tokenizer.eos_token, vocabulary(tokenizer)) == before, "these name the same"
+    tokenizer = llama_tokenizer(TURNS)
+    before = vocabulary(tokenizer)
+    assert tokenizer.eos_token == "<|eot|>"
+    end_turns(tokenizer)
+    assert tokenizer.eos_token == "<|end|>" and tokenizer.pad_token == "<|pad|>"
+    assert vocabulary(tokenizer) != before, "what was trained with another end is another stage"
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}],
+        tokenize=True,
+        return_dict=True,
+    )["input_ids"]
+    prompt = user_turn(tokenizer, "Hi")[1]
+    ((head, (tail,)),) = encode_all(tokenizer, [(prompt, ("Yes",))], 512)
+    assert [*head, *tail][1:] == whole[: len(head) + len(tail) - 1], "what the template writes"
+
+
+def test_answers_of_a_cell_are_closed_by_the_end_of_a_turn(tiny_scenario: Scenario) -> None:
+    tokenizer = llama_tokenizer(TURNS)
+    tokenizer.add_bos_token = False
+    model = new_llama(SPECS["nano-llama"], len(tokenizer))
+    config = RunConfig(scenario="mini", strategy="sequential", model="nano-llama")
+    given = (config, replace(tiny_scenario, chat=True), plugins.load("strategy", "sequential"), {})
+    strategy = strategy_of(*given, model, tokenizer)
+    row, job = next(iter(jobs(strategy.scenario.tasks[0], 0, lambda half: [])))
+    ids = tokens(strategy.tokenizer, row[:1], job)[0]["input_ids"]
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert ids[-1] == end and end in endings(model, strategy.tokenizer)

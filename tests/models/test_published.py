@@ -109,6 +109,16 @@ def test_terms_are_accepted_by_name_or_nothing_is_downloaded(
     check(NAME)
 
 
+def test_without_the_package_that_reads_them_nothing_is_downloaded(
+    registry: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as changed:
+        changed.setattr("transformers.utils.is_gguf_available", lambda: False)
+        changed.setattr(published, "download", None)
+        assert "`pip install cl-graft[gguf]`" in call("models", "fetch", NAME).reason
+    assert call("models", "fetch", NAME).code == 0
+
+
 def test_another_folder_for_fetched_models(
     registry: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
