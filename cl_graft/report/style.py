@@ -36,7 +36,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h")
 # gets a place by its hash. Append only: another order would repaint the figures already published.
 KNOWN = (
     *("graftllm", "lora", "model_grafting", "model_tailor", "magnitude", "task_arithmetic"),
-    *("sequential", "joint", "individual", "ties", "replay", "ewc", "olora", "dare", "svd"),
+    *("sequential", "joint", "individual", "ties", "replay", "ewc", "o_lora", "dare", "svd"),
     *("lwf", "agem", "graftllm_adaptive"),
 )
 LINES = ("-", "--", "-.")

@@ -3,8 +3,8 @@
 #
 # Usage: results/published/mini/make.sh [WORK-FOLDER]. Killed and started again it goes on; what is done is kept, here and,
 # with KEEP=1, in cells.tar.xz, by which another machine goes on: finished cells without packs.
-# About three hours of two quiet cores for 195 cells. WORKERS, SEEDS and MODEL are variables. What methods are tuned to
-# comes with CL-Graft; TUNE=1 tunes them anew, first, in 280 trials, about as long.
+# About three hours of two quiet cores for 276 cells. WORKERS, SEEDS and MODEL are variables. What methods are tuned to
+# comes with CL-Graft; TUNE=1 tunes them anew, first, in 342 trials, about as long.
 # Unlearning (gradient_ascent, negation) is for a stream that unlearns; fusellm and fusechat need other sources: both
 # have tables of their own.
 set -euo pipefail
