@@ -30,6 +30,7 @@ def find(
     left_out: told, in one line, of each cell whose files cannot be read. Raises RecordError where there is no other.
     """
     from cl_graft.report.aggregate import told_apart
+    from cl_graft.report.frequent import with_frequent
     from cl_graft.report.references import with_references
     from cl_graft.store.files import RecordError
     from cl_graft.store.record import cells
@@ -46,7 +47,7 @@ def find(
         raise failed[0]
     for unread in failed:
         left_out(f"left out: {unread}")
-    told = with_references(told_apart(list(read.values())))
+    told = with_references(told_apart(with_frequent(read)))
     return [ReportedCell(path, dict(cell)) for path, cell in zip(read, told, strict=True)]
 
 

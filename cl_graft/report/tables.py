@@ -30,6 +30,7 @@ from cl_graft.report.aggregate import (
     slugged,
     told_apart,
 )
+from cl_graft.report.frequent import frequent_note
 from cl_graft.report.orders import over_orders
 from cl_graft.report.protocols import PARTS, PROTOCOLS, WHO, Cell, distinct, held, part, protocol
 from cl_graft.report.quoted import quoted
@@ -73,7 +74,7 @@ def ranking(cells: Sequence[Cell]) -> list[Table]:
             tuple(_ranking_row(line, routed, spec) for line in lines) for spec in (".1f", ".4f")
         )
         note = f"{base_note(members)} {NOTE}".strip() + (ROUTING_NOTE if routed else "")
-        note += scored_by(members)
+        note += frequent_note(members) + scored_by(members)
         brief = f"{base_note(members)} {BRIEF}".strip()
         parts = _parts(lines)
         tables.append(Table(f"Ranking: {title}", columns, rows, note, exact, parts, brief, SPARED))
@@ -193,7 +194,8 @@ def by_task(cells: Sequence[Cell]) -> list[Table]:
         rows, exact = (
             tuple((*line.who, *_by_task(line, spec)) for line in lines) for spec in (".1f", ".4f")
         )
-        note = f"In per cent, means over seeds. Δ: the end less just learned. {PROTOCOLS}{scored_by(members)}"
+        note = f"In per cent, means over seeds. Δ: the end less just learned. {PROTOCOLS}"
+        note += frequent_note(members) + scored_by(members)
         tables.append(Table(f"By task: {title}", columns, rows, note, exact, _parts(lines)))
     return tables
 
