@@ -3,22 +3,24 @@
 #
 # Usage: results/published/real/make.sh DATA-FOLDER [WORK-FOLDER]. Killed and started again it goes on; what is done is
 # kept, here and, with KEEP=1, in STREAM.tar.xz, by which another machine goes on: finished cells without packs.
-# STREAMS (of classification, math_code, superni), METHODS (names of groups), TRIALS and WORKERS are variables. A stage is half
+# STREAMS (of classification, math_code, superni, classification_reversed, math_code_dpo), METHODS (names of groups), TRIALS and WORKERS are variables. A stage is half
 # a gigabyte: those that only one group trains are removed when its cells are done, and the packs of finished cells, too, but
 # for PACKS=keep. The task is inferred at 1 % alone: that triples what is evaluated.
 set -euo pipefail
 published=$(realpath "$(dirname "$0")") data=$(realpath "$1") work=$(realpath -m "${2:-results/real-study}")
-streams=${STREAMS:-classification math_code superni} workers=${WORKERS:-2} trials=${TRIALS:-8}
-groups=${METHODS:-alone layers kept sequential lora model_grafting model_tailor replay ewc budgets stored merged lwf o_lora agem osf slao sure joint}
+streams=${STREAMS:-classification math_code superni classification_reversed math_code_dpo} workers=${WORKERS:-2} trials=${TRIALS:-8}
+groups=${METHODS:-alone layers kept sequential lora lora_each model_grafting model_tailor model_tailor_each replay ewc budgets stored merged lwf o_lora agem osf slao sure joint}
 
 . "$published/../finished.sh"
-declare -A methods=(
+declare -A methods=( # strategies, and options; a group without an entry is a strategy
   [alone]=individual
   [layers]=layers.py
   [kept]=individual,graftllm,graftllm_adaptive
   [budgets]=graftllm,graftllm_adaptive
   [stored]=svd_quant,magnitude,bitdelta,compeft,dare,delta_come
   [merged]=task_arithmetic,ties,sce,emr,tall_mask,twin_merging
+  [lora_each]='lora --set lora.convention=each'
+  [model_tailor_each]='model_tailor --set model_tailor.convention=each'
 )
 [[ -d $(python -c 'from cl_graft.models.published import located; print(located("smollm2-135m"))') ]] ||
   cl-graft models fetch smollm2-135m
@@ -44,11 +46,11 @@ for stream in $streams; do
   cp "$published/layers.py" . # so that no path of this machine is told
   for group in $groups; do
     [[ -e done-$group ]] && continue # here; elsewhere its finished cells are only looked at
-    named=${methods[$group]:-$group}
+    read -ra named <<<"${methods[$group]:-$group}"
     # what fine-tunes each task from the base shares its stages; what else a group trains is its own, and goes with it
     cache=cache
-    [[ $group =~ ^(alone|layers|kept|budgets|stored|merged)$ ]] || cache=cache-$group
-    common=(--strategies "$named" --data-dir "$data" --workers "$workers")
+    [[ $group =~ ^(alone|layers|kept|budgets|stored|merged|model_tailor_each)$ ]] || cache=cache-$group
+    common=(--strategies "${named[@]}" --data-dir "$data" --workers "$workers")
     if [[ $group =~ ^(alone|layers)$ ]]; then # the same fine-tunings, untuned
       [[ $group == alone ]] || common+=(--set 'layers.without=["first","middle","last","rest"]')
       cl-graft sweep "${common[@]}" --seeds 0 --out first --cache $cache "$file"
@@ -56,7 +58,7 @@ for stream in $streams; do
       [[ $group != budgets ]] || common+=(--budgets 0.3%,10%)
       cl-graft tune "${common[@]}" --trials "$trials" --seed 0 --out tuning --cache "$cache-trials" "$file"
       ids=given # where all prompts are answered alike, to infer the task changes nothing
-      [[ $group =~ ^(kept|stored|merged|model_grafting)$ ]] && ids=given,inferred
+      [[ $group =~ ^(kept|stored|merged|model_grafting|.*_each)$ ]] && ids=given,inferred
       cl-graft sweep "${common[@]}" --task-ids $ids --preset tuning --out cells --cache $cache "$file"
       [[ $cache == cache ]] || rm -rf "$cache" "$cache-trials"
       [[ ${PACKS:-} == keep ]] || rm -rf tuning/trials/*/packs cells/*/packs
@@ -69,5 +71,10 @@ for stream in $streams; do
     cl-graft report "$folder"
     publish "$stream" "$folder" ranking matrices provenance
   done
-  [[ ! -d cells ]] || publish "$stream" cells overview metrics intervals costs kl confusion routing tasks
+  [[ -d cells ]] || continue
+  publish "$stream" cells overview metrics intervals costs kl confusion routing tasks
+  cl-graft report cells --paper
+  for figure in cells/report/paper/*/{curves,bytes,plasticity,kl}-2col.png; do
+    [[ ! -f $figure ]] || cp "$figure" "$published/$stream-$(basename "$figure" -2col.png).png"
+  done
 done
