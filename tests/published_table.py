@@ -1,6 +1,6 @@
-"""README's table of what was measured: which rows it has is written there by hand, their figures are the published ones.
+"""README's tables of what was measured: which rows they have is written there by hand, their figures are the published ones.
 
-`python -m tests.published_table` (`make readme`) fills them in from the ranking that the README links to.
+`python -m tests.published_table` (`make readme`) fills them in, each from the ranking that a comment before it names.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import re
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
-PUBLISHED = README.parent / "results/published/mini/mini-mini-llama-budget-10pct-ranking.csv"
 ALIKE = 3  # seeds that a row is of where it does not say how many
-TABLE = re.compile(r"^\| Strategy \|.*\n\|:.*\n(?:\|.*\n)+", re.MULTILINE)
+TABLE = re.compile(
+    r"(<!-- table of (\S+) -->\n(?:(?!\|).*\n)*)(\| Strategy \|.*\n\|:.*\n(?:\|.*\n)+)"
+)
 UNTOLD, ROUTED, TOLD = "Not told the task at test", "Inferred by a router", "Told the task at test"
 FREE = ", without a budget"
 PLAIN = ("Storage %", "Bytes alive", "Train s")
 
 
-def published() -> dict[tuple[str, str], dict[str, str]]:
+def published(ranking: Path) -> dict[tuple[str, str], dict[str, str]]:
     """(part of the table, strategy) -> the row of the ranking, of whole rows."""
     found = {}
-    with PUBLISHED.open(encoding="utf-8") as file:
+    with ranking.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if "incomplete" not in row["Strategy"]:
                 name = re.sub(r"(, |\b)(preset|task_ids)=\w+", "", row["Strategy"])
@@ -31,9 +32,9 @@ def published() -> dict[tuple[str, str], dict[str, str]]:
     return found
 
 
-def filled(table: str) -> str:
+def filled(table: str, ranking: Path) -> str:
     """The table with the figures of every row that it names."""
-    rows, part = published(), ""
+    rows, part = published(ranking), ""
     head, rule, *lines = table.splitlines()
     columns = [cell.strip() for cell in head.strip("|").split("|")]
     done = [head, rule]
@@ -61,8 +62,8 @@ def _cell(row: dict[str, str], column: str) -> str:
 
 
 def written(text: str) -> str:
-    """README with the figures of its table as they are published."""
-    return TABLE.sub(lambda found: filled(found[0]), text, count=1)
+    """README with the figures of its tables as they are published."""
+    return TABLE.sub(lambda found: found[1] + filled(found[3], README.parent / found[2]), text)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ publish() {
   local stream=$1 folder=$2 kind table name
   shift 2
   for kind in "$@"; do
-    for table in "$folder"/report/*"$kind.md"; do
+    for table in "$folder"/report/*"$kind".{md,csv}; do
       [[ -f $table ]] || continue # no router, no confusion
       name=${table##*/}
       cp "$table" "$published/$stream-$folder-${name##*-budget-}"
