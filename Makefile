@@ -21,7 +21,7 @@ demo: env
 	@echo 'All three tasks, and masks of 36 epochs: the same without mini.tasks and model_grafting.epochs. A real language model, SmolLM2, on data of your own:'
 	@echo '  $(BIN)/cl-graft models fetch smollm2-135m'
 	@echo '  $(BIN)/cl-graft sweep --strategies individual,graftllm --seeds 0 --data-dir DATA results/published/real/classification.yaml'
-	@echo 'That takes an hour or so of a core; DATA holds cl_benchmark/, as docs/cli.md says.'
+	@echo 'That takes an hour or so of a core; DATA holds cl_benchmark/, as docs/streams.md says.'
 
 # Three workers, on two cores too: tests of what is killed, lost or stopped wait more than they compute.
 test: env check
