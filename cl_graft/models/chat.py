@@ -79,8 +79,8 @@ def end_turns(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make the token that ends an assistant's turn in the chat template the tokenizer's end of sequence.
 
     Answers are closed by it where they are trained and where they are read, and generation stops there. It is the
-    first special token behind the answer: with Gemma's and Phi-3's instruction-tuned models another than what their
-    tokenizers call the end of sequence.
+    first special token behind the answer: with Gemma's instruction-tuned models another than what their tokenizers
+    call the end of sequence, which they then never learn to stop by (axolotl's issue 3754).
     """
     words = "words"
     turns = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]

@@ -175,7 +175,7 @@ def test_the_record_says_what_is_around_a_prompt() -> None:
     )
 
 
-# In the manner of Gemma and Phi-3: a turn ends in a token of its own, and the tokenizer names another end.
+# In the manner of Gemma: a turn ends in a token of its own, and the tokenizer names another end.
 TURNS = CHATML.replace("<|im_start|>", "<|start|>").replace("<|im_end|>", "<|end|>")
 
 
