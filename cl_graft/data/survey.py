@@ -50,9 +50,14 @@ def _prompts(task: Task) -> list[str]:
     return [row.prompt for row in (task.train or task.pairs)]
 
 
+def most_frequent(answers: Counter[str]) -> tuple[str, int]:
+    """The answer that is there most often, the first by name of several, and how often."""
+    return min(answers.items(), key=lambda a: (-a[1], a[0]), default=("", 0))
+
+
 def _facts(task: Task, trained: list[str], by_prompt: dict[str, set[str]]) -> Facts:
     answers = Counter(example.completion.strip() for example in task.test)
-    common, count = min(answers.items(), key=lambda a: (-a[1], a[0]), default=("", 0))
+    common, count = most_frequent(answers)
     of = [by_prompt.get(folded(example.prompt), set()) for example in task.test]
     return Facts(
         task.name,

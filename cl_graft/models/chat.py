@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cl_graft.errors import CLGraftError
 from cl_graft.task import Example, Pair, Scenario, Task
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # Templates of the Llama 3 family tell the model a date: that of today in Llama 3.2's, so that a run which is
 # continued tomorrow would see other prompts. This is what they themselves say where there is no clock.
 DATE = "26 Jul 2024"
+
+
+Asking = TypeVar("Asking", Example, Pair)
 
 
 class NoChatTemplate(CLGraftError):
@@ -34,7 +37,8 @@ def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[s
             "instruction-tuned model."
         )
     own = tokenizer("")["input_ids"]
-    turns = [_user_turn(tokenizer, prompt, tokenizer.decode(own)) for prompt in prompts]
+    begin = tokenizer.decode(own)
+    turns = [_user_turn(tokenizer, prompt, begin) for prompt in prompts]
     whole, bare = [turn for turn, _ in turns], [text for _, text in turns]
     if own and turns:  # else the two are one text, to which nothing is added
         ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
@@ -108,30 +112,26 @@ def rendered(scenario: Scenario, tokenizer: PreTrainedTokenizerBase) -> Scenario
     if not is_chat(tokenizer, scenario.chat):
         return scenario
 
-    def examples(items: Sequence[Example]) -> list[Example]:
+    def turns(items: Sequence[Asking], answers: Callable[[Asking], dict[str, Any]]) -> list[Asking]:
+        prompts = render(tokenizer, [item.prompt for item in items])
         return [
-            replace(
-                item,
-                prompt=prompt,
-                completion=_unspaced(item.completion),
-                choices=tuple(map(_unspaced, item.choices)),
-            )
-            for item, prompt in zip(items, turns(items), strict=True)
+            replace(item, prompt=prompt, **answers(item))
+            for item, prompt in zip(items, prompts, strict=True)
         ]
+
+    def examples(items: Sequence[Example]) -> list[Example]:
+        return turns(
+            items,
+            lambda e: {
+                "completion": _unspaced(e.completion),
+                "choices": tuple(map(_unspaced, e.choices)),
+            },
+        )
 
     def pairs(items: Sequence[Pair]) -> list[Pair]:
-        return [
-            replace(
-                item,
-                prompt=prompt,
-                chosen=_unspaced(item.chosen),
-                rejected=_unspaced(item.rejected),
-            )
-            for item, prompt in zip(items, turns(items), strict=True)
-        ]
-
-    def turns(items: Sequence[Example] | Sequence[Pair]) -> list[str]:
-        return render(tokenizer, [item.prompt for item in items])
+        return turns(
+            items, lambda p: {"chosen": _unspaced(p.chosen), "rejected": _unspaced(p.rejected)}
+        )
 
     def of(task: Task) -> Task:
         return replace(

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from cl_graft.data.survey import most_frequent
 from cl_graft.store.prompts import recall
 
 Cell = Mapping[str, Any]
@@ -24,7 +25,7 @@ def with_frequent(cells: Mapping[Path, Cell]) -> list[Cell]:
     def shares(out: Path, data: str) -> dict[str, float]:
         found = {}
         for task, asked in recall(out, data).items():
-            ((_, most),) = Counter(each.reference.strip() for each in asked).most_common(1)
+            _, most = most_frequent(Counter(each.reference.strip() for each in asked))
             if most > 1:
                 found[task] = most / len(asked)
         return found
