@@ -315,6 +315,7 @@ KEYS = {
         "data",
         "code",
         "base",
+        "frequent",
     ),
 }
 

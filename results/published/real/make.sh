@@ -3,19 +3,21 @@
 #
 # Usage: results/published/real/make.sh DATA-FOLDER [WORK-FOLDER]. Killed and started again it goes on; what is done is
 # kept, here and, with KEEP=1, in STREAM.tar.xz, by which another machine goes on: finished cells without packs.
-# STREAMS (of classification, math_code, superni, classification_reversed, math_code_dpo), METHODS (names of groups), TRIALS and WORKERS are variables. A stage is half
-# a gigabyte: those that only one group trains are removed when its cells are done, and the packs of finished cells, too, but
-# for PACKS=keep. The task is inferred at 1 % alone: that triples what is evaluated.
+# STREAMS (of classification, math_code, superni, classification_reversed, math_code_dpo), METHODS (names of groups), SEEDS,
+# TRIALS and WORKERS are variables. All groups are run of one seed before the next, so that a table is broad first and its
+# errors come later. A stage is half a gigabyte: those that only one group trains are removed when its cells are done, and the
+# packs of finished cells, too, but for PACKS=keep. The task is inferred at 1 % alone: that triples what is evaluated.
 set -euo pipefail
 published=$(realpath "$(dirname "$0")") data=$(realpath "$1") work=$(realpath -m "${2:-results/real-study}")
-streams=${STREAMS:-classification math_code superni classification_reversed math_code_dpo} workers=${WORKERS:-2} trials=${TRIALS:-8}
-groups=${METHODS:-alone layers kept sequential lora lora_each model_grafting model_tailor model_tailor_each replay ewc budgets stored merged lwf o_lora agem osf slao sure joint}
+streams=${STREAMS:-classification math_code superni classification_reversed math_code_dpo} workers=${WORKERS:-2} trials=${TRIALS:-8} seeds=${SEEDS:-0 1 2}
+groups=${METHODS:-alone layers paper told lora_each model_tailor_each replay ewc budgets stored merged lwf o_lora agem osf slao sure joint}
 
 . "$published/../finished.sh"
 declare -A methods=( # strategies, and options; a group without an entry is a strategy
   [alone]=individual
   [layers]=layers.py
-  [kept]=individual,graftllm,graftllm_adaptive
+  [paper]=individual,graftllm,graftllm_adaptive,sequential,lora,model_grafting,model_tailor
+  [told]=individual,graftllm,graftllm_adaptive
   [budgets]=graftllm,graftllm_adaptive
   [stored]=svd_quant,magnitude,bitdelta,compeft,dare,delta_come
   [merged]=task_arithmetic,ties,sce,emr,tall_mask,twin_merging
@@ -44,27 +46,35 @@ for stream in $streams; do
   file=$published/$stream.yaml
   restore "$published/$stream.tar.xz"
   cp "$published/layers.py" . # so that no path of this machine is told
-  for group in $groups; do
-    [[ -e done-$group ]] && continue # here; elsewhere its finished cells are only looked at
-    read -ra named <<<"${methods[$group]:-$group}"
-    # what fine-tunes each task from the base shares its stages; what else a group trains is its own, and goes with it
-    cache=cache
-    [[ $group =~ ^(alone|layers|kept|budgets|stored|merged|model_tailor_each)$ ]] || cache=cache-$group
-    common=(--strategies "${named[@]}" --data-dir "$data" --workers "$workers")
-    if [[ $group =~ ^(alone|layers)$ ]]; then # the same fine-tunings, untuned
-      [[ $group == alone ]] || common+=(--set 'layers.without=["first","middle","last","rest"]')
-      cl-graft sweep "${common[@]}" --seeds 0 --out first --cache $cache "$file"
-    else
-      [[ $group != budgets ]] || common+=(--budgets 0.3%,10%)
-      cl-graft tune "${common[@]}" --trials "$trials" --seed 0 --out tuning --cache "$cache-trials" "$file"
-      ids=given # where all prompts are answered alike, to infer the task changes nothing
-      [[ $group =~ ^(kept|stored|merged|model_grafting|.*_each)$ ]] && ids=given,inferred
-      cl-graft sweep "${common[@]}" --task-ids $ids --preset tuning --out cells --cache $cache "$file"
-      [[ $cache == cache ]] || rm -rf "$cache" "$cache-trials"
-      [[ ${PACKS:-} == keep ]] || rm -rf tuning/trials/*/packs cells/*/packs
-    fi
-    keep "$published/$stream.tar.xz" first tuning cells
-    touch "done-$group"
+  for seed in $seeds; do
+    for group in $groups; do
+      [[ -e done-$group-$seed ]] && continue # here; elsewhere its finished cells are only looked at
+      read -ra named <<<"${methods[$group]:-$group}"
+      # what fine-tunes each task from the base shares its stages; what else a group trains is its own, and goes with it
+      cache=cache
+      [[ $group =~ ^(alone|layers|paper|told|budgets|stored|merged|model_tailor_each)$ ]] || cache=cache-$group
+      common=(--strategies "${named[@]}" --data-dir "$data" --workers "$workers")
+      if [[ $group =~ ^(alone|layers)$ ]]; then # the same fine-tunings, untuned
+        [[ $seed == 0 ]] || continue
+        [[ $group == alone ]] || common+=(--set 'layers.without=["first","middle","last","rest"]')
+        cl-graft sweep "${common[@]}" --seeds 0 --out first --cache $cache "$file"
+      else
+        [[ $group != budgets ]] || common+=(--budgets 0.3%,10%)
+        if [[ ! -e tuned-$group ]]; then
+          cl-graft tune "${common[@]}" --trials "$trials" --seed 0 --out tuning --cache "cache-trials" "$file"
+          touch "tuned-$group"
+          keep "$published/$stream.tar.xz" first tuning cells
+          rm -rf cache-trials
+        fi
+        ids=given # where all prompts are answered alike, to infer the task changes nothing
+        [[ $group =~ ^(told|stored|merged|.*_each)$ ]] && ids=given,inferred
+        cl-graft sweep "${common[@]}" --seeds "$seed" --task-ids $ids --preset tuning --out cells --cache $cache "$file"
+        [[ $cache == cache ]] || rm -rf "$cache"
+        [[ ${PACKS:-} == keep ]] || rm -rf tuning/trials/*/packs cells/*/packs
+      fi
+      keep "$published/$stream.tar.xz" first tuning cells
+      touch "done-$group-$seed"
+    done
   done
   for folder in first cells; do
     [[ -d $folder ]] || continue
