@@ -18,6 +18,7 @@ FLOORS = [
 ]
 LEVEL = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN = [
+    "memory",
     "threads",
     "compiled",
     "rounding",

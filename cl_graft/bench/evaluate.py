@@ -15,6 +15,10 @@ from cl_graft.evaluation.batches import BATCH, left_padded
 from cl_graft.models.chat import render
 from cl_graft.models.load import load, load_tokenizer, locate
 from cl_graft.models.text import encode_prompts
+from cl_graft.skillpack.codecs import sparse
+from cl_graft.skillpack.folders.loaded import as_loaded
+from cl_graft.skillpack.format.file import SkillPack
+from cl_graft.skillpack.live.grafted import Grafted
 
 MODEL = "smollm2-135m"
 MOST = 256  # tokens of an answer
@@ -241,7 +245,7 @@ def _lengths(tokenizer: Any, said: list[str]) -> dict[str, float]:
 
 
 def _peak_apart(name: str, model_name: str) -> float:
-    """The peak in a process of its own."""
+    """The peak in a process of its own, of a base with a pack on, as in a cell."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (name, model_name))
 
@@ -254,9 +258,23 @@ def _peak(name: str, model_name: str) -> float:
     tiny, tokenizer = load("nano-llama")  # imports and buffers that any model makes
     generate.generate(tiny, toy_tokenizer(), ["a"], 2)
     tokenizer = load_tokenizer(model_name, str(locate(model_name)))
+    pack = _of_one_weight(Grafted(load(model_name)[0]))
     before = resident_bytes("VmRSS")
     model, _ = load(model_name)
     weights = sum(p.nbytes for p in model.float().parameters())
     forget_peak_memory()
+    grafted = Grafted(model, as_loaded(model))
+    grafted.activate([pack])
     WAYS[name](model, tokenizer)
+    grafted.unload()
     return (resident_bytes("VmHWM") - before) / weights
+
+
+def _of_one_weight(grafted: Grafted) -> SkillPack:
+    """A pack that changes one weight of every parameter, and so takes no memory to speak of."""
+    tensors = {}
+    for name, parameter in grafted.model.named_parameters():
+        delta = torch.zeros(parameter.shape)
+        delta.view(-1)[0] = 1e-6
+        tensors[name] = sparse(delta, delta != 0, torch.float32)
+    return SkillPack(tensors, "one weight", "bench", {}, grafted.base)

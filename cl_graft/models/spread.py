@@ -117,31 +117,31 @@ def copies(model: nn.Module) -> Mapping[str, Tensor]:
         else:
             readers[name] = partial(_itself, parameter.detach().to("cpu", copy=True))
         shapes[name] = tuple(parameter.shape)
-    return _Read(readers, shapes)
+    return Read(readers, shapes)
 
 
 def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """{name: shape}; of what `copies` gave without reading any."""
-    if isinstance(weights, _Read):
+    """{name: shape}; of what is read when it is asked for without reading any."""
+    if isinstance(weights, Read):
         return dict(weights.shapes)
     return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 def near(weights: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-    """What `copies` gave of a spread model, put where the model takes its input when it is read; others as they are."""
-    if not isinstance(weights, _Read):
+    """What is read when it is asked for, put where the model takes its input; others as they are."""
+    if not isinstance(weights, Read):
         return weights
     device = device_of(model)
-    return _Read(
-        {n: partial(_moved, r, device) for n, r in weights.readers.items()}, weights.shapes
-    )
+    return Read({n: partial(_moved, r, device) for n, r in weights.readers.items()}, weights.shapes)
 
 
 def _moved(read: Make, device: torch.device) -> Tensor:
     return read().to(device)
 
 
-class _Read(Mapping[str, Tensor]):
+class Read(Mapping[str, Tensor]):
+    """{name: what its reader gives, each time it is asked for}. shapes: of all, known without reading any."""
+
     def __init__(self, readers: Mapping[str, Make], shapes: Mapping[str, tuple[int, ...]]):
         self.readers, self.shapes = readers, shapes
 

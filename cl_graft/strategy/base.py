@@ -40,6 +40,7 @@ from cl_graft.evaluation.scorers import Scored
 from cl_graft.models import spread
 from cl_graft.models.roles import ROLES, Role, untouched
 from cl_graft.routing.base import BaseRouter, Choice
+from cl_graft.skillpack.folders.loaded import as_loaded
 from cl_graft.skillpack.format.file import SkillPack
 from cl_graft.skillpack.live.grafted import Grafted
 from cl_graft.store.digests import digest
@@ -131,7 +132,7 @@ class Strategy(Hooks):
         super().__init__(model=model, device=spread.device_of(model), plugins=list(plugins))
         self.tokenizer, self.scenario, self.budget = tokenizer, scenario, budget
         self.seed, self.options, self.allow_code = seed, dict(options), allow_code
-        self.base = spread.copies(model)
+        self.base = as_loaded(model)
         self.grafted = Grafted(model, self.base)
         self.packs: list[SkillPack] = []
         self.shared: dict[str, SkillPack] = {}

@@ -90,8 +90,7 @@ class Context:
 
     def delta(self, stage: Path) -> Delta:
         """Tuned minus start of all that is touched, read tensor by tensor from the folder of a finished stage."""
-        start = {name: x for name, x in self.start.items() if name not in self.frozen}
-        return Delta(stage, start, device_of(self.model))
+        return Delta(stage, self.start, device_of(self.model), self.frozen)
 
     def cost(self, tensors: Mapping[str, Encoded]) -> int:
         """Bytes these encoded tensors take by the budget's convention (see Budget)."""

@@ -12,7 +12,7 @@ import torch
 from cl_graft.evaluation.examiner import Answered, key
 from cl_graft.evaluation.scorers import Scored
 from cl_graft.models.spread import unwritten
-from cl_graft.skillpack.compress.memory import release
+from cl_graft.skillpack.memory import release
 from cl_graft.strategy.kept import as_kept, finite_only, require_name, require_touched, watched
 from cl_graft.strategy.storage import require_fit
 from cl_graft.stream import BaseTemplate, drawn

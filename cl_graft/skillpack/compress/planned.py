@@ -14,7 +14,6 @@ from cl_graft.errors import OverBudget
 from cl_graft.skillpack.codecs import Encoded, Spec, dense, sparse_top
 from cl_graft.skillpack.compress import auto_gptq
 from cl_graft.skillpack.compress.factorise import Factored, encode, spec_of
-from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.compress.policy import Paper, Plan, Profile, sparse_bytes
 from cl_graft.skillpack.compress.work import (
     ByteLimit,
@@ -27,6 +26,7 @@ from cl_graft.skillpack.compress.work import (
     put,
     visit,
 )
+from cl_graft.skillpack.memory import release
 
 
 def planned(work: Work, policy: Paper) -> dict[str, Spec]:

@@ -24,7 +24,6 @@ from cl_graft.skillpack.codecs import (
     coded_low_rank_stack,
     payload_bytes,
 )
-from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.compress.policy import Adaptive
 from cl_graft.skillpack.compress.rate import (
     GRID,
@@ -48,6 +47,7 @@ from cl_graft.skillpack.compress.work import (
     visit,
 )
 from cl_graft.skillpack.compress.work_store import Item
+from cl_graft.skillpack.memory import release
 
 SHARE = 0.99  # of the budget that is used at least, where there is so much to store
 MARGIN = 0.002  # of the budget, kept back until the last tensors

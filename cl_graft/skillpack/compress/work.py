@@ -14,9 +14,9 @@ from torch import Tensor
 from cl_graft.skillpack.codecs import Encoded, Spec
 from cl_graft.skillpack.compress.directions import Directions, Known
 from cl_graft.skillpack.compress.factorise import Spectrum
-from cl_graft.skillpack.compress.memory import release
 from cl_graft.skillpack.compress.policy import Adaptive, Kind, Policy
 from cl_graft.skillpack.compress.work_store import Item, WorkStore
+from cl_graft.skillpack.memory import release
 
 PackProgress = Callable[[str, float], None]
 SMALLEST_SIDE = 4  # a matrix narrower than this has nothing to factorise

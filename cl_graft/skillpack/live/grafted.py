@@ -21,6 +21,7 @@ from cl_graft.skillpack.format.file import (
     fingerprint,
 )
 from cl_graft.skillpack.live.decode import Entries, Factors, entries, factors, side_by_side
+from cl_graft.skillpack.memory import release
 
 TILE = 1 << 22  # entries of a product held at a time: more take new pages from the system each time
 
@@ -35,15 +36,15 @@ class Grafted:
     base plus deltas takes its place in host memory, and is made anew each time it is asked for where the base's is
     in a file.
 
-    base_weights: {name: the base's parameter}, if somebody holds them already: they are read and never written to, so
-    that the base is held once.
+    base_weights: {name: the base's parameter}, if somebody holds or can read them: they are asked for whenever they are
+    needed and never written to, so that no copy is made here.
     """
 
     def __init__(self, model: nn.Module, base_weights: Mapping[str, Tensor] | None = None):
         self.model = model
         self.active: tuple[SkillPack, ...] = ()
         self._held = base_weights
-        self._pristine: dict[str, Tensor] = {}
+        self._changed, self._copies = set[str](), dict[str, Tensor]()
         self._rooms: dict[str, Tensor] = {}
         self._away, self._replaced = offloaded(model), set[str]()
         self._base: str | None = None
@@ -57,8 +58,14 @@ class Grafted:
 
     def _of_base(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
-            away = name in self._away
-            yield name, self._away.base(name) if away else self._pristine.get(name, parameter)
+            if name in self._away:
+                yield name, self._away.base(name)
+            else:
+                yield name, self._pristine(name) if name in self._changed else parameter
+
+    def _pristine(self, name: str) -> Tensor:
+        """The base's value of a parameter that was changed."""
+        return self._copies[name] if self._held is None else self._held[name]
 
     def activate(self, packs: Sequence[SkillPack]) -> None:
         """Make `packs` the active ones; those active before are off.
@@ -79,7 +86,7 @@ class Grafted:
         _check_kept(packs, parameters)
         touched = {name for pack in packs for name in pack.tensors}
         try:
-            for name in (self._pristine.keys() | self._replaced) - touched:
+            for name in (self._changed | self._replaced) - touched:
                 self._restore(name, parameters[name])
             for name in sorted(touched):
                 self._graft(name, parameters[name], packs)
@@ -87,13 +94,20 @@ class Grafted:
             self.unload()
             raise
         self.active = packs
+        self._read()
 
     def unload(self) -> None:
         """Take every pack off; the base is back bit for bit."""
         parameters = dict(self.model.named_parameters())
-        for name in [*self._pristine, *self._replaced]:
+        for name in [*self._changed, *self._replaced]:
             self._restore(name, parameters[name])
         self.active = ()
+        self._read()
+
+    def _read(self) -> None:
+        """What the base was read into is given back: its tensors are of many sizes."""
+        if self._held is not None:
+            release()
 
     @torch.no_grad()
     def _graft(self, name: str, parameter: Tensor, packs: tuple[SkillPack, ...]) -> None:
@@ -101,9 +115,10 @@ class Grafted:
         if name in self._away:
             self._replaced.add(name)
             return _replace(self._away, name, parameter, packs)
-        if name not in self._pristine:
-            self._pristine[name] = self._held[name] if self._held else self._copied(name, parameter)
-        _put(parameter, self._pristine[name], name, packs)
+        if self._held is None and name not in self._changed:
+            self._copies[name] = self._copied(name, parameter)
+        self._changed.add(name)
+        _put(parameter, self._pristine(name), name, packs)
         return None
 
     def _copied(self, name: str, parameter: Tensor) -> Tensor:
@@ -119,7 +134,9 @@ class Grafted:
             self._away.restore(name)
             self._replaced.remove(name)
         else:
-            parameter.copy_(self._pristine.pop(name))
+            parameter.copy_(self._pristine(name))
+            self._changed.remove(name)
+            self._copies.pop(name, None)
 
 
 def _replace(held: Offloaded, name: str, parameter: Tensor, packs: tuple[SkillPack, ...]) -> None:

@@ -10,19 +10,22 @@
 set -euo pipefail
 published=$(realpath "$(dirname "$0")") data=$(realpath "$1") work=$(realpath -m "${2:-results/real-study}")
 streams=${STREAMS:-classification math_code superni classification_reversed math_code_dpo} workers=${WORKERS:-2} trials=${TRIALS:-8} seeds=${SEEDS:-0 1 2}
-groups=${METHODS:-alone layers paper told lora_each model_tailor_each replay ewc budgets stored merged lwf o_lora agem osf slao sure joint}
+groups=${METHODS:-alone layers paper told model_grafting lora_each model_tailor_each replay ewc budgets stored merged lwf o_lora agem osf slao sure joint}
 
 . "$published/../finished.sh"
+# to calibrate on 64 texts of a task; on 256, the default, it took a core 12 minutes
+few="--set graftllm.calibration_batches=2 --set graftllm_adaptive.calibration_batches=2"
 declare -A methods=( # strategies, and options; a group without an entry is a strategy
   [alone]=individual
   [layers]=layers.py
-  [paper]=individual,graftllm,graftllm_adaptive,sequential,lora,model_grafting,model_tailor
-  [told]=individual,graftllm,graftllm_adaptive
-  [budgets]=graftllm,graftllm_adaptive
+  [paper]="individual,graftllm,graftllm_adaptive,sequential,lora,model_tailor --set model_tailor.calibration_batches=2 $few"
+  [model_grafting]='model_grafting --set model_grafting.epochs=8 --set model_grafting.batches=2 --set model_grafting.batch_size=8'
+  [told]="individual,graftllm,graftllm_adaptive $few"
+  [budgets]="graftllm,graftllm_adaptive $few"
   [stored]=svd_quant,magnitude,bitdelta,compeft,dare,delta_come
   [merged]=task_arithmetic,ties,sce,emr,tall_mask,twin_merging
   [lora_each]='lora --set lora.convention=each'
-  [model_tailor_each]='model_tailor --set model_tailor.convention=each'
+  [model_tailor_each]='model_tailor --set model_tailor.calibration_batches=2 --set model_tailor.convention=each'
 )
 [[ -d $(python -c 'from cl_graft.models.published import located; print(located("smollm2-135m"))') ]] ||
   cl-graft models fetch smollm2-135m
@@ -52,7 +55,7 @@ for stream in $streams; do
       read -ra named <<<"${methods[$group]:-$group}"
       # what fine-tunes each task from the base shares its stages; what else a group trains is its own, and goes with it
       cache=cache
-      [[ $group =~ ^(alone|layers|paper|told|budgets|stored|merged|model_tailor_each)$ ]] || cache=cache-$group
+      [[ $group =~ ^(alone|layers|paper|told|budgets|stored|merged|model_grafting|model_tailor_each)$ ]] || cache=cache-$group
       common=(--strategies "${named[@]}" --data-dir "$data" --workers "$workers")
       if [[ $group =~ ^(alone|layers)$ ]]; then # the same fine-tunings, untuned
         [[ $seed == 0 ]] || continue
@@ -67,7 +70,7 @@ for stream in $streams; do
           rm -rf cache-trials
         fi
         ids=given # where all prompts are answered alike, to infer the task changes nothing
-        [[ $group =~ ^(told|stored|merged|.*_each)$ ]] && ids=given,inferred
+        [[ $group =~ ^(told|stored|merged|model_grafting|.*_each)$ ]] && ids=given,inferred
         cl-graft sweep "${common[@]}" --seeds "$seed" --task-ids $ids --preset tuning --out cells --cache $cache "$file"
         [[ $cache == cache ]] || rm -rf "$cache"
         [[ ${PACKS:-} == keep ]] || rm -rf tuning/trials/*/packs cells/*/packs
