@@ -10,7 +10,7 @@
 set -euo pipefail
 published=$(realpath "$(dirname "$0")") data=$(realpath "$1") work=$(realpath -m "${2:-results/real-study}")
 streams=${STREAMS:-classification math_code superni classification_reversed math_code_dpo} workers=${WORKERS:-2} trials=${TRIALS:-8} seeds=${SEEDS:-0 1 2}
-groups=${METHODS:-alone layers paper told model_grafting lora_each model_tailor_each replay ewc budgets stored merged lwf o_lora agem osf slao sure joint}
+groups=${METHODS:-alone layers paper packs model_grafting lora_each model_tailor_each replay ewc budgets stored merged lwf o_lora agem osf slao sure joint}
 
 . "$published/../finished.sh"
 # to calibrate on 64 texts of a task; on 256, the default, it took a core 12 minutes
@@ -18,10 +18,10 @@ few="--set graftllm.calibration_batches=2 --set graftllm_adaptive.calibration_ba
 declare -A methods=( # strategies, and options; a group without an entry is a strategy
   [alone]=individual
   [layers]=layers.py
-  [paper]="individual,graftllm,graftllm_adaptive,sequential,lora,model_tailor --set model_tailor.calibration_batches=2 $few"
+  [paper]='individual,sequential,lora,model_tailor --set model_tailor.calibration_batches=2'
+  [packs]="graftllm,graftllm_adaptive $few"
   [model_grafting]='model_grafting --set model_grafting.epochs=8 --set model_grafting.batches=2 --set model_grafting.batch_size=8'
-  [told]="individual,graftllm,graftllm_adaptive $few"
-  [budgets]="graftllm,graftllm_adaptive $few"
+  [budgets]="graftllm,graftllm_adaptive $few --budgets 0.3%,10%"
   [stored]=svd_quant,magnitude,bitdelta,compeft,dare,delta_come
   [merged]=task_arithmetic,ties,sce,emr,tall_mask,twin_merging
   [lora_each]='lora --set lora.convention=each'
@@ -55,23 +55,27 @@ for stream in $streams; do
       read -ra named <<<"${methods[$group]:-$group}"
       # what fine-tunes each task from the base shares its stages; what else a group trains is its own, and goes with it
       cache=cache
-      [[ $group =~ ^(alone|layers|paper|told|budgets|stored|merged|model_grafting|model_tailor_each)$ ]] || cache=cache-$group
+      [[ $group =~ ^(alone|layers|paper|packs|budgets|stored|merged|model_grafting|model_tailor_each)$ ]] || cache=cache-$group
       common=(--strategies "${named[@]}" --data-dir "$data" --workers "$workers")
       if [[ $group =~ ^(alone|layers)$ ]]; then # the same fine-tunings, untuned
         [[ $seed == 0 ]] || continue
         [[ $group == alone ]] || common+=(--set 'layers.without=["first","middle","last","rest"]')
         cl-graft sweep "${common[@]}" --seeds 0 --out first --cache $cache "$file"
       else
-        [[ $group != budgets ]] || common+=(--budgets 0.3%,10%)
-        if [[ ! -e tuned-$group ]]; then
-          cl-graft tune "${common[@]}" --trials "$trials" --seed 0 --out tuning --cache "cache-trials" "$file"
+        # packs of fine-tunings of individual have no strength to tune, and its rate, which was the recipe's own
+        preset=(--preset tuning)
+        [[ ! $group =~ ^(packs|budgets)$ ]] || preset=()
+        if [[ -n ${preset[*]} && ! -e tuned-$group ]]; then
+          trial_cache=cache-trials
+          [[ $group != paper ]] || trial_cache=cache # its first seed goes on from there
+          cl-graft tune "${common[@]}" --trials "$trials" --seed 0 --out tuning --cache $trial_cache "$file"
           touch "tuned-$group"
           keep "$published/$stream.tar.xz" first tuning cells
           rm -rf cache-trials
         fi
         ids=given # where all prompts are answered alike, to infer the task changes nothing
-        [[ $group =~ ^(told|stored|merged|model_grafting|.*_each)$ ]] && ids=given,inferred
-        cl-graft sweep "${common[@]}" --seeds "$seed" --task-ids $ids --preset tuning --out cells --cache $cache "$file"
+        [[ $group =~ ^(packs|stored|merged|model_grafting|.*_each)$ ]] && ids=given,inferred
+        cl-graft sweep "${common[@]}" --seeds "$seed" --task-ids $ids "${preset[@]}" --out cells --cache $cache "$file"
         [[ $cache == cache ]] || rm -rf "$cache"
         [[ ${PACKS:-} == keep ]] || rm -rf tuning/trials/*/packs cells/*/packs
       fi
