@@ -6,11 +6,12 @@
 # STREAMS (of classification, math_code, superni, classification_reversed, math_code_dpo), METHODS (names of groups), SEEDS,
 # TRIALS and WORKERS are variables. All groups are run of one seed before the next, so that a table is broad first and its
 # errors come later. A stage is half a gigabyte: those that only one group trains are removed when its cells are done, and the
-# packs of finished cells, too, but for PACKS=keep. The task is inferred at 1 % alone: that triples what is evaluated.
+# packs of finished cells, too, but for PACKS=keep. The task is inferred at 1 % alone: that triples what is evaluated; GIVEN=1
+# leaves it for another time.
 set -euo pipefail
 published=$(realpath "$(dirname "$0")") data=$(realpath "$1") work=$(realpath -m "${2:-results/real-study}")
 streams=${STREAMS:-classification math_code superni classification_reversed math_code_dpo} workers=${WORKERS:-2} trials=${TRIALS:-8} seeds=${SEEDS:-0 1 2}
-groups=${METHODS:-alone layers paper packs model_grafting lora_each model_tailor_each replay ewc budgets stored merged lwf o_lora agem osf slao sure joint}
+groups=${METHODS:-alone layers plain packs model_tailor model_grafting lora_each model_tailor_each replay ewc budgets stored merged lwf o_lora agem osf slao sure joint}
 
 . "$published/../finished.sh"
 # to calibrate on 64 texts of a task; on 256, the default, it took a core 12 minutes
@@ -18,13 +19,14 @@ few="--set graftllm.calibration_batches=2 --set graftllm_adaptive.calibration_ba
 declare -A methods=( # strategies, and options; a group without an entry is a strategy
   [alone]=individual
   [layers]=layers.py
-  [paper]='individual,sequential,lora,model_tailor --set model_tailor.calibration_batches=2'
+  [plain]=individual,sequential,lora
   [packs]="graftllm,graftllm_adaptive $few"
   [model_grafting]='model_grafting --set model_grafting.epochs=8 --set model_grafting.batches=2 --set model_grafting.batch_size=8'
   [budgets]="graftllm,graftllm_adaptive $few --budgets 0.3%,10%"
   [stored]=svd_quant,magnitude,bitdelta,compeft,dare,delta_come
   [merged]=task_arithmetic,ties,sce,emr,tall_mask,twin_merging
   [lora_each]='lora --set lora.convention=each'
+  [model_tailor]='model_tailor --set model_tailor.calibration_batches=2'
   [model_tailor_each]='model_tailor --set model_tailor.calibration_batches=2 --set model_tailor.convention=each'
 )
 [[ -d $(python -c 'from cl_graft.models.published import located; print(located("smollm2-135m"))') ]] ||
@@ -55,7 +57,7 @@ for stream in $streams; do
       read -ra named <<<"${methods[$group]:-$group}"
       # what fine-tunes each task from the base shares its stages; what else a group trains is its own, and goes with it
       cache=cache
-      [[ $group =~ ^(alone|layers|paper|packs|budgets|stored|merged|model_grafting|model_tailor_each)$ ]] || cache=cache-$group
+      [[ $group =~ ^(alone|layers|plain|packs|budgets|stored|merged|model_grafting|model_tailor_each)$ ]] || cache=cache-$group
       common=(--strategies "${named[@]}" --data-dir "$data" --workers "$workers")
       if [[ $group =~ ^(alone|layers)$ ]]; then # the same fine-tunings, untuned
         [[ $seed == 0 ]] || continue
@@ -67,14 +69,14 @@ for stream in $streams; do
         [[ ! $group =~ ^(packs|budgets)$ ]] || preset=()
         if [[ -n ${preset[*]} && ! -e tuned-$group ]]; then
           trial_cache=cache-trials
-          [[ $group != paper ]] || trial_cache=cache # its first seed goes on from there
+          [[ $group != plain ]] || trial_cache=cache # its first seed goes on from there
           cl-graft tune "${common[@]}" --trials "$trials" --seed 0 --out tuning --cache $trial_cache "$file"
           touch "tuned-$group"
           keep "$published/$stream.tar.xz" first tuning cells
           rm -rf cache-trials
         fi
         ids=given # where all prompts are answered alike, to infer the task changes nothing
-        [[ $group =~ ^(packs|stored|merged|model_grafting|.*_each)$ ]] && ids=given,inferred
+        [[ -z ${GIVEN:-} ]] && [[ $group =~ ^(packs|stored|merged|model_grafting|.*_each)$ ]] && ids=given,inferred
         cl-graft sweep "${common[@]}" --seeds "$seed" --task-ids $ids "${preset[@]}" --out cells --cache $cache "$file"
         [[ $cache == cache ]] || rm -rf "$cache"
         [[ ${PACKS:-} == keep ]] || rm -rf tuning/trials/*/packs cells/*/packs
