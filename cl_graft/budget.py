@@ -78,7 +78,7 @@ def largest_within(
     """
     if given is not None and given <= high and cost(given) <= budget.bytes:
         return given
-    count = largest(lambda count: cost(count) <= budget.bytes, 1, high)
+    count = _affordable(cost, budget.bytes, high)
     if count < 1:
         raise OverBudget(
             f"the budget {budget.text} ({budget.bytes} bytes) does not hold {one}; raise it."
@@ -94,6 +94,32 @@ def largest_within(
         f"{name}={given} takes {cost(given)} bytes and the budget {budget.text} allows {budget.bytes}; the largest "
         f"that fits is {count}."
     )
+
+
+def _affordable(cost: Callable[[int], int], limit: int, high: int) -> int:
+    """The largest count in [1, high] that costs at most the limit; 0 if none does.
+
+    It is looked for where a cost that grows evenly would have it, since to tell a cost means to encode, and every third
+    time in the middle of what is left, which bounds how often any other cost is asked for.
+    """
+    low, below, over, above = 0, 0, high + 1, 0
+    guesses, fitted = 0, False
+    while over - low > 1:
+        count = (low + over) // 2 if low else 1
+        if low and above:
+            guesses += 1
+            if guesses % 3:
+                even = low + (limit - below) * (over - low) // (above - below)
+                count = min(max(even + fitted, low + 1), over - 1)
+        found = cost(count)
+        fitted = found <= limit
+        if fitted:
+            low, below = count, found
+        elif count == 1:
+            return 0
+        else:
+            over, above = count, found
+    return low
 
 
 def largest_share(

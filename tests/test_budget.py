@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cl_graft.budget import Budget, largest
-from cl_graft.errors import CLGraftError
+from cl_graft.budget import Budget, largest, largest_within
+from cl_graft.errors import CLGraftError, OverBudget
 
 BASE = 1_000_000  # parameters, so 2,000,000 bytes in bf16
 
@@ -87,3 +89,48 @@ def test_largest_asks_a_logarithmic_number_of_times() -> None:
     asked: list[int] = []
     assert largest(lambda n: asked.append(n) or n <= 654_321, 1, 10**6) == 654_321  # type: ignore[func-returns-value]
     assert len(asked) <= 22
+
+
+def within(costs: Callable[[int], int], limit: int, high: int) -> tuple[int, list[int]]:
+    """The largest count that the budget allows, and the counts whose costs were asked for."""
+    asked: list[int] = []
+
+    def cost(n: int) -> int:
+        asked.append(n)
+        return costs(n)
+
+    return largest_within(Budget(f"{limit}B", 1), cost, high, "one"), asked
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(1, 900))
+def test_largest_within_agrees_with_a_linear_scan(steps: list[int], limit: int) -> None:
+    """Costs that do not fall, by any steps, none among them."""
+    costs = [sum(steps[:n]) for n in range(len(steps) + 1)]
+    fitting = [n for n in range(1, len(steps) + 1) if costs[n] <= limit]
+    if not fitting:
+        with pytest.raises(OverBudget, match="does not hold one"):
+            within(costs.__getitem__, limit, len(steps))
+        return
+    found, asked = within(costs.__getitem__, limit, len(steps))
+    assert found == max(fitting)
+    assert len(asked) == len(set(asked)) and all(1 <= n <= len(steps) for n in asked)
+
+
+@pytest.mark.parametrize(
+    ("costs", "most"),
+    [
+        (lambda n: 100 + 3 * n, 5),
+        (lambda n: 100 + 3 * n + n // 7, 7),
+        (lambda n: n * n, 20),
+        (lambda n: 0 if n < 700_000 else 10**12, 60),
+    ],
+    ids=["even", "almost even", "square", "a jump"],
+)
+def test_costs_that_grow_evenly_are_asked_for_a_few_times(
+    costs: Callable[[int], int], most: int
+) -> None:
+    limit = costs(654_321)
+    found, asked = within(costs, limit or 5, 10**6)
+    assert costs(found) <= (limit or 5) < costs(found + 1)
+    assert len(asked) <= most
