@@ -115,7 +115,7 @@ def copies(model: nn.Module) -> Mapping[str, Tensor]:
         if name in held:
             readers[name] = held.reader(name)
         else:
-            readers[name] = partial(_itself, parameter.detach().to("cpu", copy=True))
+            readers[name] = partial(itself, parameter.detach().to("cpu", copy=True))
         shapes[name] = tuple(parameter.shape)
     return Read(readers, shapes)
 
@@ -155,7 +155,8 @@ class Read(Mapping[str, Tensor]):
         return len(self.readers)
 
 
-def _itself(x: Tensor) -> Tensor:
+def itself(x: Tensor) -> Tensor:
+    """What reads a tensor that is held."""
     return x
 
 

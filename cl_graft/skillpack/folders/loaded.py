@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_graft.models.spread import Read, copies, is_spread
+from cl_graft.models.spread import Read, copies, is_spread, itself
 from cl_graft.models.weights import CheckpointError
 from cl_graft.skillpack.folders.checkpoint import Checkpoint
 from cl_graft.skillpack.memory import release
@@ -31,7 +31,7 @@ def as_loaded(model: Any) -> Mapping[str, Tensor]:
         if files.hold(name, parameter):
             readers[name] = partial(files.read, name, parameter.dtype)
         else:
-            readers[name] = partial(_itself, parameter.detach().clone())
+            readers[name] = partial(itself, parameter.detach().clone())
         shapes[name] = tuple(parameter.shape)
     release()
     return Read(readers, shapes)
@@ -92,7 +92,3 @@ def _state(file: Path) -> tuple[int, ...] | None:
 
 def _bits(x: Tensor) -> Tensor:
     return x.reshape(-1).view(torch.uint8)
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
